@@ -1,0 +1,1 @@
+"""Examples: reading and writing, tokenizing, packing."""

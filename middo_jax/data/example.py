@@ -1,0 +1,104 @@
+"""Example: one conversation with its identity and its ancestry. The only row type inside the program."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant"]
+Op = Literal["seed", "simplify", "rewrite", "synthesize"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Lineage:
+    """Where an example comes from, and what was measured of it before and after.
+
+    `root_id` is the user's own row at the start of the chain; `scores_before` are the scores of the parent
+    that was found wanting, `scores_after` those of this example in the next round, once known.
+    """
+
+    parent_ids: tuple[str, ...] = ()
+    root_id: str = ""
+    round: int = 0
+    op: Op = "seed"
+    axis: str | None = None
+    hint_ids: tuple[str, ...] = ()
+    refiner: str | None = None
+    prompt_version: str | None = None
+    scores_before: dict[str, float | None] | None = None
+    scores_after: dict[str, float | None] | None = None
+    accepted: bool = True
+    reject_reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A conversation whose last message is the assistant's.
+
+    `id` is a content hash, so that the same row has the same id in any file and at any position; `extra`
+    holds the user's columns that the program does not know, and is carried through.
+    """
+
+    messages: tuple[Message, ...]
+    id: str = ""
+    lineage: Lineage = Lineage()
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", content_id(self.messages))
+        if not self.lineage.root_id:
+            object.__setattr__(self, "lineage", dataclasses.replace(self.lineage, root_id=self.id))
+
+    @property
+    def prompt(self) -> str:
+        """The user's words: all user turns before the last assistant turn, joined by a blank line."""
+        return "\n\n".join(m.content for m in self.messages[:-1] if m.role == "user")
+
+    @property
+    def response(self) -> str:
+        """The last assistant turn."""
+        return self.messages[-1].content
+
+    def replace_text(self, prompt: str, response: str, lineage: Lineage) -> Example:
+        """A rewritten single-turn child: keeps the system turn and the extra columns, has its own id."""
+        system = tuple(m for m in self.messages if m.role == "system")
+        turns = (Message("user", prompt), Message("assistant", response))
+        return Example(system + turns, lineage=lineage, extra=self.extra)
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of dataset.jsonl; `from_json` reads it back to an equal Example."""
+        return {
+            "id": self.id,
+            "messages": [dataclasses.asdict(m) for m in self.messages],
+            **({"extra": self.extra} if self.extra else {}),
+            "lineage": dataclasses.asdict(self.lineage),
+        }
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Example:
+        """Reads a row of dataset.jsonl."""
+        lineage = dict(row["lineage"])
+        for name in ("parent_ids", "hint_ids"):
+            lineage[name] = tuple(lineage[name])
+        messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
+        return cls(messages, row["id"], Lineage(**lineage), row.get("extra", {}))
+
+
+def content_id(messages: tuple[Message, ...]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of roles and contents: 64 bits.
+
+    Two of a hundred million rows share one with probability 3e-4 (birthday bound); equal rows always do.
+    """
+    text = json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

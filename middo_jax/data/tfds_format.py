@@ -1,0 +1,100 @@
+"""TFDS datasets without TensorFlow: read as a data source, written as array_record.
+
+Import this module only where it is used: `tensorflow_datasets` comes with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from middo_jax.data.example import Example
+from middo_jax.data.formats import DataError, Row, plain, to_rows
+
+
+class MiddoExport(tfds.core.GeneratorBasedBuilder):
+    """Conversations, ids, and the extra columns as one JSON text: TFDS wants fixed types, users have any."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = tfds.core.Path(
+        __file__
+    )  # TFDS 4.9.10 finds it by importlib_resources, which it does not declare
+
+    def __init__(self, records: Sequence[Row] = (), **settings: Any) -> None:
+        self._records = records
+        super().__init__(**settings)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        turns = tfds.features.Sequence({"role": text, "content": text})
+        features = tfds.features.FeaturesDict({"id": text, "messages": turns, "extra": text})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, Row]]]:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, Row]]:
+        yield from enumerate(self._records)
+
+
+def rows(name: str, split: str) -> Iterator[Row]:
+    """Rows of a registered dataset (downloaded if need be) or of a prepared directory.
+
+    Raises:
+      DataError: no such dataset, directory or split, or it was prepared in a format that needs TensorFlow.
+    """
+    folder = Path(name).expanduser()
+    builder: Any  # TFDS wraps its methods in ways that hide their types
+    source: Any
+    try:
+        if (folder / "dataset_info.json").is_file():
+            builder = tfds.builder_from_directory(str(folder))
+            source = builder.as_data_source(split)
+        elif folder.is_dir() or name.startswith(("/", ".", "~")):
+            raise DataError(f"tfds: {folder} is not a prepared TFDS directory: it holds no dataset_info.json")
+        else:
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+                source = tfds.data_source(name, split=split)
+    except DataError:
+        raise
+    except Exception as e:  # any of a dataset's own code may run here
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise DataError(f"tfds: cannot read split {split!r} of {name}: {reason}") from e
+    ours = source.dataset_info.name == MiddoExport.name
+    for index in range(len(source)):
+        row = plain(source[index])
+        for key, feature in source.dataset_info.features.items():
+            if isinstance(feature, tfds.features.Sequence) and isinstance(row[key], dict):
+                # A sequence of objects comes as an object of sequences.
+                row[key] = [
+                    dict(zip(row[key], turn, strict=True)) for turn in zip(*row[key].values(), strict=True)
+                ]
+        yield {"id": row["id"], "messages": row["messages"], **json.loads(row["extra"])} if ours else row
+
+
+def write(examples: Sequence[Example], path: Path) -> None:
+    """Writes a directory that `tfds.builder_from_directory(path).as_data_source("train")` reads, or nothing.
+
+    Raises:
+      OSError: the directory cannot be made, or is not empty.
+    """
+    records = []
+    for example, row in zip(examples, to_rows(examples, "messages"), strict=True):
+        messages = row.pop("messages")
+        records.append({"id": example.id, "messages": messages, "extra": json.dumps(row)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        builder = MiddoExport(records, data_dir=temporary, file_format="array_record")
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            builder.download_and_prepare()
+        os.replace(builder.data_path, path)

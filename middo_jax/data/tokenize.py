@@ -1,0 +1,258 @@
+"""Conversation -> tokens, with the positions that are learnt and those that are the user's prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from middo_jax.data.example import Example, Message, Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# `Human: {prompt}<eos>\nAssistant:{response}<eos>`: for a tokenizer without a template.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'Human: ' + message['content'] + eos_token + '\\n' }}"
+    "{% else %}{{ 'Assistant:' + message['content'] + eos_token + '\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+class TemplateError(ValueError):
+    """The chat template cannot render a conversation in a way that shows where the answer starts and ends."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedExample:
+    """One rendered conversation.
+
+    Attributes:
+      id: the example's.
+      tokens_n: int32 token ids.
+      is_target_n: bool; the token is learnt: an assistant's word or the end of its turn.
+      in_prompt_n: bool; the token is of a user's turn, without the template's own words.
+      truncated: whether tokens had to be left out.
+    """
+
+    id: str
+    tokens_n: np.ndarray
+    is_target_n: np.ndarray
+    in_prompt_n: np.ndarray
+    truncated: bool
+
+    def __len__(self) -> int:
+        return len(self.tokens_n)
+
+
+def load_tokenizer(directory: str | Path, template: str | None = None) -> PreTrainedTokenizerBase:
+    """A fast tokenizer that surely has a chat template.
+
+    Args:
+      directory: a Hugging Face directory; nothing in it is executed.
+      template: a Jinja file that overrides the tokenizer's own, or 'default' for the Human/Assistant one,
+        which a tokenizer without any template gets too.
+
+    Raises:
+      TemplateError: the template file is missing, or the tokenizer is not a fast one (no character offsets).
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise TemplateError(
+            f"{directory}: a fast tokenizer (tokenizer.json) is needed to find where answers start"
+        )
+    if template == "default" or (template is None and not tokenizer.chat_template):
+        tokenizer.chat_template = DEFAULT_TEMPLATE
+    elif template is not None:
+        try:
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        except OSError as e:
+            raise TemplateError(
+                f"model.template: cannot read {template}: {e.strerror}; or say 'default'"
+            ) from e
+    return tokenizer
+
+
+def eos_token_ids(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's, the generation config's and the template's own."""
+    ids: list[Any] = [tokenizer.eos_token_id]
+    generation = Path(directory) / "generation_config.json"
+    if generation.exists():
+        named = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        ids.extend(named if isinstance(named, list) else [named])
+    end_of_turn = end_of_turn_token(tokenizer)
+    if end_of_turn is not None:
+        ids.append(end_of_turn)
+    return frozenset(i for i in ids if i is not None)
+
+
+def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The control token that the template puts right after an answer, if it puts one."""
+    probe = Example((Message("user", "Hi"), Message("assistant", "Hello")))
+    tokens = tokenize(probe, tokenizer, max_length=1 << 30)
+    last = int(tokens.tokens_n[tokens.is_target_n][-1])
+    return last if last in control_tokens(tokenizer).values() else None
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Text -> id of the tokens that steer the model, and that no sample's own text may contain."""
+    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenizedExample:
+    r"""Renders a conversation with the chat template and marks targets and prompt.
+
+    With a ChatML template, `user: Hi`, `assistant: Hello` become
+
+      <|im_start|> user \n Hi <|im_end|> \n <|im_start|> assistant \n Hello <|im_end|> \n
+      in_prompt    .    .  1     .        .       .           .      .    .       .     .
+      is_target    .    .  .     .        .       .           .      .    1       1     .
+
+    Every assistant turn is a target. Too long a conversation is cut: see `_truncate`.
+
+    Raises:
+      TemplateError: a turn cannot be found again in what the template rendered.
+    """
+    layout = _layout(tokenizer, tuple(m.role for m in example.messages))
+    text, content_starts = layout.locate(_render(tokenizer, example.messages), example)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens_n = np.asarray(encoded["input_ids"], np.int32)
+    starts_n, stops_n = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+    is_control_n = np.isin(tokens_n, list(control_tokens(tokenizer).values()))
+    is_target_n = np.zeros(len(tokens_n), bool)
+    in_prompt_n = np.zeros(len(tokens_n), bool)
+    for turn, message in enumerate(example.messages):
+        start, stop = content_starts[turn]
+        if message.role == "assistant":
+            first = int(np.searchsorted(starts_n, start - layout.openings[turn]))
+            after = int(np.searchsorted(starts_n, stop))
+            if after < len(tokens_n) and is_control_n[after]:
+                after += 1  # the end of the turn
+            is_target_n[first:after] = True
+        elif message.role == "user":
+            in_prompt_n |= (stops_n > start) & (starts_n < stop) & (stops_n > starts_n)
+    return _truncate(TokenizedExample(example.id, tokens_n, is_target_n, in_prompt_n, False), max_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """What a template puts around the turns of a conversation with given roles.
+
+    Attributes:
+      pieces: the template's own text before each turn, and after the last.
+      openings: for an assistant's turn, how many characters of the piece before it stand after the
+        generation prompt: they are the template's, but the model has to produce them.
+    """
+
+    pieces: tuple[str, ...]
+    openings: tuple[int, ...]
+
+    def locate(self, text: str, example: Example) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered text and each turn's [start, stop) in it; proven by putting it together again."""
+        for contents in (
+            [m.content for m in example.messages],
+            [m.content.strip() for m in example.messages],
+        ):
+            spans, rebuilt = [], ""
+            for piece, content in zip(self.pieces, contents, strict=False):
+                rebuilt += piece
+                spans.append((len(rebuilt), len(rebuilt) + len(content)))
+                rebuilt += content
+            if rebuilt + self.pieces[-1] == text:
+                return text, spans
+        raise TemplateError(f"sample {example.id}: the chat template changes its text; set model.template")
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(tokenizer: PreTrainedTokenizerBase, roles: tuple[Role, ...]) -> _Layout:
+    # A mark of private-use characters stands for each turn, so that no text can be taken for another's.
+    marks = [f"\ue000{turn}\ue001" for turn in range(len(roles))]
+    messages = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
+    text = _render(tokenizer, messages)
+    pieces, openings, rest = [], [], text
+    for turn, (role, mark) in enumerate(zip(roles, marks, strict=True)):
+        piece, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            raise TemplateError(
+                f"the chat template does not show a {role}'s turn exactly once; set model.template"
+            )
+        pieces.append(piece)
+        opening = 0
+        if role == "assistant":
+            prompt = _render(tokenizer, messages[:turn], add_generation_prompt=True)
+            if not text.startswith(prompt):
+                raise TemplateError(
+                    "the chat template's generation prompt is not what stands before an answer"
+                )
+            opening = text.index(mark) - len(prompt)
+        openings.append(opening)
+    return _Layout((*pieces, rest), tuple(openings))
+
+
+def tokenize_prompt(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, continue_with: str = ""
+) -> np.ndarray:
+    """int32 tokens of a conversation that asks for an answer, the answer's first words given or not."""
+    text = _render(tokenizer, messages, add_generation_prompt=True)
+    encoded = tokenizer(text + continue_with, add_special_tokens=False, verbose=False)
+    return np.asarray(encoded["input_ids"], np.int32)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> str:
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [dataclasses.asdict(m) for m in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except jinja2.TemplateError as e:
+        raise TemplateError(f"the chat template refuses a conversation of {len(messages)} turns: {e}") from e
+    assert isinstance(text, str)
+    return text
+
+
+def _truncate(example: TokenizedExample, max_length: int) -> TokenizedExample:
+    """Cuts a conversation to `max_length` tokens, keeping the end of the prompt.
+
+    What the template puts after the last answer goes first. The answer may take half of the room, and more
+    where the rest leaves it; what is over is cut from its end. Then the oldest words go: the head (what
+    stands before the first prompt token, at most half of what is left) and the end of what precedes the
+    answer, where the question usually is, stay.
+    """
+    if len(example) <= max_length:
+        return example
+    targets = np.flatnonzero(example.is_target_n)
+    stop = int(targets[-1]) + 1
+    start = (
+        int(np.flatnonzero(~example.is_target_n[:stop])[-1]) + 1
+        if not example.is_target_n[:stop].all()
+        else 0
+    )
+    kept_answer = min(stop - start, max(max_length - start, max_length // 2))
+    room = max_length - kept_answer  # for what precedes the answer
+    dropped = max(0, start - room)
+    prompt = np.flatnonzero(example.in_prompt_n)
+    head = min(int(prompt[0]) if len(prompt) else 0, room // 2)
+    keep = np.r_[0:head, head + dropped : start + kept_answer]
+    return TokenizedExample(
+        example.id,
+        example.tokens_n[keep],
+        example.is_target_n[keep],
+        example.in_prompt_n[keep],
+        truncated=dropped > 0 or start + kept_answer < stop,
+    )

@@ -1,0 +1,1 @@
+"""The dense decoder: declaration, forward passes, weights in and out, generation."""

@@ -1,0 +1,1 @@
+"""Mesh, axis rules and hosts."""

@@ -1,0 +1,81 @@
+"""The device mesh, and the one table that says which array axis lies along which mesh axis."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from middo_jax.config import ConfigError, MeshSettings
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Logical axis -> mesh axes. `data` may span slices (the slow network); `fsdp` and `tensor` may not."""
+
+    batch: tuple[str, ...] | None = ("data", "fsdp")
+    length: tuple[str, ...] | None = None
+    layers: tuple[str, ...] | None = None
+    embed: tuple[str, ...] | None = ("fsdp",)
+    norm: tuple[str, ...] | None = None
+    vocab: tuple[str, ...] | None = ("tensor",)
+    heads: tuple[str, ...] | None = ("tensor",)
+    kv_heads: tuple[str, ...] | None = ("tensor",)
+    mlp: tuple[str, ...] | None = ("tensor",)
+    # A hidden vector stays whole on each device: only parameters are split along `embed`.
+    hidden: tuple[str, ...] | None = None
+
+    def spec(self, *logical_axes: str | None) -> PartitionSpec:
+        """The PartitionSpec of an array whose axes have these names; None is a replicated axis."""
+        return PartitionSpec(*(None if axis is None else getattr(self, axis) for axis in logical_axes))
+
+
+RULES = ShardingRules()
+
+
+def make_mesh(settings: MeshSettings | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 and takes what is left.
+
+    Raises:
+      ConfigError: the axes' product is not the number of devices.
+    """
+    settings = settings or MeshSettings()
+    devices = jax.devices() if devices is None else devices
+    sizes = [settings.data, settings.fsdp, settings.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if (
+        sizes.count(-1) > 1
+        or 0 in sizes
+        or len(devices) % fixed
+        or (-1 not in sizes and fixed != len(devices))
+    ):
+        wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise ConfigError(f"config: {wanted} does not fit {len(devices)} devices; at most one axis may be -1")
+    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
+    """Where an array with these logical axes lies on the mesh."""
+    return NamedSharding(mesh, RULES.spec(*logical_axes))
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Pins an intermediate to its place on the mesh that is set by `jax.set_mesh`; without a mesh, identity.
+
+    It acts on every platform, so that tests on simulated devices exercise what a pod runs.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, RULES.spec(*logical_axes))
+
+
+def batch_divisor(mesh: Mesh) -> int:
+    """A global batch must be a multiple of this: the devices along `data` and `fsdp`."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 
 class RunError(RuntimeError):
@@ -22,12 +22,13 @@ class RunError(RuntimeError):
 
 
 @contextlib.contextmanager
-def atomic(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path` and renames it over `path` once the block has ended well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with open(handle, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+        binary = mode == "wb"
+        with open(handle, "wb") if binary else open(handle, "w", encoding="utf-8", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -1,7 +1,7 @@
 """Attention, exact for packed sequences: a token sees what its own segment holds up to itself.
 
 Axes: b batch, t query position, s key position, h query heads, k key/value heads, g query heads a key head,
-d head dimension.
+d head dimension, l layer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import jax.numpy as jnp
 # Query positions handled at a time. A block needs only the keys up to its own end, so that shorter blocks
 # waste less on the upper triangle, and the scores [b, h, block, s] never grow with t squared.
 QUERY_BLOCK = 128
+
+# Cache slots read at a time by `cached_attention`.
+CACHE_BLOCK = 128
 
 
 def packed_attention(
@@ -70,3 +73,67 @@ def masked_attention(
     scores = jnp.where(visible_bts[:, None, None], scores / math.sqrt(d), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_bskd.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v_bskd).reshape(b, t, h, d)
+
+
+def cached_attention(
+    q_bthd: jax.Array,
+    keys_lbskd: jax.Array,
+    values_lbskd: jax.Array,
+    layer: jax.Array,
+    positions_bt: jax.Array,
+) -> jax.Array:
+    """Attention of new positions to one layer's cache slots up to themselves.
+
+    The softmax is accumulated over blocks of slots (arXiv 2205.14135) as far as the longest row reaches, so
+    that a step costs what is cached and not what fits. A block that lies behind a row's position changes
+    nothing in it, to the bit: rows do not see how long their neighbours are. Positions >= s (idle rows) get
+    numbers without meaning.
+
+    Args:
+      q_bthd: queries, RoPE applied.
+      keys_lbskd: all layers' keys, RoPE applied; sliced here, since a slice outside would be a copy.
+      values_lbskd: all layers' values.
+      layer: index of the layer.
+      positions_bt: slot of each query, whose key and value are already in the cache.
+
+    Returns:
+      [b, t, h, d] in q's dtype; softmax in float32.
+    """
+    b, t, h, d = q_bthd.shape
+    _, _, s, kv_heads, _ = keys_lbskd.shape
+    block = min(CACHE_BLOCK, s)
+    lowest = jnp.finfo(jnp.float32).min
+    q_btkgd = q_bthd.reshape(b, t, kv_heads, h // kv_heads, d)
+
+    def read(index: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        highest_bkgt, total_bkgt, sum_bkgtd = state
+        # The last block is moved back to fit; what the one before has read is masked.
+        start = jnp.minimum(index * block, s - block)
+        corner, size = (layer, 0, start, 0, 0), (1, b, block, kv_heads, d)
+        keys_bskd = jax.lax.dynamic_slice(keys_lbskd, corner, size)[0]
+        values_bskd = jax.lax.dynamic_slice(values_lbskd, corner, size)[0]
+        slots = start + jnp.arange(block)
+        visible_bts = (slots >= index * block) & (slots <= positions_bt[..., None])
+        scores = jnp.einsum("btkgd,bskd->bkgts", q_btkgd, keys_bskd, preferred_element_type=jnp.float32)
+        scores = jnp.where(visible_bts[:, None, None], scores / math.sqrt(d), lowest)
+        new_highest_bkgt = jnp.maximum(highest_bkgt, scores.max(axis=-1))
+        rescale_bkgt = jnp.exp(highest_bkgt - new_highest_bkgt)
+        weights = jnp.exp(scores - new_highest_bkgt[..., None])
+        added_bkgtd = jnp.einsum(
+            "bkgts,bskd->bkgtd",
+            weights.astype(values_bskd.dtype),
+            values_bskd,
+            preferred_element_type=jnp.float32,
+        )
+        return (
+            new_highest_bkgt,
+            total_bkgt * rescale_bkgt + weights.sum(axis=-1),
+            sum_bkgtd * rescale_bkgt[..., None] + added_bkgtd,
+        )
+
+    last = jnp.max(jnp.where(positions_bt < s, positions_bt, 0))
+    shape = (b, kv_heads, h // kv_heads, t)
+    state = (jnp.full(shape, lowest), jnp.zeros(shape), jnp.zeros((*shape, d)))
+    _, total_bkgt, sum_bkgtd = jax.lax.fori_loop(0, last // block + 1, read, state)
+    attended_bkgtd = (sum_bkgtd / total_bkgt[..., None]).astype(q_bthd.dtype)
+    return jnp.moveaxis(attended_bkgtd, 3, 1).reshape(b, t, h, d)

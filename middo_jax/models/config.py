@@ -61,6 +61,15 @@ def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> Deco
     for field, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if config.get(field, only) != only:
             raise UnsupportedModel(f"config.json: {field}={config[field]!r} is not supported, only {only!r}")
+    for field in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ):
+        if not isinstance(config.get(field), int):
+            raise UnsupportedModel(f"config.json: {field} is missing or no whole number")
     # transformers 5 writes rope_parameters; 4 wrote rope_theta and rope_scaling.
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
@@ -73,7 +82,7 @@ def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> Deco
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        max_position_embeddings=config["max_position_embeddings"],
+        max_position_embeddings=config.get("max_position_embeddings", 2048),
         rope_theta=float(theta),
         rope_scaling=_rope_scaling(rope),
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
@@ -83,6 +92,8 @@ def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> Deco
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> Llama3Rope | None:
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModel("config.json: partial_rotary_factor is not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -90,7 +101,10 @@ def _rope_scaling(rope: Mapping[str, Any]) -> Llama3Rope | None:
         raise UnsupportedModel(
             f"config.json: rope_type {kind!r} is not supported; supported: 'default', 'llama3'"
         )
-    return Llama3Rope(*(rope[f.name] for f in dataclasses.fields(Llama3Rope)))
+    fields = [field.name for field in dataclasses.fields(Llama3Rope)]
+    if missing := [field for field in fields if field not in rope]:
+        raise UnsupportedModel(f"config.json: the llama3 RoPE parameters lack {', '.join(missing)}")
+    return Llama3Rope(*(rope[field] for field in fields))
 
 
 def read_config(directory: str | Path, dtype: str = "float32") -> DecoderConfig:
@@ -100,4 +114,8 @@ def read_config(directory: str | Path, dtype: str = "float32") -> DecoderConfig:
       FileNotFoundError: it is not there.
       UnsupportedModel: see `from_hugging_face`.
     """
-    return from_hugging_face(json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")), dtype)
+    path = Path(directory) / "config.json"
+    try:
+        return from_hugging_face(json.loads(path.read_text(encoding="utf-8")), dtype)
+    except json.JSONDecodeError as e:
+        raise UnsupportedModel(f"{path}: not valid JSON: {e}") from e

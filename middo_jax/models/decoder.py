@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from middo_jax.models.attention import masked_attention, packed_attention
+from middo_jax.models.attention import cached_attention, packed_attention
 from middo_jax.models.config import DecoderConfig, Llama3Rope
 from middo_jax.models.parameters import parameters
 from middo_jax.parallel.mesh import constrain
@@ -97,21 +97,20 @@ class Decoder(nnx.Module):
         """
         rope = rope_tables(self.config, positions_bt)
         rows_b1 = jnp.arange(tokens_bt.shape[0])[:, None]
-        visible_bts = jnp.arange(cache.keys.shape[2]) <= positions_bt[..., None]
 
+        # The cache is carried, not scanned over: as a scanned input and output it would be copied every call.
         def layer(
-            x_btd: jax.Array, inputs: tuple[dict[str, jax.Array], jax.Array, jax.Array]
-        ) -> tuple[jax.Array, KVCache]:
-            weights, keys_bskd, values_bskd = inputs
+            carry: tuple[jax.Array, KVCache], inputs: tuple[dict[str, jax.Array], jax.Array]
+        ) -> tuple[tuple[jax.Array, KVCache], None]:
+            (x_btd, (keys, values)), (weights, index) = carry, inputs
             q, k, v = self._project(x_btd, weights, rope)
-            keys_bskd = keys_bskd.at[rows_b1, positions_bt].set(k, mode="drop")
-            values_bskd = values_bskd.at[rows_b1, positions_bt].set(v, mode="drop")
-            attended = masked_attention(q, keys_bskd, values_bskd, visible_bts)
-            return self._finish(x_btd, attended, weights), KVCache(keys_bskd, values_bskd)
+            keys = keys.at[index, rows_b1, positions_bt].set(k, mode="drop")
+            values = values.at[index, rows_b1, positions_bt].set(v, mode="drop")
+            attended = cached_attention(q, keys, values, index, positions_bt)
+            return (self._finish(x_btd, attended, weights), KVCache(keys, values)), None
 
-        x_btd, cache = jax.lax.scan(
-            layer, self._embed(tokens_bt), (self._stacked(), cache.keys, cache.values)
-        )
+        layers = (self._stacked(), jnp.arange(self.config.num_layers))
+        (x_btd, cache), _ = jax.lax.scan(layer, (self._embed(tokens_bt), cache), layers)
         return rms_norm(x_btd, self.final_norm[...], self.config.rms_norm_eps), cache
 
     def unembed(self, hidden_nd: jax.Array) -> jax.Array:

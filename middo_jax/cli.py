@@ -1,0 +1,353 @@
+"""The commands: parse, call, print. Results go to stdout, progress to stderr; heavy imports wait."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Closed-loop data optimisation for LLM fine-tuning. Any setting can be given last, as a.b=value.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings, the last wins.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Data = Annotated[str, typer.Option(help="A file, a dataset directory, tfds:NAME:SPLIT or hf:NAME:SPLIT.")]
+Model = Annotated[
+    str, typer.Option(help="A Hugging Face directory, a checkpoint of ours, a .gguf, a repo id.")
+]
+
+
+def main() -> None:
+    """Runs the program; an error that speaks to the user is printed without a traceback."""
+    # transformers and TFDS talk at import; a user asked neither.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from middo_jax.run_dir import RunError
+
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except (RunError, ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("MIDDO_TRACEBACK"):
+            raise
+        print(f"middo: {error}", file=sys.stderr)
+        print("(MIDDO_TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command("run", epilog="Example: middo run configs/quickstart.yaml rounds=2 train.learning_rate=1e-4")
+def run_command(
+    config: Annotated[Path, typer.Argument(help="A YAML file of settings.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """The closed loop: train, score, select, refine, merge, again; resumed where it stopped."""
+    from middo_jax.config import load
+    from middo_jax.loop import run_loop
+    from middo_jax.progress import for_stderr
+    from middo_jax.report.status import status
+
+    run = run_loop(load(config, overrides or ()), for_stderr())
+    _show(as_json, {"report": str(run.report), **status(run)}, str(run.report))
+
+
+@app.command(epilog="Example: middo score --data alpaca.json --model ./tuned --pre-model ./base --out scored")
+def score(
+    data: Data,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Gets dataset.jsonl, scores.parquet, embeddings.npy.")],
+    pre_model: Annotated[str | None, typer.Option(help="The model before training, for loss_pre.")] = None,
+    axes: Annotated[str, typer.Option(help="Comma-separated.")] = "complexity,diversity,quality",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Losses, neighbours and ratings of a dataset, without the loop."""
+    from middo_jax import stages
+    from middo_jax.run_dir import RoundDir, write_jsonl, write_text
+
+    wanted = [axis.strip() for axis in axes.split(",") if axis.strip()]
+    if unknown := [axis for axis in wanted if axis not in stages.AXES]:
+        raise ValueError(f"--axes: {unknown[0]!r} is none of {', '.join(stages.AXES)}")
+    model_path = _model(model)
+    settings = [
+        f"model.path={_base(model_path)}",
+        f"data.path={data}",
+        "data.eval_fraction=0",
+        *(overrides or ()),
+    ]
+    workshop = _workshop(settings)
+    directory = RoundDir(out)
+    kept, _, rejections = stages.prepare(workshop)
+    write_text(out / "config.yaml", workshop.config.to_yaml())
+    write_jsonl(directory.rejected, (r.to_json() for r in rejections))
+    stages.write_dataset(directory, kept)
+    if pre_model is None and "complexity" in wanted:
+        workshop.progress.say("no --pre-model: loss_pre stays empty, and no sample can be called hard")
+    stages.score_stage(workshop, directory, model_path, _model(pre_model) if pre_model else None, wanted)
+    result = {"out": str(out), "n": len(kept), "rejected": len(rejections), "scores": str(directory.scores)}
+    _show(as_json, result, str(directory.scores))
+
+
+@app.command(epilog="Example: middo select scored complexity.m=1.5 quality.fraction=0.05 quality.m=null")
+def select(directory: Path, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """The hard, sparse and low-quality samples of DIRECTORY/scores.parquet, and how many each m selects."""
+    from middo_jax import stages
+    from middo_jax.report.terminal import render_selection
+    from middo_jax.run_dir import RoundDir
+
+    selection = stages.select_stage(_workshop_of(directory, overrides), RoundDir(directory))
+    _show(as_json, selection, render_selection(selection))
+
+
+@app.command(
+    epilog="Example: middo refine scored --dry-run refine.base_url=http://127.0.0.1:8000/v1 refine.model=m"
+)
+def refine(
+    directory: Path,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what and how much would be asked.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The selected samples of DIRECTORY through a served LLM; writes refined.jsonl and merged.jsonl."""
+    from middo_jax import refine as wing
+    from middo_jax import stages
+    from middo_jax.run_dir import RoundDir, read_jsonl, write_jsonl
+
+    workshop, here = _workshop_of(directory, overrides), RoundDir(directory)
+    if dry_run:
+        plan = wing.dry_run(stages.plan_refinement(here), workshop.config.refine)
+        counts = {name: getattr(plan, name) for name in plan.__dataclass_fields__ if name != "rows"}
+        text = "\n".join(f"{name.replace('_', ' ')}: {value:,}" for name, value in counts.items())
+        _show(as_json, counts | {"rows": list(plan.rows)}, text)
+        return
+    cache = wing.AnswerCache(directory / "llm_cache.sqlite")
+    try:
+        usage = stages.refine_stage(workshop, here, 0, cache)
+    finally:
+        cache.close()
+    merged = directory / "merged.jsonl"
+    write_jsonl(merged, (e.to_json() for e in stages.merged_dataset(here)))
+    rows = read_jsonl(here.refined)
+    accepted = sum(row["accepted"] for row in rows)
+    result = {"tasks": len(rows), "accepted": accepted, "merged": str(merged), "usage": usage.to_json()}
+    _show(as_json, result, f"{accepted} of {len(rows)} rewrites accepted\n{merged}")
+
+
+@app.command(epilog="Example: middo train --data alpaca.json --model ./base --out tuned train.num_epochs=3")
+def train(
+    data: Data,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Gets checkpoint/ and metrics.jsonl.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Supervised fine-tuning: OUT/checkpoint and OUT/metrics.jsonl; goes on where it was stopped."""
+    from middo_jax import stages
+    from middo_jax.run_dir import RoundDir, read_jsonl, write_jsonl, write_text
+
+    model_path, directory = _model(model), RoundDir(out)
+    settings = [
+        f"model.path={_base(model_path)}",
+        f"data.path={data}",
+        "data.eval_fraction=0",
+        *(overrides or ()),
+    ]
+    workshop = _workshop(settings)
+    kept, heldout, rejections = stages.prepare(workshop)
+    write_text(out / "config.yaml", workshop.config.to_yaml())
+    write_jsonl(directory.rejected, (r.to_json() for r in rejections))
+    stages.write_dataset(directory, kept)
+    stages.train_stage(workshop, directory, model_path)
+    result: dict[str, Any] = {
+        "checkpoint": str(directory.checkpoint),
+        "last": read_jsonl(directory.metrics)[-1],
+    }
+    if heldout:
+        result["heldout"] = stages.heldout_loss(workshop, directory.checkpoint, heldout)
+    _show(as_json, result, str(directory.checkpoint))
+
+
+@app.command(
+    "eval", epilog="Example: middo eval --data heldout.jsonl --model runs/quickstart/final/checkpoint"
+)
+def evaluate(data: Data, model: Model, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Loss per target token of a model on a dataset."""
+    from middo_jax import stages
+
+    path = _model(model)
+    workshop = _workshop(
+        [f"model.path={_base(path)}", f"data.path={data}", "data.eval_fraction=0", *(overrides or ())]
+    )
+    examples, _, _ = stages.prepare(workshop)
+    result = stages.heldout_loss(workshop, path, examples)
+    _show(as_json, result, f"{result['loss']:.6f} nats a token over {result['n_target_tokens']:,} tokens")
+
+
+@app.command(epilog="Example: middo export runs/quickstart/final/checkpoint ./tuned --dtype bfloat16")
+def export(
+    checkpoint: Path,
+    out: Path,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")
+    ] = None,
+) -> None:
+    """A checkpoint of ours as a Hugging Face directory."""
+    from middo_jax.stages import export_checkpoint
+
+    print(export_checkpoint(checkpoint, out, dtype))
+
+
+@app.command(epilog="Example: middo convert alpaca.json chat.jsonl --format messages")
+def convert(
+    data: Annotated[str, typer.Argument(help="What --data takes elsewhere.")],
+    out: Path,
+    to: Annotated[
+        str, typer.Option("--format", help="alpaca messages sharegpt prompt_completion parquet tfds")
+    ],
+) -> None:
+    """A dataset in another format; rows that cannot be used are counted and written beside it."""
+    from middo_jax.data.sources import read, write
+    from middo_jax.run_dir import write_jsonl
+
+    examples, rejections = read(data)
+    write(examples, out, to)
+    if rejections:
+        beside = out.with_name(f"{out.name}.rejected.jsonl")
+        write_jsonl(beside, (r.to_json() for r in rejections))
+        print(f"{len(rejections)} rows could not be used, see {beside}", file=sys.stderr)
+    print(out)
+
+
+@app.command(epilog="Example: middo serve ./tuned --port 8000")
+def serve(
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a .gguf or a repo id.")],
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    overrides: Overrides = None,
+) -> None:
+    """An OpenAI-compatible endpoint on loopback, unless serve.host says otherwise."""
+    from middo_jax.refine.server import build_app, load_engine, serve_forever
+
+    path = _model(model)
+    config = _workshop(
+        [f"model.path={path}", "data.path=none", f"serve.port={port}", *(overrides or ())]
+    ).config
+    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype)
+    with engine:
+        serve_forever(
+            build_app(engine, tokenizer, path.resolve().name, eos_ids), config.serve.host, config.serve.port
+        )
+
+
+@app.command(epilog="Example: middo report runs/quickstart")
+def report(run: Path) -> None:
+    """Writes RUN/report.html anew, of what there is by now."""
+    from middo_jax.report.build import build
+    from middo_jax.run_dir import RunDir
+
+    print(build(RunDir(run)))
+
+
+@app.command(epilog="Example: middo status runs/quickstart")
+def status(run: Path, as_json: AsJson = False) -> None:
+    """What a run has done, and what comes next."""
+    from middo_jax.report.status import render_status
+    from middo_jax.report.status import status as of
+    from middo_jax.run_dir import RunDir
+
+    facts = of(RunDir(run))
+    _show(as_json, facts, render_status(facts))
+
+
+@app.command(epilog="Example: middo trace runs/quickstart 3fa9c2")
+def trace(
+    run: Path,
+    sample: Annotated[str, typer.Argument(metavar="ID", help="An id, or enough of its start.")],
+    as_json: AsJson = False,
+) -> None:
+    """A sample's ancestors and descendants over the rounds, with their scores."""
+    from middo_jax.report.lineage import trace as of
+    from middo_jax.report.terminal import render_trace
+    from middo_jax.run_dir import RunDir
+
+    chain = of(RunDir(run), sample)
+    _show(as_json, chain, render_trace(chain))
+
+
+@app.command(epilog="Example: middo inspect alpaca.json --model ./base model.max_length=512")
+def inspect(
+    data: Annotated[str, typer.Argument(help="What --data takes elsewhere.")],
+    model: Annotated[
+        str | None, typer.Option(help="Whose tokenizer and template; without it only rows count.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is in a dataset; with a model, how its first sample is rendered and how long all are."""
+    from middo_jax.data.sources import read
+    from middo_jax.report.inspection import inspect_rows, inspect_tokens
+    from middo_jax.report.terminal import render_inspection
+
+    examples, rejections = read(data)
+    facts = inspect_rows(examples, rejections)
+    if model is not None:
+        workshop = _workshop([f"model.path={_base(_model(model))}", f"data.path={data}", *(overrides or ())])
+        config = workshop.config
+        facts |= inspect_tokens(
+            examples, workshop.tokenizer, config.model.max_length, config.scoring.batch_tokens
+        )
+    _show(as_json, facts, render_inspection(facts))
+
+
+def _workshop(settings: Sequence[str], path: Path | None = None) -> Any:
+    import jax
+
+    from middo_jax.config import load
+    from middo_jax.progress import for_stderr
+    from middo_jax.stages import Workshop
+
+    # float32 is the fast dtype on a CPU, and what one compares with there.
+    dtype = [] if path or jax.default_backend() != "cpu" else ["model.dtype=float32"]
+    return Workshop(load(path, [*dtype, *settings]), for_stderr())
+
+
+def _workshop_of(directory: Path, overrides: Sequence[str] | None) -> Any:
+    from middo_jax.run_dir import RunError
+
+    for path in (directory / "config.yaml", directory.parent / "config.yaml"):
+        if path.exists():
+            return _workshop(overrides or (), path)
+    raise RunError(
+        f"{directory}: no config.yaml there or above; `middo score --data F --model M --out DIR` makes one"
+    )
+
+
+def _model(path: str) -> Path:
+    from middo_jax.models.hf import resolve
+
+    return resolve(path)
+
+
+def _base(path: Path) -> Path:
+    """The Hugging Face directory whose tokenizer a model uses: its own, or that which a checkpoint names."""
+    from middo_jax.train.checkpoint import read_metadata
+
+    metadata = read_metadata(path)
+    return path if metadata is None else Path(metadata["base"])
+
+
+def _show(as_json: bool, value: Any, text: str) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2) if as_json else text)

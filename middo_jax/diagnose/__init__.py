@@ -1,0 +1,1 @@
+"""The three signals: complexity, diversity, quality; and what they select."""

@@ -1,0 +1,50 @@
+"""What the model is asked about its own training data, versioned: three dimensions, of prompt and response.
+
+The sample comes first and the question last: the three questions about one text share that text's keys and
+values, and a question that stands right before the answer is not forgotten over a long sample.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+RUBRIC_VERSION = "1"
+
+Dimension = Literal["clarity", "completeness", "factuality"]
+Part = Literal["prompt", "response"]
+
+DIMENSIONS: tuple[Dimension, ...] = ("clarity", "completeness", "factuality")
+PARTS: tuple[Part, ...] = ("prompt", "response")
+COLUMNS = tuple(f"{dimension}_{part}" for dimension in DIMENSIONS for part in PARTS)
+
+_TEXT: dict[Part, str] = {
+    "prompt": "### Instruction\n{prompt}\n\n",
+    "response": "### Instruction\n{prompt}\n\n### Response\n{response}\n\n",
+}
+
+_OPENING = (
+    "You rate training data for a language model. Below is a sample and a question about it. "
+    "Answer with one whole number from 0 (worst) to 10 (best) and nothing else.\n\n"
+)
+
+_QUESTION: dict[tuple[Dimension, Part], str] = {
+    ("clarity", "prompt"): "How clearly does the instruction say what is wanted?",
+    ("completeness", "prompt"): "Does the instruction give all the detail that is needed to answer it well?",
+    ("factuality", "prompt"): "Is everything that the instruction states or assumes true?",
+    ("clarity", "response"): "How clear, well ordered and to the point is the response?",
+    ("completeness", "response"): "Does the response do everything that the instruction asks?",
+    ("factuality", "response"): "Is every statement, number and step of the response correct?",
+}
+
+# The first words of the model's answer are given, so that the number is what comes next.
+ANSWER_STEM = "Rating: "
+
+
+def judge_message(dimension: Dimension, part: Part, prompt: str, response: str) -> str:
+    """The user message that asks for one rating; the sample's text is inserted, never interpreted."""
+    values = {"{prompt}": prompt, "{response}": response}
+    # Split at our own marks, once: a prompt that happens to hold "{response}" is not filled in.
+    pieces = re.split(r"(\{prompt\}|\{response\})", _TEXT[part])
+    sample = "".join(values.get(piece, piece) for piece in pieces)
+    return f"{_OPENING}{sample}### Question\n{_QUESTION[dimension, part]}"

@@ -1,0 +1,93 @@
+"""Quality by generation, as published: the model writes its rating, and the number is read from the text.
+
+Dearer than the expected rating by all the tokens that are decoded, and it can fail to be read; what cannot be
+read is missing, never 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from flax import nnx
+
+from middo_jax.config import QualitySettings
+from middo_jax.data.example import Example, Message
+from middo_jax.data.tokenize import tokenize_prompt
+from middo_jax.diagnose.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, judge_message
+from middo_jax.models.generate import Engine, Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NUMBER = r"(10(?:\.0+)?|[0-9](?:\.[0-9]+)?)(?![\d%]|\.\d)"
+_LABELLED = re.compile(rf"(?:rating|score)\W{{0,5}}(?:is|of|:|=)?\W{{0,5}}{_NUMBER}", re.IGNORECASE)
+_OUT_OF = re.compile(rf"{_NUMBER}\s*(?:/|out of)\s*10\b", re.IGNORECASE)
+_FIRST = re.compile(rf"\W{{0,5}}{_NUMBER}")
+
+
+def parse_rating(text: str) -> float | None:
+    """The rating that an answer gives, or None.
+
+    A labelled number counts first, then one "out of 10", then one that the answer starts with; the last of
+    its kind where there are several. "On a scale of 0 to 10 I give it a 9" says none of these clearly: None.
+    """
+    for pattern in (_LABELLED, _OUT_OF):
+        if found := pattern.findall(text):
+            return float(found[-1])
+    first = _FIRST.match(text)
+    return float(first.group(1)) if first else None
+
+
+def judge_by_sampling(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: QualitySettings,
+    *,
+    stop_ids: frozenset[int],
+    max_batch: int,
+    max_context: int,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Six sampled ratings of every example: [n, 6] float32 as `rubrics.COLUMNS`, NaN where none can be read.
+
+    Prompts that leave no room for an answer in `max_context` are missing too.
+    """
+    questions = [
+        judge_message(dimension, part, example.prompt, example.response)
+        for example in examples
+        for dimension in DIMENSIONS
+        for part in PARTS
+    ]
+    ratings = np.full(len(questions), np.nan, np.float32)
+    with Engine(graphdef, params, max_batch, max_context) as engine:
+        futures = []
+        for number, question in enumerate(questions):
+            tokens = tokenize_prompt(
+                [Message("user", question)], tokenizer, continue_with=ANSWER_STEM.rstrip()
+            )
+            if len(tokens) >= max_context:
+                futures.append(None)
+                continue
+            request = Request(
+                tokens.tolist(),
+                settings.max_new_tokens,
+                settings.temperature,
+                settings.top_p,
+                settings.top_k,
+                seed=seed + number,
+                stop_ids=stop_ids,
+            )
+            futures.append(engine.submit(request))
+        for number, future in enumerate(futures):
+            if future is not None:
+                rating = parse_rating(str(tokenizer.decode(future.result().tokens)))
+                ratings[number] = np.nan if rating is None else rating
+            if on_progress is not None:
+                on_progress((number + 1) // (len(DIMENSIONS) * len(PARTS)), len(examples))
+    return ratings.reshape(len(examples), -1)

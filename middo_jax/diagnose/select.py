@@ -1,0 +1,138 @@
+"""Scores -> the hard, sparse and low-quality samples; thresholds from m or from a wanted fraction.
+
+  hard         loss_pre > mean + m std  and  loss_post > mean + m std      (complexity)
+  sparse       s < mean - m std, s the mean similarity to the neighbours   (diversity)
+  low_quality  q < mean - m std                                           (quality)
+
+Every axis is brought to one number a sample: by how many standard deviations it is worse than the mean. Then
+all three select alike, badness > m, and a wanted fraction is a matter of the right m.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from middo_jax.config import Config, Threshold
+from middo_jax.diagnose.table import as_floats, set_flags
+
+SWEEP = tuple(round(0.25 * i, 2) for i in range(13))  # m from 0 to 3
+SETS = {"complexity": "hard", "diversity": "sparse", "quality": "low_quality"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Standardised:
+    """One column of scores, in standard deviations from its mean.
+
+    Attributes:
+      z: [n] (score - mean) / std, NaN where the score is missing, 0 where all are equal.
+      mean, std: population statistics over the finite scores only; NaN if there is none.
+    """
+
+    z: np.ndarray
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, scores: np.ndarray) -> Standardised:
+        """Standardises [n] scores; missing ones are NaN and never enter the mean."""
+        finite = scores[np.isfinite(scores)]
+        if not len(finite):
+            return cls(np.full(len(scores), np.nan), math.nan, math.nan)
+        mean, std = float(finite.mean()), float(finite.std())
+        z = np.where(np.isfinite(scores), (scores - mean) / std if std > 0 else 0.0, np.nan)
+        return cls(z, mean, std)
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisSelection:
+    """What one axis selects: `selected` [n] bool, and what selection.json says of it."""
+
+    selected: np.ndarray
+    facts: dict[str, Any]
+
+
+def select_axis(columns: dict[str, np.ndarray], sign: int, threshold: Threshold) -> AxisSelection:
+    """Selects where every column is worse than its mean by more than m standard deviations.
+
+    Args:
+      columns: the scores that must all be bad, [n] each, NaN where missing.
+      sign: +1 if a high score is bad, -1 if a low one is.
+      threshold: m, or the wanted fraction of the samples that have a score.
+    """
+    scores = {name: Standardised.of(values) for name, values in columns.items()}
+    # All of x > mean + m std  <=>  the least of (x - mean) / std > m; NaN wins, as it must.
+    badness = np.minimum.reduce([sign * s.z for s in scores.values()])
+    known = np.isfinite(badness)
+    m = threshold.m if threshold.m is not None else m_of_fraction(badness[known], threshold.fraction or 0.0)
+    selected = known & (badness > m)
+    return AxisSelection(
+        selected,
+        {
+            "n_scored": int(known.sum()),
+            "n_null": int((~known).sum()),
+            "m": _finite(m),
+            "fraction": threshold.fraction,
+            "mean": {name: _finite(s.mean) for name, s in scores.items()},
+            "std": {name: _finite(s.std) for name, s in scores.items()},
+            "threshold": {name: _finite(s.mean + sign * m * s.std) for name, s in scores.items()},
+            "n_selected": int(selected.sum()),
+        },
+    )
+
+
+def m_of_fraction(badness: np.ndarray, fraction: float) -> float:
+    """The m with which `badness > m` selects round(fraction * n) samples, fewer if there are ties.
+
+    badness [3, 1, 2, 0], fraction 0.5  ->  m = 1, which selects 3 and 2
+    """
+    count = round(fraction * len(badness))
+    if count >= len(badness):
+        return -math.inf
+    return float(np.sort(badness)[::-1][count])
+
+
+def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
+    """The three sets.
+
+    Returns:
+      The table with `hard`, `sparse`, `low_quality` filled in for the axes that have scores, and
+      selection.json: thresholds, counts, ids, overlap, and how many each m would select.
+    """
+    axes = {
+        "complexity": (("loss_pre", "loss_post"), 1, config.complexity),
+        "diversity": (("knn_mean_sim",), -1, config.diversity),
+        "quality": (("quality",), -1, config.quality),
+    }
+    ids = np.asarray(table["id"].to_pylist(), object)
+    facts: dict[str, Any] = {}
+    sweep: dict[str, Any] = {}
+    flags: dict[str, np.ndarray | None] = dict.fromkeys(SETS.values())
+    for axis, (names, sign, threshold) in axes.items():
+        columns = {name: as_floats(table, name) for name in names}
+        if any(np.isnan(values).all() for values in columns.values()):
+            continue  # not computed
+        chosen = select_axis(columns, sign, threshold)
+        flags[SETS[axis]] = chosen.selected
+        facts[axis] = chosen.facts | {"ids": ids[chosen.selected].tolist()}
+        sweep[axis] = [
+            {"m": m, "n": int(select_axis(columns, sign, Threshold(m=m)).selected.sum())} for m in SWEEP
+        ]
+    known = {name: values for name, values in flags.items() if values is not None}
+    overlap = {
+        f"{a}&{b}": int((known[a] & known[b]).sum())
+        for a, b in itertools.combinations(SETS.values(), 2)
+        if {a, b} <= set(known)
+    }
+    if len(known) == len(SETS):
+        overlap["all"] = int(np.logical_and.reduce(list(known.values())).sum())
+    return set_flags(table, flags), {"n": len(table), "axes": facts, "overlap": overlap, "sweep": sweep}
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None

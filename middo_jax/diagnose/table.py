@@ -1,0 +1,131 @@
+"""scores.parquet: one row a sample, keyed by id, null where a column was not computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from middo_jax.diagnose.diversity import Neighbours
+from middo_jax.diagnose.quality import quality
+from middo_jax.diagnose.rubrics import COLUMNS
+from middo_jax.run_dir import atomic
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("loss_pre", pa.float32()),
+        ("loss_post", pa.float32()),
+        ("n_target_tokens", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("knn_mean_sim", pa.float32()),
+        ("knn_ids", pa.list_(pa.string())),
+        ("knn_sims", pa.list_(pa.float32())),
+        *((column, pa.float32()) for column in COLUMNS),
+        ("quality", pa.float32()),
+        ("hard", pa.bool_()),
+        ("sparse", pa.bool_()),
+        ("low_quality", pa.bool_()),
+        ("error", pa.string()),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was measured of N samples; None for an axis that was not asked for.
+
+    Attributes:
+      ids: the samples, in the order of all arrays here.
+      loss_pre, loss_post: [n] mean NLL of the targets in nats.
+      n_target_tokens: [n].
+      truncated: [n].
+      neighbours: of the embeddings.
+      ratings: [n, 6] as `rubrics.COLUMNS`.
+    """
+
+    ids: Sequence[str]
+    n_target_tokens: np.ndarray
+    truncated: np.ndarray
+    loss_pre: np.ndarray | None = None
+    loss_post: np.ndarray | None = None
+    neighbours: Neighbours | None = None
+    ratings: np.ndarray | None = None
+
+    def to_table(self) -> pa.Table:
+        """A table of SCHEMA; what is not finite becomes null, and `error` says so."""
+        n = len(self.ids)
+        knn = self.neighbours
+        floats: dict[str, np.ndarray | None] = {
+            "loss_pre": self.loss_pre,
+            "loss_post": self.loss_post,
+            "knn_mean_sim": None if knn is None else knn.mean_similarity(),
+            "quality": None if self.ratings is None else quality(self.ratings),
+        }
+        for i, column in enumerate(COLUMNS):
+            floats[column] = None if self.ratings is None else self.ratings[:, i]
+        columns = {name: _nullable(values) for name, values in floats.items() if values is not None}
+        columns |= {
+            "id": pa.array(self.ids, pa.string()),
+            "n_target_tokens": pa.array(self.n_target_tokens, pa.int32()),
+            "truncated": pa.array(self.truncated, pa.bool_()),
+            "error": pa.array(_errors(floats, n), pa.string()),
+        }
+        if knn is not None:
+            found = [row >= 0 for row in knn.index_nk]
+            ids = [[self.ids[i] for i in row[ok]] for row, ok in zip(knn.index_nk, found, strict=True)]
+            sims = [row[ok].tolist() for row, ok in zip(knn.similarity_nk, found, strict=True)]
+            columns |= {"knn_ids": pa.array(ids), "knn_sims": pa.array(sims, pa.list_(pa.float32()))}
+        return pa.table([columns.get(f.name, pa.nulls(n, f.type)) for f in SCHEMA], schema=SCHEMA)
+
+
+def write_scores(path: Path, table: pa.Table) -> None:
+    """Writes scores.parquet whole or not at all."""
+    with atomic(path, "wb") as file:
+        pq.write_table(table, file)
+
+
+def read_scores(path: Path) -> pa.Table:
+    """Reads scores.parquet back.
+
+    Raises:
+      ValueError: the file is not one of ours.
+    """
+    table = pq.read_table(path)
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"{path}: not a score table: no column {', '.join(missing)}; run `middo score` again"
+        )
+    return table.select(SCHEMA.names).cast(SCHEMA)
+
+
+def as_floats(table: pa.Table, column: str) -> np.ndarray:
+    """A column as float64 [n], null as NaN."""
+    return table[column].cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+
+def set_flags(table: pa.Table, flags: dict[str, np.ndarray | None]) -> pa.Table:
+    """The table with its `hard`, `sparse`, `low_quality` columns replaced; None leaves them null."""
+    for name, values in flags.items():
+        at = table.schema.get_field_index(name)
+        column = pa.nulls(len(table), pa.bool_()) if values is None else pa.array(values, pa.bool_())
+        table = table.set_column(at, SCHEMA.field(name), column)
+    return table
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    return pa.array(values, pa.float32(), mask=~np.isfinite(values))
+
+
+def _errors(floats: dict[str, np.ndarray | None], n: int) -> list[str | None]:
+    errors: list[list[str]] = [[] for _ in range(n)]
+    for name, values in floats.items():
+        if values is not None:
+            for i in np.flatnonzero(~np.isfinite(values)):
+                errors[i].append(f"{name} is not finite")
+    return ["; ".join(error) or None for error in errors]

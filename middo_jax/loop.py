@@ -1,0 +1,175 @@
+"""The closed loop: train, score, select, refine, merge, round after round; then a last training, judged.
+
+Every step asks the manifests whether it is done already, so that an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from middo_jax import stages
+from middo_jax.config import Config
+from middo_jax.data.example import Example
+from middo_jax.progress import Progress, duration
+from middo_jax.report.build import build
+from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
+
+# Settings that may change between two starts of a run: they touch speed, cost and place, not the result.
+MAY_CHANGE = (
+    "runs_dir",
+    "mesh",
+    "scoring",
+    "serve",
+    "train.save_every",
+    "train.remat",
+    "refine.base_url",
+    "refine.api_key_env",
+    "refine.concurrency",
+    "refine.max_retries",
+    "refine.timeout",
+    "refine.budget_usd",
+    "refine.prices",
+)
+
+
+def run_loop(config: Config, progress: Progress) -> RunDir:
+    """Runs all rounds, or what is left of them; returns the run's folder with its report.
+
+    Raises:
+      RunError: the folder holds a run with other settings.
+      ValueError, RuntimeError: whatever stage fails says what to do; what was done stays done.
+    """
+    run = RunDir(Path(config.runs_dir) / config.name)
+    open_run(run, config)
+    workshop = stages.Workshop(config, progress)
+    heldout = _prepare(run, workshop)
+    steps = [*_round_steps(run, workshop, heldout), *_final_steps(run, workshop, heldout)]
+    began = time.monotonic()
+    for number, (directory, stage, work) in enumerate(steps, 1):
+        where = f"[{number}/{len(steps)}] {directory.path.name} {stage}"
+        if directory.is_done(stage):
+            progress.say(f"{where}: done before")
+            continue
+        progress.say(where)
+        run.log("start", round=directory.path.name, stage=stage)
+        work()
+        run.log("done", round=directory.path.name, stage=stage)
+    build(run)
+    run.log("report")
+    progress.say(f"done in {duration(time.monotonic() - began)}")
+    return run
+
+
+def open_run(run: RunDir, config: Config) -> None:
+    """Writes config.yaml, or checks that the folder's run has the same settings.
+
+    Raises:
+      RunError: it has others; the message names them.
+    """
+    if run.config.exists():
+        before = _flat(yaml.safe_load(run.config.read_text(encoding="utf-8")))
+        now = _flat(config.model_dump(mode="json"))
+        differing = [k for k in sorted(before | now) if before.get(k) != now.get(k) and not _may_change(k)]
+        if differing:
+            shown = ", ".join(f"{k} ({before.get(k)} there, {now.get(k)} now)" for k in differing)
+            raise RunError(
+                f"{run.path} holds a run with other settings: {shown}. Give this run another name "
+                f"(name=...), or delete that folder."
+            )
+        run.log("resume")
+    write_text(run.config, config.to_yaml())
+
+
+Step = tuple[RoundDir, str, Callable[[], Any]]
+
+
+def _prepare(run: RunDir, workshop: stages.Workshop) -> list[Example]:
+    first = run.round(0)
+    if not first.is_done("prepare"):
+        kept, heldout, rejections = stages.prepare(workshop)
+        write_jsonl(run.rejected, (r.to_json() for r in rejections))
+        write_jsonl(run.heldout, (e.to_json() for e in heldout))
+        stages.write_dataset(first, kept)
+    return [Example.from_json(row) for row in read_jsonl(run.heldout)]
+
+
+def _round_steps(run: RunDir, workshop: stages.Workshop, heldout: list[Example]) -> list[Step]:
+    config, steps = workshop.config, []
+    for t in range(config.rounds):
+        here = run.round(t)
+        following = run.round(t + 1) if t + 1 < config.rounds else run.final
+        previous = run.round(t - 1).checkpoint if t else None
+        start = _start(workshop, previous, config.train.start_from)
+        pre_model = _start(workshop, previous, config.complexity.pre_model)
+
+        def refine(here: RoundDir = here, t: int = t) -> None:
+            from middo_jax.refine import AnswerCache
+
+            cache = AnswerCache(run.llm_cache)
+            try:
+                stages.refine_stage(workshop, here, t, cache, heldout)
+            finally:
+                cache.close()
+
+        def merge(here: RoundDir = here, following: RoundDir = following) -> None:
+            stages.write_dataset(following, stages.merged_dataset(here))
+            here.finish("merge", [], 0.0)
+
+        steps += [
+            (here, "train", lambda h=here, s=start: stages.train_stage(workshop, h, s())),
+            (here, "score", lambda h=here, p=pre_model: stages.score_stage(workshop, h, h.checkpoint, p())),
+            (here, "select", lambda h=here: stages.select_stage(workshop, h)),
+            (here, "refine", refine),
+            (here, "merge", merge),
+        ]
+    return steps
+
+
+def _start(workshop: stages.Workshop, previous: Path | None, which: str) -> Callable[[], Path]:
+    if which == "previous" and previous is not None:
+        return lambda: previous
+    return lambda: workshop.base
+
+
+def _final_steps(run: RunDir, workshop: stages.Workshop, heldout: list[Example]) -> list[Step]:
+    final, config = run.final, workshop.config
+    last = run.round(config.rounds - 1).checkpoint
+    start = _start(workshop, last, config.train.start_from)
+
+    def evaluate() -> None:
+        models = {"base": workshop.base} | {d.path.name: d.checkpoint for d in [*run.rounds(), final]}
+        losses = []
+        with workshop.progress.task("held-out loss", "models") as advance:
+            for done, (name, path) in enumerate(models.items() if heldout else (), 1):
+                losses.append({"name": name} | stages.heldout_loss(workshop, path, heldout))
+                advance(done, len(models), f"{name} {losses[-1]['loss']:.4f}")
+        write_json(run.heldout_losses, {"n": len(heldout), "models": losses})
+        final.finish("evaluate", [], 0.0, losses={m["name"]: m["loss"] for m in losses})
+
+    def export() -> None:
+        out = final / "huggingface"
+        if not out.exists():
+            stages.export_checkpoint(final.checkpoint, out, config.model.dtype)
+        final.finish("export", [out], 0.0)
+
+    return [
+        (final, "train", lambda: stages.train_stage(workshop, final, start())),
+        (final, "evaluate", evaluate),
+        (final, "export", export),
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _may_change(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)

@@ -1,0 +1,122 @@
+"""Candidate against original: the gates a rewrite passes before it may enter the dataset. Pure functions.
+
+A gate answers with a reason or None. What a reason begins with, up to a colon, is its kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from middo_jax.config import RefineSettings
+from middo_jax.refine.prompts import EXAMPLES, MATERIAL
+
+if TYPE_CHECKING:
+    from middo_jax.refine.rewrite import Task
+
+# Texts of our own requests that mark a candidate as an echo of them, or as reasoning that was left in.
+LEFTOVERS = ("<prompt>", "</prompt>", *EXAMPLES, MATERIAL, "<think>", "</think>")
+
+# Openings only, and with the verb of a refusal where the start alone would also open an honest letter or
+# story: "I cannot attend the meeting" is an answer, "I cannot assist with that" is not.
+_CANNOT = (
+    r"i(?: (?:can't|cannot|can not|won't|will not)|(?:'m| am) (?:unable|not able) to|(?:'m| am) not going to)"
+)
+_TO_SERVE = (
+    r"(?: (?:help|assist|comply|fulfil|fulfill|proceed)\b"
+    r"| (?:answer|complete|do|process|provide|respond to|support|write|generate|create) "
+    r"(?:that|this|your|such|any|the (?:requested|request|task|prompt))\b)"
+)
+_REFUSALS = re.compile(
+    r"(?:"
+    rf"(?:(?:i'm|i am)(?: (?:very|really|so|truly))? )?sorry,?(?: but)? {_CANNOT}\b"
+    rf"|(?:i apologi[sz]e|my apologies|apologies|unfortunately),?(?: but)?,? {_CANNOT}{_TO_SERVE}"
+    rf"|as an (?:ai|artificial intelligence)(?: (?:language )?(?:model|assistant))?,? "
+    rf"(?:{_CANNOT}\b|i (?:do not|don't) have\b)"
+    rf"|{_CANNOT}{_TO_SERVE}"
+    r")",
+    re.IGNORECASE,
+)
+
+
+def check(
+    task: Task,
+    prompt: str,
+    response: str,
+    finish_reason: str,
+    settings: RefineSettings,
+    special_tokens: Collection[str] = (),
+) -> str | None:
+    """Why a candidate is rejected, or None.
+
+    Args:
+      task: what was to be done with which sample.
+      prompt: the new prompt.
+      response: its answer.
+      finish_reason: the endpoint's, of the answer; `length` and `content_filter` mean that it is not whole.
+      settings: with `accept: none` a candidate only has to be one that can be trained on.
+      special_tokens: the tokenizer's control tokens, which as text would end a turn or start another.
+    """
+    if reason := check_prompt(task, prompt, settings, special_tokens):
+        return reason
+    if not response.strip():
+        return "empty answer"
+    if token := _first_in(response, special_tokens):
+        return f"control token: {token} in the answer"
+    if settings.accept == "none":
+        return None
+    if finish_reason == "length":
+        return "truncated answer"
+    if finish_reason == "content_filter" or is_refusal(response):
+        return "refused"
+    if left := _leftover(task, response):
+        return f"echo: {left} in the answer"
+    if _replaces(task) and _same(prompt, task.source.prompt) and _same(response, task.source.response):
+        return "unchanged"
+    return None
+
+
+def check_prompt(
+    task: Task, prompt: str, settings: RefineSettings, special_tokens: Collection[str] = ()
+) -> str | None:
+    """The gates that need no answer yet, so that none is paid for in vain."""
+    if not any(c.isalnum() for c in prompt):
+        return "empty prompt"
+    if token := _first_in(prompt, special_tokens):
+        return f"control token: {token} in the prompt"
+    if settings.accept == "none":
+        return None
+    if is_refusal(prompt):
+        return "refused"
+    if left := _leftover(task, prompt):
+        return f"echo: {left} in the prompt"
+    if not _replaces(task) and any(_same(prompt, known.prompt) for known in (task.source, *task.hints)):
+        return "unchanged"
+    return None
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a text opens, in English, as a model does that will not do what it was asked."""
+    return _REFUSALS.match(" ".join(text.replace("’", "'").split())) is not None
+
+
+def _replaces(task: Task) -> bool:
+    return task.op != "synthesize"
+
+
+def _leftover(task: Task, text: str) -> str | None:
+    """A piece of our own request in a candidate, unless the samples themselves speak of such things."""
+    lowered = text.lower()
+    given = " ".join(f"{e.prompt} {e.response}" for e in (task.source, *task.hints)).lower()
+    return next(
+        (piece for piece in LEFTOVERS if piece.lower() in lowered and piece.lower() not in given), None
+    )
+
+
+def _first_in(text: str, tokens: Collection[str]) -> str | None:
+    return min((token for token in tokens if token and token in text), default=None)
+
+
+def _same(one: str, other: str) -> bool:
+    return " ".join(one.split()).casefold() == " ".join(other.split()).casefold()

@@ -1,0 +1,377 @@
+"""report.html: one page that shows a run, from its folder alone, and works without a network.
+
+The page is a function of the files: no clock, no figure that is not in one of them or counted from them.
+What a file does not hold yet is said to be missing. Every text is escaped by Jinja or by `plots.element`, and
+the page's own policy allows no script but the one in the template, named by its hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+from markupsafe import Markup
+
+import middo_jax
+from middo_jax.data.example import Example
+from middo_jax.report import plots
+from middo_jax.report.lineage import read_scores
+from middo_jax.report.status import (
+    FINAL_STAGES,
+    ROUND_STAGES,
+    count_rows,
+    duration,
+    load_json,
+    load_jsonl,
+    load_settings,
+    status,
+)
+from middo_jax.run_dir import RoundDir, RunDir, write_text
+
+AXES = {  # axis: (name of its set, CSS class, columns of scores.parquet that decide)
+    "complexity": ("hard", "c-complexity", ("loss_pre", "loss_post")),
+    "diversity": ("sparse", "c-diversity", ("knn_mean_sim",)),
+    "quality": ("low quality", "c-quality", ("quality",)),
+}
+OPS = {"simplify": "simplified", "rewrite": "rewritten", "synthesize": "synthesized"}
+STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES))
+MAX_DIFF_CELLS = 1_000_000  # words before x words after; difflib needs about a second for more
+MIN_KEPT_WORDS = (
+    0.2  # a share of common words below this is no edit: marking all the rest would only be noise
+)
+
+# Text that would be read otherwise than it is written: line separators, which end a line in scripts but not
+# here; control characters, which HTML forbids; lone surrogates, which UTF-8 cannot hold.
+_VISIBLE = {0x2028: "&#8232;", 0x2029: "&#8233;"}
+_VISIBLE |= {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\t\n\r"} | {0x7F: "\u2421"}
+_VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")
+
+
+def build(run: RunDir) -> Path:
+    """Writes report.html, whole or not at all, and returns its path.
+
+    Raises:
+      RunError: the run's folder does not exist, or a file in it cannot be read.
+    """
+    write_text(run.report, page(run))
+    return run.report
+
+
+def page(run: RunDir) -> str:
+    """The page's text; see `build`."""
+    state = status(run)
+    folders = [RoundDir(run.path / r["name"]) for r in state["rounds"]]
+    scores = [read_scores(folder) for folder in folders]
+    rounds = [
+        {**facts, **_round(folder, scores[i], scores[i + 1] if i + 1 < len(scores) else {})}
+        for i, (folder, facts) in enumerate(zip(folders, state["rounds"], strict=True))
+    ]
+    refined = [r for r in rounds if r["accepted"] is not None]
+    return _environment().get_template("page.html.j2").render(
+        version=middo_jax.__version__,
+        state=state,
+        rounds=rounds,
+        stages=STAGES,
+        axes=AXES,
+        settings=load_settings(run),
+        settings_text=yaml.safe_dump(load_settings(run), sort_keys=False, allow_unicode=True),
+        refused=load_jsonl(run.path / "rejected.jsonl"),
+        n_heldout_rows=count_rows(run.heldout),
+        n_accepted=sum(r["accepted"] for r in refined) if refined else None,
+        n_tried=sum(r["accepted"] + r["rejected"] for r in refined) if refined else None,
+        time=_time(state),
+        heldout=_heldout(state["heldout"]),
+        curves=_curves([*folders, run.final]),
+    ).translate(_VISIBLE)  # fmt: skip
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    missing = Markup('<span class="missing">not yet</span>')
+
+    def number(form: Callable[[Any], str]) -> Callable[[Any], str]:
+        return lambda v: missing if v is None else form(v).replace("-", "\N{MINUS SIGN}")
+
+    environment.filters |= {
+        "count": number(lambda v: f"{v:,}"),
+        "score": number(lambda v: f"{v:.3f}" if abs(v) < 1000 else f"{v:.3g}"),
+        "change": number(lambda v: f"{v:+.3f}"),
+        "percent": number(lambda v: f"{v:.1%}"),
+        "seconds": number(duration),
+        "raw": lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, indent=2),
+        "csp_hash": lambda s: base64.b64encode(hashlib.sha256(str(s).encode()).digest()).decode(),
+    }
+    return environment
+
+
+def _time(state: dict[str, Any]) -> dict[str, Any]:
+    """Seconds by stage over all rounds, and the strip that shows them; total None if no stage is done."""
+    done = [
+        (stage, s)
+        for r in [*state["rounds"], state["final"]]
+        for stage, s in r["stages"].items()
+        if s is not None
+    ]
+    total = {stage: sum(s for name, s in done if name == stage) for stage in STAGES if stage in dict(done)}
+    parts = [(f"{stage}: {duration(s)}", s, f"c-s{STAGES.index(stage)}") for stage, s in total.items()]
+    return {
+        "total": sum(total.values()) if done else None,
+        "stages": [(stage, s, f"c-s{STAGES.index(stage)}") for stage, s in total.items()],
+        "plot": plots.strip("Time by stage", parts) if done else None,
+    }
+
+
+def _heldout(models: list[dict[str, Any]]) -> dict[str, Any]:
+    known = {m["name"]: m["loss"] for m in models if m["loss"] is not None}
+    base = known.get("base")
+    rows = [
+        m | {"change": known[m["name"]] - base if base is not None and m["name"] in known else None}
+        for m in models
+    ]
+    plot = (
+        plots.dot_plot("Held-out loss of each model", list(known.items()), "loss, nats a token")
+        if known
+        else None
+    )
+    return {"base": base, "final": known.get("final"), "rows": rows, "plot": plot}
+
+
+def _curves(folders: list[RoundDir]) -> dict[str, Any]:
+    series = []
+    for i, folder in enumerate(folders):
+        rows = [r for r in load_jsonl(folder.metrics, torn_end=True) or [] if r["loss"] is not None]
+        if rows:
+            colour = f"c-s{i % len(STAGES)}"
+            series.append(
+                plots.Line(folder.path.name, [r["step"] for r in rows], [r["loss"] for r in rows], colour)
+            )
+    labels = ("optimizer step", "loss, nats a token")
+    return {"lines": series, "plot": plots.lines("Training loss", series, labels) if series else None}
+
+
+def _round(
+    folder: RoundDir, scores: dict[str, dict[str, Any]], later: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """All that the page shows of one round beyond what `status` says of it."""
+    selection = load_json(folder.selection)
+    sets = selection["axes"] if selection else {}
+    tasks = load_jsonl(folder.refined)
+    needed = {i for task in tasks or [] for i in task["hint_ids"]}
+    hints = {}
+    if needed:
+        rows = load_jsonl(folder.dataset) or []
+        hints = {row["id"]: Example.from_json(row).prompt for row in rows if row["id"] in needed}
+    rejected = _rejected(tasks or [], load_jsonl(folder.rejected) or [])
+    return {
+        "sets": sets,
+        "overlap": selection["overlap"] if selection else None,
+        "n_scored_rows": len(scores) if folder.scores.exists() else None,
+        "set_plot": _set_plot(selection) if selection else None,
+        "plots": _score_plots(scores, sets) | {"sweep": _sweep(selection)},
+        "verdicts": _verdicts(tasks) if tasks is not None else None,
+        "reasons": Counter((_axes(t), str(t["reason"])) for t in rejected).most_common(),
+        "rewrites": [
+            _rewrite(t, hints, scores, later) for t in tasks or [] if t["accepted"] and t["example"]
+        ],
+        "refusals": rejected,
+    }
+
+
+def _set_plot(selection: dict[str, Any]) -> Markup:
+    rows = [(AXES[a][0], len(s["ids"]), AXES[a][1]) for a, s in selection["axes"].items()]
+    rows += [(k.replace("_", " ").replace("&", " & "), n, "c-both") for k, n in selection["overlap"].items()]
+    drawn = [plots.Bar("all sets" if name == "all" else name, ((n, c),), f"{n:,}") for name, n, c in rows]
+    return plots.bars("Samples chosen by each axis, and by several", drawn)
+
+
+def _score_plots(scores: dict[str, dict[str, Any]], sets: dict[str, Any]) -> dict[str, Any]:
+    """One plot an axis, None where nothing was scored, with the samples of selection.json coloured."""
+    found: dict[str, Any] = {}
+    for axis, (name, colour, columns) in AXES.items():
+        rows = [(i, *(row.get(c) for c in columns)) for i, row in scores.items()]
+        rows = [row for row in rows if None not in row]
+        if not rows:
+            found[axis] = None
+            continue
+        chosen_ids = set(sets.get(axis, {}).get("ids", ()))
+        values = np.array([row[1:] for row in rows], np.float64)
+        chosen = np.array([row[0] in chosen_ids for row in rows])
+        limits = [sets.get(axis, {}).get("threshold", {}).get(c) for c in columns]
+        if axis == "complexity":
+            title, labels = "Loss before and after training", ("loss before training", "loss after training")
+            plot = plots.scatter(
+                title, values[:, 0], values[:, 1], chosen, labels, (limits[0], limits[1]), colour
+            )
+        else:
+            label = {"diversity": "mean similarity to the nearest neighbours", "quality": "quality, 0 to 10"}[
+                axis
+            ]
+            plot = plots.histogram(
+                f"Distribution of {columns[0]}", values[:, 0], chosen, limits[0], label, colour
+            )
+        drawn = sum(
+            min(n, len(range(n)[plots.thinned(n)])) for n in (int(chosen.sum()), int((~chosen).sum()))
+        )
+        shown = drawn if axis == "complexity" else len(rows)
+        found[axis] = {
+            "plot": plot,
+            "n": len(rows),
+            "shown": shown,
+            "chosen": int(chosen.sum()),
+            "name": name,
+        }
+    return found
+
+
+def _sweep(selection: dict[str, Any] | None) -> dict[str, Any] | None:
+    series = []
+    for axis, points in (selection or {}).get("sweep", {}).items():
+        m = selection["axes"].get(axis, {}).get("m") if selection else None
+        mark = next(((p["m"], p["n"]) for p in points if p["m"] == m), None)
+        x, y = [float(p["m"]) for p in points], [float(p["n"]) for p in points]
+        series.append(plots.Line(AXES[axis][0], x, y, AXES[axis][1], mark))
+    if not any(s.x for s in series):
+        return None
+    plot = plots.lines(
+        "Samples chosen for other m",
+        series,
+        ("m, standard deviations", "samples"),
+        from_zero=True,
+        height=240,
+    )
+    return {"plot": plot, "lines": series}
+
+
+def _axes(task: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(task["axes"])
+
+
+def _colour(axes: tuple[str, ...]) -> str:
+    return AXES[axes[0]][1] if len(axes) == 1 and axes[0] in AXES else "c-both"
+
+
+def _verdicts(tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accepted and rejected by the axes that asked for the rewrite, with what it cost."""
+    rows = []
+    for axes in sorted({_axes(t) for t in tasks}):
+        group = [t for t in tasks if _axes(t) == axes]
+        used: Counter[str] = Counter()
+        for task in group:
+            used.update(task["usage"] or {})
+        accepted = sum(bool(t["accepted"]) for t in group)
+        tokens = {k: used[k] for k in ("requests", "prompt_tokens", "completion_tokens")}
+        rows.append(
+            {"axes": axes, "n": len(group), "accepted": accepted, "rejected": len(group) - accepted, **tokens}
+        )
+    drawn = [
+        plots.Bar(
+            " + ".join(r["axes"]),
+            ((r["accepted"], _colour(r["axes"])), (r["rejected"], "rejected")),
+            f"{r['accepted']:,} of {r['n']:,}",
+        )
+        for r in rows
+    ]
+    return {
+        "rows": rows,
+        "plot": plots.bars("Rewrites accepted and rejected by axis", drawn) if rows else None,
+    }
+
+
+def _rejected(tasks: list[dict[str, Any]], answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every refused rewrite once: refined.jsonl knows the candidate, rejected.jsonl the raw answers."""
+    found = {}
+    for task in tasks:
+        if not task["accepted"]:
+            key = (task["source_id"], task["op"], frozenset(task["axes"]))
+            found[key] = {**task, "reason": task["reject_reason"], "answers": []}
+    for row in answers:
+        key = (row["source_id"], row["op"], frozenset(row["axes"]))
+        found[key] = {"example": None, "original": None, **found.get(key, {}), **row}
+    texts = ("example", "original")
+    return [row | {k: Example.from_json(row[k]) if row[k] else None for k in texts} for row in found.values()]
+
+
+def _rewrite(
+    task: dict[str, Any],
+    hints: dict[str, str],
+    scores: dict[str, dict[str, Any]],
+    later: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """One accepted rewrite as the page shows it: texts, marked words, hints, scores before and after."""
+    original, example = Example.from_json(task["original"]), Example.from_json(task["example"])
+    before = scores.get(original.id) or example.lineage.scores_before or {}
+    after = later.get(example.id) or example.lineage.scores_after or {}
+    compare = word_diff if task["replaces"] else lambda a, b: ([(False, a)], [(False, b)])
+    columns = [c for axis in task["axes"] if axis in AXES for c in AXES[axis][2]]
+    return {
+        "id": example.id,
+        "source_id": original.id,
+        "op": OPS.get(task["op"], task["op"]),
+        "axes": _axes(task),
+        "colour": _colour(_axes(task)),
+        "replaces": bool(task["replaces"]),
+        "headline": " ".join(example.prompt.split())[:160],
+        "texts": [
+            ("Prompt", *compare(original.prompt, example.prompt)),
+            ("Response", *compare(original.response, example.response)),
+        ],
+        "hints": [(i, hints.get(i)) for i in task["hint_ids"]],
+        "scores": [(c, before.get(c), after.get(c)) for c in columns],
+    }
+
+
+Spans = list[tuple[bool, str]]
+
+
+def word_diff(before: str, after: str) -> tuple[Spans, Spans]:
+    """Both texts cut into (changed, text) spans whose concatenation is the text, by a diff of their words.
+
+    White space belongs to the unchanged spans at its edges. Texts that have less than a fifth of their words
+    in common, or are too long to compare, come back unmarked.
+
+    word_diff("a red fox", "a fox ran")  ->  [(F, "a "), (T, "red"), (F, " fox")], [(F, "a fox "), (T, "ran")]
+    """
+    words = [re.findall(r"\s+|\S+", text) for text in (before, after)]
+    plain = ([(False, before)], [(False, after)])
+    if math.prod(len(w) for w in words) > MAX_DIFF_CELLS:
+        return plain
+    # White space is one token of its own and all of it is alike: re-wrapped text has not changed.
+    tokens = [[" " if w.isspace() else w for w in ws] for ws in words]
+    matcher = difflib.SequenceMatcher(lambda w: w == " ", *tokens, autojunk=False)
+    kept = [False] * len(words[0]), [False] * len(words[1])
+    for a, b, size in matcher.get_matching_blocks():
+        kept[0][a : a + size] = kept[1][b : b + size] = [True] * size
+    common = sum(k for w, k in zip(tokens[0], kept[0], strict=True) if w != " ")
+    if common < MIN_KEPT_WORDS * max(sum(w != " " for w in ws) for ws in tokens):
+        return plain
+    return _spans(words[0], kept[0]), _spans(words[1], kept[1])
+
+
+def _spans(words: list[str], kept: list[bool]) -> Spans:
+    changed = [not k and not w.isspace() for w, k in zip(words, kept, strict=True)]
+    for i in range(1, len(words) - 1):  # a space between two changed words is marked with them
+        changed[i] |= words[i].isspace() and changed[i - 1] and changed[i + 1]
+    spans: Spans = []
+    for word, mark in zip(words, changed, strict=True):
+        if spans and spans[-1][0] == mark:
+            spans[-1] = (mark, spans[-1][1] + word)
+        else:
+            spans.append((mark, word))
+    return spans

@@ -1,0 +1,153 @@
+"""One sample's family: its ancestors and descendants over the rounds, with what was measured of each."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow.lib
+import pyarrow.parquet as pq
+
+from middo_jax.data.example import Example
+from middo_jax.report.status import load_jsonl, planned_rounds, require
+from middo_jax.run_dir import RoundDir, RunDir, RunError
+
+
+def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
+    """Every ancestor and descendant of a sample, and itself, oldest first.
+
+    Candidates that the refiner wrote and the gates refused are descendants too: `accepted` is False and they
+    are in no round.
+
+    Args:
+      run: the run's folder.
+      example_id: an id, or the beginning of one if only one id begins so.
+
+    Returns:
+      One JSON-able dict a sample: id, relation (ancestor | self | descendant), round (the first whose dataset
+      holds it, or would; `final` counts as the round after the last), rounds (all folders that hold it), op,
+      axis, parent_ids, root_id, hint_ids, refiner, accepted, reject_reason, prompt, response, scores (its row
+      in that first round's scores.parquet, None where not scored), later_scores ({folder: row}),
+      scores_before (of the parent that was found wanting).
+
+    Raises:
+      RunError: no such folder or id (with the nearest ids), or more than one id begins so.
+    """
+    require(run)
+    folders = [*planned_rounds(run), run.final]
+    samples = _samples(folders)
+    target = _resolve(run, samples, example_id)
+
+    children: dict[str, list[str]] = defaultdict(list)
+    for sample in samples.values():
+        for parent in sample["parent_ids"]:
+            children[parent].append(sample["id"])
+    ancestors = _reach(target, lambda i: samples[i]["parent_ids"] if i in samples else ())
+    descendants = _reach(target, lambda i: children[i])
+
+    family = [samples[i] for i in {target, *ancestors, *descendants} if i in samples]
+    scores = {f.path.name: read_scores(f, [s["id"] for s in family]) for f in folders}
+    for sample in family:
+        own = {name: scores[name][sample["id"]] for name in sample["rounds"] if sample["id"] in scores[name]}
+        first = sample["rounds"][0] if sample["rounds"] else None
+        relation = "ancestor" if sample["id"] in ancestors else "descendant"
+        sample["relation"] = "self" if sample["id"] == target else relation
+        sample["scores"] = own.pop(first, None) if first else None
+        sample["later_scores"] = own
+    return sorted(family, key=lambda s: (s["round"], not s["rounds"], s["id"]))
+
+
+def read_scores(round_dir: RoundDir, ids: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Rows of scores.parquet by id, without the id column; {} where the file does not exist.
+
+    NaN becomes None, as in JSON. Raises RunError where the file is no such table.
+
+    Args:
+      round_dir: a round's folder.
+      ids: read only these; None reads all.
+    """
+    path = round_dir.scores
+    if not path.exists():
+        return {}
+    try:
+        table = pq.read_table(path, filters=None if ids is None else [("id", "in", list(ids))])
+        rows = table.to_pylist()
+        return {row.pop("id"): {k: _finite(v) for k, v in row.items()} for row in rows}
+    except (pyarrow.lib.ArrowException, KeyError) as e:
+        raise RunError(f"{path}: not a table of scores ({e}); delete it and score the round again") from e
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _samples(folders: list[RoundDir]) -> dict[str, dict[str, Any]]:
+    """Every sample in a dataset, and every candidate in a refined.jsonl, as `trace` describes them."""
+    samples: dict[str, dict[str, Any]] = {}
+    for index, folder in enumerate(folders):
+        for row in load_jsonl(folder.dataset) or []:
+            sample = samples.get(row["id"])
+            if sample is None or not sample["rounds"]:
+                # Merged by now: what the dataset says of it replaces what refined.jsonl said.
+                sample = samples[row["id"]] = _sample(row, index)
+            sample["rounds"].append(folder.path.name)
+        for task in load_jsonl(folder.refined) or []:
+            if task["example"] is not None and task["example"]["id"] not in samples:
+                verdict = {"accepted": task["accepted"], "reject_reason": task["reject_reason"]}
+                samples[task["example"]["id"]] = _sample(task["example"], index + 1) | verdict
+    return samples
+
+
+def _sample(row: dict[str, Any], index: int) -> dict[str, Any]:
+    example = Example.from_json(row)
+    lineage = example.lineage
+    return {
+        "id": example.id,
+        "round": index,
+        "rounds": [],
+        "op": lineage.op,
+        "axis": lineage.axis,
+        "parent_ids": list(lineage.parent_ids),
+        "root_id": lineage.root_id,
+        "hint_ids": list(lineage.hint_ids),
+        "refiner": lineage.refiner,
+        "accepted": lineage.accepted,
+        "reject_reason": lineage.reject_reason,
+        "scores_before": lineage.scores_before,
+        "prompt": example.prompt,
+        "response": example.response,
+    }
+
+
+def _resolve(run: RunDir, samples: dict[str, Any], wanted: str) -> str:
+    if wanted in samples:
+        return wanted
+    if not samples:
+        raise RunError(f"{run.path}: no round has a dataset yet, so there is no sample to trace")
+    matches = sorted(i for i in samples if wanted and i.startswith(wanted))
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        more = f" and {len(matches) - 5:,} more" if len(matches) > 5 else ""
+        raise RunError(
+            f"{wanted!r} begins {len(matches):,} ids: {', '.join(matches[:5])}{more}; give more digits"
+        )
+    near = difflib.get_close_matches(wanted, samples, n=3, cutoff=0.5)
+    hint = f"nearest: {', '.join(near)}" if near else f"ids stand in the dataset.jsonl files of {run.path}"
+    raise RunError(f"{run.path}: no sample has the id {wanted!r}; {hint}")
+
+
+def _reach(start: str, step: Any) -> set[str]:
+    """Everything that repeated steps from `start` lead to, without `start`."""
+    seen, front = {start}, [start]
+    while front:
+        for found in step(front.pop()):
+            if found not in seen:
+                seen.add(found)
+                front.append(found)
+    return seen - {start}

@@ -1,0 +1,222 @@
+"""Where a run stands, read from its folder alone: stages done, sets chosen, rewrites kept, what comes next.
+
+Also the three readers of run files that this room shares: a file that is not there yet is None, a file that
+is there and cannot be read is an error that names its line.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from middo_jax.run_dir import RoundDir, RunDir, RunError
+
+ROUND_STAGES = ("train", "score", "select", "refine", "merge")
+FINAL_STAGES = ("train", "evaluate", "export")
+
+
+def load_json(path: Path) -> Any | None:
+    """A JSON file's value, None if the file does not exist. Raises RunError where it is no JSON."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise RunError(
+            f"{path}: not valid JSON ({e}); delete it and run the stage that wrote it again"
+        ) from e
+
+
+def load_jsonl(path: Path, torn_end: bool = False) -> list[Any] | None:
+    """A JSONL file's values, None if the file does not exist.
+
+    Args:
+      path: one JSON value a line, blank lines ignored.
+      torn_end: the file is appended to, so a last line that was cut short is left out.
+
+    Raises:
+      RunError: a line is no JSON; the message names file and line.
+    """
+    if not path.exists():
+        return None
+    rows: list[Any] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:
+            if torn_end and number == len(lines):  # a whole line ends in a newline, so a torn one is the last
+                break
+            raise RunError(f"{path}:{number}: not valid JSON ({e}); repair or delete the line") from e
+    return rows
+
+
+def load_settings(run: RunDir) -> dict[str, Any]:
+    """config.yaml as a plain tree, {} if it does not exist.
+
+    Not validated: a run made by an older version must still be readable.
+    """
+    if not run.config.exists():
+        return {}
+    try:
+        tree = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise RunError(f"{run.config}: not valid YAML ({e}); repair it or start the run again") from e
+    if not isinstance(tree, dict):
+        raise RunError(f"{run.config}: must hold settings as `name: value`, not a {type(tree).__name__}")
+    return tree
+
+
+def require(run: RunDir) -> None:
+    """Raises RunError unless the run's folder exists; the message names the runs beside it."""
+    if run.path.is_dir():
+        return
+    parent = run.path.parent
+    beside = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8] if parent.is_dir() else []
+    hint = f"folders beside it: {', '.join(beside)}" if beside else "`middo run CONFIG` makes one"
+    raise RunError(f"{run.path}: no such run; {hint}")
+
+
+def planned_rounds(run: RunDir) -> list[RoundDir]:
+    """The rounds that config.yaml asks for, then any further ones that exist."""
+    count = load_settings(run).get("rounds")
+    rounds = {r.path.name: r for r in (run.round(i) for i in range(count if isinstance(count, int) else 0))}
+    rounds |= {r.path.name: r for r in run.rounds()}
+    return [rounds[name] for name in sorted(rounds)]
+
+
+def status(run: RunDir) -> dict[str, Any]:
+    """Where the run stands, as JSON values.
+
+    Returns:
+      run, path; rounds and final, each {name, rows, stages: {stage: seconds | None where not done}, next,
+      selected: {axis: n} | None, n_selected (distinct samples) | None, accepted, rejected | None};
+      next: {round, stage} | None once all is done; complete; heldout: [{name, loss, n_target_tokens}];
+      n_heldout; last_event.
+
+    Raises:
+      RunError: the folder does not exist, or a file in it cannot be read.
+    """
+    require(run)
+    rounds = [_round(r, ROUND_STAGES) for r in planned_rounds(run)]
+    final = _round(run.final, FINAL_STAGES)
+    pending = next(({"round": r["name"], "stage": r["next"]} for r in [*rounds, final] if r["next"]), None)
+    heldout = load_json(run.heldout_losses) or {}
+    events = load_jsonl(run.events, torn_end=True) or []
+    return {
+        "run": run.path.resolve().name,
+        "path": str(run.path),
+        "rounds": rounds,
+        "final": final,
+        "next": pending,
+        "complete": pending is None,
+        "heldout": heldout.get("models", []),
+        "n_heldout": heldout.get("n"),
+        "last_event": events[-1] if events else None,
+    }
+
+
+def count_rows(path: Path) -> int | None:
+    """Rows of a JSONL file, None if it does not exist; lines are counted, not parsed."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+def stage_seconds(round_dir: RoundDir, stages: tuple[str, ...]) -> dict[str, float | None]:
+    """Seconds of each stage, None where it is not done (or a file that it wrote has gone)."""
+    try:
+        records = round_dir.stages()
+        return {s: float(records[s]["seconds"]) if round_dir.is_done(s) else None for s in stages}
+    except (ValueError, KeyError, TypeError) as e:
+        raise RunError(
+            f"{round_dir.manifest}: not a manifest ({e!r}); delete it to run the round again"
+        ) from e
+
+
+def _round(round_dir: RoundDir, stages: tuple[str, ...]) -> dict[str, Any]:
+    seconds = stage_seconds(round_dir, stages)
+    selection = load_json(round_dir.selection)
+    chosen = {axis: record["ids"] for axis, record in selection["axes"].items()} if selection else None
+    refined = load_jsonl(round_dir.refined)
+    verdicts = Counter(bool(row["accepted"]) for row in refined) if refined is not None else None
+    return {
+        "name": round_dir.path.name,
+        "rows": count_rows(round_dir.dataset),
+        "stages": seconds,
+        "next": next((stage for stage in stages if seconds[stage] is None), None),
+        "selected": {axis: len(ids) for axis, ids in chosen.items()} if chosen is not None else None,
+        "n_selected": len(set().union(*chosen.values())) if chosen is not None else None,
+        "accepted": verdicts[True] if verdicts is not None else None,
+        "rejected": verdicts[False] if verdicts is not None else None,
+    }
+
+
+def render_status(d: dict[str, Any]) -> str:
+    """The dict of `status` as plain text for a terminal, without colours or control characters."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    stages = [*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES)]
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("", "rows", *stages, "selected", "accepted"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in [*d["rounds"], d["final"]]:
+        cells = [_cell(row["stages"], stage, row["next"]) for stage in stages]
+        tried = None if row["accepted"] is None else row["accepted"] + row["rejected"]
+        kept = f"{row['accepted']:,} of {tried:,}" if tried is not None else "-"
+        counts = (_count(row["rows"]), *cells, _count(row["n_selected"]), kept)
+        table.add_row(*(Text(_plain(cell)) for cell in (row["name"], *counts)))
+    out = io.StringIO()
+    console = Console(file=out, width=120, color_system=None, highlight=False, markup=False, emoji=False)
+    step = "complete" if d["complete"] else f"next: {d['next']['stage']} of {d['next']['round']}"
+    console.print(_plain(f"{d['run']}: {step}"))
+    console.print(table)
+    losses = ", ".join(
+        f"{m['name']} {m['loss']:.4f}" if m["loss"] is not None else f"{m['name']} -" for m in d["heldout"]
+    )
+    console.print(_plain(f"held-out loss: {losses or 'not yet'}"))
+    if d["last_event"]:
+        event = d["last_event"]
+        console.print(_plain(f"last event: {event.get('event', '?')} at {event.get('time', '?')}"))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _cell(seconds: dict[str, float | None], stage: str, pending: str | None) -> str:
+    if stage not in seconds:
+        return ""
+    done = seconds[stage]
+    if done is None:
+        return "next" if stage == pending else "-"
+    return duration(done)
+
+
+def duration(seconds: float) -> str:
+    """0.42 -> '0.4 s', 75 -> '1 min 15 s', 5400 -> '1 h 30 min'."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _count(n: int | None) -> str:
+    return "-" if n is None else f"{n:,}"
+
+
+def _plain(text: str) -> str:
+    """Keeps a name from a file from steering the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

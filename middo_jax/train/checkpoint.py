@@ -1,0 +1,191 @@
+"""Checkpoints on Orbax: of a training under way, and of the parameters that it ends with.
+
+    checkpoint/
+      steps/50/       params, optimizer state and whose they are; the newest only, gone when training is done
+      params/         parameters, by the names of models/parameters.py
+      metadata.json   says that params/ is complete: {"step": 120, "base": "path of the source model", ...}
+
+Orbax writes to a temporary name and renames, so that a save cut short leaves nothing that looks whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from middo_jax.models.config import DecoderConfig
+from middo_jax.models.decoder import Decoder, abstract
+from middo_jax.models.parameters import parameters
+from middo_jax.run_dir import RunError, write_json
+
+_log = logging.getLogger(__name__)
+
+
+class TrainState(NamedTuple):
+    """What a training needs to go on: after `step` optimizer steps."""
+
+    step: int
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+def abstract_params(
+    config: DecoderConfig, mesh: Mesh, dtype: str = "float32"
+) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+    """(static structure, shapes with dtypes and shardings) of a decoder's parameters on a mesh."""
+    graphdef, shapes = abstract(config)
+    shardings = {spec.path: spec.sharding(mesh) for spec in parameters(config)}
+
+    def on_mesh(path: tuple[Any, ...], param: nnx.Variable[Any]) -> nnx.Variable[Any]:
+        return param.replace(jax.ShapeDtypeStruct(param.shape, dtype, sharding=shardings[path]))
+
+    return graphdef, nnx.map_state(on_mesh, shapes)
+
+
+def save_params(directory: str | Path, params: nnx.State, metadata: Mapping[str, Any]) -> None:
+    """Writes DIRECTORY/params and then DIRECTORY/metadata.json, which says that the former is complete.
+
+    Args:
+      directory: what stood there of an earlier save is replaced.
+      params: on whatever mesh.
+      metadata: JSON values: `base`, the Hugging Face directory that the training started from, is what an
+        export needs; `step` is what is worth knowing.
+    """
+    directory = Path(directory).absolute()
+    (directory / "metadata.json").unlink(missing_ok=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory / "params", nnx.to_pure_dict(params), force=True)
+    write_json(directory / "metadata.json", dict(metadata))
+
+
+def read_metadata(directory: str | Path) -> dict[str, Any] | None:
+    """What `save_params` was told, or None if there is no finished checkpoint."""
+    path = Path(directory) / "metadata.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def restore_params(
+    directory: str | Path, config: DecoderConfig, mesh: Mesh, dtype: str | None = None
+) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+    """Reads what `save_params` wrote, each device its part only, on whatever mesh it was saved.
+
+    Args:
+      directory: a round's `checkpoint` folder.
+      config: of the model that was trained.
+      mesh: where the parameters shall lie.
+      dtype: what they are cast to; None keeps what is stored.
+
+    Raises:
+      RunError: no finished checkpoint is there, it is of another model, or its files are damaged.
+    """
+    directory = Path(directory).absolute()
+    if read_metadata(directory) is None:
+        raise RunError(
+            f"{directory} holds no finished checkpoint; train again, an interrupted training goes on"
+        )
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            if dtype is None:
+                dtype = str(checkpointer.metadata(directory / "params").item_metadata["embed"].dtype)
+            graphdef, target = abstract_params(config, mesh, dtype)
+            restored = checkpointer.restore(directory / "params", nnx.to_pure_dict(target))
+        except Exception as error:  # Orbax raises even plain `Exception` on a damaged file
+            raise RunError(
+                f"{directory} is damaged or of another model than its config describes: {error}"
+            ) from error
+    nnx.replace_by_pure_dict(target, restored)
+    return graphdef, target
+
+
+class TrainingCheckpoints:
+    """The newest checkpoint of a training under way, as a context; leaving it waits for a save under way.
+
+    Saving is asynchronous: `save` returns once the arrays are copied, so that the next step may reuse them.
+    """
+
+    def __init__(self, directory: str | Path, identity: str) -> None:
+        """`identity` names the training: a checkpoint with another one is never continued."""
+        self._directory = Path(directory).absolute()
+        self._identity = identity
+        self._orbax = ocp.CheckpointManager(
+            self._directory / "steps", options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+        )
+
+    def __enter__(self) -> TrainingCheckpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._orbax.close()
+
+    def save(self, state: TrainState) -> None:
+        """Starts to save, unless this step is saved; the state before it goes once this one is complete."""
+        if self._orbax.latest_step() == state.step:
+            return
+        arrays = ocp.args.StandardSave((state.params, state.opt_state))
+        about = ocp.args.JsonSave({"identity": self._identity})
+        self._orbax.save(state.step, args=ocp.args.Composite(state=arrays, about=about))
+
+    def restore(self, params: nnx.State, opt_state: optax.OptState) -> TrainState | None:
+        """The newest readable state, or None.
+
+        What cannot be read is removed with a warning: training is deterministic, so that costs only time.
+
+        Args:
+          params: shapes with the shardings that are wanted.
+          opt_state: likewise.
+
+        Raises:
+          RunError: the checkpoint is of another training.
+        """
+        for step in sorted(self._orbax.all_steps(), reverse=True):
+            try:
+                found = self._orbax.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
+                    "about"
+                ]
+                if found == {"identity": self._identity}:
+                    arrays = ocp.args.StandardRestore((params, opt_state))
+                    state = self._orbax.restore(step, args=ocp.args.Composite(state=arrays))["state"]
+                    return TrainState(step, *state)
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                raise  # the machine's trouble, not the checkpoint's
+            except Exception as error:  # Orbax raises even plain `Exception` on a damaged file
+                _log.warning(
+                    "checkpoint %s/steps/%d cannot be read and is removed: %s", self._directory, step, error
+                )
+                self._orbax.delete(step)
+            else:
+                raise another_training(self._directory)
+        return None
+
+    def finish(self, state: TrainState, metadata: Mapping[str, Any]) -> None:
+        """Saves the parameters for good and removes all that only a continuation would need."""
+        self._orbax.wait_until_finished()
+        about = {**metadata, "step": state.step, "identity": self._identity}
+        save_params(self._directory, state.params, about)
+        remove_steps(self._directory)
+
+
+def remove_steps(directory: Path) -> None:
+    """Removes the states of a training that is done."""
+    shutil.rmtree(directory / "steps", ignore_errors=True)
+
+
+def another_training(directory: Path) -> RunError:
+    """The error that says that a checkpoint is not to be continued."""
+    return RunError(
+        f"{directory} holds a checkpoint of another training (its data, settings, model or seed differ); "
+        "delete that folder or write to another one"
+    )

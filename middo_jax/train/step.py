@@ -1,0 +1,136 @@
+"""One optimizer step as a pure function. Axes: a micro-batch, b row, t position, d model width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from middo_jax.config import TrainSettings
+from middo_jax.data.packing import PackedBatch
+from middo_jax.models.decoder import Decoder
+from middo_jax.models.nll import target_nll
+from middo_jax.parallel.mesh import named_sharding
+from middo_jax.train.optimizer import learning_rate_schedule, steps_taken
+
+
+class Batch(NamedTuple):
+    """What the device needs of a `PackedBatch`: [b, t] each, or [a, b, t] in micro-batches."""
+
+    tokens_bt: jax.Array
+    segment_ids_bt: jax.Array
+    positions_bt: jax.Array
+    is_target_bt: jax.Array
+
+
+class StepOutputs(NamedTuple):
+    """What a step says of itself, on the device: scalars.
+
+    Attributes:
+      loss: float32, mean negative log-likelihood of the batch's target tokens, before the update.
+      n_target_tokens: int32.
+      grad_norm: float32, global norm before clipping.
+      learning_rate: float32, of this step.
+    """
+
+    loss: jax.Array
+    n_target_tokens: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+
+
+TrainStep = Callable[[nnx.State, optax.OptState, Batch], tuple[nnx.State, optax.OptState, StepOutputs]]
+
+
+def batch_loss(
+    graphdef: nnx.GraphDef[Decoder], params: nnx.State, batch: Batch, chunk: int, remat: bool
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of the targets' negative log-likelihoods in float32, number of targets) of packed rows [b, t].
+
+    Args:
+      graphdef: the decoder's structure.
+      params: its parameters.
+      batch: packed rows.
+      chunk: target positions whose logits exist at one time.
+      remat: keep only each layer's input for the backward pass.
+    """
+    model = nnx.merge(graphdef, params)
+    hidden_btd = model.hidden(batch.tokens_bt, batch.segment_ids_bt, batch.positions_bt, remat=remat)
+    nll_bt = target_nll(model, hidden_btd, batch.tokens_bt, batch.is_target_bt, chunk)
+    return nll_bt.sum(), batch.is_target_bt.sum()
+
+
+def batch_gradient(
+    graphdef: nnx.GraphDef[Decoder], params: nnx.State, batch: Batch, chunk: int, remat: bool
+) -> tuple[jax.Array, jax.Array, nnx.State]:
+    """(loss, number of targets, gradient of the loss) of the micro-batches [a, b, t] as one batch.
+
+    A target weighs the same in whichever micro-batch it stands: sums are added up, and divided once.
+    """
+
+    def add(
+        sums: tuple[jax.Array, jax.Array, nnx.State], micro_batch: Batch
+    ) -> tuple[tuple[jax.Array, jax.Array, nnx.State], None]:
+        value_and_grad = jax.value_and_grad(batch_loss, argnums=1, has_aux=True)
+        (nll, n_targets), gradient = value_and_grad(graphdef, params, micro_batch, chunk, remat)
+        return jax.tree.map(jnp.add, sums, (nll, n_targets, gradient)), None
+
+    zeros = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
+    (nll, n_targets, gradient), _ = jax.lax.scan(add, zeros, batch)
+    divisor = jnp.maximum(n_targets, 1)
+    return nll / divisor, n_targets, jax.tree.map(lambda g: g / divisor, gradient)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef[Decoder],
+    optimizer: optax.GradientTransformation,
+    settings: TrainSettings,
+    total_steps: int,
+    *,
+    chunk: int,
+    state: tuple[nnx.State, optax.OptState],
+) -> TrainStep:
+    """Compiles, at its first call, `(params, opt_state, batch) -> (params, opt_state, outputs)`.
+
+    The first two arguments are donated: their buffers are reused and the arrays given are gone.
+
+    Args:
+      graphdef: the decoder's structure.
+      optimizer: of `make_optimizer`.
+      settings: for `remat` and the learning rate that is reported.
+      total_steps: of the whole training.
+      chunk: target positions whose logits exist at one time.
+      state: (params, opt_state) or their shapes with shardings; the results lie where these do.
+    """
+    schedule = learning_rate_schedule(settings, total_steps)
+
+    def train_step(
+        params: nnx.State, opt_state: optax.OptState, batch: Batch
+    ) -> tuple[nnx.State, optax.OptState, StepOutputs]:
+        loss, n_targets, gradient = batch_gradient(graphdef, params, batch, chunk, settings.remat == "layer")
+        outputs = StepOutputs(loss, n_targets, optax.tree.norm(gradient), schedule(steps_taken(opt_state)))
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return jax.tree.map(jnp.add, params, updates), opt_state, outputs
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
+
+
+def put_batch(batch: PackedBatch, micro_batches: int, mesh: Mesh) -> Batch:
+    """Splits rows [a * b, ...] into [a, b, ...] and spreads axis b over the mesh.
+
+    Every process is given the whole batch and sends its own devices their part.
+    """
+    sharding = named_sharding(mesh, None, "batch")
+
+    def put(x_bt: np.ndarray) -> jax.Array:
+        x_abt = x_bt.reshape(micro_batches, -1, x_bt.shape[1])
+        return jax.make_array_from_process_local_data(sharding, x_abt, x_abt.shape)
+
+    return Batch(*(put(getattr(batch, name)) for name in Batch._fields))

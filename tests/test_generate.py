@@ -1,0 +1,225 @@
+"""Laws of generation: the cache changes nothing, and an answer depends on its request alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from middo_jax.models import generate
+from middo_jax.models.config import DecoderConfig
+from middo_jax.models.decoder import Decoder, KVCache, forward, split
+from middo_jax.models.generate import Completion, Engine, Request, Sampling, keep_likely, sample
+
+CONFIG = DecoderConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+)
+CONTEXT = 200  # neither a power of two nor a multiple of one
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random parameters, ten times the usual size: at the usual size every answer repeats one token."""
+    graphdef, params = split(Decoder(CONFIG, jax.random.key(0)))
+    return graphdef, jax.tree.map(lambda x: 10 * x, params)
+
+
+@pytest.fixture(scope="module")
+def engine(model) -> Iterator[Engine]:
+    with Engine(*model, max_batch=3, max_context=CONTEXT) as engine:
+        yield engine
+
+
+read_whole = jax.jit(forward, static_argnums=0)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([length, seed]).integers(0, CONFIG.vocab_size, length).tolist()
+
+
+def full_forward_greedy(model, tokens: list[int], count: int) -> list[int]:
+    """Greedy decoding without a cache: the whole text is read again for every token."""
+    graphdef, params = model
+    tokens, length = list(tokens), len(tokens)
+    for _ in range(count):
+        padded = np.zeros((1, CONTEXT), np.int32)
+        padded[0, : len(tokens)] = tokens
+        segments = np.where(np.arange(CONTEXT) < len(tokens), 0, -1)[None]
+        hidden = read_whole(graphdef, params, padded, segments, np.arange(CONTEXT)[None])
+        logits = hidden[0, len(tokens) - 1] @ params["embed"][...].T
+        tokens.append(int(jnp.argmax(logits)))
+    return tokens[length:]
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 100, 190])
+def test_greedy_decoding_with_the_cache_is_greedy_decoding_without(model, engine, length):
+    request = Request(prompt(length), max_tokens=10)
+    expected = full_forward_greedy(model, prompt(length), 10)
+    assert engine.generate([request]) == [Completion(expected, "length")]
+    assert len(set(expected)) > 3, "the law says little of an answer that repeats itself"
+
+
+def mixed_requests() -> list[Request]:
+    """Greedy and sampled in every way, of several lengths; more than the engine has slots."""
+    ways = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 0.9, "top_p": 0.9, "top_k": 20},
+    ]
+    return [
+        Request(prompt(5 + 23 * i, i), max_tokens=4 + 5 * i, seed=i // 2, **ways[i % len(ways)])
+        for i in range(8)
+    ]
+
+
+def test_an_answer_depends_on_its_request_alone(engine):
+    requests = mixed_requests()
+    alone = [engine.generate([request])[0] for request in requests]
+    assert engine.generate(requests) == alone
+    assert engine.generate(requests[::-1]) == alone[::-1]
+    assert len({tuple(completion.tokens[:4]) for completion in alone}) > 5
+
+
+def test_logits_are_the_same_bits_in_every_slot_among_any_neighbours(model):
+    graphdef, params = model
+    read = jax.jit(lambda cache, tokens, at: nnx.merge(graphdef, params).hidden_cached(tokens, at, cache)[0])
+    rng = np.random.default_rng(0)
+    own = rng.normal(size=(2, CONFIG.num_layers, CONTEXT, CONFIG.num_kv_heads, CONFIG.head_dim))
+    seen = set()
+    for slot in range(3):
+        for neighbours_at in (0, 40, CONTEXT - 1, CONTEXT):
+            others = rng.normal(size=(2, CONFIG.num_layers, 3, *own.shape[2:]))
+            others[:, :, slot] = own
+            cache = KVCache(*jnp.asarray(others, jnp.float32))
+            tokens, positions = rng.integers(0, 97, (3, 1)), np.full((3, 1), neighbours_at)
+            tokens[slot], positions[slot] = 7, 60
+            seen.add(np.asarray(read(cache, tokens, positions))[slot].tobytes())
+    assert len(seen) == 1
+
+
+def test_a_seed_repeats_an_answer_and_another_seed_changes_it(engine):
+    request = Request(prompt(20), max_tokens=16, temperature=1.0, seed=3)
+    other = dataclasses.replace(request, seed=4)
+    first, second, third = engine.generate([request, request, other])
+    assert first == second != third
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(engine):
+    request = Request(prompt(20), max_tokens=30)
+    whole = engine.generate([request])[0].tokens
+    stop = whole[7]
+    stopped = engine.generate([dataclasses.replace(request, stop_ids=frozenset({stop}))])[0]
+    assert stopped == Completion(whole[: whole.index(stop)], "stop")
+    at_once = engine.generate([dataclasses.replace(request, stop_ids=frozenset({whole[0]}))])[0]
+    assert at_once == Completion([], "stop")
+
+
+def test_an_answer_ends_where_the_context_is_full(model, engine):
+    completion = engine.generate([Request(prompt(190), max_tokens=1000)])[0]
+    assert completion == Completion(full_forward_greedy(model, prompt(190), 10), "length")
+    assert len(engine.generate([Request(prompt(CONTEXT - 1), max_tokens=5)])[0].tokens) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_tokens": prompt(CONTEXT)}, r"200 tokens; it must have from 1 to 199"),
+        ({"prompt_tokens": []}, r"0 tokens"),
+        ({"prompt_tokens": [97]}, r"outside the vocabulary of 97"),
+        ({"max_tokens": 0}, r"max_tokens=0"),
+        ({"temperature": -1.0}, r"temperature=-1.0"),
+        ({"top_p": 0.0}, r"top_p=0.0"),
+        ({"top_k": -1}, r"top_k=-1"),
+    ],
+)
+def test_an_impossible_request_is_refused_with_numbers(engine, change, message):
+    with pytest.raises(ValueError, match=message):
+        engine.submit(dataclasses.replace(Request(prompt(3), max_tokens=1), **change))
+
+
+def test_a_context_beyond_the_models_positions_is_refused(model):
+    with pytest.raises(ValueError, match="max_position_embeddings=512"):
+        Engine(*model, max_batch=1, max_context=513)
+
+
+def test_cancelled_requests_free_their_places(engine):
+    futures = [engine.submit(Request(prompt(5), max_tokens=190)) for _ in range(9)]
+    assert all(future.cancel() for future in futures[::-1])  # the last ones are in the queue
+    assert len(engine.generate([Request(prompt(5), max_tokens=3)])[0].tokens) == 3
+
+
+def test_closing_fails_what_is_not_answered(model):
+    engine = Engine(*model, max_batch=3, max_context=CONTEXT)
+    futures = [engine.submit(Request(prompt(5), max_tokens=190)) for _ in range(6)]
+    engine.close()
+    assert not engine.is_running
+    for future in futures[3:]:
+        with pytest.raises(RuntimeError, match="closed"):
+            future.result(timeout=5)
+    with pytest.raises(RuntimeError, match="takes no more requests"):
+        engine.submit(Request(prompt(5), max_tokens=1))
+
+
+def test_a_failure_on_the_device_reaches_everybody_who_waits(model, monkeypatch):
+    release = threading.Event()
+
+    def broken(*_: object) -> None:
+        release.wait(timeout=60)  # until all have been submitted
+        raise FloatingPointError("device lost")
+
+    monkeypatch.setattr(generate, "decode", broken)
+    request = Request(prompt(5), max_tokens=5)
+    with Engine(*model, max_batch=3, max_context=CONTEXT) as engine:
+        futures = [engine.submit(request) for _ in range(4)]
+        release.set()
+        for future in futures:
+            assert isinstance(future.exception(timeout=60), FloatingPointError)
+        assert not engine.is_running
+        with pytest.raises(RuntimeError, match="takes no more requests: device lost"):
+            engine.submit(request)
+
+
+def brute_force_kept(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """The textbook's way: sort, cut to top_k, then to the smallest prefix that holds top_p."""
+    order = np.argsort(-logits)[: top_k or None]
+    share = np.exp(logits[order].astype(np.float64))
+    before = np.cumsum(share) / share.sum() - share / share.sum()
+    kept = np.zeros(logits.shape, bool)
+    kept[order[before < top_p]] = True
+    return kept
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_thresholds_are_those_of_a_sort(scale):
+    settings = [(0, 1.0), (0, 0.9), (1, 1.0), (7, 1.0), (50, 0.7), (0, 0.01), (400, 0.999), (5000, 0.5)]
+    logits = scale * np.random.default_rng(0).normal(size=(len(settings), 1000)).astype(np.float32)
+    top_k, top_p = (np.array(column) for column in zip(*settings, strict=True))
+    kept = np.isfinite(keep_likely(jnp.asarray(logits), jnp.asarray(top_k), jnp.asarray(top_p, jnp.float32)))
+    for row, (k, p) in enumerate(settings):
+        np.testing.assert_array_equal(kept[row], brute_force_kept(logits[row], k, p), err_msg=f"{k=} {p=}")
+
+
+def test_samples_follow_the_softmax():
+    rows = 20_000
+    logits = jnp.asarray([0.0, 1.0, 2.0, -1.0, 0.5])
+    requests = [(Request([0], 1, temperature=2.0, seed=7), index) for index in range(rows)]
+    drawn = jax.jit(sample)(jnp.tile(logits, (rows, 1)), Sampling.of(requests))
+    frequency = np.bincount(np.asarray(drawn), minlength=5) / rows
+    # Four standard errors of a share of a half.
+    np.testing.assert_allclose(frequency, jax.nn.softmax(logits / 2.0), atol=4 * 0.5 / rows**0.5)

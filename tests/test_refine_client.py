@@ -1,0 +1,616 @@
+"""The client against a hostile server over real sockets: what is retried, what is final, what is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import json
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from middo_jax.config import ConfigError, Prices, RefineSettings
+from middo_jax.data.example import Example, Message
+from middo_jax.refine.cache import Answer, AnswerCache, CacheError, canonical, request_key
+from middo_jax.refine.client import (
+    FAILURES_IN_A_ROW,
+    BudgetReached,
+    ChatClient,
+    EndpointFailed,
+    RefinerError,
+    RequestRefused,
+    retry_after,
+)
+from middo_jax.refine.rewrite import Task, run
+
+KEY = "sk-very-secret-0123456789"
+
+
+def good(text: str, prompt_tokens: int = 10, completion_tokens: int = 5, **more: Any) -> Response:
+    usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        **more,
+    }
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return JSONResponse({"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage})
+
+
+def fault(status: int, message: str = "no", **headers: str) -> Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return JSONResponse({"error": {"message": message}}, status, named)
+
+
+def dropped() -> Response:
+    async def half() -> Any:
+        yield b'{"id": '
+
+    return StreamingResponse(half(), headers={"content-length": "1000", "content-type": "application/json"})
+
+
+def dripping() -> Response:
+    async def drops_of_space() -> Any:
+        for _ in range(30):
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    return StreamingResponse(drops_of_space(), media_type="application/json")
+
+
+class HostileServer:
+    """Answers as `script(last message, how often it was asked before)` says; a float is a wait."""
+
+    def __init__(self) -> None:
+        self.script: Callable[[str, int], Response | float] = lambda text, n: good("fine")
+        self.times: dict[str, list[float]] = collections.defaultdict(list)
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: set[str] = set()
+        self.now = self.most = 0
+        app = Starlette(routes=[Route("/v1/chat/completions", self._answer, methods=["POST"])])
+        # lifespan off and errors quiet: a dropped body is an error to the server, and here on purpose.
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, port=0, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+        )
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+
+    async def _answer(self, request: Request) -> Response:
+        body = await request.json()
+        text = body["messages"][-1]["content"]
+        self.times[text].append(time.monotonic())
+        self.bodies.append(body)
+        self.keys.add(request.headers["authorization"])
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            reply = self.script(text, len(self.times[text]) - 1)
+            if isinstance(reply, float):
+                await asyncio.sleep(reply)
+                reply = good("late")
+            return reply
+        finally:
+            self.now -= 1
+
+    def start(self) -> None:
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(timeout=5)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}/v1"
+
+    def asked(self, text: str) -> int:
+        return len(self.times[text])
+
+    @property
+    def requests(self) -> int:
+        return len(self.bodies)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[HostileServer]:
+    server = HostileServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(running: HostileServer) -> HostileServer:
+    running.script = lambda text, n: good("fine")
+    running.times.clear()
+    running.bodies.clear()
+    running.keys.clear()
+    running.most = 0
+    return running
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[AnswerCache]:
+    cache = AnswerCache(tmp_path / "llm_cache.sqlite")
+    yield cache
+    cache.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+SETTINGS = RefineSettings(max_retries=3, timeout=5.0, concurrency=4, max_tokens=100)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def ask(
+    url: str, cache: AnswerCache, *texts: str, settings: RefineSettings = SETTINGS, **more: Any
+) -> tuple[list[Any], ChatClient]:
+    """Asks all texts at once; a RefinerError stands in its answer's place."""
+
+    async def go() -> tuple[list[Any], ChatClient]:
+        async with ChatClient(settings, url, "m", cache, backoff_base=0.01, **more) as client:
+            asked = (client.complete(user(text)) for text in texts)
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+        return answers, client
+
+    answers, client = asyncio.run(go())
+    for answer in answers:
+        assert isinstance(answer, Answer | RefinerError), answer
+    return answers, client
+
+
+def test_sends_what_was_set_and_counts_what_came(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: good(
+        "hello", 1000, 200, prompt_tokens_details={"cached_tokens": 400, "other": 1}
+    )
+    settings = RefineSettings(
+        temperature=0.0, top_p=0.9, max_tokens=77, prices=Prices(prompt=2.0, cached=1.0, completion=10.0)
+    )
+    [answer], client = ask(server.url, cache, "a", settings=settings, seed=7)
+    assert (answer.text, answer.finish_reason, answer.from_cache) == ("hello", "stop", False)
+    assert server.bodies == [
+        {"messages": user("a"), "model": "m", "temperature": 0.0, "top_p": 0.9, "max_tokens": 77, "seed": 7}
+    ]
+    usage = client.usage
+    assert (usage.requests, usage.retries, usage.answers) == (1, 0, 1)
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (1000, 200, 400)
+    assert usage.usd == pytest.approx((600 * 2 + 400 * 1 + 200 * 10) / 1e6)
+
+
+def test_second_run_asks_nothing_and_pays_nothing(server: HostileServer, cache: AnswerCache) -> None:
+    texts = [f"q{i}" for i in range(20)]
+    server.script = lambda text, n: good(f"answer to {text}")
+    first, _ = ask(server.url, cache, *texts)
+    second, client = ask("http://127.0.0.1:9/elsewhere", cache, *texts)
+    assert server.requests == len(cache) == 20
+    assert [dataclasses.replace(a, from_cache=True) for a in first] == second
+    assert (client.usage.cache_hits, client.usage.requests, client.usage.usd) == (20, 0, 0.0)
+
+
+def test_cache_tells_requests_apart(server: HostileServer, cache: AnswerCache) -> None:
+    ask(server.url, cache, "a")
+    ask(server.url, cache, "a", settings=SETTINGS.model_copy(update={"temperature": 0.5}))
+    ask(server.url, cache, "a", seed=1)
+
+    async def again() -> None:
+        async with ChatClient(SETTINGS, server.url, "m", cache) as client:
+            await client.complete(user("a"), attempt=1)
+        async with ChatClient(SETTINGS, server.url, "other", cache) as client:
+            await client.complete(user("a"))
+
+    asyncio.run(again())
+    assert server.requests == len(cache) == 5
+
+
+def test_equal_requests_in_flight_are_sent_once(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: 0.1
+    answers, _ = ask(server.url, cache, "same", "same", "same")
+    assert server.requests == 1
+    assert {answer.text for answer in answers} == {"late"}
+
+
+def test_concurrency_is_bounded_and_used(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: 0.02
+    ask(server.url, cache, *(f"q{i}" for i in range(24)))
+    assert server.most == SETTINGS.concurrency
+
+
+TRANSIENT: dict[str, Callable[[], Response | float]] = {
+    "408": lambda: fault(408),
+    "409": lambda: fault(409),
+    "429": lambda: fault(429),
+    "500": lambda: fault(500),
+    "503": lambda: fault(503),
+    "hangs": lambda: 1.5,
+    "drops": dropped,
+    "drips": dripping,
+    "not json": lambda: Response(b'{"id": ', media_type="application/json"),
+    "a page": lambda: Response(b"<html>try later</html>", media_type="text/html"),
+    "no choices": lambda: JSONResponse({"error": {"message": "busy"}}),
+}
+
+
+@pytest.mark.parametrize("name", TRANSIENT)
+def test_transient_faults_are_tried_again(server: HostileServer, cache: AnswerCache, name: str) -> None:
+    settings = SETTINGS.model_copy(update={"timeout": 0.5})
+    server.script = lambda text, n: TRANSIENT[name]() if n < 2 else good("at last")
+    [answer], client = ask(server.url, cache, "a", settings=settings)
+    assert answer.text == "at last"
+    assert (server.asked("a"), client.usage.requests, client.usage.retries) == (3, 3, 2)
+    assert client.usage.prompt_tokens == 10
+
+
+@pytest.mark.parametrize("name", TRANSIENT)
+def test_tries_are_bounded_and_failures_not_kept(
+    server: HostileServer, cache: AnswerCache, name: str
+) -> None:
+    settings = SETTINGS.model_copy(update={"timeout": 0.2, "max_retries": 2})
+    server.script = lambda text, n: TRANSIENT[name]()
+    [failure, same], _ = ask(server.url, cache, "a", "a", settings=settings)
+    assert isinstance(failure, EndpointFailed)
+    assert same is failure
+    assert server.asked("a") == 3  # final: not sent again for the second one who asks
+    assert len(cache) == 0
+    server.script = lambda text, n: good("recovered")
+    assert ask(server.url, cache, "a")[0][0].text == "recovered"
+
+
+@pytest.mark.parametrize(
+    ("status", "stops"), [(400, False), (413, False), (422, False), (401, True), (403, True), (404, True)]
+)
+def test_refusals_are_final_at_once(
+    server: HostileServer, cache: AnswerCache, status: int, stops: bool
+) -> None:
+    server.script = lambda text, n: fault(status, "prompt is too long")
+    [refusal, same], _ = ask(server.url, cache, "a", "a")
+    assert isinstance(refusal, RequestRefused)
+    assert refusal.stops_stage is stops
+    assert same is refusal
+    assert server.asked("a") == 1
+    assert "prompt is too long" in str(refusal)
+    assert refusal.reason == f"request refused ({status}): prompt is too long"
+    assert ("OPENAI_API_KEY" in str(refusal)) is (status in (401, 403))
+    assert len(cache) == 0
+
+
+def test_an_empty_quota_is_not_waited_for(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: JSONResponse(
+        {"error": {"message": "pay first", "code": "insufficient_quota"}}, 429
+    )
+    [refusal], _ = ask(server.url, cache, "a")
+    assert isinstance(refusal, RequestRefused)
+    assert refusal.stops_stage
+    assert server.requests == 1
+
+
+def test_a_refused_endpoint_is_left_alone(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: fault(401)
+    answers, _ = ask(server.url, cache, *(f"q{i}" for i in range(50)))
+    assert all(isinstance(a, RequestRefused) and a.stops_stage for a in answers)
+    assert server.requests <= SETTINGS.concurrency
+
+
+def test_retry_after_is_honoured(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: fault(429, retry_after="0.4") if n == 0 else good("ok")
+    [answer], _ = ask(server.url, cache, "a")
+    first, second = server.times["a"]
+    assert answer.text == "ok"
+    assert second - first >= 0.4
+
+
+def test_too_long_a_wait_is_reported_instead(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: fault(429, retry_after="7200")
+    [failure], _ = ask(server.url, cache, "a")
+    assert isinstance(failure, EndpointFailed)
+    assert failure.stops_stage
+    assert "7200 s" in str(failure)
+    assert server.requests == 1
+
+
+def test_retry_after_is_read_in_all_its_forms() -> None:
+    assert retry_after({}) is None
+    assert retry_after({"retry-after": "3"}) == 3.0
+    assert retry_after({"retry-after": "-3"}) == 0.0
+    assert retry_after({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
+    assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
+    assert (retry_after({"retry-after": "Wed, 21 Oct 2099 07:28:00 GMT"}) or 0) > 1e6
+    for nonsense in ("soon", "nan", "Wed, 99 Oct 2015"):
+        assert retry_after({"retry-after": nonsense}) is None
+
+
+def test_nobody_listening_stops_the_stage(cache: AnswerCache) -> None:
+    [failure], client = ask("http://127.0.0.1:9/v1", cache, "a")
+    assert isinstance(failure, EndpointFailed)
+    assert failure.stops_stage
+    assert "127.0.0.1:9" in str(failure)
+    assert client.usage.requests == SETTINGS.max_retries + 1
+
+
+def test_one_broken_request_does_not_stop_the_others(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: fault(500) if text == "bad" else good("fine")
+    answers, _ = ask(server.url, cache, "a", "bad", "b", "c")
+    assert [type(a) for a in answers] == [Answer, EndpointFailed, Answer, Answer]
+    assert not answers[1].stops_stage
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_row_of_failures_stops_the_stage(server: HostileServer, cache: AnswerCache, status: int) -> None:
+    server.script = lambda text, n: fault(status)
+    settings = SETTINGS.model_copy(update={"max_retries": 0, "concurrency": 1})
+    answers, _ = ask(server.url, cache, *(f"q{i}" for i in range(40)), settings=settings)
+    assert [a.stops_stage for a in answers].index(True) == FAILURES_IN_A_ROW - 1
+    assert server.requests == FAILURES_IN_A_ROW
+
+
+def test_refusals_in_a_row_after_an_answer_are_the_samples_own(
+    server: HostileServer, cache: AnswerCache
+) -> None:
+    server.script = lambda text, n: good("fine") if text == "q0" else fault(400, "too long")
+    settings = SETTINGS.model_copy(update={"concurrency": 1})
+    answers, _ = ask(server.url, cache, *(f"q{i}" for i in range(40)), settings=settings)
+    assert not any(a.stops_stage for a in answers[1:])
+    assert server.requests == 40
+
+
+def test_an_overload_that_others_get_through_does_not_stop_the_stage(
+    server: HostileServer, cache: AnswerCache
+) -> None:
+    server.script = lambda text, n: fault(429) if text == "unlucky" else good("fine")
+    answers, _ = ask(server.url, cache, "unlucky", *(f"q{i}" for i in range(20)))
+    assert isinstance(answers[0], EndpointFailed)
+    assert not answers[0].stops_stage
+    assert all(isinstance(a, Answer) for a in answers[1:])
+
+
+def test_failures_between_answers_are_no_row(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: fault(500) if int(text) % 2 else good("fine")
+    settings = SETTINGS.model_copy(update={"max_retries": 0, "concurrency": 1})
+    answers, _ = ask(server.url, cache, *(str(i) for i in range(40)), settings=settings)
+    assert [isinstance(a, Answer) for a in answers] == [i % 2 == 0 for i in range(40)]
+    assert not any(a.stops_stage for a in answers[1::2])
+
+
+def test_nothing_is_retried_at_an_endpoint_that_refused(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: fault(500, retry_after="0.3") if text == "waiting" else fault(401)
+    answers, _ = ask(server.url, cache, "waiting", "refused")
+    assert all(isinstance(a, RequestRefused) and a.stops_stage for a in answers)
+    assert server.asked("waiting") == 1
+
+
+def test_a_final_failure_is_not_waited_for(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: fault(500, retry_after="30")
+    begun = time.monotonic()
+    ask(server.url, cache, "a", settings=SETTINGS.model_copy(update={"max_retries": 0}))
+    assert time.monotonic() - begun < 10
+
+
+PRICED = SETTINGS.model_copy(update={"prices": Prices(prompt=1.0, completion=100.0)})
+
+
+def test_budget_is_never_passed_and_keeps_what_was_in_flight(
+    server: HostileServer, cache: AnswerCache
+) -> None:
+    # Every answer is as dear as it may be: 100 completion tokens, 0.01 dollars.
+    server.script = lambda text, n: good("dear", 10, 100)
+    settings = PRICED.model_copy(update={"budget_usd": 0.055})
+    answers, client = ask(server.url, cache, *(f"q{i}" for i in range(30)), settings=settings)
+    kept = [a for a in answers if isinstance(a, Answer)]
+    assert len(kept) == server.requests == len(cache) == 5
+    assert client.usage.usd == pytest.approx(5 * 0.01001)
+    assert client.usage.usd <= 0.055
+    assert all(isinstance(a, BudgetReached) and not a.stops_stage for a in answers if a not in kept)
+
+
+def test_budget_waits_for_what_turns_out_cheaper(server: HostileServer, cache: AnswerCache) -> None:
+    # Only two of the dearest fit at a time, but the real ones cost a tenth.
+    server.script = lambda text, n: good("cheap", 10, 10)
+    settings = PRICED.model_copy(update={"budget_usd": 0.025})
+    answers, client = ask(server.url, cache, *(f"q{i}" for i in range(12)), settings=settings)
+    assert all(isinstance(a, Answer) for a in answers)
+    assert client.usage.usd == pytest.approx(12 * 0.00101)
+
+
+def test_cached_answers_come_free_after_the_budget(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: good("dear", 10, 100)
+    settings = PRICED.model_copy(update={"budget_usd": 0.0125})
+    ask(server.url, cache, "known", settings=PRICED)
+    answers, client = ask(server.url, cache, "x", "y", "known", settings=settings)
+    assert [type(a) for a in answers] == [Answer, BudgetReached, Answer]
+    assert client.usage.usd == pytest.approx(0.01001)
+
+
+def test_uncounted_answers_cost_their_upper_bound(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: good("uncounted", 0, 0)
+    [_], client = ask(server.url, cache, "a", settings=PRICED)
+    assert client.usage.usd >= 100 * 100 / 1e6
+
+
+def test_a_budget_needs_prices(cache: AnswerCache) -> None:
+    with pytest.raises(ConfigError, match=r"refine\.prices\.prompt"):
+        ChatClient(RefineSettings(budget_usd=1.0), "http://127.0.0.1:9/v1", "m", cache)
+
+
+@pytest.mark.parametrize("pad", [0, 280, 290])
+def test_the_key_is_sent_and_appears_nowhere_else(
+    server: HostileServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch, pad: int
+) -> None:
+    monkeypatch.setenv("REFINER_KEY", KEY + "\n")
+    settings = SETTINGS.model_copy(update={"api_key_env": "REFINER_KEY"})
+
+    def script(text: str, n: int) -> Response:
+        # Some servers echo the key; a long echo may be cut in its middle.
+        return good("fine") if text == "ok" else fault(int(text), "x" * pad + f" bad key {KEY}")
+
+    server.script = script
+    shown = ""
+    for text in ("ok", "400", "500", "401"):
+        try:
+            ask_one = ask(server.url, cache, text, settings=settings)[0][0]
+            if isinstance(ask_one, RefinerError):
+                raise ask_one
+        except RefinerError as error:
+            shown += "".join(traceback.format_exception(error)) + error.reason + repr(error)
+    assert server.keys == {f"Bearer {KEY}"}
+    assert "REFINER_KEY" in shown
+    assert "sk-ver" not in shown
+    files = list(cache.path.parent.glob("llm_cache.sqlite*"))
+    assert files
+    assert all(KEY.encode() not in file.read_bytes() for file in files)
+
+
+def test_a_key_that_no_header_can_carry(cache: AnswerCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-sécret")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY") as caught:
+        ChatClient(SETTINGS, "http://127.0.0.1:9/v1", "m", cache)
+    assert "cret" not in str(caught.value)
+
+
+def test_without_a_key_a_dummy_is_sent(server: HostileServer, cache: AnswerCache) -> None:
+    ask(server.url, cache, "a")
+    assert server.keys == {"Bearer none"}
+
+
+def test_urls_are_shown_without_password(cache: AnswerCache) -> None:
+    [failure], _ = ask("http://me:hidden@127.0.0.1:9/v1", cache, "a")
+    assert "http://127.0.0.1:9/v1" in str(failure)
+    assert "hidden" not in str(failure)
+
+
+def test_loopback_is_not_reached_through_a_proxy(
+    server: HostileServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert ask(server.url, cache, "a")[0][0].text == "fine"
+
+
+def test_text_that_utf8_cannot_hold(server: HostileServer, cache: AnswerCache) -> None:
+    # JSON can escape half of a surrogate pair; neither the wire nor SQLite can hold one.
+    choice = {"message": {"role": "assistant", "content": "a\ud83d"}, "finish_reason": "stop"}
+    body = json.dumps({"choices": [choice]}).encode()
+    server.script = lambda text, n: Response(body, media_type="application/json")
+    [answer], _ = ask(server.url, cache, "q\ud83d")
+    assert answer.text == "a?"
+    assert ask(server.url, cache, "q\ud83d")[0][0].from_cache
+
+
+def test_cache_survives_the_process_and_ignores_key_order(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "llm_cache.sqlite"
+    key = request_key({"b": 1, "a": "é"})
+    assert key == request_key({"a": "é", "b": 1})
+    assert key != request_key({"a": "e", "b": 1})
+    answer = Answer("text\0é", "stop", 1, 2, 3)
+    first = AnswerCache(path)
+    first.put(key, canonical({"a": "é", "b": 1}), answer)
+    second = AnswerCache(path)  # while the first is open and was never closed: WAL, committed at the put
+    assert second.get(key) == dataclasses.replace(answer, from_cache=True, key=key)
+    assert second.get("unknown") is None
+    second.put(key, "{}", Answer("paid twice", "stop"))
+    assert first.get(key) == second.get(key) == dataclasses.replace(answer, from_cache=True, key=key)
+    first.close()
+    second.close()
+
+
+def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
+    path = tmp_path / "llm_cache.sqlite"
+    path.write_text("these are my notes, not a database" * 100)
+    with pytest.raises(CacheError, match=r"llm_cache\.sqlite"):
+        AnswerCache(path)
+    assert path.read_text().startswith("these are my notes")
+
+
+def tasks(n: int) -> list[Task]:
+    samples = [Example((Message("user", f"Q{i}"), Message("assistant", f"A{i}"))) for i in range(n)]
+    return [Task("rewrite", ("quality",), sample) for sample in samples]
+
+
+def refiner(text: str, n: int) -> Response:
+    if "<original>" in text:
+        number = text.partition("<original>\nQ")[2].split("\n")[0]
+        return good(f"<prompt>Better Q{number}</prompt>")
+    return good(f"An answer to: {text}")
+
+
+def test_a_stage_that_stopped_goes_on_where_it_was(server: HostileServer, tmp_path: Path) -> None:
+    """interrupted + resumed == uninterrupted, in every row, and nothing is paid twice."""
+    planned = tasks(30)
+
+    def rows(outcomes: list[Any]) -> str:
+        every = [(o.to_json(), o.rejected_row(), list(o.request_rows())) for o in outcomes]
+        return json.dumps(every)
+
+    def stage(cache: AnswerCache) -> list[Any]:
+        return run(planned, ChatClient(SETTINGS, server.url, "m", cache, backoff_base=0.01), SETTINGS, 0)
+
+    server.script = refiner
+    whole = AnswerCache(tmp_path / "whole.sqlite")
+    expected = rows(stage(whole))
+    whole.close()
+    assert server.requests == 60
+
+    server.times.clear()
+    server.bodies.clear()
+    broken = AnswerCache(tmp_path / "broken.sqlite")
+    server.script = lambda text, n: refiner(text, n) if server.requests <= 25 else fault(401, "expired")
+    with pytest.raises(RequestRefused, match="expired"):
+        stage(broken)
+    assert len(broken) == 25
+    assert server.requests <= 25 + SETTINGS.concurrency
+    paid = server.requests
+    server.script = refiner
+    assert rows(stage(broken)) == expected
+    assert server.requests - paid == 60 - 25
+    broken.close()
+
+
+def test_a_stage_under_faults_ends_every_task(server: HostileServer, cache: AnswerCache) -> None:
+    def script(text: str, n: int) -> Response | float:
+        number = int("".join(c for c in text.partition("Q")[2].split("\n")[0] if c.isdigit()) or 0)
+        if n == 0:
+            broken = {0: fault(429, retry_after="0.05"), 1: fault(500), 2: dropped()}.get(number % 10)
+            if broken is not None:
+                return broken
+        return fault(400, "too long") if number % 10 == 3 else refiner(text, n)
+
+    server.script = script
+    done: list[str] = []
+    planned = tasks(60)
+    client = ChatClient(SETTINGS, server.url, "m", cache, backoff_base=0.01)
+    outcomes = run(planned, client, SETTINGS, 0, on_done=lambda outcome: done.append(outcome.task.task_id))
+    assert [o.task for o in outcomes] == planned
+    assert sorted(done) == sorted(task.task_id for task in planned)
+    for i, outcome in enumerate(outcomes):
+        assert (outcome.example is None) is (i % 10 == 3), outcome.reject_reason
+        assert outcome.reject_reason == ("request refused (400): too long" if i % 10 == 3 else None)
+    assert client.usage.answers == len(cache) == 2 * 54
+    assert client.usage.requests == server.requests
+    assert client.usage.prompt_tokens == 10 * client.usage.answers
+
+
+def test_a_stage_beyond_its_budget_says_so(server: HostileServer, cache: AnswerCache) -> None:
+    server.script = refiner
+    settings = PRICED.model_copy(update={"budget_usd": 0.05})
+    outcomes = run(tasks(200), ChatClient(settings, server.url, "m", cache), settings, 0)
+    reasons = {outcome.reject_reason for outcome in outcomes}
+    assert reasons == {None, "budget"}
+    assert len(outcomes) == 200

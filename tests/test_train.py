@@ -1,0 +1,423 @@
+"""Laws of training: how a batch is cut, spread or recomputed changes nothing that is learnt."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from middo_jax.config import ConfigError, MeshSettings, TrainSettings
+from middo_jax.data.packing import pack
+from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.evaluate.heldout import heldout_loss
+from middo_jax.models.config import DecoderConfig
+from middo_jax.models.decoder import Decoder, split
+from middo_jax.parallel.mesh import make_mesh
+from middo_jax.run_dir import RunError, read_jsonl
+from middo_jax.train.optimizer import abstract_opt_state, decayed, learning_rate_schedule, make_optimizer
+from middo_jax.train.sft import StepMetrics, TrainingDataError, TrainingDiverged, plan_epoch, train
+from middo_jax.train.step import batch_gradient, put_batch
+
+CONFIG = DecoderConfig(96, 32, 64, 2, 4, 2, 8, 64)
+PACK = 32
+CHUNK = 16
+SETTINGS = TrainSettings(
+    learning_rate=1e-2,
+    batch_size=8,
+    num_epochs=2,
+    weight_decay=0.1,
+    warmup_ratio=0.2,
+    remat="none",
+    save_every=3,
+)
+
+
+def example(index: int, length: int) -> TokenizedExample:
+    rng = np.random.default_rng(index)
+    tokens_n = rng.integers(2, CONFIG.vocab_size, length).astype(np.int32)
+    is_target_n = np.arange(length) >= length // 2
+    return TokenizedExample(f"id{index}", tokens_n, is_target_n, ~is_target_n, False)
+
+
+def examples(count: int) -> list[TokenizedExample]:
+    return [example(i, 4 + (7 * i) % 25) for i in range(count)]
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
+    settings = MeshSettings(data=data, fsdp=fsdp, tensor=tensor)
+    return make_mesh(settings, jax.devices()[: data * fsdp * tensor])
+
+
+ONE = mesh_of(1, 1, 1)
+
+
+def fresh() -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+    return split(Decoder(CONFIG, jax.random.key(0)))
+
+
+def fine_tune(
+    out_dir: Path,
+    tokenized: Sequence[TokenizedExample],
+    settings: TrainSettings = SETTINGS,
+    mesh: Mesh = ONE,
+    on_step: Callable[[StepMetrics], None] | None = None,
+    params: nnx.State | None = None,
+    seed: int = 3,
+) -> nnx.State:
+    graphdef, start = fresh()
+    return train(
+        graphdef,
+        start if params is None else params,
+        tokenized,
+        settings,
+        seed=seed,
+        mesh=mesh,
+        pack_length=PACK,
+        out_dir=out_dir,
+        chunk=CHUNK,
+        on_step=on_step,
+    )
+
+
+def gradient(
+    rows: list[list[int]], tokenized: Sequence[TokenizedExample], batch: int, parts: int, remat: bool
+):
+    graphdef, params = fresh()
+    on_mesh = put_batch(pack(tokenized, rows, batch, PACK, max_segments=8), parts, ONE)
+    return jax.jit(batch_gradient, static_argnums=(0, 3, 4))(graphdef, params, on_mesh, CHUNK, remat)
+
+
+def assert_close(got: nnx.State, want: nnx.State, relative: float) -> None:
+    """Largest difference of each parameter, relative to its largest entry."""
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        error = float(jnp.abs(jax.device_get(a) - jax.device_get(b)).max())
+        assert error <= relative * float(np.abs(b).max()), jax.tree_util.keystr(path)
+
+
+def assert_identical(got: nnx.State, want: nnx.State) -> None:
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
+
+
+def test_accumulated_micro_batches_are_one_batch():
+    # Rows with very different numbers of targets, and one without any: weighting shows.
+    tokenized = examples(9)
+    rows = [[0, 1], [2], [3], [4, 5], [6], [7], [8]]
+    loss, n_targets, want = gradient(rows, tokenized, batch=8, parts=1, remat=False)
+    for parts in (2, 4, 8):
+        other, n_other, got = gradient(rows, tokenized, batch=8, parts=parts, remat=False)
+        assert int(n_other) == int(n_targets)
+        assert float(other) == pytest.approx(float(loss), rel=1e-5)
+        assert_close(got, want, 1e-5)
+
+
+def test_gradient_of_a_pack_is_the_sum_over_its_examples():
+    tokenized = examples(7)
+    loss, n_targets, packed = gradient(
+        [[0, 1, 4], [2, 5], [3], [6]], tokenized, batch=4, parts=1, remat=False
+    )
+    alone = [gradient([[i]], tokenized, batch=1, parts=1, remat=False) for i in range(7)]
+    assert int(n_targets) == sum(int(n) for _, n, _ in alone)
+    assert float(loss * n_targets) == pytest.approx(sum(float(one * n) for one, n, _ in alone), rel=1e-5)
+    summed = jax.tree.map(
+        lambda *g: sum(g), *(jax.tree.map(lambda g, n=n: g * n, one) for _, n, one in alone)
+    )
+    assert_close(jax.tree.map(lambda g: g * n_targets, packed), summed, 1e-4)
+
+
+def test_remat_changes_nothing():
+    tokenized = examples(9)
+    rows = [[0, 1], [2], [3], [4, 5]]
+    loss, _, want = gradient(rows, tokenized, batch=4, parts=1, remat=False)
+    again, _, got = gradient(rows, tokenized, batch=4, parts=1, remat=True)
+    assert float(again) == pytest.approx(float(loss), rel=1e-6)
+    assert_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 4, 2)])
+def test_any_mesh_trains_like_one_device(shape: tuple[int, int, int], tmp_path: Path):
+    # A small rate: Adam turns the rounding of a tiny gradient into a whole step of the size of the rate.
+    settings = SETTINGS.model_copy(update={"learning_rate": 1e-3, "num_epochs": 3})
+    want = fine_tune(tmp_path / "one", examples(40), settings)
+    got = fine_tune(tmp_path / "many", examples(40), settings, mesh_of(*shape))
+    one, many = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "many"))
+    assert len(one) == len(many) >= 6
+    for a, b in zip(one, many, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    assert_close(got, want, 1e-4)
+
+
+def test_loss_falls_on_learnable_data(tmp_path: Path):
+    # Each token is followed by its successor: all of it can be learnt, none of it is known.
+    rng = np.random.default_rng(0)
+
+    def counting(index: int) -> TokenizedExample:
+        tokens_n = (rng.integers(95) + np.arange(12)).astype(np.int32) % 95 + 1
+        return TokenizedExample(f"id{index}", tokens_n, np.arange(12) >= 2, np.arange(12) < 2, False)
+
+    tokenized = [counting(i) for i in range(160)]
+    seen: list[StepMetrics] = []
+    settings = SETTINGS.model_copy(update={"num_epochs": 6, "weight_decay": 0.0})
+    params = fine_tune(tmp_path, tokenized[:128], settings, on_step=seen.append)
+    assert seen[0].loss == pytest.approx(math.log(96), rel=0.05)
+    assert seen[-1].loss < seen[0].loss / 4
+    assert [m.step for m in seen] == list(range(1, seen[-1].total_steps + 1))
+    assert all(m.tokens_per_second > 0 for m in seen)
+
+    def heldout(params: nnx.State, mesh: Mesh, **sizes: int) -> tuple[float, int, int]:
+        return heldout_loss(fresh()[0], params, tokenized[128:], mesh=mesh, chunk=CHUNK, **sizes)
+
+    loss, n_target_tokens, n = heldout(params, ONE, batch_tokens=64, pack_length=32)
+    assert (n_target_tokens, n) == (32 * 10, 32)
+    assert loss < seen[0].loss / 4
+    # How the held-out examples are packed and spread changes nothing.
+    many = mesh_of(2, 2, 2)
+    assert heldout(jax.device_get(params), many, batch_tokens=1, pack_length=12)[0] == pytest.approx(
+        loss, rel=1e-5
+    )
+
+
+def test_every_example_once_an_epoch():
+    tokenized = examples(57)
+    orders = []
+    for epoch in range(3):
+        steps = plan_epoch(tokenized, SETTINGS, epoch, seed=7, pack_length=PACK)
+        assert all(len(rows) == SETTINGS.batch_size for rows in steps[:-1])
+        assert 0 < len(steps[-1]) <= SETTINGS.batch_size
+        assert all(sum(len(tokenized[i]) for i in row) <= PACK for rows in steps for row in rows)
+        order = [i for rows in steps for row in rows for i in row]
+        assert Counter(order) == Counter(range(57))
+        assert steps == plan_epoch(tokenized, SETTINGS, epoch, seed=7, pack_length=PACK)
+        orders.append(order)
+    assert orders[0] != orders[1] != orders[2]
+    other = plan_epoch(tokenized, SETTINGS, 0, seed=8, pack_length=PACK)
+    assert [i for rows in other for row in rows for i in row] != orders[0]
+
+
+def test_the_step_sees_every_target_once(tmp_path: Path):
+    tokenized = examples(41)
+    fine_tune(tmp_path, tokenized)
+    wanted = sum(int(e.is_target_n[1:].sum()) for e in tokenized)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    for epoch in range(2):
+        assert sum(row["n_target_tokens"] for row in rows if row["epoch"] == epoch) == wanted
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing that the training could catch."""
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 8])
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(stop: int, tmp_path: Path):
+    tokenized = examples(60)
+    want = fine_tune(tmp_path / "whole", tokenized)
+    steps = len(read_jsonl(tmp_path / "whole" / "metrics.jsonl"))
+    assert steps >= 9
+
+    def kill(metrics: StepMetrics) -> None:
+        if metrics.step == stop:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fine_tune(tmp_path / "cut", tokenized, on_step=kill)
+    # A line cut short by the kill.
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')
+    seen: list[int] = []
+    got = fine_tune(tmp_path / "cut", tokenized, on_step=lambda m: seen.append(m.step))
+    assert_identical(got, want)
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_bytes()
+    # Steps 3 and 6 are saved, once the caller has been told of them.
+    assert seen == list(range((stop - 1) // 3 * 3 + 1, steps + 1))
+
+
+def test_resumed_on_another_mesh_within_tolerance(tmp_path: Path):
+    tokenized = examples(60)
+    want = fine_tune(tmp_path / "whole", tokenized)
+
+    def kill(metrics: StepMetrics) -> None:
+        if metrics.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fine_tune(tmp_path / "cut", tokenized, on_step=kill, mesh=mesh_of(1, 8, 1))
+    seen: list[int] = []
+    got = fine_tune(tmp_path / "cut", tokenized, on_step=lambda m: seen.append(m.step), mesh=mesh_of(2, 2, 2))
+    assert seen[0] == 4
+    assert_close(got, want, 1e-2)  # at a rate of 1e-2, see test_any_mesh_trains_like_one_device
+    whole, cut = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
+    assert [row["loss"] for row in cut] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
+
+
+def test_interrupt_saves_the_current_step(tmp_path: Path):
+    tokenized = examples(60)
+    want = fine_tune(tmp_path / "whole", tokenized)
+
+    def interrupt(metrics: StepMetrics) -> None:
+        if metrics.step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(tmp_path / "cut", tokenized, on_step=interrupt)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # Step 5 was under way when step 4 was read.
+    assert [row["step"] for row in read_jsonl(tmp_path / "cut" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    seen: list[int] = []
+    got = fine_tune(tmp_path / "cut", tokenized, on_step=lambda m: seen.append(m.step))
+    assert seen[0] == 6
+    assert_identical(got, want)
+
+
+def test_done_is_done(tmp_path: Path):
+    tokenized = examples(20)
+    want = fine_tune(tmp_path, tokenized)
+    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["metadata.json", "params"]
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    seen: list[StepMetrics] = []
+    assert_identical(fine_tune(tmp_path, tokenized, on_step=seen.append), want)
+    assert not seen
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_another_training_is_not_continued(tmp_path: Path):
+    tokenized = examples(40)
+
+    def kill(metrics: StepMetrics) -> None:
+        if metrics.step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fine_tune(tmp_path, tokenized, on_step=kill)
+    with pytest.raises(RunError, match="another training"):
+        fine_tune(tmp_path, tokenized[:-1])
+    with pytest.raises(RunError, match="another training"):
+        fine_tune(tmp_path, tokenized, seed=4)
+    # What changes speed only may change.
+    fine_tune(tmp_path, tokenized, SETTINGS.model_copy(update={"remat": "layer", "save_every": 2}))
+    with pytest.raises(RunError, match="another training"):
+        fine_tune(tmp_path, tokenized[:-1])
+
+
+def test_nan_stops_with_step_and_ids_and_keeps_the_last_checkpoint(tmp_path: Path):
+    tokenized = examples(60)
+    settings = SETTINGS.model_copy(update={"num_epochs": 1, "save_every": 1})
+    rows = plan_epoch(tokenized, settings, 0, seed=3, pack_length=PACK)
+    # Only the examples of step 3 hold token 1, whose embedding is broken.
+    broken = {i for row in rows[2] for i in row}
+    poisoned = [
+        TokenizedExample(
+            e.id, np.where(np.arange(len(e)) == 1, 1, e.tokens_n), *(e.is_target_n, e.in_prompt_n), False
+        )
+        if i in broken
+        else e
+        for i, e in enumerate(tokenized)
+    ]
+    params = split(Decoder(CONFIG, jax.random.key(0)))[1]
+    params["embed"][...] = params["embed"][...].at[1].set(jnp.nan)
+    with pytest.raises(TrainingDiverged, match="step 3: loss nan") as raised:
+        fine_tune(tmp_path, poisoned, settings, params=params)
+    assert raised.value.step == 3
+    assert set(raised.value.ids) == {tokenized[i].id for i in broken}
+    assert [p.name for p in (tmp_path / "checkpoint" / "steps").iterdir()] == ["2"]
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_what_cannot_be_trained_on_is_said_before_compiling(tmp_path: Path):
+    untaught = [
+        TokenizedExample(e.id, e.tokens_n, e.is_target_n & False, e.in_prompt_n, False) for e in examples(4)
+    ]
+    foreign = TokenizedExample(
+        "far", np.array([3, 96], np.int32), np.array([False, True]), np.zeros(2, bool), False
+    )
+    with pytest.raises(TrainingDataError, match="no examples"):
+        fine_tune(tmp_path, [])
+    with pytest.raises(TrainingDataError, match="none of the 4 examples has a token to learn"):
+        fine_tune(tmp_path, untaught)
+    with pytest.raises(
+        ConfigError, match=r"1 of 5 examples are longer than train.pack_length=32 .*id77, has 33"
+    ):
+        fine_tune(tmp_path, [*examples(4), example(77, 33)])
+    with pytest.raises(TrainingDataError, match="example far has token 96"):
+        fine_tune(tmp_path, [*examples(4), foreign])
+    with pytest.raises(
+        ConfigError, match=r"batch_size=12 .*gradient_accumulation=2 times the 4 .*; 16 would fit"
+    ):
+        settings = SETTINGS.model_copy(update={"batch_size": 12, "gradient_accumulation": 2})
+        fine_tune(tmp_path, examples(4), settings, mesh_of(2, 2, 2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_schedules():
+    def rates(**update: object) -> list[float]:
+        settings = SETTINGS.model_copy(update={"learning_rate": 1.0, "warmup_ratio": 0.2, **update})
+        schedule = learning_rate_schedule(settings, 10)
+        return [float(schedule(step)) for step in range(10)]
+
+    assert rates(schedule="constant") == pytest.approx([0.5] + [1.0] * 9)
+    assert rates(schedule="linear") == pytest.approx([0.5, 1.0] + [1 - i / 8 for i in range(8)])
+    cosine = [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    assert rates(schedule="cosine") == pytest.approx([0.5, 1.0, *cosine], abs=1e-6)
+    assert rates(schedule="cosine", warmup_ratio=0.0)[0] == 1.0
+
+
+def test_optimizer_is_clipped_adamw_and_decays_matrices_only():
+    _, params = fresh()
+    settings = SETTINGS.model_copy(update={"schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.5})
+    optimizer = make_optimizer(settings, 10)
+    assert {path for path, is_decayed in nnx.to_flat_state(decayed(params)) if not is_decayed} == {
+        ("embed",),
+        ("final_norm",),
+        ("layers", "attention_norm"),
+        ("layers", "mlp_norm"),
+    }
+    # The first Adam step of any gradient is its sign; without a gradient only decay is left.
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(ones, optimizer.init(params), params)
+    lr, decay = settings.learning_rate, settings.weight_decay
+    matrix, norm = params["layers"]["q_proj"][...], params["final_norm"][...]
+    np.testing.assert_allclose(updates["layers"]["q_proj"][...], -lr * (1 + decay * matrix), rtol=1e-4)
+    np.testing.assert_allclose(updates["final_norm"][...], -lr * jnp.ones_like(norm), rtol=1e-4)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, state = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["layers"]["q_proj"][...], -lr * decay * matrix, rtol=1e-6)
+    assert not np.any(updates["embed"][...])
+    clipped, _ = optax.clip_by_global_norm(0.5).update(ones, optax.EmptyState())
+    moments = optax.tree.get(optimizer.update(ones, optimizer.init(params), params)[1], "mu")
+    assert float(optax.tree.norm(moments)) == pytest.approx(0.1 * float(optax.tree.norm(clipped)), rel=1e-4)
+    assert state is not None
+
+
+def test_optimizer_state_lies_where_its_parameters_do():
+    mesh = mesh_of(2, 2, 2)
+    from middo_jax.train.checkpoint import abstract_params
+
+    _, params = abstract_params(CONFIG, mesh)
+    opt_state = abstract_opt_state(make_optimizer(SETTINGS, 10), params, mesh)
+    for moment in ("mu", "nu"):
+        assert jax.tree.map(lambda x: x.sharding, optax.tree.get(opt_state, moment)) == jax.tree.map(
+            lambda x: x.sharding, params
+        )
+
+
+def test_metrics_are_json_of_what_was_told(tmp_path: Path):
+    seen: list[StepMetrics] = []
+    fine_tune(tmp_path, examples(20), on_step=seen.append)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [metrics.row() for metrics in seen]
+    assert set(seen[0].row()) == {"step", "epoch", "loss", "n_target_tokens", "grad_norm", "learning_rate"}
+    assert seen[0].learning_rate == pytest.approx(
+        SETTINGS.learning_rate / math.ceil(0.2 * seen[0].total_steps)
+    )

@@ -76,6 +76,7 @@ def score(
     """Losses, neighbours and ratings of a dataset, without the loop."""
     from middo_jax import stages
     from middo_jax.run_dir import RoundDir, write_jsonl, write_text
+    from middo_jax.workshop import prepare, write_dataset
 
     wanted = [axis.strip() for axis in axes.split(",") if axis.strip()]
     if unknown := [axis for axis in wanted if axis not in stages.AXES]:
@@ -89,10 +90,10 @@ def score(
     ]
     workshop = _workshop(settings)
     directory = RoundDir(out)
-    kept, _, rejections = stages.prepare(workshop)
+    kept, _, rejections = prepare(workshop)
     write_text(out / "config.yaml", workshop.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
-    stages.write_dataset(directory, kept)
+    write_dataset(directory, kept)
     if pre_model is None and "complexity" in wanted:
         workshop.progress.say("no --pre-model: loss_pre stays empty, and no sample can be called hard")
     stages.score_stage(workshop, directory, model_path, _model(pre_model) if pre_model else None, wanted)
@@ -158,6 +159,7 @@ def train(
     """Supervised fine-tuning: OUT/checkpoint and OUT/metrics.jsonl; goes on where it was stopped."""
     from middo_jax import stages
     from middo_jax.run_dir import RoundDir, read_jsonl, write_jsonl, write_text
+    from middo_jax.workshop import prepare, write_dataset
 
     model_path, directory = _model(model), RoundDir(out)
     settings = [
@@ -167,10 +169,10 @@ def train(
         *(overrides or ()),
     ]
     workshop = _workshop(settings)
-    kept, heldout, rejections = stages.prepare(workshop)
+    kept, heldout, rejections = prepare(workshop)
     write_text(out / "config.yaml", workshop.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
-    stages.write_dataset(directory, kept)
+    write_dataset(directory, kept)
     stages.train_stage(workshop, directory, model_path)
     result: dict[str, Any] = {
         "checkpoint": str(directory.checkpoint),
@@ -187,12 +189,13 @@ def train(
 def evaluate(data: Data, model: Model, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Loss per target token of a model on a dataset."""
     from middo_jax import stages
+    from middo_jax.workshop import prepare
 
     path = _model(model)
     workshop = _workshop(
         [f"model.path={_base(path)}", f"data.path={data}", "data.eval_fraction=0", *(overrides or ())]
     )
-    examples, _, _ = stages.prepare(workshop)
+    examples, _, _ = prepare(workshop)
     result = stages.heldout_loss(workshop, path, examples)
     _show(as_json, result, f"{result['loss']:.6f} nats a token over {result['n_target_tokens']:,} tokens")
 
@@ -317,7 +320,7 @@ def _workshop(settings: Sequence[str], path: Path | None = None) -> Any:
 
     from middo_jax.config import load
     from middo_jax.progress import for_stderr
-    from middo_jax.stages import Workshop
+    from middo_jax.workshop import Workshop
 
     # float32 is the fast dtype on a CPU, and what one compares with there.
     dtype = [] if path or jax.default_backend() != "cpu" else ["model.dtype=float32"]

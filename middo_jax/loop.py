@@ -18,6 +18,7 @@ from middo_jax.data.example import Example
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
 from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
+from middo_jax.workshop import Workshop, prepare, write_dataset
 
 # Settings that may change between two starts of a run: they touch speed, cost and place, not the result.
 MAY_CHANGE = (
@@ -46,7 +47,7 @@ def run_loop(config: Config, progress: Progress) -> RunDir:
     """
     run = RunDir(Path(config.runs_dir) / config.name)
     open_run(run, config)
-    workshop = stages.Workshop(config, progress)
+    workshop = Workshop(config, progress)
     heldout = _prepare(run, workshop)
     steps = [*_round_steps(run, workshop, heldout), *_final_steps(run, workshop, heldout)]
     began = time.monotonic()
@@ -88,17 +89,17 @@ def open_run(run: RunDir, config: Config) -> None:
 Step = tuple[RoundDir, str, Callable[[], Any]]
 
 
-def _prepare(run: RunDir, workshop: stages.Workshop) -> list[Example]:
+def _prepare(run: RunDir, workshop: Workshop) -> list[Example]:
     first = run.round(0)
     if not first.is_done("prepare"):
-        kept, heldout, rejections = stages.prepare(workshop)
+        kept, heldout, rejections = prepare(workshop)
         write_jsonl(run.rejected, (r.to_json() for r in rejections))
         write_jsonl(run.heldout, (e.to_json() for e in heldout))
-        stages.write_dataset(first, kept)
+        write_dataset(first, kept)
     return [Example.from_json(row) for row in read_jsonl(run.heldout)]
 
 
-def _round_steps(run: RunDir, workshop: stages.Workshop, heldout: list[Example]) -> list[Step]:
+def _round_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> list[Step]:
     config, steps = workshop.config, []
     for t in range(config.rounds):
         here = run.round(t)
@@ -117,7 +118,7 @@ def _round_steps(run: RunDir, workshop: stages.Workshop, heldout: list[Example])
                 cache.close()
 
         def merge(here: RoundDir = here, following: RoundDir = following) -> None:
-            stages.write_dataset(following, stages.merged_dataset(here))
+            write_dataset(following, stages.merged_dataset(here))
             here.finish("merge", [], 0.0)
 
         steps += [
@@ -130,13 +131,13 @@ def _round_steps(run: RunDir, workshop: stages.Workshop, heldout: list[Example])
     return steps
 
 
-def _start(workshop: stages.Workshop, previous: Path | None, which: str) -> Callable[[], Path]:
+def _start(workshop: Workshop, previous: Path | None, which: str) -> Callable[[], Path]:
     if which == "previous" and previous is not None:
         return lambda: previous
     return lambda: workshop.base
 
 
-def _final_steps(run: RunDir, workshop: stages.Workshop, heldout: list[Example]) -> list[Step]:
+def _final_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> list[Step]:
     final, config = run.final, workshop.config
     last = run.round(config.rounds - 1).checkpoint
     start = _start(workshop, last, config.train.start_from)

@@ -48,10 +48,12 @@ def target_nll(
         chosen_bn = jnp.take_along_axis(logits_bnv, target_bn[..., None], axis=2)[..., 0]
         return jnp.where(in_use_bn, jax.nn.logsumexp(logits_bnv, axis=-1) - chosen_bn, 0.0)
 
+    def no_nll(*_: jax.Array) -> jax.Array:
+        return jnp.zeros((b, width), jnp.float32)
+
     def step(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         position_bn, in_use_bn = inputs
-        nothing = lambda *_: jnp.zeros((b, width), jnp.float32)  # noqa: E731
-        return None, jax.lax.cond(in_use_bn.any(), chunk_nll, nothing, position_bn, in_use_bn)
+        return None, jax.lax.cond(in_use_bn.any(), chunk_nll, no_nll, position_bn, in_use_bn)
 
     def by_step(x_bn: jax.Array) -> jax.Array:
         return x_bn.reshape(b, steps, width).swapaxes(0, 1)

@@ -24,12 +24,16 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
+from middo_jax.config import ConfigError
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, abstract
 from middo_jax.models.parameters import parameters
 from middo_jax.run_dir import RunError, write_json
 
 _log = logging.getLogger(__name__)
+
+# The machine's trouble: a checkpoint that cannot be read for it is a good one.
+_NOT_THE_FILES = (MemoryError, jax.errors.JaxRuntimeError)
 
 
 class TrainState(NamedTuple):
@@ -43,14 +47,23 @@ class TrainState(NamedTuple):
 def abstract_params(
     config: DecoderConfig, mesh: Mesh, dtype: str = "float32"
 ) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
-    """(static structure, shapes with dtypes and shardings) of a decoder's parameters on a mesh."""
+    """(static structure, shapes with dtypes and shardings) of a decoder's parameters on a mesh.
+
+    Raises:
+      ConfigError: a parameter does not divide by the mesh.
+    """
     graphdef, shapes = abstract(config)
-    shardings = {spec.path: spec.sharding(mesh) for spec in parameters(config)}
-
-    def on_mesh(path: tuple[Any, ...], param: nnx.Variable[Any]) -> nnx.Variable[Any]:
-        return param.replace(jax.ShapeDtypeStruct(param.shape, dtype, sharding=shardings[path]))
-
-    return graphdef, nnx.map_state(on_mesh, shapes)
+    targets = {}
+    for spec in parameters(config):
+        shape, sharding = spec.shape(config), spec.sharding(mesh)
+        try:
+            sharding.shard_shape(shape)
+        except ValueError as error:
+            sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items())
+            name = ".".join(spec.path)
+            raise ConfigError(f"config: {sizes} does not divide parameter {name} {list(shape)}") from error
+        targets[spec.path] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return graphdef, nnx.map_state(lambda path, param: param.replace(targets[path]), shapes)
 
 
 def save_params(directory: str | Path, params: nnx.State, metadata: Mapping[str, Any]) -> None:
@@ -88,6 +101,7 @@ def restore_params(
 
     Raises:
       RunError: no finished checkpoint is there, it is of another model, or its files are damaged.
+      ConfigError: a parameter does not divide by the mesh.
     """
     directory = Path(directory).absolute()
     if read_metadata(directory) is None:
@@ -96,10 +110,11 @@ def restore_params(
         )
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            if dtype is None:
-                dtype = str(checkpointer.metadata(directory / "params").item_metadata["embed"].dtype)
-            graphdef, target = abstract_params(config, mesh, dtype)
+            stored = checkpointer.metadata(directory / "params").item_metadata["embed"].dtype
+            graphdef, target = abstract_params(config, mesh, dtype or str(stored))
             restored = checkpointer.restore(directory / "params", nnx.to_pure_dict(target))
+        except (ConfigError, *_NOT_THE_FILES):
+            raise
         except Exception as error:  # Orbax raises even plain `Exception` on a damaged file
             raise RunError(
                 f"{directory} is damaged or of another model than its config describes: {error}"
@@ -141,7 +156,7 @@ class TrainingCheckpoints:
     def restore(self, params: nnx.State, opt_state: optax.OptState) -> TrainState | None:
         """The newest readable state, or None.
 
-        What cannot be read is removed with a warning: training is deterministic, so that costs only time.
+        What cannot be read is set aside with a warning: training is deterministic, so that costs only time.
 
         Args:
           params: shapes with the shardings that are wanted.
@@ -159,16 +174,21 @@ class TrainingCheckpoints:
                     arrays = ocp.args.StandardRestore((params, opt_state))
                     state = self._orbax.restore(step, args=ocp.args.Composite(state=arrays))["state"]
                     return TrainState(step, *state)
-            except (MemoryError, jax.errors.JaxRuntimeError):
-                raise  # the machine's trouble, not the checkpoint's
+            except _NOT_THE_FILES:
+                raise
             except Exception as error:  # Orbax raises even plain `Exception` on a damaged file
-                _log.warning(
-                    "checkpoint %s/steps/%d cannot be read and is removed: %s", self._directory, step, error
-                )
-                self._orbax.delete(step)
+                self._set_aside(step, error)
             else:
                 raise another_training(self._directory)
         return None
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        found = self._directory / "steps" / str(step)
+        aside = self._directory / f"unreadable_step_{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        found.rename(aside)
+        self._orbax.reload()
+        _log.warning("checkpoint %s cannot be read; it is set aside as %s: %s", found, aside, error)
 
     def finish(self, state: TrainState, metadata: Mapping[str, Any]) -> None:
         """Saves the parameters for good and removes all that only a continuation would need."""
@@ -179,8 +199,9 @@ class TrainingCheckpoints:
 
 
 def remove_steps(directory: Path) -> None:
-    """Removes the states of a training that is done."""
-    shutil.rmtree(directory / "steps", ignore_errors=True)
+    """Removes what only the continuation of a training would need."""
+    for leftover in (directory / "steps", *directory.glob("unreadable_step_*")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def another_training(directory: Path) -> RunError:

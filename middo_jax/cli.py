@@ -36,9 +36,10 @@ def main() -> None:
 
     try:
         app()
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of a Ctrl-C, without a word
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise
     except (RunError, ValueError, OSError, RuntimeError) as error:
         if os.environ.get("MIDDO_TRACEBACK"):
             raise

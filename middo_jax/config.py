@@ -66,16 +66,16 @@ class DataSettings(Settings):
 class MeshSettings(Settings):
     """Devices along each mesh axis, -1: what is left. `data` spans slices, the others stay inside one."""
 
-    data: int = Field(default=1, ge=-1)
-    fsdp: int = Field(default=-1, ge=-1)
-    tensor: int = Field(default=1, ge=-1)
+    data: int = Field(default=1, ge=-1, description="Data parallel, parameters replicated.")
+    fsdp: int = Field(default=-1, ge=-1, description="Data parallel, parameters split.")
+    tensor: int = Field(default=1, ge=-1, description="Heads, MLP and vocabulary split.")
 
 
 class TrainSettings(Settings):
     """Supervised fine-tuning."""
 
     learning_rate: PositiveFloat = Field(default=2e-5, description="Peak of the schedule.")
-    num_epochs: PositiveInt = Field(default=1)
+    num_epochs: PositiveInt = Field(default=1, description="Passes over the dataset.")
     batch_size: PositiveInt = Field(default=32, description="Packed sequences an optimizer step.")
     gradient_accumulation: PositiveInt = Field(
         default=1,
@@ -87,11 +87,13 @@ class TrainSettings(Settings):
     warmup_ratio: float = Field(
         default=0.03, ge=0, lt=1, description="Share of all steps with rising learning rate."
     )
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Of the learning rate after warm-up; cosine and linear end at 0."
+    )
     weight_decay: NonNegativeFloat = Field(default=0.0, description="AdamW's, on matrices only.")
     max_grad_norm: PositiveFloat = Field(default=1.0, description="Global-norm clipping.")
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's.")
     remat: Literal["none", "layer"] = Field(
         default="layer",
         description="layer: keep only each layer's input and recompute the rest in the backward pass.",
@@ -160,9 +162,9 @@ class QualitySettings(Threshold):
 class Prices(Settings):
     """What the endpoint charges, in US dollars a million tokens."""
 
-    prompt: NonNegativeFloat = 0.0
-    cached: NonNegativeFloat = 0.0
-    completion: NonNegativeFloat = 0.0
+    prompt: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
+    cached: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
+    completion: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
 
 
 class RefineSettings(Settings):
@@ -179,7 +181,7 @@ class RefineSettings(Settings):
         default="OPENAI_API_KEY", description="NAME of the environment variable that holds the key."
     )
     temperature: NonNegativeFloat = Field(default=1.0, description="0: greedy, hence repeatable.")
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Sample from this share of the probability.")
     max_tokens: PositiveInt = Field(default=1024, description="Completion tokens a request.")
     concurrency: PositiveInt = Field(default=16, description="Requests in flight.")
     max_retries: NonNegativeInt = Field(
@@ -222,9 +224,11 @@ class Config(Settings):
     name: str = Field(
         default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The run's folder under runs_dir."
     )
-    runs_dir: str = "runs"
-    seed: NonNegativeInt = 0
-    rounds: PositiveInt = 1
+    runs_dir: str = Field(default="runs", description="Where runs lie.")
+    seed: NonNegativeInt = Field(
+        default=0, description="Of the held-out split, the order of training, sampling."
+    )
+    rounds: PositiveInt = Field(default=1, description="Times that the dataset is diagnosed and improved.")
     model: ModelSettings
     data: DataSettings
     mesh: MeshSettings = MeshSettings()

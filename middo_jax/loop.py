@@ -72,7 +72,7 @@ def open_run(run: RunDir, config: Config) -> None:
     Raises:
       RunError: it has others; the message names them.
     """
-    if run.config.exists():
+    if run.config.exists() and run.round(0).stages():  # before the first, nothing depends on the settings
         before = _flat(yaml.safe_load(run.config.read_text(encoding="utf-8")))
         now = _flat(config.model_dump(mode="json"))
         differing = [k for k in sorted(before | now) if before.get(k) != now.get(k) and not _may_change(k)]

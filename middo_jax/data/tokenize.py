@@ -135,14 +135,23 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
     for turn, message in enumerate(example.messages):
         start, stop = content_starts[turn]
         if message.role == "assistant":
-            first = int(np.searchsorted(starts_n, start - layout.openings[turn]))
-            after = int(np.searchsorted(starts_n, stop))
+            first = _first_token(starts_n, stops_n, start - layout.openings[turn])
+            after = _first_token(starts_n, stops_n, stop)
             if after < len(tokens_n) and is_control_n[after]:
                 after += 1  # the end of the turn
             is_target_n[first:after] = True
         elif message.role == "user":
-            in_prompt_n |= (stops_n > start) & (starts_n < stop) & (stops_n > starts_n)
+            in_prompt_n |= (stops_n > start) & (starts_n < stop)
     return _truncate(TokenizedExample(example.id, tokens_n, is_target_n, in_prompt_n, False), max_length)
+
+
+def _first_token(starts_n: np.ndarray, stops_n: np.ndarray, character: int) -> int:
+    """Index of the first token at or behind a character of the text.
+
+    Tokenizers may leave spaces out of the offsets: the token of a space then is empty, [stop, stop), and one
+    that ends where the character stands lies before it.
+    """
+    return max(int(np.searchsorted(starts_n, character)), int(np.searchsorted(stops_n, character, "right")))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,8 +33,8 @@ and the names, numbers and formats that are right."""
 
 _BOTH = """\
 Rewrite the prompt below so that it is clear, complete and factual, and also easy enough for a small model \
-to learn from: fewer steps, plainer words. Keep its subject, its kind of task and its language, and the names, \
-numbers and formats that are right."""
+to learn from: fewer steps, plainer words. Keep its subject, its kind of task and its language, and the \
+names, numbers and formats that are right."""
 
 _SYNTHESIZE = """\
 Below are a core prompt and its neighbours. Write one entirely new prompt of the same area and language that \

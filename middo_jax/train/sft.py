@@ -171,7 +171,11 @@ def train(
     target = abstract_params(config, mesh)[1]
     opt_target = abstract_opt_state(optimizer, target, mesh)
     step = make_train_step(graphdef, optimizer, settings, len(plan), chunk=chunk, state=(target, opt_target))
-    with jax.set_mesh(mesh), TrainingCheckpoints(checkpoint, identity) as checkpoints:
+    asynchronous = mesh.devices.flat[0].platform != "cpu"
+    with (
+        jax.set_mesh(mesh),
+        TrainingCheckpoints(checkpoint, identity, asynchronous=asynchronous) as checkpoints,
+    ):
         state = checkpoints.restore(target, opt_target)
         if state is None:
             params = jax.tree.map(

@@ -1,0 +1,61 @@
+"""Writes docs/settings.md from the settings themselves: `python docs/make_settings.py`."""
+
+from __future__ import annotations
+
+import sys
+import typing
+from pathlib import Path
+
+import pydantic
+
+from middo_jax.config import Config
+
+
+def page() -> str:
+    """The page: a table a group, in the order of config.py."""
+    parts = [
+        "# Settings\n\nGiven in YAML, or last on the command line as `group.name=value`.\n"
+        "Made from `middo_jax/config.py` by `python docs/make_settings.py`.\n"
+    ]
+    plain = {n: f for n, f in Config.model_fields.items() if not _is_group(f)}
+    parts.append("## At the top\n\n" + _table("", plain))
+    for name, field in Config.model_fields.items():
+        if _is_group(field):
+            parts.append(_group(name, field.annotation))
+    return "\n".join(parts)
+
+
+def _group(name: str, group: type[pydantic.BaseModel]) -> str:
+    fields = {n: f for n, f in group.model_fields.items() if not _is_group(f)}
+    nested = [_group(f"{name}.{n}", f.annotation) for n, f in group.model_fields.items() if _is_group(f)]
+    return "\n".join(
+        [f"## {name}\n\n{(group.__doc__ or '').strip()}\n\n{_table(f'{name}.', fields)}", *nested]
+    )
+
+
+def _is_group(field: typing.Any) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel)
+
+
+def _table(prefix: str, fields: dict[str, typing.Any]) -> str:
+    rows = ["| setting | default | |", "|---|---|---|"]
+    for name, field in fields.items():
+        default = "*required*" if field.is_required() else f"`{_yaml(field.default)}`"
+        choices = (
+            typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+        )
+        text = field.description or ""
+        if choices and not all(str(choice) in text for choice in choices):
+            text = f"{', '.join(f'`{choice}`' for choice in choices)}. {text}"
+        rows.append(f"| `{prefix}{name}` | {default} | {text.strip()} |")
+    return "\n".join(rows) + "\n"
+
+
+def _yaml(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    target = Path(__file__).parent / "settings.md"
+    target.write_text(page(), encoding="utf-8")
+    print(target, file=sys.stderr)

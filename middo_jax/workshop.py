@@ -1,0 +1,156 @@
+"""What every stage needs: settings, tokenizer, mesh, models, the user's data, the refiner's endpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from middo_jax.config import Config
+from middo_jax.data.example import Example
+from middo_jax.data.sources import DataError, Rejection, read, split_heldout
+from middo_jax.data.tokenize import (
+    TemplateError,
+    TokenizedExample,
+    control_tokens,
+    load_tokenizer,
+    tokenize,
+)
+from middo_jax.progress import Progress
+from middo_jax.run_dir import RoundDir, RunError, read_jsonl, write_jsonl
+
+if TYPE_CHECKING:
+    from flax import nnx
+    from jax.sharding import Mesh
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Workshop:
+    """What all stages share: the settings, where to say how far one is, and, made when first needed, the
+    base model's directory, its tokenizer and the mesh.
+    """
+
+    config: Config
+    progress: Progress
+
+    @functools.cached_property
+    def base(self) -> Path:
+        """The base model as a Hugging Face directory."""
+        from middo_jax.models.hf import resolve
+
+        return resolve(self.config.model.path)
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's, with the template that the settings ask for."""
+        return load_tokenizer(self.base, self.config.model.template)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """All devices, as `mesh.*` arranges them. Compiled programs are kept for the next start."""
+        import jax
+
+        from middo_jax.parallel.mesh import make_mesh
+
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            jax.config.update("jax_compilation_cache_dir", str(cache / "middo-jax" / "jax"))
+        return make_mesh(self.config.mesh)
+
+    def load_model(self, path: Path, param_dtype: str | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+        """A model from a Hugging Face directory or from a checkpoint of ours, on the mesh."""
+        from middo_jax.models.config import read_config
+        from middo_jax.models.hf import load
+        from middo_jax.train.checkpoint import read_metadata, restore_params
+
+        dtype = self.config.model.dtype
+        metadata = read_metadata(path)
+        if metadata is None:
+            return load(path, dtype, param_dtype, self.mesh)[:2]
+        return restore_params(path, read_config(metadata["base"], dtype), self.mesh, param_dtype or dtype)
+
+    def tokenize(self, examples: Sequence[Example]) -> list[TokenizedExample]:
+        """All examples; those that cannot be rendered were refused when the data was read."""
+        return [tokenize(e, self.tokenizer, self.config.model.max_length) for e in examples]
+
+
+def prepare(workshop: Workshop) -> tuple[list[Example], list[Example], list[Rejection]]:
+    """Reads the user's data: (to train on, held out, refused with the reason).
+
+    Raises:
+      DataError: the data cannot be read, or nothing of it can be used.
+    """
+    settings = workshop.config.data
+    examples, rejections = read(settings.path, settings.format, settings.limit)
+    usable = []
+    for example in examples:
+        reason = _unusable(workshop, example)
+        if reason is None:
+            usable.append(example)
+        else:
+            rejections.append(Rejection(f"sample {example.id}", reason, example.to_json()))
+    if not usable:
+        raise DataError(f"{settings.path}: no usable row; the first was refused: {rejections[0].reason}")
+    kept, heldout = split_heldout(
+        usable, settings.eval_fraction, workshop.config.seed, settings.source_column
+    )
+    workshop.progress.say(
+        f"{settings.path}: {len(kept)} samples, {len(heldout)} held out, {len(rejections)} rows refused"
+    )
+    return kept, heldout, rejections
+
+
+def _unusable(workshop: Workshop, example: Example) -> str | None:
+    for token in control_tokens(workshop.tokenizer):
+        if any(token in message.content for message in example.messages):
+            return f"its text holds the model's control token {token}"
+    try:
+        tokenize(example, workshop.tokenizer, workshop.config.model.max_length)
+    except TemplateError as e:
+        return str(e)
+    return None
+
+
+def read_dataset(directory: RoundDir) -> list[Example]:
+    """The examples of a round's folder."""
+    if not directory.dataset.exists():
+        raise RunError(
+            f"{directory.path}: no dataset.jsonl there; `middo score --data F --out DIR` makes one"
+        )
+    return [Example.from_json(row) for row in read_jsonl(directory.dataset)]
+
+
+def write_dataset(directory: RoundDir, examples: Sequence[Example]) -> None:
+    """Writes a round's examples and enters them in its manifest."""
+    write_jsonl(directory.dataset, (e.to_json() for e in examples))
+    directory.finish("prepare", [directory.dataset], 0.0, n=len(examples))
+
+
+@contextlib.contextmanager
+def endpoint(workshop: Workshop) -> Iterator[tuple[str, str]]:
+    """(base URL, model name) of the refiner; without one in settings or environment, ours is started.
+
+    It serves on loopback while the block runs.
+    """
+    config = workshop.config
+    url = config.refine.base_url or os.environ.get("OPENAI_BASE_URL")
+    if url is not None:
+        if config.refine.model is None:
+            raise RunError(f"config: refine.model is missing: the name of a model that {url} serves")
+        yield url, config.refine.model
+        return
+    from middo_jax.models.hf import resolve
+    from middo_jax.refine.server import build_app, load_engine, serve_in_background
+
+    path = resolve(config.refine.model) if config.refine.model else workshop.base
+    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype)
+    name = path.resolve().name
+    with engine, serve_in_background(build_app(engine, tokenizer, name, eos_ids), port=0) as url:
+        yield url, name
+    gc.collect()

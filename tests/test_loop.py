@@ -1,0 +1,293 @@
+"""The whole loop on a tiny model: what it leaves behind, and that a second start changes none of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from loop_fixture import contents, fake_refiner, rows_by_id, settings
+from middo_jax.config import load
+from middo_jax.diagnose.table import SCHEMA
+from middo_jax.loop import open_run, run_loop
+from middo_jax.progress import Silent
+from middo_jax.run_dir import RoundDir, RunDir, RunError, file_hash, read_jsonl
+from middo_jax.train.checkpoint import read_metadata
+
+SCORES = {"loss_pre", "loss_post", "knn_mean_sim", "quality"}
+
+
+class Said(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+class Finished(NamedTuple):
+    """A finished run of two rounds, never changed by a test, and how to make others of it."""
+
+    root: Path
+    url: str
+    run: RunDir
+    requests: list[dict[str, Any]]
+
+    def settings(self, **more: Any) -> list[str]:
+        """The run's settings, with changes; `root/model` and `root/data.json` are there."""
+        return settings(self.root, self.url, **{"rounds": 2, **more})
+
+    def copy(self, to: Path) -> str:
+        """The run's folder copied below `to`; returns that runs_dir."""
+        shutil.copytree(self.run.path, to / "run")
+        return str(to)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    root = tmp_path_factory.mktemp("loop")
+    with fake_refiner() as (url, requests):
+        run = run_loop(load(None, settings(root, url, rounds=2)), Silent())
+        yield Finished(root, url, run, list(requests))
+
+
+def rounds_and_final(run: RunDir) -> list[RoundDir]:
+    return [*run.rounds(), run.final]
+
+
+def small_run(root: Path, url: str | None, **more: Any) -> tuple[RunDir, list[str]]:
+    """A run of its own in `root`, and what it said."""
+    said = Said()
+    return run_loop(load(None, settings(root, url, **more)), said), said.lines
+
+
+def test_every_artefact_is_where_the_contract_says(finished: Finished) -> None:
+    run = finished.run
+    whole = {"config.yaml", "events.jsonl", "llm_cache.sqlite", "rejected.jsonl", "heldout.jsonl"}
+    whole |= {"heldout_losses.json", "report.html", "round_00", "round_01", "final"}
+    assert {p.name for p in run.path.iterdir()} == whole
+    a_round = {"dataset.jsonl", "scores.parquet", "embeddings.npy", "selection.json", "requests.jsonl"}
+    a_round |= {"refined.jsonl", "rejected.jsonl", "checkpoint", "metrics.jsonl", "manifest.json"}
+    for directory in run.rounds():
+        assert {p.name for p in directory.path.iterdir()} == a_round
+    last = {"dataset.jsonl", "checkpoint", "metrics.jsonl", "manifest.json", "huggingface"}
+    assert {p.name for p in run.final.path.iterdir()} == last
+    assert load(run.config) == load(None, finished.settings())
+
+
+def test_manifests_name_every_stage_and_the_files_as_they_are(finished: Finished) -> None:
+    stages = ["prepare", "train", "score", "select", "refine", "merge"]
+    for directory in finished.run.rounds():
+        assert list(directory.stages()) == stages
+    assert list(finished.run.final.stages()) == ["prepare", "train", "evaluate", "export"]
+    for directory in rounds_and_final(finished.run):
+        for stage, record in directory.stages().items():
+            # Selecting fills in columns of scores.parquet, so that only its own record knows the last bytes.
+            own = {name for name in record["files"] if (stage, name) != ("score", "scores.parquet")}
+            assert {name: file_hash(directory / name) for name in own} == {
+                name: record["files"][name] for name in own
+            }
+
+
+def test_every_stage_is_logged_once_and_in_order(finished: Finished) -> None:
+    events = read_jsonl(finished.run.events)
+    steps = [(d.path.name, s) for d in rounds_and_final(finished.run) for s in d.stages() if s != "prepare"]
+    for kind in ("start", "done"):
+        assert [(e["round"], e["stage"]) for e in events if e["event"] == kind] == steps
+    assert events[-1]["event"] == "report"
+
+
+def test_scores_have_every_column_and_a_row_a_sample(finished: Finished) -> None:
+    for directory in finished.run.rounds():
+        table, ids = pq.read_table(directory.scores), list(rows_by_id(directory.dataset))
+        assert table.column_names == SCHEMA.names
+        assert table["id"].to_pylist() == ids
+        for name in table.column_names:
+            assert table[name].null_count == (len(ids) if name == "error" else 0), name
+        embedding_nd = np.load(directory.embeddings, allow_pickle=False)
+        assert embedding_nd.shape == (len(ids), 32)
+        assert embedding_nd.dtype == np.float32
+        axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
+        for axis, flag in (("complexity", "hard"), ("diversity", "sparse"), ("quality", "low_quality")):
+            flagged = [i for i, yes in zip(ids, table[flag].to_pylist(), strict=True) if yes]
+            assert flagged == axes[axis]["ids"]
+            assert flagged
+
+
+def test_every_rewritten_sample_tells_where_it_comes_from(finished: Finished) -> None:
+    seeds = set(rows_by_id(finished.run.round(0).dataset))
+    parents: dict[str, Any] = {}
+    for t, directory in enumerate(rounds_and_final(finished.run)):
+        for id_, row in rows_by_id(directory.dataset).items():
+            lineage = row["lineage"]
+            assert lineage["root_id"] in seeds
+            if lineage["op"] == "seed":
+                assert lineage["root_id"] == id_
+                assert id_ in seeds
+                continue
+            (parent_id,) = lineage["parent_ids"]
+            assert parents[parent_id]["lineage"]["root_id"] == lineage["root_id"]
+            assert lineage["refiner"] == "fake"
+            assert lineage["prompt_version"]
+            assert 1 <= lineage["round"] <= t
+            axes = {"simplify": ["complexity"], "synthesize": ["diversity"]}
+            assert lineage["axis"] in axes.get(lineage["op"], ["quality", "complexity+quality"])
+            assert bool(lineage["hint_ids"]) == (lineage["op"] == "synthesize")
+            assert set(lineage["hint_ids"]) <= parents.keys()
+            assert lineage["scores_before"].keys() == SCORES
+            # What it was good for is known once a later round has scored it.
+            assert (lineage["scores_after"] is None) == (lineage["round"] == t)
+            assert row["extra"] == parents[parent_id]["extra"]
+        parents |= rows_by_id(directory.dataset)
+    ops = Counter(row["lineage"]["op"] for row in parents.values())
+    assert ops.keys() == {"seed", "simplify", "rewrite", "synthesize"}
+
+
+def test_scores_before_and_after_are_those_of_the_tables(finished: Finished) -> None:
+    tables = [
+        {row["id"]: {name: row[name] for name in SCORES} for row in pq.read_table(d.scores).to_pylist()}
+        for d in finished.run.rounds()
+    ]
+    checked = 0
+    for id_, row in rows_by_id(finished.run.final.dataset).items():
+        lineage = row["lineage"]
+        if lineage["op"] != "seed":
+            assert lineage["scores_before"] == tables[lineage["round"] - 1][lineage["parent_ids"][0]]
+        if lineage["scores_after"] is not None:
+            assert lineage["scores_after"] == tables[lineage["round"]][id_]
+            checked += 1
+    assert checked
+
+
+def test_no_sample_is_lost(finished: Finished) -> None:
+    folders = rounds_and_final(finished.run)
+    for here, following in zip(folders, folders[1:], strict=False):
+        before, after = rows_by_id(here.dataset), rows_by_id(following.dataset)
+        accepted = [row for row in read_jsonl(here.refined) if row["accepted"]]
+        replaced = Counter(row["replaces"] for row in accepted if row["replaces"] is not None)
+        for id_ in before:
+            assert (id_ in after) + replaced[id_] == 1
+        children = {row["example"]["id"] for row in accepted}
+        assert after.keys() == (before.keys() - replaced.keys()) | children
+        assert len(after) == len(before) + sum(row["replaces"] is None for row in accepted)
+
+
+def test_heldout_examples_are_in_no_dataset_and_no_request(finished: Finished) -> None:
+    heldout = rows_by_id(finished.run.heldout)
+    assert len(heldout) == 4
+    prompts = {row["messages"][0]["content"] for row in heldout.values()}
+    for directory in rounds_and_final(finished.run):
+        rows = rows_by_id(directory.dataset)
+        assert not heldout.keys() & rows.keys()
+        assert not prompts & {row["messages"][0]["content"] for row in rows.values()}
+    asked = json.dumps(finished.requests)
+    assert finished.requests
+    assert not any(json.dumps(prompt)[1:-1] in asked for prompt in prompts)
+    losses = json.loads(finished.run.heldout_losses.read_text(encoding="utf-8"))
+    assert [m["name"] for m in losses["models"]] == ["base", "round_00", "round_01", "final"]
+    assert losses["n"] == 4
+    assert losses["models"][-1]["loss"] < losses["models"][0]["loss"]  # it has learnt something
+
+
+def test_a_second_start_finds_everything_done(finished: Finished, tmp_path: Path) -> None:
+    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path)))
+    before = contents(tmp_path)
+    said = Said()
+    run_loop(config, said)
+    assert [line.endswith("done before") for line in said.lines[:-1]] == [True] * 13
+    after = contents(tmp_path)
+    changing = {"run/events.jsonl", "run/report.html", "run/config.yaml"}  # the last: runs_dir is another
+    assert after.keys() == before.keys()
+    assert {name for name in before if before[name] != after[name]} <= changing
+    assert after["run/events.jsonl"].startswith(before["run/events.jsonl"])
+
+
+def test_a_missing_file_is_made_again_with_the_same_bytes(finished: Finished, tmp_path: Path) -> None:
+    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path)))
+    directory = RunDir(tmp_path / "run").round(1)
+    before = contents(directory.path, "selection.json", "scores.parquet", "refined.jsonl", "requests.jsonl")
+    directory.selection.unlink()
+    directory.refined.unlink()
+    run_loop(config, Silent())
+    assert contents(directory.path, *(Path(name).name for name in before)) == before
+    assert directory.stages()["refine"]["usage"]["requests"] == 0  # every answer was in the cache
+
+
+def test_other_settings_are_refused_by_name(finished: Finished, tmp_path: Path) -> None:
+    runs_dir = finished.copy(tmp_path)
+    changed = load(None, finished.settings(runs_dir=runs_dir, seed=4, train__learning_rate=0.02))
+    before = contents(tmp_path)
+    with pytest.raises(RunError, match=r"seed \(3 there, 4 now\), train\.learning_rate \(0\.01 there, 0\.02"):
+        run_loop(changed, Silent())
+    assert contents(tmp_path) == before
+
+
+def test_settings_of_speed_may_change(finished: Finished, tmp_path: Path) -> None:
+    faster = {"refine__concurrency": 2, "scoring__batch_tokens": 4096, "train__save_every": 7}
+    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path), **faster))
+    open_run(RunDir(tmp_path / "run"), config)
+    assert load(tmp_path / "run" / "config.yaml") == config
+
+
+def test_settings_may_still_be_mended_while_nothing_is_done(finished: Finished, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    wrong = load(None, finished.settings(runs_dir=tmp_path, data__path=tmp_path / "dta.json"))
+    with pytest.raises(ValueError, match=r"there is no file .*dta\.json"):
+        run_loop(wrong, Silent())
+    right = load(None, finished.settings(runs_dir=tmp_path))
+    open_run(run, right)
+    assert load(run.config) == right
+
+
+def test_previous_models_are_started_from_and_measured(finished: Finished, tmp_path: Path) -> None:
+    previous = {"train__start_from": "previous", "complexity__pre_model": "previous"}
+    run, _ = small_run(
+        tmp_path, finished.url, rounds=2, model__path=finished.root / "model", data__limit=12, **previous
+    )
+    first, second = (pq.read_table(d.scores) for d in run.rounds())
+    # A sample that both rounds hold: what was after round 0 is before round 1.
+    after = dict(zip(first["id"].to_pylist(), first["loss_post"].to_pylist(), strict=True))
+    before = dict(zip(second["id"].to_pylist(), second["loss_pre"].to_pylist(), strict=True))
+    both = sorted(after.keys() & before.keys())
+    assert both
+    np.testing.assert_allclose([after[i] for i in both], [before[i] for i in both], rtol=1e-5)
+    assert read_jsonl(run.round(1).metrics)[0]["loss"] < read_jsonl(run.round(0).metrics)[0]["loss"]
+    base = str((finished.root / "model").resolve())
+    for directory in rounds_and_final(run):
+        metadata = read_metadata(directory.checkpoint)
+        assert metadata is not None
+        assert metadata["base"] == base  # whose config and tokenizer an export needs
+
+
+def test_gibberish_is_rejected_and_everything_stays(finished: Finished, tmp_path: Path) -> None:
+    """The tiny model itself behind the embedded endpoint; raw prompts, sampled ratings, nothing held out."""
+    unusual = {"diversity__text": "raw", "quality__method": "sample", "quality__max_new_tokens": 4}
+    run, said = small_run(
+        tmp_path, None, model__path=finished.root / "model", data__limit=12, data__eval_fraction=0, **unusual
+    )
+    before, after = run.round(0).dataset.read_bytes(), run.final.dataset.read_bytes()
+    assert before == after
+    refined = read_jsonl(run.round(0).refined)
+    assert refined
+    assert not any(row["accepted"] for row in refined)
+    rejected = read_jsonl(run.round(0).rejected)
+    assert [row["source_id"] for row in rejected] == [row["source_id"] for row in refined]
+    assert all(row["reason"] and row["answers"] for row in rejected)
+    assert read_jsonl(run.heldout) == []
+    assert json.loads(run.heldout_losses.read_text(encoding="utf-8")) == {"n": 0, "models": []}
+    assert run.report.exists()
+    assert len(read_jsonl(run.final.dataset)) == 12
+    assert "12 samples, 0 held out, 0 rows refused" in said[0]
+    # Random weights seldom write a number: what cannot be read is null, and the row says so.
+    table = pq.read_table(run.round(0).scores)
+    for quality, error in zip(table["quality"].to_pylist(), table["error"].to_pylist(), strict=True):
+        assert (quality is None) == (error is not None)

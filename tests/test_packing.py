@@ -1,0 +1,114 @@
+"""Laws of packing: every example once, nobody's tokens in another's segment, few shapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from middo_jax.data.packing import first_fit, pack, plan_buckets
+from middo_jax.data.tokenize import TokenizedExample
+
+LENGTHS = st.lists(st.integers(1, 40), max_size=60)
+
+
+def example(length: int, number: int, rng: np.random.Generator) -> TokenizedExample:
+    """Tokens that say whose they are; the very first may be a target, which nothing precedes."""
+    tokens_n = np.arange(length, dtype=np.int32) + 1000 * (number + 1)
+    return TokenizedExample(str(number), tokens_n, rng.random(length) < 0.5, rng.random(length) < 0.5, False)
+
+
+def test_first_fit_by_hand() -> None:
+    assert first_fit([5, 3, 4, 2], 8, 8) == [[0, 1], [2, 3]]
+    assert first_fit([5, 4, 3, 2], 8, 8) == [[0, 2], [1, 3]]
+    assert first_fit([1, 1, 1], 8, 2) == [[0, 1], [2]]
+    assert first_fit([5, 6, 3], 8, 8, open_rows=1) == [[0], [1], [2]]
+    assert first_fit([], 8, 8) == []
+
+
+def test_first_fit_refuses_what_fits_nowhere() -> None:
+    with pytest.raises(ValueError, match="9 tokens does not fit a row of 8"):
+        first_fit([3, 9], 8, 8)
+
+
+@given(LENGTHS, st.integers(40, 80), st.integers(1, 6), st.integers(1, 5))
+def test_first_fit(lengths: list[int], capacity: int, max_segments: int, open_rows: int) -> None:
+    rows = first_fit(lengths, capacity, max_segments, open_rows)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= capacity for row in rows)
+    assert all(1 <= len(row) <= max_segments for row in rows)
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)  # in the order of opening
+
+
+@given(LENGTHS, st.integers(1, 6), st.integers(0, 3), st.integers(0, 2**32 - 1))
+def test_pack(lengths: list[int], max_segments: int, spare_rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    examples = [example(n, i, rng) for i, n in enumerate(lengths)]
+    rows = first_fit(lengths, 48, max_segments)
+    batch = pack(examples, rows, len(rows) + spare_rows, 48, max_segments)
+
+    assert {a.shape for a in batch[:-1]} == {(len(rows) + spare_rows, 48)}
+    assert batch.example_bs.shape == (len(rows) + spare_rows, max_segments)
+    found = Counter(batch.example_bs[batch.example_bs >= 0].tolist())
+    assert found == Counter(range(len(examples)))  # each once
+    for b, s in zip(*np.nonzero(batch.example_bs >= 0), strict=True):
+        e = examples[batch.example_bs[b, s]]
+        at = np.flatnonzero(batch.segment_ids_bt[b] == s)
+        assert np.array_equal(at, at[0] + np.arange(len(e)))  # in one piece
+        assert np.array_equal(batch.tokens_bt[b, at], e.tokens_n)
+        assert np.array_equal(batch.positions_bt[b, at], np.arange(len(e)))
+        assert np.array_equal(batch.in_prompt_bt[b, at], e.in_prompt_n)
+        # The next token, and never that of the next example.
+        assert np.array_equal(batch.is_target_bt[b, at[:-1]], e.is_target_n[1:])
+        assert not batch.is_target_bt[b, at[-1]]
+    padding = batch.segment_ids_bt == -1
+    assert padding.sum() == batch.tokens_bt.size - sum(lengths)
+    for array in (batch.tokens_bt, batch.positions_bt, batch.is_target_bt, batch.in_prompt_bt):
+        assert not array[padding].any()
+
+
+def test_pack_of_nothing_is_padding_of_the_right_types() -> None:
+    batch = pack([], [], 2, 4, 3)
+    assert (batch.segment_ids_bt == -1).all() and (batch.example_bs == -1).all()
+    assert not batch.is_target_bt.any()
+
+
+BUCKET_LENGTHS = st.lists(st.integers(1, 5000) | st.integers(1, 200), max_size=120)
+
+
+@given(BUCKET_LENGTHS, st.sampled_from([64, 2048, 16384]), st.sampled_from([1, 4, 8]), st.integers(0, 99))
+def test_buckets(lengths: list[int], batch_tokens: int, divisor: int, seed: int) -> None:
+    buckets = plan_buckets(lengths, batch_tokens, divisor)
+    planned = [i for bucket in buckets for row in bucket.rows for i in row]
+    assert sorted(planned) == list(range(len(lengths)))
+    for bucket in buckets:
+        assert bucket.rows
+        assert all(sum(lengths[i] for i in row) <= bucket.length for row in bucket.rows)
+        assert all(len(row) <= bucket.length // 8 for row in bucket.rows)
+        assert bucket.batch % divisor == 0
+        assert bucket.batch == divisor or bucket.batch * bucket.length <= batch_tokens
+        assert [row for rows in bucket.batches() for row in rows] == bucket.rows
+        assert all(1 <= len(rows) <= bucket.batch for rows in bucket.batches())
+    # Few shapes: one a power of two, from 256 to the longest.
+    shapes = {(bucket.batch, bucket.length) for bucket in buckets}
+    assert len(shapes) == len(buckets) <= 6
+    assert [b.length for b in buckets] == sorted(b.length for b in buckets)
+    # The same lengths in any order make the same rows of lengths.
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    shuffled = plan_buckets([lengths[i] for i in order], batch_tokens, divisor)
+
+    def in_lengths(plan: list, of: list[int]) -> list:
+        return [(b.length, b.batch, [[of[i] for i in row] for row in b.rows]) for b in plan]
+
+    assert in_lengths(buckets, lengths) == in_lengths(shuffled, [lengths[i] for i in order])
+
+
+def test_rows_are_full() -> None:
+    """Alpaca-like lengths: nearly all of what the planned rows compute is real."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.2, 0.8, 3000), 10, 2000).astype(int).tolist()
+    buckets = plan_buckets(lengths, 16384, 8)
+    assert sum(lengths) / sum(bucket.length * len(bucket.rows) for bucket in buckets) > 0.95

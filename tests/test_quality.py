@@ -1,0 +1,272 @@
+"""Laws of the self-rating: one shared prefill says what six separate passes would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_model import CHAT_TEMPLATE, tiny_tokenizer, write_tiny_model
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from middo_jax.config import MeshSettings
+from middo_jax.data.example import Example, Message
+from middo_jax.data.tokenize import load_tokenizer, tokenize_prompt
+from middo_jax.diagnose.quality import (
+    JudgeError,
+    RatingTokens,
+    RatingTree,
+    judge,
+    quality,
+    rating_tree,
+)
+from middo_jax.diagnose.rubrics import ANSWER_STEM, COLUMNS, DIMENSIONS, PARTS, judge_message
+from middo_jax.diagnose.sampled import parse_rating
+from middo_jax.models import hf
+from middo_jax.models.decoder import forward
+from middo_jax.parallel.mesh import make_mesh
+
+MAX_LENGTH = 1024
+
+
+def sample(prompt: str, response: str) -> Example:
+    return Example((Message("user", prompt), Message("assistant", response)))
+
+
+EXAMPLES = [
+    sample("What is the capital of France?", "Paris."),
+    sample("", ""),
+    sample("Count to 10.", "1 2 3 4 5 6 7 8 9 10"),
+    sample("Fill in {response} and {prompt}.", "{prompt}"),
+    sample("Write a story. " * 20, "Once upon a time. " * 30),
+]
+
+
+def one_ten_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with a token of its own for "10"."""
+    backend = tiny_tokenizer()
+    backend.add_tokens([AddedToken("10", normalized=False)])
+    return wrapped(backend)
+
+
+def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", unk_token="<|endoftext|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", params=["two tokens", "one token"])
+def tokenizer(request: pytest.FixtureRequest, directory: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(directory) if request.param == "two tokens" else one_ten_tokenizer()
+
+
+def next_token_log_p(model: tuple[nnx.GraphDef, nnx.State], tokens: list[int]) -> np.ndarray:
+    """float64 log-probabilities of what follows; padded on the right, so that few shapes are compiled."""
+    graphdef, params = model
+    length = 256 * -(-len(tokens) // 256)
+    at = jnp.arange(length)[None]
+    row = jnp.zeros((1, length), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens))
+    hidden_btd = PASS(graphdef, params, row, jnp.where(at < len(tokens), 0, -1), at)
+    logits = np.asarray(nnx.merge(graphdef, params).unembed(hidden_btd[0, len(tokens) - 1][None])[0], np.float64)
+    return logits - np.log(np.exp(logits).sum())
+
+
+PASS = jax.jit(forward, static_argnums=0)
+
+
+def rating_by_hand(
+    model: tuple[nnx.GraphDef, nnx.State], tokenizer: PreTrainedTokenizerBase, question: str
+) -> float:
+    """The eleven answers spelt out, each one's probability from passes of its own.
+
+    "1" is the answer only if "10" is not, which is what the model says after "1".
+    """
+    asked = tokenize_prompt([Message("user", question)], tokenizer).tolist()
+    spelt = [tokenizer(f"{ANSWER_STEM}{n}", add_special_tokens=False).input_ids for n in range(11)]
+    log_p = next_token_log_p(model, asked + spelt[0][:-1])
+    p = np.exp([log_p[ids[-1]] for ids in spelt[:10]] + [-np.inf])
+    if len(spelt[10]) == len(spelt[0]):
+        p[10] = np.exp(log_p[spelt[10][-1]])
+    else:
+        zero_after_one = np.exp(next_token_log_p(model, asked + spelt[1])[spelt[10][-1]])
+        p[10], p[1] = p[1] * zero_after_one, p[1] * (1 - zero_after_one)
+    return float(p @ np.arange(11) / p.sum())
+
+
+def ratings_of(directory: Path, tokenizer: Any, shape: tuple[int, int, int] | None = None, **how: int) -> np.ndarray:
+    mesh = make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    if shape is not None:
+        mesh = make_mesh(MeshSettings(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+    graphdef, params, _ = hf.load(directory, mesh=mesh)
+    how = {"max_length": MAX_LENGTH, "batch_tokens": 4096} | how
+    return judge(graphdef, params, EXAMPLES, tokenizer, mesh=mesh, **how)
+
+
+def test_one_prefill_is_six_separate_passes(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = hf.load(directory)[:2]
+    expected = [
+        [
+            rating_by_hand(model, tokenizer, judge_message(dimension, part, e.prompt, e.response))
+            for dimension in DIMENSIONS
+            for part in PARTS
+        ]
+        for e in EXAMPLES
+    ]
+    ours = ratings_of(directory, tokenizer)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    assert ours.std() > 0.01  # the ratings do differ, so that a mix-up would show
+    np.testing.assert_allclose(quality(ours), np.mean(expected, axis=1), rtol=1e-5)
+    assert COLUMNS[:3] == ("clarity_prompt", "clarity_response", "completeness_prompt")
+
+
+@pytest.mark.parametrize("how", [{"shape": (2, 2, 2)}, {"batch_tokens": 1024}], ids=str)
+def test_mesh_and_batch_change_nothing(directory: Path, how: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer(directory)
+    np.testing.assert_allclose(
+        ratings_of(directory, tokenizer, **how), ratings_of(directory, tokenizer), rtol=1e-5
+    )
+
+
+def branches_of(tree: RatingTree) -> list[list[int]]:
+    """The three sequences that a tree stands for."""
+    stem = tree.tokens_n[tree.branch_ids_n == 0].tolist()
+    return [stem + tree.tokens_n[tree.branch_ids_n == b].tolist() for b in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_tree_holds_the_three_questions(tokenizer: PreTrainedTokenizerBase, part: Any) -> None:
+    ratings = RatingTokens.of(tokenizer)
+    tree = rating_tree(EXAMPLES[0], part, tokenizer, ratings, MAX_LENGTH)
+    one = tokenizer(f"{ANSWER_STEM}1", add_special_tokens=False).input_ids
+    for branch, dimension in zip(branches_of(tree), DIMENSIONS, strict=True):
+        question = judge_message(dimension, part, EXAMPLES[0].prompt, EXAMPLES[0].response)
+        asked = tokenize_prompt([Message("user", question)], tokenizer).tolist()
+        assert branch == asked + (one if ratings.ten_second is not None else one[:-1])
+    stem = int((tree.branch_ids_n == 0).sum())
+    assert tree.positions_n[:stem].tolist() == list(range(stem))
+    for b in (1, 2, 3):
+        at = np.flatnonzero(tree.branch_ids_n == b)
+        assert tree.positions_n[at].tolist() == list(range(stem, stem + len(at)))
+    assert len(tree) < 0.6 * sum(map(len, branches_of(tree)))
+
+
+@pytest.mark.parametrize("max_length", [500, 300, 240])
+def test_a_long_sample_is_shortened_and_the_question_is_not(directory: Path, max_length: int) -> None:
+    tokenizer = load_tokenizer(directory)
+    ratings = RatingTokens.of(tokenizer)
+    long = sample("BEGIN " + "word " * 400 + "END", "First. " + "漢字 🦙 " * 300 + "Last.")
+    for part in PARTS:
+        tree = rating_tree(long, part, tokenizer, ratings, max_length)
+        for branch, dimension in zip(branches_of(tree), DIMENSIONS, strict=True):
+            assert max_length - 40 < len(branch) <= max_length
+            text = str(tokenizer.decode(branch))
+            question = judge_message(dimension, part, "", "").split("### Question\n")[1]
+            assert text.endswith(f"### Question\n{question}<|im_end|>\n<|im_start|>assistant\n{ANSWER_STEM}1")
+            assert text.startswith("<|im_start|>user\nYou rate training data")
+            assert "�" not in text
+        if max_length >= 300:
+            assert "BEGIN" in text and "END" in text
+            assert part == "prompt" or ("First." in text and "Last." in text)
+
+
+def test_a_question_that_does_not_fit_is_an_error(directory: Path) -> None:
+    tokenizer = load_tokenizer(directory)
+    with pytest.raises(JudgeError, match=r"over model\.max_length=100; raise it"):
+        rating_tree(EXAMPLES[-1], "response", tokenizer, RatingTokens.of(tokenizer), 100)
+
+
+def test_how_ratings_are_spelt(directory: Path) -> None:
+    two = load_tokenizer(directory)
+    digits = [two.convert_tokens_to_ids(str(n)) for n in range(10)]
+    ratings = RatingTokens.of(two)
+    assert list(ratings.first) == [*digits, digits[1]]
+    assert ratings.ten_second == digits[0]
+    assert two.decode(list(ratings.stem)) == ANSWER_STEM
+    one = RatingTokens.of(one_ten_tokenizer())
+    assert one.ten_second is None and len(set(one.first)) == 11
+
+
+def test_tokenizers_that_cannot_spell_ratings_are_refused() -> None:
+    # Every word is one token or unknown: 3 and 4 are the same to it.
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "Rating": 1, ":": 2, "0": 3, "1": 4, "2": 5, "10": 6}, "<|endoftext|>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    # "10" is three tokens.
+    three = Tokenizer(models.WordLevel({c: i for i, c in enumerate("?Rating: 023456789")} | {"1": 90, "x": 91}, "?"))
+    three.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    split_ten = tiny_tokenizer()
+    from tokenizers import normalizers
+
+    split_ten.normalizer = normalizers.Replace("10", "1 0")
+    for backend in (words, split_ten):
+        with pytest.raises(JudgeError, match=r"set quality\.method=sample"):
+            RatingTokens.of(wrapped(backend))
+
+
+def test_a_samples_own_marks_are_not_filled_in() -> None:
+    message = judge_message("clarity", "response", "Say {response} {prompt}", "It is {prompt}")
+    assert "### Instruction\nSay {response} {prompt}\n" in message
+    assert "### Response\nIt is {prompt}\n" in message
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_a_message_holds_both_texts_as_they_are(prompt: str, response: str) -> None:
+    message = judge_message("factuality", "response", prompt, response)
+    assert f"### Instruction\n{prompt}\n\n### Response\n{response}\n\n### Question\n" in message
+    assert response in judge_message("factuality", "response", prompt, response)
+    assert judge_message("factuality", "prompt", prompt, response) == judge_message("factuality", "prompt", prompt, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        (" 9", 9),
+        (" 10", 10),
+        ("10.", 10),
+        ("10.0", 10),
+        (" 7.5", 7.5),
+        ("**8**", 8),
+        (" 8/10", 8),
+        ("0", 0),
+        ("I give 9 out of 10.", 9),
+        ("It is good. Rating: 6", 6),
+        ("Score: 3. No, wait. Score: 4", 4),
+        ("The rating is 5.", 5),
+        ("score = 10/10", 10),
+        ("5\n\nThe response has 3 faults.", 5),
+        # Nothing can be read, which is not a 0.
+        ("On a scale of 0 to 10 I give 9", None),
+        ("on a scale of 0-10, it is a 9", None),
+        ("0 to 10, I would say 9", None),
+        ("Score (0-10) nine", None),
+        ("rating of 0 to 10: hard to say", None),
+        ("", None),
+        ("I cannot rate this.", None),
+        ("11", None),
+        ("100", None),
+        ("10.5", None),
+        ("95%", None),
+        ("-3", None),
+        ("In 2024 it was", None),
+        ("8/100", None),
+    ],
+)
+def test_parse_rating(text: str, rating: float | None) -> None:
+    assert parse_rating(text) == rating
+
+
+@given(st.text(max_size=60))
+def test_a_rating_is_0_to_10_or_none(text: str) -> None:
+    rating = parse_rating(text)
+    assert rating is None or 0 <= rating <= 10

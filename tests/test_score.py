@@ -1,0 +1,219 @@
+"""Laws of the scoring pass: packing, batching, chunking and sharding change no number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+from tiny_model import write_tiny_model
+
+from middo_jax.config import ConfigError, MeshSettings
+from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.diagnose.score import ExampleScores, score_examples
+from middo_jax.diagnose.table import Measured, read_scores, write_scores
+from middo_jax.models import hf
+from middo_jax.models.attention import QUERY_BLOCK, packed_attention
+from middo_jax.models.decoder import forward
+from middo_jax.models.nll import target_nll
+from middo_jax.parallel.mesh import make_mesh
+
+Model = tuple[nnx.GraphDef, nnx.State]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def one_device() -> Mesh:
+    return make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> Model:
+    return hf.load(directory, mesh=one_device())[:2]
+
+
+def random_examples(n: int, longest: int = 300, seed: int = 0) -> list[TokenizedExample]:
+    """Prompt, then answer; some without any target, some whose every token but the first is one."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for i in range(n):
+        length = int(rng.integers(4, 60) if i % 8 else rng.integers(60, longest))
+        prompt = int(rng.integers(1, length))
+        at = np.arange(length)
+        is_target = (at >= prompt) & (i % 5 != 3)
+        tokens = rng.integers(3, 390, length).astype(np.int32)
+        examples.append(TokenizedExample(str(i), tokens, is_target, (at > 0) & (at < prompt), False))
+    return examples
+
+
+EXAMPLES = random_examples(40)
+
+
+def by_hand(model: Model, example: TokenizedExample) -> tuple[float, np.ndarray]:
+    """(loss, embedding) of one example alone: float64 log-softmax of its whole logits."""
+    graphdef, params = model
+    tokens = jnp.asarray(example.tokens_n[None])
+    hidden_btd = forward(graphdef, params, tokens, jnp.zeros_like(tokens), jnp.arange(len(example))[None])
+    logits = np.asarray(nnx.merge(graphdef, params).unembed(hidden_btd[0]), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    targets = np.flatnonzero(example.is_target_n)
+    nll = [-log_p[t - 1, example.tokens_n[t]] for t in targets if t > 0]
+    hidden = np.asarray(hidden_btd[0], np.float64)[example.in_prompt_n]
+    with np.errstate(invalid="ignore"):
+        embedding = hidden.sum(axis=0) / len(hidden)
+    return (float(np.mean(nll)) if nll else float("nan")), embedding
+
+
+def score(
+    model: Model, examples: list[TokenizedExample], mesh: Mesh | None = None, **how: Any
+) -> ExampleScores:
+    how = {"batch_tokens": 1024, "chunk": 128} | how
+    return score_examples(*model, examples, mesh=mesh or one_device(), **how)
+
+
+def assert_same(ours: ExampleScores, theirs: ExampleScores) -> None:
+    np.testing.assert_allclose(ours.loss_n, theirs.loss_n, rtol=1e-5)
+    np.testing.assert_array_equal(ours.n_targets_n, theirs.n_targets_n)
+    np.testing.assert_allclose(ours.embedding_nd, theirs.embedding_nd, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def packed(model: Model) -> ExampleScores:
+    return score(model, EXAMPLES)
+
+
+def test_packed_is_unpacked(model: Model, packed: ExampleScores) -> None:
+    alone = [by_hand(model, e) for e in EXAMPLES]
+    np.testing.assert_allclose(packed.loss_n, [loss for loss, _ in alone], rtol=1e-5)
+    np.testing.assert_allclose(packed.embedding_nd, [e for _, e in alone], rtol=1e-5, atol=1e-5)
+    assert packed.n_targets_n.tolist() == [int(e.is_target_n[1:].sum()) for e in EXAMPLES]
+    assert np.isnan(packed.loss_n).tolist() == [not e.is_target_n.any() for e in EXAMPLES]
+    assert (packed.loss_n.dtype, packed.embedding_nd.dtype) == (np.float32, np.float32)
+
+
+@pytest.mark.parametrize("how", [{"batch_tokens": 256}, {"batch_tokens": 4096}, {"chunk": 1}, {"chunk": 10_000}], ids=str)
+def test_batch_and_chunk_change_nothing(model: Model, packed: ExampleScores, how: dict[str, int]) -> None:
+    assert_same(score(model, EXAMPLES, **how), packed)
+
+
+def test_order_changes_nothing(model: Model, packed: ExampleScores) -> None:
+    order = np.random.default_rng(1).permutation(len(EXAMPLES))
+    shuffled = score(model, [EXAMPLES[i] for i in order])
+    assert_same(shuffled, ExampleScores(*(array[order] for array in packed)))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 2, 4)], ids=str)
+def test_a_mesh_changes_nothing(directory: Path, packed: ExampleScores, shape: tuple[int, int, int]) -> None:
+    mesh = make_mesh(MeshSettings(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+    graphdef, params, _ = hf.load(directory, mesh=mesh)
+    assert_same(score((graphdef, params), EXAMPLES, mesh), packed)
+
+
+def test_progress_counts_every_example(model: Model) -> None:
+    seen: list[tuple[int, int]] = []
+    score(model, EXAMPLES, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (len(EXAMPLES), len(EXAMPLES))
+    assert seen == sorted(seen)
+
+
+def test_a_batch_without_any_target(model: Model) -> None:
+    nothing = [e for e in EXAMPLES if not e.is_target_n.any()]
+    scores = score(model, nothing)
+    assert np.isnan(scores.loss_n).all()
+    assert not scores.n_targets_n.any()
+    assert np.isfinite(scores.embedding_nd).any()
+
+
+def test_nothing_to_score(model: Model) -> None:
+    scores = score(model, [])
+    assert (scores.loss_n.shape, scores.embedding_nd.shape) == ((0,), (0, 32))
+
+
+def test_a_broken_model_gives_nulls_and_says_so(model: Model, tmp_path: Path) -> None:
+    graphdef, params = model
+    scores = score((graphdef, jax.tree.map(lambda x: x * jnp.nan, params)), EXAMPLES[:3])
+    measured = Measured(["a", "b", "c"], scores.n_targets_n, np.zeros(3, bool), loss_post=scores.loss_n)
+    write_scores(tmp_path / "scores.parquet", measured.to_table())
+    table = read_scores(tmp_path / "scores.parquet").to_pydict()
+    assert table["loss_post"] == [None] * 3
+    assert table["error"] == ["loss_post is not finite"] * 3
+    assert table["loss_pre"] == table["knn_ids"] == table["quality"] == table["hard"] == [None] * 3
+
+
+def naive_nll(model: Any, hidden_btd: jax.Array, tokens_bt: jax.Array, is_target_bt: jax.Array) -> jax.Array:
+    b, t, d = hidden_btd.shape
+    log_p = jax.nn.log_softmax(model.unembed(hidden_btd.reshape(b * t, d)).reshape(b, t, -1))
+    chosen = jnp.take_along_axis(log_p, jnp.roll(tokens_bt, -1, axis=1)[..., None], axis=2)[..., 0]
+    return jnp.where(is_target_bt, -chosen, 0.0)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 21, 400])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_chunked_loss_and_gradient_are_those_of_whole_logits(model: Model, chunk: int, share: float) -> None:
+    rng = np.random.default_rng(chunk)
+    graphdef, params = model
+    hidden = jnp.asarray(rng.standard_normal((4, 21, 32)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, 400, (4, 21)), jnp.int32)
+    is_target = jnp.asarray(rng.random((4, 21)) < share * np.asarray([[1.0], [0.2], [0.0], [1.0]]))
+    is_target = is_target.at[:, -1].set(False)
+    weight = jnp.asarray(rng.random((4, 21)), jnp.float32)
+
+    def loss(nll: Any, params: nnx.State, hidden: jax.Array) -> jax.Array:
+        return (weight * nll(nnx.merge(graphdef, params), hidden, tokens, is_target)).sum()
+
+    chunked = lambda *args: target_nll(*args, chunk)  # noqa: E731
+    ours, our_gradient = jax.jit(jax.value_and_grad(lambda *x: loss(chunked, *x), (0, 1)))(params, hidden)
+    theirs, gradient = jax.jit(jax.value_and_grad(lambda *x: loss(naive_nll, *x), (0, 1)))(params, hidden)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), our_gradient, gradient)
+
+
+def brute_force_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """One query and one head at a time, in float64."""
+    b, t, h, d = q.shape
+    group = h // k.shape[2]
+    out = np.zeros((b, t, h, d))
+    for row, i, head in np.ndindex(b, t, h):
+        seen = np.flatnonzero(visible[row, i])
+        scores = k[row, seen, head // group].astype(np.float64) @ q[row, i, head] / np.sqrt(d)
+        weights = np.exp(scores - scores.max())
+        out[row, i, head] = weights @ v[row, seen, head // group] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 37, QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 45])
+@pytest.mark.parametrize("branches", [False, True])
+def test_attention_is_brute_force(length: int, branches: bool) -> None:
+    rng = np.random.default_rng(length)
+    q = rng.standard_normal((2, length, 4, 8)).astype(np.float32)
+    k, v = rng.standard_normal((2, 2, length, 2, 8)).astype(np.float32)
+    segments = np.sort(rng.integers(0, 1 + length // 30, (2, length)), axis=1).astype(np.int32)
+    segments[1, length * 3 // 4 :] = -1
+    # Within a segment: a stem, then branches one after the other.
+    branch_ids = np.zeros_like(segments)
+    for row, segment in np.ndindex(2, int(segments.max()) + 1):
+        at = np.flatnonzero(segments[row] == segment)
+        branch_ids[row, at] = np.sort(rng.integers(0, 4, len(at)))
+    visible = (segments[:, :, None] == segments[:, None]) & np.tri(length, dtype=bool)
+    if branches:
+        visible &= (branch_ids[:, None] == 0) | (branch_ids[:, None] == branch_ids[:, :, None])
+    ours = packed_attention(
+        jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(segments), jnp.asarray(branch_ids) if branches else None
+    )
+    np.testing.assert_allclose(ours, brute_force_attention(q, k, v, visible), rtol=1e-5, atol=1e-5)
+
+
+def test_meshes() -> None:
+    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(MeshSettings(data=2, fsdp=2, tensor=-1)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    for wrong in ({"data": 3}, {"data": -1}, {"data": 1, "fsdp": 1, "tensor": 1}, {"tensor": 0}, {"fsdp": 16}):
+        with pytest.raises(ConfigError, match="does not fit 8 devices"):
+            make_mesh(MeshSettings(**wrong))

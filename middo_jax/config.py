@@ -22,9 +22,9 @@ class ConfigError(ValueError):
 
 
 class Settings(pydantic.BaseModel):
-    """Base of all groups: frozen, and an unknown key is an error."""
+    """Base of all groups: frozen; an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(Settings):
@@ -163,7 +163,9 @@ class Prices(Settings):
     """What the endpoint charges, in US dollars a million tokens."""
 
     prompt: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
-    cached: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
+    cached: NonNegativeFloat | None = Field(
+        default=None, description="Of prompt tokens that the server had cached. None: as `prompt`."
+    )
     completion: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
 
 

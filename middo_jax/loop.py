@@ -10,13 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from middo_jax import stages
 from middo_jax.config import Config
 from middo_jax.data.example import Example
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
+from middo_jax.report.status import load_settings
 from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
 from middo_jax.workshop import Workshop, prepare, write_dataset
 
@@ -25,7 +24,9 @@ MAY_CHANGE = (
     "runs_dir",
     "mesh",
     "scoring",
-    "serve",
+    "serve.host",
+    "serve.port",
+    "serve.max_batch",
     "train.save_every",
     "train.remat",
     "refine.base_url",
@@ -70,10 +71,10 @@ def open_run(run: RunDir, config: Config) -> None:
     """Writes config.yaml, or checks that the folder's run has the same settings.
 
     Raises:
-      RunError: it has others; the message names them.
+      RunError: it has others; the message names them. Or config.yaml cannot be read.
     """
     if run.config.exists() and run.round(0).stages():  # before the first, nothing depends on the settings
-        before = _flat(yaml.safe_load(run.config.read_text(encoding="utf-8")))
+        before = _flat(load_settings(run))
         now = _flat(config.model_dump(mode="json"))
         differing = [k for k in sorted(before | now) if before.get(k) != now.get(k) and not _may_change(k)]
         if differing:

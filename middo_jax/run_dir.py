@@ -65,7 +65,13 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, or of a folder's sorted file names and bytes."""
+    """SHA-256 of a file's bytes, or of a folder's sorted file names and bytes.
+
+    Raises:
+      FileNotFoundError: there is neither.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} was to be hashed and is not there")
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:

@@ -44,7 +44,10 @@ class Workshop:
         """The base model as a Hugging Face directory."""
         from middo_jax.models.hf import resolve
 
-        return resolve(self.config.model.path)
+        base = resolve(self.config.model.path)
+        if not (base / "config.json").is_file():  # else the tokenizer would complain first, of other things
+            raise RunError(f"model {base}: no config.json there; it is not a Hugging Face model directory")
+        return base
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

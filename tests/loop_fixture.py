@@ -1,7 +1,10 @@
-"""What the tests of the loop share: a small dataset, a refiner that always answers alike, settings, comparisons.
+"""What the tests of the loop share: a small dataset, a refiner that always answers alike, a finished run.
 
     with fake_refiner() as (url, requests):
         config = load(None, settings(tmp_path, base_url=url))
+
+A plugin of pytest, so that all modules that name it share the one finished run.
+PYTEST_DONT_REWRITE: there are no assertions in it, and those modules import it too.
 """
 
 from __future__ import annotations
@@ -10,20 +13,26 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from middo_jax.config import load
+from middo_jax.loop import run_loop
+from middo_jax.progress import Silent
 from middo_jax.refine.server import serve_in_background
-from middo_jax.run_dir import read_jsonl
+from middo_jax.run_dir import RunDir, read_jsonl
 from tiny_model import write_tiny_model
 
+KEY = "sk-marker-5f0e9d1c7a"  # what must be written nowhere
 _TOPICS = ("the sea", "a cat", "fractions", "Paris", "rain", "bread", "the moon", "a train")
 _ASKED = ("Describe {} in one sentence.", "Name three things about {}.", "Why do people like {}?")
 
@@ -55,15 +64,15 @@ def fake_answer(text: str) -> str:
 
 @contextlib.contextmanager
 def fake_refiner(seconds: float = 0.0) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(base URL, the requests' bodies as they come) of an endpoint that serves one model called `fake`.
+    """(base URL, the requests as they come) of an endpoint that serves one model called `fake`.
 
-    Every answer takes `seconds`.
+    A request is its body and its `authorization`; every answer takes `seconds`.
     """
     bodies: list[dict[str, Any]] = []
     lock = threading.Lock()
 
     async def chat(request: Request) -> JSONResponse:
-        body = await request.json()
+        body = await request.json() | {"authorization": request.headers.get("authorization")}
         with lock:
             bodies.append(body)
         await asyncio.sleep(seconds)
@@ -124,3 +133,36 @@ def contents(folder: Path, *names: str) -> dict[str, bytes]:
 def rows_by_id(path: Path) -> dict[str, dict[str, Any]]:
     """Rows of a dataset.jsonl by id."""
     return {row["id"]: row for row in read_jsonl(path)}
+
+
+class Finished(NamedTuple):
+    """A finished run of two rounds, never changed by a test, and what is needed to make others of it.
+
+    `own_requests` are those of this run; `requests` grows with every other one.
+    """
+
+    root: Path
+    url: str
+    run: RunDir
+    own_requests: tuple[dict[str, Any], ...]
+    requests: list[dict[str, Any]]
+
+    def settings(self, **more: Any) -> list[str]:
+        """The run's settings, with changes."""
+        return settings(self.root, self.url, **{"rounds": 2, **more})
+
+    def copy(self, to: Path) -> str:
+        """The run's folder copied below `to`; returns that runs_dir."""
+        shutil.copytree(self.run.path, to / "run")
+        return str(to)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """The finished run; its refiner goes on answering."""
+    root = tmp_path_factory.mktemp("loop")
+    with fake_refiner() as (url, requests), pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OPENAI_API_KEY", KEY)
+        run = run_loop(load(None, settings(root, url, rounds=2)), Silent())
+        environment.undo()
+        yield Finished(root, url, run, tuple(requests), requests)

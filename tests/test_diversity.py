@@ -49,13 +49,20 @@ CASES = [
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one device", "eight devices"])
 @pytest.mark.parametrize(("n", "k", "query_block", "candidate_block"), CASES)
-def test_blocked_is_brute_force(n: int, k: int, query_block: int, candidate_block: int, sharded: bool) -> None:
+def test_blocked_is_brute_force(
+    n: int, k: int, query_block: int, candidate_block: int, sharded: bool
+) -> None:
     rng = np.random.default_rng(n * k)
     x = (rng.standard_normal((n, 12)) * rng.lognormal(0, 3, (n, 1))).astype(np.float32)
     mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2)) if sharded else one_device()
     seen: list[tuple[int, int]] = []
     found = nearest_neighbours(
-        x, k, mesh, query_block=query_block, candidate_block=candidate_block, on_progress=lambda *p: seen.append(p)
+        x,
+        k,
+        mesh,
+        query_block=query_block,
+        candidate_block=candidate_block,
+        on_progress=lambda *p: seen.append(p),
     )
     index, similarity = brute_force(x, k)
     np.testing.assert_array_equal(found.index_nk, index)
@@ -102,7 +109,9 @@ def test_rows_without_a_direction_take_no_part(block: int) -> None:
     assert np.isnan(found.mean_similarity()[[0, 4, 5, 11]]).all()
 
 
-@pytest.mark.parametrize("x", [np.zeros((0, 4)), np.zeros((3, 4)), np.full((2, 4), np.nan)], ids=["none", "zero", "nan"])
+@pytest.mark.parametrize(
+    "x", [np.zeros((0, 4)), np.zeros((3, 4)), np.full((2, 4), np.nan)], ids=["none", "zero", "nan"]
+)
 def test_nothing_to_find(x: np.ndarray) -> None:
     found = nearest_neighbours(x.astype(np.float32), 2, make_mesh())
     assert found.index_nk.shape == found.similarity_nk.shape == (len(x), 2)

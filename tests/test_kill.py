@@ -95,7 +95,9 @@ def is_under_way(run: RunDir, place: int, rng: random.Random, bodies: list[Any])
     """Tells whether a newly started process is somewhere inside a stage, or already past it."""
     skip, asked = lines(run.events), len(bodies)
     pause, step = rng.uniform(0.0, 0.3), rng.randint(1, 8)
-    directory, stage = (RunDir(run.path).path / STEPS[place][0], STEPS[place][1]) if place >= 0 else (None, "")
+    directory, stage = (
+        (RunDir(run.path).path / STEPS[place][0], STEPS[place][1]) if place >= 0 else (None, "")
+    )
     metrics = lines(directory / "metrics.jsonl") if directory is not None else 0
     since: list[float] = []
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from loop_fixture import contents, fake_refiner, rows_by_id, settings
+from loop_fixture import KEY, Finished, contents, rows_by_id, settings
 from middo_jax.config import load
 from middo_jax.diagnose.table import SCHEMA
 from middo_jax.loop import open_run, run_loop
 from middo_jax.progress import Silent
 from middo_jax.run_dir import RoundDir, RunDir, RunError, file_hash, read_jsonl
 from middo_jax.train.checkpoint import read_metadata
+
+pytest_plugins = ["loop_fixture"]
 
 SCORES = {"loss_pre", "loss_post", "knn_mean_sim", "quality"}
 
@@ -32,32 +32,6 @@ class Said(Silent):
 
     def say(self, text: str) -> None:
         self.lines.append(text)
-
-
-class Finished(NamedTuple):
-    """A finished run of two rounds, never changed by a test, and how to make others of it."""
-
-    root: Path
-    url: str
-    run: RunDir
-    requests: list[dict[str, Any]]
-
-    def settings(self, **more: Any) -> list[str]:
-        """The run's settings, with changes; `root/model` and `root/data.json` are there."""
-        return settings(self.root, self.url, **{"rounds": 2, **more})
-
-    def copy(self, to: Path) -> str:
-        """The run's folder copied below `to`; returns that runs_dir."""
-        shutil.copytree(self.run.path, to / "run")
-        return str(to)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    root = tmp_path_factory.mktemp("loop")
-    with fake_refiner() as (url, requests):
-        run = run_loop(load(None, settings(root, url, rounds=2)), Silent())
-        yield Finished(root, url, run, list(requests))
 
 
 def rounds_and_final(run: RunDir) -> list[RoundDir]:
@@ -189,8 +163,8 @@ def test_heldout_examples_are_in_no_dataset_and_no_request(finished: Finished) -
         rows = rows_by_id(directory.dataset)
         assert not heldout.keys() & rows.keys()
         assert not prompts & {row["messages"][0]["content"] for row in rows.values()}
-    asked = json.dumps(finished.requests)
-    assert finished.requests
+    asked = json.dumps(finished.own_requests)
+    assert finished.own_requests
     assert not any(json.dumps(prompt)[1:-1] in asked for prompt in prompts)
     losses = json.loads(finished.run.heldout_losses.read_text(encoding="utf-8"))
     assert [m["name"] for m in losses["models"]] == ["base", "round_00", "round_01", "final"]
@@ -231,11 +205,25 @@ def test_other_settings_are_refused_by_name(finished: Finished, tmp_path: Path) 
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["serve__max_context", "refine__max_tokens", "train__pack_length", "rounds"])
+def test_settings_of_the_result_may_not(finished: Finished, tmp_path: Path, name: str) -> None:
+    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path), **{name: 777}))
+    with pytest.raises(RunError, match=f"{name.replace('__', '.')} .* 777 now"):
+        open_run(RunDir(tmp_path / "run"), config)
+
+
 def test_settings_of_speed_may_change(finished: Finished, tmp_path: Path) -> None:
-    faster = {"refine__concurrency": 2, "scoring__batch_tokens": 4096, "train__save_every": 7}
+    faster = {"refine__concurrency": 2, "scoring__batch_tokens": 4096, "serve__max_batch": 2}
     config = load(None, finished.settings(runs_dir=finished.copy(tmp_path), **faster))
     open_run(RunDir(tmp_path / "run"), config)
     assert load(tmp_path / "run" / "config.yaml") == config
+
+
+def test_a_spoilt_config_is_an_error_that_names_it(finished: Finished, tmp_path: Path) -> None:
+    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path)))
+    (tmp_path / "run" / "config.yaml").write_text("seed: [", encoding="utf-8")
+    with pytest.raises(RunError, match=r"config\.yaml: not valid YAML"):
+        run_loop(config, Silent())
 
 
 def test_settings_may_still_be_mended_while_nothing_is_done(finished: Finished, tmp_path: Path) -> None:
@@ -291,3 +279,12 @@ def test_gibberish_is_rejected_and_everything_stays(finished: Finished, tmp_path
     table = pq.read_table(run.round(0).scores)
     for quality, error in zip(table["quality"].to_pylist(), table["error"].to_pylist(), strict=True):
         assert (quality is None) == (error is not None)
+
+
+def test_the_key_is_sent_and_stands_in_no_file(finished: Finished) -> None:
+    assert {request["authorization"] for request in finished.own_requests} == {f"Bearer {KEY}"}
+    files = contents(finished.run.path)
+    assert files
+    assert not [
+        name for name, data in files.items() if KEY.encode() in data or KEY.encode("utf-16-le") in data
+    ]

@@ -13,7 +13,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import CHAT_TEMPLATE, tiny_tokenizer, write_tiny_model
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from middo_jax.config import MeshSettings
@@ -45,7 +45,7 @@ EXAMPLES = [
     sample("", ""),
     sample("Count to 10.", "1 2 3 4 5 6 7 8 9 10"),
     sample("Fill in {response} and {prompt}.", "{prompt}"),
-    sample("Write a story. " * 20, "Once upon a time. " * 30),
+    sample("Write a story. " * 6, "Once upon a time. " * 6),
 ]
 
 
@@ -57,14 +57,16 @@ def one_ten_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", unk_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", unk_token="<|endoftext|>"
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_tiny_model(tmp_path_factory.mktemp("model"), vocab_size=408)  # room for "10"
 
 
 @pytest.fixture(scope="module", params=["two tokens", "one token"])
@@ -79,7 +81,9 @@ def next_token_log_p(model: tuple[nnx.GraphDef, nnx.State], tokens: list[int]) -
     at = jnp.arange(length)[None]
     row = jnp.zeros((1, length), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens))
     hidden_btd = PASS(graphdef, params, row, jnp.where(at < len(tokens), 0, -1), at)
-    logits = np.asarray(nnx.merge(graphdef, params).unembed(hidden_btd[0, len(tokens) - 1][None])[0], np.float64)
+    logits = np.asarray(
+        nnx.merge(graphdef, params).unembed(hidden_btd[0, len(tokens) - 1][None])[0], np.float64
+    )
     return logits - np.log(np.exp(logits).sum())
 
 
@@ -105,7 +109,9 @@ def rating_by_hand(
     return float(p @ np.arange(11) / p.sum())
 
 
-def ratings_of(directory: Path, tokenizer: Any, shape: tuple[int, int, int] | None = None, **how: int) -> np.ndarray:
+def ratings_of(
+    directory: Path, tokenizer: Any, shape: tuple[int, int, int] | None = None, **how: int
+) -> np.ndarray:
     mesh = make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     if shape is not None:
         mesh = make_mesh(MeshSettings(data=shape[0], fsdp=shape[1], tensor=shape[2]))
@@ -114,7 +120,14 @@ def ratings_of(directory: Path, tokenizer: Any, shape: tuple[int, int, int] | No
     return judge(graphdef, params, EXAMPLES, tokenizer, mesh=mesh, **how)
 
 
-def test_one_prefill_is_six_separate_passes(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.fixture(scope="module")
+def ratings(directory: Path, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    return ratings_of(directory, tokenizer)
+
+
+def test_one_prefill_is_six_separate_passes(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, ratings: np.ndarray
+) -> None:
     model = hf.load(directory)[:2]
     expected = [
         [
@@ -124,19 +137,17 @@ def test_one_prefill_is_six_separate_passes(directory: Path, tokenizer: PreTrain
         ]
         for e in EXAMPLES
     ]
-    ours = ratings_of(directory, tokenizer)
-    np.testing.assert_allclose(ours, expected, rtol=1e-5)
-    assert ours.std() > 0.01  # the ratings do differ, so that a mix-up would show
-    np.testing.assert_allclose(quality(ours), np.mean(expected, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(ratings, expected, rtol=1e-5)
+    assert ratings.std() > 0.01  # they do differ, so that a mix-up would show
+    np.testing.assert_allclose(quality(ratings), np.mean(expected, axis=1), rtol=1e-5)
     assert COLUMNS[:3] == ("clarity_prompt", "clarity_response", "completeness_prompt")
 
 
-@pytest.mark.parametrize("how", [{"shape": (2, 2, 2)}, {"batch_tokens": 1024}], ids=str)
-def test_mesh_and_batch_change_nothing(directory: Path, how: dict[str, Any]) -> None:
-    tokenizer = load_tokenizer(directory)
-    np.testing.assert_allclose(
-        ratings_of(directory, tokenizer, **how), ratings_of(directory, tokenizer), rtol=1e-5
-    )
+def test_mesh_and_batch_change_nothing(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, ratings: np.ndarray
+) -> None:
+    on_eight = ratings_of(directory, tokenizer, shape=(2, 2, 2), batch_tokens=2048)
+    np.testing.assert_allclose(on_eight, ratings, rtol=1e-5)
 
 
 def branches_of(tree: RatingTree) -> list[list[int]]:
@@ -170,15 +181,25 @@ def test_a_long_sample_is_shortened_and_the_question_is_not(directory: Path, max
     for part in PARTS:
         tree = rating_tree(long, part, tokenizer, ratings, max_length)
         for branch, dimension in zip(branches_of(tree), DIMENSIONS, strict=True):
-            assert max_length - 40 < len(branch) <= max_length
+            assert len(branch) <= max_length
             text = str(tokenizer.decode(branch))
             question = judge_message(dimension, part, "", "").split("### Question\n")[1]
             assert text.endswith(f"### Question\n{question}<|im_end|>\n<|im_start|>assistant\n{ANSWER_STEM}1")
             assert text.startswith("<|im_start|>user\nYou rate training data")
             assert "�" not in text
+        assert max(map(len, branches_of(tree))) > max_length - 20  # no more is lost than must be
         if max_length >= 300:
             assert "BEGIN" in text and "END" in text
             assert part == "prompt" or ("First." in text and "Last." in text)
+
+
+def test_shortening_takes_from_the_longer_text(directory: Path) -> None:
+    tokenizer = load_tokenizer(directory)
+    long = sample("What is this about?", "word " * 400 + "END")
+    for example in (long, sample(long.response, long.prompt)):
+        tree = rating_tree(example, "response", tokenizer, RatingTokens.of(tokenizer), 400)
+        text = str(tokenizer.decode(branches_of(tree)[0]))
+        assert "What is this about?" in text and " … " in text and "END" in text
 
 
 def test_a_question_that_does_not_fit_is_an_error(directory: Path) -> None:
@@ -199,16 +220,12 @@ def test_how_ratings_are_spelt(directory: Path) -> None:
 
 
 def test_tokenizers_that_cannot_spell_ratings_are_refused() -> None:
-    # Every word is one token or unknown: 3 and 4 are the same to it.
-    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "Rating": 1, ":": 2, "0": 3, "1": 4, "2": 5, "10": 6}, "<|endoftext|>"))
+    # A word is one token or unknown, and 3 is as unknown as 4.
+    known = ["?", "Rating", ":", "0", "1", "2", "10"]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, "?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    # "10" is three tokens.
-    three = Tokenizer(models.WordLevel({c: i for i, c in enumerate("?Rating: 023456789")} | {"1": 90, "x": 91}, "?"))
-    three.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     split_ten = tiny_tokenizer()
-    from tokenizers import normalizers
-
-    split_ten.normalizer = normalizers.Replace("10", "1 0")
+    split_ten.normalizer = normalizers.Replace("10", "1 0")  # three tokens
     for backend in (words, split_ten):
         with pytest.raises(JudgeError, match=r"set quality\.method=sample"):
             RatingTokens.of(wrapped(backend))
@@ -224,8 +241,9 @@ def test_a_samples_own_marks_are_not_filled_in() -> None:
 def test_a_message_holds_both_texts_as_they_are(prompt: str, response: str) -> None:
     message = judge_message("factuality", "response", prompt, response)
     assert f"### Instruction\n{prompt}\n\n### Response\n{response}\n\n### Question\n" in message
-    assert response in judge_message("factuality", "response", prompt, response)
-    assert judge_message("factuality", "prompt", prompt, response) == judge_message("factuality", "prompt", prompt, "")
+    assert judge_message("factuality", "prompt", prompt, response) == judge_message(
+        "factuality", "prompt", prompt, ""
+    )
 
 
 @pytest.mark.parametrize(

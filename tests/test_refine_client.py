@@ -61,12 +61,15 @@ def dropped() -> Response:
 
 
 def dripping() -> Response:
-    async def drops_of_space() -> Any:
+    """A whole answer, too late, though no two of its bytes are far apart."""
+
+    async def slow() -> Any:
         for _ in range(30):
             yield b" "
             await asyncio.sleep(0.05)
+        yield good("late").body
 
-    return StreamingResponse(drops_of_space(), media_type="application/json")
+    return StreamingResponse(slow(), media_type="application/json")
 
 
 class HostileServer:

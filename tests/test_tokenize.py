@@ -142,8 +142,36 @@ def test_templates_that_strip(name: str) -> None:
 
 NASTY = st.lists(
     st.sampled_from(
-        ["user", "assistant", "system", "end", "start", "im", "|", "<", ">", "\n", "\n\n", " ", "Human: ", "Human:"]
-        + ["Assistant:", "{{ x }}", "{% raw %}", "</s>", "\ue000", "\ue0000\ue001", "1", "10", "é", "漢", "🦙", "a\tb"]
+        [
+            "user",
+            "assistant",
+            "system",
+            "end",
+            "start",
+            "im",
+            "|",
+            "<",
+            ">",
+            "\n",
+            "\n\n",
+            " ",
+            "Human: ",
+            "Human:",
+        ]
+        + [
+            "Assistant:",
+            "{{ x }}",
+            "{% raw %}",
+            "</s>",
+            "\ue000",
+            "\ue0000\ue001",
+            "1",
+            "10",
+            "é",
+            "漢",
+            "🦙",
+            "a\tb",
+        ]
         + ["\u200d", "\r\n", "\xa0", "'s", "."]
     )
     | st.characters(codec="utf-8"),
@@ -152,7 +180,9 @@ NASTY = st.lists(
 STRIPPED = NASTY.map(str.strip)
 
 
-@given(prompt=STRIPPED, response=STRIPPED, system=st.none() | STRIPPED, name=st.sampled_from(list(TOKENIZERS)))
+@given(
+    prompt=STRIPPED, response=STRIPPED, system=st.none() | STRIPPED, name=st.sampled_from(list(TOKENIZERS))
+)
 @settings(max_examples=300, deadline=None)
 def test_spans_survive_any_text(prompt: str, response: str, system: str | None, name: str) -> None:
     tokenizer = TOKENIZERS[name]
@@ -190,7 +220,9 @@ def test_spans_of_many_turns_survive_any_text(turns: list[str], name: str) -> No
     ids=["upper", "replace", "earlier", "twice", "generation-prompt", "refuses", "broken", "ignores"],
 )
 def test_templates_that_change_text_are_refused(template: str) -> None:
-    example = conversation(("user", "I think so"), ("assistant", "I think not"), ("user", "?"), ("assistant", "!"))
+    example = conversation(
+        ("user", "I think so"), ("assistant", "I think not"), ("user", "?"), ("assistant", "!")
+    )
     with pytest.raises(TemplateError):
         tokenize(example, fast(template), NO_LIMIT)
 
@@ -198,7 +230,11 @@ def test_templates_that_change_text_are_refused(template: str) -> None:
 WORDS = st.lists(st.sampled_from(["cat", " the", " sea", ".", "\n"]), max_size=40).map("".join).map(str.strip)
 
 
-@given(system=st.none() | WORDS, turns=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3), limit=st.integers(2, 90))
+@given(
+    system=st.none() | WORDS,
+    turns=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3),
+    limit=st.integers(2, 90),
+)
 @settings(max_examples=300, deadline=None)
 def test_truncation(system: str | None, turns: list[tuple[str, str]], limit: int) -> None:
     messages: list[tuple[Role, str]] = [] if system is None else [("system", system)]
@@ -219,12 +255,16 @@ def test_truncation(system: str | None, turns: list[tuple[str, str]], limit: int
         whole_first = int(np.flatnonzero(np.diff(whole.is_target_n.astype(int)) == 1)[-1]) + 1
         # The end of what precedes the answer is kept, and the head is as it was.
         near = min(first, (limit // 2 + 1) // 2)
-        assert cut.tokens_n[first - near : first].tolist() == whole.tokens_n[whole_first - near : whole_first].tolist()
+        assert (
+            cut.tokens_n[first - near : first].tolist()
+            == whole.tokens_n[whole_first - near : whole_first].tolist()
+        )
         prompt = np.flatnonzero(whole.in_prompt_n)
         head = min(int(prompt[0]) if len(prompt) else 0, (limit - len(cut.tokens_n[first:])) // 2)
         assert cut.tokens_n[:head].tolist() == whole.tokens_n[:head].tolist()
-        # An answer is only cut to make room for what precedes it.
-        assert not target_lost or len(cut.tokens_n[first:]) >= limit // 2 or whole_first - first >= 0
+        # The last answer is only cut where it takes its half of the room, or all that the rest leaves.
+        answer, whole_answer = len(cut) - first, len(whole) - 1 - whole_first
+        assert answer == min(whole_answer, max(limit - whole_first, limit // 2))
 
 
 def assert_subsequence(whole: TokenizedExample, cut: TokenizedExample) -> None:

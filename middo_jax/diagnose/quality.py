@@ -103,7 +103,8 @@ def rating_tree(
 ) -> RatingTree:
     """The three questions about one part of a sample, sharing every token up to where they differ.
 
-    A text too long for `max_length` is shortened in the sample, never in the question.
+    A text too long for `max_length` is shortened in the sample, never in the question; prompt and response
+    share the room, and each keeps its beginning and end.
 
     Raises:
       JudgeError: the questions alone are over `max_length`.
@@ -117,16 +118,18 @@ def rating_tree(
         return [np.r_[tokens, ratings.stem, one].astype(np.int32) for tokens in asked]
 
     sequences = branches()
+    originals = [(text, _offsets(text, tokenizer)) for text in (prompt, response)]
+    shorter_one = min(len(offsets) for _, offsets in originals)
+    room = sum(len(offsets) for _, offsets in originals)
     while (excess := max(map(len, sequences)) - max_length) > 0:
-        if len(prompt) + len(response) <= 2:
+        room -= excess
+        if room < 0:
             raise JudgeError(
                 f"quality: a question takes {max(map(len, sequences))} tokens, over model.max_length="
                 f"{max_length}; raise it, or leave this axis out"
             )
-        if len(prompt) >= len(response):
-            prompt = _shorten(prompt, excess, tokenizer)
-        else:
-            response = _shorten(response, excess, tokenizer)
+        share = max(room // 2, room - shorter_one)  # of each text; what one does not need goes to the other
+        prompt, response = (_shorten(text, offsets, share) for text, offsets in originals)
         sequences = branches()
 
     stem = len(_common_prefix([sequence.tolist() for sequence in sequences]))
@@ -142,17 +145,19 @@ def rating_tree(
     )
 
 
-def _shorten(text: str, excess: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Takes some `excess` tokens out of the middle: beginning and end say most about a text."""
-    offsets = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    ).offset_mapping
-    kept = max(0, len(offsets) - excess - 2)
+def _offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return encoded.offset_mapping
+
+
+def _shorten(text: str, offsets: Sequence[tuple[int, int]], kept: int) -> str:
+    """Keeps some `kept` tokens of a text: beginning and end, which say most about it."""
+    if len(offsets) <= kept:
+        return text
     head, tail = kept - kept // 2, kept // 2
     before = text[: offsets[head - 1][1]] if head else ""
     after = text[offsets[len(offsets) - tail][0] :] if tail else ""
-    shorter = f"{before} … {after}" if kept else "…"
-    return shorter if len(shorter) < len(text) else text[: len(text) // 2]
+    return f"{before} … {after}"
 
 
 class JudgeBatch(NamedTuple):

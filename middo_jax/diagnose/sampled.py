@@ -22,7 +22,11 @@ from middo_jax.models.generate import Engine, Request
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NUMBER = r"(10(?:\.0+)?|[0-9](?:\.[0-9]+)?)(?![\d%]|\.\d)"
+# Neither a part of another number, nor an end of a range such as "0-10", nor out of anything but 10.
+_NUMBER = (
+    r"(?<![\d.−-])(10(?:\.0+)?|[0-9](?:\.[0-9]+)?)"
+    r"(?![\d%]|\.\d|\s*(?:-|–|to)\s*\d|\s*/\s*(?!10\b)\d)"
+)
 _LABELLED = re.compile(rf"(?:rating|score)\W{{0,5}}(?:is|of|:|=)?\W{{0,5}}{_NUMBER}", re.IGNORECASE)
 _OUT_OF = re.compile(rf"{_NUMBER}\s*(?:/|out of)\s*10\b", re.IGNORECASE)
 _FIRST = re.compile(rf"\W{{0,5}}{_NUMBER}")

@@ -44,7 +44,8 @@ class Standardised:
         finite = scores[np.isfinite(scores)]
         if not len(finite):
             return cls(np.full(len(scores), np.nan), math.nan, math.nan)
-        mean, std = float(finite.mean()), float(finite.std())
+        # Equal scores: their mean may be off by a bit, and all would lie many such "deviations" away.
+        mean, std = float(finite.mean()), float(finite.std()) if np.ptp(finite) > 0 else 0.0
         z = np.where(np.isfinite(scores), (scores - mean) / std if std > 0 else 0.0, np.nan)
         return cls(z, mean, std)
 

@@ -67,7 +67,8 @@ class Usage:
 def cost_usd(prices: Prices, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> float:
     """US dollars for one answer; `cached_tokens` are part of `prompt_tokens`, at a price of their own."""
     fresh = prompt_tokens - cached_tokens
-    usd = fresh * prices.prompt + cached_tokens * prices.cached + completion_tokens * prices.completion
+    cached = prices.prompt if prices.cached is None else prices.cached
+    usd = fresh * prices.prompt + cached_tokens * cached + completion_tokens * prices.completion
     return usd / 1e6
 
 

@@ -1,0 +1,350 @@
+"""The commands as a user types them: results on stdout, errors that help on stderr, no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from loop_fixture import Finished, contents, rows_by_id, write_data
+from middo_jax import cli
+from middo_jax.data.sources import read
+from middo_jax.progress import Bars, Lines, duration
+from middo_jax.run_dir import read_jsonl
+from tiny_model import write_tiny_model
+
+pytest_plugins = ["loop_fixture"]
+
+COMMANDS = sorted(c.name or getattr(c.callback, "__name__", "") for c in cli.app.registered_commands)
+SMALL = ("model.max_length=512", "train.batch_size=8", "train.learning_rate=0.01")
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """What it printed, which must be JSON and nothing else."""
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+Middo = Callable[..., Ended]
+
+
+@pytest.fixture
+def middo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Middo:
+    """Runs a command in this process, through the program's own entry."""
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "MIDDO_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["middo", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        return Ended(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/ and data.json."""
+    root = tmp_path_factory.mktemp("cli")
+    write_tiny_model(root / "model")
+    write_data(root / "data.json")
+    return root
+
+
+def test_help_is_answered_without_heavy_imports() -> None:
+    script = (
+        "import sys; sys.argv = ['middo', '--help']\n"
+        "from middo_jax.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'jax', 'flax', 'numpy', 'pyarrow', 'transformers', 'openai', 'sklearn', 'starlette'}\n"
+        "print(sorted(heavy & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(middo: Middo, command: str) -> None:
+    ended = middo(command, "--help")
+    assert ended.code == 0
+    assert f"Example: middo {command} " in ended.out
+    assert ended.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("score --data none.json --model {model} --out o", "there is no file none.json"),
+        ("score --data {data} --model ./none --out o", "./none: no such file or directory"),
+        ("score --data {data} --model {model} --axes quality,beauty --out o", "--axes: 'beauty' is none of"),
+        (
+            "train --data {data} --model {model} --out o train.learing_rate=1",
+            "Did you mean train.learning_rate",
+        ),
+        ("train --data {data} --model {model} --out o rounds", "'rounds' is not of the form a.b=value"),
+        ("eval --data broken.json --model {model}", "broken.json: broken JSON at line 2, column"),
+        ("eval --data broken.jsonl --model {model}", "broken.jsonl:1: broken JSON"),
+        ("eval --data empty.jsonl --model {model}", "empty.jsonl holds no rows"),
+        ("eval --data {data} --model .", "no config.json there"),
+        ("inspect columns.json", "fit no format"),
+        ("run none.yaml", "cannot read none.yaml"),
+        ("run wrong.yaml", "wrong.yaml is not valid YAML"),
+        ("run partial.yaml", "data is missing"),
+        ("select .", "no config.yaml there or above"),
+        ("refine .", "no config.yaml there or above"),
+        ("export . out", "no finished checkpoint there"),
+        ("convert {data} out.csv --format messages", "must end in .json or .jsonl or .parquet"),
+        ("convert {data} out.json --format toml", "unknown format 'toml'"),
+        ("status none", "none: no such run"),
+        ("trace none 0f", "none: no such run"),
+        ("report none", "none: no such run"),
+        ("serve ./none", "./none: no such file or directory"),
+    ],
+)
+def test_an_error_says_what_and_where_without_a_traceback(
+    middo: Middo, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "broken.json": '[{"instruction": "a", "output": "b"},\n {"instruction": }]',
+        "broken.jsonl": '{"instruction": \n',
+        "empty.jsonl": "",
+        "columns.json": '[{"question": "a", "answer": "b"}]',
+        "wrong.yaml": "model: [",
+        "partial.yaml": "model: {path: x}",
+    }
+    for name, text in files.items():
+        Path(name).write_text(text, encoding="utf-8")
+    ended = middo(*arguments.format(data=place / "data.json", model=place / "model").split())
+    assert ended.code == 1
+    assert ended.out == ""
+    assert message in ended.err.replace("\n", " ")
+    assert "Traceback" not in ended.err
+    assert {path.name for path in tmp_path.iterdir()} == files.keys()  # nothing was begun
+
+
+def test_usage_that_cannot_be_parsed_exits_with_two(middo: Middo) -> None:
+    ended = middo("score", "--data", "x.json")
+    assert (ended.code, ended.out) == (2, "")
+    assert "--model" in ended.err
+
+
+def test_score_select_refine_by_hand(middo: Middo, finished: Finished, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scored"
+    tuned = finished.run.final.checkpoint
+    scored = middo(
+        *("score", "--data", place / "data.json", "--model", tuned, "--pre-model", place / "model"),
+        *("--out", out, "--json", *SMALL),
+    ).json
+    assert (scored["n"], scored["rejected"]) == (24, 0)
+    table = pq.read_table(out / "scores.parquet")
+    assert table["hard"].null_count == 24  # not selected yet
+    assert np.mean(table["loss_post"].to_numpy()) < np.mean(table["loss_pre"].to_numpy())
+
+    wanted = ("complexity.m=null", "diversity.m=null", "quality.m=null")
+    wanted += ("complexity.fraction=0.1", "diversity.fraction=0.1", "quality.fraction=0.1")
+    selection = middo("select", out, *wanted, "--json").json
+    assert {axis: facts["n_selected"] for axis, facts in selection["axes"].items()} == {
+        "complexity": 2,
+        "diversity": 2,
+        "quality": 2,
+    }
+    assert "hard" in middo("select", out, *wanted).out
+
+    endpoint = (f"refine.base_url={finished.url}", "refine.model=fake", "refine.temperature=0")
+    asked = len(finished.requests)
+    before = contents(out)
+    plan = middo("refine", out, "--dry-run", *endpoint, "--json").json
+    assert len(finished.requests) == asked
+    assert contents(out) == before
+    assert plan["requests"] == 2 * len(plan["rows"]) > 0
+
+    done = middo("refine", out, *endpoint, "--json").json
+    assert len(finished.requests) - asked == plan["requests"]
+    assert done["tasks"] == done["accepted"] == len(plan["rows"])
+    kept, merged = rows_by_id(out / "dataset.jsonl"), rows_by_id(Path(done["merged"]))
+    replaced = {row["replaces"] for row in read_jsonl(out / "refined.jsonl")} - {None}
+    assert kept.keys() - merged.keys() == replaced
+    assert len(merged) == 24 + 2
+    # Told again, it asks nothing again.
+    again = middo("refine", out, *endpoint, "--json").json
+    assert again["usage"]["requests"] == 0
+    assert rows_by_id(Path(again["merged"])) == merged
+
+
+def test_one_axis_alone_leaves_the_others_null(middo: Middo, place: Path, tmp_path: Path) -> None:
+    call = ("score", "--data", place / "data.json", "--model", place / "model", "--out", tmp_path / "o")
+    ended = middo(*call, "--axes", "diversity", "--json", *SMALL)
+    table = pq.read_table(ended.json["scores"])
+    for name in ("loss_pre", "quality", "clarity_prompt"):
+        assert table[name].null_count == 24
+    for name in ("loss_post", "knn_mean_sim", "knn_ids"):
+        assert table[name].null_count == 0
+    selection = middo("select", tmp_path / "o", "--json").json
+    assert list(selection["axes"]) == ["diversity"]
+
+
+def test_train_eval_export_and_score_what_was_exported(middo: Middo, place: Path, tmp_path: Path) -> None:
+    data, base, out = place / "data.json", place / "model", tmp_path / "tuned"
+    train = ("train", "--data", data, "--model", base, "--out", out, *SMALL, "train.num_epochs=2", "--json")
+    trained = middo(*train).json
+    checkpoint = Path(trained["checkpoint"])
+    assert trained["last"] == read_jsonl(out / "metrics.jsonl")[-1]
+    files = contents(out)
+    assert middo(*train).json == trained  # done before: nothing is trained again
+    weights = {name: data for name, data in contents(out).items() if name.startswith("checkpoint/")}
+    assert weights == {name: data for name, data in files.items() if name.startswith("checkpoint/")}
+
+    def loss(model: Path) -> dict[str, Any]:
+        return middo("eval", "--data", data, "--model", model, *SMALL, "--json").json
+
+    tuned = loss(checkpoint)
+    assert tuned["loss"] < loss(base)["loss"]
+    exported = middo("export", checkpoint, tmp_path / "hf")
+    assert (exported.code, exported.out.strip()) == (0, str(tmp_path / "hf"))
+    assert loss(tmp_path / "hf") == tuned
+    again = middo("export", checkpoint, tmp_path / "hf")
+    assert (again.code, again.out) == (1, "")
+    assert "is not an empty directory" in again.err
+
+    scored = middo(
+        *("score", "--data", data, "--model", tmp_path / "hf", "--out", tmp_path / "s", "--json"),
+        *("--axes", "complexity", *SMALL),
+    )
+    assert "no --pre-model" in scored.err
+    table = pq.read_table(scored.json["scores"])
+    weights_n = table["n_target_tokens"].to_numpy()
+    assert weights_n.sum() == tuned["n_target_tokens"]
+    mean = np.average(table["loss_post"].to_numpy(), weights=weights_n)
+    np.testing.assert_allclose(mean, tuned["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("alpaca", "a.json"),
+        ("messages", "m.jsonl"),
+        ("sharegpt", "s.parquet"),
+        ("prompt_completion", "p.jsonl"),
+        ("parquet", "q.parquet"),
+        ("tfds", "t"),
+    ],
+)
+def test_convert_to_every_format_keeps_every_sample(
+    middo: Middo, place: Path, tmp_path: Path, form: str, name: str
+) -> None:
+    ended = middo("convert", place / "data.json", tmp_path / name, "--format", form)
+    assert (ended.code, ended.out.strip()) == (0, str(tmp_path / name))
+    wanted, got = read(str(place / "data.json"))[0], read(str(tmp_path / name))[0]
+    assert [(e.id, e.messages, e.extra) for e in got] == [(e.id, e.messages, e.extra) for e in wanted]
+
+
+def test_rows_that_cannot_be_used_are_counted_and_kept_beside(middo: Middo, tmp_path: Path) -> None:
+    data = tmp_path / "some.jsonl"
+    data.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c"}\nbroken\n', encoding="utf-8")
+    ended = middo("convert", data, tmp_path / "out.jsonl", "--format", "messages")
+    assert ended.code == 0
+    assert "2 rows could not be used" in ended.err
+    beside = read_jsonl(tmp_path / "out.jsonl.rejected.jsonl")
+    assert [row["where"] for row in beside] == [f"{data}:2", f"{data}:3"]
+    facts = middo("inspect", data, "--json").json
+    assert (facts["n"], len(facts["rejected"])) == (1, 2)
+
+
+def test_inspect_shows_what_is_learnt(middo: Middo, place: Path) -> None:
+    facts = middo("inspect", place / "data.json", "--model", place / "model", *SMALL, "--json").json
+    assert facts["n"] == 24
+    assert facts["tokens"]["truncated"] == 0
+    first = read(str(place / "data.json"))[0][0]
+    assert f"[[{first.response}<|im_end|>]]" in facts["rendered"]
+    shown = middo("inspect", place / "data.json", "--model", place / "model", *SMALL)
+    assert "24 rows can be used, 0 cannot" in shown.out
+
+
+def test_a_finished_run_is_told_as_text_and_as_json(middo: Middo, finished: Finished, tmp_path: Path) -> None:
+    finished.copy(tmp_path)
+    run = tmp_path / "run"
+    status = middo("status", run, "--json").json
+    assert status["complete"]
+    assert [r["name"] for r in status["rounds"]] == ["round_00", "round_01"]
+    assert "run: complete" in middo("status", run).out
+
+    child = next(
+        row
+        for row in rows_by_id(run / "final" / "dataset.jsonl").values()
+        if row["lineage"]["op"] == "rewrite" and row["lineage"]["round"] == 1
+    )
+    chain = middo("trace", run, child["id"], "--json").json
+    assert [sample["relation"] for sample in chain][:2] == ["ancestor", "self"]
+    assert chain[0]["id"] == child["lineage"]["parent_ids"][0]
+    assert chain[0]["scores"]["loss_post"] == child["lineage"]["scores_before"]["loss_post"]
+    assert child["id"] in middo("trace", run, child["id"][:12]).out
+    unknown = middo("trace", run, "zzz")
+    assert (unknown.code, unknown.out) == (1, "")
+    assert "no sample has the id 'zzz'" in unknown.err
+
+    (run / "report.html").unlink()
+    report = middo("report", run)
+    assert (report.code, report.out.strip()) == (0, str(run / "report.html"))
+    assert "<html" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_run_prints_its_report_and_goes_on_with_a_finished_one(
+    middo: Middo, finished: Finished, tmp_path: Path
+) -> None:
+    runs_dir = finished.copy(tmp_path)
+    config = tmp_path / "config.yaml"
+    shutil.copyfile(finished.run.config, config)
+    told = middo("run", config, f"runs_dir={runs_dir}", "--json")
+    assert told.json["complete"]
+    assert told.json["report"] == str(tmp_path / "run" / "report.html")
+    assert told.err.count("done before") == 13
+    refused = middo("run", config, f"runs_dir={runs_dir}", "rounds=3")
+    assert (refused.code, refused.out) == (1, "")
+    assert "rounds (2 there, 3 now)" in refused.err
+
+
+@pytest.mark.parametrize("kind", [Lines, Bars])
+def test_progress_is_told_on_stderr_only(
+    kind: type[Lines] | type[Bars], capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = kind()
+    progress.say("[1/8] round_00 train [bold]")
+    with progress.task("train", "steps") as advance:
+        for done in range(1, 4):
+            advance(done, 3, "loss [0.5]")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "[1/8] round_00 train [bold]" in err  # nothing of it is taken for markup
+    assert "3/3" in err
+    assert "loss [0.5]" in err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (95, "1m35s"), (3599.7, "1h00m"), (5430, "1h30m")]
+)
+def test_a_duration_is_short(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

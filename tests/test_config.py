@@ -1,0 +1,158 @@
+"""Laws of settings: what is read is what was meant, or an error that names the setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from middo_jax.config import Config, ConfigError, Settings, load, setting_names
+
+NEEDED = ["model.path=m", "data.path=d.jsonl"]
+
+
+def test_defaults_and_overrides() -> None:
+    config = load(None, [*NEEDED, "train.learning_rate=1e-4", "train.num_epochs=2", "train.num_epochs=3"])
+    assert config.model.path == "m"
+    assert config.train.learning_rate == 1e-4
+    assert config.train.num_epochs == 3  # the last one wins
+    assert config.complexity.m == config.diversity.m == config.quality.m == 1.0
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: m, max_length: 64}\ndata: {path: d}\nrounds: 2\n")
+    config = load(
+        path, ["rounds=3", "mesh.tensor=2", "refine.base_url=http://127.0.0.1:1/v1", "data.limit=null"]
+    )
+    assert (config.rounds, config.model.max_length, config.mesh.tensor) == (3, 64, 2)
+    assert config.refine.base_url == "http://127.0.0.1:1/v1"
+    assert config.data.limit is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "train.learing_rate=1",
+            r"train\.learing_rate is not a setting\. Did you mean train\.learning_rate\?",
+        ),
+        ("learning_rate=1", r"learning_rate is not a setting\. Did you mean train\.learning_rate\?"),
+        ("trian.num_epochs=1", r"trian is not a setting\. Did you mean train\?"),
+        ("qqqqqqqqq=1", r"qqqqqqqqq is not a setting\.$"),
+        ("train.num_epochs.x=1", r"train\.num_epochs"),
+        ("name.x=1", r"name"),
+        ("train.num_epochs=0", r"train\.num_epochs: .*greater than 0"),
+        ("train.num_epochs=1.5", r"train\.num_epochs: "),
+        ("train.learning_rate=fast", r"train\.learning_rate: .*number"),
+        ("train.learning_rate=.nan", r"train\.learning_rate: "),
+        ("train.learning_rate=.inf", r"train\.learning_rate: "),
+        ("complexity.m=.nan", r"complexity\.m: "),
+        ("model.dtype=float64", r"model\.dtype: .*bfloat16"),
+        ("name=../up", r"name: "),
+        ("name=", r"name: "),
+        ("refine.base_url=ftp://x", r"refine\.base_url: must start with http"),
+        ("complexity.fraction=1.5", r"complexity\.fraction: .*less than 1"),
+        ("complexity={m: 1, fraction: 0.5}", r"complexity: give either m or fraction, not both"),
+        ("complexity={}", r"complexity: give complexity\.m or complexity\.fraction"),
+        ("train.gradient_accumulation=3", r"gradient_accumulation must divide"),
+        ("train.pack_length=1024", r"pack_length must be at least"),
+        ("noequals", r"'noequals' is not of the form a\.b=value"),
+        ("=1", r"not of the form"),
+        ("name=[", r"not valid YAML"),
+    ],
+)
+def test_errors_name_the_setting(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(None, [*NEEDED, override])
+    assert str(caught.value).startswith("config: ")
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None)
+    assert "config: model is missing" in str(caught.value)
+    assert "config: data is missing" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"model\.path is missing; set it"):
+        load(None, ["model.dtype=float32", "data.path=d"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must hold settings as `name: value`, not a list"),
+        ("a: [", "not valid YAML"),
+        ("", "missing"),
+    ],
+)
+def test_files_that_are_not_settings(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(path)
+    with pytest.raises(ConfigError, match=r"cannot read .*no\.yaml"):
+        load(tmp_path / "no.yaml")
+
+
+@given(
+    name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
+    path=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12),
+    rate=st.floats(1e-12, 10),
+    fraction=st.floats(0.001, 0.999),
+    limit=st.none() | st.integers(1, 10**12),
+)
+def test_yaml_round_trip(tmp_path_factory: pytest.TempPathFactory, **values: Any) -> None:
+    config = Config.model_validate(
+        {
+            "name": values["name"],
+            "model": {"path": values["path"]},
+            "data": {"path": values["path"], "limit": values["limit"]},
+            "train": {"learning_rate": values["rate"]},
+            "diversity": {"fraction": values["fraction"]},
+        }
+    )
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert load(path) == config
+
+
+def test_settings_are_frozen() -> None:
+    config = load(None, NEEDED)
+    with pytest.raises(pydantic.ValidationError):
+        config.rounds = 2
+
+
+def test_every_setting_has_a_default_but_two() -> None:
+    config = load(None, NEEDED)
+    tree = config.model_dump()
+    for name in setting_names():
+        value: Any = tree
+        for part in name.split("."):
+            value = value[part]
+    assert "train.learning_rate" in set(setting_names())
+
+
+def groups(settings: type[Settings]) -> list[type[Settings]]:
+    below = [f.annotation for f in settings.model_fields.values()]
+    return [
+        settings,
+        *(g for b in below if isinstance(b, type) and issubclass(b, Settings) for g in groups(b)),
+    ]
+
+
+def test_every_group_says_what_it_is() -> None:
+    for group in groups(Config):
+        assert group.__doc__, group
+        assert group.model_config.get("extra") == "forbid"
+        assert group.model_config.get("frozen") is True
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    load(path)

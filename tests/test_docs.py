@@ -1,0 +1,50 @@
+"""What the documents say is so: settings, commands, links."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from middo_jax.cli import app
+from middo_jax.config import load, setting_names
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_settings_page_is_what_its_script_writes() -> None:
+    spec = importlib.util.spec_from_file_location("make_settings", ROOT / "docs" / "make_settings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == module.page()
+
+
+def test_the_settings_page_names_every_setting() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    missing = [name for name in setting_names() if f"`{name}`" not in page]
+    assert missing == []
+
+
+def test_the_readme_names_every_command_and_no_other() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    named = set(re.findall(r"(?:^|[·`] ?)middo ([a-z]+)", readme, re.MULTILINE))
+    assert named == commands
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "configs/quickstart_data.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+@pytest.mark.parametrize("config", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_are_valid(config: Path) -> None:
+    settings = load(config)
+    assert settings.name
+    assert not Path(settings.data.path).is_absolute()

@@ -164,6 +164,12 @@ class RoundDir:
         }
         write_json(self.manifest, {"stages": stages})
 
+    def forget(self, stage: str) -> None:
+        """Takes a stage back from the manifest: what it wrote is about to be overwritten."""
+        stages = self.stages()
+        if stages.pop(stage, None) is not None:
+            write_json(self.manifest, {"stages": stages})
+
 
 class RunDir:
     """A run's folder: config.yaml, events.jsonl, llm_cache.sqlite, round_00 ... final, report.html."""

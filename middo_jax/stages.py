@@ -128,6 +128,7 @@ def score_stage(
         neighbours=neighbours,
         ratings=ratings,
     )
+    directory.forget("select")  # its flags are in the table that is replaced now
     write_scores(directory.scores, measured.to_table())
     with atomic(directory.embeddings, "wb") as file:
         np.save(file, embedding_nd, allow_pickle=False)
@@ -195,8 +196,8 @@ def plan_refinement(directory: RoundDir) -> list[Task]:
     from middo_jax.diagnose.table import read_scores
     from middo_jax.refine import plan_tasks
 
-    if not directory.selection.exists():
-        raise RunError(f"{directory.path}: no selection.json there; run `middo select` first")
+    if not directory.is_done("select"):
+        raise RunError(f"{directory.path}: no selection from its scores there; run `middo select` first")
     axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
     rows = read_scores(directory.scores).to_pylist()
     kept = ("loss_pre", "loss_post", "knn_mean_sim", "quality")

@@ -24,13 +24,13 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from tiny_model import write_tiny_model
 
 from middo_jax.config import load
 from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
 from middo_jax.refine.server import serve_in_background
 from middo_jax.run_dir import RunDir, read_jsonl
-from tiny_model import write_tiny_model
 
 KEY = "sk-marker-5f0e9d1c7a"  # what must be written nowhere
 _TOPICS = ("the sea", "a cat", "fractions", "Paris", "rain", "bread", "the moon", "a train")
@@ -38,7 +38,7 @@ _ASKED = ("Describe {} in one sentence.", "Name three things about {}.", "Why do
 
 
 def write_data(path: Path, rows: int = 24) -> Path:
-    """Alpaca rows of quite different lengths, every third with an input; `source` is a column of the user's."""
+    """Alpaca rows of quite different lengths, every third with an input; `source` is the user's column."""
     table = []
     for i in range(rows):
         topic, asked = _TOPICS[i % len(_TOPICS)], _ASKED[i // len(_TOPICS) % len(_ASKED)]

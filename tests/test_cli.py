@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-
 from loop_fixture import Finished, contents, rows_by_id, write_data
+from tiny_model import write_tiny_model
+
 from middo_jax import cli
 from middo_jax.data.sources import read
 from middo_jax.progress import Bars, Lines, duration
 from middo_jax.run_dir import read_jsonl
-from tiny_model import write_tiny_model
 
 pytest_plugins = ["loop_fixture"]
 
@@ -58,7 +58,8 @@ def middo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
             cli.main()
         except SystemExit as end:
             code = end.code or 0
-        return Ended(code, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return Ended(code, str(out), str(err))
 
     return call
 
@@ -205,6 +206,12 @@ def test_one_axis_alone_leaves_the_others_null(middo: Middo, place: Path, tmp_pa
         assert table[name].null_count == 0
     selection = middo("select", tmp_path / "o", "--json").json
     assert list(selection["axes"]) == ["diversity"]
+    assert middo("refine", tmp_path / "o", "--dry-run").code == 0
+    # Scored again, the selection is of other scores.
+    middo(*call, "--axes", "diversity", *SMALL)
+    stale = middo("refine", tmp_path / "o", "--dry-run")
+    assert (stale.code, stale.out) == (1, "")
+    assert "run `middo select` first" in stale.err
 
 
 def test_train_eval_export_and_score_what_was_exported(middo: Middo, place: Path, tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ def test_rows_without_a_direction_take_no_part(block: int) -> None:
 def test_nothing_to_find(x: np.ndarray) -> None:
     found = nearest_neighbours(x.astype(np.float32), 2, make_mesh())
     assert found.index_nk.shape == found.similarity_nk.shape == (len(x), 2)
-    assert (found.index_nk == -1).all() and np.isnan(found.similarity_nk).all()
+    assert (found.index_nk == -1).all()
+    assert np.isnan(found.similarity_nk).all()
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 4])

@@ -62,7 +62,8 @@ def test_the_first_sample_shows_what_is_learnt(tokenizer: PreTrainedTokenizerBas
 def test_what_is_printed(tokenizer: PreTrainedTokenizerBase) -> None:
     rejections = [Rejection(where=f"data.jsonl:{n}", reason="no response", row=None) for n in range(7)]
     facts = inspect_rows(EXAMPLES, rejections)
-    assert facts["n"] == len(EXAMPLES) and len(facts["rejected"]) == 7
+    assert facts["n"] == len(EXAMPLES)
+    assert len(facts["rejected"]) == 7
     text = render_inspection(facts | inspect_tokens(EXAMPLES, tokenizer, 48, 512))
     assert text.startswith(f"{len(EXAMPLES)} rows can be used, 7 cannot\n  data.jsonl:0: no response\n")
     assert "[[Héllo 🦙<|im_end|>]]" in text

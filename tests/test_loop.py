@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-
 from loop_fixture import KEY, Finished, contents, rows_by_id, settings
+
 from middo_jax.config import load
 from middo_jax.diagnose.table import SCHEMA
 from middo_jax.loop import open_run, run_loop
@@ -144,7 +145,7 @@ def test_scores_before_and_after_are_those_of_the_tables(finished: Finished) -> 
 
 def test_no_sample_is_lost(finished: Finished) -> None:
     folders = rounds_and_final(finished.run)
-    for here, following in zip(folders, folders[1:], strict=False):
+    for here, following in itertools.pairwise(folders):
         before, after = rows_by_id(here.dataset), rows_by_id(following.dataset)
         accepted = [row for row in read_jsonl(here.refined) if row["accepted"]]
         replaced = Counter(row["replaces"] for row in accepted if row["replaces"] is not None)
@@ -185,14 +186,17 @@ def test_a_second_start_finds_everything_done(finished: Finished, tmp_path: Path
     assert after["run/events.jsonl"].startswith(before["run/events.jsonl"])
 
 
-def test_a_missing_file_is_made_again_with_the_same_bytes(finished: Finished, tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", ["scores.parquet", "selection.json"])
+def test_a_missing_file_is_made_again_with_the_same_bytes(
+    finished: Finished, tmp_path: Path, missing: str
+) -> None:
     config = load(None, finished.settings(runs_dir=finished.copy(tmp_path)))
     directory = RunDir(tmp_path / "run").round(1)
     before = contents(directory.path, "selection.json", "scores.parquet", "refined.jsonl", "requests.jsonl")
-    directory.selection.unlink()
+    (directory / missing).unlink()
     directory.refined.unlink()
     run_loop(config, Silent())
-    assert contents(directory.path, *(Path(name).name for name in before)) == before
+    assert contents(directory.path, *before) == before
     assert directory.stages()["refine"]["usage"]["requests"] == 0  # every answer was in the cache
 
 

@@ -72,7 +72,8 @@ def test_pack(lengths: list[int], max_segments: int, spare_rows: int, seed: int)
 
 def test_pack_of_nothing_is_padding_of_the_right_types() -> None:
     batch = pack([], [], 2, 4, 3)
-    assert (batch.segment_ids_bt == -1).all() and (batch.example_bs == -1).all()
+    assert (batch.segment_ids_bt == -1).all()
+    assert (batch.example_bs == -1).all()
     assert not batch.is_target_bt.any()
 
 

@@ -100,7 +100,7 @@ def rating_by_hand(
     asked = tokenize_prompt([Message("user", question)], tokenizer).tolist()
     spelt = [tokenizer(f"{ANSWER_STEM}{n}", add_special_tokens=False).input_ids for n in range(11)]
     log_p = next_token_log_p(model, asked + spelt[0][:-1])
-    p = np.exp([log_p[ids[-1]] for ids in spelt[:10]] + [-np.inf])
+    p = np.append(np.exp(log_p[[ids[-1] for ids in spelt[:10]]]), 0.0)
     if len(spelt[10]) == len(spelt[0]):
         p[10] = np.exp(log_p[spelt[10][-1]])
     else:
@@ -110,7 +110,7 @@ def rating_by_hand(
 
 
 def ratings_of(
-    directory: Path, tokenizer: Any, shape: tuple[int, int, int] | None = None, **how: int
+    directory: Path, tokenizer: Any, shape: tuple[int, int, int] | None = None, **how: Any
 ) -> np.ndarray:
     mesh = make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     if shape is not None:
@@ -189,7 +189,8 @@ def test_a_long_sample_is_shortened_and_the_question_is_not(directory: Path, max
             assert "�" not in text
         assert max(map(len, branches_of(tree))) > max_length - 20  # no more is lost than must be
         if max_length >= 300:
-            assert "BEGIN" in text and "END" in text
+            assert "BEGIN" in text
+            assert "END" in text
             assert part == "prompt" or ("First." in text and "Last." in text)
 
 
@@ -199,7 +200,9 @@ def test_shortening_takes_from_the_longer_text(directory: Path) -> None:
     for example in (long, sample(long.response, long.prompt)):
         tree = rating_tree(example, "response", tokenizer, RatingTokens.of(tokenizer), 400)
         text = str(tokenizer.decode(branches_of(tree)[0]))
-        assert "What is this about?" in text and " … " in text and "END" in text
+        assert "What is this about?" in text
+        assert " … " in text
+        assert "END" in text
 
 
 def test_a_question_that_does_not_fit_is_an_error(directory: Path) -> None:
@@ -216,7 +219,8 @@ def test_how_ratings_are_spelt(directory: Path) -> None:
     assert ratings.ten_second == digits[0]
     assert two.decode(list(ratings.stem)) == ANSWER_STEM
     one = RatingTokens.of(one_ten_tokenizer())
-    assert one.ten_second is None and len(set(one.first)) == 11
+    assert one.ten_second is None
+    assert len(set(one.first)) == 11
 
 
 def test_tokenizers_that_cannot_spell_ratings_are_refused() -> None:

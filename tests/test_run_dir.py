@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,13 @@ from middo_jax.run_dir import (
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "f.txt"
     write_text(path, "old")
-    with pytest.raises(RuntimeError, match="power cut"), atomic(path) as file:
-        file.write("half of the n")
+
+    def rows() -> Iterator[str]:
+        yield "half of the new one"
         raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_jsonl(path, rows())
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["f.txt"]  # no temporary file is left
 
@@ -68,7 +73,8 @@ def test_a_stage_is_done_while_its_files_are_there(tmp_path: Path) -> None:
     assert not round_dir.is_done("score")  # files alone are not enough
     round_dir.finish("score", [round_dir.scores], 1.23456, n=3)
     round_dir.finish("train", [round_dir.checkpoint], 9.0)
-    assert round_dir.is_done("score") and round_dir.is_done("train")
+    assert round_dir.is_done("score")
+    assert round_dir.is_done("train")
     record = round_dir.stages()["score"]
     assert (record["seconds"], record["n"]) == (1.235, 3)
     assert record["files"] == {"scores.parquet": file_hash(round_dir.scores)}

@@ -30,7 +30,7 @@ STRIPPING_TEMPLATE = CHAT_TEMPLATE.replace("message['content']", "message['conte
 
 
 def fast(template: str, *, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with a template; `trim_offsets` leaves white space out of offsets, as Llama 3's does."""
+    """The tiny tokenizer with a template; `trim_offsets` leaves spaces out of offsets, as Llama 3's does."""
     backend = tiny_tokenizer()
     if trim_offsets:
         backend.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -140,43 +140,39 @@ def test_templates_that_strip(name: str) -> None:
     assert parts(TOKENIZERS[name], example)[1:] == (f"Hello{EOT}", "Hi")
 
 
-NASTY = st.lists(
-    st.sampled_from(
-        [
-            "user",
-            "assistant",
-            "system",
-            "end",
-            "start",
-            "im",
-            "|",
-            "<",
-            ">",
-            "\n",
-            "\n\n",
-            " ",
-            "Human: ",
-            "Human:",
-        ]
-        + [
-            "Assistant:",
-            "{{ x }}",
-            "{% raw %}",
-            "</s>",
-            "\ue000",
-            "\ue0000\ue001",
-            "1",
-            "10",
-            "é",
-            "漢",
-            "🦙",
-            "a\tb",
-        ]
-        + ["\u200d", "\r\n", "\xa0", "'s", "."]
-    )
-    | st.characters(codec="utf-8"),
-    max_size=8,
-).map("".join)
+PIECES = [
+    "user",
+    "assistant",
+    "system",
+    "end",
+    "start",
+    "im",
+    "<",
+    ">",
+    "\n",
+    "\n\n",
+    " ",
+    "Human: ",
+    "Human:",
+    "Assistant:",
+    "{{ x }}",
+    "{% raw %}",
+    "</s>",
+    "\ue000",
+    "\ue0000\ue001",
+    "1",
+    "10",
+    "é",
+    "漢",
+    "🦙",
+    "a\tb",
+    "\u200d",
+    "\r\n",
+    "\xa0",
+    "'s",
+    ".",
+]
+NASTY = st.lists(st.sampled_from([*PIECES, "|"]) | st.characters(codec="utf-8"), max_size=8).map("".join)
 STRIPPED = NASTY.map(str.strip)
 
 
@@ -197,9 +193,9 @@ def test_spans_survive_any_text(prompt: str, response: str, system: str | None, 
 @given(turns=st.lists(STRIPPED, min_size=1, max_size=4), name=st.sampled_from(list(TOKENIZERS)))
 @settings(max_examples=100, deadline=None)
 def test_spans_of_many_turns_survive_any_text(turns: list[str], name: str) -> None:
-    messages: list[tuple[Role, str]] = [
-        pair for text in turns for pair in (("user", text), ("assistant", text + "!"))
-    ]
+    messages: list[tuple[Role, str]] = []
+    for text in turns:
+        messages.extend([("user", text), ("assistant", f"{text}!")])
     _, learnt, _ = parts(TOKENIZERS[name], conversation(*messages))
     assert learnt == "".join(f"{text}!{EOT}" for text in turns)
 
@@ -235,11 +231,13 @@ WORDS = st.lists(st.sampled_from(["cat", " the", " sea", ".", "\n"]), max_size=4
     turns=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3),
     limit=st.integers(2, 90),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_truncation(system: str | None, turns: list[tuple[str, str]], limit: int) -> None:
-    messages: list[tuple[Role, str]] = [] if system is None else [("system", system)]
+    messages: list[tuple[Role, str]] = []
+    if system is not None:
+        messages.append(("system", system))
     for user, assistant in turns:
-        messages += [("user", user), ("assistant", assistant)]
+        messages.extend([("user", user), ("assistant", assistant)])
     whole = tokenize(conversation(*messages), CHATML, NO_LIMIT)
     cut = tokenize(conversation(*messages), CHATML, limit)
     assert len(cut) == min(len(whole), limit) or len(cut) == len(whole) - 1  # what follows the last answer
@@ -291,7 +289,8 @@ def test_a_long_answer_is_cut_at_its_end() -> None:
     assert (len(t), t.truncated) == (60, True)
     assert text_of(CHATML, t.tokens_n[t.in_prompt_n]) == "Sing."
     learnt = text_of(CHATML, t.tokens_n[t.is_target_n])
-    assert learnt.startswith("la la") and EOT not in learnt
+    assert learnt.startswith("la la")
+    assert EOT not in learnt
 
 
 def test_load_tokenizer(tmp_path: Path) -> None:
@@ -309,7 +308,8 @@ def test_load_tokenizer(tmp_path: Path) -> None:
 
 def test_tokens_that_end_an_answer(tmp_path: Path) -> None:
     directory = write_tiny_model(tmp_path / "model")
-    end_of_text, _, end_of_turn = (CHATML.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "", EOT))
+    tokens = control_tokens(CHATML)
+    end_of_text, end_of_turn = tokens["<|endoftext|>"], tokens[EOT]
     assert eos_token_ids(directory, load_tokenizer(directory)) == {end_of_turn}
     (directory / "generation_config.json").write_text(f'{{"eos_token_id": [{end_of_text}, {end_of_turn}]}}')
     assert eos_token_ids(directory, load_tokenizer(directory)) == {end_of_text, end_of_turn}
@@ -321,7 +321,7 @@ def test_tokens_that_end_an_answer(tmp_path: Path) -> None:
 
 
 def test_end_of_turn_token() -> None:
-    assert end_of_turn_token(CHATML) == CHATML.convert_tokens_to_ids(EOT)
+    assert end_of_turn_token(CHATML) == control_tokens(CHATML)[EOT]
     assert end_of_turn_token(fast(CHAT_TEMPLATE.replace("'<|im_end|>' + ", ""))) is None
 
 

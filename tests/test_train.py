@@ -269,22 +269,25 @@ def test_resumed_on_another_mesh_within_tolerance(tmp_path: Path):
     assert [row["loss"] for row in cut] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
 
 
-def test_interrupt_saves_the_current_step(tmp_path: Path):
+@pytest.mark.parametrize("to_go", [1, 5])
+def test_interrupt_saves_the_current_step(to_go: int, tmp_path: Path):
     tokenized = examples(60)
     want = fine_tune(tmp_path / "whole", tokenized)
+    last = len(read_jsonl(tmp_path / "whole" / "metrics.jsonl"))
 
     def interrupt(metrics: StepMetrics) -> None:
-        if metrics.step == 4:
+        if metrics.step == last - to_go:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         fine_tune(tmp_path / "cut", tokenized, on_step=interrupt)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    # Step 5 was under way when step 4 was read.
-    assert [row["step"] for row in read_jsonl(tmp_path / "cut" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    # The next step was under way when this one was read.
+    done = [row["step"] for row in read_jsonl(tmp_path / "cut" / "metrics.jsonl")]
+    assert done == list(range(1, last - to_go + 2))
     seen: list[int] = []
     got = fine_tune(tmp_path / "cut", tokenized, on_step=lambda m: seen.append(m.step))
-    assert seen[0] == 6
+    assert [*done, *seen] == list(range(1, last + 1))
     assert_identical(got, want)
 
 

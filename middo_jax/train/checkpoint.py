@@ -173,13 +173,10 @@ class TrainingCheckpoints:
         """
         for step in sorted(self._orbax.all_steps(), reverse=True):
             try:
-                found = self._orbax.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
-                    "about"
-                ]
-                if found == {"identity": self._identity}:
-                    arrays = _arrays_into((params, opt_state))
-                    state = self._orbax.restore(step, args=ocp.args.Composite(state=arrays))["state"]
-                    return TrainState(step, *state)
+                about = ocp.args.Composite(about=ocp.args.JsonRestore())
+                if self._orbax.restore(step, args=about)["about"] == {"identity": self._identity}:
+                    arrays = ocp.args.Composite(state=_arrays_into((params, opt_state)))
+                    return TrainState(step, *self._orbax.restore(step, args=arrays)["state"])
             except _NOT_THE_FILES:
                 raise
             except Exception as error:  # Orbax raises even plain `Exception` on a damaged file

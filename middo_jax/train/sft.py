@@ -141,7 +141,8 @@ def train(
       pack_length: tokens of a packed sequence.
       out_dir: gets checkpoint/ and metrics.jsonl.
       chunk: target positions whose logits exist at one time.
-      metadata: small JSON values to keep beside the final parameters, such as {"base": path of the model}.
+      metadata: small JSON values to keep beside the final parameters, such as {"base": path of the model};
+        a checkpoint with other ones is of another training.
       on_step: told of every finished step.
 
     Returns:
@@ -157,7 +158,8 @@ def train(
     check_examples(tokenized, pack_length, config.vocab_size)
     check_batch(settings, mesh)
     checkpoint = Path(out_dir) / "checkpoint"
-    identity = _identity(config, tokenized, settings, seed, pack_length)
+    metadata = metadata or {}
+    identity = _identity(config, tokenized, settings, seed, pack_length, metadata)
     finished = read_metadata(checkpoint)
     if finished is not None:
         if finished.get("identity") != identity:
@@ -203,7 +205,7 @@ def train(
                 log.catch_up(quietly=True)
                 checkpoints.save(state)
                 raise
-        checkpoints.finish(state, metadata or {})
+        checkpoints.finish(state, metadata)
     return state.params
 
 
@@ -273,10 +275,12 @@ def _identity(
     settings: TrainSettings,
     seed: int,
     pack_length: int,
+    metadata: Mapping[str, Any],
 ) -> str:
-    """SHA-256 of all that decides what is learnt, but for the initial parameters."""
+    """SHA-256 of all that decides what is learnt; of the initial parameters, only what `metadata` says."""
     learnt = settings.model_dump(mode="json", exclude=_SPEED_ONLY)
-    digest = hashlib.sha256(json.dumps([repr(config), learnt, seed, pack_length], sort_keys=True).encode())
+    decisive = [repr(config), learnt, seed, pack_length, dict(metadata)]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for example in tokenized:
         digest.update(f"\n{example.id} {len(example)}\n".encode())
         digest.update(example.tokens_n.astype("<i4").tobytes() + np.packbits(example.is_target_n).tobytes())

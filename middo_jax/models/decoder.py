@@ -127,7 +127,9 @@ class Decoder(nnx.Module):
         }
 
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
-        return constrain(self.embed[...][tokens_bt].astype(self.config.dtype), "batch", "length", "hidden")
+        # Gathered along fsdp before the look-up, as every other matrix is before its product.
+        table_vd = constrain(self.embed[...], "vocab", "hidden")
+        return constrain(table_vd[tokens_bt].astype(self.config.dtype), "batch", "length", "hidden")
 
     def _project(
         self, x_btd: jax.Array, weights: dict[str, jax.Array], rope: tuple[jax.Array, jax.Array]

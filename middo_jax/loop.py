@@ -119,8 +119,9 @@ def _round_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> lis
                 cache.close()
 
         def merge(here: RoundDir = here, following: RoundDir = following) -> None:
+            began = time.monotonic()
             write_dataset(following, stages.merged_dataset(here))
-            here.finish("merge", [], 0.0)
+            here.finish("merge", [], time.monotonic() - began)
 
         steps += [
             (here, "train", lambda h=here, s=start: stages.train_stage(workshop, h, s())),
@@ -144,6 +145,7 @@ def _final_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> lis
     start = _start(workshop, last, config.train.start_from)
 
     def evaluate() -> None:
+        began = time.monotonic()
         models = {"base": workshop.base} | {d.path.name: d.checkpoint for d in [*run.rounds(), final]}
         losses = []
         with workshop.progress.task("held-out loss", "models") as advance:
@@ -151,13 +153,15 @@ def _final_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> lis
                 losses.append({"name": name} | stages.heldout_loss(workshop, path, heldout))
                 advance(done, len(models), f"{name} {losses[-1]['loss']:.4f}")
         write_json(run.heldout_losses, {"n": len(heldout), "models": losses})
-        final.finish("evaluate", [], 0.0, losses={m["name"]: m["loss"] for m in losses})
+        seconds = time.monotonic() - began
+        final.finish("evaluate", [], seconds, losses={m["name"]: m["loss"] for m in losses})
 
     def export() -> None:
+        began = time.monotonic()
         out = final / "huggingface"
         if not out.exists():
             stages.export_checkpoint(final.checkpoint, out, config.model.dtype)
-        final.finish("export", [out], 0.0)
+        final.finish("export", [out], time.monotonic() - began)
 
     return [
         (final, "train", lambda: stages.train_stage(workshop, final, start())),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
-from middo_jax.data.tokenize import TokenizedExample, control_tokens, eos_token_ids
+from middo_jax.data.tokenize import TokenizedExample, eos_token_ids, steering_tokens
 from middo_jax.run_dir import RoundDir, RunError, read_jsonl, write_json, write_jsonl
 from middo_jax.workshop import Workshop, endpoint, read_dataset
 
@@ -238,7 +238,7 @@ def refine_stage(
                 note = f"{accepted} accepted, {tokens:,} tokens, {usage.cache_hits} answers from the cache"
                 advance(len(outcomes), len(tasks), note)
 
-            steering = control_tokens(workshop.tokenizer)
+            steering = steering_tokens(workshop.tokenizer)
             done = run(tasks, client, config.refine, round_index, on_done, special_tokens=steering)
         outcomes = reject_duplicates([*read_dataset(directory), *heldout], done)
     write_jsonl(directory.requests, (row for o in outcomes for row in o.request_rows()))

@@ -17,8 +17,8 @@ from middo_jax.data.sources import DataError, Rejection, read, split_heldout
 from middo_jax.data.tokenize import (
     TemplateError,
     TokenizedExample,
-    control_tokens,
     load_tokenizer,
+    steering_tokens,
     tokenize,
 )
 from middo_jax.progress import Progress
@@ -110,7 +110,7 @@ def prepare(workshop: Workshop) -> tuple[list[Example], list[Example], list[Reje
 
 
 def _unusable(workshop: Workshop, example: Example) -> str | None:
-    for token in control_tokens(workshop.tokenizer):
+    for token in sorted(steering_tokens(workshop.tokenizer)):
         if any(token in message.content for message in example.messages):
             return f"its text holds the model's control token {token}"
     try:
@@ -151,8 +151,11 @@ def endpoint(workshop: Workshop) -> Iterator[tuple[str, str]]:
     from middo_jax.models.hf import resolve
     from middo_jax.refine.server import build_app, load_engine, serve_in_background
 
-    path = resolve(config.refine.model) if config.refine.model else workshop.base
-    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype)
+    if config.refine.model:
+        path, template = resolve(config.refine.model), None
+    else:
+        path, template = workshop.base, config.model.template
+    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, template)
     name = path.resolve().name
     with engine, serve_in_background(build_app(engine, tokenizer, name, eos_ids), port=0) as url:
         yield url, name

@@ -21,6 +21,7 @@ from middo_jax.data.tokenize import (
     end_of_turn_token,
     eos_token_ids,
     load_tokenizer,
+    steering_tokens,
     tokenize,
     tokenize_prompt,
 )
@@ -323,6 +324,14 @@ def test_tokens_that_end_an_answer(tmp_path: Path) -> None:
 def test_end_of_turn_token() -> None:
     assert end_of_turn_token(CHATML) == control_tokens(CHATML)[EOT]
     assert end_of_turn_token(fast(CHAT_TEMPLATE.replace("'<|im_end|>' + ", ""))) is None
+
+
+def test_only_tokens_of_the_template_steer() -> None:
+    tokenizer = fast(CHAT_TEMPLATE)
+    tokenizer.add_tokens(["<filename>"], special_tokens=True)
+    assert "<filename>" in control_tokens(tokenizer)
+    assert {"<|im_start|>", "<|im_end|>"} <= steering_tokens(tokenizer)
+    assert "<filename>" not in steering_tokens(tokenizer)
 
 
 def test_control_tokens() -> None:

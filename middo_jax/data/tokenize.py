@@ -110,6 +110,15 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
+def steering_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The control tokens that conversations are rendered with: in a sample's own text they would end its turn.
+
+    Others, such as a code model's `<filename>`, are rare but honest text.
+    """
+    rendered = f"{tokenizer.chat_template}{tokenizer.eos_token}{tokenizer.bos_token}"
+    return frozenset(text for text in control_tokens(tokenizer) if text in rendered)
+
+
 def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenizedExample:
     r"""Renders a conversation with the chat template and marks targets and prompt.
 

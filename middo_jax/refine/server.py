@@ -322,7 +322,7 @@ def _server(app: Starlette) -> uvicorn.Server:
 
 
 def load_engine(
-    model_dir: str | Path, settings: ServeSettings, dtype: str = "float32"
+    model_dir: str | Path, settings: ServeSettings, dtype: str = "float32", template: str | None = None
 ) -> tuple[Engine, PreTrainedTokenizerBase, frozenset[int]]:
     """(a running engine, its tokenizer, the tokens that end an answer) of a Hugging Face directory.
 
@@ -332,7 +332,7 @@ def load_engine(
     Raises:
       CheckpointError, UnsupportedModel, TemplateError: the directory holds no model that can be served.
     """
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = load_tokenizer(model_dir, template)
     graphdef, params, config = hf.load(model_dir, dtype=dtype)
     max_context = min(settings.max_context, config.max_position_embeddings)
     engine = Engine(graphdef, params, settings.max_batch, max_context)

@@ -1,6 +1,7 @@
 """Test session: eight simulated devices, float32 matmuls, a compilation cache that outlives the session."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,3 +12,6 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# A shell's background jobs, hence many CI runners, ignore Ctrl-C and hand that down; some tests send one.
+signal.signal(signal.SIGINT, signal.default_int_handler)

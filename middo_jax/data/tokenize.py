@@ -111,7 +111,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def steering_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The control tokens that conversations are rendered with: in a sample's own text they would end its turn.
+    """The control tokens conversations are rendered with: in a sample's own text they would end its turn.
 
     Others, such as a code model's `<filename>`, are rare but honest text.
     """

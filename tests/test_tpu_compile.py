@@ -45,7 +45,11 @@ def test_scoring_an_8b_model_fits_a_slice(topology: str, shape: list[int]) -> No
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     arguments = [topology, json.dumps(shape), "2048"]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], env=environment, capture_output=True, text=True, timeout=900
+        [sys.executable, "-c", PROGRAM, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     memory = json.loads(done.stdout.splitlines()[-1])

@@ -293,6 +293,7 @@ def test_one_correction_turn_then_rejected() -> None:
         (["<prompt>Easy?</prompt>", "<prompt>Ok</prompt>"], "echo: <prompt> in the answer"),
         (["<prompt>Easy?</prompt>", "<think>Hm</think>Ok"], "echo: <think> in the answer"),
         (["<prompt> prove  IT.</prompt>", "yes."], "unchanged"),
+        (["<prompt>Boil.</prompt>", "boil. "], "answer repeats the prompt"),
     ],
 )
 def test_rejected_with_the_reason(replies: list[Any], reason: str) -> None:
@@ -356,6 +357,7 @@ def test_a_sample_about_tags_may_speak_of_them() -> None:
         "I can't provide that information.",
         "Unfortunately, I'm not able to help you here.",
         "I apologize, but I cannot comply.",
+        "I'm sorry for any confusion, but as a chatbot made for recipes, I don't have the means to do so.",
     ],
 )
 def test_refusals(text: str) -> None:
@@ -373,6 +375,7 @@ def test_refusals(text: str) -> None:
         "I cannot provide enough praise for this book.",
         "As an AI engineer, I cannot stress this enough.",
         "As an AI pioneer she changed the field.",
+        "I'm sorry to hear that. As a chatbot user, I do not mind.",
         "The clerk said: I'm sorry, but I can't help with that.",
         "",
     ],

@@ -35,6 +35,10 @@ _REFUSALS = re.compile(
     rf"|as an (?:ai|artificial intelligence)(?: (?:language )?(?:model|assistant))?,? "
     rf"(?:{_CANNOT}\b|i (?:do not|don't) have\b)"
     rf"|{_CANNOT}{_TO_SERVE}"
+    # "I'm sorry for the confusion, but as a chatbot made for recipes, I don't have ..."
+    r"|(?:i'm sorry|i am sorry|sorry|i apologi[sz]e|my apologies)\b[^.!?]{0,80}"
+    r"\bas an? (?:[\w-]+ ){0,2}(?:ai|chatbot|language model|virtual assistant)\b[^.!?]{0,120}"
+    r"\bi(?:'m not| am not|'m unable| am unable| don't| do not| can't| cannot)\b"
     r")",
     re.IGNORECASE,
 )
@@ -72,6 +76,8 @@ def check(
         return "refused"
     if left := _leftover(task, response):
         return f"echo: {left} in the answer"
+    if _same(prompt, response):
+        return "answer repeats the prompt"
     if _replaces(task) and _same(prompt, task.source.prompt) and _same(response, task.source.response):
         return "unchanged"
     return None

@@ -340,7 +340,7 @@ def _workshop_of(directory: Path, overrides: Sequence[str] | None) -> Any:
 
 
 def _model(path: str) -> Path:
-    from middo_jax.models.hf import resolve
+    from middo_jax.models.resolve import resolve
 
     return resolve(path)
 

@@ -42,7 +42,7 @@ class Workshop:
     @functools.cached_property
     def base(self) -> Path:
         """The base model as a Hugging Face directory."""
-        from middo_jax.models.hf import resolve
+        from middo_jax.models.resolve import resolve
 
         base = resolve(self.config.model.path)
         if not (base / "config.json").is_file():  # else the tokenizer would complain first, of other things
@@ -148,7 +148,7 @@ def endpoint(workshop: Workshop) -> Iterator[tuple[str, str]]:
             raise RunError(f"config: refine.model is missing: the name of a model that {url} serves")
         yield url, config.refine.model
         return
-    from middo_jax.models.hf import resolve
+    from middo_jax.models.resolve import resolve
     from middo_jax.refine.server import build_app, load_engine, serve_in_background
 
     if config.refine.model:

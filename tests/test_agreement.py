@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from middo_jax.models.gguf import demo_model_path
-from middo_jax.models.hf import CheckpointError, resolve
+from middo_jax.models.hf import CheckpointError
+from middo_jax.models.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
 

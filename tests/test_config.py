@@ -149,10 +149,3 @@ def test_every_group_says_what_it_is() -> None:
         assert group.__doc__, group
         assert group.model_config.get("extra") == "forbid"
         assert group.model_config.get("frozen") is True
-
-
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.name
-)
-def test_shipped_configs_are_valid(path: Path) -> None:
-    load(path)

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from middo_jax.models.config import read_config
 from middo_jax.models.gguf import demo_model_path
-from middo_jax.models.hf import CheckpointError, load, resolve
+from middo_jax.models.hf import CheckpointError, load
+from middo_jax.models.resolve import resolve
 
 TOLERANCE = 1e-4
 

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from middo_jax.models.config import read_config
 from middo_jax.models.gguf import convert, demo_model_path, main
-from middo_jax.models.hf import CheckpointError, resolve
+from middo_jax.models.hf import CheckpointError
+from middo_jax.models.resolve import resolve
 
 gguf = pytest.importorskip("gguf")
 

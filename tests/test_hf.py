@@ -20,8 +20,9 @@ from transformers import AutoTokenizer
 from middo_jax.config import ConfigError, MeshSettings
 from middo_jax.models import hf
 from middo_jax.models.decoder import Decoder, split
-from middo_jax.models.hf import CheckpointError, export, load, resolve
-from middo_jax.models.parameters import parameters
+from middo_jax.models.hf import CheckpointError, export, load
+from middo_jax.models.parameters import num_params, parameters
+from middo_jax.models.resolve import resolve
 from middo_jax.parallel.mesh import make_mesh
 
 MESHES = [(2, 2, 2), (1, 8, 1), (1, 2, 4), (8, 1, 1), (1, 1, 8)]
@@ -143,7 +144,7 @@ def test_each_value_is_read_once(
 
     monkeypatch.setattr(hf._Weights, "read", counted)
     _, _, config = load(model, mesh=mesh_of(shape))
-    assert sum(sizes) == config.num_params
+    assert sum(sizes) == num_params(config)
     assert max(sizes) == config.vocab_size * config.hidden_size // math.prod(shape[1:])
 
 
@@ -225,7 +226,8 @@ def test_harmless_surplus_is_ignored(tmp_path: Path) -> None:
     embed = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
     inv_freq = np.ones(4, np.float32)
     rewrite(directory, lm_head__weight=embed, model__layers__0__self_attn__rotary_emb__inv_freq=inv_freq)
-    load(directory)
+    _, params, config = load(directory)
+    assert num_params(config) == sum(x.size for x in jax.tree.leaves(params))
 
 
 NORM = np.ones(32, np.float32)

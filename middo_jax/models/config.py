@@ -41,13 +41,6 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     dtype: str = "float32"  # of activations; parameters are cast to it where they are used
 
-    @property
-    def num_params(self) -> int:
-        """Parameters, the embedding counted once if it is tied."""
-        from middo_jax.models.parameters import parameters
-
-        return sum(spec.size(self) for spec in parameters(self))
-
 
 def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
     """Reads the fields of a config.json, of transformers 4 or 5.

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from middo_jax.models.config import DecoderConfig, read_config
 from middo_jax.models.decoder import Decoder, abstract
 from middo_jax.models.parameters import ParameterSpec, parameters
 from middo_jax.parallel.mesh import RULES
-from middo_jax.run_dir import file_hash, write_json
+from middo_jax.run_dir import write_json
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -55,44 +54,6 @@ _COMPANIONS = (
 
 class CheckpointError(ValueError):
     """A model's files are missing, damaged or not those that its config describes; names file and tensor."""
-
-
-def resolve(path: str) -> Path:
-    """Turns what a user calls a model into a Hugging Face directory on this machine.
-
-    A directory is itself. A .gguf file is converted, once, into $XDG_CACHE_HOME/middo-jax/gguf/HASH. Anything
-    else is taken for a hub repo id and downloaded (safetensors, JSON and tokenizer files only).
-
-    Raises:
-      CheckpointError: there is no such file, and no such repo within reach.
-    """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local
-    if local.suffix == ".gguf" and local.is_file():
-        from middo_jax.models.gguf import convert
-
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        converted = cache / "middo-jax" / "gguf" / file_hash(local)
-        return converted if converted.exists() else convert(local, converted)
-    if local.exists():
-        raise CheckpointError(f"model {path}: neither a directory nor a .gguf file")
-    if local.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
-        raise CheckpointError(f"model {path}: no such file or directory")
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot = snapshot_download(
-            path,
-            allow_patterns=["model*.safetensors", "*.json", "*.jinja", "tokenizer.model"],
-            ignore_patterns=["*/*"],
-        )
-    except Exception as error:  # the hub's client raises a dozen unrelated classes
-        raise CheckpointError(
-            f"model {path}: no such directory here (looked in {Path.cwd()}), and downloading it as a hub "
-            f"repo failed: {type(error).__name__}: {error}"
-        ) from error
-    return Path(snapshot)
 
 
 def load(

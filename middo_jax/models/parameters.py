@@ -98,3 +98,8 @@ _LM_HEAD = ParameterSpec(("lm_head",), ("vocab", "embed"), "lm_head.weight")
 def parameters(config: DecoderConfig) -> tuple[ParameterSpec, ...]:
     """All rows of the table that a model of this config has; a tied head is the embedding itself."""
     return (_EMBED, *_LAYERS, _FINAL_NORM) + (() if config.tie_word_embeddings else (_LM_HEAD,))
+
+
+def num_params(config: DecoderConfig) -> int:
+    """All elements of all parameters; a tied embedding counts once."""
+    return sum(spec.size(config) for spec in parameters(config))

@@ -1,0 +1,63 @@
+"""How far are our float32 logits from transformers', and how far is either from float64? Prints a table.
+
+    python benchmarks/logits.py --model models/SmolLM2-135M-Instruct
+
+One row a text: rows of configs/quickstart_data.jsonl joined to about the wanted length. Needs torch (the
+`parity` extra).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from middo_jax.models.decoder import forward
+from middo_jax.models.hf import load
+
+DATA = Path(__file__).parent.parent / "configs" / "quickstart_data.jsonl"
+
+
+@torch.no_grad()
+def torch_logits(path: str, tokens: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """[t, v] as float64."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    return model(input_ids=torch.tensor(tokens[None])).logits[0].double().numpy()
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 200, 1000])
+    arguments = parser.parse_args()
+    rows = [json.loads(line) for line in DATA.open(encoding="utf-8")]
+    text = "\n".join(f"{r['instruction']} {r['input']} {r['output']}" for r in rows)
+    ids = AutoTokenizer.from_pretrained(arguments.model)(text).input_ids
+    graphdef, params, _ = load(arguments.model)
+    print(
+        "| tokens | largest logit | ours - torch | ours - float64 | torch - float64 |\n|---|---|---|---|---|"
+    )
+    for length in arguments.lengths:
+        tokens = np.asarray(ids[:length], np.int32)
+        positions = np.arange(length, dtype=np.int32)[None]
+        hidden_btd = jax.jit(forward, static_argnums=0)(
+            graphdef, params, tokens[None], np.zeros_like(positions), positions
+        )
+        ours = np.asarray(nnx.merge(graphdef, params).unembed(hidden_btd[0]), np.float64)
+        theirs = torch_logits(arguments.model, tokens, torch.float32)
+        exact = torch_logits(arguments.model, tokens, torch.float64)
+        errors = (np.abs(a - b).max() for a, b in ((ours, theirs), (ours, exact), (theirs, exact)))
+        print(f"| {length} | {np.abs(exact).max():.1f} | " + " | ".join(f"{e:.2e}" for e in errors) + " |")
+
+
+if __name__ == "__main__":
+    main()

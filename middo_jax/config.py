@@ -193,7 +193,9 @@ class RefineSettings(Settings):
     max_corrections: NonNegativeInt = Field(
         default=1, description="Turns that ask again when an answer cannot be read."
     )
-    budget_usd: PositiveFloat | None = Field(default=None, description="Stop before this is passed.")
+    budget_usd: PositiveFloat | None = Field(
+        default=None, description="Stop a round's refining before it passes this."
+    )
     show_response: bool = Field(
         default=True, description="Whether the refiner also sees the original response."
     )

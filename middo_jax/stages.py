@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from middo_jax.refine import AnswerCache, Outcome, Task, Usage
 
 AXES = ("complexity", "diversity", "quality")
+LINEAGE_SCORES = ("loss_pre", "loss_post", "knn_mean_sim", "quality")  # what a sample's lineage keeps
 
 
 def train_stage(workshop: Workshop, directory: RoundDir, start: Path) -> None:
@@ -200,12 +201,11 @@ def plan_refinement(directory: RoundDir) -> list[Task]:
         raise RunError(f"{directory.path}: no selection from its scores there; run `middo select` first")
     axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
     rows = read_scores(directory.scores).to_pylist()
-    kept = ("loss_pre", "loss_post", "knn_mean_sim", "quality")
     return plan_tasks(
         read_dataset(directory),
         *(axes.get(axis, {}).get("ids", ()) for axis in AXES),
         knn_ids={row["id"]: row["knn_ids"] or () for row in rows},
-        scores={row["id"]: {name: row[name] for name in kept} for row in rows},
+        scores={row["id"]: {name: row[name] for name in LINEAGE_SCORES} for row in rows},
     )
 
 
@@ -261,8 +261,8 @@ def merged_dataset(directory: RoundDir) -> list[Example]:
     from middo_jax.refine import Outcome, merge
 
     examples = read_dataset(directory)
-    names = ("loss_pre", "loss_post", "knn_mean_sim", "quality")
-    scores = {row["id"]: {n: row[n] for n in names} for row in read_scores(directory.scores).to_pylist()}
+    rows = read_scores(directory.scores).to_pylist()
+    scores = {row["id"]: {name: row[name] for name in LINEAGE_SCORES} for row in rows}
 
     def with_scores(example: Example) -> Example:
         # Once: the first round after a rewrite says what it was good for.

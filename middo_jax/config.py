@@ -27,6 +27,18 @@ class Settings(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML would otherwise break into lines where Unicode has a line end."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 class ModelSettings(Settings):
     """Which model is fine-tuned and how its text is rendered."""
 
@@ -260,7 +272,7 @@ class Config(Settings):
 
     def to_yaml(self) -> str:
         """The resolved settings, all of them, as YAML that `load` reads back to an equal tree."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def setting_names(settings: type[pydantic.BaseModel] = Config, prefix: str = "") -> Iterator[str]:

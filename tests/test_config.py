@@ -7,7 +7,7 @@ from typing import Any
 
 import pydantic
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from middo_jax.config import Config, ConfigError, Settings, load, setting_names
@@ -105,6 +105,7 @@ def test_files_that_are_not_settings(tmp_path: Path, text: str, message: str) ->
     fraction=st.floats(0.001, 0.999),
     limit=st.none() | st.integers(1, 10**12),
 )
+@example(name="a", path="line\x85ends\u2028of\u2029Unicode", rate=1.0, fraction=0.5, limit=None)
 def test_yaml_round_trip(tmp_path_factory: pytest.TempPathFactory, **values: Any) -> None:
     config = Config.model_validate(
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden.make_golden import CASES, GOLDEN, next_token_nll, tokens_of, torch_logits
-from tiny_model import LLAMA3_ROPE, write_tiny_model
+from tiny_model import FAMILIES, write_tiny_model
 from transformers import AutoConfig, AutoTokenizer
 
-from middo_jax.models.config import read_config
+from middo_jax.models.config import UnsupportedModel, from_hugging_face, read_config
+from middo_jax.models.decoder import forward
 from middo_jax.models.gguf import demo_model_path
-from middo_jax.models.hf import CheckpointError, load
+from middo_jax.models.hf import CheckpointError, load, tensor_table
+from middo_jax.models.nll import target_nll
 from middo_jax.models.resolve import resolve
 
 TOLERANCE = 1e-4
@@ -26,15 +29,22 @@ TOLERANCE = 1e-4
 def our_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
     """float32 [b, t, v]."""
     graphdef, params, config = load(directory)
+    segment_ids_bt = np.zeros_like(tokens)
+    positions_bt = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    hidden_btd = jax.jit(forward, static_argnums=0)(graphdef, params, tokens, segment_ids_bt, positions_bt)
+    logits_nv = nnx.merge(graphdef, params).unembed(hidden_btd.reshape(-1, config.hidden_size))
+    return np.asarray(logits_nv).reshape(*tokens.shape, -1)
 
-    @jax.jit
-    def logits(params: nnx.State, tokens_bt: jax.Array) -> jax.Array:
-        decoder = nnx.merge(graphdef, params)
-        positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
-        hidden_btd = decoder.hidden(tokens_bt, jnp.zeros_like(tokens_bt), positions_bt)
-        return decoder.unembed(hidden_btd.reshape(-1, config.hidden_size)).reshape(*tokens_bt.shape, -1)
 
-    return np.asarray(logits(params, jnp.asarray(tokens)))
+def packed(sequences: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, segment ids, positions) [1, length] of sequences side by side, padded at the end."""
+    tokens, segment_ids, positions = (np.full((1, length), fill, np.int32) for fill in (0, -1, 0))
+    start = 0
+    for segment, sequence in enumerate(sequences):
+        place = np.s_[0, start : start + len(sequence)]
+        tokens[place], segment_ids[place], positions[place] = sequence, segment, np.arange(len(sequence))
+        start += len(sequence)
+    return tokens, segment_ids, positions
 
 
 @pytest.fixture(scope="module")
@@ -54,45 +64,143 @@ def test_equals_golden(tmp_path: Path, case: str) -> None:
     np.testing.assert_allclose(logits[0, -1], golden["last_logits"], rtol=0, atol=TOLERANCE)
 
 
-def test_the_llama3_golden_depends_on_its_scaling(tmp_path: Path) -> None:
-    """Otherwise that case would prove nothing about RoPE scaling."""
-    tokens, scaled = tokens_of("llama3"), CASES["llama3"]["model"]
-    with_scaling = our_logits(write_tiny_model(tmp_path / "a", **scaled), tokens)
-    without = our_logits(write_tiny_model(tmp_path / "b", **(scaled | {"rope_scaling": None})), tokens)
-    assert np.abs(with_scaling - without).max() > 100 * TOLERANCE
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        ("llama3", {"rope_scaling": None}),
+        ("mistral-v0.1", {"sliding_window": 25}),
+        ("qwen2-window", {"max_window_layers": 1}),
+        ("gemma2", {"query_pre_attn_scalar": 8}),
+        ("gemma2", {"attn_logit_softcapping": 30.0}),
+        ("gemma3", {"sliding_window_pattern": 2}),
+        ("gemma3", {"rope_local_base_freq": 1e6}),
+        ("gemma3", {"rope_scaling": None}),
+        ("gemma3", {"sliding_window": 25}),
+    ],
+    ids=str,
+)
+def test_the_golden_values_depend_on(tmp_path: Path, family: str, changed: dict[str, Any]) -> None:
+    """Otherwise they would prove nothing about what makes a family one."""
+    tokens, model = tokens_of(family), CASES[family]["model"]
+    logits = our_logits(write_tiny_model(tmp_path / "a", **model), tokens)
+    others = our_logits(write_tiny_model(tmp_path / "b", **(model | changed)), tokens)
+    assert np.abs(logits - others).max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("rope_scaling", [None, LLAMA3_ROPE])
-def test_config_of_transformers_5_reads_as_that_of_4(
-    tmp_path: Path, rope_scaling: dict[str, Any] | None
-) -> None:
-    old = write_tiny_model(tmp_path / "4", rope_scaling=rope_scaling, rope_theta=50_000.0)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_of_transformers_5_reads_as_that_of_4(tmp_path: Path, family: str) -> None:
+    old = write_tiny_model(tmp_path / "4", **FAMILIES[family])
     AutoConfig.from_pretrained(old).save_pretrained(tmp_path / "5")
     assert "rope_parameters" in (tmp_path / "5" / "config.json").read_text()
     assert read_config(tmp_path / "5") == read_config(old)
 
 
-@pytest.mark.parity
-@pytest.mark.parametrize("length", [64, 200])
 @pytest.mark.parametrize(
-    "model",
+    ("fields", "named"),
     [
-        {},
-        {"tie": False},
-        {"num_key_value_heads": 4},
-        {"num_key_value_heads": 1, "tie": False},
-        {"rope_scaling": LLAMA3_ROPE},
-        {"head_dim": 16, "num_hidden_layers": 3, "rope_theta": 500_000.0},
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"model_type": "gemma3"}, "gemma3_text"),
+        ({"model_type": None}, "model_type None"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"num_attention_heads": "four"}, "num_attention_heads"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 2}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "sliding_window"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
     ids=str,
 )
-def test_equals_transformers(tmp_path: Path, model: dict[str, Any], length: int) -> None:
+def test_what_is_not_computed_exactly_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
+    config = {
+        "model_type": "llama",
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    from_hugging_face(config)
+    with pytest.raises(UnsupportedModel, match=re.escape(named)):
+        from_hugging_face(config | fields)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_is_unpacked(tmp_path: Path, family: str) -> None:
+    """Three sequences in one row are three rows of one, windows and all."""
+    graphdef, params, _ = load(write_tiny_model(tmp_path, **FAMILIES[family]))
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(400, size=size, dtype=np.int32) for size in (40, 60, 3)]
+    together = forward(graphdef, params, *packed(sequences, 112))[0]
+    start = 0
+    for sequence in sequences:
+        alone = forward(graphdef, params, *packed([sequence], len(sequence)))[0]
+        np.testing.assert_allclose(together[start : start + len(sequence)], alone, rtol=0, atol=1e-5)
+        start += len(sequence)
+    assert np.isfinite(together).all()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_transformers(tmp_path: Path, family: str) -> None:
+    """Logits of sequences packed into one row, and the gradient of their loss, against each on its own."""
     pytest.importorskip("torch")
-    directory = write_tiny_model(tmp_path, seed=length, **model)
-    tokens = np.random.default_rng(length).integers(400, size=(2, length), dtype=np.int32)
-    np.testing.assert_allclose(
-        our_logits(directory, tokens), torch_logits(directory, tokens), rtol=0, atol=TOLERANCE
-    )
+    directory = write_tiny_model(tmp_path, seed=7, **FAMILIES[family])
+    graphdef, params, config = load(directory)
+    rng = np.random.default_rng(7)
+    # From 3 on: torch gives the padding token's embedding, 2 here, no gradient, in a text either.
+    sequences = [rng.integers(3, 400, size=size, dtype=np.int32) for size in (64, 33)]
+    tokens, segment_ids, positions = packed(sequences, 104)
+    has_next = (segment_ids >= 0) & (segment_ids == np.roll(segment_ids, -1, axis=1))
+
+    def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graphdef, params)
+        hidden_btd = model.hidden(jnp.asarray(tokens), jnp.asarray(segment_ids), jnp.asarray(positions))
+        nll_bt = target_nll(model, hidden_btd, jnp.asarray(tokens), jnp.asarray(has_next), chunk=32)
+        return nll_bt.sum() / has_next.sum(), model.unembed(hidden_btd[0])
+
+    (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    their_logits, their_gradient = torch_logits_and_gradient(directory, sequences)
+    np.testing.assert_allclose(logits[: len(their_logits)], their_logits, rtol=0, atol=TOLERANCE)
+    ours = {path: np.asarray(value[...]) for path, value in gradient.flat_state()}
+    for name, shape, spec, layer in tensor_table(config):
+        g = ours[spec.path] if layer is None else ours[spec.path][layer]
+        g = g.T if spec.transposed else g
+        assert g.shape == shape
+        np.testing.assert_allclose(
+            g, their_gradient[name], rtol=0, atol=TOLERANCE * np.abs(their_gradient[name]).max(), err_msg=name
+        )
+
+
+def torch_logits_and_gradient(
+    directory: Path, sequences: list[np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(logits [tokens of all, v], gradient of the loss a target by name) of each sequence on its own."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    all_logits, nll, count = [], torch.tensor(0.0), 0
+    for sequence in sequences:
+        ids = torch.from_numpy(sequence.astype(np.int64))[None]
+        logits = model(ids).logits[0]
+        nll = nll + torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")
+        count += len(sequence) - 1
+        all_logits.append(logits.detach().numpy())
+    (nll / count).backward()
+    gradient = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    return np.concatenate(all_logits), gradient
 
 
 @pytest.mark.parity

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from middo_jax.models import generate
-from middo_jax.models.config import DecoderConfig
+from middo_jax.models.config import DecoderConfig, LayerKind, LinearRope
 from middo_jax.models.decoder import Decoder, KVCache, forward, split
 from middo_jax.models.generate import Completion, Engine, Request, Sampling, keep_likely, sample
 
@@ -28,14 +28,39 @@ CONFIG = DecoderConfig(
     max_position_embeddings=512,
     tie_word_embeddings=True,
 )
+# Layers of two kinds, and everything else in which a family may differ.
+LOCAL_CONFIG = dataclasses.replace(
+    CONFIG,
+    num_layers=3,
+    kinds=(LayerKind(window=20), LayerKind(rope_theta=1e6, rope_scaling=LinearRope(8.0))),
+    kind_of_layer=(0, 1, 0),
+    hidden_act="gelu_tanh",
+    qkv_bias=True,
+    qk_norm=True,
+    post_norms=True,
+    norm_offset=1.0,
+    embed_scale=0.5,
+    query_scale=0.3,
+    attention_soft_cap=20.0,
+    final_soft_cap=30.0,
+)
 CONTEXT = 200  # neither a power of two nor a multiple of one
+
+
+def random_model(config: DecoderConfig):
+    """Random parameters, ten times the usual size: at the usual size every answer repeats one token."""
+    graphdef, params = split(Decoder(config, jax.random.key(0)))
+    return graphdef, jax.tree.map(lambda x: 10 * x, params)
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Random parameters, ten times the usual size: at the usual size every answer repeats one token."""
-    graphdef, params = split(Decoder(CONFIG, jax.random.key(0)))
-    return graphdef, jax.tree.map(lambda x: 10 * x, params)
+    return random_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def local_model():
+    return random_model(LOCAL_CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +85,7 @@ def full_forward_greedy(model, tokens: list[int], count: int) -> list[int]:
         padded[0, : len(tokens)] = tokens
         segments = np.where(np.arange(CONTEXT) < len(tokens), 0, -1)[None]
         hidden = read_whole(graphdef, params, padded, segments, np.arange(CONTEXT)[None])
-        logits = hidden[0, len(tokens) - 1] @ params["embed"][...].T
+        logits = nnx.merge(graphdef, params).unembed(hidden[:, len(tokens) - 1])
         tokens.append(int(jnp.argmax(logits)))
     return tokens[length:]
 
@@ -71,6 +96,16 @@ def test_greedy_decoding_with_the_cache_is_greedy_decoding_without(model, engine
     expected = full_forward_greedy(model, prompt(length), 10)
     assert engine.generate([request]) == [Completion(expected, "length")]
     assert len(set(expected)) > 3, "the law says little of an answer that repeats itself"
+
+
+def test_so_it_is_with_windows(local_model):
+    with Engine(*local_model, max_batch=3, max_context=CONTEXT) as engine:
+        for length in (15, 100):
+            expected = full_forward_greedy(local_model, prompt(length), 15)
+            assert engine.generate([Request(prompt(length), max_tokens=15)]) == [
+                Completion(expected, "length")
+            ]
+            assert len(set(expected)) > 3
 
 
 def mixed_requests() -> list[Request]:
@@ -96,15 +131,17 @@ def test_an_answer_depends_on_its_request_alone(engine):
     assert len({tuple(completion.tokens[:4]) for completion in alone}) > 5
 
 
-def test_logits_are_the_same_bits_in_every_slot_among_any_neighbours(model):
-    graphdef, params = model
+@pytest.mark.parametrize("which", ["model", "local_model"])
+def test_logits_are_the_same_bits_in_every_slot_among_any_neighbours(which, request):
+    graphdef, params = request.getfixturevalue(which)
+    layers = nnx.merge(graphdef, params).config.num_layers
     read = jax.jit(lambda cache, tokens, at: nnx.merge(graphdef, params).hidden_cached(tokens, at, cache)[0])
     rng = np.random.default_rng(0)
-    own = rng.normal(size=(2, CONFIG.num_layers, CONTEXT, CONFIG.num_kv_heads, CONFIG.head_dim))
+    own = rng.normal(size=(2, layers, CONTEXT, CONFIG.num_kv_heads, CONFIG.head_dim))
     seen = set()
     for slot in range(3):
         for neighbours_at in (0, 40, CONTEXT - 1, CONTEXT):
-            others = rng.normal(size=(2, CONFIG.num_layers, 3, *own.shape[2:]))
+            others = rng.normal(size=(2, layers, 3, *own.shape[2:]))
             others[:, :, slot] = own
             cache = KVCache(*jnp.asarray(others, jnp.float32))
             tokens, positions = rng.integers(0, 97, (3, 1)), np.full((3, 1), neighbours_at)

@@ -19,7 +19,6 @@ from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.diagnose.score import ExampleScores, score_examples
 from middo_jax.diagnose.table import Measured, read_scores, write_scores
 from middo_jax.models import hf
-from middo_jax.models.attention import QUERY_BLOCK, packed_attention
 from middo_jax.models.decoder import forward
 from middo_jax.models.nll import target_nll
 from middo_jax.parallel.mesh import make_mesh
@@ -185,45 +184,6 @@ def test_chunked_loss_and_gradient_are_those_of_whole_logits(model: Model, chunk
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours(*x), theirs(*x)
         )
-
-
-def brute_force_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """One query and one head at a time, in float64."""
-    b, t, h, d = q.shape
-    group = h // k.shape[2]
-    out = np.zeros((b, t, h, d))
-    for row, i, head in np.ndindex(b, t, h):
-        seen = np.flatnonzero(visible[row, i])
-        scores = k[row, seen, head // group].astype(np.float64) @ q[row, i, head] / np.sqrt(d)
-        weights = np.exp(scores - scores.max())
-        out[row, i, head] = weights @ v[row, seen, head // group] / weights.sum()
-    return out
-
-
-@pytest.mark.parametrize("length", [1, 37, QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 45])
-@pytest.mark.parametrize("branches", [False, True])
-def test_attention_is_brute_force(length: int, branches: bool) -> None:
-    rng = np.random.default_rng(length)
-    q = rng.standard_normal((2, length, 4, 8)).astype(np.float32)
-    k, v = rng.standard_normal((2, 2, length, 2, 8)).astype(np.float32)
-    segments = np.sort(rng.integers(0, 1 + length // 30, (2, length)), axis=1).astype(np.int32)
-    segments[1, length * 3 // 4 :] = -1
-    # Within a segment: a stem, then branches one after the other.
-    branch_ids = np.zeros_like(segments)
-    for row, segment in np.ndindex(2, int(segments.max()) + 1):
-        at = np.flatnonzero(segments[row] == segment)
-        branch_ids[row, at] = np.sort(rng.integers(0, 4, len(at)))
-    visible = (segments[:, :, None] == segments[:, None]) & np.tri(length, dtype=bool)
-    if branches:
-        visible &= (branch_ids[:, None] == 0) | (branch_ids[:, None] == branch_ids[:, :, None])
-    ours = packed_attention(
-        jnp.asarray(q),
-        jnp.asarray(k),
-        jnp.asarray(v),
-        jnp.asarray(segments),
-        jnp.asarray(branch_ids) if branches else None,
-    )
-    np.testing.assert_allclose(ours, brute_force_attention(q, k, v, visible), rtol=1e-5, atol=1e-5)
 
 
 def test_meshes() -> None:

@@ -16,15 +16,15 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from middo_jax.diagnose.score import score_batch
-from middo_jax.models.config import DecoderConfig, Llama3Rope
+from middo_jax.models.config import DecoderConfig, LayerKind, Llama3Rope
 from middo_jax.parallel.mesh import MESH_AXES, named_sharding
 from middo_jax.train.checkpoint import abstract_params
 
 name, shape, length = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-rope = Llama3Rope(8.0, 1.0, 4.0, 8192)
-llama_8b = DecoderConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 500000.0, rope, dtype="bfloat16")
+layers = LayerKind(rope_theta=500000.0, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192))
+llama_8b = DecoderConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, (layers,), dtype="bfloat16")
 graphdef, params = abstract_params(llama_8b, mesh, "bfloat16")
 rows = shape[0] * shape[1]
 batch = [

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+# config.json's model_type -> the one architecture of it that the decoder computes.
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+# Fields of any of them that would change what is computed, and the one value that is.
+_ONLY: tuple[tuple[str, Any], ...] = (
+    ("attention_bias", False),
+    ("mlp_bias", False),
+    ("use_bidirectional_attention", False),
+    ("quantization_config", None),
+)
+_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class UnsupportedModel(ValueError):
     """The checkpoint's config asks for something that the decoder does not compute; names the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearRope:
+    """All positions divided by `factor` (arXiv 2306.15595)."""
+
+    factor: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +49,62 @@ class Llama3Rope:
     original_max_position_embeddings: int
 
 
+_SCALINGS = {"linear": LinearRope, "llama3": Llama3Rope}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What may differ between two layers of one model.
+
+    Attributes:
+      window: a position sees the last `window` ones, itself included; None sees all before it.
+      rope_theta: base of the rotary angles.
+      rope_scaling: of the same, None if plain.
+    """
+
+    window: int | None = None
+    rope_theta: float = 10_000.0
+    rope_scaling: LinearRope | Llama3Rope | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685): W x + alpha / rank * B A x.
+
+    Attributes:
+      rank: width of A and B.
+      alpha: numerator of their weight.
+      target_modules: names of the matrices that have one, such as q_proj.
+    """
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """Weight of what the adapters add."""
+        return self.alpha / self.rank
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shapes and constants of a decoder. Hashable: it is a static argument of jitted functions."""
+    """Shapes and constants of a decoder. Hashable: it is a static argument of jitted functions.
+
+    Attributes:
+      kinds: the kinds of layer that the model has.
+      kind_of_layer: index into `kinds` of each layer; empty if there is only one kind.
+      qkv_bias: whether queries, keys and values have a bias.
+      qk_norm: whether each head's query and key are normed before RoPE.
+      post_norms: whether what attention and MLP give is normed again before it is added.
+      norm_offset: what is added to every norm's scale: 1 where checkpoints store the difference from 1.
+      embed_scale: factor of the embeddings as they enter the first layer.
+      query_scale: factor of the attention scores; None is head_dim ** -0.5.
+      attention_soft_cap: c of c * tanh(scores / c).
+      final_soft_cap: the same, of the logits.
+      lora: adapters, None if it has none.
+      dtype: of activations; parameters are cast to it where they are used.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -35,69 +114,147 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    rope_theta: float = 10_000.0
-    rope_scaling: Llama3Rope | None = None
+    kinds: tuple[LayerKind, ...] = (LayerKind(),)
+    kind_of_layer: tuple[int, ...] = ()
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
-    dtype: str = "float32"  # of activations; parameters are cast to it where they are used
+    hidden_act: Literal["silu", "gelu_tanh"] = "silu"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    embed_scale: float = 1.0
+    query_scale: float | None = None
+    attention_soft_cap: float | None = None
+    final_soft_cap: float | None = None
+    lora: Lora | None = None
+    dtype: str = "float32"
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of the attention scores."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
 
 def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
     """Reads the fields of a config.json, of transformers 4 or 5.
 
+    What a file leaves out is what transformers' own config class makes of it.
+
     Raises:
       UnsupportedModel: a model type or field that the decoder would not compute exactly.
     """
     model_type = config.get("model_type")
-    if model_type != "llama":
-        raise UnsupportedModel(f"config.json: model_type {model_type!r} is not supported; supported: 'llama'")
-    for field, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if config.get(field, only) != only:
-            raise UnsupportedModel(f"config.json: {field}={config[field]!r} is not supported, only {only!r}")
-    for field in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    ):
-        if not isinstance(config.get(field), int):
-            raise UnsupportedModel(f"config.json: {field} is missing or no whole number")
-    # transformers 5 writes rope_parameters; 4 wrote rope_theta and rope_scaling.
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-    heads = config["num_attention_heads"]
+    if model_type not in ARCHITECTURES:
+        hint = "; of Gemma 3 only text models are, gemma3_text" if model_type == "gemma3" else ""
+        raise UnsupportedModel(
+            f"config.json: model_type {model_type!r} is not supported; supported: "
+            f"{', '.join(ARCHITECTURES)}{hint}"
+        )
+    if (named := config.get("architectures")) and list(named) != [ARCHITECTURES[model_type]]:
+        raise UnsupportedModel(
+            f"config.json: architectures {named!r} is not supported, only {ARCHITECTURES[model_type]!r}"
+        )
+    fields = _with_defaults(config)
+    for field, only in _ONLY:
+        if fields.get(field, only) not in (only, None):
+            raise UnsupportedModel(f"config.json: {field}={fields[field]!r} is not supported, only {only!r}")
+    is_gemma = model_type.startswith("gemma")
+    heads = fields["num_attention_heads"]
+    kinds, kind_of_layer = _layers(fields)
     return DecoderConfig(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
+        vocab_size=fields["vocab_size"],
+        hidden_size=fields["hidden_size"],
+        intermediate_size=fields["intermediate_size"],
+        num_layers=fields["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        rope_theta=float(theta),
-        rope_scaling=_rope_scaling(rope),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        num_kv_heads=fields.get("num_key_value_heads") or heads,
+        head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
+        max_position_embeddings=fields["max_position_embeddings"],
+        kinds=kinds,
+        kind_of_layer=kind_of_layer,
+        rms_norm_eps=float(fields["rms_norm_eps"]),
+        tie_word_embeddings=bool(fields["tie_word_embeddings"]),
+        hidden_act=_activation(fields, "hidden_activation" if is_gemma else "hidden_act"),
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        post_norms=is_gemma,
+        norm_offset=1.0 if is_gemma else 0.0,
+        embed_scale=fields["hidden_size"] ** 0.5 if is_gemma else 1.0,
+        query_scale=fields["query_pre_attn_scalar"] ** -0.5 if is_gemma else None,
+        attention_soft_cap=fields.get("attn_logit_softcapping"),
+        final_soft_cap=fields.get("final_logit_softcapping"),
         dtype=dtype,
     )
 
 
-def _rope_scaling(rope: Mapping[str, Any]) -> Llama3Rope | None:
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields as transformers reads them, the RoPE parameters in the form of version 5."""
+    from transformers import AutoConfig
+
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        if not isinstance(config.get(field), int):  # no default of a class can be right for these
+            raise UnsupportedModel(f"config.json: {field} is missing or no whole number")
+    try:
+        # A copy: the class writes into the dictionaries that it is given.
+        return AutoConfig.for_model(**copy.deepcopy(dict(config))).to_dict()
+    except Exception as error:  # its validation raises whatever the broken field leads to
+        raise UnsupportedModel(f"config.json: {type(error).__name__}: {error}") from error
+
+
+def _activation(fields: Mapping[str, Any], name: str) -> Literal["silu", "gelu_tanh"]:
+    if fields[name] not in _ACTIVATIONS:
+        raise UnsupportedModel(
+            f"config.json: {name}={fields[name]!r} is not supported, only {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[fields[name]]
+
+
+def _layers(fields: Mapping[str, Any]) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
+    """The kinds of layer, and which each layer is."""
+    window = fields.get("sliding_window")
+    everywhere = "full_attention" if window is None else "sliding_attention"
+    names = fields.get("layer_types") or [everywhere] * fields["num_hidden_layers"]
+    if len(names) != fields["num_hidden_layers"]:
+        raise UnsupportedModel(
+            f"config.json: layer_types names {len(names)} layers, num_hidden_layers is "
+            f"{fields['num_hidden_layers']}"
+        )
+    kinds: dict[str, LayerKind] = {}
+    for name in names:
+        if name not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModel(
+                f"config.json: layer_types {name!r} is not supported, only full_attention, sliding_attention"
+            )
+        if name == "sliding_attention" and not window:
+            raise UnsupportedModel(
+                "config.json: layer_types has sliding_attention, but sliding_window is not set"
+            )
+        if name not in kinds:
+            rope = fields["rope_parameters"]
+            kinds[name] = LayerKind(
+                window=window if name == "sliding_attention" else None, **_rope(rope.get(name, rope))
+            )
+    if len(kinds) == 1:
+        return tuple(kinds.values()), ()
+    return tuple(kinds.values()), tuple(list(kinds).index(name) for name in names)
+
+
+def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModel("config.json: partial_rotary_factor is not supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
+    name = rope.get("rope_type", "default")
+    if name == "default":
+        return {"rope_theta": float(rope["rope_theta"])}
+    if name not in _SCALINGS:
         raise UnsupportedModel(
-            f"config.json: rope_type {kind!r} is not supported; supported: 'default', 'llama3'"
+            f"config.json: rope_type {name!r} is not supported; supported: default, {', '.join(_SCALINGS)}"
         )
-    fields = [field.name for field in dataclasses.fields(Llama3Rope)]
-    if missing := [field for field in fields if field not in rope]:
-        raise UnsupportedModel(f"config.json: the llama3 RoPE parameters lack {', '.join(missing)}")
-    return Llama3Rope(*(rope[field] for field in fields))
+    wanted = [field.name for field in dataclasses.fields(_SCALINGS[name])]
+    if missing := [field for field in wanted if field not in rope]:
+        raise UnsupportedModel(f"config.json: the {name} RoPE parameters lack {', '.join(missing)}")
+    scaling = _SCALINGS[name](*(rope[field] for field in wanted))
+    return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": scaling}
 
 
 def read_config(directory: str | Path, dtype: str = "float32") -> DecoderConfig:

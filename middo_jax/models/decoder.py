@@ -10,17 +10,22 @@ s cache position, l layer.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from middo_jax.models.attention import cached_attention, packed_attention
-from middo_jax.models.config import DecoderConfig, Llama3Rope
-from middo_jax.models.parameters import parameters
+from middo_jax.models.config import DecoderConfig, LayerKind, LinearRope, Llama3Rope
+from middo_jax.models.parameters import adapters, parameters
 from middo_jax.parallel.mesh import constrain
+
+Result = TypeVar("Result")
+Rope = tuple[jax.Array, jax.Array]
 
 
 class KVCache(NamedTuple):
@@ -35,7 +40,7 @@ class Layers(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Llama-shaped decoder; its parameters are the rows of `parameters(config)`."""
+    """Dense decoder; its parameters are the rows of `parameters(config)` and `adapters(config)`."""
 
     embed: nnx.Param
     lm_head: nnx.Param  # absent if tied
@@ -44,7 +49,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, key: jax.Array) -> None:
         self.config = config
         self.layers = Layers()
-        specs = parameters(config)
+        specs = (*parameters(config), *adapters(config))
         for spec, spec_key in zip(specs, jax.random.split(key, len(specs)), strict=True):
             owner = self.layers if spec.is_stacked else self
             setattr(owner, spec.path[-1], nnx.Param(spec.initial(spec_key, config)))
@@ -63,25 +68,24 @@ class Decoder(nnx.Module):
         Args:
           tokens_bt: int32 token ids.
           segment_ids_bt: which example a position belongs to, -1 for padding.
-          positions_bt: position within the example, for RoPE.
+          positions_bt: position within the example, for RoPE and windows.
           branch_ids_bt: see `packed_attention`.
           remat: keep only each layer's input for the backward pass, recompute the rest.
 
         Returns:
           [b, t, d] in the config's dtype.
         """
-        rope = rope_tables(self.config, positions_bt)
+        ropes, attends = self._ropes(positions_bt), self._by_kind(packed_attention)
+        places = (segment_ids_bt, positions_bt, branch_ids_bt)
 
-        def attend(q_bthd: jax.Array, k_btkd: jax.Array, v_btkd: jax.Array) -> jax.Array:
-            return packed_attention(q_bthd, k_btkd, v_btkd, segment_ids_bt, branch_ids_bt)
-
-        def layer(x_btd: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-            q, k, v = self._project(x_btd, weights, rope)
-            return self._finish(x_btd, attend(q, k, v), weights), None
+        def layer(x_btd: jax.Array, inputs: tuple[dict[str, jax.Array], jax.Array]) -> tuple[jax.Array, None]:
+            weights, kind = inputs
+            q, k, v = self._project(x_btd, weights, _of_kind(kind, ropes))
+            return self._finish(x_btd, _of_kind(kind, attends, q, k, v, *places), weights), None
 
         body = jax.checkpoint(layer) if remat else layer
-        x_btd, _ = jax.lax.scan(body, self._embed(tokens_bt), self._stacked())
-        return rms_norm(x_btd, self.final_norm[...], self.config.rms_norm_eps)
+        x_btd, _ = jax.lax.scan(body, self._embed(tokens_bt), (self._stacked(), self._kinds()))
+        return self._norm(x_btd, self.final_norm[...])
 
     def hidden_cached(
         self, tokens_bt: jax.Array, positions_bt: jax.Array, cache: KVCache
@@ -95,63 +99,113 @@ class Decoder(nnx.Module):
         Returns:
           ([b, t, d] last hidden state after the final norm, the cache with t more tokens).
         """
-        rope = rope_tables(self.config, positions_bt)
+        ropes, attends = self._ropes(positions_bt), self._by_kind(cached_attention)
         rows_b1 = jnp.arange(tokens_bt.shape[0])[:, None]
 
         # The cache is carried, not scanned over: as a scanned input and output it would be copied every call.
         def layer(
-            carry: tuple[jax.Array, KVCache], inputs: tuple[dict[str, jax.Array], jax.Array]
+            carry: tuple[jax.Array, KVCache], inputs: tuple[dict[str, jax.Array], jax.Array, jax.Array]
         ) -> tuple[tuple[jax.Array, KVCache], None]:
-            (x_btd, (keys, values)), (weights, index) = carry, inputs
-            q, k, v = self._project(x_btd, weights, rope)
+            (x_btd, (keys, values)), (weights, kind, index) = carry, inputs
+            q, k, v = self._project(x_btd, weights, _of_kind(kind, ropes))
             keys = keys.at[index, rows_b1, positions_bt].set(k, mode="drop")
             values = values.at[index, rows_b1, positions_bt].set(v, mode="drop")
-            attended = cached_attention(q, keys, values, index, positions_bt)
+            attended = _of_kind(kind, attends, q, keys, values, index, positions_bt)
             return (self._finish(x_btd, attended, weights), KVCache(keys, values)), None
 
-        layers = (self._stacked(), jnp.arange(self.config.num_layers))
+        layers = (self._stacked(), self._kinds(), jnp.arange(self.config.num_layers))
         (x_btd, cache), _ = jax.lax.scan(layer, (self._embed(tokens_bt), cache), layers)
-        return rms_norm(x_btd, self.final_norm[...], self.config.rms_norm_eps), cache
+        return self._norm(x_btd, self.final_norm[...]), cache
 
     def unembed(self, hidden_nd: jax.Array) -> jax.Array:
         """Logits [n, v] in float32 of n hidden states."""
         head_vd = self.embed if self.config.tie_word_embeddings else self.lm_head
         head_vd = head_vd[...].astype(hidden_nd.dtype)
-        return jnp.einsum("nd,vd->nv", hidden_nd, head_vd, preferred_element_type=jnp.float32)
+        logits_nv = jnp.einsum("nd,vd->nv", hidden_nd, head_vd, preferred_element_type=jnp.float32)
+        cap = self.config.final_soft_cap
+        return logits_nv if cap is None else cap * jnp.tanh(logits_nv / cap)
 
     def _stacked(self) -> dict[str, jax.Array]:
-        return {
-            spec.path[-1]: getattr(self.layers, spec.path[-1])[...]
-            for spec in parameters(self.config)
-            if spec.is_stacked
-        }
+        specs = (*parameters(self.config), *adapters(self.config))
+        names = [spec.path[-1] for spec in specs if spec.is_stacked]
+        return {name: getattr(self.layers, name)[...] for name in names}
+
+    def _kinds(self) -> jax.Array:
+        """[l] index of each layer's kind."""
+        return jnp.asarray(self.config.kind_of_layer or (0,) * self.config.num_layers)
+
+    def _ropes(self, positions_bt: jax.Array) -> list[Callable[[], Rope]]:
+        """A kind of layer -> its rotary angles, made once for all layers."""
+        tables = [rope_tables(kind, self.config.head_dim, positions_bt) for kind in self.config.kinds]
+        return [functools.partial(lambda table: table, table) for table in tables]
+
+    def _by_kind(self, attention: Callable[..., jax.Array]) -> list[Callable[..., jax.Array]]:
+        """A kind of layer -> its attention."""
+        config = self.config
+        return [
+            functools.partial(
+                attention,
+                scale=config.attention_scale,
+                window=kind.window,
+                soft_cap=config.attention_soft_cap,
+            )
+            for kind in config.kinds
+        ]
+
+    def _norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        return rms_norm(x, scale, self.config.rms_norm_eps, self.config.norm_offset)
 
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
         # Gathered along fsdp before the look-up, as every other matrix is before its product.
         table_vd = constrain(self.embed[...], "vocab", "hidden")
-        return constrain(table_vd[tokens_bt].astype(self.config.dtype), "batch", "length", "hidden")
+        x_btd = table_vd[tokens_bt].astype(self.config.dtype)
+        if self.config.embed_scale != 1:
+            x_btd *= jnp.asarray(self.config.embed_scale, x_btd.dtype)
+        return constrain(x_btd, "batch", "length", "hidden")
+
+    def _linear(self, x_btd: jax.Array, weights: dict[str, jax.Array], name: str) -> jax.Array:
+        """x W, with the matrix's adapter and bias where it has them."""
+        y_btf = _matmul(x_btd, weights[name])
+        if (lora := self.config.lora) and name in lora.target_modules:
+            low_btr = _matmul(x_btd, weights[f"{name}_lora_a"])
+            y_btf += lora.scale * _matmul(low_btr, weights[f"{name}_lora_b"])
+        if (bias := name.replace("_proj", "_bias")) in weights:
+            y_btf += weights[bias].astype(y_btf.dtype)
+        return y_btf
 
     def _project(
-        self, x_btd: jax.Array, weights: dict[str, jax.Array], rope: tuple[jax.Array, jax.Array]
+        self, x_btd: jax.Array, weights: dict[str, jax.Array], rope: Rope
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         config = self.config
-        normed_btd = rms_norm(x_btd, weights["attention_norm"], config.rms_norm_eps)
+        normed_btd = self._norm(x_btd, weights["attention_norm"])
 
         def heads(name: str, count: int, axis: str) -> jax.Array:
-            y = constrain(_linear(normed_btd, weights[name]), "batch", "length", axis)
+            y = constrain(self._linear(normed_btd, weights, name), "batch", "length", axis)
             return y.reshape(*y.shape[:2], count, config.head_dim)
 
-        q_bthd = apply_rope(heads("q_proj", config.num_heads, "heads"), rope)
-        k_btkd = apply_rope(heads("k_proj", config.num_kv_heads, "kv_heads"), rope)
-        return q_bthd, k_btkd, heads("v_proj", config.num_kv_heads, "kv_heads")
+        q_bthd = heads("q_proj", config.num_heads, "heads")
+        k_btkd = heads("k_proj", config.num_kv_heads, "kv_heads")
+        v_btkd = heads("v_proj", config.num_kv_heads, "kv_heads")
+        if config.qk_norm:
+            q_bthd = self._norm(q_bthd, weights["q_norm"])
+            k_btkd = self._norm(k_btkd, weights["k_norm"])
+        return apply_rope(q_bthd, rope), apply_rope(k_btkd, rope), v_btkd
 
     def _finish(self, x_btd: jax.Array, attended_bthd: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+        config = self.config
+
+        def add(x_btd: jax.Array, y_btd: jax.Array, post_norm: str) -> jax.Array:
+            if config.post_norms:
+                y_btd = self._norm(y_btd, weights[post_norm])
+            return constrain(x_btd + y_btd, "batch", "length", "hidden")
+
         merged = attended_bthd.reshape(*attended_bthd.shape[:2], -1)
-        x_btd = constrain(x_btd + _linear(merged, weights["o_proj"]), "batch", "length", "hidden")
-        normed_btd = rms_norm(x_btd, weights["mlp_norm"], self.config.rms_norm_eps)
-        gate_btf = jax.nn.silu(_linear(normed_btd, weights["gate_proj"]))
-        inner_btf = constrain(gate_btf * _linear(normed_btd, weights["up_proj"]), "batch", "length", "mlp")
-        return constrain(x_btd + _linear(inner_btf, weights["down_proj"]), "batch", "length", "hidden")
+        x_btd = add(x_btd, self._linear(merged, weights, "o_proj"), "post_attention_norm")
+        normed_btd = self._norm(x_btd, weights["mlp_norm"])
+        gate_btf = _ACTIVATIONS[config.hidden_act](self._linear(normed_btd, weights, "gate_proj"))
+        up_btf = self._linear(normed_btd, weights, "up_proj")
+        inner_btf = constrain(gate_btf * up_btf, "batch", "length", "mlp")
+        return add(x_btd, self._linear(inner_btf, weights, "down_proj"), "post_mlp_norm")
 
 
 def split(model: Decoder) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
@@ -181,22 +235,31 @@ def empty_cache(config: DecoderConfig, batch: int, length: int) -> KVCache:
     return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, computed in float32 (arXiv 1910.07467)."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """x / rms(x) * (offset + scale) over the last axis, the quotient in float32 (arXiv 1910.07467).
+
+    With an offset the product is rounded only after the scale, without one before it: so the models that
+    store such scales were trained.
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    if offset:
+        return (x32 * (offset + scale.astype(jnp.float32))).astype(x.dtype)
     return x32.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rope_tables(config: DecoderConfig, positions_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_tables(kind: LayerKind, head_dim: int, positions_bt: jax.Array) -> Rope:
     """(cos, sin) [b, t, 1, head_dim / 2] of the rotary angles.
 
     float32: bfloat16 rounds 257 to 256, and a RoPE angle of 257 is not one of 256.
     """
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling is not None:
-        frequencies = _llama3_frequencies(frequencies, config.rope_scaling)
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies = 1.0 / kind.rope_theta**exponents
+    match kind.rope_scaling:
+        case LinearRope(factor):
+            frequencies /= factor
+        case Llama3Rope():
+            frequencies = _llama3_frequencies(frequencies, kind.rope_scaling)
     angles = positions_bt[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -214,7 +277,7 @@ def _llama3_frequencies(frequencies: jax.Array, scaling: Llama3Rope) -> jax.Arra
     return frequencies * ((1 - high_share) / scaling.factor + high_share)
 
 
-def apply_rope(x_bthd: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(x_bthd: jax.Array, rope: Rope) -> jax.Array:
     """Rotates the pairs (i, i + head_dim / 2) by their angles (arXiv 2104.09864, Hugging Face's layout)."""
     cos, sin = rope
     first, second = jnp.split(x_bthd.astype(jnp.float32), 2, axis=-1)
@@ -222,5 +285,13 @@ def apply_rope(x_bthd: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Arra
     return rotated.astype(x_bthd.dtype)
 
 
-def _linear(x_btd: jax.Array, weight_df: jax.Array) -> jax.Array:
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+def _of_kind(kind: jax.Array, functions: Sequence[Callable[..., Result]], *operands: jax.Array) -> Result:
+    """Calls the function of a layer's kind; only that one runs, and with a single kind nothing is decided."""
+    return functions[0](*operands) if len(functions) == 1 else jax.lax.switch(kind, functions, *operands)
+
+
+def _matmul(x_btd: jax.Array, weight_df: jax.Array) -> jax.Array:
     return jnp.einsum("btd,df->btf", x_btd, weight_df.astype(x_btd.dtype))

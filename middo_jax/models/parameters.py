@@ -25,16 +25,17 @@ class ParameterSpec:
     Attributes:
       path: where it stands in the parameter tree.
       axes: logical axes, which give both its shape and its place on the mesh.
-      hf_name: its name in a Hugging Face checkpoint; `{layer}` where there is one tensor a layer.
+      hf_name: its name in a Hugging Face checkpoint; `{layer}` where there is one tensor a layer. Of an
+        adapter, its name in a PEFT directory.
       transposed: whether Hugging Face stores the last two axes swapped.
-      init: how a random model starts.
+      init: how a random model starts: `scale` is a norm's, `fan_in` uniform within 1 / sqrt(inputs).
     """
 
     path: tuple[str, ...]
     axes: tuple[str, ...]
     hf_name: str
     transposed: bool = False
-    init: Literal["normal", "ones"] = "normal"
+    init: Literal["normal", "scale", "zeros", "fan_in"] = "normal"
 
     def shape(self, config: DecoderConfig) -> tuple[int, ...]:
         """Its shape; `heads` and `kv_heads` count heads times head_dim."""
@@ -43,9 +44,11 @@ class ParameterSpec:
             "vocab": config.vocab_size,
             "embed": config.hidden_size,
             "norm": config.hidden_size,
+            "head_dim": config.head_dim,
             "heads": config.num_heads * config.head_dim,
             "kv_heads": config.num_kv_heads * config.head_dim,
             "mlp": config.intermediate_size,
+            "rank": config.lora.rank if config.lora else 0,
         }
         return tuple(size[axis] for axis in self.axes)
 
@@ -63,43 +66,106 @@ class ParameterSpec:
         return self.axes[0] == "layers"
 
     def initial(self, key: jax.Array, config: DecoderConfig, dtype: Any = jnp.float32) -> jax.Array:
-        """Ones for norms, normal with standard deviation 0.02 for matrices, as Hugging Face does."""
+        """Its value in a model that has learnt nothing, as Hugging Face and PEFT start one."""
         shape = self.shape(config)
-        return jnp.ones(shape, dtype) if self.init == "ones" else 0.02 * jax.random.normal(key, shape, dtype)
+        match self.init:
+            case "normal":
+                return 0.02 * jax.random.normal(key, shape, dtype)
+            case "scale":
+                return jnp.full(shape, 1 - config.norm_offset, dtype)
+            case "zeros":
+                return jnp.zeros(shape, dtype)
+            case "fan_in":
+                bound = shape[-2] ** -0.5
+                return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _layer(name: str, axes: tuple[str, ...], hf_name: str) -> ParameterSpec:
-    is_norm = axes == ("norm",)
-    return ParameterSpec(
-        ("layers", name),
-        ("layers", *axes),
-        f"model.layers.{{layer}}.{hf_name}.weight",
-        transposed=not is_norm,
-        init="ones" if is_norm else "normal",
-    )
+def _matrix(name: str, inputs: str, outputs: str, module: str) -> ParameterSpec:
+    hf_name = f"model.layers.{{layer}}.{module}.weight"
+    return ParameterSpec(("layers", name), ("layers", inputs, outputs), hf_name, transposed=True)
+
+
+def _bias(name: str, axis: str, module: str) -> ParameterSpec:
+    hf_name = f"model.layers.{{layer}}.{module}.bias"
+    return ParameterSpec(("layers", name), ("layers", axis), hf_name, init="zeros")
+
+
+def _norm(name: str, module: str, axis: str = "norm") -> ParameterSpec:
+    hf_name = f"model.layers.{{layer}}.{module}.weight"
+    return ParameterSpec(("layers", name), ("layers", axis), hf_name, init="scale")
 
 
 _EMBED = ParameterSpec(("embed",), ("vocab", "embed"), "model.embed_tokens.weight")
-_LAYERS = (
-    _layer("attention_norm", ("norm",), "input_layernorm"),
-    _layer("q_proj", ("embed", "heads"), "self_attn.q_proj"),
-    _layer("k_proj", ("embed", "kv_heads"), "self_attn.k_proj"),
-    _layer("v_proj", ("embed", "kv_heads"), "self_attn.v_proj"),
-    _layer("o_proj", ("heads", "embed"), "self_attn.o_proj"),
-    _layer("mlp_norm", ("norm",), "post_attention_layernorm"),
-    _layer("gate_proj", ("embed", "mlp"), "mlp.gate_proj"),
-    _layer("up_proj", ("embed", "mlp"), "mlp.up_proj"),
-    _layer("down_proj", ("mlp", "embed"), "mlp.down_proj"),
+_MATRICES = (
+    _matrix("q_proj", "embed", "heads", "self_attn.q_proj"),
+    _matrix("k_proj", "embed", "kv_heads", "self_attn.k_proj"),
+    _matrix("v_proj", "embed", "kv_heads", "self_attn.v_proj"),
+    _matrix("o_proj", "heads", "embed", "self_attn.o_proj"),
+    _matrix("gate_proj", "embed", "mlp", "mlp.gate_proj"),
+    _matrix("up_proj", "embed", "mlp", "mlp.up_proj"),
+    _matrix("down_proj", "mlp", "embed", "mlp.down_proj"),
 )
-_FINAL_NORM = ParameterSpec(("final_norm",), ("norm",), "model.norm.weight", init="ones")
+_QKV_BIASES = (
+    _bias("q_bias", "heads", "self_attn.q_proj"),
+    _bias("k_bias", "kv_heads", "self_attn.k_proj"),
+    _bias("v_bias", "kv_heads", "self_attn.v_proj"),
+)
+_QK_NORMS = (
+    _norm("q_norm", "self_attn.q_norm", axis="head_dim"),
+    _norm("k_norm", "self_attn.k_norm", axis="head_dim"),
+)
+_NORMS = (
+    _norm("attention_norm", "input_layernorm"),
+    _norm("mlp_norm", "post_attention_layernorm"),
+)
+# What the two-norm layer calls post_attention_layernorm stands before its MLP; here that is another one.
+_NORMS_WITH_POST = (
+    _norm("attention_norm", "input_layernorm"),
+    _norm("post_attention_norm", "post_attention_layernorm"),
+    _norm("mlp_norm", "pre_feedforward_layernorm"),
+    _norm("post_mlp_norm", "post_feedforward_layernorm"),
+)
+_FINAL_NORM = ParameterSpec(("final_norm",), ("norm",), "model.norm.weight", init="scale")
 _LM_HEAD = ParameterSpec(("lm_head",), ("vocab", "embed"), "lm_head.weight")
+
+LORA_TARGETS = tuple(spec.path[-1] for spec in _MATRICES)
 
 
 def parameters(config: DecoderConfig) -> tuple[ParameterSpec, ...]:
-    """All rows of the table that a model of this config has; a tied head is the embedding itself."""
-    return (_EMBED, *_LAYERS, _FINAL_NORM) + (() if config.tie_word_embeddings else (_LM_HEAD,))
+    """All rows that a model of this config has, less its adapters; a tied head is the embedding itself."""
+    return (
+        _EMBED,
+        *(_NORMS_WITH_POST if config.post_norms else _NORMS),
+        *_MATRICES,
+        *(_QKV_BIASES if config.qkv_bias else ()),
+        *(_QK_NORMS if config.qk_norm else ()),
+        _FINAL_NORM,
+        *(() if config.tie_word_embeddings else (_LM_HEAD,)),
+    )
+
+
+def adapters(config: DecoderConfig) -> tuple[ParameterSpec, ...]:
+    """The rows of the model's LoRA adapters: for each target matrix A, as if small, and B, which is 0."""
+    targets = config.lora.target_modules if config.lora else ()
+    return tuple(row for spec in _MATRICES if spec.path[-1] in targets for row in _adapter(spec))
+
+
+def _adapter(spec: ParameterSpec) -> tuple[ParameterSpec, ParameterSpec]:
+    layers, inputs, outputs = spec.axes
+    path, module = spec.path, f"base_model.model.{spec.hf_name.removesuffix('.weight')}"
+
+    def row(
+        suffix: str, axes: tuple[str, ...], hf_name: str, init: Literal["fan_in", "zeros"]
+    ) -> ParameterSpec:
+        path_of_row = (*path[:-1], f"{path[-1]}_{suffix}")
+        return ParameterSpec(path_of_row, axes, f"{module}.{hf_name}.weight", transposed=True, init=init)
+
+    return (
+        row("lora_a", (layers, inputs, "rank"), "lora_A", "fan_in"),
+        row("lora_b", (layers, "rank", outputs), "lora_B", "zeros"),
+    )
 
 
 def num_params(config: DecoderConfig) -> int:
-    """All elements of all parameters; a tied embedding counts once."""
+    """All elements of all parameters, less adapters; a tied embedding counts once."""
     return sum(spec.size(config) for spec in parameters(config))

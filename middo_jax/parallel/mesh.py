@@ -24,6 +24,8 @@ class ShardingRules:
     layers: tuple[str, ...] | None = None
     embed: tuple[str, ...] | None = ("fsdp",)
     norm: tuple[str, ...] | None = None
+    head_dim: tuple[str, ...] | None = None
+    rank: tuple[str, ...] | None = None
     vocab: tuple[str, ...] | None = ("tensor",)
     heads: tuple[str, ...] | None = ("tensor",)
     kv_heads: tuple[str, ...] | None = ("tensor",)

@@ -1,0 +1,71 @@
+"""What is asked of a kernel, as far as its choice depends on it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from middo_jax.models.attention.placement import Platform, platform, shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """The shape of the arrays, the masks beyond causal segments, and the devices.
+
+    Attributes:
+      platform: what it will run on.
+      batch: rows, all devices together.
+      length: positions of a row.
+      heads: query heads.
+      kv_heads: key/value heads.
+      head_dim: numbers a head.
+      dtype: of queries, keys and values.
+      has_branches: whether segments are trees.
+      soft_cap: bound of the scores, None if there is none.
+      batch_shards: devices along the rows.
+      head_shards: devices along the heads.
+    """
+
+    platform: Platform
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: jnp.dtype
+    has_branches: bool = False
+    soft_cap: float | None = None
+    batch_shards: int = 1
+    head_shards: int = 1
+
+    @classmethod
+    def of(
+        cls, q_bthd: jax.Array, k_bskd: jax.Array, *, has_branches: bool, soft_cap: float | None
+    ) -> Workload:
+        """The workload of these arrays on the mesh in use."""
+        batch, length, heads, head_dim = q_bthd.shape
+        return cls(
+            platform(),
+            batch,
+            length,
+            heads,
+            k_bskd.shape[2],
+            head_dim,
+            q_bthd.dtype,
+            has_branches,
+            soft_cap,
+            shards("batch"),
+            shards("heads"),
+        )
+
+    def misfit(self) -> str | None:
+        """Why the mesh cannot give every device whole rows and heads of its own; None if it can."""
+        if self.batch % self.batch_shards:
+            return f"{self.batch} rows on {self.batch_shards} devices along the batch"
+        if self.heads % self.head_shards:
+            return f"{self.heads} heads on {self.head_shards} devices along the heads"
+        if self.kv_heads % self.head_shards and self.head_shards % self.kv_heads:
+            return f"{self.kv_heads} key/value heads on {self.head_shards} devices along the heads"
+        return None

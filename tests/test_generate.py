@@ -15,7 +15,8 @@ from flax import nnx
 from middo_jax.models import generate
 from middo_jax.models.config import DecoderConfig, LayerKind, LinearRope
 from middo_jax.models.decoder import Decoder, KVCache, forward, split
-from middo_jax.models.generate import Completion, Engine, Request, Sampling, keep_likely, sample
+from middo_jax.models.generate import CHUNK, Completion, Engine
+from middo_jax.models.sampling import Request, Sampling, keep_likely, sample
 
 CONFIG = DecoderConfig(
     vocab_size=97,
@@ -129,6 +130,45 @@ def test_an_answer_depends_on_its_request_alone(engine):
     assert engine.generate(requests) == alone
     assert engine.generate(requests[::-1]) == alone[::-1]
     assert len({tuple(completion.tokens[:4]) for completion in alone}) > 5
+
+
+def test_a_prompt_that_begins_like_another_has_the_same_answer(model, monkeypatch):
+    """Whole chunks are copied from the slots of earlier requests, busy or free, and nothing changes."""
+    read = []
+    prefill = generate.prefill
+    monkeypatch.setattr(generate, "prefill", lambda *args: read.append(int(args[5])) or prefill(*args))
+    long = 3 * CHUNK + 7
+    stem = prompt(2 * CHUNK + 40)
+    prompts = [stem + prompt(long - len(stem), seed) for seed in range(4)] + [stem[: CHUNK + 1], stem[:CHUNK]]
+    requests = [Request(tokens, max_tokens=6) for tokens in prompts]
+    with Engine(*model, max_batch=2, max_context=512) as engine:
+        alone = []
+        for request in requests:
+            with Engine(*model, max_batch=1, max_context=512) as fresh:
+                alone += fresh.generate([request])
+        whole = sum(read)
+        assert whole == sum(map(len, prompts))
+        assert engine.generate(requests) == alone
+        # Two come at once and are read whole; of what follows, two more share two chunks and one shares one.
+        assert sum(read) - whole <= whole - 5 * CHUNK
+        assert engine.generate(requests[::-1]) == alone[::-1]
+    assert len({tuple(completion.tokens) for completion in alone}) > 4
+
+
+def test_a_long_prompt_does_not_keep_others_waiting(model, monkeypatch):
+    """Between two decode steps at most CHUNKS_PER_STEP chunks of a prompt are read."""
+    steps = []
+    for name in ("prefill", "decode"):
+        run = getattr(generate, name)
+        monkeypatch.setattr(generate, name, lambda *args, n=name, run=run: steps.append(n) or run(*args))
+    monkeypatch.setattr(generate, "CHUNKS_PER_STEP", 1)
+    with Engine(*model, max_batch=2, max_context=512) as engine:
+        futures = [engine.submit(Request(prompt(length), max_tokens=12)) for length in (5, 3 * CHUNK + 1)]
+        for future in futures:
+            future.result(timeout=60)
+    text = "".join(name[0] for name in steps)
+    assert "pdpdpd" in text
+    assert "pp" not in text
 
 
 @pytest.mark.parametrize("which", ["model", "local_model"])

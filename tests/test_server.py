@@ -21,7 +21,8 @@ from tiny_model import write_tiny_model
 from middo_jax.config import ConfigError, ServeSettings
 from middo_jax.data.example import Message
 from middo_jax.data.tokenize import tokenize_prompt
-from middo_jax.models.generate import Completion, Engine, Request
+from middo_jax.models.generate import Completion, Engine
+from middo_jax.models.sampling import Request
 from middo_jax.refine.server import build_app, load_engine, serve_forever, serve_in_background
 
 CONTEXT = 128

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -88,19 +88,25 @@ class Decoder(nnx.Module):
         return self._norm(x_btd, self.final_norm[...])
 
     def hidden_cached(
-        self, tokens_bt: jax.Array, positions_bt: jax.Array, cache: KVCache
+        self, tokens_bt: jax.Array, positions_bt: jax.Array, cache: KVCache, first_row: jax.Array | int = 0
     ) -> tuple[jax.Array, KVCache]:
-        """Reads t more tokens of every row, writing their keys and values into the cache.
+        """Reads t more tokens of b rows of the cache, writing their keys and values into it.
 
         Prefill and decode are the same pass. A position attends to all cache slots up to itself, so that a
         prompt padded on the right is harmless: what its padding wrote lies behind, and is overwritten before
         it is ever seen. A position >= s (an idle row) writes nothing.
 
+        Args:
+          tokens_bt: int32 token ids.
+          positions_bt: where in its row of the cache each token belongs.
+          cache: of b rows or more.
+          first_row: the first of the rows that are read; the others follow it.
+
         Returns:
           ([b, t, d] last hidden state after the final norm, the cache with t more tokens).
         """
         ropes, attends = self._ropes(positions_bt), self._by_kind(cached_attention)
-        rows_b1 = jnp.arange(tokens_bt.shape[0])[:, None]
+        rows_b1 = first_row + jnp.arange(tokens_bt.shape[0])[:, None]
 
         # The cache is carried, not scanned over: as a scanned input and output it would be copied every call.
         def layer(
@@ -110,7 +116,7 @@ class Decoder(nnx.Module):
             q, k, v = self._project(x_btd, weights, _of_kind(kind, ropes))
             keys = keys.at[index, rows_b1, positions_bt].set(k, mode="drop")
             values = values.at[index, rows_b1, positions_bt].set(v, mode="drop")
-            attended = _of_kind(kind, attends, q, keys, values, index, positions_bt)
+            attended = _of_kind(kind, attends, q, keys, values, index, positions_bt, first_row)
             return (self._finish(x_btd, attended, weights), KVCache(keys, values)), None
 
         layers = (self._stacked(), self._kinds(), jnp.arange(self.config.num_layers))
@@ -288,7 +294,7 @@ def apply_rope(x_bthd: jax.Array, rope: Rope) -> jax.Array:
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
-def _of_kind(kind: jax.Array, functions: Sequence[Callable[..., Result]], *operands: jax.Array) -> Result:
+def _of_kind(kind: jax.Array, functions: Sequence[Callable[..., Result]], *operands: Any) -> Result:
     """Calls the function of a layer's kind; only that one runs, and with a single kind nothing is decided."""
     return functions[0](*operands) if len(functions) == 1 else jax.lax.switch(kind, functions, *operands)
 

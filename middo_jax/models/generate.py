@@ -4,10 +4,14 @@
         future = engine.submit(Request(prompt_tokens, max_tokens=256))
         future.result().tokens
 
-One cache holds `max_batch` slots. A request is prefilled alone into a free slot, then all slots are decoded
-together, one token a step; a slot that ends is refilled before the next step. Prompts are padded to a few
-lengths, so that the number of compiled programs is bounded. A request's answer depends on the request alone:
-not on its slot, not on what its neighbours ask, not on when it came.
+One cache holds `max_batch` slots. A prompt is read into a free slot in chunks; between the chunks all slots
+that are being answered are decoded together, one token a step, so that nobody's answer waits for a long
+prompt. A slot that ends is refilled before the next step. Whole chunks of a prompt that still lie in some
+slot are copied instead of read: requests that begin alike, as a refiner's do, share that work.
+
+A request's answer depends on the request alone, to the bit: not on its slot, not on what its neighbours ask,
+not on when it came. A chunk starts at a multiple of its length and sees only what is before it, so that a
+copied one is the one that would have been computed.
 Axes: b slot, t position, d model width, v vocabulary.
 """
 
@@ -16,10 +20,11 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, Self
+from collections.abc import Iterable
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,34 +32,12 @@ import numpy as np
 from flax import nnx
 
 from middo_jax.models.decoder import Decoder, KVCache, empty_cache
+from middo_jax.models.sampling import Request, Sampling, sample
 
-SHORTEST_BUCKET = 32
-COLDEST = 1e-4  # lowest temperature that is not greedy
-# Halvings that find a sampling threshold: 2**-32 of the logits' range is finer than float32 tells apart.
-BISECTIONS = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is to be answered, and how.
-
-    Attributes:
-      prompt_tokens: token ids, at least one and fewer than the engine's max_context.
-      max_tokens: at most so many tokens; fewer where the context is full.
-      temperature: 0 takes the likeliest token, always.
-      top_p: sample from the likeliest tokens that hold this share of the probability; 1 is off.
-      top_k: sample from so many likeliest tokens, before top_p; 0 is off.
-      seed: the same request with the same seed has the same answer; taken modulo 2**32.
-      stop_ids: tokens that end the answer.
-    """
-
-    prompt_tokens: Sequence[int]
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    stop_ids: frozenset[int] = frozenset()
+# Tokens of a prompt that are read at a time, and the fewest that the last chunk is padded to.
+CHUNK, SHORTEST_CHUNK = 128, 32
+# Chunks between two decode steps: more fill free slots sooner, fewer keep the answers in progress flowing.
+CHUNKS_PER_STEP = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,110 +48,43 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
-class Sampling(NamedTuple):
-    """How each row is sampled; `index` counts the tokens that its answer already has."""
-
-    temperature_b: jax.Array
-    top_p_b: jax.Array
-    top_k_b: jax.Array
-    seed_b: jax.Array
-    index_b: jax.Array
-
-    @classmethod
-    def of(cls, rows: Sequence[tuple[Request, int] | None]) -> Sampling:
-        """Arrays from (request, index) a row; None is an idle row, which is greedy since that costs least."""
-        filled = [(Request((), 0), 0) if row is None else row for row in rows]
-        return cls(
-            jnp.array([request.temperature for request, _ in filled], jnp.float32),
-            jnp.array([request.top_p for request, _ in filled], jnp.float32),
-            jnp.array([request.top_k for request, _ in filled], jnp.int32),
-            jnp.array([request.seed % 2**32 for request, _ in filled], jnp.uint32),
-            jnp.array([index for _, index in filled], jnp.int32),
-        )
-
-
-def sample(logits_bv: jax.Array, sampling: Sampling) -> jax.Array:
-    """The next token [b] of every row; each row is drawn as if it were alone.
-
-    What only some rows need (random numbers, thresholds) is computed for all rows or for none, and leaves
-    the other rows' logits as they are, to the bit.
-    """
-    greedy_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
-    needs_noise_b = sampling.temperature_b > 0
-    needs_threshold_b = needs_noise_b & ((sampling.top_p_b < 1) | (sampling.top_k_b > 0))
-
-    def draw() -> jax.Array:
-        # Relative to the highest and not colder than that: the quotients stay finite.
-        temperature_b = jnp.maximum(sampling.temperature_b, COLDEST)
-        scaled_bv = (logits_bv - logits_bv.max(axis=-1, keepdims=True)) / temperature_b[:, None]
-        likely_bv = jax.lax.cond(
-            jnp.any(needs_threshold_b),
-            lambda: keep_likely(scaled_bv, sampling.top_k_b, sampling.top_p_b),
-            lambda: scaled_bv,
-        )
-        # A named generator: the default one may be configured to draw differently under vmap.
-        keys_b = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(sampling.seed_b)
-        keys_b = jax.vmap(jax.random.fold_in)(keys_b, sampling.index_b)
-        noise_bv = jax.vmap(lambda key: jax.random.gumbel(key, logits_bv.shape[1:]))(keys_b)
-        drawn_b = jnp.argmax(likely_bv + noise_bv, axis=-1).astype(jnp.int32)
-        return jnp.where(needs_noise_b, drawn_b, greedy_b)
-
-    return jax.lax.cond(jnp.any(needs_noise_b), draw, lambda: greedy_b)
-
-
-def keep_likely(logits_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) -> jax.Array:
-    """Sets to -inf what is not among a row's top_k logits (0: all), then not in its top_p nucleus (1: all).
-
-    The nucleus (arXiv 1904.09751) is the smallest set of likeliest tokens whose share of the probability is
-    at least top_p. Equal logits are kept or dropped together. Thresholds are found by bisection: on a CPU a
-    sort of 50k logits takes as long as a decode step of a small model.
-    """
-    count_b = _threshold(logits_bv, jnp.ones_like(logits_bv), top_k_b.astype(logits_bv.dtype))
-    kept_bv = logits_bv >= jnp.where(top_k_b > 0, count_b, -jnp.inf)[:, None]
-    mass_bv = jax.nn.softmax(jnp.where(kept_bv, logits_bv, -jnp.inf), axis=-1)
-    share_b = _threshold(logits_bv, mass_bv, top_p_b * mass_bv.sum(axis=-1))
-    kept_bv &= logits_bv >= jnp.where(top_p_b < 1, share_b, -jnp.inf)[:, None]
-    return jnp.where(kept_bv, logits_bv, -jnp.inf)
-
-
-def _threshold(logits_bv: jax.Array, mass_bv: jax.Array, wanted_b: jax.Array) -> jax.Array:
-    """The highest threshold [b] at or above which the logits hold at least the wanted mass."""
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        enough_b, short_b = bounds
-        middle_b = (enough_b + short_b) / 2
-        held_b = jnp.where(logits_bv >= middle_b[:, None], mass_bv, 0.0).sum(axis=-1)
-        is_enough_b = held_b >= wanted_b
-        return jnp.where(is_enough_b, middle_b, enough_b), jnp.where(is_enough_b, short_b, middle_b)
-
-    bounds = (logits_bv.min(axis=-1), logits_bv.max(axis=-1) + 1)
-    return jax.lax.fori_loop(0, BISECTIONS, halve, bounds)[0]
-
-
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
 def prefill(
     graphdef: nnx.GraphDef[Decoder],
     params: nnx.State,
     cache: KVCache,
     tokens_1t: jax.Array,
-    length: jax.Array,
+    start: jax.Array,
+    n_tokens: jax.Array,
     slot: jax.Array,
     sampling: Sampling,
 ) -> tuple[jax.Array, KVCache]:
-    """Reads one prompt, padded on the right from `length` on, into a slot.
+    """Reads one chunk of a prompt, padded on the right from `n_tokens` on, into a slot at `start`.
 
     Returns:
-      (the answer's first token [1], the cache).
+      (the token [1] that follows the chunk, the cache).
     """
     model = nnx.merge(graphdef, params)
-    bucket = tokens_1t.shape[1]
-    positions_1t = jnp.arange(bucket)[None]
-    hidden_1td, prompt = model.hidden_cached(tokens_1t, positions_1t, empty_cache(model.config, 1, bucket))
-    corner = (0, slot, 0, 0, 0)
-    keys = jax.lax.dynamic_update_slice(cache.keys, prompt.keys, corner)
-    values = jax.lax.dynamic_update_slice(cache.values, prompt.values, corner)
-    last_1d = jax.lax.dynamic_index_in_dim(hidden_1td, length - 1, axis=1, keepdims=False)
-    return sample(model.unembed(last_1d), sampling), KVCache(keys, values)
+    positions_1t = start + jnp.arange(tokens_1t.shape[1])[None]
+    hidden_1td, cache = model.hidden_cached(tokens_1t, positions_1t, cache, slot)
+    last_1d = jax.lax.dynamic_index_in_dim(hidden_1td, n_tokens - 1, axis=1, keepdims=False)
+    return sample(model.unembed(last_1d), sampling), cache
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy_chunks(cache: KVCache, source: jax.Array, target: jax.Array, n_chunks: jax.Array) -> KVCache:
+    """Copies the first chunks of one slot to another."""
+
+    def copy(index: jax.Array, cache: KVCache) -> KVCache:
+        def of(x_lbskd: jax.Array) -> jax.Array:
+            layers, _, _, heads, width = x_lbskd.shape
+            size = (layers, 1, CHUNK, heads, width)
+            chunk = jax.lax.dynamic_slice(x_lbskd, (0, source, index * CHUNK, 0, 0), size)
+            return jax.lax.dynamic_update_slice(x_lbskd, chunk, (0, target, index * CHUNK, 0, 0))
+
+        return KVCache(of(cache.keys), of(cache.values))
+
+    return jax.lax.fori_loop(0, n_chunks, copy, cache)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
@@ -198,6 +114,39 @@ class _Answer:
     future: concurrent.futures.Future[Completion]
     tokens: list[int] = dataclasses.field(default_factory=list)
 
+    @property
+    def chunks(self) -> list[tuple[int, ...]]:
+        """The prompt's whole chunks, less what has to be read in any case: its last token."""
+        prompt = tuple(self.request.prompt_tokens)
+        return [prompt[start : start + CHUNK] for start in range(0, len(prompt) - CHUNK, CHUNK)]
+
+
+@dataclasses.dataclass(eq=False)  # two slots are never the same one
+class _Slot:
+    """A row of the cache.
+
+    Attributes:
+      answer: what it is used for, None if free.
+      n_read: tokens of its prompt that are in the cache.
+      chunks: the whole chunks at the row's start, of this prompt or of the one before.
+      used: when it was last given to a request.
+    """
+
+    answer: _Answer | None = None
+    n_read: int = 0
+    chunks: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
+    used: int = 0
+
+    @property
+    def decoding(self) -> _Answer | None:
+        """Its answer, if its prompt is read."""
+        return self.answer if self.answer is not None and self.answer.tokens else None
+
+    def shared(self, chunks: list[tuple[int, ...]]) -> int:
+        """How many chunks it has in common with a prompt, from the start."""
+        pairs = zip(self.chunks, chunks, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
 
 class Engine:
     """Answers requests from any number of threads, up to `max_batch` at a time, on a thread of its own.
@@ -225,7 +174,9 @@ class Engine:
         self._graphdef = graphdef
         self._params = params
         self._cache = empty_cache(self.config, max_batch, max_context)
-        self._slots: list[_Answer | None] = [None] * max_batch
+        self._slots = [_Slot() for _ in range(max_batch)]
+        self._reading: deque[_Slot] = deque()  # slots whose prompt is not read yet, the oldest first
+        self._begun = itertools.count(1)
         self._queue: deque[_Answer] = deque()
         self._changed = threading.Condition()
         self._ended: BaseException | None = None
@@ -294,11 +245,12 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._wait():
-                self._refill()
+                self._admit()
+                self._read()
                 self._step()
         except BaseException as error:  # whatever it is, nobody may wait for ever
             self._end(error)
-        for answer in (*self._queue, *self._slots):
+        for answer in (*self._queue, *(slot.answer for slot in self._slots)):
             if answer is not None and answer.future.set_running_or_notify_cancel():
                 answer.future.set_exception(self._ended or RuntimeError("the engine has ended"))
         del self._params, self._cache  # who closes an engine wants its memory
@@ -311,54 +263,80 @@ class Engine:
     def _wait(self) -> bool:
         """Sleeps until there is work; False if the engine has ended."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._queue or any(self._slots))
+            self._changed.wait_for(lambda: self._ended or self._queue or any(s.answer for s in self._slots))
             return self._ended is None
 
-    def _refill(self) -> None:
-        """Prefills queued requests into free slots."""
-        for slot, answer in enumerate(self._slots):
-            if answer is not None and answer.future.cancelled():
-                self._slots[slot] = None
-            while self._slots[slot] is None and self._queue:
-                self._prefill(slot, self._queue.popleft())
+    def _admit(self) -> None:
+        """Gives free slots to queued requests, each the one that holds most of its prompt already."""
+        for slot in self._slots:
+            if slot.answer is not None and slot.answer.future.cancelled():
+                slot.answer = None
+        self._reading = deque(slot for slot in self._reading if slot.answer is not None)
+        free = [slot for slot in self._slots if slot.answer is None]
+        while free and self._queue:
+            answer = self._queue.popleft()
+            if answer.future.cancelled():
+                continue
+            chunks = answer.chunks
+            slot = max(free, key=lambda slot: (slot.shared(chunks), -slot.used))
+            source = max(self._slots, key=lambda slot: slot.shared(chunks))
+            n_shared = source.shared(chunks)
+            if slot.shared(chunks) < n_shared:
+                rows = (np.int32(self._slots.index(each)) for each in (source, slot))
+                self._cache = copy_chunks(self._cache, *rows, np.int32(n_shared))
+            slot.answer, slot.n_read, slot.chunks = answer, n_shared * CHUNK, chunks[:n_shared]
+            slot.used = next(self._begun)
+            free.remove(slot)
+            self._reading.append(slot)
 
-    def _prefill(self, slot: int, answer: _Answer) -> None:
-        if answer.future.cancelled():
-            return
-        self._slots[slot] = answer
-        prompt = answer.request.prompt_tokens
-        tokens_1t = np.zeros((1, _bucket(len(prompt), self.max_context)), np.int32)
-        tokens_1t[0, : len(prompt)] = prompt
-        first_1, self._cache = prefill(
-            self._graphdef,
-            self._params,
-            self._cache,
-            tokens_1t,
-            np.int32(len(prompt)),
-            np.int32(slot),
-            Sampling.of([(answer.request, 0)]),
-        )
-        self._append(slot, answer, int(first_1[0]))
+    def _read(self) -> None:
+        """Reads a few chunks of the prompts that are not read yet, the oldest request's first."""
+        for _ in range(CHUNKS_PER_STEP):
+            if not self._reading:
+                return
+            slot = self._reading[0]
+            assert slot.answer is not None
+            answer, start = slot.answer, slot.n_read
+            prompt = answer.request.prompt_tokens
+            part = prompt[start : start + CHUNK]
+            tokens_1t = np.zeros((1, _padded(len(part))), np.int32)
+            tokens_1t[0, : len(part)] = part
+            next_1, self._cache = prefill(
+                self._graphdef,
+                self._params,
+                self._cache,
+                tokens_1t,
+                np.int32(start),
+                np.int32(len(part)),
+                np.int32(self._slots.index(slot)),
+                Sampling.of([(answer.request, 0)]),
+            )
+            slot.n_read += len(part)
+            slot.chunks = answer.chunks[: slot.n_read // CHUNK]
+            if slot.n_read == len(prompt):
+                self._reading.popleft()
+                self._append(slot, answer, int(next_1[0]))
 
     def _step(self) -> None:
-        """Decodes one token of every slot in use."""
-        if not any(self._slots):
+        """Decodes one token of every slot whose prompt is read."""
+        answers = [slot.decoding for slot in self._slots]
+        if not any(answers):
             return
-        tokens_b = np.zeros(len(self._slots), np.int32)
-        positions_b = np.full(len(self._slots), self.max_context, np.int32)
-        for slot, answer in enumerate(self._slots):
+        tokens_b = np.zeros(len(answers), np.int32)
+        positions_b = np.full(len(answers), self.max_context, np.int32)
+        for row, answer in enumerate(answers):
             if answer is not None:
-                tokens_b[slot] = answer.tokens[-1]
-                positions_b[slot] = len(answer.request.prompt_tokens) + len(answer.tokens) - 1
-        rows = [None if answer is None else (answer.request, len(answer.tokens)) for answer in self._slots]
+                tokens_b[row] = answer.tokens[-1]
+                positions_b[row] = len(answer.request.prompt_tokens) + len(answer.tokens) - 1
+        rows = [None if answer is None else (answer.request, len(answer.tokens)) for answer in answers]
         next_b, self._cache = decode(
             self._graphdef, self._params, self._cache, tokens_b, positions_b, Sampling.of(rows)
         )
-        for slot, (answer, token) in enumerate(zip(self._slots, np.asarray(next_b), strict=True)):
+        for slot, answer, token in zip(self._slots, answers, np.asarray(next_b), strict=True):
             if answer is not None:
                 self._append(slot, answer, int(token))
 
-    def _append(self, slot: int, answer: _Answer, token: int) -> None:
+    def _append(self, slot: _Slot, answer: _Answer, token: int) -> None:
         """Adds a token to an answer and, if that ends it, hands it over and frees its slot."""
         request = answer.request
         if token in request.stop_ids:
@@ -369,11 +347,11 @@ class Engine:
             if len(answer.tokens) < min(request.max_tokens, room):
                 return
             completion = Completion(answer.tokens, "length")
-        self._slots[slot] = None
+        slot.answer = None
         if answer.future.set_running_or_notify_cancel():
             answer.future.set_result(completion)
 
 
-def _bucket(length: int, max_context: int) -> int:
-    """The padded length of a prompt: a power of two from SHORTEST_BUCKET on, at most max_context."""
-    return min(max(SHORTEST_BUCKET, 1 << (length - 1).bit_length()), max_context)
+def _padded(n_tokens: int) -> int:
+    """The length that a chunk of a prompt is padded to: a power of two, so that few programs are compiled."""
+    return max(SHORTEST_CHUNK, 1 << (n_tokens - 1).bit_length())

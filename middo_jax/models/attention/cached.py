@@ -21,6 +21,7 @@ def cached_attention(
     values_lbskd: jax.Array,
     layer: jax.Array,
     positions_bt: jax.Array,
+    first_row: jax.Array | int = 0,
     *,
     scale: float,
     window: int | None = None,
@@ -39,6 +40,7 @@ def cached_attention(
       values_lbskd: all layers' values.
       layer: index of the layer.
       positions_bt: slot of each query, whose key and value are already in the cache.
+      first_row: row of the cache that the first of the b rows reads; the others read those after it.
       scale: factor of the scores, usually 1 / sqrt(d).
       window: slots that a position sees, itself included; None is all up to itself.
       soft_cap: c of c tanh(score / c), after scaling; None is off.
@@ -55,7 +57,7 @@ def cached_attention(
         highest_bkgt, total_bkgt, sum_bkgtd = state
         # The last block is moved back to fit; what the one before has read is masked.
         start = jnp.minimum(index * block, s - block)
-        corner, size = (layer, 0, start, 0, 0), (1, b, block, kv_heads, d)
+        corner, size = (layer, first_row, start, 0, 0), (1, b, block, kv_heads, d)
         keys_bskd = jax.lax.dynamic_slice(keys_lbskd, corner, size)[0]
         values_bskd = jax.lax.dynamic_slice(values_lbskd, corner, size)[0]
         slots = start + jnp.arange(block)

@@ -1,0 +1,117 @@
+"""What is asked of a model, and how the next token is drawn from its logits. Axes: b row, v vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+COLDEST = 1e-4  # lowest temperature that is not greedy
+# Halvings that find a sampling threshold: 2**-32 of the logits' range is finer than float32 tells apart.
+BISECTIONS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be answered, and how.
+
+    Attributes:
+      prompt_tokens: token ids, at least one and fewer than the engine's max_context.
+      max_tokens: at most so many tokens; fewer where the context is full.
+      temperature: 0 takes the likeliest token, always.
+      top_p: sample from the likeliest tokens that hold this share of the probability; 1 is off.
+      top_k: sample from so many likeliest tokens, before top_p; 0 is off.
+      seed: the same request with the same seed has the same answer; taken modulo 2**32.
+      stop_ids: tokens that end the answer.
+    """
+
+    prompt_tokens: Sequence[int]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+
+
+class Sampling(NamedTuple):
+    """How each row is sampled; `index` counts the tokens that its answer already has."""
+
+    temperature_b: jax.Array
+    top_p_b: jax.Array
+    top_k_b: jax.Array
+    seed_b: jax.Array
+    index_b: jax.Array
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Request, int] | None]) -> Sampling:
+        """Arrays from (request, index) a row; None is an idle row, which is greedy since that costs least."""
+        filled = [(Request((), 0), 0) if row is None else row for row in rows]
+        return cls(
+            jnp.array([request.temperature for request, _ in filled], jnp.float32),
+            jnp.array([request.top_p for request, _ in filled], jnp.float32),
+            jnp.array([request.top_k for request, _ in filled], jnp.int32),
+            jnp.array([request.seed % 2**32 for request, _ in filled], jnp.uint32),
+            jnp.array([index for _, index in filled], jnp.int32),
+        )
+
+
+def sample(logits_bv: jax.Array, sampling: Sampling) -> jax.Array:
+    """The next token [b] of every row; each row is drawn as if it were alone.
+
+    What only some rows need (random numbers, thresholds) is computed for all rows or for none, and leaves
+    the other rows' logits as they are, to the bit.
+    """
+    greedy_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+    needs_noise_b = sampling.temperature_b > 0
+    needs_threshold_b = needs_noise_b & ((sampling.top_p_b < 1) | (sampling.top_k_b > 0))
+
+    def draw() -> jax.Array:
+        # Relative to the highest and not colder than that: the quotients stay finite.
+        temperature_b = jnp.maximum(sampling.temperature_b, COLDEST)
+        scaled_bv = (logits_bv - logits_bv.max(axis=-1, keepdims=True)) / temperature_b[:, None]
+        likely_bv = jax.lax.cond(
+            jnp.any(needs_threshold_b),
+            lambda: keep_likely(scaled_bv, sampling.top_k_b, sampling.top_p_b),
+            lambda: scaled_bv,
+        )
+        # A named generator: the default one may be configured to draw differently under vmap.
+        keys_b = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(sampling.seed_b)
+        keys_b = jax.vmap(jax.random.fold_in)(keys_b, sampling.index_b)
+        noise_bv = jax.vmap(lambda key: jax.random.gumbel(key, logits_bv.shape[1:]))(keys_b)
+        drawn_b = jnp.argmax(likely_bv + noise_bv, axis=-1).astype(jnp.int32)
+        return jnp.where(needs_noise_b, drawn_b, greedy_b)
+
+    return jax.lax.cond(jnp.any(needs_noise_b), draw, lambda: greedy_b)
+
+
+def keep_likely(logits_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) -> jax.Array:
+    """Sets to -inf what is not among a row's top_k logits (0: all), then not in its top_p nucleus (1: all).
+
+    The nucleus (arXiv 1904.09751) is the smallest set of likeliest tokens whose share of the probability is
+    at least top_p. Equal logits are kept or dropped together. Thresholds are found by bisection: on a CPU a
+    sort of 50k logits takes as long as a decode step of a small model.
+    """
+    count_b = _threshold(logits_bv, jnp.ones_like(logits_bv), top_k_b.astype(logits_bv.dtype))
+    kept_bv = logits_bv >= jnp.where(top_k_b > 0, count_b, -jnp.inf)[:, None]
+    mass_bv = jax.nn.softmax(jnp.where(kept_bv, logits_bv, -jnp.inf), axis=-1)
+    share_b = _threshold(logits_bv, mass_bv, top_p_b * mass_bv.sum(axis=-1))
+    kept_bv &= logits_bv >= jnp.where(top_p_b < 1, share_b, -jnp.inf)[:, None]
+    return jnp.where(kept_bv, logits_bv, -jnp.inf)
+
+
+def _threshold(logits_bv: jax.Array, mass_bv: jax.Array, wanted_b: jax.Array) -> jax.Array:
+    """The highest threshold [b] at or above which the logits hold at least the wanted mass."""
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        enough_b, short_b = bounds
+        middle_b = (enough_b + short_b) / 2
+        held_b = jnp.where(logits_bv >= middle_b[:, None], mass_bv, 0.0).sum(axis=-1)
+        is_enough_b = held_b >= wanted_b
+        return jnp.where(is_enough_b, middle_b, enough_b), jnp.where(is_enough_b, short_b, middle_b)
+
+    bounds = (logits_bv.min(axis=-1), logits_bv.max(axis=-1) + 1)
+    return jax.lax.fori_loop(0, BISECTIONS, halve, bounds)[0]

@@ -36,7 +36,7 @@ from starlette.routing import Route
 from middo_jax.config import ConfigError, ServeSettings
 from middo_jax.data.example import Message, Role
 from middo_jax.data.tokenize import TemplateError, eos_token_ids, load_tokenizer, tokenize_prompt
-from middo_jax.models import generate, hf
+from middo_jax.models import hf, sampling
 from middo_jax.models.generate import Completion, Engine
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def build_app(
             )
         future = _submit(
             engine,
-            generate.Request(
+            sampling.Request(
                 prompt,
                 max_tokens=min(asked.max_completion_tokens or asked.max_tokens or room, room),
                 temperature=1.0 if asked.temperature is None else asked.temperature,
@@ -208,7 +208,7 @@ def _render(messages: list[ChatMessage], tokenizer: PreTrainedTokenizerBase) -> 
         raise ApiError(400, str(error), "messages") from error
 
 
-def _submit(engine: Engine, request: generate.Request) -> concurrent.futures.Future[Completion]:
+def _submit(engine: Engine, request: sampling.Request) -> concurrent.futures.Future[Completion]:
     try:
         return engine.submit(request)
     except ValueError as error:

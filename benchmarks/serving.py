@@ -6,7 +6,7 @@
         --server llama.cpp=http://127.0.0.1:8001/v1
 
 The servers are asked in turn, each concurrency `--repeats` times; what is printed are medians. The requests
-are those that ask for rewrites of configs/quickstart_data.jsonl, so that all share their instructions; answers
+are those that ask for rewrites of configs/quickstart_data.jsonl: all share their instructions. Answers
 are greedy and end at `--max-tokens`. `slowest / median` of the times to answer says how fair a server is:
 requests that are all sent at once should not wait in line for each other.
 """

@@ -1,14 +1,18 @@
 """Attention, exact for packed sequences: a token sees what its own segment holds up to itself."""
 
-from middo_jax.models.attention.cached import cached_attention
-from middo_jax.models.attention.dispatch import AttentionError, Kernel, packed_attention
+from middo_jax.models.attention.cached import CACHE_BLOCK, cached_attention
+from middo_jax.models.attention.dispatch import AttentionError, Kernel, choose, packed_attention
+from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import QUERY_BLOCK, masked_attention
 
 __all__ = [
+    "CACHE_BLOCK",
     "QUERY_BLOCK",
     "AttentionError",
     "Kernel",
+    "Workload",
     "cached_attention",
+    "choose",
     "masked_attention",
     "packed_attention",
 ]

@@ -81,13 +81,11 @@ def cached_attention(
             sum_bkgtd * rescale_bkgt[..., None] + added_bkgtd,
         )
 
-    is_idle_bt = positions_bt >= s
-    last = jnp.max(jnp.where(is_idle_bt, 0, positions_bt))
-    oldest = jnp.int32(0)
-    if window is not None:  # at most `last`: if all rows are idle, one block is read
-        oldest = jnp.clip(jnp.min(jnp.where(is_idle_bt, last, positions_bt)) - window + 1, 0)
+    last = jnp.max(jnp.where(positions_bt < s, positions_bt, 0))
+    # Idle rows stand behind all others, so that they do not count here; all idle, one block is read.
+    first = jnp.int32(0) if window is None else jnp.clip(jnp.min(positions_bt) - window + 1, 0, last)
     shape = (b, kv_heads, h // kv_heads, t)
     state = (jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros((*shape, d)))
-    _, total_bkgt, sum_bkgtd = jax.lax.fori_loop(oldest // block, last // block + 1, read, state)
+    _, total_bkgt, sum_bkgtd = jax.lax.fori_loop(first // block, last // block + 1, read, state)
     attended_bkgtd = (sum_bkgtd / total_bkgt[..., None]).astype(q_bthd.dtype)
     return jnp.moveaxis(attended_bkgtd, 3, 1).reshape(b, t, h, d)

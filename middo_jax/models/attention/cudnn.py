@@ -1,8 +1,8 @@
 """Attention on NVIDIA GPUs by cuDNN's fused kernel.
 
-The kernel takes no segment ids. Its packed layout (sequence lengths and offsets) is private to JAX, read wrong
-keys of grouped heads before jax 0.11.2 (jax-ml/jax#39521) and must know the number of segments in advance. So
-segments, branches and windows reach it as a mask: exact, b t^2 numbers a call, shared by all heads.
+The kernel takes no segment ids. Its packed layout (sequence lengths and offsets) is private to JAX, read
+wrong keys of grouped heads before jax 0.11.2 (jax-ml/jax#39521) and must know the number of segments in
+advance. So segments, branches and windows reach it as a mask: exact, of b t^2 numbers for all heads together.
 
 Axes: b batch, t query position, s key position, h query heads, k key/value heads, d head dimension.
 """

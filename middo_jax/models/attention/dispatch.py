@@ -69,7 +69,7 @@ def packed_attention(
       scale: factor of the scores, usually 1 / sqrt(d).
       window: i sees j only if positions_i - positions_j < window; None is no limit.
       soft_cap: c of c tanh(score / c), after scaling and before masking; None is off.
-      kernel: which kernel; "auto" takes the fastest that honours all of this.
+      kernel: "auto" is splash on a TPU where that honours all of this, XLA elsewhere; see `choose`.
 
     Returns:
       [b, t, h, d] in q's dtype; softmax in float32.

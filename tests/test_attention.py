@@ -1,0 +1,368 @@
+"""Every kernel of attention == its definition: segments, branches, windows, caps; forward and backward."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from middo_jax.config import MeshSettings
+from middo_jax.models.attention import (
+    CACHE_BLOCK,
+    QUERY_BLOCK,
+    AttentionError,
+    Kernel,
+    Workload,
+    cached_attention,
+    choose,
+    packed_attention,
+)
+from middo_jax.models.attention.cudnn import cudnn_attention
+from middo_jax.models.attention.splash import splash_attention
+from middo_jax.parallel.mesh import make_mesh
+
+SCALE = 0.3
+TPU = Workload("tpu", 8, 256, heads=8, kv_heads=2, head_dim=64, dtype=jnp.dtype(jnp.bfloat16))
+GPU = dataclasses.replace(TPU, platform="gpu")
+
+
+@dataclasses.dataclass
+class Batch:
+    """Packed rows: arrays that attention reads, and a cotangent that is zero on padding."""
+
+    qkv: tuple[jax.Array, jax.Array, jax.Array]
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    branch_ids: np.ndarray
+    cotangent: jax.Array
+
+    @classmethod
+    def random(cls, rows: int, length: int, heads: int = 4, kv_heads: int = 2, dim: int = 8) -> Batch:
+        """Rows of a few segments and a tail of padding; the last row is padding only if there are two."""
+        rng = np.random.default_rng(length + heads)
+        segment_ids = np.sort(rng.integers(0, 1 + length // 60, (rows, length)), axis=1).astype(np.int32)
+        segment_ids[:, length - length // 5 :] = -1
+        segment_ids[1:][-1:] = -1
+        positions, branch_ids = np.zeros_like(segment_ids), np.zeros_like(segment_ids)
+        for row, segment in np.ndindex(rows, int(segment_ids.max()) + 1):
+            at = np.flatnonzero(segment_ids[row] == segment)
+            positions[row, at] = np.arange(len(at))
+            branch_ids[row, at] = np.sort(rng.integers(0, 4, len(at)))
+        shapes = (heads, kv_heads, kv_heads, heads)
+        q, k, v, cotangent = (
+            jnp.asarray(rng.standard_normal((rows, length, n, dim)), jnp.float32) for n in shapes
+        )
+        cotangent *= (segment_ids >= 0)[..., None, None]
+        return cls((q, k, v), segment_ids, positions, branch_ids, cotangent)
+
+    def branched(self) -> Batch:
+        """The same with branches: each goes on counting where the stem ends."""
+        positions = self.positions.copy()
+        for row, i in np.argwhere(self.branch_ids > 0):
+            mine = self.segment_ids[row] == self.segment_ids[row, i]
+            stem = (mine & (self.branch_ids[row] == 0)).sum()
+            positions[row, i] = stem + (mine & (self.branch_ids[row] == self.branch_ids[row, i]))[:i].sum()
+        return dataclasses.replace(self, positions=positions)
+
+    @property
+    def ids(self) -> tuple[jax.Array, jax.Array]:
+        return jnp.asarray(self.segment_ids), jnp.asarray(self.positions)
+
+    def values_and_gradients(self, attend: Callable[..., jax.Array]) -> list[np.ndarray]:
+        """Attention of all that is not padding, and the gradients of q, k and v."""
+
+        @jax.jit
+        def both(qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            out, pull = jax.vjp(lambda *qkv: attend(*qkv), *qkv)
+            return out, *pull(self.cotangent.astype(out.dtype))
+
+        out, *gradients = both(self.qkv)
+        assert all(np.isfinite(x).all() for x in (out, *gradients))  # padding included
+        return [np.asarray(out)[self.segment_ids >= 0], *map(np.asarray, gradients)]
+
+
+def assert_equal(ours: list[np.ndarray], theirs: list[np.ndarray], tolerance: float = 1e-5) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(
+            one.astype(np.float32), other.astype(np.float32), rtol=tolerance, atol=tolerance
+        )
+
+
+def definition(
+    batch: Batch, branches: bool, window: int | None, soft_cap: float | None
+) -> Callable[..., jax.Array]:
+    """Attention with the whole matrix of scores, from the sentences of the docstring."""
+    i, j = np.indices(batch.segment_ids.shape[1:] * 2)
+    segments, positions, branch = batch.segment_ids, batch.positions, batch.branch_ids
+    visible = (j <= i) & (segments[:, i] == segments[:, j])
+    if window is not None:
+        visible &= positions[:, i] - positions[:, j] < window
+    if branches:
+        visible &= (branch[:, j] == 0) | (branch[:, j] == branch[:, i])
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        group = q.shape[2] // k.shape[2]
+        k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+        scores = SCALE * jnp.einsum("bthd,bshd->bhts", q, k)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True)) * visible[:, None]
+        return jnp.einsum("bhts,bshd->bthd", weights / weights.sum(axis=-1, keepdims=True), v)
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "soft_cap"),
+    [
+        (1, 1, None),
+        (37, None, None),
+        (QUERY_BLOCK, 20, None),
+        (QUERY_BLOCK + 1, None, 1.5),
+        (2 * QUERY_BLOCK + 45, None, None),
+        (2 * QUERY_BLOCK + 45, 30, 1.5),
+        (2 * QUERY_BLOCK + 45, QUERY_BLOCK + 9, None),
+    ],
+)
+@pytest.mark.parametrize("branches", [False, True])
+def test_xla_is_the_definition(
+    length: int, window: int | None, soft_cap: float | None, branches: bool
+) -> None:
+    batch = Batch.random(2, length)
+    batch = batch.branched() if branches else batch
+    branch_ids = jnp.asarray(batch.branch_ids) if branches else None
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return packed_attention(
+            q, k, v, *batch.ids, branch_ids, scale=SCALE, window=window, soft_cap=soft_cap
+        )
+
+    theirs = definition(batch, branches, window, soft_cap)
+    assert_equal(batch.values_and_gradients(ours), batch.values_and_gradients(theirs))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_any_number_of_key_heads(kv_heads: int) -> None:
+    batch = Batch.random(1, 33, kv_heads=kv_heads)
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return packed_attention(q, k, v, *batch.ids, scale=SCALE)
+
+    theirs = definition(batch, False, None, None)
+    assert_equal(batch.values_and_gradients(ours), batch.values_and_gradients(theirs))
+
+
+def test_packed_is_unpacked_under_a_window() -> None:
+    """Three texts in one row == each alone, though the window is longer than what lies between them."""
+    window, lengths = 40, (150, 7, 100)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, sum(lengths), n, 8)), jnp.float32) for n in (4, 2, 2))
+    segment_ids = np.repeat(np.arange(3), lengths)[None]
+    positions = np.concatenate([np.arange(n) for n in lengths])[None]
+    attend = jax.jit(functools.partial(packed_attention, scale=SCALE, window=window))
+    packed = attend(q, k, v, segment_ids, positions)
+    for start, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):
+        own = slice(start, start + length)
+        one_segment, counted = jnp.zeros((1, length), jnp.int32), jnp.arange(length)[None]
+        alone = attend(q[:, own], k[:, own], v[:, own], one_segment, counted)
+        np.testing.assert_allclose(packed[:, own], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_window_reads_no_further_back() -> None:
+    """What no row of the last block sees is not even multiplied by zero: the cost is length x window."""
+    length, window = 3 * QUERY_BLOCK, 50
+    x = jnp.ones((1, length, 1, 8)).at[:, : 2 * QUERY_BLOCK - window + 1].set(jnp.nan)
+    positions = jnp.arange(length)[None]
+    attend = jax.jit(functools.partial(packed_attention, scale=SCALE, window=window))
+    out = attend(x, x, x, jnp.zeros_like(positions), positions)
+    np.testing.assert_allclose(out[:, 2 * QUERY_BLOCK :], 1.0, rtol=1e-6)
+
+
+def cache_of(rng: np.random.Generator, rows: int, slots: int) -> tuple[jax.Array, jax.Array]:
+    keys, values = (jnp.asarray(rng.standard_normal((2, rows, slots, 2, 8)), jnp.float32) for _ in range(2))
+    return keys, values
+
+
+@pytest.mark.parametrize("slots", [CACHE_BLOCK // 2, 2 * CACHE_BLOCK + 44])
+@pytest.mark.parametrize(
+    ("window", "soft_cap"), [(None, None), (1, None), (30, 1.5), (CACHE_BLOCK + 3, None)]
+)
+def test_cached_is_packed(slots: int, window: int | None, soft_cap: float | None) -> None:
+    rng = np.random.default_rng(slots)
+    keys, values = cache_of(rng, 2, slots)
+    q = jnp.asarray(rng.standard_normal((2, slots, 4, 8)), jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(slots), (2, slots))
+    asked = {"scale": SCALE, "window": window, "soft_cap": soft_cap}
+    attend = jax.jit(functools.partial(packed_attention, **asked))
+    whole = attend(q, keys[1], values[1], jnp.zeros_like(positions), positions)
+    # Rows of one batch stand at different places, as in decoding.
+    at = jnp.array([[3, 9], [slots - 7, slots - 1]])
+    some = jnp.take_along_axis(q, at[..., None, None], axis=1)
+    out = jax.jit(functools.partial(cached_attention, **asked))(some, keys, values, jnp.int32(1), at)
+    expected = jnp.take_along_axis(whole, at[..., None, None], axis=1)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 5, CACHE_BLOCK, CACHE_BLOCK + 1])
+def test_cached_rows_do_not_see_their_neighbours_to_the_bit(window: int | None) -> None:
+    rng = np.random.default_rng(0)
+    slots = 3 * CACHE_BLOCK + 20
+    keys, values = cache_of(rng, 3, slots)
+    q = jnp.asarray(rng.standard_normal((3, 1, 4, 8)), jnp.float32)
+    attend = jax.jit(functools.partial(cached_attention, scale=SCALE, window=window))
+    for mine in (0, 4, CACHE_BLOCK - 1, CACHE_BLOCK, 2 * CACHE_BLOCK + 5, slots - 1):
+        answers = [
+            np.asarray(attend(q, keys, values, jnp.int32(0), jnp.array([[mine], [one], [other]])))[0]
+            for one, other in [(0, 0), (mine, slots), (slots - 1, 0), (slots - 1, slots), (slots, slots)]
+        ]
+        for answer in answers[1:]:
+            np.testing.assert_array_equal(answers[0], answer)
+
+
+def test_cached_blocks_that_no_row_sees_are_not_read() -> None:
+    slots, window = 4 * CACHE_BLOCK, 10
+    cache = jnp.full((1, 2, slots, 1, 8), jnp.nan).at[:, :, CACHE_BLOCK : 2 * CACHE_BLOCK].set(1.0)
+    at = jnp.array([[CACHE_BLOCK + 20], [slots]])  # the second row is idle
+    out = cached_attention(jnp.ones((2, 1, 1, 8)), cache, cache, jnp.int32(0), at, scale=SCALE, window=window)
+    np.testing.assert_allclose(out[0], 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "kv_heads", "window", "soft_cap", "mesh"),
+    [
+        (2, 256, 2, None, None, None),
+        (2, 173, 1, 30, 1.5, None),
+        (4, 128, 2, 40, None, MeshSettings(data=2, fsdp=2, tensor=2)),
+        (2, 100, 2, None, 1.5, MeshSettings(data=1, fsdp=2, tensor=4)),  # two devices share a key head
+    ],
+)
+def test_splash_is_xla(
+    rows: int,
+    length: int,
+    kv_heads: int,
+    window: int | None,
+    soft_cap: float | None,
+    mesh: MeshSettings | None,
+) -> None:
+    batch = Batch.random(rows, length, kv_heads=kv_heads)
+    asked = {"scale": SCALE, "window": window, "soft_cap": soft_cap}
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return splash_attention(q, k, v, batch.ids[0], **asked, interpret=True)
+
+    def theirs(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return packed_attention(q, k, v, *batch.ids, **asked, kernel="xla")
+
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
+        found = batch.values_and_gradients(ours)
+    assert_equal(found, batch.values_and_gradients(theirs))
+
+
+def cudnn_call(batch: Batch, branches: bool, window: int | None) -> Callable[..., jax.Array]:
+    branch_ids = jnp.asarray(batch.branch_ids) if branches else None
+    return lambda q, k, v: cudnn_attention(q, k, v, *batch.ids, branch_ids, scale=SCALE, window=window)
+
+
+@pytest.mark.parametrize(
+    ("branches", "mesh"), [(False, MeshSettings(data=1, fsdp=2, tensor=4)), (True, None)]
+)
+def test_cudnn_is_asked_for_what_xla_computes(
+    branches: bool, mesh: MeshSettings | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call is right: JAX's own implementation of the same interface answers it as ours does."""
+    original = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *qkv, implementation, **asked: original(*qkv, **asked, implementation="xla"),
+    )
+    batch = Batch.random(2, 66).branched() if branches else Batch.random(2, 66)
+    theirs = definition(batch, branches, 20, None)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
+        found = batch.values_and_gradients(cudnn_call(batch, branches, 20))
+    assert_equal(found, batch.values_and_gradients(theirs))
+
+
+def test_cudnn_lowers_to_its_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    # A program for a GPU is lowered where there is none; only the library's version must be told.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91500)
+    batch = Batch.random(8, 64, dim=16)
+    qkv = [x.astype(jnp.bfloat16) for x in batch.qkv]
+    attend = cudnn_call(batch, False, None)
+    gradient = jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    with jax.set_mesh(make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))):
+        text = jax.jit(gradient).trace(*qkv).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaScaleBiasSoftmax(" in text
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("branches", "window"), [(False, None), (False, 20), (True, None)])
+def test_cudnn_is_xla_on_a_gpu(branches: bool, window: int | None) -> None:
+    batch = Batch.random(4, 256, dim=64).branched() if branches else Batch.random(4, 256, dim=64)
+    q, k, v = (x.astype(jnp.bfloat16) for x in batch.qkv)
+    batch = dataclasses.replace(batch, qkv=(q, k, v))
+    branch_ids = jnp.asarray(batch.branch_ids) if branches else None
+
+    def attend(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return packed_attention(q, k, v, *batch.ids, branch_ids, scale=SCALE, window=window, kernel=kernel)
+
+    found, expected = (
+        batch.values_and_gradients(functools.partial(attend, kernel)) for kernel in ("cudnn", "xla")
+    )
+    assert_equal(found, expected, tolerance=5e-2)  # bfloat16 of values up to 4
+
+
+@pytest.mark.parametrize(
+    ("workload", "kernel"),
+    [
+        (TPU, "splash"),
+        (dataclasses.replace(TPU, soft_cap=50.0), "splash"),
+        (dataclasses.replace(TPU, batch_shards=4, head_shards=8), "splash"),
+        (dataclasses.replace(TPU, has_branches=True), "xla"),
+        (dataclasses.replace(TPU, batch_shards=16), "xla"),
+        (dataclasses.replace(TPU, head_shards=3), "xla"),
+        (dataclasses.replace(TPU, heads=24, kv_heads=6, head_shards=4), "xla"),
+        (GPU, "xla"),
+        (dataclasses.replace(TPU, platform="cpu"), "xla"),
+    ],
+)
+def test_auto_takes_what_can_honour_everything(workload: Workload, kernel: str) -> None:
+    assert choose(workload) == kernel
+    assert choose(workload, "xla") == "xla"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "workload", "reason"),
+    [
+        ("splash", GPU, "it is a TPU kernel"),
+        ("splash", dataclasses.replace(TPU, has_branches=True), "branches"),
+        ("splash", dataclasses.replace(TPU, batch=6, batch_shards=4), "6 rows on 4 devices"),
+        ("splash", dataclasses.replace(TPU, head_shards=3), "8 heads on 3 devices"),
+        ("splash", dataclasses.replace(TPU, heads=12, kv_heads=6, head_shards=4), "6 key/value heads on 4"),
+        ("cudnn", TPU, "it is a GPU kernel"),
+        ("cudnn", dataclasses.replace(GPU, soft_cap=30.0), "soft_cap=30"),
+        ("cudnn", dataclasses.replace(GPU, dtype=jnp.dtype(jnp.float32)), "float32"),
+        ("cudnn", dataclasses.replace(GPU, head_dim=256), "head_dim=256"),
+        ("cudnn", dataclasses.replace(GPU, length=255), "an odd length"),
+        ("cudnn", dataclasses.replace(GPU, batch=6, batch_shards=4), "6 rows on 4 devices"),
+    ],
+)
+def test_what_a_kernel_cannot_honour_raises(kernel: Kernel, workload: Workload, reason: str) -> None:
+    with pytest.raises(AttentionError, match=f"kernel '{kernel}' cannot honour .*{reason}"):
+        choose(workload, kernel)
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_a_kernel_asked_for_by_name_is_not_replaced(kernel: Kernel) -> None:
+    batch = Batch.random(1, 16)
+    with pytest.raises(AttentionError, match=f"kernel '{kernel}' cannot honour a cpu"):
+        packed_attention(*batch.qkv, *batch.ids, scale=SCALE, kernel=kernel)

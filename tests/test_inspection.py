@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_model import write_tiny_model
-from transformers import PreTrainedTokenizerBase
+from tiny_sentencepiece import tiny_sentencepiece
+from tokenizers import processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from middo_jax.data.example import Example, Message
+from middo_jax.data.packing import plan_buckets
 from middo_jax.data.sources import Rejection
+from middo_jax.data.templates import set_template
 from middo_jax.data.tokenize import load_tokenizer, tokenize
-from middo_jax.report.inspection import inspect_rows, inspect_tokens
+from middo_jax.report.inspection import inspect_rows, inspect_tokens, length_histogram, sample_parts
 from middo_jax.report.terminal import printable, render_inspection, render_trace
 
 EXAMPLES = [
@@ -36,27 +43,89 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 @pytest.mark.parametrize("max_length", [48, 1024])
 def test_counts(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    facts = inspect_tokens(EXAMPLES, tokenizer, max_length, batch_tokens=512)["tokens"]
+    facts = inspect_tokens(EXAMPLES, tokenizer, max_length, batch_tokens=512, pack_length=1024)["tokens"]
+    whole = sorted(len(tokenize(e, tokenizer, 1 << 20)) for e in EXAMPLES)
     tokenized = [tokenize(e, tokenizer, max_length) for e in EXAMPLES]
-    lengths = sorted(map(len, tokenized))
-    assert facts["total"] == sum(lengths)
-    assert (facts["quantiles"]["min"], facts["quantiles"]["max"]) == (lengths[0], lengths[-1])
-    assert facts["quantiles"]["median"] in (lengths[4], lengths[5]) or facts["quantiles"]["median"] == int(
-        np.median(lengths)
-    )
+    left = sum(map(len, tokenized))
+    assert (facts["quantiles"]["min"], facts["quantiles"]["max"]) == (whole[0], whole[-1])
+    assert facts["quantiles"]["median"] in (whole[4], whole[5])
+    assert (facts["total"], facts["tokens_cut"]) == (left, sum(whole) - left)
     assert facts["truncated"] == sum(t.truncated for t in tokenized)
     assert (facts["truncated"] > 0) == (max_length == 48)
-    assert facts["target_share"] == pytest.approx(sum(t.is_target_n.sum() for t in tokenized) / sum(lengths))
-    assert 0 < facts["fill"] <= 1
-    assert facts["shapes"] >= 1
+    assert facts["target_share"] == pytest.approx(sum(t.is_target_n.sum() for t in tokenized) / left)
+    assert facts["training"]["fill"] == pytest.approx(left / (1024 * facts["training"]["rows"]))
+    buckets = plan_buckets([len(t) for t in tokenized], 512)
+    assert facts["scoring"]["shapes"] == [[b.batch, b.length] for b in buckets]
+    batches = sum(len(list(b.batches())) * b.batch * b.length for b in buckets)
+    assert facts["scoring"]["fill"] == pytest.approx(left / batches)
+
+
+@given(lengths=st.lists(st.integers(1, 100_000), min_size=1, max_size=50), max_length=st.integers(1, 200_000))
+def test_histogram(lengths: list[int], max_length: int) -> None:
+    bars = length_histogram(lengths, max_length)
+    assert sum(bar["n"] for bar in bars) == len(lengths)
+    assert bars[0]["from"] <= min(lengths)
+    assert bars[-1]["to"] >= max(lengths)
+    assert [bar["from"] for bar in bars[1:]] == [bar["to"] + 1 for bar in bars[:-1]]
+    for bar in bars:
+        assert bar["n"] == sum(bar["from"] <= length <= bar["to"] for length in lengths)
+        assert not bar["from"] <= max_length < bar["to"]
+    assert len(bars) <= 20
 
 
 def test_the_first_sample_shows_what_is_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
-    rendered = inspect_tokens(EXAMPLES, tokenizer, 1024, 512)["rendered"]
-    assert rendered == (
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Héllo 🦙<|im_end|>]]\n"
-        "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n[[!<|im_end|>]]\n"
+    sample = inspect_tokens(EXAMPLES, tokenizer, 1024, 512, 1024)["sample"]
+    assert sample == {
+        "id": EXAMPLES[0].id,
+        "truncated": False,
+        "parts": [
+            {"kind": "template", "text": "<|im_start|>user\n"},
+            {"kind": "prompt", "text": "Hi"},
+            {"kind": "template", "text": "<|im_end|>\n<|im_start|>assistant\n"},
+            {"kind": "target", "text": "Héllo 🦙<|im_end|>"},
+            {"kind": "template", "text": "\n<|im_start|>user\n"},
+            {"kind": "prompt", "text": "?"},
+            {"kind": "template", "text": "<|im_end|>\n<|im_start|>assistant\n"},
+            {"kind": "target", "text": "!<|im_end|>"},
+            {"kind": "template", "text": "\n"},
+        ],
+    }
+
+
+def test_parts_keep_the_spaces_of_a_sentencepiece() -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_sentencepiece("first"), bos_token="<s>", eos_token="</s>"
     )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]"]})
+    set_template(tokenizer, "mistral")
+    parts = sample_parts(tokenize(EXAMPLES[0], tokenizer, 1024), tokenizer)
+    assert "".join(part["text"] for part in parts) == (
+        "<s>[INST] Hi[/INST] Héllo 🦙</s>[INST] ?[/INST] !</s>"
+    )
+    assert [part["text"] for part in parts if part["kind"] == "target"] == [" Héllo 🦙</s>", " !</s>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "warning"),
+    [
+        ("{{ '<s>' }}%s", None),
+        ("%s", "begins every text with <s>, the template does not"),
+        ("{{ '<s><s>' }}%s", "begins with <s> twice"),
+        (
+            "{{ '<s>' }}{%% for m in messages %%}{{ m['content'] + '\n' }}{%% endfor %%}",
+            "puts no control token",
+        ),
+    ],
+)
+def test_odd_templates_are_warned_of(template: str, warning: str | None) -> None:
+    backend = tiny_sentencepiece()
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    usual = "{% for m in messages %}{{ m['content'] + '</s>\n' }}{% endfor %}"
+    tokenizer.chat_template = template % usual if "%s" in template else template.replace("%%", "%")
+    warnings = inspect_tokens(EXAMPLES, tokenizer, 1024, 512, 1024)["warnings"]
+    assert len(warnings) == (warning is not None)
+    assert warning is None or warning in warnings[0]
 
 
 def test_what_is_printed(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -64,11 +133,31 @@ def test_what_is_printed(tokenizer: PreTrainedTokenizerBase) -> None:
     facts = inspect_rows(EXAMPLES, rejections)
     assert facts["n"] == len(EXAMPLES)
     assert len(facts["rejected"]) == 7
-    text = render_inspection(facts | inspect_tokens(EXAMPLES, tokenizer, 48, 512))
+    text = render_inspection(facts | inspect_tokens(EXAMPLES, tokenizer, 48, 512, 48))
     assert text.startswith(f"{len(EXAMPLES)} rows can be used, 7 cannot\n  data.jsonl:0: no response\n")
     assert "[[Héllo 🦙<|im_end|>]]" in text
-    assert "longer than max_length 48:" in text
+    assert "cut at model.max_length 48: " in text
+    assert re.search(r"packed for scoring: [\d.]+% full, \d compiled shapes? \(\d+ x \d+", text)
+    assert re.search(r"packed for training: [\d.]+% full, \d+ rows of 48\n", text)
+    bars = re.findall(r"^ *([\d,]+)-[\d,]+  (█*) *(\d+)(  cut)?$", text, re.MULTILINE)
+    assert sum(int(n) for _, _, n, _ in bars) == len(EXAMPLES)
+    for start, bar, n, cut in bars:
+        assert (len(bar) > 0) == (int(n) > 0)
+        assert (cut != "") == (int(start) > 48 and int(n) > 0)
     assert "tokens a conversation" not in render_inspection(facts)
+
+
+def test_colours_are_ours_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    """On a terminal a dataset's text neither steers nor is read as markup, and is shown to the letter."""
+    nasty = "[bold red]x[/] \x1b[31m \x1b]0;title\x07 [link=a]b[/link] [/]\r :smile:"
+    example = Example((Message("user", nasty), Message("assistant", f"{nasty}\n\nend")))
+    facts = inspect_rows([example], []) | inspect_tokens([example], tokenizer, 1024, 512, 1024)
+    shown = render_inspection(facts, color=True)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", plain)
+    assert plain.endswith("".join(printable(part["text"]) for part in facts["sample"]["parts"]))
+    learnt = "".join(re.findall(r"\x1b\[30;42m(.*?)\x1b\[0m", shown, re.DOTALL))
+    assert learnt == f"what is learnt{printable(nasty)}end<|im_end|>"  # line ends carry no colour
 
 
 def test_nothing_steers_the_terminal() -> None:

@@ -24,7 +24,8 @@ class Lineage:
     """Where an example comes from, and what was measured of it before and after.
 
     `root_id` is the user's own row at the start of the chain; `scores_before` are the scores of the parent
-    that was found wanting, `scores_after` those of this example in the next round, once known.
+    that was found wanting. `scores_after` are this example's under the same model, where it was accepted by
+    measurement, and else those of the next round, once known.
     """
 
     parent_ids: tuple[str, ...] = ()

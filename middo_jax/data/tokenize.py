@@ -12,23 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from middo_jax.data.example import Example, Message, Role
+from middo_jax.data.templates import TemplateError, control_tokens, set_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# `Human: {prompt}<eos>\nAssistant:{response}<eos>`: for a tokenizer without a template.
-DEFAULT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ 'Human: ' + message['content'] + eos_token + '\\n' }}"
-    "{% else %}{{ 'Assistant:' + message['content'] + eos_token + '\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-
-
-class TemplateError(ValueError):
-    """The chat template cannot render a conversation in a way that shows where the answer starts and ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +45,10 @@ def load_tokenizer(directory: str | Path, template: str | None = None) -> PreTra
 
     Args:
       directory: a Hugging Face directory; nothing in it is executed.
-      template: a Jinja file that overrides the tokenizer's own, or 'default' for the Human/Assistant one,
-        which a tokenizer without any template gets too.
+      template: overrides the tokenizer's own, see `set_template`.
 
     Raises:
-      TemplateError: the template file is missing, or the tokenizer is not a fast one (no character offsets).
+      TemplateError: see `set_template`; or the tokenizer is not a fast one (no character offsets).
     """
     from transformers import AutoTokenizer
 
@@ -71,15 +57,7 @@ def load_tokenizer(directory: str | Path, template: str | None = None) -> PreTra
         raise TemplateError(
             f"{directory}: a fast tokenizer (tokenizer.json) is needed to find where answers start"
         )
-    if template == "default" or (template is None and not tokenizer.chat_template):
-        tokenizer.chat_template = DEFAULT_TEMPLATE
-    elif template is not None:
-        try:
-            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
-        except OSError as e:
-            raise TemplateError(
-                f"model.template: cannot read {template}: {e.strerror}; or say 'default'"
-            ) from e
+    set_template(tokenizer, template)
     return tokenizer
 
 
@@ -104,12 +82,12 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return last if last in control_tokens(tokenizer).values() else None
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Text -> id of the tokens that steer the model, and that no sample's own text may contain."""
-    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+@functools.lru_cache(maxsize=16)
+def _control_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    return np.array(sorted(control_tokens(tokenizer).values()), np.int32)
 
 
+@functools.lru_cache(maxsize=16)
 def steering_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """The control tokens conversations are rendered with: in a sample's own text they would end its turn.
 
@@ -128,21 +106,22 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
       in_prompt    .    .  1     .        .       .           .      .    .       .     .
       is_target    .    .  .     .        .       .           .      .    1       1     .
 
-    Every assistant turn is a target. Too long a conversation is cut: see `_truncate`.
+    Every assistant turn is a target. Too long a conversation is cut: see `truncate`.
 
     Raises:
       TemplateError: a turn cannot be found again in what the template rendered.
     """
     layout = _layout(tokenizer, tuple(m.role for m in example.messages))
-    text, content_starts = layout.locate(_render(tokenizer, example.messages), example)
+    text = _render(tokenizer, example.messages)
+    spans = layout.locate(text, example)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens_n = np.asarray(encoded["input_ids"], np.int32)
     starts_n, stops_n = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
-    is_control_n = np.isin(tokens_n, list(control_tokens(tokenizer).values()))
+    is_control_n = np.isin(tokens_n, _control_ids(tokenizer))
     is_target_n = np.zeros(len(tokens_n), bool)
     in_prompt_n = np.zeros(len(tokens_n), bool)
     for turn, message in enumerate(example.messages):
-        start, stop = content_starts[turn]
+        start, stop = spans[turn]
         if message.role == "assistant":
             first = _first_token(starts_n, stops_n, start - layout.openings[turn])
             after = _first_token(starts_n, stops_n, stop)
@@ -151,7 +130,7 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
             is_target_n[first:after] = True
         elif message.role == "user":
             in_prompt_n |= (stops_n > start) & (starts_n < stop)
-    return _truncate(TokenizedExample(example.id, tokens_n, is_target_n, in_prompt_n, False), max_length)
+    return truncate(TokenizedExample(example.id, tokens_n, is_target_n, in_prompt_n, False), max_length)
 
 
 def _first_token(starts_n: np.ndarray, stops_n: np.ndarray, character: int) -> int:
@@ -176,20 +155,32 @@ class _Layout:
     pieces: tuple[str, ...]
     openings: tuple[int, ...]
 
-    def locate(self, text: str, example: Example) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered text and each turn's [start, stop) in it; proven by putting it together again."""
-        for contents in (
-            [m.content for m in example.messages],
-            [m.content.strip() for m in example.messages],
-        ):
-            spans, rebuilt = [], ""
-            for piece, content in zip(self.pieces, contents, strict=False):
-                rebuilt += piece
-                spans.append((len(rebuilt), len(rebuilt) + len(content)))
-                rebuilt += content
-            if rebuilt + self.pieces[-1] == text:
-                return text, spans
-        raise TemplateError(f"sample {example.id}: the chat template changes its text; set model.template")
+    def locate(self, text: str, example: Example) -> list[tuple[int, int]]:
+        """Each turn's [start, stop) in the rendered text, of which nothing is left over."""
+        spans: list[tuple[int, int]] = []
+        start = len(self.pieces[0])
+        for message, following in zip(example.messages, self.pieces[1:], strict=True):
+            for content in _as_rendered(message.content):
+                stop = start + len(content)
+                if text.startswith(content, start) and text.startswith(following, stop):
+                    break
+            else:
+                raise _changed(example, f"the {message.role}'s text")
+            spans.append((start, stop))
+            start = stop + len(following)
+        if not text.startswith(self.pieces[0]) or start != len(text):
+            raise _changed(example, "its own words")
+        return spans
+
+
+def _changed(example: Example, what: str) -> TemplateError:
+    return TemplateError(f"sample {example.id}: the chat template changes {what}; set model.template")
+
+
+def _as_rendered(content: str) -> list[str]:
+    """What templates are known to leave of a text: all of it, or what is within spaces or empty lines."""
+    ways = (content, content.strip(), content.rstrip(), content.lstrip())
+    return list(dict.fromkeys((*ways, content.strip("\n"), content.rstrip("\n"), content.lstrip("\n"))))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -203,7 +194,8 @@ def _layout(tokenizer: PreTrainedTokenizerBase, roles: tuple[Role, ...]) -> _Lay
         piece, found, rest = rest.partition(mark)
         if not found or mark in rest:
             raise TemplateError(
-                f"the chat template does not show a {role}'s turn exactly once; set model.template"
+                f"the chat template does not show turn {turn + 1}, the {role}'s, once and in its place; "
+                "set model.template"
             )
         pieces.append(piece)
         opening = 0
@@ -244,7 +236,7 @@ def _render(
     return text
 
 
-def _truncate(example: TokenizedExample, max_length: int) -> TokenizedExample:
+def truncate(example: TokenizedExample, max_length: int) -> TokenizedExample:
     """Cuts a conversation to `max_length` tokens, keeping the end of the prompt.
 
     What the template puts after the last answer goes first. The answer may take half of the room, and more

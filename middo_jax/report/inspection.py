@@ -9,14 +9,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from middo_jax.data.example import Example
-from middo_jax.data.packing import plan_buckets
+from middo_jax.data.packing import first_fit, plan_buckets
 from middo_jax.data.sources import Rejection
-from middo_jax.data.tokenize import tokenize
+from middo_jax.data.templates import starts_with_bos
+from middo_jax.data.tokenize import TokenizedExample, end_of_turn_token, tokenize, truncate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "99 %": 0.99, "max": 1.0}
+QUANTILES = {
+    "min": 0,
+    "5 %": 0.05,
+    "25 %": 0.25,
+    "median": 0.5,
+    "75 %": 0.75,
+    "95 %": 0.95,
+    "99 %": 0.99,
+    "max": 1,
+}
+NO_LIMIT = 1 << 30
 
 
 def inspect_rows(examples: Sequence[Example], rejections: Sequence[Rejection]) -> dict[str, Any]:
@@ -25,30 +36,100 @@ def inspect_rows(examples: Sequence[Example], rejections: Sequence[Rejection]) -
 
 
 def inspect_tokens(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_tokens: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    batch_tokens: int,
+    pack_length: int,
 ) -> dict[str, Any]:
-    """Lengths, what is learnt, what is cut, how well packing fills; the first sample with targets marked."""
-    tokenized = [tokenize(e, tokenizer, max_length) for e in examples]
+    """How long conversations are, what is cut and learnt, how full packs are; the first sample as it is read.
+
+    Args:
+      examples: at least one; all can be rendered.
+      tokenizer: with the template that is to be used.
+      max_length: tokens, longer conversations are cut.
+      batch_tokens: tokens of a batch that is scored.
+      pack_length: tokens of a row that is trained on.
+
+    Returns:
+      tokens: `quantiles` and `histogram` of the lengths before anything is cut; `truncated` conversations and
+        how many tokens that takes away; `total` and `target_share` of what is left; how full rows are when
+        they are scored (and in which shapes) and trained on.
+      sample: the first one's `id`, whether it is cut, and its text in parts, each of a kind: `target`,
+        `prompt` or `template`.
+      warnings: what is odd about the template, in words.
+    """
+    whole = [tokenize(e, tokenizer, NO_LIMIT) for e in examples]
+    tokenized = [truncate(t, max_length) for t in whole]
     lengths = [len(t) for t in tokenized]
     buckets = plan_buckets(lengths, batch_tokens)
     computed = sum(b.length * b.batch * -(-len(b.rows) // b.batch) for b in buckets)
-    parts = []
-    for learnt, run in itertools.groupby(
-        zip(tokenized[0].tokens_n, tokenized[0].is_target_n, strict=True), key=lambda pair: bool(pair[1])
-    ):
-        text = tokenizer.decode([int(token) for token, _ in run])
-        parts.append(f"[[{text}]]" if learnt else text)
+    rows = first_fit(lengths, pack_length, max_segments=pack_length)
     return {
         "tokens": {
-            "total": sum(lengths),
             "quantiles": {
-                name: int(np.quantile(lengths, q, method="nearest")) for name, q in QUANTILES.items()
+                name: int(np.quantile([len(t) for t in whole], q, method="nearest"))
+                for name, q in QUANTILES.items()
             },
-            "target_share": sum(int(t.is_target_n.sum()) for t in tokenized) / sum(lengths),
+            "histogram": length_histogram([len(t) for t in whole], max_length),
             "max_length": max_length,
             "truncated": sum(t.truncated for t in tokenized),
-            "fill": sum(lengths) / computed,
-            "shapes": len(buckets),
+            "tokens_cut": sum(map(len, whole)) - sum(lengths),
+            "total": sum(lengths),
+            "target_share": sum(int(t.is_target_n.sum()) for t in tokenized) / sum(lengths),
+            "scoring": {"fill": sum(lengths) / computed, "shapes": [[b.batch, b.length] for b in buckets]},
+            "training": {"fill": sum(lengths) / (len(rows) * pack_length), "rows": len(rows)},
+            "pack_length": pack_length,
         },
-        "rendered": "".join(parts),
+        "sample": {
+            "id": tokenized[0].id,
+            "truncated": tokenized[0].truncated,
+            "parts": sample_parts(tokenized[0], tokenizer),
+        },
+        "warnings": _warnings(tokenized[0], tokenizer),
     }
+
+
+def length_histogram(lengths: Sequence[int], max_length: int) -> list[dict[str, int]]:
+    """Counts of lengths by bins `from`..`to`, both within, that grow by 2, or by its root if few would do.
+
+    [20, 50, 60, 100], max_length 90  ->  16-22: 1, 23-31: 0, 32-44: 0, 45-63: 2, 64-89: 0, ... 91-127: 1
+
+    One bin begins right behind max_length, so that what is cut can be told from what is not.
+    """
+    shortest, longest = min(lengths), max(lengths)
+    per_octave = 1 if longest > 64 * shortest else 2
+    edges = {round(2 ** (k / per_octave)) for k in range(0, 64 * per_octave)} | {max_length + 1}
+    ordered = sorted(edges)
+    first = max(i for i, edge in enumerate(ordered) if edge <= shortest)
+    last = min(i for i, edge in enumerate(ordered) if edge > longest)
+    counts, _ = np.histogram(lengths, ordered[first : last + 1])
+    return [
+        {"from": low, "to": high - 1, "n": int(n)}
+        for low, high, n in zip(ordered[first:last], ordered[first + 1 : last + 1], counts, strict=True)
+    ]
+
+
+def sample_parts(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """The text of a conversation in runs of one kind: what is learnt, the user's words, the template's."""
+    kinds = np.where(example.is_target_n, "target", np.where(example.in_prompt_n, "prompt", "template"))
+    parts, shown, stop = [], "", 0
+    for kind, run in itertools.groupby(kinds.tolist()):
+        stop += len(list(run))
+        # Decoded from the start each time: alone, a run would lose the space that its first word begins with.
+        text = str(tokenizer.decode(example.tokens_n[:stop].tolist(), clean_up_tokenization_spaces=False))
+        parts.append({"kind": kind, "text": text[len(shown) :]})
+        shown = text
+    return parts
+
+
+def _warnings(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    found = []
+    if end_of_turn_token(tokenizer) is None:
+        found.append("the template puts no control token behind an answer: where to stop is not learnt")
+    n_bos = int((example.tokens_n[:2] == tokenizer.bos_token_id).sum()) if tokenizer.bos_token_id else 0
+    if starts_with_bos(tokenizer) and not n_bos:
+        found.append(f"the tokenizer begins every text with {tokenizer.bos_token}, the template does not")
+    if n_bos == 2:
+        found.append(f"the template begins with {tokenizer.bos_token} twice")
+    return found

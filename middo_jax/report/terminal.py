@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 from typing import Any
 
 _AXES = {"complexity": "hard", "diversity": "sparse", "quality": "low quality"}
+_STYLES = {"target": "black on green", "prompt": "cyan", "template": "dim"}
+_BAR = 40  # characters of the longest bar
 
 
 def printable(text: str) -> str:
@@ -34,6 +37,24 @@ def render_selection(selection: dict[str, Any]) -> str:
     return "\n".join(lines) or "no axis has scores"
 
 
+def render_batch(state: dict[str, Any], directory: Path, written: Path | None) -> str:
+    """Where refining by batch files stands, and the next command."""
+    lines = [f"{state['taken']:,} results taken in"] if state["taken"] else []
+    if state["failed"]:
+        lines.append(
+            f"{state['failed']:,} results are failures and asked again, the first: {state['first_failure']}"
+        )
+    command = f"middo refine {directory}"
+    if written is None:
+        lines.append(f"{state['waiting']:,} requests wait; next: {command} --write-batch FILE")
+    else:
+        lines += [
+            f"{state['waiting']:,} requests are in {written}: have them run, then",
+            f"  {command} --read-batch RESULTS --write-batch NEXT",
+        ]
+    return printable("\n".join(lines))
+
+
 def render_trace(chain: list[dict[str, Any]]) -> str:
     """The chain that `lineage.trace` gives, oldest first."""
     parts = []
@@ -52,21 +73,66 @@ def render_trace(chain: list[dict[str, Any]]) -> str:
     return printable("\n\n".join(parts))
 
 
-def render_inspection(facts: dict[str, Any]) -> str:
-    """What `inspection` found, as text."""
+def render_inspection(facts: dict[str, Any], *, color: bool = False) -> str:
+    """What `inspection` found, as text: what is learnt in colour, or between [[ and ]] without."""
     lines = [f"{facts['n']:,} rows can be used, {len(facts['rejected'])} cannot"]
     lines += [f"  {row['where']}: {row['reason']}" for row in facts["rejected"][:5]]
-    if "tokens" in facts:
-        tokens = facts["tokens"]
-        quantiles = ", ".join(f"{name} {value:,}" for name, value in tokens["quantiles"].items())
-        lines += [
-            f"tokens a conversation: {quantiles}",
-            f"targets: {tokens['target_share']:.0%} of {tokens['total']:,} tokens",
-            f"longer than max_length {tokens['max_length']:,}: {tokens['truncated']:,}",
-            f"packed for scoring: {tokens['fill']:.1%} of the computed positions are real, "
-            f"in {tokens['shapes']} shapes",
-            "",
-            "the first sample, what is learnt in [[ ]]:",
-            facts["rendered"],
-        ]
-    return printable("\n".join(lines))
+    if "tokens" not in facts:
+        return printable("\n".join(lines))
+    lines += [f"warning: {warning}" for warning in facts["warnings"]]
+    sample = facts["sample"]
+    cut = ", cut" if sample["truncated"] else ""
+    lines += ["", *_lengths(facts["tokens"]), "", f"sample {sample['id']} as the model reads it{cut}; "]
+    text = printable("\n".join(lines))
+    parts = [(part["kind"], printable(part["text"])) for part in sample["parts"]]
+    if color:
+        return text + _colored(parts)
+    return (
+        text
+        + "what is learnt in [[ ]]:\n"
+        + "".join(f"[[{part}]]" if kind == "target" else part for kind, part in parts)
+    )
+
+
+def _lengths(tokens: dict[str, Any]) -> list[str]:
+    """Quantiles and histogram of the lengths, and what becomes of them in packs."""
+    quantiles = "  ".join(f"{name} {value:,}" for name, value in tokens["quantiles"].items())
+    names = [f"{bar['from']:,}-{bar['to']:,}" for bar in tokens["histogram"]]
+    highest = max(bar["n"] for bar in tokens["histogram"])
+    bars = [
+        f"  {name:>{max(map(len, names))}}  {'█' * -(-bar['n'] * _BAR // highest):<{_BAR}} {bar['n']:,}"
+        + ("  cut" if bar["from"] > tokens["max_length"] and bar["n"] else "")
+        for name, bar in zip(names, tokens["histogram"], strict=True)
+    ]
+    shapes = tokens["scoring"]["shapes"]
+    return [
+        f"tokens a conversation: {quantiles}",
+        *bars,
+        f"cut at model.max_length {tokens['max_length']:,}: {tokens['truncated']:,} conversations, "
+        f"{tokens['tokens_cut']:,} tokens",
+        f"learnt: {tokens['target_share']:.1%} of {tokens['total']:,} tokens",
+        f"packed for scoring: {tokens['scoring']['fill']:.1%} full, {len(shapes)} compiled "
+        f"{'shape' if len(shapes) == 1 else 'shapes'} ({', '.join(f'{b} x {t:,}' for b, t in shapes)})",
+        f"packed for training: {tokens['training']['fill']:.1%} full, "
+        f"{tokens['training']['rows']:,} rows of {tokens['pack_length']:,}",
+    ]
+
+
+def _colored(parts: list[tuple[str, str]]) -> str:
+    from rich.console import Console
+    from rich.text import Text
+
+    # Text is never read as markup, and what would steer a terminal is gone from it already.
+    text = Text.assemble(
+        ("what is learnt", _STYLES["target"]),
+        ", ",
+        ("the user's words", _STYLES["prompt"]),
+        ", ",
+        ("the template's", _STYLES["template"]),
+        ":\n",
+        *((part, _STYLES[kind]) for kind, part in parts),
+    )
+    console = Console(force_terminal=True, color_system="standard", no_color=False, highlight=False)
+    with console.capture() as capture:
+        console.print(text, soft_wrap=True, end="")
+    return capture.get()

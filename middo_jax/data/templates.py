@@ -1,0 +1,87 @@
+"""Chat templates by name: the formats that families are fine-tuned in, one Jinja file each in `jinja/`."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Name -> the control tokens that the format stands on. Each must be one token of the tokenizer: spelt out in
+# ordinary tokens, an end of turn is neither learnt as one nor does it stop an answer.
+CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": ("[INST]", "[/INST]"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "default": (),
+}
+
+
+class TemplateError(ValueError):
+    """The chat template is not there, is not this tokenizer's, or hides where an answer starts and ends."""
+
+
+def named_template(name: str) -> str:
+    """The Jinja text of one of the names in CONTROL_TOKENS."""
+    file = importlib.resources.files("middo_jax.data").joinpath("jinja", f"{name}.jinja")
+    return file.read_text(encoding="utf-8")
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Gives a tokenizer the chat template that the user asked for.
+
+    Args:
+      tokenizer: its `chat_template` is replaced, unless it has one and no other is asked for.
+      template: a name in CONTROL_TOKENS, or a Jinja file. None: its own, or 'default' if it has none.
+
+    Raises:
+      TemplateError: neither a name nor a file that can be read, or a format whose control tokens are not
+        tokens of this tokenizer.
+    """
+    if template is None and tokenizer.chat_template:
+        return
+    name = template or "default"
+    if name in CONTROL_TOKENS:
+        _check_tokens(name, tokenizer)
+        tokenizer.chat_template = named_template(name)
+        if name == "default" and starts_with_bos(tokenizer):
+            tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+        return
+    names = ", ".join(CONTROL_TOKENS)
+    try:
+        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+    except OSError as e:
+        raise TemplateError(
+            f"model.template: {name!r} is neither a known name ({names}) nor a Jinja file that can be read: "
+            f"{e.strerror}"
+        ) from e
+    except UnicodeDecodeError as e:
+        raise TemplateError(f"model.template: {name} is not a text file in UTF-8: {e}") from e
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Text -> id of the tokens that steer the model, and that no sample's own text may contain."""
+    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def _check_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    has = control_tokens(tokenizer).keys()
+    missing = [token for token in CONTROL_TOKENS[name] if token not in has]
+    for role in ("bos_token", "eos_token"):
+        if role in named_template(name) and getattr(tokenizer, role) is None:
+            missing.append(f"its {role}")
+    if missing:
+        fitting = [other for other, tokens in CONTROL_TOKENS.items() if has >= set(tokens)]
+        raise TemplateError(
+            f"model.template: {name} is written with {', '.join(missing)}, no control tokens of this "
+            f"tokenizer; of the known names {', '.join(fitting)} fit it, or give a Jinja file"
+        )
+
+
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer begins every text with BOS, as it was in pre-training."""
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]

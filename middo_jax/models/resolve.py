@@ -27,7 +27,13 @@ def resolve(path: str) -> Path:
 
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         converted = cache / "middo-jax" / "gguf" / file_hash(local)
-        return converted if converted.exists() else convert(local, converted)
+        if not converted.exists():
+            try:
+                convert(local, converted)
+            except OSError:
+                if not converted.exists():  # else another process was faster
+                    raise
+        return converted
     if local.exists():
         raise CheckpointError(f"model {path}: neither a directory nor a .gguf file")
     if local.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
@@ -37,7 +43,13 @@ def resolve(path: str) -> Path:
     try:
         snapshot = snapshot_download(
             path,
-            allow_patterns=["model*.safetensors", "*.json", "*.jinja", "tokenizer.model"],
+            allow_patterns=[
+                "model*.safetensors",
+                "adapter_model.safetensors",
+                "*.json",
+                "*.jinja",
+                "tokenizer.model",
+            ],
             ignore_patterns=["*/*"],
         )
     except Exception as error:  # the hub's client raises a dozen unrelated classes

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
+from middo_jax.progress import Progress
 from middo_jax.run_dir import RunError
 from middo_jax.workshop import Workshop
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 def heldout_loss(workshop: Workshop, model: Path, examples: Sequence[Example]) -> dict[str, Any]:
@@ -29,22 +34,89 @@ def heldout_loss(workshop: Workshop, model: Path, examples: Sequence[Example]) -
     return {"loss": result.loss, "n_target_tokens": result.n_target_tokens}
 
 
-def export_checkpoint(checkpoint: Path, out: Path, dtype: str | None = None) -> Path:
-    """Writes a checkpoint of ours as a Hugging Face directory; returns `out`.
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    dtype: str | None,
+    progress: Progress,
+    *,
+    mesh: Mesh | None = None,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Writes a trained model as a Hugging Face directory, adapters merged into their base.
+
+    It carries the chat template of the training. Where torch is installed and memory allows, transformers
+    opens it, and its logits have to be ours.
+
+    Args:
+      checkpoint: of ours, or a PEFT adapter.
+      out: must not exist, or be empty.
+      dtype: float32, bfloat16 or float16; None is float32, in which training keeps its weights.
+      progress: is told how well the export agrees with us, or why nobody knows.
+      mesh: where the parameters lie meanwhile; None is all devices, parameters split.
+      verify: whether to compare.
+
+    Returns:
+      {"verified": True, "max_difference", "largest_logit", "n_prompts", "n_tokens"}, or {"verified": False,
+      "reason"}.
 
     Raises:
       RunError: there is no finished checkpoint.
+      FileExistsError: `out` holds something.
+      CheckpointError: the export is not our model; nothing is left of it.
     """
+    from middo_jax.data.tokenize import eos_token_ids, load_tokenizer
+    from middo_jax.models import hf
+    from middo_jax.models.checkpoint import read_metadata
     from middo_jax.models.config import read_config
-    from middo_jax.models.hf import export
+    from middo_jax.models.lora import merge_adapters
+    from middo_jax.models.source import load, locate
     from middo_jax.parallel.mesh import make_mesh
-    from middo_jax.train.checkpoint import read_metadata, restore_params
 
-    metadata = read_metadata(checkpoint)
-    if metadata is None:
+    source = locate(checkpoint)
+    if source.trained is None:
         raise RunError(f"{checkpoint}: no finished checkpoint there; a round's is at round_XX/checkpoint")
-    base = Path(metadata["base"])
-    config = read_config(base)
-    _, params = restore_params(checkpoint, config, make_mesh())
-    export(params, config, base, out, dtype)
-    return out
+    hf.require_vacant(out)  # rather now than when all is computed
+    config, mesh = read_config(source.base), mesh or make_mesh()
+    _, params = merge_adapters(*load(source, mesh=mesh))
+    tokenizer = load_tokenizer(source.base)
+    if template := (read_metadata(checkpoint) or {}).get("chat_template"):
+        tokenizer.chat_template = template
+    reason = hf.obstacle(config) if verify else "switched off"
+    verification = hf.export(
+        params,
+        config,
+        source.base,
+        out,
+        dtype,
+        chat_template=tokenizer.chat_template,
+        eos_token_ids=eos_token_ids(source.base, tokenizer),
+        expectation=None if reason else hf.expect(params, config, tokenizer, dtype, mesh),
+    )
+    if reason is not None:
+        progress.say(f"not verified: {reason}")
+        return {"verified": False, "reason": reason}
+    if verification is None:  # the first process has it
+        return {"verified": True}
+    progress.say(str(verification))
+    return {"verified": True, **verification._asdict()}
+
+
+def export_adapter(checkpoint: Path, out: Path, dtype: str | None = None) -> None:
+    """Writes the LoRA adapters of a checkpoint of ours as a PEFT directory, which names their base.
+
+    Raises:
+      RunError: it has none.
+      FileExistsError: `out` holds something.
+    """
+    from middo_jax.models import hf
+    from middo_jax.models.checkpoint import read_metadata
+    from middo_jax.models.config import read_config
+    from middo_jax.models.source import load_adapters, locate
+    from middo_jax.parallel.mesh import make_mesh
+
+    source = locate(checkpoint)
+    config = dataclasses.replace(read_config(source.base), lora=source.lora)
+    adapters = load_adapters(source, config, make_mesh())
+    template = (read_metadata(checkpoint) or {}).get("chat_template")
+    hf.export_adapters(adapters, config, source.base, out, dtype, template)

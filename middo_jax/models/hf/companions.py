@@ -1,0 +1,95 @@
+"""What a model directory holds besides its weights: configs, the tokenizer, the chat template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from middo_jax.models.hf.files import CheckpointError
+from middo_jax.run_dir import write_json, write_text
+
+_GENERATION_CONFIG = "generation_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+_CHAT_TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
+
+
+def write_companions(
+    source: Path,
+    directory: Path,
+    dtype: str,
+    chat_template: Any = None,
+    eos_token_ids: Collection[int] = (),
+) -> None:
+    """Copies from one model directory to another, with what a training changed.
+
+    Args:
+      source: of the base model.
+      directory: gets the files.
+      dtype: of the weights, for config.json.
+      chat_template: that of the tokenizer that the model was trained with; None is the base's own.
+      eos_token_ids: tokens that end an answer. A server stops at those that generation_config.json names, so
+        those that are missing there are added.
+
+    Raises:
+      CheckpointError: the source has no config.json.
+    """
+    if not (source / "config.json").is_file():
+        raise CheckpointError(f"{source}: no config.json there, so that none can be exported")
+    config = _read_json(source / "config.json")
+    # transformers 5 writes `dtype`, 4 wrote `torch_dtype`.
+    config.update(dict.fromkeys(config.keys() & {"dtype", "torch_dtype"} or {"dtype"}, dtype))
+    write_json(directory / "config.json", config)
+    _write_generation_config(source, directory, config, eos_token_ids)
+    write_tokenizer(source, directory, chat_template)
+
+
+def write_tokenizer(source: Path, directory: Path, chat_template: str | None = None) -> None:
+    """Copies the tokenizer's files and the chat template, or `chat_template` in its place."""
+    _copy(source, directory, _TOKENIZER)
+    if chat_template is None or chat_template == _own_template(source):
+        _copy(source, directory, _CHAT_TEMPLATES)
+    else:
+        # In both places: readers of before 2025 know only the second, and the first wins where it is known.
+        write_text(directory / "chat_template.jinja", chat_template)
+        tokenizer = _read_json(directory / _TOKENIZER_CONFIG)
+        write_json(directory / _TOKENIZER_CONFIG, tokenizer | {"chat_template": chat_template})
+
+
+def _own_template(source: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False).chat_template
+
+
+def _write_generation_config(
+    source: Path, directory: Path, config: dict[str, Any], eos_token_ids: Collection[int]
+) -> None:
+    path = source / _GENERATION_CONFIG
+    named = ("bos_token_id", "eos_token_id", "pad_token_id")
+    # Without a file, transformers takes what config.json says.
+    settings = _read_json(path) if path.is_file() else {k: config[k] for k in named if k in config}
+    eos = settings.get("eos_token_id")
+    known = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if missing := sorted(set(eos_token_ids).difference(known)):
+        write_json(directory / _GENERATION_CONFIG, settings | {"eos_token_id": [*known, *missing]})
+    elif path.is_file():
+        shutil.copyfile(path, directory / _GENERATION_CONFIG)
+    else:
+        write_json(directory / _GENERATION_CONFIG, settings)
+
+
+def _copy(source: Path, directory: Path, patterns: Collection[str]) -> None:
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            if file.is_file():
+                target = directory / file.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,94 @@
+"""Parameters -> a Hugging Face directory, gathering one layer's tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from middo_jax.models.config import DecoderConfig
+from middo_jax.models.hf.companions import write_companions
+from middo_jax.models.hf.files import DTYPES, LazyTensor, new_directory, write_weights
+from middo_jax.models.hf.layout import TensorRow, tensor_table, turned
+from middo_jax.models.hf.verifying import Expectation, Verification, compare
+from middo_jax.parallel.hosts import to_host
+
+
+def export(
+    params: nnx.State,
+    config: DecoderConfig,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    *,
+    chat_template: Any = None,
+    eos_token_ids: Collection[int] = (),
+    expectation: Expectation | None = None,
+) -> Verification | None:
+    """Writes parameters as a Hugging Face directory that transformers, vLLM and `load` read.
+
+    In a program of several processes all must call it; the first one writes.
+
+    Args:
+      params: what `load` returned, or what became of it by training; sharded or not.
+      config: of the same model.
+      source_dir: the directory it was loaded from; config.json and the tokenizer's files are copied.
+      out_dir: must not exist, or be empty; it appears only once it is complete, and as expected.
+      dtype: float32, bfloat16 or float16; None keeps each parameter's own.
+      max_shard_bytes: weights are split into files of at most this size (but one tensor each at least).
+      chat_template: that of the tokenizer that the model was trained with; None is the source's own.
+      eos_token_ids: tokens that end an answer; the generation config names them all.
+      expectation: what transformers shall compute from the directory; None asks nothing.
+
+    Returns:
+      How well the expectation is met; None without one, and on all processes but the first.
+
+    Raises:
+      ValueError: another dtype.
+      FileExistsError: out_dir holds something.
+      CheckpointError: source_dir has no config.json, or the expectation is not met.
+    """
+    if dtype not in (None, *(names := list(map(str, DTYPES.values())))):
+        raise ValueError(f"dtype {dtype!r} cannot be exported, only {', '.join(names)}")
+    source_dir, out_dir = Path(source_dir), Path(out_dir)
+    values = {path: param[...] for path, param in params.flat_state()}
+    tensors = [_lazy(row, values, dtype) for row in tensor_table(config)]
+    verification = None
+    if jax.process_index() == 0:
+        with new_directory(out_dir) as directory:
+            stored = str(tensors[0].dtype)
+            write_companions(source_dir, directory, stored, chat_template, eos_token_ids)
+            write_weights(directory, tensors, max_shard_bytes)
+            if expectation is not None:
+                verification = compare(directory, expectation)
+    else:
+        for each in tensors:
+            each.read()  # gathering is collective
+    multihost_utils.sync_global_devices("export")
+    return verification
+
+
+def _lazy(row: TensorRow, values: Mapping[Any, jax.Array], dtype: str | None) -> LazyTensor:
+    wanted = np.dtype(dtype or values[row.spec.path].dtype)
+
+    def read() -> np.ndarray:
+        return to_host(turned(_of_layer(values, row), row.spec.transposed, wanted))
+
+    return LazyTensor(row.name, row.shape, wanted, read)
+
+
+def _of_layer(values: Mapping[Any, jax.Array], row: TensorRow) -> jax.Array:
+    """The value of a row's tensor in our layout, sharded as its parameter is."""
+    value = values[row.spec.path]
+    return value if row.layer is None else _slice_of(value, row.layer)
+
+
+@jax.jit
+def _slice_of(stacked: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, layer, axis=0, keepdims=False)

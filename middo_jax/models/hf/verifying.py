@@ -1,0 +1,218 @@
+"""Does transformers compute from an export what we compute from the parameters? Logits of a few prompts.
+
+Both sides compute in float32 from weights that are rounded to the export's dtype, so that the difference is
+rounding of sums alone. The prompts are rendered twice, with the tokenizer of the training and with the
+exported one, which so are compared too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from middo_jax.data.example import Message
+from middo_jax.data.tokenize import tokenize_prompt
+from middo_jax.models.config import DecoderConfig
+from middo_jax.models.decoder import Decoder, abstract
+from middo_jax.models.hf.files import CheckpointError
+from middo_jax.models.parameters import num_params
+from middo_jax.parallel.hosts import to_host
+from middo_jax.parallel.mesh import batch_divisor, named_sharding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Of the largest logit. Sums in float32 differ by 5e-6 of it in 30 layers; a wrong tensor or norm by far more.
+TOLERANCE = 1e-4
+_QUESTIONS = (
+    "What is the capital of France?",
+    "Add 12 and 345, then explain each step as you would to a child of seven.",
+    "Rewrite this sentence: “Żółw, 亀 and a naïve café — all at 20 °C.”\n\n1. shorter\n2. as a question",
+)
+_TEXT = (
+    "A sample that the model already knows teaches it nothing; one that it cannot understand, little. What "
+    "lies between is worth the most, and where that is changes while the model learns:\n\n"
+    "\tdef worth(before: float, after: float) -> float:\n\t\treturn before - after  # nats per token\n"
+)
+
+
+class Verification(NamedTuple):
+    """How far transformers' logits are from ours.
+
+    Attributes:
+      max_difference: largest absolute difference of two logits.
+      largest_logit: largest absolute logit.
+      n_prompts: of how many prompts.
+      n_tokens: of how many tokens in all.
+    """
+
+    max_difference: float
+    largest_logit: float
+    n_prompts: int
+    n_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"verified: max |Δlogit| {self.max_difference:.1e} over {self.n_prompts} prompts, "
+            f"{self.n_tokens} tokens (float32)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Expectation:
+    """Of each prompt its tokens [t] and our float32 logits [t, v]."""
+
+    tokens: tuple[np.ndarray, ...]
+    logits: tuple[np.ndarray, ...]
+
+
+def obstacle(config: DecoderConfig) -> str | None:
+    """Why an export of such a model cannot be verified here; None if it can."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    needed, available = 4 * num_params(config), _available_bytes()
+    if available is not None and needed > available:
+        return (
+            f"torch would hold {needed / 1e9:.0f} GB in float32, {available / 1e9:.0f} GB of memory are free"
+        )
+    return None
+
+
+def _available_bytes() -> int | None:
+    """Memory that the kernel says a program can still have; None where it says nothing."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except FileNotFoundError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def expect(
+    params: nnx.State,
+    config: DecoderConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str | None,
+    mesh: Mesh,
+) -> Expectation:
+    """What an export of these parameters shall compute.
+
+    In a program of several processes all must call it.
+
+    Args:
+      params: on the mesh.
+      config: of the same model.
+      tokenizer: with the chat template of the training.
+      dtype: of the export; None keeps each parameter's own.
+      mesh: where the parameters lie.
+    """
+    if dtype is not None:
+        params = _rounded(params, dtype)
+    tokens = _probes(tokenizer)
+    n, divisor = len(tokens), batch_divisor(mesh)
+    # Whole tiles of 128, as some attention kernels want them.
+    length = -(-max(map(len, tokens)) // 128) * 128
+    tokens_bt = np.zeros((-(-n // divisor) * divisor, length), np.int32)
+    segment_ids_bt = np.full_like(tokens_bt, -1)
+    for row, prompt in enumerate(tokens):
+        tokens_bt[row, : len(prompt)], segment_ids_bt[row, : len(prompt)] = prompt, 0
+    positions_bt = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_bt.shape)
+    graphdef = abstract(dataclasses.replace(config, dtype="float32"))[0]
+    inputs = (
+        jax.make_array_from_process_local_data(named_sharding(mesh, "batch"), x, x.shape)
+        for x in (tokens_bt, segment_ids_bt, positions_bt)
+    )
+    # highest: accelerators would multiply float32 in bfloat16 or TF32.
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        logits_ntv = to_host(_logits(graphdef, params, *inputs, n))
+    logits = tuple(logits[: len(prompt)] for logits, prompt in zip(logits_ntv, tokens, strict=True))
+    return Expectation(tuple(tokens), logits)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _rounded(params: nnx.State, dtype: str) -> nnx.State:
+    return jax.tree.map(lambda value: value.astype(dtype), params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _logits(
+    graphdef: nnx.GraphDef[Decoder],
+    params: nnx.State,
+    tokens_bt: jax.Array,
+    segment_ids_bt: jax.Array,
+    positions_bt: jax.Array,
+    n: int,
+) -> jax.Array:
+    """[n, t, v] float32 of the first n rows."""
+    model = nnx.merge(graphdef, params)
+    hidden_btd = model.hidden(tokens_bt, segment_ids_bt, positions_bt)[:n]
+    return model.unembed(hidden_btd.reshape(-1, hidden_btd.shape[-1])).reshape(*hidden_btd.shape[:2], -1)
+
+
+def compare(directory: Path, expectation: Expectation) -> Verification:
+    """What transformers computes from an export, against what was expected.
+
+    Raises:
+      CheckpointError: transformers misses a tensor or knows one not, the tokenizer gives other tokens, or
+        logits differ by more than TOLERANCE of the largest; names where.
+    """
+    tokenizer, model = _open(directory)
+    for prompt, (ours, theirs) in enumerate(zip(expectation.tokens, _probes(tokenizer), strict=True)):
+        if not np.array_equal(ours, theirs):
+            raise CheckpointError(
+                f"the exported tokenizer gives prompt {prompt} other tokens than the training's: "
+                f"{theirs.tolist()} instead of {ours.tolist()}"
+            )
+    worst, largest = (0.0, (0, 0, 0)), 0.0
+    for prompt, (tokens, ours) in enumerate(zip(expectation.tokens, expectation.logits, strict=True)):
+        difference = np.abs(_torch_logits(model, tokens) - ours)
+        if not np.isfinite(difference).all():
+            raise CheckpointError("the export cannot be verified: the model's logits are not all finite")
+        position, token = np.unravel_index(difference.argmax(), difference.shape)
+        worst = max(worst, (float(difference.max()), (prompt, int(position), int(token))))
+        largest = max(largest, float(np.abs(ours).max()))
+    if worst[0] > TOLERANCE * largest:
+        prompt, position, token = worst[1]
+        raise CheckpointError(
+            f"the export is not our model: transformers' logit of token {token} at position {position} of "
+            f"prompt {prompt} differs by {worst[0]:.2e}, the largest is {largest:.2e}"
+        )
+    return Verification(
+        worst[0], largest, len(expectation.tokens), sum(len(tokens) for tokens in expectation.tokens)
+    )
+
+
+def _open(directory: Path) -> tuple[PreTrainedTokenizerBase, Any]:
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    offline = {"local_files_only": True, "trust_remote_code": False}
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **offline
+    )
+    model, info = loaded
+    if any(info.values()):
+        raise CheckpointError(f"transformers does not read the export as it was written: {info}")
+    return transformers.AutoTokenizer.from_pretrained(directory, **offline), model.eval()
+
+
+def _torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(tokens[None].astype(np.int64))).logits[0].numpy()
+
+
+def _probes(tokenizer: PreTrainedTokenizerBase) -> Sequence[np.ndarray]:
+    """Tokens of each prompt: questions as the template renders them, and a text without it."""
+    questions = [tokenize_prompt([Message("user", question)], tokenizer) for question in _QUESTIONS]
+    return [*questions, np.asarray(tokenizer(_TEXT)["input_ids"], np.int32)]

@@ -25,9 +25,10 @@ from middo_jax.progress import Progress
 from middo_jax.run_dir import RoundDir, RunError, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
-    from flax import nnx
     from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerBase
+
+    from middo_jax.models.lora import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +67,14 @@ class Workshop:
             jax.config.update("jax_compilation_cache_dir", str(cache / "middo-jax" / "jax"))
         return make_mesh(self.config.mesh)
 
-    def load_model(self, path: Path, param_dtype: str | None = None) -> tuple[nnx.GraphDef, nnx.State]:
-        """A model from a Hugging Face directory or from a checkpoint of ours, on the mesh."""
-        from middo_jax.models.config import read_config
-        from middo_jax.models.hf import load
-        from middo_jax.train.checkpoint import read_metadata, restore_params
+    def load_model(self, path: Path, param_dtype: str | None = None, base: Model | None = None) -> Model:
+        """A model from a Hugging Face directory, a checkpoint of ours or a PEFT adapter, on the mesh.
 
-        dtype = self.config.model.dtype
-        metadata = read_metadata(path)
-        if metadata is None:
-            return load(path, dtype, param_dtype, self.mesh)[:2]
-        return restore_params(path, read_config(metadata["base"], dtype), self.mesh, param_dtype or dtype)
+        See `models.source.load`, also for `base`.
+        """
+        from middo_jax.models.source import load, locate
+
+        return load(locate(path), self.config.model.dtype, param_dtype, self.mesh, base)
 
     def tokenize(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """All examples; those that cannot be rendered were refused when the data was read."""
@@ -91,22 +89,35 @@ def prepare(workshop: Workshop) -> tuple[list[Example], list[Example], list[Reje
     """
     settings = workshop.config.data
     examples, rejections = read(settings.path, settings.format, settings.limit)
-    usable = []
-    for example in examples:
-        reason = _unusable(workshop, example)
-        if reason is None:
-            usable.append(example)
-        else:
-            rejections.append(Rejection(f"sample {example.id}", reason, example.to_json()))
-    if not usable:
-        raise DataError(f"{settings.path}: no usable row; the first was refused: {rejections[0].reason}")
+    examples, refused = usable(workshop, examples)
+    rejections += refused
     kept, heldout = split_heldout(
-        usable, settings.eval_fraction, workshop.config.seed, settings.source_column
+        examples, settings.eval_fraction, workshop.config.seed, settings.source_column
     )
     workshop.progress.say(
         f"{settings.path}: {len(kept)} samples, {len(heldout)} held out, {len(rejections)} rows refused"
     )
     return kept, heldout, rejections
+
+
+def usable(workshop: Workshop, examples: Sequence[Example]) -> tuple[list[Example], list[Rejection]]:
+    """The examples that the model can read, and those that its template or tokenizer forbids.
+
+    Raises:
+      DataError: none can be used.
+    """
+    kept, refused = [], []
+    for example in examples:
+        reason = _unusable(workshop, example)
+        if reason is None:
+            kept.append(example)
+        else:
+            refused.append(Rejection(f"sample {example.id}", reason, example.to_json()))
+    if not kept:
+        raise DataError(
+            f"{workshop.config.data.path}: no usable row; the first was refused: {refused[0].reason}"
+        )
+    return kept, refused
 
 
 def _unusable(workshop: Workshop, example: Example) -> str | None:
@@ -136,8 +147,8 @@ def write_dataset(directory: RoundDir, examples: Sequence[Example]) -> None:
 
 
 @contextlib.contextmanager
-def endpoint(workshop: Workshop) -> Iterator[tuple[str, str]]:
-    """(base URL, model name) of the refiner; without one in settings or environment, ours is started.
+def endpoint(workshop: Workshop) -> Iterator[tuple[str | tuple[str, ...], str]]:
+    """(base URL or several, model name) of the refiner; if none is set, ours is started.
 
     It serves on loopback while the block runs.
     """

@@ -19,19 +19,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from middo_jax.config import ConfigError, MeshSettings, TrainSettings
+from middo_jax.models.checkpoint import abstract_params, read_metadata, restore_params, save_params
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, forward, split
 from middo_jax.models.parameters import parameters
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.run_dir import RunError
-from middo_jax.train.checkpoint import (
-    TrainingCheckpoints,
-    TrainState,
-    abstract_params,
-    read_metadata,
-    restore_params,
-    save_params,
-)
+from middo_jax.train.checkpoint import TrainingCheckpoints, TrainState
 from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
 
 CONFIG = DecoderConfig(96, 32, 64, 2, 4, 2, 8, 64)
@@ -140,9 +134,9 @@ def test_the_newest_training_state_comes_back_on_another_mesh(tmp_path: Path):
     assert restored.step == 4
     want = state_at(4, mesh_of(2, 2, 2))
     assert jax.tree.structure(restored) == jax.tree.structure(want)
-    assert_identical(restored.params, want.params)
+    assert_identical(restored.trained, want.trained)
     assert (
-        jax.tree.leaves(restored.params)[0].sharding
+        jax.tree.leaves(restored.trained)[0].sharding
         == jax.tree.leaves(targets(mesh_of(2, 2, 2))[0])[0].sharding
     )
 
@@ -150,18 +144,18 @@ def test_the_newest_training_state_comes_back_on_another_mesh(tmp_path: Path):
 def test_a_save_under_way_is_not_touched_by_the_next_step(tmp_path: Path):
     mesh = mesh_of(1, 1, 1)
     state = state_at(1, mesh)
-    want = jax.device_get(state.params)
+    want = jax.device_get(state.trained)
     want = jax.tree.map(np.array, want)
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
     with TrainingCheckpoints(tmp_path, "a", asynchronous=True) as checkpoints:
         checkpoints.save(state)
-        params = overwrite(state.params)
+        params = overwrite(state.trained)
         for _ in range(10):
             params = overwrite(params)
     with TrainingCheckpoints(tmp_path, "a", asynchronous=True) as checkpoints:
         restored = checkpoints.restore(*targets(mesh))
     assert restored is not None
-    assert_identical(restored.params, want)
+    assert_identical(restored.trained, want)
 
 
 def test_of_another_training_is_refused(tmp_path: Path):
@@ -191,7 +185,7 @@ def test_a_damaged_state_is_set_aside_with_a_warning(tmp_path: Path, caplog: pyt
         checkpoints.save(state_at(3, mesh))
         restored = checkpoints.restore(*targets(mesh))
         assert restored is not None
-        assert_identical(restored.params, state_at(3, mesh).params)
+        assert_identical(restored.trained, state_at(3, mesh).trained)
         checkpoints.finish(restored, {"base": "here"})
     gc.collect()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metadata.json", "params"]
@@ -219,7 +213,7 @@ def test_killed_while_saving_leaves_the_state_before(tmp_path: Path):
     assert restored is not None
     # Very quick disks may have finished the second; half of it is never seen.
     assert restored.step in (1, 2)
-    assert_identical(restored.params, state_at(restored.step, mesh_of(1, 1, 1)).params)
+    assert_identical(restored.trained, state_at(restored.step, mesh_of(1, 1, 1)).trained)
 
 
 def test_metadata_is_plain_json(tmp_path: Path):

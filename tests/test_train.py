@@ -22,11 +22,11 @@ from middo_jax.config import ConfigError, MeshSettings, TrainSettings
 from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.evaluate.heldout import heldout_loss
+from middo_jax.models.checkpoint import abstract_params
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, split
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.run_dir import RunError, read_jsonl
-from middo_jax.train.checkpoint import abstract_params
 from middo_jax.train.optimizer import abstract_opt_state, decayed, learning_rate_schedule, make_optimizer
 from middo_jax.train.sft import StepMetrics, TrainingDataError, TrainingDiverged, plan_epoch, train
 from middo_jax.train.step import batch_gradient, put_batch
@@ -97,7 +97,8 @@ def gradient(
 ):
     graphdef, params = fresh()
     on_mesh = put_batch(pack(tokenized, rows, batch, PACK, max_segments=8), parts, ONE)
-    return jax.jit(batch_gradient, static_argnums=(0, 3, 4))(graphdef, params, on_mesh, CHUNK, remat)
+    step = jax.jit(batch_gradient, static_argnums=(0, 4, 5))
+    return step(graphdef, params, nnx.State({}), on_mesh, CHUNK, remat)
 
 
 def array(state: Any, *path: str) -> np.ndarray:

@@ -40,6 +40,8 @@ def score_stage(
     from middo_jax.diagnose.diversity import nearest_neighbours
     from middo_jax.diagnose.score import ExampleScores, score_examples
     from middo_jax.diagnose.table import Measured, write_scores
+    from middo_jax.models.lora import without_adapters
+    from middo_jax.models.source import locate
     from middo_jax.run_dir import atomic
 
     config, began = workshop.config, time.monotonic()
@@ -60,24 +62,28 @@ def score_stage(
                 on_progress=advance,
             )
 
-    before = None
+    before = base = None
     if pre_model is not None and "complexity" in axes:
-        before = scored("loss before training", *workshop.load_model(pre_model), tokenized)
+        pre = workshop.load_model(pre_model)
+        before = scored("loss before training", *pre, tokenized)
+        # Adapters leave their base as it is: both models may stand on one, which then is loaded once.
+        base = without_adapters(*pre) if locate(pre_model).weights == locate(model).weights else None
+        del pre
         gc.collect()
-    graphdef, params = workshop.load_model(model)
+    graphdef, params = workshop.load_model(model, base=base)
     after = scored("loss and embeddings", graphdef, params, tokenized)
     embedding_nd = after.embedding_nd
     if "diversity" in axes and config.diversity.text == "raw":
-        raw = [_raw_prompt(workshop, example) for example in examples]
+        raw = [raw_prompt(workshop, example) for example in examples]
         embedding_nd = scored("embeddings of raw prompts", graphdef, params, raw).embedding_nd
-    neighbours = ratings = None
+    neighbours = rated = None
     if "diversity" in axes:
         with workshop.progress.task("neighbours") as advance:
             neighbours = nearest_neighbours(
                 embedding_nd, config.diversity.k, workshop.mesh, on_progress=advance
             )
     if "quality" in axes:
-        ratings = _ratings(workshop, graphdef, params, examples)
+        rated = ratings(workshop, graphdef, params, examples)
     measured = Measured(
         ids=[e.id for e in examples],
         n_target_tokens=after.n_targets_n,
@@ -85,18 +91,18 @@ def score_stage(
         loss_pre=None if before is None else before.loss_n,
         loss_post=after.loss_n,
         neighbours=neighbours,
-        ratings=ratings,
+        ratings=rated,
     )
     directory.forget("select")  # its flags are in the table that is replaced now
     write_scores(directory.scores, measured.to_table())
     with atomic(directory.embeddings, "wb") as file:
         np.save(file, embedding_nd, allow_pickle=False)
-    directory.finish(
-        "score", [directory.scores, directory.embeddings], time.monotonic() - began, n=len(examples)
-    )
+    files, seconds = [directory.scores, directory.embeddings], time.monotonic() - began
+    directory.finish("score", files, seconds, n=len(examples), model=str(model.absolute()))
 
 
-def _ratings(workshop: Workshop, graphdef: nnx.GraphDef, params: nnx.State, examples: list[Example]) -> Any:
+def ratings(workshop: Workshop, graphdef: nnx.GraphDef, params: nnx.State, examples: list[Example]) -> Any:
+    """The model's six ratings of every example, [n, 6] as `rubrics.COLUMNS`, by `quality.method`."""
     from middo_jax.diagnose.quality import judge
     from middo_jax.diagnose.sampled import judge_by_sampling
 
@@ -127,7 +133,8 @@ def _ratings(workshop: Workshop, graphdef: nnx.GraphDef, params: nnx.State, exam
         )
 
 
-def _raw_prompt(workshop: Workshop, example: Example) -> TokenizedExample:
+def raw_prompt(workshop: Workshop, example: Example) -> TokenizedExample:
+    """A prompt alone, without the template, all of it a prompt."""
     import numpy as np
 
     ids = workshop.tokenizer(example.prompt, add_special_tokens=False, verbose=False).input_ids

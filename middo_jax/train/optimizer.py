@@ -65,8 +65,8 @@ def steps_taken(opt_state: optax.OptState) -> jax.Array:
 
 
 def decayed(params: nnx.State) -> nnx.State:
-    """True for each matrix that projects a hidden state, False for norms and the embedding."""
-    return nnx.map_state(lambda path, _: str(path[-1]).endswith("_proj") or path[-1] == "lm_head", params)
+    """True for each matrix that projects a hidden state, adapters too; False for norms, biases, embedding."""
+    return nnx.map_state(lambda path, _: "_proj" in str(path[-1]) or path[-1] == "lm_head", params)
 
 
 def abstract_opt_state(

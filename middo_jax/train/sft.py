@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -27,26 +26,17 @@ from jax.sharding import Mesh
 from middo_jax.config import ConfigError, TrainSettings
 from middo_jax.data.packing import PackedBatch, first_fit, pack
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.models.config import DecoderConfig
+from middo_jax.models.checkpoint import abstract_params, read_metadata, restore_params
 from middo_jax.models.decoder import Decoder
+from middo_jax.models.lora import partition
 from middo_jax.parallel.mesh import batch_divisor
 from middo_jax.run_dir import write_text
-from middo_jax.train.checkpoint import (
-    TrainingCheckpoints,
-    TrainState,
-    abstract_params,
-    another_training,
-    read_metadata,
-    remove_steps,
-    restore_params,
-)
+from middo_jax.train.checkpoint import TrainingCheckpoints, TrainState, another_training, remove_steps
+from middo_jax.train.identity import identity as training_identity
 from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
 from middo_jax.train.step import StepOutputs, make_train_step, put_batch
 
 _log = logging.getLogger(__name__)
-
-# Settings that change speed and memory but nothing that is learnt, beyond rounding.
-_SPEED_ONLY = {"gradient_accumulation", "remat", "save_every"}
 
 _BATCHES_AHEAD = 4
 
@@ -127,13 +117,17 @@ def train(
 ) -> nnx.State:
     """Fine-tunes, and goes on where an earlier call with the same arguments was stopped.
 
+    All parameters are trained, or the adapters alone if the decoder has some: then no other has a gradient or
+    optimizer state, and checkpoints hold the adapters only.
+
     Killed and called again, it ends with the parameters and the metrics.jsonl of an uninterrupted run, bit
     for bit on a CPU. The first Ctrl-C ends the step under way, saves and raises KeyboardInterrupt; the second
     is immediate. Called again when done, it returns what was saved.
 
     Args:
       graphdef: the decoder's structure; its config's dtype is what forward passes compute in.
-      params: where training starts, float32. Consumed: their memory is reused, the arrays are gone.
+      params: where training starts; what is trained is cast to float32. That is consumed: its memory is
+        reused, the arrays are gone.
       tokenized: the examples.
       settings: see TrainSettings.
       seed: of the order of the examples.
@@ -146,7 +140,7 @@ def train(
       on_step: told of every finished step.
 
     Returns:
-      The trained parameters, on the mesh.
+      The parameters after training, on the mesh; what was not trained is what came in.
 
     Raises:
       TrainingDataError: no examples, nothing to learn in them, or tokens that the model does not know.
@@ -159,18 +153,20 @@ def train(
     check_batch(settings, mesh)
     checkpoint = Path(out_dir) / "checkpoint"
     metadata = metadata or {}
-    identity = _identity(config, tokenized, settings, seed, pack_length, metadata)
+    identity = training_identity(config, params, tokenized, settings, seed, pack_length, metadata)
+    trained, frozen = partition(params, config)
     finished = read_metadata(checkpoint)
     if finished is not None:
         if finished.get("identity") != identity:
             raise another_training(checkpoint)
         remove_steps(checkpoint)
-        _consume(params)
-        return restore_params(checkpoint, config, mesh)[1]
+        _consume(trained)
+        return nnx.merge_state(restore_params(checkpoint, config, mesh)[1], frozen)
 
     plan = plan_training(tokenized, settings, seed, pack_length)
     optimizer = make_optimizer(settings, len(plan))
-    target = abstract_params(config, mesh)[1]
+    target, frozen_target = partition(abstract_params(config, mesh)[1], config)
+    frozen = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), frozen, frozen_target)
     opt_target = abstract_opt_state(optimizer, target, mesh)
     step = make_train_step(graphdef, optimizer, settings, len(plan), chunk=chunk, state=(target, opt_target))
     asynchronous = mesh.devices.flat[0].platform != "cpu"
@@ -180,20 +176,20 @@ def train(
     ):
         state = checkpoints.restore(target, opt_target)
         if state is None:
-            params = jax.tree.map(
-                lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), params, target
+            trained = jax.tree.map(
+                lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), trained, target
             )
             init = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, opt_target))
-            state = TrainState(0, params, init(params))
+            state = TrainState(0, trained, init(trained))
         else:
-            _consume(params)
+            _consume(trained)
         log = _MetricsLog(Path(out_dir) / "metrics.jsonl", state.step, plan, tokenized, on_step)
         with log, _deferred_interrupt() as interrupted:
             try:
                 for batch in _batches(tokenized, plan[state.step :], settings.batch_size, pack_length):
                     on_mesh = put_batch(batch, settings.gradient_accumulation, mesh)
-                    params, opt_state, outputs = step(state.params, state.opt_state, on_mesh)
-                    state = TrainState(state.step + 1, params, opt_state)
+                    trained, opt_state, outputs = step(state.trained, state.opt_state, frozen, on_mesh)
+                    state = TrainState(state.step + 1, trained, opt_state)
                     log.dispatched(outputs)
                     if interrupted.is_set():
                         raise KeyboardInterrupt
@@ -206,7 +202,7 @@ def train(
                 checkpoints.save(state)
                 raise
         checkpoints.finish(state, metadata)
-    return state.params
+    return nnx.merge_state(state.trained, frozen)
 
 
 def plan_epoch(
@@ -267,24 +263,6 @@ def check_batch(settings: TrainSettings, mesh: Mesh) -> None:
             f"config: train.batch_size={settings.batch_size} is no multiple of train.gradient_accumulation="
             f"{parts} times the {divisor} devices along mesh.data and mesh.fsdp; {fitting} would fit"
         )
-
-
-def _identity(
-    config: DecoderConfig,
-    tokenized: Sequence[TokenizedExample],
-    settings: TrainSettings,
-    seed: int,
-    pack_length: int,
-    metadata: Mapping[str, Any],
-) -> str:
-    """SHA-256 of all that decides what is learnt; of the initial parameters, only what `metadata` says."""
-    learnt = settings.model_dump(mode="json", exclude=_SPEED_ONLY)
-    decisive = [repr(config), learnt, seed, pack_length, dict(metadata)]
-    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
-    for example in tokenized:
-        digest.update(f"\n{example.id} {len(example)}\n".encode())
-        digest.update(example.tokens_n.astype("<i4").tobytes() + np.packbits(example.is_target_n).tobytes())
-    return digest.hexdigest()
 
 
 def _consume(params: nnx.State) -> None:

@@ -1,4 +1,8 @@
-"""One optimizer step as a pure function. Axes: a micro-batch, b row, t position, d model width."""
+"""One optimizer step as a pure function. Axes: a micro-batch, b row, t position, d model width.
+
+The parameters come in two trees: `trained` ones, which alone have gradients and optimizer state, and `frozen`
+ones, which are read: the base of LoRA adapters, or none.
+"""
 
 from __future__ import annotations
 
@@ -45,31 +49,44 @@ class StepOutputs(NamedTuple):
     learning_rate: jax.Array
 
 
-TrainStep = Callable[[nnx.State, optax.OptState, Batch], tuple[nnx.State, optax.OptState, StepOutputs]]
+TrainStep = Callable[
+    [nnx.State, optax.OptState, nnx.State, Batch], tuple[nnx.State, optax.OptState, StepOutputs]
+]
 
 
 def batch_loss(
-    graphdef: nnx.GraphDef[Decoder], params: nnx.State, batch: Batch, chunk: int, remat: bool
+    graphdef: nnx.GraphDef[Decoder],
+    trained: nnx.State,
+    frozen: nnx.State,
+    batch: Batch,
+    chunk: int,
+    remat: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of the targets' negative log-likelihoods in float32, number of targets) of packed rows [b, t].
 
     Args:
       graphdef: the decoder's structure.
-      params: its parameters.
+      trained: some of its parameters.
+      frozen: the others.
       batch: packed rows.
       chunk: target positions whose logits exist at one time.
       remat: keep only each layer's input for the backward pass.
     """
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graphdef, trained, frozen)
     hidden_btd = model.hidden(batch.tokens_bt, batch.segment_ids_bt, batch.positions_bt, remat=remat)
     nll_bt = target_nll(model, hidden_btd, batch.tokens_bt, batch.is_target_bt, chunk)
     return nll_bt.sum(), batch.is_target_bt.sum()
 
 
 def batch_gradient(
-    graphdef: nnx.GraphDef[Decoder], params: nnx.State, batch: Batch, chunk: int, remat: bool
+    graphdef: nnx.GraphDef[Decoder],
+    trained: nnx.State,
+    frozen: nnx.State,
+    batch: Batch,
+    chunk: int,
+    remat: bool,
 ) -> tuple[jax.Array, jax.Array, nnx.State]:
-    """(loss, number of targets, gradient of the loss) of the micro-batches [a, b, t] as one batch.
+    """(loss, number of targets, gradient by `trained`) of the micro-batches [a, b, t] as one batch.
 
     A target weighs the same in whichever micro-batch it stands: sums are added up, and divided once.
     """
@@ -78,10 +95,10 @@ def batch_gradient(
         sums: tuple[jax.Array, jax.Array, nnx.State], micro_batch: Batch
     ) -> tuple[tuple[jax.Array, jax.Array, nnx.State], None]:
         value_and_grad = jax.value_and_grad(batch_loss, argnums=1, has_aux=True)
-        (nll, n_targets), gradient = value_and_grad(graphdef, params, micro_batch, chunk, remat)
+        (nll, n_targets), gradient = value_and_grad(graphdef, trained, frozen, micro_batch, chunk, remat)
         return jax.tree.map(jnp.add, sums, (nll, n_targets, gradient)), None
 
-    zeros = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
+    zeros = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, trained))
     (nll, n_targets, gradient), _ = jax.lax.scan(add, zeros, batch)
     divisor = jnp.maximum(n_targets, 1)
     return nll / divisor, n_targets, jax.tree.map(lambda g: g / divisor, gradient)
@@ -96,7 +113,7 @@ def make_train_step(
     chunk: int,
     state: tuple[nnx.State, optax.OptState],
 ) -> TrainStep:
-    """Compiles, at its first call, `(params, opt_state, batch) -> (params, opt_state, outputs)`.
+    """Compiles, at its first call, `(trained, opt_state, frozen, batch) -> (trained, opt_state, outputs)`.
 
     The first two arguments are donated: their buffers are reused and the arrays given are gone.
 
@@ -106,17 +123,18 @@ def make_train_step(
       settings: for `remat` and the learning rate that is reported.
       total_steps: of the whole training.
       chunk: target positions whose logits exist at one time.
-      state: (params, opt_state) or their shapes with shardings; the results lie where these do.
+      state: (trained, opt_state) or their shapes with shardings; the results lie where these do.
     """
     schedule = learning_rate_schedule(settings, total_steps)
 
     def train_step(
-        params: nnx.State, opt_state: optax.OptState, batch: Batch
+        trained: nnx.State, opt_state: optax.OptState, frozen: nnx.State, batch: Batch
     ) -> tuple[nnx.State, optax.OptState, StepOutputs]:
-        loss, n_targets, gradient = batch_gradient(graphdef, params, batch, chunk, settings.remat == "layer")
+        remat = settings.remat == "layer"
+        loss, n_targets, gradient = batch_gradient(graphdef, trained, frozen, batch, chunk, remat)
         outputs = StepOutputs(loss, n_targets, optax.tree.norm(gradient), schedule(steps_taken(opt_state)))
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return jax.tree.map(jnp.add, params, updates), opt_state, outputs
+        updates, opt_state = optimizer.update(gradient, opt_state, trained)
+        return jax.tree.map(jnp.add, trained, updates), opt_state, outputs
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*shardings, None))

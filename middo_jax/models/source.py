@@ -1,0 +1,108 @@
+"""What a model is made of, and loading it: a Hugging Face directory, and perhaps what was trained on it.
+
+source = locate(path)                                # a directory, a checkpoint of ours, a PEFT adapter
+graphdef, params = load(source, "bfloat16", mesh=mesh)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from middo_jax.config import MeshSettings
+from middo_jax.models import hf
+from middo_jax.models.checkpoint import read_metadata, restore_params
+from middo_jax.models.config import DecoderConfig, Lora, read_config
+from middo_jax.models.lora import Model, with_adapters
+from middo_jax.models.resolve import resolve
+from middo_jax.parallel.mesh import make_mesh
+from middo_jax.run_dir import RunError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the parts of a model lie.
+
+    Attributes:
+      base: Hugging Face directory: its config and tokenizer, and its weights unless they were trained.
+      trained: a checkpoint of ours or a PEFT directory; None if the model is the base itself.
+      lora: shape of the adapters that `trained` holds; None if it holds all weights.
+    """
+
+    base: Path
+    trained: Path | None = None
+    lora: Lora | None = None
+
+    @property
+    def weights(self) -> Path:
+        """Where the weights lie that any adapters stand on. Models that have it in common can share them."""
+        return (self.base if self.trained is None or self.lora else self.trained).resolve()
+
+
+def locate(path: Path) -> Source:
+    """What a directory that `resolve` gives is made of.
+
+    Raises:
+      CheckpointError: it is an adapter that cannot be used, or whose base is not to be found.
+    """
+    if (metadata := read_metadata(path)) is not None:
+        lora = metadata.get("lora")
+        shape = lora and Lora(lora["rank"], lora["alpha"], tuple(lora["target_modules"]))
+        return Source(Path(metadata["base"]), path, shape)
+    if hf.is_adapter(path):
+        base, lora = hf.read_adapter_config(path)
+        return Source(resolve(base), path, lora)
+    return Source(path)
+
+
+def load(
+    source: Source,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    mesh: Mesh | None = None,
+    base: Model | None = None,
+) -> Model:
+    """Loads a model.
+
+    Args:
+      source: of `locate`.
+      dtype: what forward passes compute in.
+      param_dtype: what weights are stored in; None is `dtype`. Adapters are float32 in any case.
+      mesh: where the parameters lie; None is the default device.
+      base: the model at `source.weights`, if it is loaded already: its arrays become part of this one.
+
+    Raises:
+      CheckpointError, UnsupportedModel, RunError: a part is missing, damaged or not what it should be.
+      ConfigError: a parameter does not divide by the mesh.
+    """
+    if mesh is None:
+        mesh = make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    if base is None:
+        base = _load_weights(source, dtype, param_dtype or dtype, mesh)
+    if source.lora is None:
+        return base
+    adapters = load_adapters(source, nnx.merge(*base).config, mesh)
+    return with_adapters(*base, source.lora, adapters)
+
+
+def load_adapters(source: Source, config: DecoderConfig, mesh: Mesh) -> nnx.State:
+    """Loads the adapters of a model alone, in float32; `config` is the base's.
+
+    Raises:
+      RunError: it has none.
+      CheckpointError: a part is missing, damaged or not what it should be.
+    """
+    if source.lora is None or source.trained is None:
+        raise RunError(f"{source.trained or source.base} holds no LoRA adapters, but a whole model")
+    restore = hf.load_adapters if hf.is_adapter(source.trained) else restore_params
+    return restore(source.trained, dataclasses.replace(config, lora=source.lora), mesh, "float32")[1]
+
+
+def _load_weights(source: Source, dtype: str, param_dtype: str, mesh: Mesh) -> Model:
+    if source.trained is None or source.lora is not None:
+        return hf.load(source.base, dtype, param_dtype, mesh)[:2]
+    return restore_params(source.trained, read_config(source.base, dtype), mesh, param_dtype)

@@ -1,0 +1,64 @@
+"""Which training a checkpoint belongs to: a hash of all that decides what is learnt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from middo_jax.config import TrainSettings
+from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.models.config import DecoderConfig
+from middo_jax.parallel.hosts import to_host
+
+# Settings that change speed and memory but nothing that is learnt, beyond rounding.
+_SPEED_ONLY = {"gradient_accumulation", "remat", "save_every"}
+
+
+def identity(
+    config: DecoderConfig,
+    params: nnx.State,
+    tokenized: Sequence[TokenizedExample],
+    settings: TrainSettings,
+    seed: int,
+    pack_length: int,
+    metadata: Mapping[str, Any],
+) -> str:
+    """SHA-256 of model, parameters before training, examples and settings.
+
+    The mesh, and whatever else changes speed alone, do not enter it.
+    """
+    learnt = settings.model_dump(mode="json", exclude=_SPEED_ONLY)
+    start = np.stack(to_host(_checksums(params))).tolist()
+    decisive = [repr(config), start, learnt, seed, pack_length, dict(metadata)]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
+    for example in tokenized:
+        digest.update(f"\n{example.id} {len(example)}\n".encode())
+        digest.update(example.tokens_n.astype("<i4").tobytes() + np.packbits(example.is_target_n).tobytes())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _checksums(params: nnx.State) -> list[jax.Array]:
+    """32 bits of each parameter: each value's bits, mixed with its place, added up modulo 2**32.
+
+    Such a sum does not depend on the order in which devices and processes add, as a sum of floats would. The
+    mixing is MurmurHash3's last step.
+    """
+
+    def checksum(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
+        mixed = bits.astype(jnp.uint32)
+        for axis in range(x.ndim):
+            mixed = 31 * mixed + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+                mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+        return mixed.sum(dtype=jnp.uint32)
+
+    return [checksum(x) for x in jax.tree.leaves(params)]

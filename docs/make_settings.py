@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import typing
 from pathlib import Path
@@ -29,7 +30,7 @@ def _group(name: str, group: type[pydantic.BaseModel]) -> str:
     fields = {n: f for n, f in group.model_fields.items() if not _is_group(f)}
     nested = [_group(f"{name}.{n}", f.annotation) for n, f in group.model_fields.items() if _is_group(f)]
     return "\n".join(
-        [f"## {name}\n\n{(group.__doc__ or '').strip()}\n\n{_table(f'{name}.', fields)}", *nested]
+        [f"## {name}\n\n{inspect.cleandoc(group.__doc__ or '')}\n\n{_table(f'{name}.', fields)}", *nested]
     )
 
 

@@ -1,42 +1,19 @@
-"""Every setting of the program: one frozen tree of small classes, validated when it is read.
-
-A setting's unit and reason stand in its description. `load()` reads YAML, applies `a.b=c` overrides and
-answers an unknown key with the nearest valid name.
-"""
+"""The tree of all settings, its groups in the order in which a round uses them."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+import typing
+from typing import Literal
 
 import pydantic
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from middo_jax.config.base import Settings
+from middo_jax.config.refine import RefineSettings
 
-class ConfigError(ValueError):
-    """A setting is unknown, malformed or out of range; the message names it and what to do."""
-
-
-class Settings(pydantic.BaseModel):
-    """Base of all groups: frozen; an unknown key is an error, and so is a number that is not finite."""
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML would otherwise break into lines where Unicode has a line end."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
+# The matrices of a layer, by the names that PEFT knows them by too.
+AdaptedMatrix = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class ModelSettings(Settings):
@@ -47,7 +24,9 @@ class ModelSettings(Settings):
         default="bfloat16", description="Compute dtype of forward passes. float32 is the fast one on a CPU."
     )
     template: str | None = Field(
-        default=None, description="A Jinja chat template file, or 'default'. None: the tokenizer's own."
+        default=None,
+        description="chatml, llama3, mistral, gemma, default (Human/Assistant) or a Jinja file. None: the "
+        "tokenizer's own, default if it has none.",
     )
     max_length: PositiveInt = Field(
         default=2048, description="Tokens of a rendered conversation; longer ones are cut."
@@ -116,6 +95,28 @@ class TrainSettings(Settings):
     save_every: PositiveInt = Field(default=50, description="Steps between checkpoints within a training.")
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters beside frozen matrices (LoRA), trained instead of the model's own weights.
+
+    They want about ten times the learning rate of full fine-tuning, such as train.learning_rate=2e-4.
+    """
+
+    rank: PositiveInt | None = Field(
+        default=None, description="Inner width of an adapter. None: no adapters, all weights are trained."
+    )
+    alpha: PositiveFloat = Field(default=16.0, description="An adapter's output is weighed alpha / rank.")
+    target_modules: tuple[AdaptedMatrix, ...] = Field(
+        default=typing.get_args(AdaptedMatrix),
+        min_length=1,
+        description="Matrices that get an adapter. All of them by default: attention's alone learn less.",
+    )
+
+    @pydantic.field_validator("target_modules")
+    @classmethod
+    def _in_order(cls, names: tuple[AdaptedMatrix, ...]) -> tuple[AdaptedMatrix, ...]:
+        return tuple(name for name in typing.get_args(AdaptedMatrix) if name in names)
+
+
 class ScoringSettings(Settings):
     """The forward passes that score; changes speed and memory, never a result."""
 
@@ -171,60 +172,6 @@ class QualitySettings(Threshold):
     top_k: PositiveInt = Field(default=50, description="method: sample only.")
 
 
-class Prices(Settings):
-    """What the endpoint charges, in US dollars a million tokens."""
-
-    prompt: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
-    cached: NonNegativeFloat | None = Field(
-        default=None, description="Of prompt tokens that the server had cached. None: as `prompt`."
-    )
-    completion: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
-
-
-class RefineSettings(Settings):
-    """The refiner: a chat model behind an OpenAI-compatible endpoint."""
-
-    base_url: str | None = Field(
-        default=None, description="None: $OPENAI_BASE_URL, else the embedded endpoint is started."
-    )
-    model: str | None = Field(
-        default=None,
-        description="Model to ask for, or to serve with the embedded endpoint. None: the base model.",
-    )
-    api_key_env: str = Field(
-        default="OPENAI_API_KEY", description="NAME of the environment variable that holds the key."
-    )
-    temperature: NonNegativeFloat = Field(default=1.0, description="0: greedy, hence repeatable.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Sample from this share of the probability.")
-    max_tokens: PositiveInt = Field(default=1024, description="Completion tokens a request.")
-    concurrency: PositiveInt = Field(default=16, description="Requests in flight.")
-    max_retries: NonNegativeInt = Field(
-        default=5, description="Tries after the first, of what can succeed only."
-    )
-    timeout: PositiveFloat = Field(default=300.0, description="Seconds a request.")
-    max_corrections: NonNegativeInt = Field(
-        default=1, description="Turns that ask again when an answer cannot be read."
-    )
-    budget_usd: PositiveFloat | None = Field(
-        default=None, description="Stop a round's refining before it passes this."
-    )
-    show_response: bool = Field(
-        default=True, description="Whether the refiner also sees the original response."
-    )
-    accept: Literal["sane", "none"] = Field(
-        default="sane",
-        description="sane: reject empty, refused, truncated, unchanged rewrites; none: readable is enough.",
-    )
-    prices: Prices = Prices()
-
-    @pydantic.field_validator("base_url")
-    @classmethod
-    def _http(cls, url: str | None) -> str | None:
-        if url is not None and not url.startswith(("http://", "https://")):
-            raise ValueError("must start with http:// or https://")
-        return url
-
-
 class ServeSettings(Settings):
     """The embedded endpoint."""
 
@@ -249,6 +196,7 @@ class Config(Settings):
     data: DataSettings
     mesh: MeshSettings = MeshSettings()
     train: TrainSettings = TrainSettings()
+    lora: LoraSettings = LoraSettings()
     scoring: ScoringSettings = ScoringSettings()
     complexity: ComplexitySettings = ComplexitySettings(m=1.0)
     diversity: DiversitySettings = DiversitySettings(m=1.0)
@@ -275,74 +223,13 @@ class Config(Settings):
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def setting_names(settings: type[pydantic.BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings below a group: `train.learning_rate`, ..."""
-    for name, field in settings.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
-            yield from setting_names(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML would otherwise break into lines where Unicode has a line end."""
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies `a.b=c` overrides, the last one winning.
-
-    Args:
-      path: the YAML file; None starts from the defaults alone.
-      overrides: `train.learning_rate=1e-4`; values are read as YAML.
-
-    Raises:
-      ConfigError: the file is missing or no mapping, a key is unknown (with the nearest valid one), a value
-        has the wrong type or range.
-    """
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except OSError as e:
-            raise ConfigError(f"config: cannot read {path}: {e.strerror}") from e
-        except yaml.YAMLError as e:
-            raise ConfigError(f"config: {path} is not valid YAML: {e}") from e
-        if not isinstance(tree, dict):
-            raise ConfigError(
-                f"config: {path} must hold settings as `name: value`, not a {type(tree).__name__}"
-            )
-    for override in overrides:
-        _override(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except pydantic.ValidationError as e:
-        raise ConfigError("\n".join(_explain(error) for error in e.errors())) from e
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"config: {override!r} is not of the form a.b=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"config: the value of {override!r} is not valid YAML: {e}") from e
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text.
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    *groups, last = key.split(".")
-    for group in groups:
-        tree = tree.setdefault(group, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"config: {key} is not a setting: {group} holds no settings of its own")
-    tree[last] = value
-
-
-def _explain(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(
-            name, list(setting_names()) + list(Config.model_fields), n=1, cutoff=0.5
-        )
-        hint = f" Did you mean {near[0]}?" if near else ""
-        return f"config: {name} is not a setting.{hint}"
-    if error["type"] == "missing":
-        return f"config: {name} is missing; set it in the file or as {name}=... on the command line"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"config: {name}: {message}" if name else f"config: {message}"
+_Dumper.add_representer(str, _represent_text)

@@ -1,0 +1,88 @@
+"""YAML and `a.b=c` overrides -> settings; what is wrong with them, in words."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from middo_jax.config.base import ConfigError
+from middo_jax.config.settings import Config
+
+
+def setting_names(settings: type[pydantic.BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings below a group: `train.learning_rate`, ..."""
+    for name, field in settings.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            yield from setting_names(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `a.b=c` overrides, the last one winning.
+
+    Args:
+      path: the YAML file; None starts from the defaults alone.
+      overrides: `train.learning_rate=1e-4`; values are read as YAML.
+
+    Raises:
+      ConfigError: the file is missing or no mapping, a key is unknown (with the nearest valid one), a value
+        has the wrong type or range.
+    """
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as e:
+            raise ConfigError(f"config: cannot read {path}: {e.strerror}") from e
+        except yaml.YAMLError as e:
+            raise ConfigError(f"config: {path} is not valid YAML: {e}") from e
+        if not isinstance(tree, dict):
+            raise ConfigError(
+                f"config: {path} must hold settings as `name: value`, not a {type(tree).__name__}"
+            )
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except pydantic.ValidationError as e:
+        raise ConfigError("\n".join(_explain(error) for error in e.errors())) from e
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"config: {override!r} is not of the form a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"config: the value of {override!r} is not valid YAML: {e}") from e
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text.
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    *groups, last = key.split(".")
+    for group in groups:
+        tree = tree.setdefault(group, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"config: {key} is not a setting: {group} holds no settings of its own")
+    tree[last] = value
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(
+            name, list(setting_names()) + list(Config.model_fields), n=1, cutoff=0.5
+        )
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"config: {name} is not a setting.{hint}"
+    if error["type"] == "missing":
+        return f"config: {name} is missing; set it in the file or as {name}=... on the command line"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"config: {name}: {message}" if name else f"config: {message}"

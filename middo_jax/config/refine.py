@@ -1,0 +1,169 @@
+"""The refiner's settings: whom to ask, what it may cost, and what of its answers is taken."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from middo_jax.config.base import Settings
+
+
+class Prices(Settings):
+    """What the endpoint charges, in US dollars a million tokens."""
+
+    prompt: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
+    cached: NonNegativeFloat | None = Field(
+        default=None, description="Of prompt tokens that the server had cached. None: as `prompt`."
+    )
+    completion: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
+
+
+class GateSettings(Settings):
+    """What a rewrite must pass under refine.accept; `false` or null opens one of them.
+
+    Up to `duplicate` the text tells, and `sane` asks; from `context` on the model under training tells, and
+    only `measured` asks. Where a share is given, the dataset's own similarities set the bar: cosines of mean
+    states are high between strangers too, and how high differs from model to model.
+    """
+
+    numbers: bool = Field(
+        default=True,
+        description="A rewritten prompt keeps its original's numbers; a simplified one exchanges none.",
+    )
+    code: bool = Field(default=True, description="A rewritten prompt keeps its original's code blocks.")
+    language: bool = Field(
+        default=True, description="Prompt and response stay in their language, where it can be told."
+    )
+    length: PositiveFloat | None = Field(
+        default=2.0,
+        ge=1,
+        description="Times the dataset's 99th percentile of characters at most, its 1st over it at least.",
+    )
+    duplicate: float | None = Field(
+        default=0.6,
+        gt=0,
+        le=1,
+        description="Share of word triples in common with a training, held-out or other new prompt from "
+        "which on a prompt is its near-duplicate. 0.6: none of Alpaca's own pairs reach it by chance.",
+    )
+    context: float | None = Field(
+        default=0.95,
+        gt=0,
+        lt=1,
+        description="A rewritten prompt is nearer to its original than this share of pairs of samples are.",
+    )
+    loss: bool = Field(
+        default=True, description="A hard sample's loss falls below the threshold that made it hard."
+    )
+    coverage: bool = Field(
+        default=True, description="A new sample is nearer to its sparse core than the k-th neighbour was."
+    )
+    novelty: float | None = Field(
+        default=0.95,
+        gt=0,
+        lt=1,
+        description="A new sample is no nearer to any other than this share of samples are to their nearest.",
+    )
+    distribution: bool = Field(
+        default=True, description="A new sample is no farther out than its core, and not itself hard."
+    )
+    quality: bool = Field(default=True, description="A low-quality sample's rating rises.")
+
+
+class RefineSettings(Settings):
+    """The refiner: a chat model behind an OpenAI-compatible endpoint."""
+
+    base_url: str | tuple[str, ...] | None = Field(
+        default=None,
+        description="One URL, or a list of servers of the same model that share the load. "
+        "None: $OPENAI_BASE_URL, else the embedded endpoint is started.",
+    )
+    model: str | None = Field(
+        default=None,
+        description="Model to ask for, or to serve with the embedded endpoint. None: the base model.",
+    )
+    model_revision: str | None = Field(
+        default=None,
+        description="Part of the cache's key: change it when the served weights change and not their name.",
+    )
+    api_key_env: str = Field(
+        default="OPENAI_API_KEY", description="NAME of the environment variable that holds the key."
+    )
+    temperature: NonNegativeFloat = Field(default=1.0, description="0: greedy, hence repeatable.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Sample from this share of the probability.")
+    max_tokens: PositiveInt = Field(
+        default=1024,
+        description="Completion tokens a request; an answer cut there is asked once more for twice.",
+    )
+    response_format: Literal["auto", "text", "json"] = Field(
+        default="auto",
+        description="How new prompts are asked for. json: by a schema that the server enforces; text: "
+        "between tags; auto: json if the server honours a schema, found out once and kept in the cache.",
+    )
+    concurrency: PositiveInt = Field(
+        default=64,
+        description="Most requests in flight. It starts at 4, grows while answers come, and shrinks by a "
+        "quarter when the server refuses or slows down.",
+    )
+    requests_per_minute: PositiveInt | None = Field(
+        default=None, description="An account's limit, retries included. None: as fast as concurrency allows."
+    )
+    tokens_per_minute: PositiveInt | None = Field(
+        default=None, description="An account's limit, of prompts and completions together. None: no limit."
+    )
+    max_retries: NonNegativeInt = Field(
+        default=5, description="Tries after the first, of what can succeed only."
+    )
+    timeout: PositiveFloat = Field(default=300.0, description="Seconds a request.")
+    max_corrections: NonNegativeInt = Field(
+        default=2, description="Turns that ask again when an answer cannot be read."
+    )
+    budget_usd: PositiveFloat | None = Field(
+        default=None, description="Stop refining before a run, all its rounds and starts, passes this."
+    )
+    budget_tokens: PositiveInt | None = Field(
+        default=None, description="The same in tokens, prompts and completions together."
+    )
+    cache: str | None = Field(
+        default=None,
+        description="SQLite file of all answers. None: in the run's folder; runs may share one elsewhere.",
+    )
+    show_response: bool = Field(
+        default=True, description="Whether the refiner also sees the original response."
+    )
+    accept: Literal["measured", "sane", "none"] = Field(
+        default="measured",
+        description="measured: sane, and better on its axis under the model under training; sane: the text "
+        "alone is looked at; none: readable is enough, the published way.",
+    )
+    max_attempts: PositiveInt = Field(
+        default=2,
+        description="Times that a sample is tried, told why the last rewrite was not accepted; then the "
+        "original stays. 1 is the published way.",
+    )
+    growth: Literal["free", "keep"] | NonNegativeFloat = Field(
+        default="free",
+        description="free: additions come on top, the published way; keep, or a share to grow by at most: "
+        "the most redundant samples that were never selected make room.",
+    )
+    prices: Prices = Prices()
+    gates: GateSettings = GateSettings()
+
+    @pydantic.field_validator("growth", mode="before")
+    @classmethod
+    def _growth(cls, value: Any) -> Any:
+        if value in ("free", "keep") or (isinstance(value, (int, float)) and value >= 0):
+            return value
+        raise ValueError("must be free, keep, or a share of the dataset such as 0.05")
+
+    @pydantic.field_validator("base_url")
+    @classmethod
+    def _http(cls, base_url: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        urls = (base_url,) if isinstance(base_url, str) else base_url
+        if urls is not None and not urls:
+            raise ValueError("give at least one URL, or null")
+        if not all(url.startswith(("http://", "https://")) for url in urls or ()):
+            raise ValueError("must start with http:// or https://")
+        return base_url

@@ -1,24 +1,22 @@
-"""Diversity: exact nearest neighbours by cosine similarity, in blocks, on the mesh.
+"""Diversity: exact nearest neighbours by cosine similarity, on the mesh.
 
-Axes: q query, c candidate, k neighbour, d embedding width, n sample.
+Axes: k neighbour, d embedding width, n sample, m query, u row that has a direction.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
+from middo_jax.diagnose.ring import CHUNK, PADDING, ROWS, Rows, Shares, k_nearest
 from middo_jax.parallel.hosts import to_host
-from middo_jax.parallel.mesh import MESH_AXES
 
-QUERY_BLOCK = 1024  # queries a device at a time
-CANDIDATE_BLOCK = 8192  # candidates at a time: the similarities that exist are one block by the other
+BLOCK = 1024  # samples by samples whose similarities exist at a time: 4 MB, which a CPU's cache holds
+STRANGER = -2  # group of a query that is none of the samples
 
 
 class Neighbours(NamedTuple):
@@ -37,90 +35,97 @@ class Neighbours(NamedTuple):
         return self.similarity_nk.mean(axis=1)
 
 
-@functools.partial(jax.jit, static_argnames="k", donate_argnames=("best_qk", "index_qk"))
-def _merge_block(
-    best_qk: jax.Array,
-    index_qk: jax.Array,
-    query_qd: jax.Array,
-    query_index_q: jax.Array,
-    candidate_cd: jax.Array,
-    first: jax.Array,
-    count: jax.Array,
-    *,
-    k: int,
-) -> tuple[jax.Array, jax.Array]:
-    """The running k best of each query after one more block of candidates."""
-    similarity_qc = jnp.einsum(
-        "qd,cd->qc", query_qd, candidate_cd, precision=jax.lax.Precision.HIGHEST
-    )  # float32 all the way: bfloat16 cannot tell near neighbours apart
-    number_c = jnp.arange(candidate_cd.shape[0])
-    is_other_qc = (number_c < count) & (first + number_c != query_index_q[:, None])
-    block_best_qk, block_at_qk = jax.lax.top_k(jnp.where(is_other_qc, similarity_qc, -jnp.inf), k)
-    # Earlier blocks stand first: top_k prefers the lower position, which then is the lower index.
-    joined_best = jnp.concatenate([best_qk, block_best_qk], axis=1)
-    joined_index = jnp.concatenate([index_qk, first + block_at_qk], axis=1)
-    best_qk, at_qk = jax.lax.top_k(joined_best, k)
-    index_qk = jnp.take_along_axis(joined_index, at_qk, axis=1)
-    return best_qk, jnp.where(jnp.isfinite(best_qk), index_qk, -1)
-
-
 def nearest_neighbours(
     embedding_nd: np.ndarray,
     k: int,
     mesh: Mesh,
     *,
-    query_block: int = QUERY_BLOCK,
-    candidate_block: int = CANDIDATE_BLOCK,
+    query_md: np.ndarray | None = None,
+    group_n: np.ndarray | None = None,
+    block: int = BLOCK,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Neighbours:
     """Exact k nearest neighbours by cosine similarity, the sample itself left out.
 
-    Memory on a device is O(block x (block + d)), whatever N. A row that is zero or not finite has no
-    direction: it has no neighbours and is nobody's neighbour.
+    A device holds two shares of the samples and one block of similarities, whatever N. A row that is zero or
+    not finite has no direction: it has no neighbours and is nobody's neighbour.
 
     Args:
       embedding_nd: float32, any norm.
       k: neighbours.
-      mesh: queries are split over all its devices.
-      query_block: queries a device at a time.
-      candidate_block: candidates at a time.
+      mesh: the samples are split over all its devices.
+      query_md: float32; the neighbours of these rows are sought, which are none of the samples. None: those
+        of the samples themselves.
+      group_n: int32 >= 0; samples of one group are not each other's neighbours. None: each has its own.
+      block: samples whose similarities to as many others exist at a time.
       on_progress: called with (queries done, all queries).
     """
-    n = len(embedding_nd)
+    usable = _with_direction(embedding_nd)
+    number_u = np.arange(len(usable), dtype=np.int32)
+    group_u = number_u if group_n is None else group_n[usable]
+    samples = queries = _spread(embedding_nd, usable, number_u, group_u, mesh, block)
+    asking = usable
+    if query_md is not None:
+        asking = _with_direction(query_md)
+        stranger_u = np.full(len(asking), STRANGER, np.int32)
+        queries = _spread(query_md, asking, stranger_u, stranger_u, mesh, block)
+
+    def progress(share: float) -> None:
+        if on_progress is not None:
+            on_progress(round(share * len(asking)), len(asking))
+
+    best = to_host(k_nearest(queries, samples, k, mesh, on_progress=progress))
+    similarity_uk, number_uk = (best_ku[:, : len(asking)].T for best_ku in best)
+    n = len(embedding_nd if query_md is None else query_md)
     index_nk = np.full((n, k), -1, np.int32)
     similarity_nk = np.full((n, k), np.nan, np.float32)
-    norm_n = np.linalg.norm(embedding_nd.astype(np.float32), axis=1)
-    usable = np.flatnonzero(np.isfinite(norm_n) & (norm_n > 0))
-    unit_ud = (embedding_nd[usable] / norm_n[usable, None]).astype(np.float32)
-    split = NamedSharding(mesh, PartitionSpec(MESH_AXES))
-    whole = NamedSharding(mesh, PartitionSpec())
-    block = min(query_block * mesh.size, mesh.size * -(-len(usable) // mesh.size)) or mesh.size
-    candidates = max(k, min(candidate_block, len(usable)))
-
-    def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
-
-    for start in range(0, len(usable), block):
-        query_index_q = np.arange(start, start + block, dtype=np.int32)
-        query_qd = put(_padded(unit_ud[start : start + block], block), split)
-        numbers = put(query_index_q, split)
-        best = put(np.full((block, k), -np.inf, np.float32), split)
-        index = put(np.full((block, k), -1, np.int32), split)
-        for first in range(0, len(usable), candidates):
-            chunk = unit_ud[first : first + candidates]
-            candidate_cd = put(_padded(chunk, candidates), whole)
-            best, index = _merge_block(
-                best, index, query_qd, numbers, candidate_cd, np.int32(first), np.int32(len(chunk)), k=k
-            )
-        best_qk, index_qk = to_host((best, index))
-        rows = usable[start : start + block]
-        found_qk = index_qk[: len(rows)] >= 0
-        index_nk[rows] = np.where(found_qk, usable[index_qk[: len(rows)]], -1)
-        similarity_nk[rows] = np.where(found_qk, best_qk[: len(rows)], np.nan)
-        if on_progress is not None:
-            on_progress(min(start + block, len(usable)), len(usable))
+    u, j = np.nonzero(number_uk >= 0)
+    index_nk[asking[u], j] = usable[number_uk[u, j]]
+    similarity_nk[asking[u], j] = similarity_uk[u, j]
     return Neighbours(index_nk, similarity_nk)
 
 
-def _padded(rows: np.ndarray, count: int) -> np.ndarray:
-    return np.pad(rows, ((0, count - len(rows)), (0, 0)))
+def groups(keys: Iterable[Hashable]) -> np.ndarray:
+    """[n] int32, equal where the keys are: the number of the first that was like it.
+
+    ["a", "b", "a"]  ->  [0, 1, 0]
+    """
+    first: dict[Hashable, int] = {}
+    return np.fromiter((first.setdefault(key, i) for i, key in enumerate(keys)), np.int32)
+
+
+def _with_direction(embedding_nd: np.ndarray) -> np.ndarray:
+    """Numbers of the rows that are neither zero nor infinite nor NaN."""
+    norm_n = np.linalg.norm(embedding_nd, axis=1)
+    return np.flatnonzero(np.isfinite(norm_n) & (norm_n > 0))
+
+
+def _spread(
+    embedding_nd: np.ndarray,
+    chosen_u: np.ndarray,
+    number_u: np.ndarray,
+    group_u: np.ndarray,
+    mesh: Mesh,
+    block: int,
+) -> Shares:
+    """Unit vectors of the chosen rows in equal shares; a process makes those of its own devices only."""
+    count, width = len(chosen_u), embedding_nd.shape[1]
+    share = max(1, -(-count // mesh.size))
+    blocks = -(-share // block)
+    block = min(block, -(-share // blocks // CHUNK) * CHUNK)
+    padded, place = mesh.size * blocks * block, NamedSharding(mesh, ROWS)
+
+    def unit(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(padded)
+        unit_nd = np.zeros((stop - start, width), np.float32)
+        real_nd = unit_nd[: max(0, count - start)]
+        real_nd[:] = embedding_nd[chosen_u[start:stop]]
+        real_nd /= np.linalg.norm(real_nd, axis=1, keepdims=True)
+        return unit_nd
+
+    def put(array_u: np.ndarray) -> jax.Array:
+        padded_u = np.pad(array_u.astype(np.int32), (0, padded - count), constant_values=PADDING)
+        return jax.make_array_from_callback((padded,), place, lambda index: padded_u[index])
+
+    unit_ud = jax.make_array_from_callback((padded, width), place, unit)
+    return Shares(Rows(unit_ud, put(number_u), put(group_u)), block, blocks)

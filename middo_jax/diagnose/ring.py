@@ -1,0 +1,266 @@
+"""The k nearest rows of every row, around the ring of devices: exact, each pair of rows multiplied once.
+
+Every device keeps its share of the rows and is visited by the others' shares in turn. A product of two blocks
+serves both sides: queries look for neighbours among the visitors, and visitors among the queries. What the
+visitors have found travels with them and is sent home at the end, so that half the ring is enough.
+
+Axes: q query, c candidate, g chunk of candidates, h candidate within it, k neighbour, d width, n row.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from middo_jax.parallel.mesh import MESH_AXES
+
+PADDING = -1  # group of a row that is none
+CHUNK = 32  # candidates whose nearest is found first; a block is best a multiple of it
+
+
+class Rows(NamedTuple):
+    """Unit vectors, their numbers, and their groups: rows of one group are not each other's neighbours.
+
+    Attributes:
+      unit_nd: float32.
+      number_n: int32, ascending; of equally near rows the lower number is the nearer.
+      group_n: int32, PADDING where there is no row.
+    """
+
+    unit_nd: jax.Array
+    number_n: jax.Array
+    group_n: jax.Array
+
+
+class Shares(NamedTuple):
+    """Rows on the mesh, split over all its devices: `blocks` blocks of `block` rows on each."""
+
+    rows: Rows
+    block: int
+    blocks: int
+
+
+class Best(NamedTuple):
+    """The k nearest of each row so far, nearest first; -inf and -1 where there are fewer."""
+
+    similarity_kn: jax.Array
+    number_kn: jax.Array
+
+
+ROWS = PartitionSpec(MESH_AXES)
+_BEST = PartitionSpec(None, MESH_AXES)
+
+
+def k_nearest(
+    queries: Shares,
+    samples: Shares,
+    k: int,
+    mesh: Mesh,
+    *,
+    on_progress: Callable[[float], object],
+) -> Best:
+    """The k samples with the highest products of every query, its own group left out.
+
+    Args:
+      queries: may be `samples` itself, which halves the work.
+      samples: what they are compared with.
+      k: neighbours.
+      mesh: where both are.
+      on_progress: called with the share of the work that is done.
+    """
+    mutual = queries is samples
+    # Half way around, every two shares have met; those opposite each other meet twice, on both devices.
+    steps = mesh.size // 2 + 1 if mutual else mesh.size
+    calls = [(step, at) for step in range(steps) for at in range(queries.blocks)]
+    tiles = [samples.blocks - (at if mutual and step == 0 else 0) for step, at in calls]
+    visitors, found, brought = samples.rows, _nothing(k, queries, mesh), _nothing(k, samples, mesh)
+    for (step, at), done in zip(calls, itertools.accumulate(tiles), strict=True):
+        if step and at == 0:
+            visitors = _rotate(visitors, mesh=mesh, spec=ROWS, by=1)
+            brought = _rotate(brought, mesh=mesh, spec=_BEST, by=1)
+        found, brought = _meet(
+            queries.rows,
+            visitors,
+            found,
+            brought,
+            np.int32(step),
+            np.int32(at),
+            mesh=mesh,
+            query_block=queries.block,
+            block=samples.block,
+            mutual=mutual and (step == 0 or 2 * step != mesh.size),
+        )
+        jax.block_until_ready(found)
+        on_progress(done / sum(tiles))
+    if mutual:
+        found = _merged(found, _rotate(brought, mesh=mesh, spec=_BEST, by=1 - steps))
+    return found
+
+
+def _nothing(k: int, shares: Shares, mesh: Mesh) -> Best:
+    shape, place = (k, len(shares.rows.number_n)), NamedSharding(mesh, _BEST)
+    return Best(
+        jnp.full(shape, -jnp.inf, jnp.float32, device=place), jnp.full(shape, -1, jnp.int32, device=place)
+    )
+
+
+Tree = TypeVar("Tree", Rows, Best)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "spec", "by"))
+def _rotate(tree: Tree, *, mesh: Mesh, spec: PartitionSpec, by: int) -> Tree:
+    """Each device's share goes `by` devices on."""
+    ring = [(device, (device + by) % mesh.size) for device in range(mesh.size)]
+
+    def send(tree: Tree) -> Tree:
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, MESH_AXES, ring), tree)
+
+    return jax.shard_map(send, mesh=mesh, in_specs=spec, out_specs=spec)(tree)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("mesh", "query_block", "block", "mutual"),
+    donate_argnames=("found", "brought"),
+)
+def _meet(
+    queries: Rows,
+    visitors: Rows,
+    found: Best,
+    brought: Best,
+    step: jax.Array,
+    at: jax.Array,
+    *,
+    mesh: Mesh,
+    query_block: int,
+    block: int,
+    mutual: bool,
+) -> tuple[Best, Best]:
+    """Block `at` of each device's queries meets its visitors; if `mutual`, these look for neighbours too."""
+
+    def on_device(
+        queries: Rows, visitors: Rows, found: Best, brought: Best, step: jax.Array, at: jax.Array
+    ) -> tuple[Best, Best]:
+        query = _block(queries, at, query_block, axis=0)
+
+        def tile(b: jax.Array, best: tuple[Best, Best]) -> tuple[Best, Best]:
+            ours, brought = best
+            candidate = _block(visitors, b, block, axis=0)
+            # float32 all the way: bfloat16 cannot tell near neighbours apart.
+            similarity_qc = jnp.einsum(
+                "qd,cd->qc", query.unit_nd, candidate.unit_nd, precision=jax.lax.Precision.HIGHEST
+            )
+            is_pair_qc = query.group_n[:, None] != candidate.group_n
+            is_pair_qc &= (query.group_n[:, None] != PADDING) & (candidate.group_n != PADDING)
+            if mutual:  # a share that visits itself: each pair counts once
+                is_pair_qc &= (step > 0) | (query.number_n[:, None] < candidate.number_n)
+            similarity_qc = jnp.where(is_pair_qc, similarity_qc, -jnp.inf)
+            ours = _updated(ours, similarity_qc, 1, candidate.number_n)
+            if mutual:
+                theirs = _updated(_block(brought, b, block, axis=1), similarity_qc, 0, query.number_n)
+                brought = _replaced(brought, theirs, b * block)
+            return ours, brought
+
+        first = jnp.where(step == 0, at, 0) if mutual else 0
+        last = len(visitors.number_n) // block
+        ours = _block(found, at, query_block, axis=1)
+        ours, brought = jax.lax.fori_loop(first, last, tile, (ours, brought))
+        return _replaced(found, ours, at * query_block), brought
+
+    here = PartitionSpec()
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(ROWS, ROWS, _BEST, _BEST, here, here), out_specs=(_BEST, _BEST)
+    )(queries, visitors, found, brought, step, at)
+
+
+def _block(tree: Tree, number: jax.Array, block: int, axis: int) -> Tree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * block, block, axis), tree)
+
+
+def _replaced(best: Best, part: Best, start: jax.Array) -> Best:
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 1), best, part)
+
+
+class _Taking(NamedTuple):
+    """Candidates of each row, taken in their order; the last that was, and the nearest left in each chunk."""
+
+    count: jax.Array
+    best: Best
+    last_n: jax.Array
+    last_at_n: jax.Array
+    nearest_gn: jax.Array
+
+
+def _updated(best: Best, similarity: jax.Array, axis: int, number_c: jax.Array) -> Best:
+    """The k best of n rows after some candidates: each row takes its next one, again while any row gains.
+
+    They come in the order of neighbours: the higher similarity first, of equal ones the lower number. All
+    candidates are read once, for the nearest of each chunk; then only the chunks that hold the next ones.
+
+    Args:
+      best: so far.
+      similarity: [n, c] or [c, n].
+      axis: that of the candidates.
+      number_c: the candidates'.
+    """
+    k, count = len(best.number_kn), len(number_c)
+    chunk = math.gcd(count, CHUNK)
+    shape = similarity.shape
+    chunks = similarity.reshape(*shape[:axis], count // chunk, chunk, *shape[axis + 1 :])
+
+    def inside(g_n: jax.Array) -> jax.Array:
+        """[h, n] similarities in one chunk of each row."""
+        inside = jnp.take_along_axis(chunks, jnp.expand_dims(g_n, (axis, axis + 1)), axis)
+        return jnp.moveaxis(inside.squeeze(axis), axis, 0)
+
+    def gains(state: _Taking) -> jax.Array:
+        next_n = state.nearest_gn.max(axis=0)
+        return (state.count < k) & jnp.any((next_n >= state.best.similarity_kn[-1]) & (next_n > -jnp.inf))
+
+    def take(state: _Taking) -> _Taking:
+        next_n = state.nearest_gn.max(axis=0)
+        g_g1 = jnp.arange(count // chunk)[:, None]
+        g_n = jnp.where(state.nearest_gn == next_n, g_g1, count).min(axis=0)
+        inside_hn, at_hn = inside(g_n), g_n * chunk + jnp.arange(chunk)[:, None]
+        is_later_hn = (next_n < state.last_n) | (at_hn > state.last_at_n)
+        at_n = jnp.where((inside_hn == next_n) & is_later_hn, at_hn, count).min(axis=0)
+        is_left_hn = (inside_hn < next_n) | ((inside_hn == next_n) & (at_hn > at_n))
+        left_n = jnp.where(is_left_hn, inside_hn, -jnp.inf).max(axis=0)
+        return _Taking(
+            state.count + 1,
+            _insert(state.best, next_n, number_c[at_n]),
+            next_n,
+            at_n,
+            jnp.where(g_g1 == g_n, left_n, state.nearest_gn),
+        )
+
+    none = jnp.full_like(best.similarity_kn[0], jnp.inf), jnp.full_like(best.number_kn[0], -1)
+    nearest_gn = jnp.moveaxis(chunks.max(axis + 1), axis, 0)
+    return jax.lax.while_loop(gains, take, _Taking(jnp.int32(0), best, *none, nearest_gn)).best
+
+
+def _insert(best: Best, similarity_n: jax.Array, number_n: jax.Array) -> Best:
+    """One more candidate of each row, put where it belongs; the last falls out."""
+    is_before_kn = best.similarity_kn > similarity_n
+    is_before_kn |= (best.similarity_kn == similarity_n) & (best.number_kn < number_n)
+    is_there_kn = jnp.concatenate([jnp.ones_like(is_before_kn[:1]), is_before_kn[:-1]])
+
+    def inserted(old_kn: jax.Array, new_n: jax.Array) -> jax.Array:
+        moved_kn = jnp.concatenate([old_kn[:1], old_kn[:-1]])
+        return jnp.where(is_before_kn, old_kn, jnp.where(is_there_kn, new_n, moved_kn))
+
+    return Best(inserted(best.similarity_kn, similarity_n), inserted(best.number_kn, number_n))
+
+
+@jax.jit
+def _merged(best: Best, other: Best) -> Best:
+    """The k best of both."""
+    return jax.lax.scan(lambda best, one: (_insert(best, *one), None), best, other)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -23,7 +24,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", hel
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Data = Annotated[str, typer.Option(help="A file, a dataset directory, tfds:NAME:SPLIT or hf:NAME:SPLIT.")]
 Model = Annotated[
-    str, typer.Option(help="A Hugging Face directory, a checkpoint of ours, a .gguf, a repo id.")
+    str,
+    typer.Option(help="A Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf, a repo id."),
 ]
 
 
@@ -122,30 +124,47 @@ def refine(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what and how much would be asked.")
     ] = False,
+    write_batch: Annotated[
+        Path | None, typer.Option(help="Ask nobody: write what can be asked now as an OpenAI batch file.")
+    ] = None,
+    read_batch: Annotated[
+        list[Path] | None, typer.Option(help="A batch's results; once more for each further file.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """The selected samples of DIRECTORY through a served LLM; writes refined.jsonl and merged.jsonl."""
     from middo_jax import refine as wing
     from middo_jax import stages
+    from middo_jax.report.terminal import render_batch
     from middo_jax.run_dir import RoundDir, read_jsonl, write_jsonl
 
     workshop, here = _workshop_of(directory, overrides), RoundDir(directory)
+    settings = workshop.config.refine
     if dry_run:
-        plan = wing.dry_run(stages.plan_refinement(here), workshop.config.refine)
+        form = "json" if settings.response_format == "json" else "text"
+        plan = wing.dry_run(stages.plan_refinement(here), settings, form)
         counts = {name: getattr(plan, name) for name in plan.__dataclass_fields__ if name != "rows"}
         text = "\n".join(f"{name.replace('_', ' ')}: {value:,}" for name, value in counts.items())
         _show(as_json, counts | {"rows": list(plan.rows)}, text)
         return
-    cache = wing.AnswerCache(directory / "llm_cache.sqlite")
+    cache = wing.AnswerCache(settings.cache or directory / "llm_cache.sqlite")
     try:
-        usage = stages.refine_stage(workshop, here, 0, cache)
+        if write_batch or read_batch:
+            state = stages.batch_stage(workshop, here, cache, read_batch or (), write_batch)
+            if not state.is_finished:
+                facts = dataclasses.asdict(state)
+                _show(as_json, facts, render_batch(facts, directory, write_batch))
+                return
+        else:
+            stages.refine_stage(workshop, here, 0, cache)
     finally:
         cache.close()
     merged = directory / "merged.jsonl"
-    write_jsonl(merged, (e.to_json() for e in stages.merged_dataset(here)))
+    write_jsonl(merged, (e.to_json() for e in stages.merge_stage(workshop, here)))
     rows = read_jsonl(here.refined)
     accepted = sum(row["accepted"] for row in rows)
-    result = {"tasks": len(rows), "accepted": accepted, "merged": str(merged), "usage": usage.to_json()}
+    spent = here.stages()["refine"]["usage"]
+    result = {"tasks": len(rows), "accepted": accepted, "merged": str(merged), "usage": spent}
     _show(as_json, result, f"{accepted} of {len(rows)} rewrites accepted\n{merged}")
 
 
@@ -206,13 +225,27 @@ def export(
     checkpoint: Path,
     out: Path,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")
+        str | None, typer.Option(help="float32, bfloat16 or float16; as trained, float32, if not given.")
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(help="Compare its logits with ours, if torch is there; that holds the model once more."),
+    ] = True,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write the LoRA adapter alone, as a PEFT directory.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """A checkpoint of ours as a Hugging Face directory."""
-    from middo_jax.stages import export_checkpoint
+    """A checkpoint of ours, or a LoRA adapter merged, as a Hugging Face directory."""
+    from middo_jax.progress import for_stderr
+    from middo_jax.stages import export_adapter, export_checkpoint
 
-    print(export_checkpoint(checkpoint, out, dtype))
+    if adapter:
+        export_adapter(checkpoint, out, dtype)
+        _show(as_json, {"out": str(out)}, str(out))
+        return
+    facts = export_checkpoint(checkpoint, out, dtype, for_stderr(), verify=verify)
+    _show(as_json, {"out": str(out), **facts}, str(out))
 
 
 @app.command(epilog="Example: middo convert alpaca.json chat.jsonl --format messages")
@@ -238,7 +271,12 @@ def convert(
 
 @app.command(epilog="Example: middo serve ./tuned --port 8000")
 def serve(
-    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a .gguf or a repo id.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf, a repo id."
+        ),
+    ],
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     overrides: Overrides = None,
 ) -> None:
@@ -301,19 +339,29 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """What is in a dataset; with a model, how its first sample is rendered and how long all are."""
+    from middo_jax.config import load
     from middo_jax.data.sources import read
+    from middo_jax.progress import for_stderr
     from middo_jax.report.inspection import inspect_rows, inspect_tokens
     from middo_jax.report.terminal import render_inspection
+    from middo_jax.workshop import Workshop, usable
 
-    examples, rejections = read(data)
+    base = _base(_model(model)) if model else "none"
+    config = load(None, [f"model.path={base}", f"data.path={data}", *(overrides or ())])
+    examples, rejections = read(config.data.path, config.data.format, config.data.limit)
     facts = inspect_rows(examples, rejections)
-    if model is not None:
-        workshop = _workshop([f"model.path={_base(_model(model))}", f"data.path={data}", *(overrides or ())])
-        config = workshop.config
-        facts |= inspect_tokens(
-            examples, workshop.tokenizer, config.model.max_length, config.scoring.batch_tokens
+    if model:
+        workshop, max_length = Workshop(config, for_stderr()), config.model.max_length
+        examples, refused = usable(workshop, examples)
+        facts = inspect_rows(examples, [*rejections, *refused]) | inspect_tokens(
+            examples,
+            workshop.tokenizer,
+            max_length,
+            config.scoring.batch_tokens,
+            config.train.pack_length or max_length,
         )
-    _show(as_json, facts, render_inspection(facts))
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    _show(as_json, facts, render_inspection(facts, color=color))
 
 
 def _workshop(settings: Sequence[str], path: Path | None = None) -> Any:
@@ -346,11 +394,10 @@ def _model(path: str) -> Path:
 
 
 def _base(path: Path) -> Path:
-    """The Hugging Face directory whose tokenizer a model uses: its own, or that which a checkpoint names."""
-    from middo_jax.train.checkpoint import read_metadata
+    """The Hugging Face directory whose tokenizer a model uses: its own, or that which it was trained from."""
+    from middo_jax.models.source import locate
 
-    metadata = read_metadata(path)
-    return path if metadata is None else Path(metadata["base"])
+    return locate(path).base
 
 
 def _show(as_json: bool, value: Any, text: str) -> None:

@@ -5,6 +5,7 @@ Every step asks the manifests whether it is done already, so that an interrupted
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,9 @@ MAY_CHANGE = (
     "refine.max_retries",
     "refine.timeout",
     "refine.budget_usd",
+    "refine.budget_tokens",
+    "refine.requests_per_minute",
+    "refine.tokens_per_minute",
     "refine.prices",
 )
 
@@ -112,16 +116,16 @@ def _round_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> lis
         def refine(here: RoundDir = here, t: int = t) -> None:
             from middo_jax.refine import AnswerCache
 
-            cache = AnswerCache(run.llm_cache)
+            cache = AnswerCache(config.refine.cache or run.llm_cache)
             try:
-                stages.refine_stage(workshop, here, t, cache, heldout)
+                stages.refine_stage(workshop, here, t, cache, heldout, here.checkpoint)
             finally:
                 cache.close()
 
         def merge(here: RoundDir = here, following: RoundDir = following) -> None:
             began = time.monotonic()
-            write_dataset(following, stages.merged_dataset(here))
-            here.finish("merge", [], time.monotonic() - began)
+            write_dataset(following, stages.merge_stage(workshop, here))
+            here.finish("merge", [here.dropped], time.monotonic() - began)
 
         steps += [
             (here, "train", lambda h=here, s=start: stages.train_stage(workshop, h, s())),
@@ -159,9 +163,11 @@ def _final_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> lis
     def export() -> None:
         began = time.monotonic()
         out = final / "huggingface"
-        if not out.exists():
-            stages.export_checkpoint(final.checkpoint, out, config.model.dtype)
-        final.finish("export", [out], time.monotonic() - began)
+        shutil.rmtree(out, ignore_errors=True)  # of a run that ended before the manifest could name it
+        facts = stages.export_checkpoint(
+            final.checkpoint, out, config.model.dtype, workshop.progress, mesh=workshop.mesh
+        )
+        final.finish("export", [out], time.monotonic() - began, **facts)
 
     return [
         (final, "train", lambda: stages.train_stage(workshop, final, start())),

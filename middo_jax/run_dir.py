@@ -128,6 +128,16 @@ class RoundDir:
         return self.path / "rejected.jsonl"
 
     @property
+    def candidates(self) -> Path:
+        """One row an attempt of the refiner: which gate it met its end at, and what was measured of it."""
+        return self.path / "candidates.jsonl"
+
+    @property
+    def dropped(self) -> Path:
+        """Samples that made room for additions, and additions that found none, with the reason."""
+        return self.path / "dropped.jsonl"
+
+    @property
     def checkpoint(self) -> Path:
         """This round's model."""
         return self.path / "checkpoint"

@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,10 +63,13 @@ def fake_answer(text: str) -> str:
 
 
 @contextlib.contextmanager
-def fake_refiner(seconds: float = 0.0) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def fake_refiner(
+    seconds: float = 0.0, answer: Callable[[str], str] = fake_answer
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(base URL, the requests as they come) of an endpoint that serves one model called `fake`.
 
-    A request is its body and its `authorization`; every answer takes `seconds`.
+    A request is its body and its `authorization`; every answer takes `seconds` and is that of `answer` to the
+    last user message.
     """
     bodies: list[dict[str, Any]] = []
     lock = threading.Lock()
@@ -76,7 +79,7 @@ def fake_refiner(seconds: float = 0.0) -> Iterator[tuple[str, list[dict[str, Any
         with lock:
             bodies.append(body)
         await asyncio.sleep(seconds)
-        text = fake_answer(body["messages"][-1]["content"])
+        text = answer(body["messages"][-1]["content"])
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
         return JSONResponse(
@@ -116,6 +119,8 @@ def settings(root: Path, base_url: str | None = None, **more: Any) -> list[str]:
         "quality.fraction": 0.2,
         "refine.temperature": 0,
         "refine.max_tokens": 16,
+        "refine.accept": "sane",  # what a random model measures of nonsense says nothing
+        "refine.gates.numbers": False,  # the fake refiner keeps none
         "serve.max_context": 1024,
     }
     if base_url is not None:

@@ -109,12 +109,14 @@ def _write_round(
     tasks, answers = _refine(examples, table, selection, index, rng, poison)
     write_jsonl(folder.refined, tasks)
     write_jsonl(folder.rejected, answers)
-    folder.finish("refine", [folder.refined, folder.rejected], 130.0)
+    write_jsonl(folder.candidates, _candidates(tasks, table, random.Random(index), poison))
+    folder.finish("refine", [folder.refined, folder.rejected, folder.candidates], 130.0)
     replaced = {
         t["replaces"]: Example.from_json(t["example"]) for t in tasks if t["accepted"] and t["replaces"]
     }
     added = [Example.from_json(t["example"]) for t in tasks if t["accepted"] and not t["replaces"]]
-    folder.finish("merge", [], 0.05)
+    write_jsonl(folder.dropped, [])
+    folder.finish("merge", [folder.dropped], 0.05)
     return [replaced.get(e.id, e) for e in examples] + added
 
 
@@ -246,6 +248,44 @@ def _refine(
             "usage": {"requests": 2, "prompt_tokens": 410 + number, "completion_tokens": 160 + number},
         })  # fmt: skip
     return tasks, answers
+
+
+def _candidates(
+    tasks: list[dict[str, Any]], table: dict[str, dict[str, Any]], rng: random.Random, poison: str
+) -> list[dict[str, Any]]:
+    """Rows of candidates.jsonl: every third task had a first attempt that some gate of its axis rejected."""
+    rows = []
+    for number, task in enumerate(tasks):
+        scores, additional = table[task["source_id"]], task["op"] == "synthesize"
+        gates = ["numbers", "context", {"complexity": "loss"}.get(task["axes"][0], "quality")]
+        gates = ["duplicate", "coverage", "distribution"] if additional else gates
+        last = {"accepted": task["accepted"], "gate": None if task["accepted"] else gates[number % 3]}
+        for attempt, verdict in enumerate([{"accepted": False, "gate": gates[1]}, last][number % 3 > 0 :]):
+            better = rng.uniform(0.02, 0.4) * (1 if verdict["accepted"] else -0.4)
+            measured = {
+                "loss": (scores["loss_post"] or 1.5) * (1 - better),
+                "similarity": 0.9 + 0.2 * better,
+                "nearest": 0.95,
+                "knn_similarity": scores["knn_mean_sim"],
+                "core_similarity": scores["knn_mean_sim"] + max(0.1 * better, 0) if additional else None,
+                "truncated": False,
+                "quality": scores["quality"] * (1 + better) if "quality" in task["axes"] else None,
+            }
+            early = verdict["gate"] in ("numbers", "duplicate")
+            rows.append({
+                "task_id": task["task_id"],
+                "attempt": attempt,
+                "op": task["op"],
+                "axes": task["axes"],
+                "source_id": task["source_id"],
+                "candidate_id": task["example"]["id"],
+                **verdict,
+                "reason": None if verdict["accepted"] else f"{verdict['gate']}: so it was{poison}",
+                "before": {c: scores[c] for c in ("loss_pre", "loss_post", "knn_mean_sim", "quality")},
+                "measured": None if early else measured,
+                "measured_under": None if early else "0123456789abcdef",
+            })  # fmt: skip
+    return rows
 
 
 def _rewritten(original: Example, op: str, number: int, poison: str) -> tuple[str, str]:

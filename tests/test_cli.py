@@ -176,6 +176,7 @@ def test_score_select_refine_by_hand(middo: Middo, finished: Finished, place: Pa
     assert "hard" in middo("select", out, *wanted).out
 
     endpoint = (f"refine.base_url={finished.url}", "refine.model=fake", "refine.temperature=0")
+    endpoint += ("refine.accept=sane", "refine.gates.numbers=false")
     asked = len(finished.requests)
     before = contents(out)
     plan = middo("refine", out, "--dry-run", *endpoint, "--json").json
@@ -286,9 +287,10 @@ def test_inspect_shows_what_is_learnt(middo: Middo, place: Path) -> None:
     assert facts["n"] == 24
     assert facts["tokens"]["truncated"] == 0
     first = read(str(place / "data.json"))[0][0]
-    assert f"[[{first.response}<|im_end|>]]" in facts["rendered"]
+    assert {"kind": "target", "text": f"{first.response}<|im_end|>"} in facts["sample"]["parts"]
     shown = middo("inspect", place / "data.json", "--model", place / "model", *SMALL)
     assert "24 rows can be used, 0 cannot" in shown.out
+    assert f"[[{first.response}<|im_end|>]]" in shown.out
 
 
 def test_a_finished_run_is_told_as_text_and_as_json(middo: Middo, finished: Finished, tmp_path: Path) -> None:

@@ -106,8 +106,9 @@ def is_under_way(run: RunDir, place: int, rng: random.Random, bodies: list[Any])
             return latest > place
         if stage == "train":
             return lines(metrics) >= steps_before + count
-        if stage == "refine":
-            return len(bodies) >= asked_before + count
+        if stage == "refine":  # at first while it asks, then while it asks again what was not accepted
+            asks_again = not asked_before or lines(run.path / folder / "candidates.jsonl")
+            return bool(asks_again) and len(bodies) >= asked_before + count
         begun.append(time.monotonic())
         return begun[-1] - begun[0] >= pause
 
@@ -141,6 +142,7 @@ def test_broken_at_every_stage_a_run_ends_like_an_unbroken_one(tmp_path: Path) -
                 train__num_epochs=10,
                 train__save_every=2,
                 train__start_from="previous",
+                refine__accept="measured",
             )
             path.write_text(load(None, small).to_yaml(), encoding="utf-8")
             return path
@@ -169,7 +171,8 @@ def test_broken_at_every_stage_a_run_ends_like_an_unbroken_one(tmp_path: Path) -
     got, wanted = results(broken), results(unbroken)
     assert got.keys() == wanted.keys()
     assert [name for name in wanted if got[name] != wanted[name]] == []
-    for name in ("dataset.jsonl", "metrics.jsonl", "refined.jsonl", "requests.jsonl", "selection.json"):
+    names = ("dataset", "metrics", "refined", "requests", "candidates")
+    for name in (*(f"{name}.jsonl" for name in names), "selection.json"):
         assert wanted[f"round_00/{name}"]
     assert {"final/dataset.jsonl", "final/huggingface/model.safetensors", "heldout_losses.json"} <= got.keys()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 from collections import Counter
@@ -12,13 +13,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from loop_fixture import KEY, Finished, contents, rows_by_id, settings
+from tiny_model import CHAT_TEMPLATE
 
 from middo_jax.config import load
 from middo_jax.diagnose.table import SCHEMA
 from middo_jax.loop import open_run, run_loop
+from middo_jax.models.checkpoint import read_metadata
 from middo_jax.progress import Silent
 from middo_jax.run_dir import RoundDir, RunDir, RunError, file_hash, read_jsonl
-from middo_jax.train.checkpoint import read_metadata
 
 pytest_plugins = ["loop_fixture"]
 
@@ -51,7 +53,8 @@ def test_every_artefact_is_where_the_contract_says(finished: Finished) -> None:
     whole |= {"heldout_losses.json", "report.html", "round_00", "round_01", "final"}
     assert {p.name for p in run.path.iterdir()} == whole
     a_round = {"dataset.jsonl", "scores.parquet", "embeddings.npy", "selection.json", "requests.jsonl"}
-    a_round |= {"refined.jsonl", "rejected.jsonl", "checkpoint", "metrics.jsonl", "manifest.json"}
+    a_round |= {"refined.jsonl", "rejected.jsonl", "candidates.jsonl", "dropped.jsonl"}
+    a_round |= {"checkpoint", "metrics.jsonl", "manifest.json"}
     for directory in run.rounds():
         assert {p.name for p in directory.path.iterdir()} == a_round
     last = {"dataset.jsonl", "checkpoint", "metrics.jsonl", "manifest.json", "huggingface"}
@@ -64,6 +67,8 @@ def test_manifests_name_every_stage_and_the_files_as_they_are(finished: Finished
     for directory in finished.run.rounds():
         assert list(directory.stages()) == stages
     assert list(finished.run.final.stages()) == ["prepare", "train", "evaluate", "export"]
+    exported = finished.run.final.stages()["export"]
+    assert exported["verified"] is (importlib.util.find_spec("torch") is not None)
     for directory in rounds_and_final(finished.run):
         for stage, record in directory.stages().items():
             # Selecting fills in columns of scores.parquet, so that only its own record knows the last bytes.
@@ -258,6 +263,7 @@ def test_previous_models_are_started_from_and_measured(finished: Finished, tmp_p
         metadata = read_metadata(directory.checkpoint)
         assert metadata is not None
         assert metadata["base"] == base  # whose config and tokenizer an export needs
+        assert metadata["chat_template"] == CHAT_TEMPLATE
 
 
 def test_gibberish_is_rejected_and_everything_stays(finished: Finished, tmp_path: Path) -> None:

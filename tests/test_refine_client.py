@@ -23,16 +23,17 @@ from starlette.routing import Route
 from middo_jax.config import ConfigError, Prices, RefineSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.refine.cache import Answer, AnswerCache, CacheError, canonical, request_key
-from middo_jax.refine.client import (
-    FAILURES_IN_A_ROW,
+from middo_jax.refine.client import ChatClient
+from middo_jax.refine.endpoints import FAILURES_IN_A_ROW
+from middo_jax.refine.faults import (
     BudgetReached,
-    ChatClient,
     EndpointFailed,
     RefinerError,
     RequestRefused,
     retry_after,
 )
 from middo_jax.refine.rewrite import Task, run
+from middo_jax.refine.usage import Ledger, Usage
 
 KEY = "sk-very-secret-0123456789"
 
@@ -156,7 +157,7 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-SETTINGS = RefineSettings(max_retries=3, timeout=5.0, concurrency=4, max_tokens=100)
+SETTINGS = RefineSettings(max_retries=3, timeout=5.0, concurrency=4, max_tokens=100, response_format="text")
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -169,7 +170,7 @@ def ask(
     """Asks all texts at once; a RefinerError stands in its answer's place."""
 
     async def go() -> tuple[list[Any], ChatClient]:
-        async with ChatClient(settings, url, "m", cache, backoff_base=0.01, **more) as client:
+        async with ChatClient(settings, url, "m", cache, backoff_s=0.01, **more) as client:
             asked = (client.complete(user(text)) for text in texts)
             answers = await asyncio.gather(*asked, return_exceptions=True)
         return answers, client
@@ -192,7 +193,7 @@ def test_sends_what_was_set_and_counts_what_came(server: HostileServer, cache: A
     assert server.bodies == [
         {"messages": user("a"), "model": "m", "temperature": 0.0, "top_p": 0.9, "max_tokens": 77, "seed": 7}
     ]
-    usage = client.usage
+    usage = client.ledger.here
     assert (usage.requests, usage.retries, usage.answers) == (1, 0, 1)
     assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (1000, 200, 400)
     assert usage.usd == pytest.approx((600 * 2 + 400 * 1 + 200 * 10) / 1e6)
@@ -205,7 +206,11 @@ def test_second_run_asks_nothing_and_pays_nothing(server: HostileServer, cache: 
     second, client = ask("http://127.0.0.1:9/elsewhere", cache, *texts)
     assert server.requests == len(cache) == 20
     assert [dataclasses.replace(a, from_cache=True) for a in first] == second
-    assert (client.usage.cache_hits, client.usage.requests, client.usage.usd) == (20, 0, 0.0)
+    assert (client.ledger.here.from_cache, client.ledger.here.requests, client.ledger.here.usd) == (
+        20,
+        0,
+        0.0,
+    )
 
 
 def test_cache_tells_requests_apart(server: HostileServer, cache: AnswerCache) -> None:
@@ -257,8 +262,8 @@ def test_transient_faults_are_tried_again(server: HostileServer, cache: AnswerCa
     server.script = lambda text, n: TRANSIENT[name]() if n < 2 else good("at last")
     [answer], client = ask(server.url, cache, "a", settings=settings)
     assert answer.text == "at last"
-    assert (server.asked("a"), client.usage.requests, client.usage.retries) == (3, 3, 2)
-    assert client.usage.prompt_tokens == 10
+    assert (server.asked("a"), client.ledger.here.requests, client.ledger.here.retries) == (3, 3, 2)
+    assert client.ledger.here.prompt_tokens == 10
 
 
 @pytest.mark.parametrize("name", TRANSIENT)
@@ -344,7 +349,7 @@ def test_nobody_listening_stops_the_stage(cache: AnswerCache) -> None:
     assert isinstance(failure, EndpointFailed)
     assert failure.stops_stage
     assert "127.0.0.1:9" in str(failure)
-    assert client.usage.requests == SETTINGS.max_retries + 1
+    assert client.ledger.here.requests == SETTINGS.max_retries + 1
 
 
 def test_one_broken_request_does_not_stop_the_others(server: HostileServer, cache: AnswerCache) -> None:
@@ -377,9 +382,11 @@ def test_an_overload_that_others_get_through_does_not_stop_the_stage(
     server: HostileServer, cache: AnswerCache
 ) -> None:
     server.script = lambda text, n: fault(429) if text == "unlucky" else good("fine")
-    answers, _ = ask(server.url, cache, "unlucky", *(f"q{i}" for i in range(20)))
+    settings = SETTINGS.model_copy(update={"max_retries": 1})
+    answers, _ = ask(server.url, cache, "unlucky", *(f"q{i}" for i in range(20)), settings=settings)
     assert isinstance(answers[0], EndpointFailed)
     assert not answers[0].stops_stage
+    assert 2 < server.asked("unlucky") <= 8  # that others get through says that it may, too
     assert all(isinstance(a, Answer) for a in answers[1:])
 
 
@@ -417,8 +424,8 @@ def test_budget_is_never_passed_and_keeps_what_was_in_flight(
     answers, client = ask(server.url, cache, *(f"q{i}" for i in range(30)), settings=settings)
     kept = [a for a in answers if isinstance(a, Answer)]
     assert len(kept) == server.requests == len(cache) == 5
-    assert client.usage.usd == pytest.approx(5 * 0.01001)
-    assert client.usage.usd <= 0.055
+    assert client.ledger.here.usd == pytest.approx(5 * 0.01001)
+    assert client.ledger.here.usd <= 0.055
     assert all(isinstance(a, BudgetReached) and not a.stops_stage for a in answers if a not in kept)
 
 
@@ -428,22 +435,23 @@ def test_budget_waits_for_what_turns_out_cheaper(server: HostileServer, cache: A
     settings = PRICED.model_copy(update={"budget_usd": 0.025})
     answers, client = ask(server.url, cache, *(f"q{i}" for i in range(12)), settings=settings)
     assert all(isinstance(a, Answer) for a in answers)
-    assert client.usage.usd == pytest.approx(12 * 0.00101)
+    assert client.ledger.here.usd == pytest.approx(12 * 0.00101)
 
 
 def test_cached_answers_come_free_after_the_budget(server: HostileServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: good("dear", 10, 100)
     settings = PRICED.model_copy(update={"budget_usd": 0.0125})
-    ask(server.url, cache, "known", settings=PRICED)
+    ask(server.url, cache, "known", settings=PRICED, ledger=Ledger(cache, "another run"))
     answers, client = ask(server.url, cache, "x", "y", "known", settings=settings)
     assert [type(a) for a in answers] == [Answer, BudgetReached, Answer]
-    assert client.usage.usd == pytest.approx(0.01001)
+    assert client.ledger.here.usd == pytest.approx(0.01001)
 
 
 def test_uncounted_answers_cost_their_upper_bound(server: HostileServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: good("uncounted", 0, 0)
     [_], client = ask(server.url, cache, "a", settings=PRICED)
-    assert client.usage.usd >= 100 * 100 / 1e6
+    assert client.ledger.here.usd == 0
+    assert client.ledger.here.aside_usd >= 100 * 100 / 1e6
 
 
 def test_a_budget_needs_prices(cache: AnswerCache) -> None:
@@ -522,13 +530,13 @@ def test_cache_survives_the_process_and_ignores_key_order(tmp_path: Path) -> Non
     key = request_key({"b": 1, "a": "é"})
     assert key == request_key({"a": "é", "b": 1})
     assert key != request_key({"a": "e", "b": 1})
-    answer = Answer("text\0é", "stop", 1, 2, 3)
+    answer = Answer("text\0é", "stop", 1, 2, 3, key=key)
     first = AnswerCache(path)
-    first.put(key, canonical({"a": "é", "b": 1}), answer)
+    first.enter("r", 0, "quality", Usage(answers=1), (canonical({"a": "é", "b": 1}), answer))
     second = AnswerCache(path)  # while the first is open and was never closed: WAL, committed at the put
     assert second.get(key) == dataclasses.replace(answer, from_cache=True, key=key)
     assert second.get("unknown") is None
-    second.put(key, "{}", Answer("paid twice", "stop"))
+    second.enter("r", 0, "quality", Usage(answers=1), ("{}", Answer("paid twice", "stop", key=key)))
     assert first.get(key) == second.get(key) == dataclasses.replace(answer, from_cache=True, key=key)
     first.close()
     second.close()
@@ -563,7 +571,7 @@ def test_a_stage_that_stopped_goes_on_where_it_was(server: HostileServer, tmp_pa
         return json.dumps(every)
 
     def stage(cache: AnswerCache) -> list[Any]:
-        return run(planned, ChatClient(SETTINGS, server.url, "m", cache, backoff_base=0.01), SETTINGS, 0)
+        return run(planned, ChatClient(SETTINGS, server.url, "m", cache, backoff_s=0.01), SETTINGS, 0)
 
     server.script = refiner
     whole = AnswerCache(tmp_path / "whole.sqlite")
@@ -598,16 +606,16 @@ def test_a_stage_under_faults_ends_every_task(server: HostileServer, cache: Answ
     server.script = script
     done: list[str] = []
     planned = tasks(60)
-    client = ChatClient(SETTINGS, server.url, "m", cache, backoff_base=0.01)
+    client = ChatClient(SETTINGS, server.url, "m", cache, backoff_s=0.01)
     outcomes = run(planned, client, SETTINGS, 0, on_done=lambda outcome: done.append(outcome.task.task_id))
     assert [o.task for o in outcomes] == planned
     assert sorted(done) == sorted(task.task_id for task in planned)
     for i, outcome in enumerate(outcomes):
         assert (outcome.example is None) is (i % 10 == 3), outcome.reject_reason
         assert outcome.reject_reason == ("request refused (400): too long" if i % 10 == 3 else None)
-    assert client.usage.answers == len(cache) == 2 * 54
-    assert client.usage.requests == server.requests
-    assert client.usage.prompt_tokens == 10 * client.usage.answers
+    assert client.ledger.here.answers == len(cache) == 2 * 54
+    assert client.ledger.here.requests == server.requests
+    assert client.ledger.here.prompt_tokens == 10 * client.ledger.here.answers
 
 
 def test_a_stage_beyond_its_budget_says_so(server: HostileServer, cache: AnswerCache) -> None:

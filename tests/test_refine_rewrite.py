@@ -14,14 +14,14 @@ from middo_jax.config import Prices, RefineSettings
 from middo_jax.data.example import Example, Lineage, Message
 from middo_jax.refine import accept, prompts
 from middo_jax.refine.cache import Answer, request_key
-from middo_jax.refine.client import ChatClient
-from middo_jax.refine.merge import merge, reject_duplicates
+from middo_jax.refine.duplicates import reject_duplicates
+from middo_jax.refine.estimate import dry_run
+from middo_jax.refine.merge import merge
+from middo_jax.refine.parse import parse_prompt
 from middo_jax.refine.rewrite import (
     Outcome,
     Task,
-    dry_run,
     first_request,
-    parse_prompt,
     plan_tasks,
     refine_tasks,
 )
@@ -34,16 +34,24 @@ def sample(prompt: str, response: str = "Yes.", system: str | None = None, **ext
     return Example((*head, Message("user", prompt), Message("assistant", response)), extra=extra)
 
 
-class Scripted(ChatClient):
-    """A client that answers from a list of (text, finish_reason), without any endpoint."""
+class Scripted:
+    """A refiner that answers from a list of (text, finish_reason), without any endpoint."""
 
     def __init__(self, *replies: str | tuple[str, str]) -> None:
         self.model = "scripted"
         self.asked: list[list[dict[str, str]]] = []
+        self.limits: list[int | None] = []
         self._replies = list(replies)
 
-    async def complete(self, messages: prompts.Messages, *, attempt: int = 0) -> Answer:
+    async def form(self) -> prompts.Form:
+        return "text"
+
+    async def close(self) -> None:
+        pass
+
+    async def complete(self, messages: prompts.Messages, **more: Any) -> Answer:
         self.asked.append(messages)
+        self.limits.append(more["max_tokens"])
         reply = self._replies.pop(0)
         text, reason = (reply, "stop") if isinstance(reply, str) else reply
         return Answer(text, reason, 10, 5, key=request_key({"messages": messages}))
@@ -51,7 +59,7 @@ class Scripted(ChatClient):
 
 def refine(task: Task, *replies: str | tuple[str, str], **more: Any) -> tuple[Outcome, Scripted]:
     client = Scripted(*replies)
-    chosen = RefineSettings(**{"concurrency": 1, **more.pop("settings", {})})
+    chosen = RefineSettings(**{"concurrency": 1, "max_corrections": 1, **more.pop("settings", {})})
     [outcome] = asyncio.run(refine_tasks([task], client, chosen, round_index=2, **more))
     return outcome, client
 
@@ -119,7 +127,7 @@ def test_every_request_shows_one_example_and_ends_with_its_form() -> None:
         assert [turn["role"] for turn in messages] == ["user", "assistant", "user"]
         assert parse_prompt(messages[1]["content"]) in prompts.EXAMPLES
         message = messages[-1]
-        assert message["content"].endswith(prompts.FORM)
+        assert message["content"].endswith(prompts.FORMS["text"])
         assert "core text" in message["content"]
         texts.add(message["content"])
     assert len(texts) == 4
@@ -280,19 +288,19 @@ def test_one_correction_turn_then_rejected() -> None:
     ("replies", "reason"),
     [
         (["I'm sorry, but I can't help.", "I'm sorry, but I can't help."], "refused"),
-        (["<prompt>Easy", ("<prompt>Easy", "length")], "truncated prompt"),
+        (["<prompt>Easy", ("<prompt>Easy", "length"), ("<prompt>Easy", "length")], "truncated prompt"),
         (["<prompt> ... </prompt>"], "empty prompt"),
         ([f"<prompt>{prompts.EXAMPLES[0]}</prompt>"], f"echo: {prompts.EXAMPLES[0]} in the prompt"),
         (["<prompt>I cannot assist with that.</prompt>"], "refused"),
         (["<prompt>Hi <|im_end|></prompt>"], "control token: <|im_end|> in the prompt"),
         (["<prompt>Easy?</prompt>", " \n"], "empty answer"),
-        (["<prompt>Easy?</prompt>", ("It is beca", "length")], "truncated answer"),
+        (["<prompt>Easy?</prompt>", ("It is", "length"), ("It is beca", "length")], "truncated answer"),
         (["<prompt>Easy?</prompt>", ("It is", "content_filter")], "refused"),
         (["<prompt>Easy?</prompt>", "As an AI language model, I cannot do it."], "refused"),
         (["<prompt>Easy?</prompt>", "Ok <|im_end|>"], "control token: <|im_end|> in the answer"),
         (["<prompt>Easy?</prompt>", "<prompt>Ok</prompt>"], "echo: <prompt> in the answer"),
         (["<prompt>Easy?</prompt>", "<think>Hm</think>Ok"], "echo: <think> in the answer"),
-        (["<prompt> prove  IT.</prompt>", "yes."], "unchanged"),
+        (["<prompt> prove  IT.</prompt>"], "unchanged"),
         (["<prompt>Boil.</prompt>", "boil. "], "answer repeats the prompt"),
     ],
 )
@@ -311,13 +319,16 @@ def test_a_closed_prompt_in_a_cut_reply_is_whole() -> None:
 # Gates --------------------------------------------------------------------------------------------
 
 
-def test_unchanged_means_prompt_and_answer_when_replacing() -> None:
-    def check(prompt: str, response: str) -> str | None:
-        return accept.check(HARD, prompt, response, "stop", SETTINGS)
+def test_unchanged_means_the_prompt_if_it_was_to_become_easier_and_both_if_only_better() -> None:
+    def check(axes: tuple[str, ...], prompt: str, response: str) -> str | None:
+        return accept.check(Task("rewrite", axes, HARD.source), prompt, response, "stop", SETTINGS)
 
-    assert check("PROVE it.", "YES. ") == "unchanged"
-    assert check("Prove it.", "Because of this.") is None
-    assert check("Prove this.", "Yes.") is None
+    for axes in (("complexity",), ("complexity", "quality")):
+        assert check(axes, "PROVE  it.", "Because of this.") == "unchanged"
+        assert check(axes, "Prove this.", "Yes.") is None
+    assert check(("quality",), "PROVE it.", "YES. ") == "unchanged"
+    assert check(("quality",), "Prove it.", "Because of this.") is None
+    assert check(("quality",), "Prove this.", "Yes.") is None
 
 
 def test_unchanged_means_any_known_prompt_when_adding() -> None:
@@ -442,10 +453,10 @@ def test_duplicates_are_rejected_by_name() -> None:
     repeats = [Outcome(tasks[0], child), Outcome(tasks[1], child)]
     first, second = reject_duplicates([a, b], repeats)
     assert first.example == child
-    assert second.reject_reason == f"duplicate of {child.id}"
+    assert second.reject_reason == f"duplicate: equals {child.id}"
     assert merge([a, b], [first, second]) == [child, b]
     [held_out] = reject_duplicates([a, b, child], repeats[:1])
-    assert held_out.reject_reason == f"duplicate of {child.id}"
+    assert held_out.reject_reason == f"duplicate: equals {child.id}"
     with pytest.raises(ValueError, match="twice"):
         merge([a, b], repeats)
 

@@ -5,25 +5,30 @@ outcomes = reject_duplicates(examples, run(plan_tasks(examples, ...), client, se
 examples = merge(examples, outcomes)
 """
 
-from middo_jax.refine.cache import Answer, AnswerCache, CacheError, Usage
-from middo_jax.refine.client import (
-    BudgetReached,
-    ChatClient,
-    EndpointFailed,
-    RefinerError,
-    RequestRefused,
-)
-from middo_jax.refine.merge import merge, reject_duplicates
-from middo_jax.refine.rewrite import Outcome, Task, dry_run, plan_tasks, refine_tasks, run
+from middo_jax.refine.batch import BatchClient, read_results
+from middo_jax.refine.cache import Answer, AnswerCache, CacheError
+from middo_jax.refine.client import ChatClient
+from middo_jax.refine.duplicates import reject_duplicates
+from middo_jax.refine.estimate import DryRun, dry_run
+from middo_jax.refine.faults import BudgetReached, EndpointFailed, NotAnswered, RefinerError, RequestRefused
+from middo_jax.refine.merge import merge
+from middo_jax.refine.request import Refiner
+from middo_jax.refine.rewrite import Outcome, Task, plan_tasks, refine_tasks, run
+from middo_jax.refine.usage import Ledger, Usage
 
 __all__ = [
     "Answer",
     "AnswerCache",
+    "BatchClient",
     "BudgetReached",
     "CacheError",
     "ChatClient",
+    "DryRun",
     "EndpointFailed",
+    "Ledger",
+    "NotAnswered",
     "Outcome",
+    "Refiner",
     "RefinerError",
     "RequestRefused",
     "Task",
@@ -31,6 +36,7 @@ __all__ = [
     "dry_run",
     "merge",
     "plan_tasks",
+    "read_results",
     "refine_tasks",
     "reject_duplicates",
     "run",

@@ -1,6 +1,7 @@
-"""Candidate against original: the gates a rewrite passes before it may enter the dataset. Pure functions.
+"""Candidate against original: the gates that its text alone must pass. Pure functions.
 
-A gate answers with a reason or None. What a reason begins with, up to a colon, is its kind.
+A gate answers with a reason or None. What a reason begins with, up to a colon, is its kind; `gates.GATE_OF`
+knows them all.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from middo_jax.config import RefineSettings
+from middo_jax.config import GateSettings, RefineSettings
+from middo_jax.refine.context import changed_numbers, lost_code
+from middo_jax.refine.language import changed_language, languages
 from middo_jax.refine.prompts import EXAMPLES, MATERIAL
 
 if TYPE_CHECKING:
@@ -43,6 +46,21 @@ _REFUSALS = re.compile(
     re.IGNORECASE,
 )
 
+# "I'm sorry, but I cannot" in German, French, Spanish, Portuguese, Italian, Chinese, Japanese and Korean.
+_REFUSALS_ELSEWHERE = re.compile(
+    r"(?:"
+    r"(?:es )?tut mir (?:sehr )?leid,? (?:aber )?(?:ich kann\b[^.!?]{0,60}\bnicht\b|das kann ich nicht\b)"
+    r"|(?:je suis |je )?(?:désolée?|regrette),? (?:mais )?je ne (?:peux|suis pas en mesure)\b"
+    r"|lo siento,? (?:pero )?no (?:puedo|me es posible)\b"
+    r"|(?:sinto muito|desculpe|lamento),? (?:mas )?não (?:posso|consigo)\b"
+    r"|mi dispiace,? (?:ma )?non (?:posso|sono in grado)\b"
+    r"|(?:很?抱歉|对不起)[,, ]*(?:但是?)?我(?:无法|不能|没有?办法)"
+    r"|(?:申し訳(?:ありません|ございません)|すみません)[^。]{0,40}(?:できません|できかねます)"
+    r"|죄송(?:합니다|하지만)[^.]{0,40}(?:수 없|없습니다)"
+    r")",
+    re.IGNORECASE,
+)
+
 
 def check(
     task: Task,
@@ -59,7 +77,7 @@ def check(
       prompt: the new prompt.
       response: its answer.
       finish_reason: the endpoint's, of the answer; `length` and `content_filter` mean that it is not whole.
-      settings: with `accept: none` a candidate only has to be one that can be trained on.
+      settings: `accept` and `gates`; with `accept: none` a candidate only has to be one to be trained on.
       special_tokens: the tokenizer's control tokens, which as text would end a turn or start another.
     """
     if reason := check_prompt(task, prompt, settings, special_tokens):
@@ -80,6 +98,10 @@ def check(
         return "answer repeats the prompt"
     if _replaces(task) and _same(prompt, task.source.prompt) and _same(response, task.source.response):
         return "unchanged"
+    # A new sample may well ask for another language than its core does: to translate into, say.
+    told = settings.gates.language and _replaces(task) and languages(task.source.response)
+    if told and (fault := changed_language(response, [task.source.response, prompt])):
+        return f"language: answer in {fault}"
     return None
 
 
@@ -97,14 +119,32 @@ def check_prompt(
         return "refused"
     if left := _leftover(task, prompt):
         return f"echo: {left} in the prompt"
-    if not _replaces(task) and any(_same(prompt, known.prompt) for known in (task.source, *task.hints)):
+    # To rewrite for quality may be to answer better. But what was to become easier and did not has only got a
+    # model's own words for an answer, whose loss is low whether it is right or not.
+    if task.axes != ("quality",) and any(_same(prompt, e.prompt) for e in (task.source, *task.hints)):
         return "unchanged"
-    return None
+    return _out_of_context(task, prompt, settings.gates)
 
 
 def is_refusal(text: str) -> bool:
-    """Whether a text opens, in English, as a model does that will not do what it was asked."""
-    return _REFUSALS.match(" ".join(text.replace("’", "'").split())) is not None
+    """Whether a text opens as a model does that will not do what it was asked; best told in English."""
+    opening = " ".join(text.replace("’", "'").split())
+    return bool(_REFUSALS.match(opening) or _REFUSALS_ELSEWHERE.match(opening))
+
+
+def _out_of_context(task: Task, prompt: str, gates: GateSettings) -> str | None:
+    """Whether a prompt has lost what its original, or the core and its neighbours, tell to keep."""
+    original = task.source.prompt
+    if _replaces(task):
+        simpler = "complexity" in task.axes
+        if gates.numbers and (fault := changed_numbers(original, prompt, exchanged_only=simpler)):
+            return f"numbers: {fault}"
+        if gates.code and (fault := lost_code(original, prompt)):
+            return f"code: {fault}"
+    known = [original, *(hint.prompt for hint in task.hints)]
+    if gates.language and (fault := changed_language(prompt, known)):
+        return f"language: prompt in {fault}"
+    return None
 
 
 def _replaces(task: Task) -> bool:

@@ -1,19 +1,20 @@
-"""The refiner's answers: what one is, what it cost, and where all are kept.
+"""The refiner's answers and what they cost, in one SQLite file that rounds and runs may share.
 
-The cache is a SQLite file with one row a request, keyed by what was asked, not by whom.
+An answer is keyed by what was asked, not by whom: neither the endpoint's address nor its key is part of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from middo_jax.config import Prices
+from middo_jax.refine.usage import FIELDS, Usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,45 +34,6 @@ class Answer:
     key: str = ""
 
 
-@dataclasses.dataclass
-class Usage:
-    """What was asked for and what it cost. `requests` counts every try, `seconds` the sum of their durations.
-
-    `usd` follows `refine.prices`; an answer without token counts is charged with its upper bound. A try that
-    timed out or broke off is counted as a request, but nobody can know whether the server charges for it.
-    """
-
-    requests: int = 0
-    retries: int = 0
-    answers: int = 0
-    cache_hits: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    seconds: float = 0.0
-    usd: float = 0.0
-
-    def add(self, answer: Answer, usd: float) -> None:
-        """Counts an answer that the endpoint has just given."""
-        self.answers += 1
-        self.prompt_tokens += answer.prompt_tokens
-        self.completion_tokens += answer.completion_tokens
-        self.cached_tokens += answer.cached_tokens
-        self.usd += usd
-
-    def to_json(self) -> dict[str, float]:
-        """All counters by name."""
-        return dataclasses.asdict(self)
-
-
-def cost_usd(prices: Prices, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> float:
-    """US dollars for one answer; `cached_tokens` are part of `prompt_tokens`, at a price of their own."""
-    fresh = prompt_tokens - cached_tokens
-    cached = prices.prompt if prices.cached is None else prices.cached
-    usd = fresh * prices.prompt + cached_tokens * cached + completion_tokens * prices.completion
-    return usd / 1e6
-
-
 class CacheError(RuntimeError):
     """The cache file cannot be used; the message says what to do."""
 
@@ -86,11 +48,28 @@ def request_key(request: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(request).encode("ascii")).hexdigest()
 
 
-class AnswerCache:
-    """Answers by request key, in a SQLite file that several runs may share.
+_KEPT = tuple(name for name in FIELDS if name != "from_cache")  # costs nothing, and every start counts anew
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT NOT NULL, text TEXT NOT NULL, "
+    "finish_reason TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, "
+    "cached_tokens INTEGER NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS spent (run TEXT NOT NULL, round INTEGER NOT NULL, axis TEXT NOT NULL, "
+    + "".join(f"{name} NUMERIC NOT NULL, " for name in _KEPT)
+    + "PRIMARY KEY (run, round, axis))",
+    "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+)
+_ENTER = (
+    f"INSERT INTO spent (run, round, axis, {', '.join(_KEPT)}) "
+    f"VALUES (?, ?, ?, {', '.join('?' * len(_KEPT))}) "
+    f"ON CONFLICT DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in _KEPT)}"
+)
 
-    Only answers are stored, never failures. Every `put` is committed at once: what was paid for survives the
-    process. To be used from one thread.
+
+class AnswerCache:
+    """Answers by request key, spending by run, round and axis, and facts about endpoints.
+
+    Only answers are stored as such, never failures. Every write is committed at once: what was paid for
+    survives the process. Several processes may have the file open; an object is used from one thread.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -100,22 +79,15 @@ class AnswerCache:
           CacheError: the file is no cache, or its folder cannot be written.
         """
         self.path = Path(path)
-        try:
+        with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=30.0)  # seconds to wait for another run's write
             self._db.execute("PRAGMA journal_mode=WAL")
             # In WAL mode NORMAL loses a commit only when the machine itself goes down, not the process.
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT NOT NULL, "
-                "text TEXT NOT NULL, finish_reason TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, "
-                "completion_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL)"
-            )
+            for table in _TABLES:
+                self._db.execute(table)
             self._db.commit()
-        except (OSError, sqlite3.Error) as e:
-            raise CacheError(
-                f"{self.path}: cannot be used as the refiner's cache ({e}); move it away or make it writable"
-            ) from e
 
     def get(self, key: str) -> Answer | None:
         """The stored answer with `from_cache` set, or None."""
@@ -126,21 +98,52 @@ class AnswerCache:
         ).fetchone()
         return Answer(*row, from_cache=True, key=key) if row else None
 
-    def put(self, key: str, request_json: str, answer: Answer) -> None:
-        """Stores an answer durably. Of two runs that paid for the same request the first one's stays."""
-        with self._db:
-            self._db.execute(
-                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    key,
-                    request_json,
-                    answer.text,
-                    answer.finish_reason,
-                    answer.prompt_tokens,
-                    answer.completion_tokens,
-                    answer.cached_tokens,
-                ),
-            )
+    def enter(
+        self, run: str, round_index: int, axis: str, change: Usage, answer: tuple[str, Answer] | None = None
+    ) -> None:
+        """Adds to what a run has spent and, in the same transaction, keeps an answer.
+
+        Args:
+          run: its name; `round_index` and `axis` say where in it.
+          change: added to every counter.
+          answer: (canonical request, answer with its key). Of two for one request the first stays.
+
+        Raises:
+          CacheError: the file cannot be written any more.
+        """
+        with self._explained(), self._db:
+            values = (getattr(change, name) for name in _KEPT)
+            self._db.execute(_ENTER, (run, round_index, axis, *values))
+            if answer is not None:
+                request_json, said = answer
+                self._db.execute(
+                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        said.key,
+                        request_json,
+                        said.text,
+                        said.finish_reason,
+                        said.prompt_tokens,
+                        said.completion_tokens,
+                        said.cached_tokens,
+                    ),
+                )
+
+    def spent(self, run: str) -> dict[tuple[int, str], Usage]:
+        """What a run has spent over all its starts, by (round, axis)."""
+        rows = self._db.execute(f"SELECT round, axis, {', '.join(_KEPT)} FROM spent WHERE run = ?", (run,))
+        return {(row[0], row[1]): Usage(**dict(zip(_KEPT, row[2:], strict=True))) for row in rows}
+
+    def fact(self, name: str) -> str | None:
+        """What was found out once, or None."""
+        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return row[0] if row else None
+
+    def learn(self, name: str, value: str) -> str:
+        """Keeps a fact and returns it; one that is known already stays, for answers were asked by it."""
+        with self._explained(), self._db:
+            self._db.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (name, value))
+        return self.fact(name) or value
 
     def __len__(self) -> int:
         return self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
@@ -148,3 +151,12 @@ class AnswerCache:
     def close(self) -> None:
         """Closes the file."""
         self._db.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as e:
+            raise CacheError(
+                f"{self.path}: cannot be used as the refiner's cache ({e}); move it away or make it writable"
+            ) from e

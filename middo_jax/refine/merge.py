@@ -8,24 +8,6 @@ from middo_jax.data.example import Example
 from middo_jax.refine.rewrite import Outcome
 
 
-def reject_duplicates(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Outcomes in their order, with a child that equals an example or an earlier child rejected.
-
-    An equal id is an equal conversation. To be called before outcomes are written down, with everything that
-    a child must not repeat, held-out examples too.
-    """
-    known = {example.id for example in examples}
-    kept = []
-    for outcome in outcomes:
-        if outcome.example is not None:
-            if outcome.example.id in known:
-                outcome = outcome.rejected(f"duplicate of {outcome.example.id}")
-            else:
-                known.add(outcome.example.id)
-        kept.append(outcome)
-    return kept
-
-
 def merge(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> list[Example]:
     """D_{t+1} = (D_t minus replaced) + replacements + additions.
 

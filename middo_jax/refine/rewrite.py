@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from middo_jax.config import RefineSettings
 from middo_jax.data.example import Example, Lineage
 from middo_jax.refine import accept, prompts
-from middo_jax.refine.cache import Answer, cost_usd
-from middo_jax.refine.client import ChatClient, RefinerError
-from middo_jax.refine.prompts import Messages
+from middo_jax.refine.cache import Answer
+from middo_jax.refine.faults import NotAnswered, RefinerError, RequestRefused
+from middo_jax.refine.parse import parse_prompt
+from middo_jax.refine.prompts import Form, Messages
+from middo_jax.refine.request import Refiner
 
 Scores = Mapping[str, float | None]
-
-# White space is only skipped after a marker: a degenerate reply of nothing else must not take quadratic time.
-_OPEN = re.compile(r"(?:(\*\*)\s*)?<\s*prompt\s*>(?(1)(?:\s*\*\*)?)", re.IGNORECASE)
-_CLOSE = re.compile(r"\*\*\s*<\s*/\s*prompt\s*>\s*\*\*|<\s*/\s*prompt\s*>", re.IGNORECASE)
-_FENCED = re.compile(r"```(?:text|plaintext|markdown|md|xml)?[ \t]*\n((?:(?!```).)*)\n[ \t]*```", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +28,7 @@ class Task:
     """What is to be done with one sample, and which axes asked for it.
 
     `hints` are the neighbours of a sparse sample; `scores` those of the source that was found wanting.
+    `attempt` counts from 0; `feedback` says why the candidates of earlier ones were not accepted.
     """
 
     op: Literal["simplify", "rewrite", "synthesize"]
@@ -40,6 +36,8 @@ class Task:
     source: Example
     hints: tuple[Example, ...] = ()
     scores: Scores = dataclasses.field(default_factory=dict)
+    attempt: int = 0
+    feedback: tuple[str, ...] = ()
 
     @property
     def task_id(self) -> str:
@@ -55,6 +53,7 @@ class Exchange:
     model: str
     messages: Messages
     answer: Answer
+    attempt: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +69,21 @@ class Outcome:
         """The same outcome without its child."""
         return dataclasses.replace(self, example=None, reject_reason=reason)
 
+    def next_attempt(self) -> Task | None:
+        """The task once more, told why this candidate was not accepted.
+
+        None if it was, or if nothing is known to be done better: no gate rejected it, a request failed.
+        """
+        told = prompts.FEEDBACK.get((self.reject_reason or "").partition(":")[0])
+        if self.example is not None or told is None:
+            return None
+        feedback = tuple(dict.fromkeys([*self.task.feedback, told]))
+        return dataclasses.replace(self.task, attempt=self.task.attempt + 1, feedback=feedback)
+
+    def after(self, earlier: Outcome) -> Outcome:
+        """The same outcome as the last of several attempts, with what was asked in all of them."""
+        return dataclasses.replace(self, exchanges=earlier.exchanges + self.exchanges)
+
     def to_json(self) -> dict[str, Any]:
         """A row of refined.jsonl."""
         answers = [exchange.answer for exchange in self.exchanges]
@@ -79,6 +93,7 @@ class Outcome:
             "axes": list(self.task.axes),
             "source_id": self.task.source.id,
             "hint_ids": [hint.id for hint in self.task.hints],
+            "attempts": self.task.attempt + 1,
             "accepted": self.example is not None,
             "reject_reason": self.reject_reason,
             "replaces": None if self.task.op == "synthesize" else self.task.source.id,
@@ -101,6 +116,7 @@ class Outcome:
             Example.from_json(row["original"]),
             tuple(examples[hint] for hint in row["hint_ids"]),
             row["scores_before"],
+            row["attempts"] - 1,
         )
         example = None if row["example"] is None else Example.from_json(row["example"])
         return cls(task, example, row["reject_reason"])
@@ -120,6 +136,7 @@ class Outcome:
         for exchange in self.exchanges:
             yield {
                 "task_id": self.task.task_id,
+                "attempt": exchange.attempt,
                 "step": exchange.step,
                 "key": exchange.answer.key,
                 "model": exchange.model,
@@ -179,66 +196,24 @@ def plan_tasks(
     return tasks
 
 
-def first_request(task: Task, settings: RefineSettings) -> Messages:
-    """The request that asks for the new prompt."""
+def first_request(task: Task, settings: RefineSettings, form: Form = "text") -> Messages:
+    """The request that asks for the new prompt, and says what was wrong with the last one."""
+    return prompts.again(_first_request(task, settings, form), task.feedback)
+
+
+def _first_request(task: Task, settings: RefineSettings, form: Form) -> Messages:
     if task.op == "synthesize":
-        return prompts.synthesize(task.source.prompt, [hint.prompt for hint in task.hints])
+        return prompts.synthesize(task.source.prompt, [hint.prompt for hint in task.hints], form)
     response = task.source.response if settings.show_response else None
     if len(task.axes) > 1:
-        return prompts.both(task.source.prompt, response)
+        return prompts.both(task.source.prompt, response, form)
     revise = prompts.simplify if task.op == "simplify" else prompts.rewrite
-    return revise(task.source.prompt, response)
-
-
-@dataclasses.dataclass(frozen=True)
-class DryRun:
-    """What a stage would ask for. Prompt tokens are guessed, a token for four characters: about right for
-    English, too few for most other languages. Completions are counted at their limit, so `usd_at_most` is
-    dearer than what is likely; corrections and retries come on top.
-    """
-
-    rows: tuple[dict[str, Any], ...]
-    requests: int
-    prompt_tokens_estimate: int
-    completion_tokens_at_most: int
-    usd_at_most: float
-
-
-def dry_run(tasks: Sequence[Task], settings: RefineSettings) -> DryRun:
-    """The first request of every task, and what all of them may need; nothing is sent.
-
-    The second request asks the new prompt itself, which is taken to be as long as the original.
-    """
-    rows, prompt_tokens = [], 0
-    for task in tasks:
-        messages = first_request(task, settings)
-        asking = sum(math.ceil(len(message["content"]) / 4) for message in messages)
-        prompt_tokens += asking + math.ceil(len(task.source.prompt) / 4)
-        rows.append({"task_id": task.task_id, "messages": messages, "prompt_tokens_estimate": asking})
-    requests = 2 * len(tasks)
-    completion_tokens = requests * settings.max_tokens
-    usd = cost_usd(settings.prices, prompt_tokens, completion_tokens)
-    return DryRun(tuple(rows), requests, prompt_tokens, completion_tokens, usd)
-
-
-def parse_prompt(reply: str) -> str | None:
-    """What the reply's last `<prompt>` holds, or None where that is missing or never closed.
-
-    Bold markers around a tag and a code fence around the whole text are no part of it:
-    "Sure! **<prompt>**\\nName a bird.\\n**</prompt>**" gives "Name a bird."
-    """
-    starts = [opened.end() for opened in _OPEN.finditer(reply)]
-    closed = _CLOSE.search(reply, starts[-1]) if starts else None
-    if closed is None:
-        return None
-    text = reply[starts[-1] : closed.start()].strip()
-    fenced = _FENCED.fullmatch(text)
-    return fenced.group(1).strip() if fenced else text
+    return revise(task.source.prompt, response, form)
 
 
 async def refine_tasks(
     tasks: Sequence[Task],
-    client: ChatClient,
+    client: Refiner,
     settings: RefineSettings,
     round_index: int,
     on_done: Callable[[Outcome], None] | None = None,
@@ -250,11 +225,14 @@ async def refine_tasks(
     early is as little as can be.
 
     Raises:
+      NotAnswered: requests wait for a batch. All tasks have been taken as far as they go.
       RefinerError: the endpoint fails for all alike. What was in flight is finished first, and every answer
         is in the cache.
     """
     outcomes: dict[int, Outcome] = {}
     failures: list[RefinerError] = []
+    unanswered: list[NotAnswered] = []
+    form = await client.form() if tasks else "text"
     waiting = iter(enumerate(tasks))
 
     async def work() -> None:
@@ -262,7 +240,10 @@ async def refine_tasks(
             if failures:
                 return
             try:
-                outcomes[index] = await _refine(task, client, settings, round_index, special_tokens)
+                outcomes[index] = await _refine(task, client, form, settings, round_index, special_tokens)
+            except NotAnswered as error:
+                unanswered.append(error)
+                continue
             except RefinerError as error:
                 failures.append(error)
                 return
@@ -270,14 +251,14 @@ async def refine_tasks(
                 on_done(outcomes[index])
 
     await asyncio.gather(*(work() for _ in range(min(settings.concurrency, len(tasks)))))
-    if failures:
-        raise failures[0]
+    if failures or unanswered:
+        raise [*failures, *unanswered][0]
     return [outcomes[index] for index in range(len(tasks))]
 
 
 def run(
     tasks: Sequence[Task],
-    client: ChatClient,
+    client: Refiner,
     settings: RefineSettings,
     round_index: int,
     on_done: Callable[[Outcome], None] | None = None,
@@ -291,15 +272,18 @@ def run(
     """
 
     async def stage() -> list[Outcome]:
-        async with client:
+        try:
             return await refine_tasks(tasks, client, settings, round_index, on_done, special_tokens)
+        finally:
+            await client.close()
 
     return asyncio.run(stage())
 
 
 async def _refine(
     task: Task,
-    client: ChatClient,
+    client: Refiner,
+    form: Form,
     settings: RefineSettings,
     round_index: int,
     special_tokens: Collection[str],
@@ -307,8 +291,25 @@ async def _refine(
     exchanges: list[Exchange] = []
 
     async def ask(step: Literal["prompt", "correction", "answer"], messages: Messages) -> Answer:
-        answer = await client.complete(messages)
-        exchanges.append(Exchange(step, client.model, messages, answer))
+        async def reply(max_tokens: int | None = None) -> Answer:
+            answer = await client.complete(
+                messages,
+                attempt=task.attempt,
+                axis="+".join(task.axes),
+                form=None if step == "answer" else form,
+                max_tokens=max_tokens,
+            )
+            exchanges.append(Exchange(step, client.model, messages, answer, task.attempt))
+            return answer
+
+        answer = await reply()
+        is_whole = step != "answer" and parse_prompt(answer.text) is not None
+        if answer.finish_reason == "length" and not is_whole:
+            try:
+                return await reply(2 * settings.max_tokens)
+            except RequestRefused as error:  # its context may have no more room
+                if error.stops_stage:
+                    raise
         return answer
 
     def rejected(reason: str) -> Outcome:
@@ -320,7 +321,7 @@ async def _refine(
         for _ in range(settings.max_corrections):
             if parse_prompt(reply.text) is not None:
                 break
-            messages = prompts.correction(messages, reply.text)
+            messages = prompts.correction(messages, reply.text, form)
             reply = await ask("correction", messages)
         prompt = parse_prompt(reply.text)
         if prompt is None:

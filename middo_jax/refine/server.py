@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 import uvicorn
+from flax import nnx
 from pydantic import Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -36,8 +37,9 @@ from starlette.routing import Route
 from middo_jax.config import ConfigError, ServeSettings
 from middo_jax.data.example import Message, Role
 from middo_jax.data.tokenize import TemplateError, eos_token_ids, load_tokenizer, tokenize_prompt
-from middo_jax.models import hf, sampling
+from middo_jax.models import sampling
 from middo_jax.models.generate import Completion, Engine
+from middo_jax.models.source import load, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -324,7 +326,7 @@ def _server(app: Starlette) -> uvicorn.Server:
 def load_engine(
     model_dir: str | Path, settings: ServeSettings, dtype: str = "float32", template: str | None = None
 ) -> tuple[Engine, PreTrainedTokenizerBase, frozenset[int]]:
-    """(a running engine, its tokenizer, the tokens that end an answer) of a Hugging Face directory.
+    """(a running engine, its tokenizer, the tokens that end an answer) of any model that `locate` knows.
 
     The context is settings.max_context, or less if the model has fewer positions. Parameters are stored in
     `dtype` too: a decode step takes as long as reading them.
@@ -332,8 +334,9 @@ def load_engine(
     Raises:
       CheckpointError, UnsupportedModel, TemplateError: the directory holds no model that can be served.
     """
-    tokenizer = load_tokenizer(model_dir, template)
-    graphdef, params, config = hf.load(model_dir, dtype=dtype)
-    max_context = min(settings.max_context, config.max_position_embeddings)
+    source = locate(Path(model_dir))
+    tokenizer = load_tokenizer(source.base, template)
+    graphdef, params = load(source, dtype)
+    max_context = min(settings.max_context, nnx.merge(graphdef, params).config.max_position_embeddings)
     engine = Engine(graphdef, params, settings.max_batch, max_context)
-    return engine, tokenizer, eos_token_ids(model_dir, tokenizer)
+    return engine, tokenizer, eos_token_ids(source.base, tokenizer)

@@ -26,6 +26,7 @@ from markupsafe import Markup
 import middo_jax
 from middo_jax.data.example import Example
 from middo_jax.report import plots
+from middo_jax.report.acceptance import acceptance
 from middo_jax.report.lineage import read_scores
 from middo_jax.report.status import (
     FINAL_STAGES,
@@ -70,11 +71,11 @@ def build(run: RunDir) -> Path:
 
 def page(run: RunDir) -> str:
     """The page's text; see `build`."""
-    state = status(run)
+    state, settings = status(run), load_settings(run)
     folders = [RoundDir(run.path / r["name"]) for r in state["rounds"]]
     scores = [read_scores(folder) for folder in folders]
     rounds = [
-        {**facts, **_round(folder, scores[i], scores[i + 1] if i + 1 < len(scores) else {})}
+        {**facts, **_round(folder, scores[i], scores[i + 1] if i + 1 < len(scores) else {}, settings)}
         for i, (folder, facts) in enumerate(zip(folders, state["rounds"], strict=True))
     ]
     refined = [r for r in rounds if r["accepted"] is not None]
@@ -84,8 +85,8 @@ def page(run: RunDir) -> str:
         rounds=rounds,
         stages=STAGES,
         axes=AXES,
-        settings=load_settings(run),
-        settings_text=yaml.safe_dump(load_settings(run), sort_keys=False, allow_unicode=True),
+        settings=settings,
+        settings_text=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         refused=load_jsonl(run.path / "rejected.jsonl"),
         n_heldout_rows=count_rows(run.heldout),
         n_accepted=sum(r["accepted"] for r in refined) if refined else None,
@@ -167,7 +168,10 @@ def _curves(folders: list[RoundDir]) -> dict[str, Any]:
 
 
 def _round(
-    folder: RoundDir, scores: dict[str, dict[str, Any]], later: dict[str, dict[str, Any]]
+    folder: RoundDir,
+    scores: dict[str, dict[str, Any]],
+    later: dict[str, dict[str, Any]],
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     """All that the page shows of one round beyond what `status` says of it."""
     selection = load_json(folder.selection)
@@ -186,7 +190,11 @@ def _round(
         "set_plot": _set_plot(selection) if selection else None,
         "plots": _score_plots(scores, sets) | {"sweep": _sweep(selection)},
         "verdicts": _verdicts(tasks) if tasks is not None else None,
-        "reasons": Counter((_axes(t), str(t["reason"])) for t in rejected).most_common(),
+        "reasons": Counter((_axes(t), str(t["reason"]).partition(":")[0]) for t in rejected).most_common(),
+        "acceptance": acceptance(
+            load_jsonl(folder.candidates), settings, {axis: colour for axis, (_, colour, _) in AXES.items()}
+        ),
+        "dropped": load_jsonl(folder.dropped),
         "rewrites": [
             _rewrite(t, hints, scores, later) for t in tasks or [] if t["accepted"] and t["example"]
         ],
@@ -317,7 +325,9 @@ def _rewrite(
     """One accepted rewrite as the page shows it: texts, marked words, hints, scores before and after."""
     original, example = Example.from_json(task["original"]), Example.from_json(task["example"])
     before = scores.get(original.id) or example.lineage.scores_before or {}
-    after = later.get(example.id) or example.lineage.scores_after or {}
+    # Under the same model where it was measured; the next round's, which was trained on it, knows the rest.
+    measured = {c: v for c, v in (example.lineage.scores_after or {}).items() if v is not None}
+    after = {**later.get(example.id, {}), **measured}
     compare = word_diff if task["replaces"] else lambda a, b: ([(False, a)], [(False, b)])
     columns = [c for axis in task["axes"] if axis in AXES for c in AXES[axis][2]]
     return {

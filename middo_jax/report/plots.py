@@ -141,6 +141,9 @@ def scatter(
     labels: tuple[str, str],
     lines: tuple[float | None, float | None],
     colour: str,
+    *,
+    diagonal: bool = False,
+    height: int = 460,
 ) -> Markup:
     """Points of two finite float arrays [N]; those of the boolean mask `chosen` [N] are coloured, on top.
 
@@ -152,13 +155,19 @@ def scatter(
       labels: of the two axes.
       lines: thresholds on them, None for none.
       colour: CSS class of lines and chosen points.
+      diagonal: whether to draw the line on which both values are equal.
+      height: in units.
     """
     xs, ys = (
         [*x.tolist(), *(v for v in lines[:1] if v is not None)],
         [*y.tolist(), *(v for v in lines[1:] if v is not None)],
     )
-    panel = Panel(span(xs), span(ys), *labels, height=460)
+    panel = Panel(span(xs), span(ys), *labels, height=height)
     layers = []
+    low, high = max(panel.x_range[0], panel.y_range[0]), min(panel.x_range[1], panel.y_range[1])
+    if diagonal and low < high:
+        ends = {"x1": panel.x(low), "y1": panel.y(low), "x2": panel.x(high), "y2": panel.y(high)}
+        layers.append(element("line", class_="rule quiet", **ends))
     for mask, style in ((~chosen, "dots quiet"), (chosen, f"dots {colour}")):
         keep = thinned(int(mask.sum()))
         path = "".join(

@@ -4,16 +4,20 @@ A stage reads what earlier ones left in a round's folder, writes its own files, 
 the manifest. So any of them can be killed and started again.
 """
 
-from middo_jax.stages.evaluate import export_checkpoint, heldout_loss
-from middo_jax.stages.refine import merged_dataset, plan_refinement, refine_stage
+from middo_jax.stages.batch import BatchState, batch_stage
+from middo_jax.stages.evaluate import export_adapter, export_checkpoint, heldout_loss
+from middo_jax.stages.refine import merge_stage, plan_refinement, refine_stage
 from middo_jax.stages.score import AXES, score_stage, select_stage
 from middo_jax.stages.train import train_stage
 
 __all__ = [
     "AXES",
+    "BatchState",
+    "batch_stage",
+    "export_adapter",
     "export_checkpoint",
     "heldout_loss",
-    "merged_dataset",
+    "merge_stage",
     "plan_refinement",
     "refine_stage",
     "score_stage",

@@ -6,16 +6,18 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
 from middo_jax.run_dir import RoundDir, RunError, read_jsonl, write_jsonl
+from middo_jax.stages.accept import Acceptance
 from middo_jax.stages.score import AXES
 from middo_jax.workshop import Workshop, endpoint, read_dataset
 
 if TYPE_CHECKING:
-    from middo_jax.refine import AnswerCache, Outcome, Task, Usage
+    from middo_jax.refine import AnswerCache, BatchClient, Ledger, Outcome, Task
 
 LINEAGE_SCORES = ("loss_pre", "loss_post", "knn_mean_sim", "quality")  # what a sample's lineage keeps
 
@@ -43,57 +45,111 @@ def refine_stage(
     round_index: int,
     cache: AnswerCache,
     heldout: Sequence[Example] = (),
-) -> Usage:
-    """Has the selected samples rewritten: requests.jsonl, refined.jsonl, rejected.jsonl. Returns the cost.
+    model: Path | None = None,
+    batch: BatchClient | None = None,
+) -> Ledger:
+    """Has the selected samples rewritten, and accepts what helps. Returns the cost.
 
-    Every answer is in the cache as soon as it comes, so that a second start pays for nothing twice.
+    Writes requests.jsonl, refined.jsonl, rejected.jsonl and candidates.jsonl. What is not accepted is tried
+    again, up to `refine.max_attempts` times, told why. Every answer is in the cache as soon as it comes, so
+    that a second start pays for nothing twice.
+
+    Args:
+      workshop: settings, tokenizer, mesh.
+      directory: holds dataset, scores and selection.
+      round_index: counted from 0.
+      cache: of the refiner's answers.
+      heldout: what no rewrite may repeat.
+      model: M_t, that measures the rewrites; None: the one that the folder's manifest names.
+      batch: answers in place of an endpoint.
+
+    Raises:
+      NotAnswered: `batch` has requests waiting; nothing is written.
+      RefinerError: the endpoint fails for all alike; what it answered is kept.
     """
-    from middo_jax.refine import ChatClient, reject_duplicates, run
-    from middo_jax.refine.cache import Usage
+    from middo_jax.refine import Ledger
 
     config, began = workshop.config, time.monotonic()
-    tasks = plan_refinement(directory)
-    outcomes: list[Outcome] = []
-    usage = Usage()
-    if tasks:
-        with endpoint(workshop) as (url, model), workshop.progress.task("rewrites") as advance:
-            client = ChatClient(config.refine, url, model, cache, seed=config.seed, usage=usage)
-
-            def on_done(outcome: Outcome) -> None:
-                outcomes.append(outcome)
-                accepted = sum(o.example is not None for o in outcomes)
-                tokens = usage.prompt_tokens + usage.completion_tokens
-                note = f"{accepted} accepted, {tokens:,} tokens, {usage.cache_hits} answers from the cache"
-                advance(len(outcomes), len(tasks), note)
-
-            steering = steering_tokens(workshop.tokenizer)
-            done = run(tasks, client, config.refine, round_index, on_done, special_tokens=steering)
-        outcomes = reject_duplicates([*read_dataset(directory), *heldout], done)
+    planned = plan_refinement(directory)
+    acceptance = Acceptance(workshop, directory, heldout, model)
+    ended: dict[str, Outcome] = {}
+    ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
+    tasks = planned
+    for _ in range(config.refine.max_attempts):
+        # The refiner has left the memory again before the model under training is loaded into it.
+        asked = _ask(workshop, tasks, round_index, cache, ledger, batch) if tasks else []
+        decided = acceptance.decide(asked)
+        for outcome in decided:
+            earlier = ended.get(outcome.task.task_id)
+            ended[outcome.task.task_id] = outcome.after(earlier) if earlier else outcome
+        tasks = [again for outcome in decided if (again := outcome.next_attempt()) is not None]
+        if not tasks:
+            break
+    outcomes = [ended[task.task_id] for task in planned]
     write_jsonl(directory.requests, (row for o in outcomes for row in o.request_rows()))
     write_jsonl(directory.refined, (o.to_json() for o in outcomes))
     refused = read_jsonl(directory.rejected) if directory.rejected.exists() else []
     refused = [row for row in refused if "where" in row]  # `middo score` keeps unusable input rows here
     refused += [o.rejected_row() for o in outcomes if o.example is None]
     write_jsonl(directory.rejected, refused)
-    files = [directory.requests, directory.refined, directory.rejected]
-    accepted = sum(o.example is not None for o in outcomes)
     directory.finish(
-        "refine", files, time.monotonic() - began, n=len(outcomes), accepted=accepted, usage=usage.to_json()
+        "refine",
+        [directory.requests, directory.refined, directory.rejected, directory.candidates],
+        time.monotonic() - began,
+        n=len(outcomes),
+        accepted=sum(o.example is not None for o in outcomes),
+        usage=ledger.to_json(),
+        limits=dataclasses.asdict(acceptance.limits),
     )
-    return usage
+    return ledger
 
 
-def merged_dataset(directory: RoundDir) -> list[Example]:
-    """D_{t+1}: the folder's dataset with its accepted rewrites, each survivor told what it now scores."""
+def _ask(
+    workshop: Workshop,
+    tasks: Sequence[Task],
+    round_index: int,
+    cache: AnswerCache,
+    ledger: Ledger,
+    batch: BatchClient | None,
+) -> list[Outcome]:
+    """One attempt at every task; the embedded endpoint is there for it and gone after it."""
+    from middo_jax.refine import ChatClient, run
+    from middo_jax.refine.meter import Meter
+
+    config, steering = workshop.config, steering_tokens(workshop.tokenizer)
+    if batch is not None:
+        return run(tasks, batch, config.refine, round_index, special_tokens=steering)
+    name = f"rewrites, attempt {tasks[0].attempt + 1}" if tasks[0].attempt else "rewrites"
+    with endpoint(workshop) as (url, served), workshop.progress.task(name) as advance:
+        client = ChatClient(config.refine, url, served, cache, seed=config.seed, ledger=ledger)
+        meter = Meter(ledger, len(tasks), client.endpoints.all)
+
+        def on_done(outcome: Outcome) -> None:
+            note = meter.ended(outcome)
+            advance(meter.done, len(tasks), note)
+
+        return run(tasks, client, config.refine, round_index, on_done, special_tokens=steering)
+
+
+def merge_stage(workshop: Workshop, directory: RoundDir) -> list[Example]:
+    """D_{t+1}: the folder's dataset with its accepted rewrites, within `refine.growth`.
+
+    Each survivor of an earlier round is told what it now scores, unless it was measured when it was accepted.
+    What makes room, or finds none, is in dropped.jsonl.
+
+    Raises:
+      RunError: room is to be made, and the folder's scores know no neighbours.
+    """
     from middo_jax.diagnose.table import read_scores
     from middo_jax.refine import Outcome, merge
+    from middo_jax.refine.growth import fit, room_for
 
     examples = read_dataset(directory)
     rows = read_scores(directory.scores).to_pylist()
     scores = {row["id"]: {name: row[name] for name in LINEAGE_SCORES} for row in rows}
 
     def with_scores(example: Example) -> Example:
-        # Once: the first round after a rewrite says what it was good for.
+        # Once: if not its own acceptance, then the first round after it says what it was good for.
         if example.lineage.op == "seed" or example.lineage.scores_after is not None:
             return example
         lineage = dataclasses.replace(example.lineage, scores_after=scores[example.id])
@@ -101,4 +157,17 @@ def merged_dataset(directory: RoundDir) -> list[Example]:
 
     by_id = {e.id: e for e in examples}
     outcomes = [Outcome.from_json(row, by_id) for row in read_jsonl(directory.refined)]
-    return merge([with_scores(e) for e in examples], outcomes)
+    merged = merge([with_scores(e) for e in examples], outcomes)
+    room = room_for(len(examples), workshop.config.refine.growth)
+    neighbours = {
+        row["id"]: list(zip(row["knn_ids"], row["knn_sims"], strict=True)) for row in rows if row["knn_ids"]
+    }
+    if room is not None and room < len(merged) and not neighbours:
+        raise RunError(
+            f"{directory.path}: the scores there know no neighbours, and refine.growth="
+            f"{workshop.config.refine.growth} drops by them: score the diversity axis too, or set it to free"
+        )
+    selected = {row["id"] for row in rows if row["hard"] or row["sparse"] or row["low_quality"]}
+    kept, dropped = fit(examples, merged, room, selected, neighbours)
+    write_jsonl(directory.dropped, (d.to_json() for d in dropped))
+    return kept

@@ -1,0 +1,164 @@
+"""Refining without an endpoint: requests into a file of OpenAI's batch format, and results out of one.
+
+A task asks several times, each time with what came before. So it goes back and forth: write what can be asked
+now, have it run, read the results into the cache, write again, until nothing is left to ask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from middo_jax.config import RefineSettings
+from middo_jax.refine.cache import Answer, AnswerCache
+from middo_jax.refine.client import form_fact
+from middo_jax.refine.faults import RETRIED, NotAnswered, RequestRefused, words
+from middo_jax.refine.prompts import Form, Messages
+from middo_jax.refine.request import ChatRequest, read_answer
+from middo_jax.refine.usage import Ledger, ceiling
+from middo_jax.run_dir import RunError, write_jsonl
+
+URL = "/v1/chat/completions"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One line of a result file: an answer, or what the server said instead.
+
+    `is_final` says that the same request would fail again.
+    """
+
+    answer: Answer | None
+    said: str = ""
+    is_final: bool = False
+
+
+class BatchClient:
+    """Answers from the cache; what is not there waits in `waiting`, by key, in the order of asking."""
+
+    def __init__(
+        self, settings: RefineSettings, model: str, cache: AnswerCache, seed: int | None, ledger: Ledger
+    ) -> None:
+        """As a ChatClient, without an endpoint."""
+        self.model = model
+        self.ledger = ledger
+        self.waiting: dict[str, tuple[ChatRequest, str]] = {}  # with the axis
+        self._settings = settings
+        self._cache = cache
+        self._seed = seed
+        self._refused: dict[str, Result] = {}
+
+    async def form(self) -> Form:
+        """As set, or as was found out; nobody can be asked, so `auto` means text from then on."""
+        if self._settings.response_format != "auto":
+            return self._settings.response_format
+        return (
+            "json" if self._cache.learn(form_fact(self.model, self._settings), "text") == "json" else "text"
+        )
+
+    async def complete(
+        self,
+        messages: Messages,
+        *,
+        attempt: int = 0,
+        axis: str = "all",
+        form: Form | None = None,
+        max_tokens: int | None = None,
+    ) -> Answer:
+        """The answer that the cache has.
+
+        Raises:
+          NotAnswered: it has none.
+          RequestRefused: nor will it: a result says so.
+        """
+        request = ChatRequest.build(
+            messages,
+            self.model,
+            self._settings,
+            self._seed,
+            attempt=attempt,
+            form=form,
+            max_tokens=max_tokens,
+        )
+        if stored := self._cache.get(request.key):
+            self.ledger.hit(axis)
+            return stored
+        if refused := self._refused.get(request.key):
+            raise RequestRefused(f"refused in the batch: {refused.said}", f"request refused: {refused.said}")
+        self.waiting[request.key] = (request, axis)
+        raise NotAnswered("requests wait for a batch", "waits for a batch", stops_stage=True)
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+    def take(self, results: Mapping[str, Result]) -> set[str]:
+        """Settles the waiting requests that `results` has something final about; their keys.
+
+        Answers go into the cache and the ledger; failures go nowhere, and refusals are known to this object
+        only.
+        """
+        settled = set()
+        for key, (request, axis) in list(self.waiting.items()):
+            result = results.get(key)
+            if result is None or not (result.answer or result.is_final):
+                continue
+            settled.add(key)
+            if result.answer:
+                prices = self._settings.prices
+                most = ceiling(prices, request.body["messages"], request.body["max_tokens"])
+                self.ledger.begin(axis, most, retry=False)
+                self.ledger.answered(axis, most, 0.0, result.answer, request.canonical, prices)
+            else:
+                self._refused[key] = result
+                self.ledger.failed(axis)
+            del self.waiting[key]
+        return settled
+
+    def write(self, path: Path) -> None:
+        """Writes the waiting requests, one a line, whole or not at all."""
+        rows = (
+            {"custom_id": key, "method": "POST", "url": URL, "body": request.body}
+            for key, (request, _) in self.waiting.items()
+        )
+        write_jsonl(path, rows)
+
+
+def read_results(paths: Iterable[Path]) -> dict[str, Result]:
+    """Result files by request key; of several results for one request an answer wins, else the last.
+
+    Raises:
+      RunError: a line is none of a batch's results; the message names file and line.
+    """
+    results: dict[str, Result] = {}
+    for path in paths:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    key = row["custom_id"]
+                except (ValueError, TypeError, LookupError) as e:
+                    raise RunError(
+                        f"{path}:{number}: no line of a batch's results ({e!r}); it must be the output file "
+                        "of a batch that `middo refine --write-batch` wrote"
+                    ) from e
+                if results.get(key) is None or results[key].answer is None:
+                    results[key] = _read_result(row, key)
+    return results
+
+
+def _read_result(row: dict[str, Any], key: str) -> Result:
+    response = row.get("response") or {}
+    status, body = response.get("status_code"), response.get("body")
+    if row.get("error") is None and status in (None, 200):
+        try:
+            return Result(read_answer(body, key))
+        except ValueError as e:
+            return Result(None, words(e, None))
+    said = words(row.get("error") or (body or {}).get("error") or body, None)
+    is_final = isinstance(status, int) and 400 <= status < 500 and status not in RETRIED
+    return Result(None, f"({status}) {said}" if status else said, is_final)

@@ -1,0 +1,105 @@
+"""How much a dataset may grow, and what makes room for additions. Pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
+
+from middo_jax.data.example import Example
+
+Neighbours = Mapping[str, Sequence[tuple[str, float]]]  # by id: (id, similarity), nearest first
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """A sample that is in D_t or was to be added to it, and is not in D_{t+1}."""
+
+    example: Example
+    reason: str
+    nearest_id: str | None = None
+    similarity: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of dropped.jsonl, with the sample and its lineage."""
+        return {
+            "id": self.example.id,
+            "reason": self.reason,
+            "nearest_id": self.nearest_id,
+            "similarity": self.similarity,
+            "example": self.example.to_json(),
+        }
+
+
+def room_for(count: int, growth: Literal["free", "keep"] | float) -> int | None:
+    """Samples that a dataset of `count` may have after a round; None: any number.
+
+    room_for(1000, "keep") = 1000, room_for(1000, 0.05) = 1050
+    """
+    if growth == "free":
+        return None
+    return count + (0 if growth == "keep" else math.floor(count * growth))
+
+
+def fit(
+    before: Sequence[Example],
+    merged: Sequence[Example],
+    room: int | None,
+    selected: Collection[str],
+    neighbours: Neighbours,
+) -> tuple[list[Example], list[Dropped]]:
+    """Brings a merged dataset down to its room: (what stays, in order; what goes).
+
+    The most redundant samples go first: the nearest to another one that stays, whatever its text; ties by id.
+    A sample whose known neighbours have all gone stands for them, and stays. Only samples go that were never
+    selected: none that an axis chose in this round, and none that the refiner ever wrote. Where they are too
+    few, additions do not come in, the last ones first.
+
+    Args:
+      before: D_t.
+      merged: D_t with replacements and additions, additions last.
+      room: see `room_for`.
+      selected: ids that an axis chose in this round.
+      neighbours: of the samples of D_t.
+    """
+    excess = 0 if room is None else max(len(merged) - room, 0)
+    known = {example.id for example in before}
+    staying = {example.id for example in merged}
+    droppable = [e.id for e in merged if e.id in known and e.id not in selected and e.lineage.op == "seed"]
+    going = _most_redundant(droppable, excess, staying, neighbours)
+    # Replacements are as many as what they replace, so what is over the room are additions, at the end.
+    refused = {e.id for e in merged[len(merged) - (excess - len(going)) :]} if excess > len(going) else set()
+    kept, dropped = [], []
+    for example in merged:
+        if example.id in going:
+            other, similarity = going[example.id]
+            reason = f"redundant: {similarity:.3f} similar to {other}"
+            dropped.append(Dropped(example, reason, other, similarity))
+        elif example.id in refused:
+            dropped.append(Dropped(example, "no room: too few redundant samples to drop for it"))
+        else:
+            kept.append(example)
+    return kept, dropped
+
+
+def _most_redundant(
+    droppable: Sequence[str], count: int, staying: Collection[str], neighbours: Neighbours
+) -> dict[str, tuple[str, float]]:
+    """Up to `count` ids, each with the nearest sample that stayed when it went."""
+    gone: dict[str, tuple[str, float]] = {}
+
+    def nearest(sample: str) -> tuple[str, float] | None:
+        present = (pair for pair in neighbours.get(sample, ()) if pair[0] in staying and pair[0] not in gone)
+        return next(present, None)
+
+    queue = [(-found[1], sample, found[0]) for sample in droppable if (found := nearest(sample)) is not None]
+    heapq.heapify(queue)
+    while queue and len(gone) < count:
+        similarity, sample, other = heapq.heappop(queue)
+        if other not in gone:
+            gone[sample] = (other, -similarity)
+        elif (found := nearest(sample)) is not None:  # less redundant than it was: it waits its turn again
+            heapq.heappush(queue, (-found[1], sample, found[0]))
+    return gone

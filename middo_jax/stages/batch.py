@@ -1,0 +1,82 @@
+"""Refining by batch files: what can be asked now goes into one, results come out of others, and so on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from middo_jax.run_dir import RoundDir, RunError
+from middo_jax.stages.refine import refine_stage
+from middo_jax.workshop import Workshop
+
+if TYPE_CHECKING:
+    from middo_jax.refine import AnswerCache
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchState:
+    """Where a batch stands: `taken` results were of use now; `waiting` requests have no answer yet, of which
+    `failed` have a result that is none, the first one saying `first_failure`. Nothing waits: it is finished.
+    """
+
+    taken: int
+    waiting: int
+    failed: int
+    first_failure: str | None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the stage has written its files."""
+        return self.waiting == 0
+
+
+def batch_stage(
+    workshop: Workshop,
+    directory: RoundDir,
+    cache: AnswerCache,
+    read: Sequence[Path] = (),
+    write: Path | None = None,
+) -> BatchState:
+    """Takes results in, finishes the stage if that was all, else writes the next requests.
+
+    Args:
+      workshop: settings, tokenizer, mesh; `refine.model` must be set.
+      directory: holds dataset, scores and selection.
+      cache: of the refiner's answers.
+      read: result files. A request that was refused in one of them is not asked again, and its sample keeps
+        its original; other failures are asked again.
+      write: gets the requests that wait, if any do.
+
+    Raises:
+      RunError: `refine.model` is not set, a file holds no results, or results of other requests only.
+    """
+    from middo_jax.refine import BatchClient, Ledger, NotAnswered, read_results
+
+    config = workshop.config
+    if config.refine.model is None:
+        raise RunError("config: refine.model is missing: the name of the model that the batch is for")
+    results = read_results(read)
+    client = BatchClient(config.refine, config.refine.model, cache, config.seed, Ledger(cache, config.name))
+    taken: set[str] = set()
+    while True:
+        client.waiting.clear()
+        try:
+            refine_stage(workshop, directory, 0, cache, batch=client)
+            return BatchState(len(taken), 0, 0, None)
+        except NotAnswered:
+            settled = client.take(results)
+            taken |= settled
+            if not settled:
+                break
+    known = client.waiting.keys() | taken
+    if results and not any(key in known or cache.get(key) for key in results):
+        raise RunError(
+            f"{read[0]}: none of the results belongs to a request of {directory.path}: they are of other "
+            "data or other settings (refine.model, refine.temperature, ...)"
+        )
+    failed = [results[key].said for key in client.waiting if key in results]
+    if write is not None:
+        client.write(write)
+    return BatchState(len(taken), len(client.waiting), len(failed), failed[0] if failed else None)

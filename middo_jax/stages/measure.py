@@ -1,0 +1,123 @@
+"""What the model under training says of the refiner's candidates: one pass for all, and ratings if asked."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from middo_jax.data.example import Example
+from middo_jax.run_dir import RoundDir, RunError
+from middo_jax.stages.score import ratings, raw_prompt
+from middo_jax.workshop import Workshop
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+    from middo_jax.data.tokenize import TokenizedExample
+    from middo_jax.diagnose.score import ExampleScores
+    from middo_jax.refine import Outcome
+    from middo_jax.refine.gates import Measurement
+
+
+def scored_model(directory: RoundDir) -> Path:
+    """The model whose scores a folder holds, as its manifest names it.
+
+    Raises:
+      RunError: it names none, or that is no longer there.
+    """
+    named = directory.stages().get("score", {}).get("model")
+    if named is not None and Path(named).exists():
+        return Path(named)
+    missing = "which model scored it is not in its manifest" if named is None else f"{named} is gone"
+    raise RunError(
+        f"{directory.path}: {missing}, and refine.accept=measured asks that model: run `middo score` again, "
+        "or set refine.accept=sane"
+    )
+
+
+class UnderTraining:
+    """The round's model, M_t, loaded when it is first asked; drop the object to give its memory back."""
+
+    def __init__(self, workshop: Workshop, directory: RoundDir, model: Path) -> None:
+        """`directory` holds scores and embeddings of the round's dataset under `model`."""
+        self._workshop, self._directory, self._model = workshop, directory, model
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[nnx.GraphDef, nnx.State]:
+        return self._workshop.load_model(self._model)
+
+    def measure(self, outcomes: Sequence[Outcome]) -> list[Measurement]:
+        """All but the rating of each outcome's child: losses and embeddings in one pass, then neighbours."""
+        import numpy as np
+
+        from middo_jax.diagnose.diversity import nearest_neighbours
+        from middo_jax.diagnose.table import read_scores
+        from middo_jax.refine.gates import Measurement, cosines
+
+        children = [outcome.example for outcome in outcomes if outcome.example is not None]
+        rows = {row["id"]: row for row in read_scores(self._directory.scores).to_pylist()}
+        place = {id_: i for i, id_ in enumerate(rows)}
+        k = max(len(row["knn_ids"] or ()) for row in rows.values())
+        tokenized = self._workshop.tokenize(children)
+        scores = self._scores("rewrites measured", tokenized)
+        embedding_md = scores.embedding_nd
+        if k and self._workshop.config.diversity.text == "raw":  # as the dataset's own embeddings were made
+            raw = [raw_prompt(self._workshop, child) for child in children]
+            embedding_md = self._scores("embeddings of raw prompts", raw).embedding_nd
+        k = k or self._workshop.config.diversity.k
+        dataset_nd = np.load(self._directory.embeddings, mmap_mode="r", allow_pickle=False)
+        source_m = np.array([place[outcome.task.source.id] for outcome in outcomes])
+        similarity_m = cosines(embedding_md, dataset_nd[source_m])
+        # One more than k: a rewrite's own original, which it replaces, is no neighbour of it.
+        found = nearest_neighbours(dataset_nd, k + 1, self._workshop.mesh, query_md=embedding_md)
+        measured = []
+        for i, outcome in enumerate(outcomes):
+            replaces, core = outcome.task.op != "synthesize", rows[outcome.task.source.id]
+            near = found.similarity_nk[i][(found.index_nk[i] != source_m[i]) | (not replaces)][:k]
+            similarity = _finite(similarity_m[i])
+            measured.append(
+                Measurement(
+                    loss=_finite(scores.loss_n[i]),
+                    similarity=similarity,
+                    nearest=_finite(near[0]),
+                    knn_similarity=_finite(near.mean()),
+                    core_similarity=None if replaces else _raised(core, similarity),
+                    truncated=tokenized[i].truncated,
+                )
+            )
+        return measured
+
+    def rate(self, examples: list[Example]) -> list[float | None]:
+        """The judge's q of each, None where it could not be read."""
+        from middo_jax.diagnose.quality import quality
+
+        return [_finite(q) for q in quality(ratings(self._workshop, *self._loaded, examples))]
+
+    def _scores(self, name: str, tokenized: Sequence[TokenizedExample]) -> ExampleScores:
+        from middo_jax.diagnose.score import score_examples
+
+        scoring = self._workshop.config.scoring
+        with self._workshop.progress.task(name) as advance:
+            return score_examples(
+                *self._loaded,
+                tokenized,
+                mesh=self._workshop.mesh,
+                batch_tokens=scoring.batch_tokens,
+                chunk=scoring.unembed_chunk,
+                on_progress=advance,
+            )
+
+
+def _raised(core: dict[str, Any], similarity: float | None) -> float | None:
+    """A sparse sample's mean similarity to its k nearest, were one more sample this similar to it."""
+    sims = core["knn_sims"]
+    if not sims or similarity is None:
+        return None
+    return core["knn_mean_sim"] + max(similarity - sims[-1], 0.0) / len(sims)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -24,6 +24,7 @@ from middo_jax.workshop import Workshop, prepare, write_dataset
 MAY_CHANGE = (
     "runs_dir",
     "mesh",
+    "model.attention",
     "scoring",
     "serve.host",
     "serve.port",

@@ -72,9 +72,15 @@ class Workshop:
 
         See `models.source.load`, also for `base`.
         """
+        from flax import nnx
+
+        from middo_jax.models.decoder import abstract
         from middo_jax.models.source import load, locate
 
-        return load(locate(path), self.config.model.dtype, param_dtype, self.mesh, base)
+        settings = self.config.model
+        graphdef, params = load(locate(path), settings.dtype, param_dtype, self.mesh, base)
+        config = dataclasses.replace(nnx.merge(graphdef, params).config, attention=settings.attention)
+        return abstract(config)[0], params
 
     def tokenize(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """All examples; those that cannot be rendered were refused when the data was read."""

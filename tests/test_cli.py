@@ -110,6 +110,10 @@ def test_every_command_explains_itself_with_an_example(middo: Middo, command: st
         ("eval --data broken.jsonl --model {model}", "broken.jsonl:1: broken JSON"),
         ("eval --data empty.jsonl --model {model}", "empty.jsonl holds no rows"),
         ("eval --data {data} --model .", "no config.json there"),
+        (
+            "eval --data {data} --model {model} model.attention=splash",
+            "cannot honour a cpu: it is a TPU kernel",
+        ),
         ("inspect columns.json", "fit no format"),
         ("run none.yaml", "cannot read none.yaml"),
         ("run wrong.yaml", "wrong.yaml is not valid YAML"),

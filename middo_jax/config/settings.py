@@ -23,6 +23,11 @@ class ModelSettings(Settings):
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="Compute dtype of forward passes. float32 is the fast one on a CPU."
     )
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+        default="auto",
+        description="auto: splash on TPUs where it can do what is asked, else XLA. By name: that one, or "
+        "an error. cudnn was never tried on a GPU.",
+    )
     template: str | None = Field(
         default=None,
         description="chatml, llama3, mistral, gemma, default (Human/Assistant) or a Jinja file. None: the "

@@ -103,6 +103,7 @@ class DecoderConfig:
       attention_soft_cap: c of c * tanh(scores / c).
       final_soft_cap: the same, of the logits.
       lora: adapters, None if it has none.
+      attention: the kernel that attends in `hidden`; see `packed_attention`.
       dtype: of activations; parameters are cast to it where they are used.
     """
 
@@ -128,6 +129,7 @@ class DecoderConfig:
     attention_soft_cap: float | None = None
     final_soft_cap: float | None = None
     lora: Lora | None = None
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     dtype: str = "float32"
 
     @property

@@ -75,7 +75,8 @@ class Decoder(nnx.Module):
         Returns:
           [b, t, d] in the config's dtype.
         """
-        ropes, attends = self._ropes(positions_bt), self._by_kind(packed_attention)
+        attention = functools.partial(packed_attention, kernel=self.config.attention)
+        ropes, attends = self._ropes(positions_bt), self._by_kind(attention)
         places = (segment_ids_bt, positions_bt, branch_ids_bt)
 
         def layer(x_btd: jax.Array, inputs: tuple[dict[str, jax.Array], jax.Array]) -> tuple[jax.Array, None]:

@@ -12,6 +12,7 @@ from middo_jax.cli import app
 from middo_jax.config import load, setting_names
 
 ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def test_the_settings_page_is_what_its_script_writes() -> None:
@@ -36,7 +37,7 @@ def test_the_readme_names_every_command_and_no_other() -> None:
     assert named == commands
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "configs/quickstart_data.md"])
+@pytest.mark.parametrize("page", [*PAGES, "configs/quickstart_data.md"])
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
@@ -48,3 +49,15 @@ def test_shipped_configs_are_valid(config: Path) -> None:
     settings = load(config)
     assert settings.name
     assert not Path(settings.data.path).is_absolute()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_that_pages_name_are_settings(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    groups = {name.split(".")[0] for name in setting_names() if "." in name}
+    named = set(re.findall(rf"`((?:{'|'.join(groups)})\.[a-z_.]+)(?:=[^`]*|: [^`]*)?`", text))
+    known = set(setting_names())
+    named = {name for name in named if not name.endswith(".py")}
+    assert [
+        n for n in sorted(named) if n not in known and not any(k.startswith(n + ".") for k in known)
+    ] == []

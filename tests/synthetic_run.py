@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from middo_jax.data.example import Example, Lineage, Message, Op
+from middo_jax.refine.usage import Usage
 from middo_jax.run_dir import RoundDir, RunDir, write_json, write_jsonl, write_text
 
 AXES = {"complexity": ("loss_pre", "loss_post"), "diversity": ("knn_mean_sim",), "quality": ("quality",)}
@@ -110,7 +111,8 @@ def _write_round(
     write_jsonl(folder.refined, tasks)
     write_jsonl(folder.rejected, answers)
     write_jsonl(folder.candidates, _candidates(tasks, table, random.Random(index), poison))
-    folder.finish("refine", [folder.refined, folder.rejected, folder.candidates], 130.0)
+    files = [folder.refined, folder.rejected, folder.candidates]
+    folder.finish("refine", files, 130.0, usage=_usage(tasks))
     replaced = {
         t["replaces"]: Example.from_json(t["example"]) for t in tasks if t["accepted"] and t["replaces"]
     }
@@ -248,6 +250,19 @@ def _refine(
             "usage": {"requests": 2, "prompt_tokens": 410 + number, "completion_tokens": 160 + number},
         })  # fmt: skip
     return tasks, answers
+
+
+def _usage(tasks: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The ledger's counters by axis, at a dollar a million tokens."""
+    usage = {"probe": Usage(requests=1, answers=1, prompt_tokens=30, completion_tokens=12, seconds=0.4)}
+    for task in tasks:
+        tokens = task["usage"]["prompt_tokens"], task["usage"]["completion_tokens"]
+        usage.setdefault("+".join(task["axes"]), Usage()).add(
+            Usage(
+                3, 1, 2, 0, 0, *tokens, cached_tokens=100, seconds=4.2, usd=sum(tokens) / 1e6, aside_usd=1e-3
+            )
+        )
+    return {axis: counters.to_json() for axis, counters in usage.items()}
 
 
 def _candidates(

@@ -189,15 +189,18 @@ def test_score_select_refine_by_hand(middo: Middo, finished: Finished, place: Pa
     assert plan["requests"] == 2 * len(plan["rows"]) > 0
 
     done = middo("refine", out, *endpoint, "--json").json
-    assert len(finished.requests) - asked == plan["requests"]
+    assert len(finished.requests) - asked == plan["requests"] + 1  # whether it honours a schema
     assert done["tasks"] == done["accepted"] == len(plan["rows"])
     kept, merged = rows_by_id(out / "dataset.jsonl"), rows_by_id(Path(done["merged"]))
     replaced = {row["replaces"] for row in read_jsonl(out / "refined.jsonl")} - {None}
     assert kept.keys() - merged.keys() == replaced
     assert len(merged) == 24 + 2
     # Told again, it asks nothing again.
+    asked = len(finished.requests)
     again = middo("refine", out, *endpoint, "--json").json
-    assert again["usage"]["requests"] == 0
+    assert len(finished.requests) == asked
+    for axis, used in again["usage"].items():
+        assert used["requests"] == done["usage"][axis]["requests"]  # of all starts together
     assert rows_by_id(Path(again["merged"])) == merged
 
 

@@ -27,6 +27,7 @@ import middo_jax
 from middo_jax.data.example import Example
 from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
+from middo_jax.report.costs import costs
 from middo_jax.report.lineage import read_scores
 from middo_jax.report.status import (
     FINAL_STAGES,
@@ -116,6 +117,7 @@ def _environment() -> jinja2.Environment:
         "change": number(lambda v: f"{v:+.3f}"),
         "percent": number(lambda v: f"{v:.1%}"),
         "seconds": number(duration),
+        "usd": number(lambda v: f"{v:,.2f}" if v >= 1 else f"{v:.4f}"),
         "raw": lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, indent=2),
         "csp_hash": lambda s: base64.b64encode(hashlib.sha256(str(s).encode()).digest()).decode(),
     }
@@ -194,6 +196,7 @@ def _round(
         "acceptance": acceptance(
             load_jsonl(folder.candidates), settings, {axis: colour for axis, (_, colour, _) in AXES.items()}
         ),
+        "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),
         "rewrites": [
             _rewrite(t, hints, scores, later) for t in tasks or [] if t["accepted"] and t["example"]
@@ -276,18 +279,12 @@ def _colour(axes: tuple[str, ...]) -> str:
 
 
 def _verdicts(tasks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accepted and rejected by the axes that asked for the rewrite, with what it cost."""
+    """Accepted and rejected by the axes that asked for the rewrite."""
     rows = []
     for axes in sorted({_axes(t) for t in tasks}):
         group = [t for t in tasks if _axes(t) == axes]
-        used: Counter[str] = Counter()
-        for task in group:
-            used.update(task["usage"] or {})
         accepted = sum(bool(t["accepted"]) for t in group)
-        tokens = {k: used[k] for k in ("requests", "prompt_tokens", "completion_tokens")}
-        rows.append(
-            {"axes": axes, "n": len(group), "accepted": accepted, "rejected": len(group) - accepted, **tokens}
-        )
+        rows.append({"axes": axes, "n": len(group), "accepted": accepted, "rejected": len(group) - accepted})
     drawn = [
         plots.Bar(
             " + ".join(r["axes"]),

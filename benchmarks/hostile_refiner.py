@@ -13,28 +13,37 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
 from hostile_load import Load, check, run_load, served  # noqa: E402
-from hostile_server import LOADING_S, OVERLOAD_S, SLOWER, WARMING_S  # noqa: E402
+from hostile_server import (  # noqa: E402
+    LOADING_S,
+    OVERLOAD_S,
+    RETRY_AFTER_S,
+    SLOWER,
+    WARMING_S,
+)
 
 CONCURRENCY = 64
+OVERLOAD_AT_S = 150.0
 TIMEOUT_S = 30.0  # twice as long as the slowest answer takes
 MOST_TIMES_LONGER = 1.5
 MOST_MB = 500
 
 
-def measure(folder: Path, samples: int, scale: float, faults: bool) -> tuple[Load, list[dict[str, object]]]:
+def measure(folder: Path, samples: int, scale: float, faults: bool) -> tuple[Load, list[dict[str, Any]]]:
     """One load, checked; with what the server says of it."""
     name = "faults" if faults else "none"
-    more = ("--faults", "--overload", "150") if faults else ()
+    more = ("--faults", "--overload", str(OVERLOAD_AT_S)) if faults else ()
     with served(folder / f"{name}.jsonl", scale, *more) as server:
         server.wait()
         cache = folder / f"{name}.sqlite"
@@ -43,15 +52,34 @@ def measure(folder: Path, samples: int, scale: float, faults: bool) -> tuple[Loa
         return load, server.tries()
 
 
-def waits_s(load: Load, tries: list[dict[str, object]], scale: float) -> dict[str, float]:
-    """Seconds that no client can help: tries never answered, as a share of those in flight."""
-    hangs = sum(line["what"] == "hang" for line in tries)
-    return {
-        "never answered": hangs * TIMEOUT_S / scale / CONCURRENCY,
-        "loading and warming up": (LOADING_S + WARMING_S * (1 - 1 / SLOWER)) / scale,
-        "overload": OVERLOAD_S / scale,
-        "restart": load.restart_s,
-    }
+def waits_s(load: Load, tries: list[dict[str, Any]], scale: float) -> dict[str, float]:
+    """Seconds that no client can help, in real time.
+
+    While the server loads, is overloaded or is not there, all of them; while it warms up, but the fifth that it
+    works; else the share of requests in flight that are never answered, or that it asked to wait.
+    """
+    first = min(line["began"] for line in tries)
+    windows = [
+        ("loading", first, first + LOADING_S / scale, 1.0),
+        ("warming up", first + LOADING_S / scale, first + (LOADING_S + WARMING_S) / scale, 1 - 1 / SLOWER),
+        ("overload", first + OVERLOAD_AT_S / scale, first + (OVERLOAD_AT_S + OVERLOAD_S) / scale, 1.0),
+        *([("restart", *load.away, 1.0)] if load.away else []),
+    ]
+    events: list[tuple[float, int, int]] = []  # when, change of requests in flight, of those that wait in vain
+    for line in tries:
+        vain = line["what"] in ("hang", "429 retry-after")
+        took = {"hang": TIMEOUT_S, "429 retry-after": RETRY_AFTER_S}.get(line["what"])
+        ended = line["began"] + took / scale if took else line["ended"]
+        events += [(line["began"], 1, vain), (ended, -1, -vain)]
+    waits = {name: share * (until - since) * scale for name, since, until, share in windows}
+    waits["never answered or told to wait"] = 0.0
+    in_flight = in_vain = 0
+    for (when, change, vain), (following, *_) in itertools.pairwise(sorted(events)):
+        in_flight, in_vain = in_flight + change, in_vain + vain
+        inside = any(since <= when < until for _, since, until, _ in windows)
+        if in_vain and not inside:
+            waits["never answered or told to wait"] += in_vain / in_flight * (following - when) * scale
+    return waits
 
 
 def main() -> None:
@@ -70,7 +98,7 @@ def main() -> None:
         command = [sys.executable, str(TESTS / "hostile_load.py"), str(folder / "memory.jsonl"), "1000"]
         memory = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     here, waits = bad.ledger.here, waits_s(bad, tries, given.scale)
-    longer = (bad.seconds - sum(waits.values())) / calm.seconds
+    longer = (bad.seconds * given.scale - sum(waits.values())) / (calm.seconds * given.scale)
     print(
         f"with faults: {here.requests:,} requests, {here.retries:,} of them retries, in {bad.seconds:.0f} s"
     )

@@ -11,7 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import json
-import resource
+import re
 import socket
 import subprocess
 import sys
@@ -100,14 +100,14 @@ def served(log: Path, scale: float, *more: str) -> Iterator[Server]:
 
 @dataclasses.dataclass
 class Load:
-    """What came of a load; `restart_s` is how long nobody listened in its middle."""
+    """What came of a load; `away` is when nobody listened in its middle, from and to, in seconds of the clock."""
 
     tasks: list[Task]
     outcomes: list[Outcome]
     ended: list[str]
     ledger: Ledger
     seconds: float
-    restart_s: float
+    away: tuple[float, float] | None
     most_in_flight: int
 
     def reasons(self) -> collections.Counter[str]:
@@ -131,7 +131,7 @@ def run_load(server: Server, n: int, cache: Path, concurrency: int, restart: boo
             **more,
         }
     )
-    tasks, ended, restart_s, most = samples(n), [], [], [0]
+    tasks, ended, away, most = samples(n), [], [], [0]
 
     async def load() -> tuple[list[Outcome], Ledger]:
         answers = AnswerCache(cache)
@@ -139,12 +139,12 @@ def run_load(server: Server, n: int, cache: Path, concurrency: int, restart: boo
         restarts: list[asyncio.Task[None]] = []
 
         async def again() -> None:
-            began = time.monotonic()
+            began = time.time()
             await asyncio.to_thread(server.stop)
             await asyncio.sleep(RESTART_S / scale)
             server.start()
             await asyncio.to_thread(server.wait)
-            restart_s.append(time.monotonic() - began)
+            away.append((began, time.time()))
 
         def on_done(outcome: Outcome) -> None:
             ended.append(outcome.task.task_id)
@@ -163,7 +163,7 @@ def run_load(server: Server, n: int, cache: Path, concurrency: int, restart: boo
     began = time.monotonic()
     outcomes, ledger = asyncio.run(load())
     seconds = time.monotonic() - began
-    return Load(tasks, outcomes, ended, ledger, seconds, sum(restart_s), most[0])
+    return Load(tasks, outcomes, ended, ledger, seconds, away[0] if away else None, most[0])
 
 
 def check(load: Load, server: Server, cache: Path) -> None:
@@ -209,7 +209,9 @@ def memory(server: Server, n: int, cache: Path) -> dict[str, int]:
     """Peak memory of this process, in megabytes, with `n` requests in flight at once."""
     throttle.START = float(n)
     load = run_load(server, n, cache, n, restart=False, timeout=120.0)
-    rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    # Not getrusage's figure, which starts from the parent's.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    rss_mb = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) // 1024
     return {"rss_mb": rss_mb, "most_in_flight": load.most_in_flight, "accepted": load.reasons()["accepted"]}
 
 

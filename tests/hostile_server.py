@@ -48,6 +48,7 @@ FAULTS = {  # shares of tries
 REFUSED = 0.01  # share of requests
 LOADING_S, WARMING_S, OVERLOAD_S = 10.0, 20.0, 60.0
 OVERLOAD_REFUSED = 0.8
+RETRY_AFTER_S = 2.0
 SLOWER = 5.0
 
 
@@ -129,12 +130,14 @@ class Hostile:
         what, slower = self.fate(key, tried)
         seconds = LATENCY_S * math.exp(0.4 * (2 * chance("latency", key, tried) - 1)) * slower / self._scale
         line: dict[str, Any] = {"key": key, "try": tried, "what": what, "prompt": 0, "completion": 0}
+        line["began"] = time.time()
         if what == "hang":  # a restart would end it without a word
             self._log.write(json.dumps(line) + "\n")
             while not await request.is_disconnected():
                 await asyncio.sleep(0.2)
             return Response(status_code=499)
         response = await self._respond(what, seconds, body, line, request)
+        line["ended"] = time.time()
         self._log.write(json.dumps(line) + "\n")
         return response
 
@@ -143,7 +146,7 @@ class Hostile:
     ) -> Response:
         if what in ("429", "429 retry-after", "overload", "loading", "400", "500"):
             status = {"overload": 503, "loading": 503}.get(what) or int(what[:3])
-            wait = {"retry-after": f"{2 / self._scale}"} if what == "429 retry-after" else None
+            wait = {"retry-after": f"{RETRY_AFTER_S / self._scale}"} if what == "429 retry-after" else None
             return JSONResponse({"error": {"message": f"{what}, on purpose"}}, status, wait)
         await asyncio.sleep(seconds)
         if what == "body":

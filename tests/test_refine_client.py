@@ -382,11 +382,12 @@ def test_an_overload_that_others_get_through_does_not_stop_the_stage(
     server: HostileServer, cache: AnswerCache
 ) -> None:
     server.script = lambda text, n: fault(429) if text == "unlucky" else good("fine")
-    settings = SETTINGS.model_copy(update={"max_retries": 1})
+    settings = SETTINGS.model_copy(update={"max_retries": 2})
     answers, _ = ask(server.url, cache, "unlucky", *(f"q{i}" for i in range(20)), settings=settings)
     assert isinstance(answers[0], EndpointFailed)
     assert not answers[0].stops_stage
-    assert 2 < server.asked("unlucky") <= 8  # that others get through says that it may, too
+    # That others get through says that it may, too: a refusal then counts as a quarter of a try.
+    assert 3 < server.asked("unlucky") <= 9
     assert all(isinstance(a, Answer) for a in answers[1:])
 
 

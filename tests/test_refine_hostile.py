@@ -37,7 +37,7 @@ def test_every_sample_ends_once_and_the_money_is_counted_to_the_token(
     load, tries, _ = bad_day
     met = collections.Counter(str(line["what"]) for line in tries)
     assert len(tries) > 4500
-    assert load.restart_s > 0
+    assert load.away
     everything = {"429", "429 retry-after", "500", "hang", "drop", "body", "content", "length", "empty"}
     assert everything | {"overload", "loading", "400", "answer"} == met.keys()
     reasons = load.reasons()
@@ -57,11 +57,13 @@ def test_a_second_start_pays_only_for_what_had_failed(
         server.wait()
         again = run_load(server, SAMPLES, folder / "cache.sqlite", 64, restart=False)
         assert again.ledger.here.requests == len(server.tries()) < 0.1 * SAMPLES
-    assert again.ledger.here.from_cache == first.ledger.here.answers
+    # What had failed may have been asked in another way then, whose answer is not needed now.
+    unused = first.ledger.here.answers - again.ledger.here.from_cache
+    assert 0 <= unused <= first.ledger.here.failed
     for before, after in zip(first.outcomes, again.outcomes, strict=True):
         # A refusal is not kept: neither that of a request nor that of more room for a truncated answer.
         if before.example or before.reject_reason in ("empty answer", "unparsable"):
-            assert after.to_json() == before.to_json()
+            assert (after.example, after.reject_reason) == (before.example, before.reject_reason)
 
 
 @pytest.mark.multiprocess

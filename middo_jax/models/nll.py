@@ -39,7 +39,6 @@ def target_nll(
     in_use_bn = jnp.arange(steps * width) < is_target_bt.sum(axis=1, keepdims=True)
     targets_bt = jnp.roll(tokens_bt, -1, axis=1)
 
-    @jax.checkpoint
     def chunk_nll(position_bn: jax.Array, in_use_bn: jax.Array) -> jax.Array:
         hidden_bnd = jnp.take_along_axis(hidden_btd, position_bn[..., None], axis=1)
         logits = model.unembed(hidden_bnd.reshape(b * width, -1))
@@ -51,6 +50,8 @@ def target_nll(
     def no_nll(*_: jax.Array) -> jax.Array:
         return jnp.zeros((b, width), jnp.float32)
 
+    # Around the condition: within, what the backward pass needs, the whole head too, would be kept a chunk.
+    @jax.checkpoint
     def step(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         position_bn, in_use_bn = inputs
         return None, jax.lax.cond(in_use_bn.any(), chunk_nll, no_nll, position_bn, in_use_bn)

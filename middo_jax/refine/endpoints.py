@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 FAILURES_IN_A_ROW = 8  # with no answer between them: no longer one sample's fault
-RETRIAL_LIMIT_S = 15.0  # between two trials of a server that is away
+LONGEST_TRIAL = 5.0  # times the first wait, between two trials of a server that is away
 
 
 @dataclasses.dataclass(eq=False)
@@ -127,7 +127,7 @@ class Endpoints:
             endpoint.away_since, endpoint.trials = now, 0
         elif now < endpoint.retry_at:  # a request that was under way when it went
             return
-        delay = min(self._backoff_s * 2.0**endpoint.trials, RETRIAL_LIMIT_S) * random.uniform(0.5, 1.0)
+        delay = self._backoff_s * min(2.0**endpoint.trials, LONGEST_TRIAL) * random.uniform(0.5, 1.0)
         endpoint.trials += 1
         endpoint.retry_at = now + delay
         asyncio.get_running_loop().call_later(delay + 0.01, self._admit)  # not a tick too early

@@ -316,7 +316,7 @@ async def _refine(
         return Outcome(task, None, reason, tuple(exchanges))
 
     try:
-        messages = first_request(task, settings)
+        messages = first_request(task, settings, form)
         reply = await ask("prompt", messages)
         for _ in range(settings.max_corrections):
             if parse_prompt(reply.text) is not None:

@@ -1,6 +1,6 @@
 """How much at once: a limit in flight that adapts to the server, and an account's limits a minute.
 
-The limit rises by one for every four answers while it is used up, and falls by a quarter, at most once a
+The limit rises by one for every three answers while it is used up, and falls by a quarter, at most once a
 round trip, when the server is overloaded: when more than a quarter of its replies are refusals (429, 503) or
 time-outs, or when it is swamped. A few unlucky ones are no overload.
 
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 
 START = 4.0  # requests in flight before anything is known
-RISE = 0.25  # an answer
+RISE = 1 / 3  # an answer
 FALL = 0.75
 OVERLOAD_SHARE = 0.25  # of replies
 REPLIES = 20  # at least, over which the share is taken: a handful is soon unlucky

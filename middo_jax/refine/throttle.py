@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 
 START = 4.0  # requests in flight before anything is known
-RISE = 1 / 3  # an answer
+RISE = 0.5  # an answer
 FALL = 0.75
 OVERLOAD_SHARE = 0.25  # of replies
 REPLIES = 20  # at least, over which the share is taken: a handful is soon unlucky

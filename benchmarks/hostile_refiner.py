@@ -55,8 +55,8 @@ def measure(folder: Path, samples: int, scale: float, faults: bool) -> tuple[Loa
 def waits_s(load: Load, tries: list[dict[str, Any]], scale: float) -> dict[str, float]:
     """Seconds that no client can help, in real time.
 
-    While the server loads, is overloaded or is not there, all of them; while it warms up, but the fifth that it
-    works; else the share of requests in flight that are never answered, or that it asked to wait.
+    While the server loads, is overloaded or is not there, all of them; while it warms up, but the fifth that
+    it works; else the share of requests in flight that are never answered, or that it asked to wait.
     """
     first = min(line["began"] for line in tries)
     windows = [
@@ -65,7 +65,7 @@ def waits_s(load: Load, tries: list[dict[str, Any]], scale: float) -> dict[str, 
         ("overload", first + OVERLOAD_AT_S / scale, first + (OVERLOAD_AT_S + OVERLOAD_S) / scale, 1.0),
         *([("restart", *load.away, 1.0)] if load.away else []),
     ]
-    events: list[tuple[float, int, int]] = []  # when, change of requests in flight, of those that wait in vain
+    events: list[tuple[float, int, int]] = []  # when; change of those in flight, of those in vain
     for line in tries:
         vain = line["what"] in ("hang", "429 retry-after")
         took = {"hang": TIMEOUT_S, "429 retry-after": RETRY_AFTER_S}.get(line["what"])

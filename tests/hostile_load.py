@@ -100,7 +100,7 @@ def served(log: Path, scale: float, *more: str) -> Iterator[Server]:
 
 @dataclasses.dataclass
 class Load:
-    """What came of a load; `away` is when nobody listened in its middle, from and to, in seconds of the clock."""
+    """What came of a load; `away` is when nobody listened in its middle, from and to, by the clock."""
 
     tasks: list[Task]
     outcomes: list[Outcome]

@@ -1,24 +1,19 @@
-"""The client against a hostile server over real sockets: what is retried, what is final, what is kept."""
+"""The client against a scripted server over real sockets: what is retried, what is final, what is kept."""
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import dataclasses
 import json
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from scripted_server import SETTINGS, ScriptedServer, ask, dripping, dropped, fault, good, user
+from starlette.responses import JSONResponse, Response
 
 from middo_jax.config import ConfigError, Prices, RefineSettings
 from middo_jax.data.example import Example, Message
@@ -35,153 +30,12 @@ from middo_jax.refine.faults import (
 from middo_jax.refine.rewrite import Task, run
 from middo_jax.refine.usage import Ledger, Usage
 
+pytest_plugins = ["scripted_server"]
+
 KEY = "sk-very-secret-0123456789"
 
 
-def good(text: str, prompt_tokens: int = 10, completion_tokens: int = 5, **more: Any) -> Response:
-    usage = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        **more,
-    }
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    return JSONResponse({"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage})
-
-
-def fault(status: int, message: str = "no", **headers: str) -> Response:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return JSONResponse({"error": {"message": message}}, status, named)
-
-
-def dropped() -> Response:
-    async def half() -> Any:
-        yield b'{"id": '
-
-    return StreamingResponse(half(), headers={"content-length": "1000", "content-type": "application/json"})
-
-
-def dripping() -> Response:
-    """A whole answer, too late, though no two of its bytes are far apart."""
-
-    async def slow() -> Any:
-        for _ in range(30):
-            yield b" "
-            await asyncio.sleep(0.05)
-        yield good("late").body
-
-    return StreamingResponse(slow(), media_type="application/json")
-
-
-class HostileServer:
-    """Answers as `script(last message, how often it was asked before)` says; a float is a wait."""
-
-    def __init__(self) -> None:
-        self.script: Callable[[str, int], Response | float] = lambda text, n: good("fine")
-        self.times: dict[str, list[float]] = collections.defaultdict(list)
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: set[str] = set()
-        self.now = self.most = 0
-        app = Starlette(routes=[Route("/v1/chat/completions", self._answer, methods=["POST"])])
-        # lifespan off and errors quiet: a dropped body is an error to the server, and here on purpose.
-        self._server = uvicorn.Server(
-            uvicorn.Config(app, port=0, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
-        )
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-
-    async def _answer(self, request: Request) -> Response:
-        body = await request.json()
-        text = body["messages"][-1]["content"]
-        self.times[text].append(time.monotonic())
-        self.bodies.append(body)
-        self.keys.add(request.headers["authorization"])
-        self.now += 1
-        self.most = max(self.most, self.now)
-        try:
-            reply = self.script(text, len(self.times[text]) - 1)
-            if isinstance(reply, float):
-                await asyncio.sleep(reply)
-                reply = good("late")
-            return reply
-        finally:
-            self.now -= 1
-
-    def start(self) -> None:
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(timeout=5)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}/v1"
-
-    def asked(self, text: str) -> int:
-        return len(self.times[text])
-
-    @property
-    def requests(self) -> int:
-        return len(self.bodies)
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[HostileServer]:
-    server = HostileServer()
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def server(running: HostileServer) -> HostileServer:
-    running.script = lambda text, n: good("fine")
-    running.times.clear()
-    running.bodies.clear()
-    running.keys.clear()
-    running.most = 0
-    return running
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[AnswerCache]:
-    cache = AnswerCache(tmp_path / "llm_cache.sqlite")
-    yield cache
-    cache.close()
-
-
-@pytest.fixture(autouse=True)
-def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-SETTINGS = RefineSettings(max_retries=3, timeout=5.0, concurrency=4, max_tokens=100, response_format="text")
-
-
-def user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
-
-
-def ask(
-    url: str, cache: AnswerCache, *texts: str, settings: RefineSettings = SETTINGS, **more: Any
-) -> tuple[list[Any], ChatClient]:
-    """Asks all texts at once; a RefinerError stands in its answer's place."""
-
-    async def go() -> tuple[list[Any], ChatClient]:
-        async with ChatClient(settings, url, "m", cache, backoff_s=0.01, **more) as client:
-            asked = (client.complete(user(text)) for text in texts)
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-        return answers, client
-
-    answers, client = asyncio.run(go())
-    for answer in answers:
-        assert isinstance(answer, Answer | RefinerError), answer
-    return answers, client
-
-
-def test_sends_what_was_set_and_counts_what_came(server: HostileServer, cache: AnswerCache) -> None:
+def test_sends_what_was_set_and_counts_what_came(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: good(
         "hello", 1000, 200, prompt_tokens_details={"cached_tokens": 400, "other": 1}
     )
@@ -199,7 +53,7 @@ def test_sends_what_was_set_and_counts_what_came(server: HostileServer, cache: A
     assert usage.usd == pytest.approx((600 * 2 + 400 * 1 + 200 * 10) / 1e6)
 
 
-def test_second_run_asks_nothing_and_pays_nothing(server: HostileServer, cache: AnswerCache) -> None:
+def test_second_run_asks_nothing_and_pays_nothing(server: ScriptedServer, cache: AnswerCache) -> None:
     texts = [f"q{i}" for i in range(20)]
     server.script = lambda text, n: good(f"answer to {text}")
     first, _ = ask(server.url, cache, *texts)
@@ -213,7 +67,7 @@ def test_second_run_asks_nothing_and_pays_nothing(server: HostileServer, cache: 
     )
 
 
-def test_cache_tells_requests_apart(server: HostileServer, cache: AnswerCache) -> None:
+def test_cache_tells_requests_apart(server: ScriptedServer, cache: AnswerCache) -> None:
     ask(server.url, cache, "a")
     ask(server.url, cache, "a", settings=SETTINGS.model_copy(update={"temperature": 0.5}))
     ask(server.url, cache, "a", seed=1)
@@ -228,14 +82,14 @@ def test_cache_tells_requests_apart(server: HostileServer, cache: AnswerCache) -
     assert server.requests == len(cache) == 5
 
 
-def test_equal_requests_in_flight_are_sent_once(server: HostileServer, cache: AnswerCache) -> None:
+def test_equal_requests_in_flight_are_sent_once(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: 0.1
     answers, _ = ask(server.url, cache, "same", "same", "same")
     assert server.requests == 1
     assert {answer.text for answer in answers} == {"late"}
 
 
-def test_concurrency_is_bounded_and_used(server: HostileServer, cache: AnswerCache) -> None:
+def test_concurrency_is_bounded_and_used(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: 0.02
     ask(server.url, cache, *(f"q{i}" for i in range(24)))
     assert server.most == SETTINGS.concurrency
@@ -257,7 +111,7 @@ TRANSIENT: dict[str, Callable[[], Response | float]] = {
 
 
 @pytest.mark.parametrize("name", TRANSIENT)
-def test_transient_faults_are_tried_again(server: HostileServer, cache: AnswerCache, name: str) -> None:
+def test_transient_faults_are_tried_again(server: ScriptedServer, cache: AnswerCache, name: str) -> None:
     settings = SETTINGS.model_copy(update={"timeout": 0.5})
     server.script = lambda text, n: TRANSIENT[name]() if n < 2 else good("at last")
     [answer], client = ask(server.url, cache, "a", settings=settings)
@@ -268,7 +122,7 @@ def test_transient_faults_are_tried_again(server: HostileServer, cache: AnswerCa
 
 @pytest.mark.parametrize("name", TRANSIENT)
 def test_tries_are_bounded_and_failures_not_kept(
-    server: HostileServer, cache: AnswerCache, name: str
+    server: ScriptedServer, cache: AnswerCache, name: str
 ) -> None:
     settings = SETTINGS.model_copy(update={"timeout": 0.2, "max_retries": 2})
     server.script = lambda text, n: TRANSIENT[name]()
@@ -285,7 +139,7 @@ def test_tries_are_bounded_and_failures_not_kept(
     ("status", "stops"), [(400, False), (413, False), (422, False), (401, True), (403, True), (404, True)]
 )
 def test_refusals_are_final_at_once(
-    server: HostileServer, cache: AnswerCache, status: int, stops: bool
+    server: ScriptedServer, cache: AnswerCache, status: int, stops: bool
 ) -> None:
     server.script = lambda text, n: fault(status, "prompt is too long")
     [refusal, same], _ = ask(server.url, cache, "a", "a")
@@ -299,7 +153,7 @@ def test_refusals_are_final_at_once(
     assert len(cache) == 0
 
 
-def test_an_empty_quota_is_not_waited_for(server: HostileServer, cache: AnswerCache) -> None:
+def test_an_empty_quota_is_not_waited_for(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: JSONResponse(
         {"error": {"message": "pay first", "code": "insufficient_quota"}}, 429
     )
@@ -309,14 +163,14 @@ def test_an_empty_quota_is_not_waited_for(server: HostileServer, cache: AnswerCa
     assert server.requests == 1
 
 
-def test_a_refused_endpoint_is_left_alone(server: HostileServer, cache: AnswerCache) -> None:
+def test_a_refused_endpoint_is_left_alone(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: fault(401)
     answers, _ = ask(server.url, cache, *(f"q{i}" for i in range(50)))
     assert all(isinstance(a, RequestRefused) and a.stops_stage for a in answers)
     assert server.requests <= SETTINGS.concurrency
 
 
-def test_retry_after_is_honoured(server: HostileServer, cache: AnswerCache) -> None:
+def test_retry_after_is_honoured(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: fault(429, retry_after="0.4") if n == 0 else good("ok")
     [answer], _ = ask(server.url, cache, "a")
     first, second = server.times["a"]
@@ -324,7 +178,7 @@ def test_retry_after_is_honoured(server: HostileServer, cache: AnswerCache) -> N
     assert second - first >= 0.4
 
 
-def test_too_long_a_wait_is_reported_instead(server: HostileServer, cache: AnswerCache) -> None:
+def test_too_long_a_wait_is_reported_instead(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: fault(429, retry_after="7200")
     [failure], _ = ask(server.url, cache, "a")
     assert isinstance(failure, EndpointFailed)
@@ -352,7 +206,7 @@ def test_nobody_listening_stops_the_stage(cache: AnswerCache) -> None:
     assert client.ledger.here.requests == SETTINGS.max_retries + 1
 
 
-def test_one_broken_request_does_not_stop_the_others(server: HostileServer, cache: AnswerCache) -> None:
+def test_one_broken_request_does_not_stop_the_others(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: fault(500) if text == "bad" else good("fine")
     answers, _ = ask(server.url, cache, "a", "bad", "b", "c")
     assert [type(a) for a in answers] == [Answer, EndpointFailed, Answer, Answer]
@@ -360,7 +214,7 @@ def test_one_broken_request_does_not_stop_the_others(server: HostileServer, cach
 
 
 @pytest.mark.parametrize("status", [400, 500])
-def test_a_row_of_failures_stops_the_stage(server: HostileServer, cache: AnswerCache, status: int) -> None:
+def test_a_row_of_failures_stops_the_stage(server: ScriptedServer, cache: AnswerCache, status: int) -> None:
     server.script = lambda text, n: fault(status)
     settings = SETTINGS.model_copy(update={"max_retries": 0, "concurrency": 1})
     answers, _ = ask(server.url, cache, *(f"q{i}" for i in range(40)), settings=settings)
@@ -369,7 +223,7 @@ def test_a_row_of_failures_stops_the_stage(server: HostileServer, cache: AnswerC
 
 
 def test_refusals_in_a_row_after_an_answer_are_the_samples_own(
-    server: HostileServer, cache: AnswerCache
+    server: ScriptedServer, cache: AnswerCache
 ) -> None:
     server.script = lambda text, n: good("fine") if text == "q0" else fault(400, "too long")
     settings = SETTINGS.model_copy(update={"concurrency": 1})
@@ -379,7 +233,7 @@ def test_refusals_in_a_row_after_an_answer_are_the_samples_own(
 
 
 def test_an_overload_that_others_get_through_does_not_stop_the_stage(
-    server: HostileServer, cache: AnswerCache
+    server: ScriptedServer, cache: AnswerCache
 ) -> None:
     server.script = lambda text, n: fault(429) if text == "unlucky" else good("fine")
     settings = SETTINGS.model_copy(update={"max_retries": 2})
@@ -391,7 +245,7 @@ def test_an_overload_that_others_get_through_does_not_stop_the_stage(
     assert all(isinstance(a, Answer) for a in answers[1:])
 
 
-def test_failures_between_answers_are_no_row(server: HostileServer, cache: AnswerCache) -> None:
+def test_failures_between_answers_are_no_row(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: fault(500) if int(text) % 2 else good("fine")
     settings = SETTINGS.model_copy(update={"max_retries": 0, "concurrency": 1})
     answers, _ = ask(server.url, cache, *(str(i) for i in range(40)), settings=settings)
@@ -399,14 +253,14 @@ def test_failures_between_answers_are_no_row(server: HostileServer, cache: Answe
     assert not any(a.stops_stage for a in answers[1::2])
 
 
-def test_nothing_is_retried_at_an_endpoint_that_refused(server: HostileServer, cache: AnswerCache) -> None:
+def test_nothing_is_retried_at_an_endpoint_that_refused(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: fault(500, retry_after="0.3") if text == "waiting" else fault(401)
     answers, _ = ask(server.url, cache, "waiting", "refused")
     assert all(isinstance(a, RequestRefused) and a.stops_stage for a in answers)
     assert server.asked("waiting") == 1
 
 
-def test_a_final_failure_is_not_waited_for(server: HostileServer, cache: AnswerCache) -> None:
+def test_a_final_failure_is_not_waited_for(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: fault(500, retry_after="30")
     begun = time.monotonic()
     ask(server.url, cache, "a", settings=SETTINGS.model_copy(update={"max_retries": 0}))
@@ -417,7 +271,7 @@ PRICED = SETTINGS.model_copy(update={"prices": Prices(prompt=1.0, completion=100
 
 
 def test_budget_is_never_passed_and_keeps_what_was_in_flight(
-    server: HostileServer, cache: AnswerCache
+    server: ScriptedServer, cache: AnswerCache
 ) -> None:
     # Every answer is as dear as it may be: 100 completion tokens, 0.01 dollars.
     server.script = lambda text, n: good("dear", 10, 100)
@@ -430,7 +284,7 @@ def test_budget_is_never_passed_and_keeps_what_was_in_flight(
     assert all(isinstance(a, BudgetReached) and not a.stops_stage for a in answers if a not in kept)
 
 
-def test_budget_waits_for_what_turns_out_cheaper(server: HostileServer, cache: AnswerCache) -> None:
+def test_budget_waits_for_what_turns_out_cheaper(server: ScriptedServer, cache: AnswerCache) -> None:
     # Only two of the dearest fit at a time, but the real ones cost a tenth.
     server.script = lambda text, n: good("cheap", 10, 10)
     settings = PRICED.model_copy(update={"budget_usd": 0.025})
@@ -439,7 +293,7 @@ def test_budget_waits_for_what_turns_out_cheaper(server: HostileServer, cache: A
     assert client.ledger.here.usd == pytest.approx(12 * 0.00101)
 
 
-def test_cached_answers_come_free_after_the_budget(server: HostileServer, cache: AnswerCache) -> None:
+def test_cached_answers_come_free_after_the_budget(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: good("dear", 10, 100)
     settings = PRICED.model_copy(update={"budget_usd": 0.0125})
     ask(server.url, cache, "known", settings=PRICED, ledger=Ledger(cache, "another run"))
@@ -448,7 +302,7 @@ def test_cached_answers_come_free_after_the_budget(server: HostileServer, cache:
     assert client.ledger.here.usd == pytest.approx(0.01001)
 
 
-def test_uncounted_answers_cost_their_upper_bound(server: HostileServer, cache: AnswerCache) -> None:
+def test_uncounted_answers_cost_their_upper_bound(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: good("uncounted", 0, 0)
     [_], client = ask(server.url, cache, "a", settings=PRICED)
     assert client.ledger.here.usd == 0
@@ -462,7 +316,7 @@ def test_a_budget_needs_prices(cache: AnswerCache) -> None:
 
 @pytest.mark.parametrize("pad", [0, 280, 290])
 def test_the_key_is_sent_and_appears_nowhere_else(
-    server: HostileServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch, pad: int
+    server: ScriptedServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch, pad: int
 ) -> None:
     monkeypatch.setenv("REFINER_KEY", KEY + "\n")
     settings = SETTINGS.model_copy(update={"api_key_env": "REFINER_KEY"})
@@ -495,7 +349,7 @@ def test_a_key_that_no_header_can_carry(cache: AnswerCache, monkeypatch: pytest.
     assert "cret" not in str(caught.value)
 
 
-def test_without_a_key_a_dummy_is_sent(server: HostileServer, cache: AnswerCache) -> None:
+def test_without_a_key_a_dummy_is_sent(server: ScriptedServer, cache: AnswerCache) -> None:
     ask(server.url, cache, "a")
     assert server.keys == {"Bearer none"}
 
@@ -507,7 +361,7 @@ def test_urls_are_shown_without_password(cache: AnswerCache) -> None:
 
 
 def test_loopback_is_not_reached_through_a_proxy(
-    server: HostileServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
+    server: ScriptedServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -516,7 +370,7 @@ def test_loopback_is_not_reached_through_a_proxy(
     assert ask(server.url, cache, "a")[0][0].text == "fine"
 
 
-def test_text_that_utf8_cannot_hold(server: HostileServer, cache: AnswerCache) -> None:
+def test_text_that_utf8_cannot_hold(server: ScriptedServer, cache: AnswerCache) -> None:
     # JSON can escape half of a surrogate pair; neither the wire nor SQLite can hold one.
     choice = {"message": {"role": "assistant", "content": "a\ud83d"}, "finish_reason": "stop"}
     body = json.dumps({"choices": [choice]}).encode()
@@ -563,7 +417,7 @@ def refiner(text: str, n: int) -> Response:
     return good(f"An answer to: {text}")
 
 
-def test_a_stage_that_stopped_goes_on_where_it_was(server: HostileServer, tmp_path: Path) -> None:
+def test_a_stage_that_stopped_goes_on_where_it_was(server: ScriptedServer, tmp_path: Path) -> None:
     """interrupted + resumed == uninterrupted, in every row, and nothing is paid twice."""
     planned = tasks(30)
 
@@ -595,7 +449,7 @@ def test_a_stage_that_stopped_goes_on_where_it_was(server: HostileServer, tmp_pa
     broken.close()
 
 
-def test_a_stage_under_faults_ends_every_task(server: HostileServer, cache: AnswerCache) -> None:
+def test_a_stage_under_faults_ends_every_task(server: ScriptedServer, cache: AnswerCache) -> None:
     def script(text: str, n: int) -> Response | float:
         number = int("".join(c for c in text.partition("Q")[2].split("\n")[0] if c.isdigit()) or 0)
         if n == 0:
@@ -619,7 +473,7 @@ def test_a_stage_under_faults_ends_every_task(server: HostileServer, cache: Answ
     assert client.ledger.here.prompt_tokens == 10 * client.ledger.here.answers
 
 
-def test_a_stage_beyond_its_budget_says_so(server: HostileServer, cache: AnswerCache) -> None:
+def test_a_stage_beyond_its_budget_says_so(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = refiner
     settings = PRICED.model_copy(update={"budget_usd": 0.05})
     outcomes = run(tasks(200), ChatClient(settings, server.url, "m", cache), settings, 0)

@@ -222,6 +222,10 @@ def test_it_falls_by_a_quarter_once_a_round_trip() -> None:
 def test_it_never_falls_below_one() -> None:
     now = [0.0]
     limited = Throttle(100, lambda: now[0])
+    for _ in range(100):
+        limited.overloaded(now[0])
+    assert limited.limit == START  # as long as it has answered nobody
+    limited.answered(-1.0, MEAN_TOKENS)
     for _ in range(1000):
         now[0] += 1.0
         limited.overloaded(now[0] - 0.1)

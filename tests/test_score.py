@@ -19,7 +19,8 @@ from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.diagnose.score import ExampleScores, score_examples
 from middo_jax.diagnose.table import Measured, read_scores, write_scores
 from middo_jax.models import hf
-from middo_jax.models.decoder import forward
+from middo_jax.models.config import DecoderConfig
+from middo_jax.models.decoder import Decoder, forward, split
 from middo_jax.models.nll import target_nll
 from middo_jax.parallel.mesh import make_mesh
 
@@ -184,6 +185,21 @@ def test_chunked_loss_and_gradient_are_those_of_whole_logits(model: Model, chunk
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours(*x), theirs(*x)
         )
+
+
+def test_smaller_chunks_take_less_memory_backwards_too() -> None:
+    """The unembedding is not kept once for every chunk."""
+    graphdef, params = split(Decoder(DecoderConfig(4096, 32, 64, 1, 4, 2, 8, 64), jax.random.key(0)))
+    hidden, tokens = jnp.zeros((2, 256, 32)), jnp.zeros((2, 256), jnp.int32)
+
+    def temporary_bytes(chunk: int) -> int:
+        def loss(params: nnx.State, hidden: jax.Array) -> jax.Array:
+            return target_nll(nnx.merge(graphdef, params), hidden, tokens, tokens == 0, chunk).sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, hidden).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(16) < temporary_bytes(64) < temporary_bytes(512)
 
 
 def test_meshes() -> None:

@@ -43,7 +43,7 @@ from middo_jax.refine.throttle import RateLimits, Throttle
 from middo_jax.refine.usage import CHARACTERS_A_TOKEN, Ceiling, Ledger, ceiling, estimated_tokens
 
 WINDOW = 200  # requests, of which more than half may not fail
-DOUBLINGS = 4  # of the wait between two tries; longer ones would outlast the overload
+DOUBLINGS = 3  # of the wait between two tries; longer ones would outlast the overload
 REFUSAL = 0.25  # of a try: one in an overload, while others get through, costs nothing and tells little
 CONNECT_TIMEOUT_S = 10.0
 

@@ -1,6 +1,6 @@
 """How much at once: a limit in flight that adapts to the server, and an account's limits a minute.
 
-The limit rises by one for every three answers while it is used up, and falls by a quarter, at most once a
+The limit rises by one for every four answers while it is used up, and falls by a quarter, at most once a
 round trip, when the server is overloaded: when more than a quarter of its replies are refusals (429, 503) or
 time-outs, or when it is swamped. A few unlucky ones are no overload.
 
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 
 START = 4.0  # requests in flight before anything is known
-RISE = 0.5  # an answer
+RISE = 0.25  # an answer
 FALL = 0.75
 OVERLOAD_SHARE = 0.25  # of replies
 REPLIES = 20  # at least, over which the share is taken: a handful is soon unlucky
@@ -66,7 +66,7 @@ class Throttle:
         """
         now = self._clock()
         seconds = now - began
-        self._round_trip_s += (seconds - self._round_trip_s) * (0.1 if self._round_trip_s else 1.0)
+        self._round_trip_s += (seconds - self._round_trip_s) * (0.25 if self._round_trip_s else 1.0)
         self._reply(0.0)
         if self.in_flight < int(self.limit):  # not the limit's making
             return
@@ -80,6 +80,8 @@ class Throttle:
         """Tells of a refusal or a time-out of a request that was asked at `began`."""
         self._reply(1.0)
         now = self._clock()
+        if not self._round_trip_s:  # it answers nobody yet: there is nothing to be less of
+            return
         # Requests that were under way when the limit fell say nothing new, and refusals outrun answers.
         fresh = began > self._fell_at and now - self._fell_at >= self._round_trip_s
         if fresh and self._overload_share > OVERLOAD_SHARE:

@@ -53,6 +53,8 @@ def _table(prefix: str, fields: dict[str, typing.Any]) -> str:
 
 
 def _yaml(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_yaml, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -27,6 +27,7 @@ from middo_jax.data.example import Example, Message
 from middo_jax.refine import AnswerCache, ChatClient, Ledger, Outcome, Task, refine_tasks, throttle
 
 TIMEOUT_S = 100.0  # in real life; the slowest answer takes 15, and a busy machine its time
+REFUSALS = ("429", "429 retry-after", "overload", "loading")
 RESTART_S = 10.0  # between the end of one server and the start of the next
 PRICES = Prices(prompt=1.0, completion=4.0)
 
@@ -183,7 +184,8 @@ def check(load: Load, server: Server, cache: Path) -> None:
     for lines in tries.values():
         finals = [line["completion"] > 0 or line["what"] in ("400", "empty") for line in lines]
         assert not any(finals[:-1])
-        assert len(lines) <= 6 + sum(line["what"] in ("overload", "loading") for line in lines)
+        # Refusals count as a quarter while others get through; what fails while nobody does, not at all.
+        assert sum(line["what"] not in REFUSALS for line in lines) <= 7
     # The money is what the server counts, to the token.
     here = load.ledger.here
     charged = [line for line in server.tries() if line["prompt"]]

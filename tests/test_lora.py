@@ -310,12 +310,14 @@ def test_another_base_or_other_adapters_are_another_training(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_identity_sees_every_value_and_no_mesh(dtype: str) -> None:
-    def of(params: nnx.State) -> str:
-        return identity(BASE, params, examples(2), SETTINGS, 0, PACK, {})
+def test_identity_sees_every_value_but_neither_mesh_nor_kernel(dtype: str) -> None:
+    def of(params: nnx.State, config: DecoderConfig = BASE) -> str:
+        return identity(config, params, examples(2), SETTINGS, 0, PACK, {})
 
     _, params = base_model(dtype)
     want = of(params)
+    assert of(params, dataclasses.replace(BASE, attention="xla")) == want
+    assert of(params, dataclasses.replace(BASE, rms_norm_eps=1e-6)) != want
     mesh = mesh_of(2, 2, 2)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(BASE, mesh)[1])
     assert of(jax.device_put(params, shardings)) == want

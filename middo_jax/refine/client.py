@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import os
 import random
 import time
@@ -46,6 +47,7 @@ WINDOW = 200  # requests, of which more than half may not fail
 DOUBLINGS = 3  # of the wait between two tries; longer ones would outlast the overload
 REFUSAL = 0.25  # of a try: one in an overload, while others get through, costs nothing and tells little
 CONNECT_TIMEOUT_S = 10.0
+SECRET_CHARS = 16  # of a key that is one; local servers take any word
 
 
 class ChatClient:
@@ -236,7 +238,7 @@ class ChatClient:
                 async with asyncio.timeout(self._settings.timeout):
                     # Not by the typed method, which would take the body apart twice and check nothing of it.
                     reply = await endpoint.api.post("/chat/completions", body=request.body, cast_to=object)
-                answer = read_answer(reply, request.key)
+                answer = self._without_key(read_answer(reply, request.key))
             except (
                 openai.OpenAIError,
                 TimeoutError,
@@ -257,6 +259,12 @@ class ChatClient:
         endpoint.answered()
         self._rates.correct(taken, answer.prompt_tokens + tokens)
         return answer
+
+    def _without_key(self, answer: Answer) -> Answer:
+        """The answer, should it shout the key back. A short key is a dummy, a word that texts may hold."""
+        if self._key is None or len(self._key) < SECRET_CHARS or self._key not in answer.text:
+            return answer
+        return dataclasses.replace(answer, text=answer.text.replace(self._key, "***"))
 
     def _is_away(self, endpoint: Endpoint, fault: Fault, key: str) -> bool:
         """Whether a fault is the server's rather than the request's, so that the try does not count."""

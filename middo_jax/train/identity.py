@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -32,11 +33,12 @@ def identity(
 ) -> str:
     """SHA-256 of model, parameters before training, examples and settings.
 
-    The mesh, and whatever else changes speed alone, do not enter it.
+    The mesh, the attention kernel, and whatever else changes speed alone, do not enter it.
     """
     learnt = settings.model_dump(mode="json", exclude=_SPEED_ONLY)
     start = np.stack(to_host(_checksums(params))).tolist()
-    decisive = [repr(config), start, learnt, seed, pack_length, dict(metadata)]
+    model = repr(dataclasses.replace(config, attention="auto"))
+    decisive = [model, start, learnt, seed, pack_length, dict(metadata)]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for example in tokenized:
         digest.update(f"\n{example.id} {len(example)}\n".encode())

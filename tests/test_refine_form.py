@@ -1,0 +1,249 @@
+"""How a new prompt is asked for and read: JSON by a schema, or tagged text, told once and kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted_server import SETTINGS, ScriptedServer, fault, good
+from starlette.responses import JSONResponse, Response
+
+from middo_jax.config import RefineSettings
+from middo_jax.data.example import Example, Message
+from middo_jax.refine import prompts
+from middo_jax.refine.cache import AnswerCache
+from middo_jax.refine.client import ChatClient
+from middo_jax.refine.faults import EndpointFailed, RequestRefused
+from middo_jax.refine.parse import parse_prompt
+from middo_jax.refine.rewrite import Outcome, Task, run
+
+pytest_plugins = ["scripted_server"]
+
+AUTO = SETTINGS.model_copy(update={"response_format": "auto", "accept": "sane", "max_corrections": 2})
+PROBE = prompts.PROBE[0]["content"]
+
+
+def cut(text: str) -> Response:
+    """An answer that ended at its limit."""
+    body = json.loads(bytes(good(text).body))
+    body["choices"][0]["finish_reason"] = "length"
+    return JSONResponse(body)
+
+
+def task(number: int = 0) -> Task:
+    return Task(
+        "rewrite",
+        ("quality",),
+        Example(
+            (Message("user", "abcdefghijklmnopqrstuvwxyz"[number] + " is what?"), Message("assistant", "A"))
+        ),
+    )
+
+
+def refine(
+    server: ScriptedServer, cache: AnswerCache, *tasks: Task, settings: RefineSettings = AUTO
+) -> tuple[list[Outcome], ChatClient]:
+    client = ChatClient(settings, server.url, "m", cache, backoff_s=0.01)
+    return run(tasks or (task(),), client, settings, 0), client
+
+
+# Reading -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reply", "prompt"),
+    [
+        ('{"prompt": "Name a bird."}', "Name a bird."),
+        ('```json\n{"prompt": "Name a bird."}\n```', "Name a bird."),
+        ('Here it is:\n{"prompt": "Name a bird."}\nEnjoy!', "Name a bird."),
+        ('{"prompt": "draft"} or better {"prompt": "final"}', "final"),
+        ('{"prompt": "Two\nlines"}', "Two\nlines"),
+        ('{"thought": "hm", "prompt": "Name a bird."}', "Name a bird."),
+        ('{"prompt": "<prompt>Name a bird.</prompt>"}', "Name a bird."),
+        ('{"prompt": "Explain <prompt> and {\\"prompt\\": 1}"}', 'Explain <prompt> and {"prompt": 1}'),
+        ('<prompt>Write JSON like {"prompt": "x"}</prompt>', 'Write JSON like {"prompt": "x"}'),
+        ('<prompt>"Name a bird."</prompt>', "Name a bird."),
+        ("<prompt>“Name a bird.”</prompt>", "Name a bird."),
+        ('<prompt>"Birds" or "fish"?</prompt>', '"Birds" or "fish"?'),
+        ("<prompt>**</prompt>", "**"),
+        ('{"prompt": ""}', ""),
+        ('{"prompt": "Name a', None),
+        ('{"prompt": 5}', None),
+        ('{"question": "Name a bird."}', None),
+        ('["Name a bird."]', None),
+    ],
+)
+def test_read(reply: str, prompt: str | None) -> None:
+    assert parse_prompt(reply) == prompt
+
+
+@given(st.text())
+def test_what_was_written_as_json_is_read_back(prompt: str) -> None:
+    read = parse_prompt(json.dumps({"prompt": f"a {prompt} b"}))
+    assert read == f"a {prompt} b".strip()
+
+
+@given(st.text())
+def test_no_reply_is_too_odd_to_read(reply: str) -> None:
+    parse_prompt(reply)
+    parse_prompt('{"prompt": ' + reply)
+
+
+@pytest.mark.parametrize("piece", ['{"prompt":', '{"prompt": {', '{"a": ', '["', '{"prompt": "', '"}'])
+def test_degenerate_replies_are_read_in_no_time(piece: str) -> None:
+    assert parse_prompt(piece * (100_000 // len(piece))) is None
+
+
+# Asking --------------------------------------------------------------------------------------------
+
+
+def honours_the_schema(server: ScriptedServer) -> Any:
+    """Answers as JSON exactly where a schema asks for it."""
+
+    def script(text: str, n: int) -> Response:
+        wanted = server.bodies[-1].get("response_format")
+        return good(json.dumps({"prompt": "Better?"}) if wanted else "Because.")
+
+    return script
+
+
+def ignores_the_schema(text: str, n: int) -> Response:
+    return good("<prompt>Better?</prompt>" if "<original>" in text else "Blue.")
+
+
+def refuses_the_schema(server: ScriptedServer) -> Any:
+    def script(text: str, n: int) -> Response:
+        if "response_format" in server.bodies[-1]:
+            return fault(400, "response_format is not supported")
+        return ignores_the_schema(text, n)
+
+    return script
+
+
+def test_a_server_that_honours_a_schema_is_asked_by_it(server: ScriptedServer, cache: AnswerCache) -> None:
+    server.script = honours_the_schema(server)
+    outcomes, _ = refine(server, cache, task(0), task(1))
+    assert [o.example.prompt if o.example else None for o in outcomes] == ["Better?", "Better?"]
+    probe, *asked = server.bodies
+    assert probe["messages"] == prompts.PROBE
+    by_schema = [body for body in asked if "response_format" in body]
+    assert len(by_schema) == 2
+    assert by_schema[0]["response_format"] == prompts.response_format()
+    for body in by_schema:
+        assert body["messages"][-1]["content"].endswith(prompts.FORMS["json"])
+        assert parse_prompt(body["messages"][1]["content"]) in prompts.EXAMPLES
+        json.loads(body["messages"][1]["content"])
+    assert all("<prompt>" not in turn["content"] for body in asked for turn in body["messages"])
+
+
+@pytest.mark.parametrize("how", ["ignores", "refuses"])
+def test_a_server_that_does_not_is_asked_for_tags(
+    server: ScriptedServer, cache: AnswerCache, how: str
+) -> None:
+    server.script = ignores_the_schema if how == "ignores" else refuses_the_schema(server)
+    outcomes, client = refine(server, cache)
+    assert outcomes[0].example
+    assert [("response_format" in body) for body in server.bodies] == [True, False, False]
+    assert server.bodies[1]["messages"][-1]["content"].endswith(prompts.FORMS["text"])
+    assert client.ledger.here.failed == 0  # to find that out is no failure
+
+
+@pytest.mark.parametrize("honours", [True, False])
+def test_it_is_found_out_once_and_kept(server: ScriptedServer, tmp_path: Path, honours: bool) -> None:
+    server.script = honours_the_schema(server) if honours else ignores_the_schema
+    cache = AnswerCache(tmp_path / "cache.sqlite")
+    refine(server, cache, task(0))
+    cache.close()
+    # Another server, with the other opinion: what was asked so far was asked by the first one's.
+    server.script = ignores_the_schema if honours else honours_the_schema(server)
+    cache = AnswerCache(tmp_path / "cache.sqlite")
+    before = server.requests
+    outcomes, client = refine(server, cache, task(0))
+    assert outcomes[0].example
+    assert server.requests == before
+    assert asyncio.run(client.form()) == ("json" if honours else "text")
+    # Weights with another revision may be served otherwise.
+    refine(server, cache, task(0), settings=AUTO.model_copy(update={"model_revision": "2"}))
+    assert server.asked(PROBE) == 2
+    cache.close()
+
+
+def test_set_by_hand_nothing_is_found_out(server: ScriptedServer, cache: AnswerCache) -> None:
+    server.script = honours_the_schema(server)
+    for form in ("text", "json"):
+        refine(server, cache, settings=AUTO.model_copy(update={"response_format": form}))
+    assert server.asked(PROBE) == 0
+
+
+def test_a_key_that_is_wrong_is_found_out_by_the_first_request(
+    server: ScriptedServer, cache: AnswerCache
+) -> None:
+    server.script = lambda text, n: fault(401, "bad key")
+    with pytest.raises(RequestRefused, match="bad key"):
+        refine(server, cache, *(task(i) for i in range(20)))
+    assert server.requests == 1
+
+
+def test_a_server_that_fails_tells_nothing_of_schemas(server: ScriptedServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: fault(500)
+    with pytest.raises(EndpointFailed):
+        refine(server, cache)
+    server.script = honours_the_schema(server)
+    refine(server, cache)
+    assert any("response_format" in body for body in server.bodies[-2:])
+
+
+# Asking again --------------------------------------------------------------------------------------
+
+
+def test_two_corrections_then_the_raw_answers_are_kept(server: ScriptedServer, cache: AnswerCache) -> None:
+    server.script = lambda text, n: good("no tags here")
+    [outcome], _ = refine(server, cache)
+    assert outcome.reject_reason == "unparsable"
+    assert [exchange.step for exchange in outcome.exchanges] == ["prompt", "correction", "correction"]
+    assert outcome.rejected_row()["answers"] == ["no tags here"] * 3
+    roles = [[turn["role"] for turn in body["messages"]] for body in server.bodies[1:]]
+    assert [len(turns) for turns in roles] == [3, 5, 7]
+
+
+def test_a_cut_answer_gets_twice_the_room_once(server: ScriptedServer, cache: AnswerCache) -> None:
+    def script(text: str, n: int) -> Response:
+        room = server.bodies[-1]["max_tokens"]
+        if "<original>" in text:
+            return good("<prompt>Better?</prompt>")
+        return cut("Because it") if room == 100 else good("Because it is so.")
+
+    server.script = script
+    settings = AUTO.model_copy(update={"response_format": "text"})
+    [outcome], client = refine(server, cache, settings=settings)
+    assert outcome.example
+    assert outcome.example.response == "Because it is so."
+    assert [body["max_tokens"] for body in server.bodies] == [100, 100, 200]
+    assert [row["finish_reason"] for row in outcome.request_rows()] == ["stop", "length", "stop"]
+    assert client.ledger.here.answers == 3
+    # Both are kept: a second start asks nothing.
+    again, _ = refine(server, cache, settings=settings)
+    assert again[0].to_json() == outcome.to_json()
+    assert server.requests == 3
+
+
+@pytest.mark.parametrize("status", [None, 400])
+def test_a_cut_answer_stays_cut_where_there_is_no_more_room(
+    server: ScriptedServer, cache: AnswerCache, status: int | None
+) -> None:
+    def script(text: str, n: int) -> Response:
+        if "<original>" in text:
+            return good("<prompt>Better?</prompt>")
+        if status and server.bodies[-1]["max_tokens"] > 100:
+            return fault(status, "maximum context length")
+        return cut("Because it")
+
+    server.script = script
+    [outcome], _ = refine(server, cache, settings=AUTO.model_copy(update={"response_format": "text"}))
+    assert outcome.reject_reason == "truncated answer"
+    assert server.requests == 3

@@ -19,7 +19,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 START = 4.0  # requests in flight before anything is known
 RISE = 0.25  # an answer
@@ -36,6 +36,7 @@ OVERHEAD_TOKENS = 16  # what a request costs before its first token, as if in to
 MINUTE_S = 60.0
 
 Clock = Callable[[], float]
+Sleep = Callable[[float], Awaitable[None]]
 
 
 class Throttle:
@@ -195,7 +196,15 @@ class PerMinute:
 class RateLimits:
     """An account's limits of requests and tokens a minute, all endpoints together; in the order of asking."""
 
-    def __init__(self, requests: int | None, tokens: int | None, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        requests: int | None,
+        tokens: int | None,
+        clock: Clock = time.monotonic,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        """None is no limit; `clock` gives seconds, `sleep` waits for some."""
+        self._sleep = sleep
         self._requests = None if requests is None else PerMinute(requests, clock)
         self._tokens = None if tokens is None else PerMinute(tokens, clock)
         self._turn = asyncio.Lock()
@@ -209,7 +218,7 @@ class RateLimits:
                 self._requests.wait_s(1) if self._requests else 0.0,
                 self._tokens.wait_s(tokens) if self._tokens else 0.0,
             ):
-                await asyncio.sleep(wait)
+                await self._sleep(wait)
             if self._requests:
                 self._requests.take(1)
             return self._tokens.take(tokens) if self._tokens else None

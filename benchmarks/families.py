@@ -49,7 +49,12 @@ def logits_and_gradient(
     def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, params)
         hidden_btd = model.hidden(*map(jax.numpy.asarray, (tokens_bt, segment_ids_bt, positions_bt)))
-        nll_bt = target_nll(model, hidden_btd, *map(jax.numpy.asarray, (tokens_bt, has_next_bt)), chunk=64)
+        nll_bt = target_nll(
+            model,
+            hidden_btd,
+            *map(jax.numpy.asarray, (np.roll(tokens_bt, -1, axis=1), has_next_bt)),
+            chunk=64,
+        )
         logits = model.unembed(hidden_btd.reshape(-1, hidden_btd.shape[-1]))
         return nll_bt.sum() / has_next_bt.sum(), logits.reshape(*tokens_bt.shape, -1)
 

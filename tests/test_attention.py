@@ -1,4 +1,4 @@
-"""Every kernel of attention == its definition: segments, branches, windows, caps; forward and backward."""
+"""Every kernel of attention == its definition: segments, trees, windows, caps; forward and backward."""
 
 from __future__ import annotations
 
@@ -34,13 +34,17 @@ GPU = dataclasses.replace(TPU, platform="gpu")
 
 @dataclasses.dataclass
 class Batch:
-    """Packed rows: arrays that attention reads, and a cotangent that is zero on padding."""
+    """Packed rows: arrays that attention reads, and a cotangent that is zero on padding.
+
+    As trees, `until` says what attention is told, and `above` the same as a matrix: i sees j if [b, i, j].
+    """
 
     qkv: tuple[jax.Array, jax.Array, jax.Array]
     segment_ids: np.ndarray
     positions: np.ndarray
-    branch_ids: np.ndarray
     cotangent: jax.Array
+    until: np.ndarray | None = None
+    above: np.ndarray | None = None
 
     @classmethod
     def random(cls, rows: int, length: int, heads: int = 4, kv_heads: int = 2, dim: int = 8) -> Batch:
@@ -49,30 +53,45 @@ class Batch:
         segment_ids = np.sort(rng.integers(0, 1 + length // 60, (rows, length)), axis=1).astype(np.int32)
         segment_ids[:, length - length // 5 :] = -1
         segment_ids[1:][-1:] = -1
-        positions, branch_ids = np.zeros_like(segment_ids), np.zeros_like(segment_ids)
+        positions = np.zeros_like(segment_ids)
         for row, segment in np.ndindex(rows, int(segment_ids.max()) + 1):
             at = np.flatnonzero(segment_ids[row] == segment)
             positions[row, at] = np.arange(len(at))
-            branch_ids[row, at] = np.sort(rng.integers(0, 4, len(at)))
         shapes = (heads, kv_heads, kv_heads, heads)
         q, k, v, cotangent = (
             jnp.asarray(rng.standard_normal((rows, length, n, dim)), jnp.float32) for n in shapes
         )
         cotangent *= (segment_ids >= 0)[..., None, None]
-        return cls((q, k, v), segment_ids, positions, branch_ids, cotangent)
+        return cls((q, k, v), segment_ids, positions, cotangent)
 
-    def branched(self) -> Batch:
-        """The same with branches: each goes on counting where the stem ends."""
-        positions = self.positions.copy()
-        for row, i in np.argwhere(self.branch_ids > 0):
-            mine = self.segment_ids[row] == self.segment_ids[row, i]
-            stem = (mine & (self.branch_ids[row] == 0)).sum()
-            positions[row, i] = stem + (mine & (self.branch_ids[row] == self.branch_ids[row, i]))[:i].sum()
-        return dataclasses.replace(self, positions=positions)
+    def grown(self) -> Batch:
+        """The same with a random tree in the place of each segment, positions counted along its branches."""
+        rng = np.random.default_rng(0)
+        rows, length = self.segment_ids.shape
+        positions, until = np.zeros_like(self.positions), np.full_like(self.positions, length)
+        above = np.tile(np.tri(length, dtype=bool), (rows, 1, 1))
+
+        def grow(row: int, start: int, stop: int, path: list[int]) -> None:
+            while start < stop:
+                tree = start + int(rng.integers(1, stop - start + 1))
+                stem = list(range(start, start + int(rng.integers(1, tree - start + 1))))
+                for i in stem:
+                    seen = [*path, *range(start, i + 1)]
+                    above[row, i] = np.isin(np.arange(length), seen)
+                    positions[row, i], until[row, i] = len(seen) - 1, tree
+                grow(row, stem[-1] + 1, tree, path + stem)
+                start = tree
+
+        for row, segment in np.ndindex(rows, int(self.segment_ids.max()) + 1):
+            at = np.flatnonzero(self.segment_ids[row] == segment)
+            if len(at):
+                grow(row, int(at[0]), int(at[-1]) + 1, [])
+        return dataclasses.replace(self, positions=positions, until=until, above=above)
 
     @property
-    def ids(self) -> tuple[jax.Array, jax.Array]:
-        return jnp.asarray(self.segment_ids), jnp.asarray(self.positions)
+    def ids(self) -> tuple[jax.Array, ...]:
+        arrays = (self.segment_ids, self.positions, self.until)
+        return tuple(jnp.asarray(array) for array in arrays if array is not None)
 
     def values_and_gradients(self, attend: Callable[..., jax.Array]) -> list[np.ndarray]:
         """Attention of all that is not padding, and the gradients of q, k and v."""
@@ -94,17 +113,13 @@ def assert_equal(ours: list[np.ndarray], theirs: list[np.ndarray], tolerance: fl
         )
 
 
-def definition(
-    batch: Batch, branches: bool, window: int | None, soft_cap: float | None
-) -> Callable[..., jax.Array]:
+def definition(batch: Batch, window: int | None, soft_cap: float | None) -> Callable[..., jax.Array]:
     """Attention with the whole matrix of scores, from the sentences of the docstring."""
     i, j = np.indices(batch.segment_ids.shape[1:] * 2)
-    segments, positions, branch = batch.segment_ids, batch.positions, batch.branch_ids
-    visible = (j <= i) & (segments[:, i] == segments[:, j])
+    segments, positions = batch.segment_ids, batch.positions
+    visible = (j <= i) & (segments[:, i] == segments[:, j]) if batch.above is None else batch.above.copy()
     if window is not None:
         visible &= positions[:, i] - positions[:, j] < window
-    if branches:
-        visible &= (branch[:, j] == 0) | (branch[:, j] == branch[:, i])
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         group = q.shape[2] // k.shape[2]
@@ -130,20 +145,14 @@ def definition(
         (2 * QUERY_BLOCK + 45, QUERY_BLOCK + 9, None),
     ],
 )
-@pytest.mark.parametrize("branches", [False, True])
-def test_xla_is_the_definition(
-    length: int, window: int | None, soft_cap: float | None, branches: bool
-) -> None:
-    batch = Batch.random(2, length)
-    batch = batch.branched() if branches else batch
-    branch_ids = jnp.asarray(batch.branch_ids) if branches else None
+@pytest.mark.parametrize("trees", [False, True])
+def test_xla_is_the_definition(length: int, window: int | None, soft_cap: float | None, trees: bool) -> None:
+    batch = Batch.random(2, length).grown() if trees else Batch.random(2, length)
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(
-            q, k, v, *batch.ids, branch_ids, scale=SCALE, window=window, soft_cap=soft_cap
-        )
+        return packed_attention(q, k, v, *batch.ids, scale=SCALE, window=window, soft_cap=soft_cap)
 
-    theirs = definition(batch, branches, window, soft_cap)
+    theirs = definition(batch, window, soft_cap)
     assert_equal(batch.values_and_gradients(ours), batch.values_and_gradients(theirs))
 
 
@@ -154,7 +163,7 @@ def test_any_number_of_key_heads(kv_heads: int) -> None:
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return packed_attention(q, k, v, *batch.ids, scale=SCALE)
 
-    theirs = definition(batch, False, None, None)
+    theirs = definition(batch, None, None)
     assert_equal(batch.values_and_gradients(ours), batch.values_and_gradients(theirs))
 
 
@@ -264,16 +273,14 @@ def test_splash_is_xla(
     assert_equal(found, batch.values_and_gradients(theirs))
 
 
-def cudnn_call(batch: Batch, branches: bool, window: int | None) -> Callable[..., jax.Array]:
-    branch_ids = jnp.asarray(batch.branch_ids) if branches else None
-    return lambda q, k, v: cudnn_attention(q, k, v, *batch.ids, branch_ids, scale=SCALE, window=window)
+def cudnn_call(batch: Batch, window: int | None) -> Callable[..., jax.Array]:
+    ids = batch.ids if batch.until is not None else (*batch.ids, None)
+    return lambda q, k, v: cudnn_attention(q, k, v, *ids, scale=SCALE, window=window)
 
 
-@pytest.mark.parametrize(
-    ("branches", "mesh"), [(False, MeshSettings(data=1, fsdp=2, tensor=4)), (True, None)]
-)
+@pytest.mark.parametrize(("trees", "mesh"), [(False, MeshSettings(data=1, fsdp=2, tensor=4)), (True, None)])
 def test_cudnn_is_asked_for_what_xla_computes(
-    branches: bool, mesh: MeshSettings | None, monkeypatch: pytest.MonkeyPatch
+    trees: bool, mesh: MeshSettings | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The call is right: JAX's own implementation of the same interface answers it as ours does."""
     original = jax.nn.dot_product_attention
@@ -282,10 +289,10 @@ def test_cudnn_is_asked_for_what_xla_computes(
         "dot_product_attention",
         lambda *qkv, implementation, **asked: original(*qkv, **asked, implementation="xla"),
     )
-    batch = Batch.random(2, 66).branched() if branches else Batch.random(2, 66)
-    theirs = definition(batch, branches, 20, None)
+    batch = Batch.random(2, 66).grown() if trees else Batch.random(2, 66)
+    theirs = definition(batch, 20, None)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
-        found = batch.values_and_gradients(cudnn_call(batch, branches, 20))
+        found = batch.values_and_gradients(cudnn_call(batch, 20))
     assert_equal(found, batch.values_and_gradients(theirs))
 
 
@@ -296,7 +303,7 @@ def test_cudnn_lowers_to_its_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91500)
     batch = Batch.random(8, 64, dim=16)
     qkv = [x.astype(jnp.bfloat16) for x in batch.qkv]
-    attend = cudnn_call(batch, False, None)
+    attend = cudnn_call(batch, None)
     gradient = jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     with jax.set_mesh(make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))):
         text = jax.jit(gradient).trace(*qkv).lower(lowering_platforms=("cuda",)).as_text()
@@ -305,15 +312,14 @@ def test_cudnn_lowers_to_its_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("branches", "window"), [(False, None), (False, 20), (True, None)])
-def test_cudnn_is_xla_on_a_gpu(branches: bool, window: int | None) -> None:
-    batch = Batch.random(4, 256, dim=64).branched() if branches else Batch.random(4, 256, dim=64)
+@pytest.mark.parametrize(("trees", "window"), [(False, None), (False, 20), (True, None)])
+def test_cudnn_is_xla_on_a_gpu(trees: bool, window: int | None) -> None:
+    batch = Batch.random(4, 256, dim=64).grown() if trees else Batch.random(4, 256, dim=64)
     q, k, v = (x.astype(jnp.bfloat16) for x in batch.qkv)
     batch = dataclasses.replace(batch, qkv=(q, k, v))
-    branch_ids = jnp.asarray(batch.branch_ids) if branches else None
 
     def attend(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, *batch.ids, branch_ids, scale=SCALE, window=window, kernel=kernel)
+        return packed_attention(q, k, v, *batch.ids, scale=SCALE, window=window, kernel=kernel)
 
     found, expected = (
         batch.values_and_gradients(functools.partial(attend, kernel)) for kernel in ("cudnn", "xla")
@@ -327,7 +333,7 @@ def test_cudnn_is_xla_on_a_gpu(branches: bool, window: int | None) -> None:
         (TPU, "splash"),
         (dataclasses.replace(TPU, soft_cap=50.0), "splash"),
         (dataclasses.replace(TPU, batch_shards=4, head_shards=8), "splash"),
-        (dataclasses.replace(TPU, has_branches=True), "xla"),
+        (dataclasses.replace(TPU, has_trees=True), "xla"),
         (dataclasses.replace(TPU, batch_shards=16), "xla"),
         (dataclasses.replace(TPU, head_shards=3), "xla"),
         (dataclasses.replace(TPU, heads=24, kv_heads=6, head_shards=4), "xla"),
@@ -344,7 +350,7 @@ def test_auto_takes_what_can_honour_everything(workload: Workload, kernel: str) 
     ("kernel", "workload", "reason"),
     [
         ("splash", GPU, "it is a TPU kernel"),
-        ("splash", dataclasses.replace(TPU, has_branches=True), "branches"),
+        ("splash", dataclasses.replace(TPU, has_trees=True), "trees"),
         ("splash", dataclasses.replace(TPU, batch=6, batch_shards=4), "6 rows on 4 devices"),
         ("splash", dataclasses.replace(TPU, head_shards=3), "8 heads on 3 devices"),
         ("splash", dataclasses.replace(TPU, heads=12, kv_heads=6, head_shards=4), "6 key/value heads on 4"),

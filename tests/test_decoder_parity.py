@@ -165,7 +165,9 @@ def test_equals_transformers(tmp_path: Path, family: str) -> None:
     def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, params)
         hidden_btd = model.hidden(jnp.asarray(tokens), jnp.asarray(segment_ids), jnp.asarray(positions))
-        nll_bt = target_nll(model, hidden_btd, jnp.asarray(tokens), jnp.asarray(has_next), chunk=32)
+        nll_bt = target_nll(
+            model, hidden_btd, jnp.roll(jnp.asarray(tokens), -1, axis=1), jnp.asarray(has_next), chunk=32
+        )
         return nll_bt.sum() / has_next.sum(), model.unembed(hidden_btd[0])
 
     (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)

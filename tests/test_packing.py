@@ -80,36 +80,48 @@ def test_pack_of_nothing_is_padding_of_the_right_types() -> None:
 BUCKET_LENGTHS = st.lists(st.integers(1, 5000) | st.integers(1, 200), max_size=120)
 
 
-@given(BUCKET_LENGTHS, st.sampled_from([64, 2048, 16384]), st.sampled_from([1, 4, 8]), st.integers(0, 99))
-def test_buckets(lengths: list[int], batch_tokens: int, divisor: int, seed: int) -> None:
-    buckets = plan_buckets(lengths, batch_tokens, divisor)
+@given(
+    BUCKET_LENGTHS,
+    st.sampled_from([64, 2048, 16384]),
+    st.sampled_from([1, 4, 8]),
+    st.sampled_from([0, 24, 700]),
+    st.integers(0, 99),
+)
+def test_buckets(lengths: list[int], batch_tokens: int, divisor: int, prefix: int, seed: int) -> None:
+    buckets = plan_buckets(lengths, batch_tokens, divisor, prefix=prefix)
     planned = [i for bucket in buckets for row in bucket.rows for i in row]
     assert sorted(planned) == list(range(len(lengths)))
     for bucket in buckets:
         assert bucket.rows
-        assert all(sum(lengths[i] for i in row) <= bucket.length for row in bucket.rows)
-        assert all(len(row) <= bucket.length // 8 for row in bucket.rows)
+        assert all(prefix + sum(lengths[i] for i in row) <= bucket.length for row in bucket.rows)
+        assert all(lengths[i] <= bucket.longest for row in bucket.rows for i in row)
+        assert all(1 <= len(row) <= bucket.length // 8 for row in bucket.rows)
         assert bucket.batch % divisor == 0
         assert bucket.batch == divisor or bucket.batch * bucket.length <= batch_tokens
         assert [row for rows in bucket.batches() for row in rows] == bucket.rows
         assert all(1 <= len(rows) <= bucket.batch for rows in bucket.batches())
-    # Few shapes: one a power of two, from 256 to the longest.
-    shapes = {(bucket.batch, bucket.length) for bucket in buckets}
-    assert len(shapes) == len(buckets) <= 6
-    assert [b.length for b in buckets] == sorted(b.length for b in buckets)
+    # Few shapes: one a power of two for the longest example, from 128 on.
+    shapes = [(bucket.length, bucket.longest) for bucket in buckets]
+    assert len(set(shapes)) == len(shapes) <= 14
+    assert shapes == sorted(shapes, reverse=True)
     # The same lengths in any order make the same rows of lengths.
     order = np.random.default_rng(seed).permutation(len(lengths))
-    shuffled = plan_buckets([lengths[i] for i in order], batch_tokens, divisor)
+    shuffled = plan_buckets([lengths[i] for i in order], batch_tokens, divisor, prefix=prefix)
 
     def in_lengths(plan: list, of: list[int]) -> list:
-        return [(b.length, b.batch, [[of[i] for i in row] for row in b.rows]) for b in plan]
+        return [(*b[:-1], [[of[i] for i in row] for row in b.rows]) for b in plan]
 
     assert in_lengths(buckets, lengths) == in_lengths(shuffled, [lengths[i] for i in order])
 
 
-def test_rows_are_full() -> None:
-    """Alpaca-like lengths: nearly all of what the planned rows compute is real."""
+@pytest.mark.parametrize("median", [66, 90])
+@pytest.mark.parametrize("batch_tokens", [2048, 8192])
+def test_rows_and_batches_are_full(median: int, batch_tokens: int) -> None:
+    """Lengths as Alpaca's and Dolly's are: nearly all that is computed is real."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(4.2, 0.8, 3000), 10, 2000).astype(int).tolist()
-    buckets = plan_buckets(lengths, 16384, 8)
-    assert sum(lengths) / sum(bucket.length * len(bucket.rows) for bucket in buckets) > 0.95
+    spread = {66: 1.37, 90: 0.55}[median]  # the 99th percentile is 1,600, or 320
+    lengths = np.clip(rng.lognormal(np.log(median), spread, 2000), 10, 2000).astype(int).tolist()
+    buckets = plan_buckets(lengths, batch_tokens, prefix=24)
+    real = sum(lengths) + 24 * sum(len(bucket.rows) for bucket in buckets)
+    computed = sum(b.length * b.batch * len(list(b.batches())) for b in buckets)
+    assert real / computed > 0.98

@@ -32,7 +32,7 @@ def loss(q, k, v, *ids):
     return packed_attention(q, k, v, *ids, **asked).astype(jnp.float32).sum()
 
 q, kv = (array(jnp.bfloat16, b, t, case[heads], d) for heads in ("heads", "kv_heads"))
-ids = [array(jnp.int32, b, t) for _ in range(3 if case["branches"] else 2)]
+ids = [array(jnp.int32, b, t) for _ in range(3 if case["trees"] else 2)]
 with jax.set_mesh(mesh):
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, kv, kv, *ids).compile().as_text()
 calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
@@ -59,7 +59,7 @@ GEMMA3_1B = model(4, 1, 256, window=512)
 
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize(
-    ("shape", "length", "branches", "kernels"),
+    ("shape", "length", "trees", "kernels"),
     [
         (LLAMA_1B, 2048, False, ["dkv", "dq", "fwd"]),
         (GEMMA2_2B, 8192, False, ["dkv", "dq", "fwd"]),
@@ -69,13 +69,13 @@ GEMMA3_1B = model(4, 1, 256, window=512)
     ],
 )
 def test_auto_compiles_to_splash(
-    shape: dict[str, float | None], length: int, branches: bool, kernels: list[str]
+    shape: dict[str, float | None], length: int, trees: bool, kernels: list[str]
 ) -> None:
     pytest.importorskip("libtpu")
     # Only a chip is not to be shared; without one, several compilers may run at a time.
     environment = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(shape | {"length": length, "branches": branches})],
+        [sys.executable, "-c", PROGRAM, json.dumps(shape | {"length": length, "trees": trees})],
         env=os.environ | environment,
         capture_output=True,
         text=True,

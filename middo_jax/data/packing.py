@@ -14,7 +14,9 @@ import numpy as np
 
 from middo_jax.data.tokenize import TokenizedExample
 
-ATTENTION_LENGTH = 4096  # see `_cheapest`
+ROW = 1024  # tokens of a row for scoring: long enough to be filled well
+SHORTEST_ROW = 256  # where there is little to score
+SHORTEST_REACH = 128  # attention works in blocks of as many
 
 
 class PackedBatch(NamedTuple):
@@ -126,15 +128,17 @@ def segment_ids(rows: Sequence[Sequence[int]], batch: int, length: int) -> np.nd
 
 
 class Bucket(NamedTuple):
-    """Examples of similar length, packed into rows of one length: one compiled shape.
+    """Rows of one length whose examples are of similar length: one compiled shape.
 
     Attributes:
       length: tokens of a row.
+      longest: no example of its rows is longer, which bounds how far back attention has to look.
       batch: rows of a batch.
       rows: the plan, indices into the lengths that were given.
     """
 
     length: int
+    longest: int
     batch: int
     rows: list[list[int]]
 
@@ -145,70 +149,78 @@ class Bucket(NamedTuple):
 
 
 def plan_buckets(
-    lengths: Sequence[int], batch_tokens: int, divisor: int = 1, smallest: int = 256, min_length: int = 8
+    lengths: Sequence[int], batch_tokens: int, divisor: int = 1, *, prefix: int = 0, min_length: int = 8
 ) -> list[Bucket]:
     """Packs examples for scoring, where order does not matter, into few shapes with little padding.
 
-    A bucket takes the examples of up to `smallest`, 2 `smallest`, 4 `smallest`... tokens, so that short ones
-    lie in short rows, where little attention is spent between strangers. Its row length is whichever costs
-    least (see `_cheapest`). A bucket with less than a batch joins the next one. Longest first, which fills
-    rows well and shows an out-of-memory at once.
+    All lie in rows of ROW tokens, but for those that need longer ones; each in the row it leaves the least
+    room in, longest first, so that short ones fill what long ones leave. Rows are then grouped by their
+    longest example, to powers of two, and what is less than a batch joins the next longer group. The longest
+    come first, which shows an out-of-memory at once.
 
     Args:
-      lengths: tokens of each example.
+      lengths: tokens of each example, without the prefix.
       batch_tokens: tokens of a batch, all devices together.
       divisor: rows of a batch are a multiple of it (devices that share the batch).
-      smallest: the shortest row.
+      prefix: tokens that stand once at the start of every row, for all its examples.
       min_length: a row holds at most length / min_length examples.
     """
+    row = max(ROW, 8 * _power_of_two(prefix))
+    while row > max(SHORTEST_ROW, 2 * prefix) and divisor * row > min(batch_tokens, sum(lengths)):
+        row //= 2
+    groups: dict[tuple[int, int], list[list[int]]] = {}
+    for length, examples in _best_fit(lengths, row, prefix, min_length):
+        longest = max(SHORTEST_REACH, _power_of_two(max(lengths[i] for i in examples)))
+        groups.setdefault((length, longest), []).append(examples)
     buckets: list[Bucket] = []
-    pending: list[int] = []
-    remaining = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    bound = smallest
-    while remaining or pending:
-        while remaining and lengths[remaining[-1]] <= bound:
-            pending.append(remaining.pop())
-        if pending:
-            longest_first = pending[::-1]
-            length, plan = _cheapest([lengths[i] for i in longest_first], bound, min_length)
-            batch = divisor * max(1, batch_tokens // length // divisor)
-            if not remaining or len(plan) >= batch:
-                batches = -(-len(plan) // batch)
-                batch = divisor * -(-len(plan) // batches // divisor)  # the last one is as full as the others
-                buckets.append(Bucket(length, batch, [[longest_first[j] for j in row] for row in plan]))
-                pending = []
-        bound *= 2
-    return buckets
+    left: list[list[int]] = []
+    keys = sorted(groups)
+    for key, following in zip(keys, [*keys[1:], None], strict=False):
+        length, longest = key
+        rows, most = groups[key] + left, divisor * max(1, batch_tokens // length // divisor)
+        last_of_length = following is None or following[0] != length
+        left = [] if last_of_length else rows[len(rows) // most * most :]
+        if rows := rows[: len(rows) - len(left)]:
+            buckets.append(Bucket(length, longest, _batch(len(rows), most, divisor), rows))
+    return buckets[::-1]
 
 
-def _cheapest(lengths: Sequence[int], bound: int, min_length: int) -> tuple[int, list[list[int]]]:
-    """The row length, from `bound` to four times it, whose rows cost least, and the plan.
+def _batch(rows: int, most: int, divisor: int) -> int:
+    """The largest batch, from half of the largest to that, that leaves the fewest rows empty."""
+    largest = min(most, divisor * -(-rows // divisor))
+    candidates = range(largest, max(divisor, largest // 2) - 1, -divisor)
+    return min(candidates, key=lambda batch: -rows % batch)
 
-    Longer rows leave less room empty, but spend attention between strangers: a position costs as if a row of
-    ATTENTION_LENGTH tokens doubled it, which is about what small models on a CPU measure.
+
+def _best_fit(lengths: Sequence[int], row: int, prefix: int, min_length: int) -> list[tuple[int, list[int]]]:
+    """Puts each length, longest first, into the row that it leaves the least room in. O(N log N).
+
+    What is too long for a row of `row` tokens opens one of twice the next power of two, which two or more
+    such share.
+
+    lengths [5, 4, 3, 3], row 8  ->  [(8, [0, 2]), (8, [1, 3])]
+
+    Returns:
+      Tokens of each row, and the indices of its examples.
     """
-
-    def cost(length: int, plan: list[list[int]]) -> float:
-        return len(plan) * length * (1 + length / ATTENTION_LENGTH)
-
-    candidates = [bound * quarters // 4 for quarters in (4, 5, 6, 7, 8, 12, 16)]
-    plans = [(length, best_fit(lengths, length, length // min_length)) for length in candidates]
-    return min(plans, key=lambda candidate: cost(*candidate))
-
-
-def best_fit(lengths: Sequence[int], capacity: int, max_segments: int) -> list[list[int]]:
-    """Puts each length, in the given order, into the row that it leaves the least room in. O(N log N).
-
-    lengths [5, 4, 3, 3], capacity 8  ->  [[0, 2], [1, 3]]
-    """
-    rows: list[list[int]] = []
+    rows: list[tuple[int, list[int]]] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for index, length in enumerate(lengths):
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
         at = bisect.bisect_left(rooms, (length, -1))
-        room, row = rooms.pop(at) if at < len(rooms) else (capacity, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(index)
-        if room > length and len(rows[row]) < max_segments:
-            bisect.insort(rooms, (room - length, row))
+        if at == len(rooms):
+            total = row if length + prefix <= row else 2 * _power_of_two(length + prefix)
+            room, number = total - prefix, len(rows)
+            rows.append((total, []))
+        else:
+            room, number = rooms.pop(at)
+        total, examples = rows[number]
+        examples.append(index)
+        if room > length and len(examples) < total // min_length:
+            bisect.insort(rooms, (room - length, number))
     return rows
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below n; 1 for 0."""
+    return 1 << max(n - 1, 0).bit_length()

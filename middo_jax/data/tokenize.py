@@ -17,6 +17,9 @@ from middo_jax.data.templates import TemplateError, control_tokens, set_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Enough for all cores of a host, few enough that their offsets, which are Python tuples, stay small.
+_TEXTS_AT_A_TIME = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedExample:
@@ -111,12 +114,41 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
     Raises:
       TemplateError: a turn cannot be found again in what the template rendered.
     """
+    return tokenize_all([example], tokenizer, max_length)[0]
+
+
+def tokenize_all(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[TokenizedExample]:
+    """As `tokenize`, many examples at a time: the tokenizer spreads them over the host's cores.
+
+    Raises:
+      TemplateError: see `tokenize`.
+    """
+    tokenized: list[TokenizedExample] = []
+    for start in range(0, len(examples), _TEXTS_AT_A_TIME):
+        some = examples[start : start + _TEXTS_AT_A_TIME]
+        texts = [_render(tokenizer, example.messages) for example in some]
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        columns = (encoded["input_ids"], encoded["offset_mapping"])
+        for example, text, tokens, offsets in zip(some, texts, *columns, strict=True):
+            marked = _mark(example, text, tokens, offsets, tokenizer)
+            tokenized.append(truncate(marked, max_length))
+    return tokenized
+
+
+def _mark(
+    example: Example,
+    text: str,
+    tokens: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> TokenizedExample:
+    """The tokens of a rendered conversation with targets and prompt, not yet cut."""
     layout = _layout(tokenizer, tuple(m.role for m in example.messages))
-    text = _render(tokenizer, example.messages)
     spans = layout.locate(text, example)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    tokens_n = np.asarray(encoded["input_ids"], np.int32)
-    starts_n, stops_n = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+    tokens_n = np.asarray(tokens, np.int32)
+    starts_n, stops_n = np.asarray(offsets, np.int64).reshape(-1, 2).T
     is_control_n = np.isin(tokens_n, _control_ids(tokenizer))
     is_target_n = np.zeros(len(tokens_n), bool)
     in_prompt_n = np.zeros(len(tokens_n), bool)
@@ -130,7 +162,7 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
             is_target_n[first:after] = True
         elif message.role == "user":
             in_prompt_n |= (stops_n > start) & (starts_n < stop)
-    return truncate(TokenizedExample(example.id, tokens_n, is_target_n, in_prompt_n, False), max_length)
+    return TokenizedExample(example.id, tokens_n, is_target_n, in_prompt_n, False)
 
 
 def _first_token(starts_n: np.ndarray, stops_n: np.ndarray, character: int) -> int:
@@ -217,6 +249,22 @@ def tokenize_prompt(
     text = _render(tokenizer, messages, add_generation_prompt=True)
     encoded = tokenizer(text + continue_with, add_special_tokens=False, verbose=False)
     return np.asarray(encoded["input_ids"], np.int32)
+
+
+def response_header(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """int32 tokens that the template puts before any answer, whatever was asked.
+
+    That is its generation prompt, such as `<|im_start|>assistant` and a line break, behind the start token if
+    the template begins every conversation with one.
+    """
+    probe = [Message("user", "Hi")]
+    asked, text = _render(tokenizer, probe), _render(tokenizer, probe, add_generation_prompt=True)
+    if not text.startswith(asked):
+        raise TemplateError("the chat template's generation prompt is not what it adds to a conversation")
+    header, bos = text[len(asked) :], str(tokenizer.bos_token or "")
+    if bos and text.startswith(bos) and not header.startswith(bos):
+        header = bos + header
+    return np.asarray(tokenizer(header, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
 
 def _render(

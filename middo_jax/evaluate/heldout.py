@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -15,7 +17,14 @@ from middo_jax.data.packing import first_fit, pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.decoder import Decoder
 from middo_jax.models.nll import target_nll
-from middo_jax.parallel.mesh import batch_divisor, named_sharding
+from middo_jax.parallel.mesh import batch_divisor, constrain, named_sharding
+
+
+class SourceLoss(NamedTuple):
+    """The same as `HeldoutLoss`, of one source's examples."""
+
+    loss: float
+    n_target_tokens: int
 
 
 class HeldoutLoss(NamedTuple):
@@ -25,11 +34,13 @@ class HeldoutLoss(NamedTuple):
       loss: nats a token.
       n_target_tokens: over how many.
       n: of how many examples.
+      by_source: the same of each source, by name; empty if there is but one.
     """
 
     loss: float
     n_target_tokens: int
     n: int
+    by_source: Mapping[str, SourceLoss]
 
 
 def heldout_loss(
@@ -41,6 +52,7 @@ def heldout_loss(
     batch_tokens: int,
     chunk: int,
     pack_length: int,
+    sources: Sequence[str] = (),
 ) -> HeldoutLoss:
     """Loss per target token over a set of examples.
 
@@ -52,13 +64,16 @@ def heldout_loss(
       batch_tokens: tokens of a batch, all devices together; rounded to whole rows for each device.
       chunk: target positions whose logits exist at one time.
       pack_length: tokens of a row.
+      sources: where each example is from, to tell the losses apart; empty: all from one.
 
     Raises:
       ValueError: no target token at all, or an example is longer than `pack_length`.
     """
+    names = sorted(set(sources)) or [""]
+    source_n = np.asarray([names.index(source) for source in sources] or [0] * len(tokenized), np.int32)
     # The first token of an example has nothing before it that could predict it.
-    n_targets = sum(int(example.is_target_n[1:].sum()) for example in tokenized)
-    if not n_targets:
+    targets_n = np.asarray([int(example.is_target_n[1:].sum()) for example in tokenized])
+    if not targets_n.any():
         raise ValueError(f"held-out loss: none of the {len(tokenized)} examples has a token to predict")
     divisor = batch_divisor(mesh)
     batch = max(1, batch_tokens // (pack_length * divisor)) * divisor
@@ -70,23 +85,41 @@ def heldout_loss(
             packed = pack(
                 tokenized, rows[start : start + batch], batch, pack_length, max_segments=pack_length
             )
-            inputs = (packed.tokens_bt, packed.segment_ids_bt, packed.positions_bt, packed.is_target_bt)
+            # Padding has no target, hence no loss: it may be of any source.
+            example_bt = np.take_along_axis(packed.example_bs, packed.segment_ids_bt, axis=1)
+            inputs = (
+                packed.tokens_bt,
+                packed.segment_ids_bt,
+                packed.positions_bt,
+                packed.is_target_bt,
+                source_n[example_bt],
+            )
             on_mesh = (jax.make_array_from_process_local_data(sharding, x, x.shape) for x in inputs)
-            sums.append(_nll_sum(graphdef, params, *on_mesh, chunk))
+            sums.append(_nll_sums(graphdef, params, *on_mesh, chunk, len(names)))
     # Read only now: while the device computes, the host packs.
-    return HeldoutLoss(math.fsum(float(x) for x in sums) / n_targets, n_targets, len(tokenized))
+    by_source = {}
+    for i, (name, *nll) in enumerate(zip(names, *map(np.asarray, sums), strict=True)):
+        if n := int(targets_n[source_n == i].sum()):
+            by_source[name] = SourceLoss(math.fsum(nll) / n, n)
+    n_targets = int(targets_n.sum())
+    loss = math.fsum(of.loss * of.n_target_tokens for of in by_source.values()) / n_targets
+    return HeldoutLoss(loss, n_targets, len(tokenized), by_source if len(names) > 1 else {})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6))
-def _nll_sum(
+@functools.partial(jax.jit, static_argnums=(0, 7, 8))
+def _nll_sums(
     graphdef: nnx.GraphDef[Decoder],
     params: nnx.State,
     tokens_bt: jax.Array,
     segment_ids_bt: jax.Array,
     positions_bt: jax.Array,
     is_target_bt: jax.Array,
+    source_bt: jax.Array,
     chunk: int,
+    n_sources: int,
 ) -> jax.Array:
+    """float32 [n_sources]."""
     model = nnx.merge(graphdef, params)
     hidden_btd = model.hidden(tokens_bt, segment_ids_bt, positions_bt)
-    return target_nll(model, hidden_btd, tokens_bt, is_target_bt, chunk).sum()
+    nll_bt = target_nll(model, hidden_btd, jnp.roll(tokens_bt, -1, axis=1), is_target_bt, chunk)
+    return constrain(jax.ops.segment_sum(nll_bt.ravel(), source_bt.ravel(), n_sources), None)

@@ -59,8 +59,10 @@ class Decoder(nnx.Module):
         tokens_bt: jax.Array,
         segment_ids_bt: jax.Array,
         positions_bt: jax.Array,
-        branch_ids_bt: jax.Array | None = None,
+        until_bt: jax.Array | None = None,
         *,
+        prefix: int = 0,
+        longest: int | None = None,
         remat: bool = False,
     ) -> jax.Array:
         """Last hidden state, after the final norm, of packed sequences.
@@ -69,15 +71,17 @@ class Decoder(nnx.Module):
           tokens_bt: int32 token ids.
           segment_ids_bt: which example a position belongs to, -1 for padding.
           positions_bt: position within the example, for RoPE and windows.
-          branch_ids_bt: see `packed_attention`.
+          until_bt, prefix, longest: see `packed_attention`.
           remat: keep only each layer's input for the backward pass, recompute the rest.
 
         Returns:
           [b, t, d] in the config's dtype.
         """
-        attention = functools.partial(packed_attention, kernel=self.config.attention)
+        attention = functools.partial(
+            packed_attention, kernel=self.config.attention, prefix=prefix, longest=longest
+        )
         ropes, attends = self._ropes(positions_bt), self._by_kind(attention)
-        places = (segment_ids_bt, positions_bt, branch_ids_bt)
+        places = (segment_ids_bt, positions_bt, until_bt)
 
         def layer(x_btd: jax.Array, inputs: tuple[dict[str, jax.Array], jax.Array]) -> tuple[jax.Array, None]:
             weights, kind = inputs

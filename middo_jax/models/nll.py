@@ -13,9 +13,9 @@ from middo_jax.parallel.mesh import constrain
 
 
 def target_nll(
-    model: Decoder, hidden_btd: jax.Array, tokens_bt: jax.Array, is_target_bt: jax.Array, chunk: int
+    model: Decoder, hidden_btd: jax.Array, next_bt: jax.Array, is_target_bt: jax.Array, chunk: int
 ) -> jax.Array:
-    """-log p(next token) where the next token is a target, 0 elsewhere.
+    """-log p(next token) where that is a target, 0 elsewhere.
 
     Only targets are unembedded: each row's target positions are moved to its front, and a scan takes
     `chunk / b` of every row at a time and skips chunks in which no row has any. The backward pass
@@ -24,26 +24,25 @@ def target_nll(
     Args:
       model: whose `unembed` is used.
       hidden_btd: last hidden state of each position.
-      tokens_bt: int32.
+      next_bt: int32, the token that follows in the text; any where that is no target.
       is_target_bt: bool; the next token is a target.
       chunk: target positions of all rows whose logits exist at one time.
 
     Returns:
       [b, t] float32.
     """
-    b, t = tokens_bt.shape
+    b, t = next_bt.shape
     width = min(t, max(1, chunk // b))
     steps = -(-t // width)
     order_bn = jnp.argsort(~is_target_bt, axis=1, stable=True)  # targets first, in their order
     order_bn = jnp.pad(order_bn, ((0, 0), (0, steps * width - t)))
     in_use_bn = jnp.arange(steps * width) < is_target_bt.sum(axis=1, keepdims=True)
-    targets_bt = jnp.roll(tokens_bt, -1, axis=1)
 
     def chunk_nll(position_bn: jax.Array, in_use_bn: jax.Array) -> jax.Array:
         hidden_bnd = jnp.take_along_axis(hidden_btd, position_bn[..., None], axis=1)
         logits = model.unembed(hidden_bnd.reshape(b * width, -1))
         logits_bnv = constrain(logits.reshape(b, width, -1), "batch", None, "vocab")
-        target_bn = jnp.take_along_axis(targets_bt, position_bn, axis=1)
+        target_bn = jnp.take_along_axis(next_bt, position_bn, axis=1)
         chosen_bn = jnp.take_along_axis(logits_bnv, target_bn[..., None], axis=2)[..., 0]
         return jnp.where(in_use_bn, jax.nn.logsumexp(logits_bnv, axis=-1) - chosen_bn, 0.0)
 

@@ -1,7 +1,13 @@
 """Attention, exact for packed sequences: a token sees what its own segment holds up to itself."""
 
 from middo_jax.models.attention.cached import CACHE_BLOCK, cached_attention
-from middo_jax.models.attention.dispatch import AttentionError, Kernel, choose, packed_attention
+from middo_jax.models.attention.dispatch import (
+    AttentionError,
+    Kernel,
+    choose,
+    packed_attention,
+    shares_prefixes,
+)
 from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import QUERY_BLOCK, masked_attention
 
@@ -15,4 +21,5 @@ __all__ = [
     "choose",
     "masked_attention",
     "packed_attention",
+    "shares_prefixes",
 ]

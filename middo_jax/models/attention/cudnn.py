@@ -2,7 +2,7 @@
 
 The kernel takes no segment ids. Its packed layout (sequence lengths and offsets) is private to JAX, read
 wrong keys of grouped heads before jax 0.11.2 (jax-ml/jax#39521) and must know the number of segments in
-advance. So segments, branches and windows reach it as a mask: exact, of b t^2 numbers for all heads together.
+advance. So segments, trees and windows reach it as a mask: exact, of b t^2 numbers for all heads together.
 
 Axes: b batch, t query position, s key position, h query heads, k key/value heads, d head dimension.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.workload import Workload
-from middo_jax.models.attention.xla import visible_keys
+from middo_jax.models.attention.xla import Places, visible
 
 MAX_HEAD_DIM = 128  # with gradients, on every GPU from Ampere on
 
@@ -43,7 +43,7 @@ def cudnn_attention(
     v_bskd: jax.Array,
     segment_ids_bt: jax.Array,
     positions_bt: jax.Array,
-    branch_ids_bt: jax.Array | None,
+    until_bt: jax.Array | None,
     *,
     scale: float,
     window: int | None,
@@ -51,11 +51,12 @@ def cudnn_attention(
     """`packed_attention` without soft cap, in bfloat16 or float16."""
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, *ids_bt: jax.Array) -> jax.Array:
-        rows = slice(0, q.shape[1])
-        visible_bts = visible_keys(rows, rows, *ids_bt, window=window)
+        segment_ids_bt, positions_bt, *until_bt = ids_bt
+        places = Places.of(segment_ids_bt, positions_bt, *(until_bt or [None]))
+        visible_bts = visible(places, places, window)
         return jax.nn.dot_product_attention(
             q, k, v, mask=visible_bts[:, None], scale=scale, is_causal=True, implementation="cudnn"
         )
 
-    branches = () if branch_ids_bt is None else (branch_ids_bt,)
-    return over_mesh(local, q_bthd, k_bskd, v_bskd, segment_ids_bt, positions_bt, *branches)
+    trees = () if until_bt is None else (until_bt,)
+    return over_mesh(local, q_bthd, k_bskd, v_bskd, segment_ids_bt, positions_bt, *trees)

@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 
 from middo_jax.models.attention import cudnn, splash
+from middo_jax.models.attention.placement import platform
 from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import xla_attention
 
@@ -38,37 +39,48 @@ def choose(workload: Workload, kernel: Kernel = "auto") -> Literal["xla", "splas
     return kernel
 
 
+def shares_prefixes(kernel: Kernel) -> bool:
+    """Whether trees can be attended to by what would attend to segments on the mesh in use; splash cannot."""
+    return kernel in ("xla", "cudnn") or (kernel == "auto" and platform() != "tpu")
+
+
 def packed_attention(
     q_bthd: jax.Array,
     k_bskd: jax.Array,
     v_bskd: jax.Array,
     segment_ids_bt: jax.Array,
     positions_bt: jax.Array,
-    branch_ids_bt: jax.Array | None = None,
+    until_bt: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    prefix: int = 0,
+    longest: int | None = None,
     kernel: Kernel = "auto",
 ) -> jax.Array:
-    """Causal attention inside segments; with branches, a segment is a tree.
+    """Causal attention inside segments, or along the branches of trees.
 
-    Position i sees position j <= i if both are of one segment, and j is of the stem (branch 0) or of i's own
-    branch. So several continuations of one text can share its keys and values:
+    Position i sees position j <= i of its own segment. With `until_bt`, a row holds trees instead, laid out
+    depth first: what grows from a position follows it, up to some place, and i sees j if j <= i < until_j. So
+    texts that begin alike share the keys and values of what they share, at any depth:
 
-      tokens       [S S S A A B B]      segment_ids  [0 0 0 0 0 0 0]
-      branch_ids   [0 0 0 1 1 2 2]      B sees S and B, never A.
+      tokens   [S S A A a a b B]      S A a, S A b and S B
+      until    [8 8 7 7 6 6 7 8]      b sees S, A and itself, never a.
 
     Args:
       q_bthd: queries, RoPE applied.
       k_bskd: keys, RoPE applied; heads a multiple of k.
       v_bskd: values.
       segment_ids_bt: which example a position belongs to; padding is -1 and sees only padding.
-      positions_bt: position within the example; a segment without branches counts up from 0, row by row.
-      branch_ids_bt: branch within the segment, None if all is stem.
+      positions_bt: position within the example; a segment counts up from 0, row by row.
+      until_bt: place in the row behind the last position that sees this one; segments are not read then.
       scale: factor of the scores, usually 1 / sqrt(d).
       window: i sees j only if positions_i - positions_j < window; None is no limit.
       soft_cap: c of c tanh(score / c), after scaling and before masking; None is off.
+      prefix: so many positions at the start of a row of trees are of all its trees.
+      longest: no segment is longer, nor a tree without the prefix. It changes no result, and lets kernels
+        pass over what lies further back.
       kernel: "auto" is splash on a TPU where that honours all of this, XLA elsewhere; see `choose`.
 
     Returns:
@@ -77,15 +89,16 @@ def packed_attention(
     Raises:
       AttentionError: the kernel that was asked for cannot honour this.
     """
-    workload = Workload.of(q_bthd, k_bskd, has_branches=branch_ids_bt is not None, soft_cap=soft_cap)
+    workload = Workload.of(q_bthd, k_bskd, has_trees=until_bt is not None, soft_cap=soft_cap)
+    arrays = q_bthd, k_bskd, v_bskd, segment_ids_bt, positions_bt, until_bt
     match choose(workload, kernel):
         case "splash":
-            return splash.splash_attention(
-                q_bthd, k_bskd, v_bskd, segment_ids_bt, scale=scale, window=window, soft_cap=soft_cap
-            )
+            # No segment is longer: as a window it masks nothing, but whole blocks are known to be unseen.
+            near = min((n for n in (window, longest) if n is not None), default=None)
+            return splash.splash_attention(*arrays[:4], scale=scale, window=near, soft_cap=soft_cap)
         case "cudnn":
-            arrays = q_bthd, k_bskd, v_bskd, segment_ids_bt, positions_bt, branch_ids_bt
             return cudnn.cudnn_attention(*arrays, scale=scale, window=window)
         case "xla":
-            arrays = q_bthd, k_bskd, v_bskd, segment_ids_bt, positions_bt, branch_ids_bt
-            return xla_attention(*arrays, scale=scale, window=window, soft_cap=soft_cap)
+            return xla_attention(
+                *arrays, scale=scale, window=window, soft_cap=soft_cap, prefix=prefix, longest=longest
+            )

@@ -21,8 +21,8 @@ def refusal(workload: Workload) -> str | None:
     """What of it the kernel cannot honour; None if it can all of it."""
     if workload.platform != "tpu":
         return f"a {workload.platform}: it is a TPU kernel"
-    if workload.has_branches:
-        return "branches: it knows segments and windows only"
+    if workload.has_trees:
+        return "trees: it knows segments and windows only"
     return workload.misfit()
 
 
@@ -37,7 +37,7 @@ def splash_attention(
     soft_cap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`packed_attention` of segments without branches.
+    """`packed_attention` of segments.
 
     Args:
       q_bthd: queries, RoPE applied.

@@ -22,7 +22,7 @@ class Workload:
       kv_heads: key/value heads.
       head_dim: numbers a head.
       dtype: of queries, keys and values.
-      has_branches: whether segments are trees.
+      has_trees: whether rows hold trees.
       soft_cap: bound of the scores, None if there is none.
       batch_shards: devices along the rows.
       head_shards: devices along the heads.
@@ -35,15 +35,13 @@ class Workload:
     kv_heads: int
     head_dim: int
     dtype: jnp.dtype
-    has_branches: bool = False
+    has_trees: bool = False
     soft_cap: float | None = None
     batch_shards: int = 1
     head_shards: int = 1
 
     @classmethod
-    def of(
-        cls, q_bthd: jax.Array, k_bskd: jax.Array, *, has_branches: bool, soft_cap: float | None
-    ) -> Workload:
+    def of(cls, q_bthd: jax.Array, k_bskd: jax.Array, *, has_trees: bool, soft_cap: float | None) -> Workload:
         """The workload of these arrays on the mesh in use."""
         batch, length, heads, head_dim = q_bthd.shape
         return cls(
@@ -54,7 +52,7 @@ class Workload:
             k_bskd.shape[2],
             head_dim,
             q_bthd.dtype,
-            has_branches,
+            has_trees,
             soft_cap,
             shards("batch"),
             shards("heads"),

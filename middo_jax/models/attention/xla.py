@@ -6,6 +6,8 @@ d head dimension.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -14,58 +16,75 @@ import jax.numpy as jnp
 QUERY_BLOCK = 128
 
 
+class Places(NamedTuple):
+    """Where some positions stand: what decides who sees whom. Each [b, t], rows [1, t]."""
+
+    rows: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+    until: jax.Array | None
+
+    @classmethod
+    def of(cls, segment_ids_bt: jax.Array, positions_bt: jax.Array, until_bt: jax.Array | None) -> Places:
+        """All of a batch's."""
+        return cls(jnp.arange(segment_ids_bt.shape[1])[None], segment_ids_bt, positions_bt, until_bt)
+
+
 def xla_attention(
     q_bthd: jax.Array,
     k_bskd: jax.Array,
     v_bskd: jax.Array,
     segment_ids_bt: jax.Array,
     positions_bt: jax.Array,
-    branch_ids_bt: jax.Array | None,
+    until_bt: jax.Array | None,
     *,
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    prefix: int = 0,
+    longest: int | None = None,
 ) -> jax.Array:
-    """`packed_attention` in blocks of queries; with a window, a block's cost does not grow with length."""
+    """`packed_attention` in blocks of queries, whose cost does not grow with the row's length if there is a
+    window or a longest text: a block reads the prefix, and what lies no further back than that."""
     length = q_bthd.shape[1]
+    # A segment's rows are neighbours and count up: none sees further back than the window. The branches of
+    # a tree lie behind each other, so that near positions may be far rows.
+    reach = min(
+        length if longest is None else longest, length if window is None or until_bt is not None else window
+    )
+    places = Places.of(segment_ids_bt, positions_bt, until_bt)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
-        # A segment's rows are neighbours and count up: none sees further back than the window. The branches
-        # of a tree lie behind each other, so that near positions may be far rows.
-        first = 0 if window is None or branch_ids_bt is not None else max(0, start - window + 1)
-        query, keys = slice(start, stop), slice(first, stop)
-        visible_bts = visible_keys(query, keys, segment_ids_bt, positions_bt, branch_ids_bt, window=window)
+        first = start - reach + 1
+
+        def queries(x_bt: jax.Array, start: int = start, stop: int = stop) -> jax.Array:
+            return x_bt[:, start:stop]
+
+        def keys(x_bs: jax.Array, first: int = first, stop: int = stop) -> jax.Array:
+            if first <= prefix:
+                return x_bs[:, :stop]
+            near_bs = x_bs[:, first:stop]
+            return jnp.concatenate([x_bs[:, :prefix], near_bs], axis=1) if prefix else near_bs
+
+        visible_bts = visible(jax.tree.map(queries, places), jax.tree.map(keys, places), window)
         blocks.append(
             masked_attention(
-                q_bthd[:, query],
-                k_bskd[:, keys],
-                v_bskd[:, keys],
-                visible_bts,
-                scale=scale,
-                soft_cap=soft_cap,
+                queries(q_bthd), keys(k_bskd), keys(v_bskd), visible_bts, scale=scale, soft_cap=soft_cap
             )
         )
     return jnp.concatenate(blocks, axis=1)
 
 
-def visible_keys(
-    query: slice,
-    keys: slice,
-    segment_ids_bt: jax.Array,
-    positions_bt: jax.Array,
-    branch_ids_bt: jax.Array | None = None,
-    *,
-    window: int | None,
-) -> jax.Array:
-    """Which of the positions `keys` each of the positions `query` sees: bool [b, t, s]."""
-    visible_bts = segment_ids_bt[:, query, None] == segment_ids_bt[:, None, keys]
-    visible_bts &= jnp.arange(query.start, query.stop)[:, None] >= jnp.arange(keys.start, keys.stop)
+def visible(queries: Places, keys: Places, window: int | None) -> jax.Array:
+    """Which keys each query sees, as `packed_attention` says: bool [b, t, s]."""
+    visible_bts = queries.rows[:, :, None] >= keys.rows[:, None]
+    if keys.until is None:
+        visible_bts &= queries.segment_ids[:, :, None] == keys.segment_ids[:, None]
+    else:
+        visible_bts &= queries.rows[:, :, None] < keys.until[:, None]
     if window is not None:
-        visible_bts &= positions_bt[:, query, None] - positions_bt[:, None, keys] < window
-    if branch_ids_bt is not None:
-        key_branch_b1s = branch_ids_bt[:, None, keys]
-        visible_bts &= (key_branch_b1s == 0) | (key_branch_b1s == branch_ids_bt[:, query, None])
+        visible_bts &= queries.positions[:, :, None] - keys.positions[:, None] < window
     return visible_bts
 
 

@@ -30,6 +30,11 @@ MAY_CHANGE = (
     "serve.port",
     "serve.max_batch",
     "train.save_every",
+    "train.keep",
+    "train.eval_every",
+    "train.keep_best",
+    "train.tensorboard",
+    "train.wandb_project",
     "train.remat",
     "refine.base_url",
     "refine.api_key_env",
@@ -110,9 +115,17 @@ def _round_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> lis
     for t in range(config.rounds):
         here = run.round(t)
         following = run.round(t + 1) if t + 1 < config.rounds else run.final
-        previous = run.round(t - 1).checkpoint if t else None
+        earlier = run.round(t - 1) if t else None
+        previous = earlier.checkpoint if earlier else None
         start = _start(workshop, previous, config.train.start_from)
         pre_model = _start(workshop, previous, config.complexity.pre_model)
+
+        def score(
+            here: RoundDir = here,
+            pre_model: Callable[[], Path] = pre_model,
+            earlier: RoundDir | None = earlier,
+        ) -> None:
+            stages.score_stage(workshop, here, here.checkpoint, pre_model(), earlier=earlier)
 
         def refine(here: RoundDir = here, t: int = t) -> None:
             from middo_jax.refine import AnswerCache
@@ -129,8 +142,8 @@ def _round_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> lis
             here.finish("merge", [here.dropped], time.monotonic() - began)
 
         steps += [
-            (here, "train", lambda h=here, s=start: stages.train_stage(workshop, h, s())),
-            (here, "score", lambda h=here, p=pre_model: stages.score_stage(workshop, h, h.checkpoint, p())),
+            (here, "train", lambda h=here, s=start: stages.train_stage(workshop, h, s(), heldout)),
+            (here, "score", score),
             (here, "select", lambda h=here: stages.select_stage(workshop, h)),
             (here, "refine", refine),
             (here, "merge", merge),
@@ -171,7 +184,7 @@ def _final_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> lis
         final.finish("export", [out], time.monotonic() - began, **facts)
 
     return [
-        (final, "train", lambda: stages.train_stage(workshop, final, start())),
+        (final, "train", lambda: stages.train_stage(workshop, final, start(), heldout)),
         (final, "evaluate", evaluate),
         (final, "export", export),
     ]

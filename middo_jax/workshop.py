@@ -20,6 +20,7 @@ from middo_jax.data.tokenize import (
     load_tokenizer,
     steering_tokens,
     tokenize,
+    tokenize_all,
 )
 from middo_jax.progress import Progress
 from middo_jax.run_dir import RoundDir, RunError, read_jsonl, write_jsonl
@@ -84,7 +85,7 @@ class Workshop:
 
     def tokenize(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """All examples; those that cannot be rendered were refused when the data was read."""
-        return [tokenize(e, self.tokenizer, self.config.model.max_length) for e in examples]
+        return tokenize_all(examples, self.tokenizer, self.config.model.max_length)
 
 
 def prepare(workshop: Workshop) -> tuple[list[Example], list[Example], list[Rejection]]:
@@ -162,7 +163,8 @@ def endpoint(workshop: Workshop) -> Iterator[tuple[str | tuple[str, ...], str]]:
     url = config.refine.base_url or os.environ.get("OPENAI_BASE_URL")
     if url is not None:
         if config.refine.model is None:
-            raise RunError(f"config: refine.model is missing: the name of a model that {url} serves")
+            served = "refine.base_url" if config.refine.base_url else "$OPENAI_BASE_URL"
+            raise RunError(f"config: refine.model is missing: the name of a model that {served} serves")
         yield url, config.refine.model
         return
     from middo_jax.models.resolve import resolve

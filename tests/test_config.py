@@ -58,7 +58,6 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("refine.base_url=ftp://x", r"refine\.base_url: must start with http"),
         ("complexity.fraction=1.5", r"complexity\.fraction: .*less than 1"),
         ("complexity={m: 1, fraction: 0.5}", r"complexity: give either m or fraction, not both"),
-        ("complexity={}", r"complexity: give complexity\.m or complexity\.fraction"),
         ("train.gradient_accumulation=3", r"gradient_accumulation must divide"),
         ("train.pack_length=1024", r"pack_length must be at least"),
         ("noequals", r"'noequals' is not of the form a\.b=value"),
@@ -70,6 +69,13 @@ def test_errors_name_the_setting(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load(None, [*NEEDED, override])
     assert str(caught.value).startswith("config: ")
+
+
+def test_a_threshold_is_one_deviation_unless_another_is_given() -> None:
+    given = ["diversity.k=3", "complexity={}", "quality.fraction=0.1"]
+    config = load(None, [*NEEDED, *given])
+    assert (config.diversity.m, config.complexity.m) == (1.0, 1.0)
+    assert (config.quality.m, config.quality.fraction) == (None, 0.1)
 
 
 def test_what_is_missing_is_named() -> None:

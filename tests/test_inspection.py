@@ -55,7 +55,7 @@ def test_counts(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     assert facts["target_share"] == pytest.approx(sum(t.is_target_n.sum() for t in tokenized) / left)
     assert facts["training"]["fill"] == pytest.approx(left / (1024 * facts["training"]["rows"]))
     buckets = plan_buckets([len(t) for t in tokenized], 512)
-    assert facts["scoring"]["shapes"] == [[b.batch, b.length] for b in buckets]
+    assert facts["scoring"]["shapes"] == [[b.batch, b.length, b.longest] for b in buckets]
     batches = sum(len(list(b.batches())) * b.batch * b.length for b in buckets)
     assert facts["scoring"]["fill"] == pytest.approx(left / batches)
 

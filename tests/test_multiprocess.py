@@ -42,7 +42,7 @@ for i, length in enumerate(rng.integers(4, 120, 24)):
     examples.append(TokenizedExample(str(i), tokens, at >= length // 2, at < length // 2, False))
 mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
 graphdef, params, _ = hf.load(directory, mesh=mesh)
-scores = score_examples(graphdef, params, examples, mesh=mesh, batch_tokens=1024, chunk=64)
+scores, _ = score_examples(graphdef, params, examples, mesh=mesh, batch_tokens=1024, chunk=64)
 found = nearest_neighbours(scores.embedding_nd, 3, mesh, block=2)
 np.savez(out, **scores._asdict(), **found._asdict())
 """

@@ -19,14 +19,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from middo_jax.config import MeshSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import load_tokenizer, tokenize_prompt
-from middo_jax.diagnose.quality import (
-    JudgeError,
-    RatingTokens,
-    RatingTree,
-    judge,
-    quality,
-    rating_tree,
-)
+from middo_jax.diagnose.quality import judge, quality
+from middo_jax.diagnose.rating import JudgeError, RatingTokens, RatingTree, rating_tree
 from middo_jax.diagnose.rubrics import ANSWER_STEM, COLUMNS, DIMENSIONS, PARTS, judge_message
 from middo_jax.diagnose.sampled import parse_rating
 from middo_jax.models import hf
@@ -117,7 +111,7 @@ def ratings_of(
         mesh = make_mesh(MeshSettings(data=shape[0], fsdp=shape[1], tensor=shape[2]))
     graphdef, params, _ = hf.load(directory, mesh=mesh)
     how = {"max_length": MAX_LENGTH, "batch_tokens": 4096} | how
-    return judge(graphdef, params, EXAMPLES, tokenizer, mesh=mesh, **how)
+    return judge(graphdef, params, EXAMPLES, tokenizer, mesh=mesh, **how)[0]
 
 
 @pytest.fixture(scope="module")
@@ -150,27 +144,26 @@ def test_mesh_and_batch_change_nothing(
     np.testing.assert_allclose(on_eight, ratings, rtol=1e-5)
 
 
-def branches_of(tree: RatingTree) -> list[list[int]]:
-    """The three sequences that a tree stands for."""
-    stem = tree.tokens_n[tree.branch_ids_n == 0].tolist()
-    return [stem + tree.tokens_n[tree.branch_ids_n == b].tolist() for b in (1, 2, 3)]
+def questions_of(tree: RatingTree) -> dict[str, list[int]]:
+    """The texts that a tree stands for: what each last reading sees."""
+    tokens, _, until = tree.tree
+    ends = tree.readings[-len(COLUMNS) :]
+    seen = [[int(t) for j, t in enumerate(tokens[: end + 1]) if end < until[j]] for end in ends]
+    return dict(zip(COLUMNS, seen, strict=True))
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_a_tree_holds_the_three_questions(tokenizer: PreTrainedTokenizerBase, part: Any) -> None:
+def test_a_tree_holds_the_six_questions(tokenizer: PreTrainedTokenizerBase) -> None:
     ratings = RatingTokens.of(tokenizer)
-    tree = rating_tree(EXAMPLES[0], part, tokenizer, ratings, MAX_LENGTH)
+    tree = rating_tree(EXAMPLES[0], tokenizer, ratings, MAX_LENGTH)
     one = tokenizer(f"{ANSWER_STEM}1", add_special_tokens=False).input_ids
-    for branch, dimension in zip(branches_of(tree), DIMENSIONS, strict=True):
-        question = judge_message(dimension, part, EXAMPLES[0].prompt, EXAMPLES[0].response)
-        asked = tokenize_prompt([Message("user", question)], tokenizer).tolist()
-        assert branch == asked + (one if ratings.ten_second is not None else one[:-1])
-    stem = int((tree.branch_ids_n == 0).sum())
-    assert tree.positions_n[:stem].tolist() == list(range(stem))
-    for b in (1, 2, 3):
-        at = np.flatnonzero(tree.branch_ids_n == b)
-        assert tree.positions_n[at].tolist() == list(range(stem, stem + len(at)))
-    assert len(tree) < 0.6 * sum(map(len, branches_of(tree)))
+    found = questions_of(tree)
+    for dimension in DIMENSIONS:
+        for part in PARTS:
+            question = judge_message(dimension, part, EXAMPLES[0].prompt, EXAMPLES[0].response)
+            asked = tokenize_prompt([Message("user", question)], tokenizer).tolist()
+            column = found[f"{dimension}_{part}"]
+            assert column == asked + (one if ratings.ten_second is not None else one[:-1])
+    assert len(tree.tree.tokens_n) < 0.45 * sum(map(len, found.values()))
 
 
 @pytest.mark.parametrize("max_length", [500, 300, 240])
@@ -178,16 +171,18 @@ def test_a_long_sample_is_shortened_and_the_question_is_not(directory: Path, max
     tokenizer = load_tokenizer(directory)
     ratings = RatingTokens.of(tokenizer)
     long = sample("BEGIN " + "word " * 400 + "END", "First. " + "漢字 🦙 " * 300 + "Last.")
+    found = questions_of(rating_tree(long, tokenizer, ratings, max_length))
     for part in PARTS:
-        tree = rating_tree(long, part, tokenizer, ratings, max_length)
-        for branch, dimension in zip(branches_of(tree), DIMENSIONS, strict=True):
+        for dimension in DIMENSIONS:
+            branch = found[f"{dimension}_{part}"]
             assert len(branch) <= max_length
             text = str(tokenizer.decode(branch))
             question = judge_message(dimension, part, "", "").split("### Question\n")[1]
             assert text.endswith(f"### Question\n{question}<|im_end|>\n<|im_start|>assistant\n{ANSWER_STEM}1")
             assert text.startswith("<|im_start|>user\nYou rate training data")
             assert "�" not in text
-        assert max(map(len, branches_of(tree))) > max_length - 20  # no more is lost than must be
+        # No more is lost than must be.
+        assert max(len(found[f"{dimension}_{part}"]) for dimension in DIMENSIONS) > max_length - 20
         if max_length >= 300:
             assert "BEGIN" in text
             assert "END" in text
@@ -198,8 +193,8 @@ def test_shortening_takes_from_the_longer_text(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     long = sample("What is this about?", "word " * 400 + "END")
     for example in (long, sample(long.response, long.prompt)):
-        tree = rating_tree(example, "response", tokenizer, RatingTokens.of(tokenizer), 400)
-        text = str(tokenizer.decode(branches_of(tree)[0]))
+        tree = rating_tree(example, tokenizer, RatingTokens.of(tokenizer), 400)
+        text = str(tokenizer.decode(questions_of(tree)["clarity_response"]))
         assert "What is this about?" in text
         assert " … " in text
         assert "END" in text
@@ -208,7 +203,7 @@ def test_shortening_takes_from_the_longer_text(directory: Path) -> None:
 def test_a_question_that_does_not_fit_is_an_error(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     with pytest.raises(JudgeError, match=r"over model\.max_length=100; raise it"):
-        rating_tree(EXAMPLES[-1], "response", tokenizer, RatingTokens.of(tokenizer), 100)
+        rating_tree(EXAMPLES[-1], tokenizer, RatingTokens.of(tokenizer), 100)
 
 
 def test_how_ratings_are_spelt(directory: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +20,16 @@ from tiny_model import write_tiny_model
 
 from middo_jax.config import ConfigError, MeshSettings
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.diagnose.score import ExampleScores, score_examples
+from middo_jax.diagnose import score as scoring
+from middo_jax.diagnose.score import MIN_PREFIX, ExampleScores, Packing, score_examples
+from middo_jax.diagnose.sweep import PassFacts
 from middo_jax.diagnose.table import Measured, read_scores, write_scores
 from middo_jax.models import hf
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, forward, split
 from middo_jax.models.nll import target_nll
-from middo_jax.parallel.mesh import make_mesh
+from middo_jax.parallel.mesh import MESH_AXES, make_mesh
+from middo_jax.progress import Advance, Silent
 
 Model = tuple[nnx.GraphDef, nnx.State]
 
@@ -80,7 +87,7 @@ def score(
     model: Model, examples: list[TokenizedExample], mesh: Mesh | None = None, **how: Any
 ) -> ExampleScores:
     how = {"batch_tokens": 1024, "chunk": 128} | how
-    return score_examples(*model, examples, mesh=mesh or one_device(), **how)
+    return score_examples(*model, examples, mesh=mesh or one_device(), **how)[0]
 
 
 def assert_same(ours: ExampleScores, theirs: ExampleScores) -> None:
@@ -125,11 +132,89 @@ def test_a_mesh_changes_nothing(directory: Path, packed: ExampleScores, shape: t
     assert_same(score((graphdef, params), EXAMPLES, mesh), packed)
 
 
-def test_progress_counts_every_example(model: Model) -> None:
-    seen: list[tuple[int, int]] = []
-    score(model, EXAMPLES, on_progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (len(EXAMPLES), len(EXAMPLES))
-    assert seen == sorted(seen)
+class Watched(Silent):
+    """Remembers what it was told, by task."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[tuple[int, int]]] = {}
+
+    @contextlib.contextmanager
+    def task(self, name: str, unit: str = "samples") -> Iterator[Advance]:
+        told = self.seen.setdefault(name, [])
+        yield lambda done, total, note="", /: told.append((done, total))
+
+
+def test_progress_counts_every_example_once_all_is_compiled(model: Model) -> None:
+    watched = Watched()
+    _, facts = score_examples(
+        *model, EXAMPLES, mesh=one_device(), batch_tokens=512, chunk=128, progress=watched, name="loss"
+    )
+    compiling, loss = watched.seen["loss: compiling"], watched.seen["loss"]
+    assert list(watched.seen) == ["loss: compiling", "loss"]  # in this order, and nothing compiles later
+    assert compiling == [(n, facts.shapes) for n in range(1, facts.shapes + 1)]
+    assert loss[-1] == (len(EXAMPLES), len(EXAMPLES))
+    assert loss == sorted(loss)
+
+
+def with_prefix(n: int, examples: list[TokenizedExample]) -> list[TokenizedExample]:
+    """All begin with the same n tokens of a template, which are neither prompt nor target."""
+    prefix = np.random.default_rng(5).integers(3, 390, n).astype(np.int32)
+    nothing = np.zeros(n, bool)
+    return [
+        dataclasses.replace(
+            e,
+            tokens_n=np.r_[prefix, e.tokens_n],
+            is_target_n=np.r_[nothing, e.is_target_n],
+            in_prompt_n=np.r_[nothing, e.in_prompt_n],
+        )
+        for e in examples
+    ]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_a_prefix_that_is_read_once_a_row_changes_nothing(
+    directory: Path, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = with_prefix(20, random_examples(40, longest=250))
+    devices = jax.devices()[: math.prod(shape)]
+    mesh = make_mesh(MeshSettings(**dict(zip(MESH_AXES, shape, strict=True))), devices)
+    graphdef, params, _ = hf.load(directory, mesh=mesh)
+
+    def scored() -> tuple[ExampleScores, PassFacts]:
+        return score_examples(graphdef, params, examples, mesh=mesh, batch_tokens=2048, chunk=128)
+
+    shared, facts = scored()
+    monkeypatch.setattr(scoring, "shares_prefixes", lambda kernel: False)
+    alone, unshared = scored()
+    assert_same(shared, alone)
+    # Each row reads the prefix once, and each example has a first token of its own.
+    assert facts.real_tokens < unshared.real_tokens - 20 * 30
+    assert Packing.of(examples, share_prefix=True).prefix == 20
+
+
+def test_a_prefix_ends_where_something_is_read() -> None:
+    """The same prompt, or the same first target, is every example's own."""
+    tokens = np.arange(30, dtype=np.int32)
+    at = np.arange(30)
+
+    def prefix(prompt: int, target: int) -> int:
+        e = TokenizedExample("a", tokens, at >= target, (at >= prompt) & (at < target), False)
+        packing = Packing.of([e, e], share_prefix=True)
+        assert all(n >= 1 for n in packing.lengths())
+        return packing.prefix
+
+    assert prefix(prompt=20, target=25) == 20
+    assert prefix(prompt=25, target=25) == 24  # the position before the first target tells it
+    assert prefix(prompt=30, target=30) == 29  # nothing is read, but each keeps a token
+    assert prefix(prompt=MIN_PREFIX - 1, target=25) == 0
+    other = TokenizedExample("b", tokens[::-1].copy(), at >= 25, at < 0, False)
+    assert Packing.of([other], share_prefix=True).prefix == 0
+
+
+def test_what_nothing_depends_on_is_not_read() -> None:
+    at = np.arange(30)
+    e = TokenizedExample("a", at.astype(np.int32), (at >= 10) & (at < 20), at == 3, False)
+    assert Packing.of([e], share_prefix=False).lengths() == [19]  # the last target is told by 18
 
 
 def test_a_batch_without_any_target(model: Model) -> None:
@@ -156,10 +241,10 @@ def test_a_broken_model_gives_nulls_and_says_so(model: Model, tmp_path: Path) ->
     assert table["loss_pre"] == table["knn_ids"] == table["quality"] == table["hard"] == [None] * 3
 
 
-def naive_nll(model: Any, hidden_btd: jax.Array, tokens_bt: jax.Array, is_target_bt: jax.Array) -> jax.Array:
+def naive_nll(model: Any, hidden_btd: jax.Array, next_bt: jax.Array, is_target_bt: jax.Array) -> jax.Array:
     b, t, d = hidden_btd.shape
     log_p = jax.nn.log_softmax(model.unembed(hidden_btd.reshape(b * t, d)).reshape(b, t, -1))
-    chosen = jnp.take_along_axis(log_p, jnp.roll(tokens_bt, -1, axis=1)[..., None], axis=2)[..., 0]
+    chosen = jnp.take_along_axis(log_p, next_bt[..., None], axis=2)[..., 0]
     return jnp.where(is_target_bt, -chosen, 0.0)
 
 
@@ -168,12 +253,12 @@ def test_chunked_loss_and_gradient_are_those_of_whole_logits(model: Model, chunk
     rng = np.random.default_rng(chunk)
     graphdef, params = model
     hidden = jnp.asarray(rng.standard_normal((4, 21, 32)), jnp.float32)
-    tokens = jnp.asarray(rng.integers(0, 400, (4, 21)), jnp.int32)
+    next_bt = jnp.asarray(rng.integers(0, 400, (4, 21)), jnp.int32)
     weight = jnp.asarray(rng.random((4, 21)), jnp.float32)
 
     def gradient_of(nll: Any) -> Any:
         def loss(params: nnx.State, hidden: jax.Array, is_target: jax.Array) -> jax.Array:
-            return (weight * nll(nnx.merge(graphdef, params), hidden, tokens, is_target)).sum()
+            return (weight * nll(nnx.merge(graphdef, params), hidden, next_bt, is_target)).sum()
 
         return jax.jit(jax.value_and_grad(loss, (0, 1)))
 

@@ -29,10 +29,10 @@ graphdef, params = abstract_params(llama_8b, mesh, "bfloat16")
 rows = shape[0] * shape[1]
 batch = [
     jax.ShapeDtypeStruct((rows, length), dtype, sharding=named_sharding(mesh, "batch", "length"))
-    for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.bool_, jnp.bool_)
+    for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.bool_, jnp.bool_)
 ]
 with jax.set_mesh(mesh):
-    lowered = score_batch.lower(graphdef, params, *batch, max_segments=64, chunk=256 * rows)
+    lowered = score_batch.lower(graphdef, params, *batch, max_segments=64, chunk=256 * rows, longest=512)
 compiled = lowered.compile()
 memory = compiled.memory_analysis()
 sizes = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}

@@ -1,4 +1,4 @@
-"""YAML and `a.b=c` overrides -> settings; what is wrong with them, in words."""
+"""YAML files and `a.b=c` overrides -> settings; what is wrong with them, in words."""
 
 from __future__ import annotations
 
@@ -25,34 +25,47 @@ def setting_names(settings: type[pydantic.BaseModel] = Config, prefix: str = "")
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies `a.b=c` overrides, the last one winning.
+    """Reads a YAML file and applies what follows, the last one winning.
 
     Args:
       path: the YAML file; None starts from the defaults alone.
-      overrides: `train.learning_rate=1e-4`; values are read as YAML.
+      overrides: `train.learning_rate=1e-4`, values read as YAML; or further YAML files, whose settings are
+        laid over those before, such as `hardware/v5e-64.yaml`.
 
     Raises:
-      ConfigError: the file is missing or no mapping, a key is unknown (with the nearest valid one), a value
-        has the wrong type or range.
+      ConfigError: a file is missing or no mapping, a key is unknown (with the nearest valid one), a value has
+        the wrong type or range.
     """
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except OSError as e:
-            raise ConfigError(f"config: cannot read {path}: {e.strerror}") from e
-        except yaml.YAMLError as e:
-            raise ConfigError(f"config: {path} is not valid YAML: {e}") from e
-        if not isinstance(tree, dict):
-            raise ConfigError(
-                f"config: {path} must hold settings as `name: value`, not a {type(tree).__name__}"
-            )
+    tree: dict[str, Any] = {} if path is None else _read(path)
     for override in overrides:
-        _override(tree, override)
+        if "=" not in override and override.endswith((".yaml", ".yml")):
+            _lay_over(tree, _read(override))
+        else:
+            _override(tree, override)
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as e:
         raise ConfigError("\n".join(_explain(error) for error in e.errors())) from e
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as e:
+        raise ConfigError(f"config: cannot read {path}: {e.strerror}") from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f"config: {path} is not valid YAML: {e}") from e
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config: {path} must hold settings as `name: value`, not a {type(tree).__name__}")
+    return tree
+
+
+def _lay_over(tree: dict[str, Any], other: dict[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _lay_over(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -73,6 +73,11 @@ class TrainSettings(Settings):
     learning_rate: PositiveFloat = Field(default=2e-5, description="Peak of the schedule.")
     num_epochs: PositiveInt = Field(default=1, description="Passes over the dataset.")
     batch_size: PositiveInt = Field(default=32, description="Packed sequences an optimizer step.")
+    examples_per_step: PositiveInt | None = Field(
+        default=None,
+        description="Examples an optimizer step, as far as batch_size sequences hold them: the global batch "
+        "size of a trainer that does not pack. None: as many as they hold.",
+    )
     gradient_accumulation: PositiveInt = Field(
         default=1,
         description="Micro-batches a step; each holds batch_size / gradient_accumulation sequences.",
@@ -86,7 +91,21 @@ class TrainSettings(Settings):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Of the learning rate after warm-up; cosine and linear end at 0."
     )
-    weight_decay: NonNegativeFloat = Field(default=0.0, description="AdamW's, on matrices only.")
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        default="adamw",
+        description="adafactor: a factored second moment and no first, hence next to no state.",
+    )
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="What trained weights are kept in, whatever model.dtype computes in; adapters are "
+        "float32 in any case.",
+    )
+    stochastic_rounding: bool = Field(
+        default=True,
+        description="param_dtype: bfloat16 only. Round updated weights by chance, so that small updates add "
+        "up instead of being lost.",
+    )
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="On matrices only, times the rate.")
     max_grad_norm: PositiveFloat = Field(default=1.0, description="Global-norm clipping.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's.")
@@ -98,6 +117,34 @@ class TrainSettings(Settings):
         default="base", description="What every round fine-tunes from."
     )
     save_every: PositiveInt = Field(default=50, description="Steps between checkpoints within a training.")
+    keep: PositiveInt = Field(default=1, description="Newest checkpoints that are kept while training.")
+    eval_every: PositiveInt | None = Field(
+        default=None,
+        description="Steps between held-out losses, also by data.source_column; once more after the last. "
+        "None: none while training.",
+    )
+    keep_best: bool = Field(
+        default=False,
+        description="Keep the state with the lowest held-out loss too, as checkpoint/best.",
+    )
+    on_bad_step: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="When loss or gradient is no finite number, or spikes: stop with an error, or skip that "
+        "update and go on.",
+    )
+    spike_factor: float | None = Field(
+        default=None,
+        gt=1,
+        description="A loss over this many times the median of the last 64 steps' makes a bad step. None: "
+        "none does.",
+    )
+    tensorboard: bool = Field(
+        default=False, description="Write TensorBoard events too; needs the extra `tensorboard`."
+    )
+    wandb_project: str | None = Field(
+        default=None,
+        description="Show the training in this Weights & Biases project; needs the extra `wandb`.",
+    )
 
 
 class LoraSettings(Settings):
@@ -123,7 +170,7 @@ class LoraSettings(Settings):
 
 
 class ScoringSettings(Settings):
-    """The forward passes that score; changes speed and memory, never a result."""
+    """The forward passes that score: their speed and memory, and one more column. No selection changes."""
 
     batch_tokens: PositiveInt = Field(
         default=2048, description="Tokens of a packed batch, all devices together."
@@ -131,18 +178,31 @@ class ScoringSettings(Settings):
     unembed_chunk: PositiveInt = Field(
         default=512, description="Target positions whose logits exist at one time."
     )
+    ifd: bool = Field(
+        default=False,
+        description="Also score each response without its prompt, for the column `ifd`. Takes one more pass.",
+    )
 
 
 class Threshold(Settings):
     """Where an axis selects: m population standard deviations from the mean, or a wanted fraction."""
 
-    m: float | None = Field(default=None, description="Standard deviations from the mean.")
+    m: float | None = Field(
+        default=None, description="Standard deviations from the mean; 1 if no fraction is given either."
+    )
     fraction: float | None = Field(
         default=None, gt=0, lt=1, description="Wanted share of samples; the threshold follows."
     )
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _one_of_them(cls, data: typing.Any) -> typing.Any:
+        if isinstance(data, dict) and data.get("m") is None and data.get("fraction") is None:
+            return data | {"m": 1.0}
+        return data
+
     @pydantic.model_validator(mode="after")
-    def _one_of(self) -> Threshold:
+    def _not_both(self) -> Threshold:
         if self.m is not None and self.fraction is not None:
             raise ValueError("give either m or fraction, not both")
         return self
@@ -152,6 +212,11 @@ class ComplexitySettings(Threshold):
     """Hard samples: high loss both before and after training."""
 
     pre_model: Literal["base", "previous"] = Field(default="base", description="Whose loss is loss_pre.")
+    normalise: Literal["none", "length"] = Field(
+        default="none",
+        description="none: the losses as they are, as published; length: less what their dependence on log "
+        "answer length explains, so that short answers are not hard for being short.",
+    )
 
 
 class DiversitySettings(Threshold):
@@ -162,6 +227,16 @@ class DiversitySettings(Threshold):
         default="templated",
         description="templated: the prompt's span of the rendered conversation; raw: the prompt alone.",
     )
+    embedder: Literal["post", "pre"] = Field(
+        default="post",
+        description="Whose embeddings. post: of the model under training, as published; pre: of "
+        "complexity.pre_model. base is frozen, so that a later round compares only what changed.",
+    )
+    ignore_duplicates: bool = Field(
+        default=False,
+        description="Samples with exactly the same prompt are not each other's neighbours. They are reported "
+        "either way.",
+    )
 
 
 class QualitySettings(Threshold):
@@ -170,6 +245,16 @@ class QualitySettings(Threshold):
     method: Literal["expected", "sample"] = Field(
         default="expected",
         description="expected: mean score under the model's own probabilities; sample: generate and parse.",
+    )
+    score: Literal["expected", "log_odds"] = Field(
+        default="expected",
+        description="method: expected only. expected: the mean of the eleven ratings, 0 to 10; log_odds: of "
+        "a rating above 5 against one below, in nats.",
+    )
+    score_temperature: PositiveFloat = Field(
+        default=1.0,
+        description="method: expected only. Divides the ratings' log-probabilities before `score` is taken "
+        "of them; under 1 the likeliest rating counts for more.",
     )
     max_new_tokens: PositiveInt = Field(default=1024, description="method: sample only.")
     temperature: PositiveFloat = Field(default=0.1, description="method: sample only.")
@@ -203,20 +288,18 @@ class Config(Settings):
     train: TrainSettings = TrainSettings()
     lora: LoraSettings = LoraSettings()
     scoring: ScoringSettings = ScoringSettings()
-    complexity: ComplexitySettings = ComplexitySettings(m=1.0)
-    diversity: DiversitySettings = DiversitySettings(m=1.0)
-    quality: QualitySettings = QualitySettings(m=1.0)
+    complexity: ComplexitySettings = ComplexitySettings()
+    diversity: DiversitySettings = DiversitySettings()
+    quality: QualitySettings = QualitySettings()
     refine: RefineSettings = RefineSettings()
     serve: ServeSettings = ServeSettings()
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Config:
-        for axis in ("complexity", "diversity", "quality"):
-            group: Threshold = getattr(self, axis)
-            if group.m is None and group.fraction is None:
-                raise ValueError(f"{axis}: give {axis}.m or {axis}.fraction")
         if self.train.batch_size % self.train.gradient_accumulation:
             raise ValueError("train.gradient_accumulation must divide train.batch_size")
+        if self.train.keep_best and self.train.eval_every is None:
+            raise ValueError("train.keep_best needs train.eval_every, to know which state is the best")
         if self.train.pack_length is not None and self.train.pack_length < self.model.max_length:
             raise ValueError(
                 "train.pack_length must be at least model.max_length, or the longest rows fit nowhere"

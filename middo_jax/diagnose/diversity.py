@@ -5,14 +5,14 @@ Axes: k neighbour, d embedding width, n sample, m query, u row that has a direct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from middo_jax.diagnose.ring import CHUNK, PADDING, ROWS, Rows, Shares, k_nearest
+from middo_jax.diagnose.ring import CHUNK, PADDING, ROWS, Best, Rows, Shares, k_nearest, k_nearest_both_ways
 from middo_jax.parallel.hosts import to_host
 
 BLOCK = 1024  # samples by samples whose similarities exist at a time: 4 MB, which a CPU's cache holds
@@ -74,24 +74,59 @@ def nearest_neighbours(
         if on_progress is not None:
             on_progress(round(share * len(asking)), len(asking))
 
-    best = to_host(k_nearest(queries, samples, k, mesh, on_progress=progress))
-    similarity_uk, number_uk = (best_ku[:, : len(asking)].T for best_ku in best)
-    n = len(embedding_nd if query_md is None else query_md)
-    index_nk = np.full((n, k), -1, np.int32)
-    similarity_nk = np.full((n, k), np.nan, np.float32)
-    u, j = np.nonzero(number_uk >= 0)
-    index_nk[asking[u], j] = usable[number_uk[u, j]]
-    similarity_nk[asking[u], j] = similarity_uk[u, j]
-    return Neighbours(index_nk, similarity_nk)
+    best = k_nearest(queries, samples, k, mesh, on_progress=progress)
+    return _gathered(best, asking, usable, len(embedding_nd if query_md is None else query_md))
 
 
-def groups(keys: Iterable[Hashable]) -> np.ndarray:
-    """[n] int32, equal where the keys are: the number of the first that was like it.
+def neighbours_through(
+    embedding_nd: np.ndarray,
+    chosen_m: np.ndarray,
+    k: int,
+    mesh: Mesh,
+    *,
+    group_n: np.ndarray | None = None,
+    block: int = BLOCK,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[Neighbours, Neighbours]:
+    """Of the pairs that hold a chosen sample, and no others: the chosen's neighbours, and all samples' there.
 
-    ["a", "b", "a"]  ->  [0, 1, 0]
+    Args:
+      embedding_nd, k, mesh, group_n, block: see `nearest_neighbours`.
+      chosen_m: ascending numbers of some samples.
+      on_progress: called with (chosen samples done, all of them).
+
+    Returns:
+      (the k nearest samples of each of the m chosen, the k nearest chosen ones of each of the n samples).
     """
-    first: dict[Hashable, int] = {}
-    return np.fromiter((first.setdefault(key, i) for i, key in enumerate(keys)), np.int32)
+    usable = _with_direction(embedding_nd)
+    number_u = np.arange(len(usable), dtype=np.int32)
+    group_u = number_u if group_n is None else group_n[usable]
+    samples = _spread(embedding_nd, usable, number_u, group_u, mesh, block)
+    is_usable_m = np.isin(chosen_m, usable)
+    asking = chosen_m[is_usable_m]
+    number_a = np.searchsorted(usable, asking)
+    queries = _spread(embedding_nd, asking, number_a, group_u[number_a], mesh, block)
+
+    def progress(share: float) -> None:
+        if on_progress is not None:
+            on_progress(round(share * len(chosen_m)), len(chosen_m))
+
+    found, brought = k_nearest_both_ways(queries, samples, k, mesh, on_progress=progress)
+    return (
+        _gathered(found, np.flatnonzero(is_usable_m), usable, len(chosen_m)),
+        _gathered(brought, usable, usable, len(embedding_nd)),
+    )
+
+
+def _gathered(best: Best, row_u: np.ndarray, usable: np.ndarray, n: int) -> Neighbours:
+    """Of n rows: what was found for `row_u`, in samples; nothing for the others."""
+    similarity_uk, number_uk = (best_ku[:, : len(row_u)].T for best_ku in to_host(best))
+    index_nk = np.full((n, similarity_uk.shape[1]), -1, np.int32)
+    similarity_nk = np.full(index_nk.shape, np.nan, np.float32)
+    u, j = np.nonzero(number_uk >= 0)
+    index_nk[row_u[u], j] = usable[number_uk[u, j]]
+    similarity_nk[row_u[u], j] = similarity_uk[u, j]
+    return Neighbours(index_nk, similarity_nk)
 
 
 def _with_direction(embedding_nd: np.ndarray) -> np.ndarray:

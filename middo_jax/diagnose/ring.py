@@ -76,11 +76,35 @@ def k_nearest(
       mesh: where both are.
       on_progress: called with the share of the work that is done.
     """
-    mutual = queries is samples
+    found, brought = _around(queries, samples, k, mesh, queries is samples, on_progress)
+    return _merged(found, brought) if queries is samples else found
+
+
+def k_nearest_both_ways(
+    queries: Shares, samples: Shares, k: int, mesh: Mesh, *, on_progress: Callable[[float], object]
+) -> tuple[Best, Best]:
+    """(`k_nearest` of every query among the samples, of every sample among the queries).
+
+    One product serves both. The queries are some of the samples, with their numbers and groups, as shares of
+    their own.
+    """
+    return _around(queries, samples, k, mesh, True, on_progress)
+
+
+def _around(
+    queries: Shares,
+    samples: Shares,
+    k: int,
+    mesh: Mesh,
+    both_ways: bool,
+    on_progress: Callable[[float], object],
+) -> tuple[Best, Best]:
+    """What the queries found among the samples and, if `both_ways`, the samples among the queries."""
+    same = queries is samples
     # Half way around, every two shares have met; those opposite each other meet twice, on both devices.
-    steps = mesh.size // 2 + 1 if mutual else mesh.size
+    steps = mesh.size // 2 + 1 if same else mesh.size
     calls = [(step, at) for step in range(steps) for at in range(queries.blocks)]
-    tiles = [samples.blocks - (at if mutual and step == 0 else 0) for step, at in calls]
+    tiles = [samples.blocks - (at if same and step == 0 else 0) for step, at in calls]
     visitors, found, brought = samples.rows, _nothing(k, queries, mesh), _nothing(k, samples, mesh)
     for (step, at), done in zip(calls, itertools.accumulate(tiles), strict=True):
         if step and at == 0:
@@ -96,13 +120,12 @@ def k_nearest(
             mesh=mesh,
             query_block=queries.block,
             block=samples.block,
-            mutual=mutual and (step == 0 or 2 * step != mesh.size),
+            same=same,
+            both_ways=both_ways and not (same and step and 2 * step == mesh.size),
         )
         jax.block_until_ready(found)
         on_progress(done / sum(tiles))
-    if mutual:
-        found = _merged(found, _rotate(brought, mesh=mesh, spec=_BEST, by=1 - steps))
-    return found
+    return found, _rotate(brought, mesh=mesh, spec=_BEST, by=1 - steps) if both_ways else brought
 
 
 def _nothing(k: int, shares: Shares, mesh: Mesh) -> Best:
@@ -128,7 +151,7 @@ def _rotate(tree: Tree, *, mesh: Mesh, spec: PartitionSpec, by: int) -> Tree:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("mesh", "query_block", "block", "mutual"),
+    static_argnames=("mesh", "query_block", "block", "same", "both_ways"),
     donate_argnames=("found", "brought"),
 )
 def _meet(
@@ -142,9 +165,13 @@ def _meet(
     mesh: Mesh,
     query_block: int,
     block: int,
-    mutual: bool,
+    same: bool,
+    both_ways: bool,
 ) -> tuple[Best, Best]:
-    """Block `at` of each device's queries meets its visitors; if `mutual`, these look for neighbours too."""
+    """Block `at` of each device's queries meets its visitors; if `both_ways`, these look for neighbours too.
+
+    `same` says that queries and visitors are the same rows, so that at step 0 each share visits itself.
+    """
 
     def on_device(
         queries: Rows, visitors: Rows, found: Best, brought: Best, step: jax.Array, at: jax.Array
@@ -160,16 +187,16 @@ def _meet(
             )
             is_pair_qc = query.group_n[:, None] != candidate.group_n
             is_pair_qc &= (query.group_n[:, None] != PADDING) & (candidate.group_n != PADDING)
-            if mutual:  # a share that visits itself: each pair counts once
+            if same:  # a share that visits itself: each pair counts once
                 is_pair_qc &= (step > 0) | (query.number_n[:, None] < candidate.number_n)
             similarity_qc = jnp.where(is_pair_qc, similarity_qc, -jnp.inf)
             ours = _updated(ours, similarity_qc, 1, candidate.number_n)
-            if mutual:
+            if both_ways:
                 theirs = _updated(_block(brought, b, block, axis=1), similarity_qc, 0, query.number_n)
                 brought = _replaced(brought, theirs, b * block)
             return ours, brought
 
-        first = jnp.where(step == 0, at, 0) if mutual else 0
+        first = jnp.where(step == 0, at, 0) if same else 0
         last = len(visitors.number_n) // block
         ours = _block(found, at, query_block, axis=1)
         ours, brought = jax.lax.fori_loop(first, last, tile, (ours, brought))

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from middo_jax.config import Config, Threshold
+from middo_jax.diagnose.duplicates import count_duplicates
 from middo_jax.diagnose.table import as_floats, set_flags
 
 SWEEP = tuple(round(0.25 * i, 2) for i in range(13))  # m from 0 to 3
@@ -87,6 +88,26 @@ def select_axis(columns: dict[str, np.ndarray], sign: int, threshold: Threshold)
     )
 
 
+def at_mean_length(loss: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+    """[n] losses as they would be if all answers had the geometric mean of their lengths.
+
+    The mean loss of a short answer is higher and scatters more: its first tokens are the hardest to foresee.
+    What the least-squares line of loss over log length says of a sample's length is taken off its loss.
+
+    loss [4, 3, 2, 2], n_tokens [1, 2, 4, 4]  ->  the line falls by 1 for every doubling; all are 2.75
+
+    Args:
+      loss: [n] nats a token, NaN where missing; these stay so.
+      n_tokens: [n] targets.
+    """
+    known = np.isfinite(loss) & (n_tokens > 0)
+    length = np.log(np.where(known, n_tokens, 1))
+    length -= length[known].mean()
+    spread = float(np.sum(length[known] ** 2))
+    slope = float(length[known] @ loss[known]) / spread if spread > 0 else 0.0
+    return loss - slope * length
+
+
 def m_of_fraction(badness: np.ndarray, fraction: float) -> float:
     """The m with which `badness > m` selects round(fraction * n) samples, fewer if there are ties.
 
@@ -103,7 +124,8 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
 
     Returns:
       The table with `hard`, `sparse`, `low_quality` filled in for the axes that have scores, and
-      selection.json: thresholds, counts, ids, overlap, and how many each m would select.
+      selection.json: thresholds, counts, ids, overlap, how many each m would select, and how many samples
+      have the same prompt as another (None where that was not looked at).
     """
     axes = {
         "complexity": (("loss_pre", "loss_post"), 1, config.complexity),
@@ -118,6 +140,9 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
         columns = {name: as_floats(table, name) for name in names}
         if any(np.isnan(values).all() for values in columns.values()):
             continue  # not computed
+        if axis == "complexity" and config.complexity.normalise == "length":
+            n_tokens = as_floats(table, "n_target_tokens")
+            columns = {name: at_mean_length(values, n_tokens) for name, values in columns.items()}
         chosen = select_axis(columns, sign, threshold)
         flags[SETS[axis]] = chosen.selected
         facts[axis] = chosen.facts | {"ids": ids[chosen.selected].tolist()}
@@ -132,7 +157,16 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
     }
     if len(known) == len(SETS):
         overlap["all"] = int(np.logical_and.reduce(list(known.values())).sum())
-    return set_flags(table, flags), {"n": len(table), "axes": facts, "overlap": overlap, "sweep": sweep}
+    hashes = table["prompt_hash"].drop_null().to_pylist()
+    duplicates = count_duplicates(hashes) if hashes else None
+    selection = {
+        "n": len(table),
+        "axes": facts,
+        "overlap": overlap,
+        "sweep": sweep,
+        "duplicates": duplicates,
+    }
+    return set_flags(table, flags), selection
 
 
 def _finite(x: float) -> float | None:

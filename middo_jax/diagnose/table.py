@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from middo_jax.diagnose.diversity import Neighbours
+from middo_jax.diagnose.ifd import ifd
 from middo_jax.diagnose.quality import quality
 from middo_jax.diagnose.rubrics import COLUMNS
 from middo_jax.run_dir import atomic
@@ -25,6 +26,9 @@ SCHEMA = pa.schema(
         ("knn_mean_sim", pa.float32()),
         ("knn_ids", pa.list_(pa.string())),
         ("knn_sims", pa.list_(pa.float32())),
+        ("prompt_hash", pa.string()),
+        ("loss_unconditional", pa.float32()),
+        ("ifd", pa.float32()),
         *((column, pa.float32()) for column in COLUMNS),
         ("quality", pa.float32()),
         ("hard", pa.bool_()),
@@ -33,6 +37,9 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
+ADDED = frozenset(
+    {"prompt_hash", "loss_unconditional", "ifd"}
+)  # tables that are older than these are read too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,8 @@ class Measured:
       truncated: [n].
       neighbours: of the embeddings.
       ratings: [n, 6] as `rubrics.COLUMNS`.
+      prompt_hashes: [n], see `duplicates.prompt_hash`.
+      loss_unconditional: [n] like loss_post, of the responses alone.
     """
 
     ids: Sequence[str]
@@ -55,6 +64,8 @@ class Measured:
     loss_post: np.ndarray | None = None
     neighbours: Neighbours | None = None
     ratings: np.ndarray | None = None
+    prompt_hashes: Sequence[str] | None = None
+    loss_unconditional: np.ndarray | None = None
 
     def to_table(self) -> pa.Table:
         """A table of SCHEMA; what is not finite becomes null, and `error` says so."""
@@ -65,7 +76,10 @@ class Measured:
             "loss_post": self.loss_post,
             "knn_mean_sim": None if knn is None else knn.mean_similarity(),
             "quality": None if self.ratings is None else quality(self.ratings),
+            "loss_unconditional": self.loss_unconditional,
         }
+        if self.loss_post is not None and self.loss_unconditional is not None:
+            floats["ifd"] = ifd(self.loss_post, self.loss_unconditional)
         for i, column in enumerate(COLUMNS):
             floats[column] = None if self.ratings is None else self.ratings[:, i]
         columns = {name: _nullable(values) for name, values in floats.items() if values is not None}
@@ -75,6 +89,8 @@ class Measured:
             "truncated": pa.array(self.truncated, pa.bool_()),
             "error": pa.array(_errors(floats, n), pa.string()),
         }
+        if self.prompt_hashes is not None:
+            columns["prompt_hash"] = pa.array(self.prompt_hashes, pa.string())
         if knn is not None:
             found = [row >= 0 for row in knn.index_nk]
             ids = [[self.ids[i] for i in row[ok]] for row, ok in zip(knn.index_nk, found, strict=True)]
@@ -90,18 +106,32 @@ def write_scores(path: Path, table: pa.Table) -> None:
 
 
 def read_scores(path: Path) -> pa.Table:
-    """Reads scores.parquet back.
+    """Reads scores.parquet back; columns that it is too old to have are null.
 
     Raises:
       ValueError: the file is not one of ours.
     """
     table = pq.read_table(path)
+    for name in sorted(ADDED.difference(table.column_names)):
+        table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         raise ValueError(
             f"{path}: not a score table: no column {', '.join(missing)}; run `middo score` again"
         )
     return table.select(SCHEMA.names).cast(SCHEMA)
+
+
+def neighbours_of(table: pa.Table, k: int) -> Neighbours:
+    """The neighbours that a table names, k of each row, as they were found."""
+    place = {id_: i for i, id_ in enumerate(table["id"].to_pylist())}
+    index_nk = np.full((len(table), k), -1, np.int32)
+    similarity_nk = np.full((len(table), k), np.nan, np.float32)
+    rows = zip(table["knn_ids"].to_pylist(), table["knn_sims"].to_pylist(), strict=True)
+    for i, (ids, sims) in enumerate(rows):
+        index_nk[i, : len(ids)] = [place[id_] for id_ in ids]
+        similarity_nk[i, : len(sims)] = sims
+    return Neighbours(index_nk, similarity_nk)
 
 
 def as_floats(table: pa.Table, column: str) -> np.ndarray:

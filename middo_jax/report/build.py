@@ -188,6 +188,7 @@ def _round(
     return {
         "sets": sets,
         "overlap": selection["overlap"] if selection else None,
+        "duplicates": selection.get("duplicates") if selection else None,  # older folders do not say
         "n_scored_rows": len(scores) if folder.scores.exists() else None,
         "set_plot": _set_plot(selection) if selection else None,
         "plots": _score_plots(scores, sets) | {"sweep": _sweep(selection)},

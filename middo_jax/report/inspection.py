@@ -77,7 +77,10 @@ def inspect_tokens(
             "tokens_cut": sum(map(len, whole)) - sum(lengths),
             "total": sum(lengths),
             "target_share": sum(int(t.is_target_n.sum()) for t in tokenized) / sum(lengths),
-            "scoring": {"fill": sum(lengths) / computed, "shapes": [[b.batch, b.length] for b in buckets]},
+            "scoring": {
+                "fill": sum(lengths) / computed,
+                "shapes": [[b.batch, b.length, b.longest] for b in buckets],
+            },
             "training": {"fill": sum(lengths) / (len(rows) * pack_length), "rows": len(rows)},
             "pack_length": pack_length,
         },

@@ -31,20 +31,41 @@ def render_selection(selection: dict[str, Any]) -> str:
             f"{_AXES[axis]:<12} {len(facts['ids']):>6} of {facts['n_scored']}  m {m}  {bounds}{nulls}"
         )
     lines += [f"{name:<12} {n:>6}" for name, n in selection["overlap"].items()]
+    if duplicates := selection["duplicates"]:
+        lines.append(f"{'same prompt':<12} {duplicates['n_samples']:>6} in {duplicates['n_groups']} groups")
     for axis, points in selection["sweep"].items():
         counts = "  ".join(f"{point['m']:g}: {point['n']}" for point in points)
         lines.append(f"{_AXES[axis]} by m   {counts}")
     return "\n".join(lines) or "no axis has scores"
 
 
-def render_batch(state: dict[str, Any], directory: Path, written: Path | None) -> str:
-    """Where refining by batch files stands, and the next command."""
+def render_dry_run(plan: dict[str, Any]) -> str:
+    """What refining would ask for, in numbers, and the first of its requests."""
+    rows = plan["rows"]
+    probe = ", the first to find out whether the server honours a schema" if plan["probes"] else ""
+    lines = [
+        f"{len(rows):,} new prompts, then their answers: {plan['requests']:,} requests{probe}",
+        f"prompt tokens: about {plan['prompt_tokens_estimate']:,}",
+        f"completion tokens: about {plan['completion_tokens_estimate']:,}, "
+        f"at most {plan['completion_tokens_at_most']:,}",
+        f"at refine.prices: about ${plan['usd_estimate']:.4f}, at most ${plan['usd_at_most']:.4f}",
+        "corrections, retries and further attempts come on top",
+    ]
+    if rows:
+        lines.append("\nthe first new prompt is asked for so (--json shows all):")
+        lines += [
+            textwrap.indent(f"[{turn['role']}]\n{turn['content']}", "  ") for turn in rows[0]["messages"]
+        ]
+    return printable("\n".join(lines))
+
+
+def render_batch(state: dict[str, Any], command: str, written: Path | None) -> str:
+    """Where refining by batch files stands, and how `command` goes on."""
     lines = [f"{state['taken']:,} results taken in"] if state["taken"] else []
     if state["failed"]:
         lines.append(
             f"{state['failed']:,} results are failures and asked again, the first: {state['first_failure']}"
         )
-    command = f"middo refine {directory}"
     if written is None:
         lines.append(f"{state['waiting']:,} requests wait; next: {command} --write-batch FILE")
     else:
@@ -112,7 +133,7 @@ def _lengths(tokens: dict[str, Any]) -> list[str]:
         f"{tokens['tokens_cut']:,} tokens",
         f"learnt: {tokens['target_share']:.1%} of {tokens['total']:,} tokens",
         f"packed for scoring: {tokens['scoring']['fill']:.1%} full, {len(shapes)} compiled "
-        f"{'shape' if len(shapes) == 1 else 'shapes'} ({', '.join(f'{b} x {t:,}' for b, t in shapes)})",
+        f"{'shape' if len(shapes) == 1 else 'shapes'} ({', '.join(f'{b} x {t:,}' for b, t, _ in shapes)})",
         f"packed for training: {tokens['training']['fill']:.1%} full, "
         f"{tokens['training']['rows']:,} rows of {tokens['pack_length']:,}",
     ]

@@ -61,7 +61,7 @@ def batch_stage(
     client = BatchClient(config.refine, config.refine.model, cache, config.seed, Ledger(cache, config.name))
     taken: set[str] = set()
     while True:
-        client.waiting.clear()
+        client.start_over()
         try:
             refine_stage(workshop, directory, 0, cache, batch=client)
             return BatchState(len(taken), 0, 0, None)

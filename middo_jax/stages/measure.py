@@ -14,10 +14,9 @@ from middo_jax.stages.score import ratings, raw_prompt
 from middo_jax.workshop import Workshop
 
 if TYPE_CHECKING:
-    from flax import nnx
-
     from middo_jax.data.tokenize import TokenizedExample
     from middo_jax.diagnose.score import ExampleScores
+    from middo_jax.models.lora import Model
     from middo_jax.refine import Outcome
     from middo_jax.refine.gates import Measurement
 
@@ -46,8 +45,15 @@ class UnderTraining:
         self._workshop, self._directory, self._model = workshop, directory, model
 
     @functools.cached_property
-    def _loaded(self) -> tuple[nnx.GraphDef, nnx.State]:
+    def _loaded(self) -> Model:
         return self._workshop.load_model(self._model)
+
+    @functools.cached_property
+    def _embedder(self) -> Model | None:
+        """The model that made the dataset's embeddings, if it is another."""
+        record = self._directory.stages()["score"]
+        named = record.get("embedder", record["model"])
+        return None if named == record["model"] else self._workshop.load_model(Path(named))
 
     def measure(self, outcomes: Sequence[Outcome]) -> list[Measurement]:
         """All but the rating of each outcome's child: losses and embeddings in one pass, then neighbours."""
@@ -62,11 +68,13 @@ class UnderTraining:
         place = {id_: i for i, id_ in enumerate(rows)}
         k = max(len(row["knn_ids"] or ()) for row in rows.values())
         tokenized = self._workshop.tokenize(children)
-        scores = self._scores("rewrites measured", tokenized)
+        scores = self._scores("rewrites measured", self._loaded, tokenized)
         embedding_md = scores.embedding_nd
-        if k and self._workshop.config.diversity.text == "raw":  # as the dataset's own embeddings were made
-            raw = [raw_prompt(self._workshop, child) for child in children]
-            embedding_md = self._scores("embeddings of raw prompts", raw).embedding_nd
+        is_raw = self._workshop.config.diversity.text == "raw"
+        if k and (is_raw or self._embedder):  # as the dataset's own embeddings were made
+            embedded = [raw_prompt(self._workshop, child) for child in children] if is_raw else tokenized
+            model = self._embedder or self._loaded
+            embedding_md = self._scores("embeddings of rewrites", model, embedded).embedding_nd
         k = k or self._workshop.config.diversity.k
         dataset_nd = np.load(self._directory.embeddings, mmap_mode="r", allow_pickle=False)
         source_m = np.array([place[outcome.task.source.id] for outcome in outcomes])
@@ -94,21 +102,22 @@ class UnderTraining:
         """The judge's q of each, None where it could not be read."""
         from middo_jax.diagnose.quality import quality
 
-        return [_finite(q) for q in quality(ratings(self._workshop, *self._loaded, examples))]
+        return [_finite(q) for q in quality(ratings(self._workshop, *self._loaded, examples)[0])]
 
-    def _scores(self, name: str, tokenized: Sequence[TokenizedExample]) -> ExampleScores:
+    def _scores(self, name: str, model: Model, tokenized: Sequence[TokenizedExample]) -> ExampleScores:
         from middo_jax.diagnose.score import score_examples
 
         scoring = self._workshop.config.scoring
-        with self._workshop.progress.task(name) as advance:
-            return score_examples(
-                *self._loaded,
-                tokenized,
-                mesh=self._workshop.mesh,
-                batch_tokens=scoring.batch_tokens,
-                chunk=scoring.unembed_chunk,
-                on_progress=advance,
-            )
+        scores, _ = score_examples(
+            *model,
+            tokenized,
+            mesh=self._workshop.mesh,
+            batch_tokens=scoring.batch_tokens,
+            chunk=scoring.unembed_chunk,
+            progress=self._workshop.progress,
+            name=name,
+        )
+        return scores
 
 
 def _raised(core: dict[str, Any], similarity: float | None) -> float | None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import itertools
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
-from middo_jax.data.tokenize import TokenizedExample, eos_token_ids
+from middo_jax.data.tokenize import TokenizedExample, eos_token_ids, response_header
 from middo_jax.run_dir import RoundDir, RunError, write_json
+from middo_jax.stages.before import measure_before
 from middo_jax.workshop import Workshop, read_dataset
 
 if TYPE_CHECKING:
+    import numpy as np
     from flax import nnx
+
+    from middo_jax.diagnose.sweep import PassFacts
+    from middo_jax.models.lora import Model
 
 AXES = ("complexity", "diversity", "quality")
 
@@ -25,6 +32,8 @@ def score_stage(
     model: Path,
     pre_model: Path | None,
     axes: Collection[str] = AXES,
+    *,
+    earlier: RoundDir | None = None,
 ) -> None:
     """Measures the folder's dataset: scores.parquet and embeddings.npy.
 
@@ -34,10 +43,14 @@ def score_stage(
       model: M_t, whose loss after training, embeddings and ratings are taken.
       pre_model: whose loss is loss_pre; None leaves it null.
       axes: what to measure; the loss under `model` comes with any of them.
+      earlier: an earlier round's folder. Its samples that are still the same are not measured again under
+        `pre_model`, if that is the same too.
     """
     import numpy as np
 
-    from middo_jax.diagnose.diversity import nearest_neighbours
+    from middo_jax.diagnose.duplicates import count_duplicates, groups, prompt_hash
+    from middo_jax.diagnose.ifd import mean_by_example, responses_alone
+    from middo_jax.diagnose.incremental import Earlier, updated_neighbours
     from middo_jax.diagnose.score import ExampleScores, score_examples
     from middo_jax.diagnose.table import Measured, write_scores
     from middo_jax.models.lora import without_adapters
@@ -47,43 +60,74 @@ def score_stage(
     config, began = workshop.config, time.monotonic()
     examples = read_dataset(directory)
     tokenized = workshop.tokenize(examples)
+    passes: dict[str, PassFacts] = {}
 
-    def scored(
-        name: str, graphdef: nnx.GraphDef, params: nnx.State, of: list[TokenizedExample]
-    ) -> ExampleScores:
-        with workshop.progress.task(name) as advance:
-            return score_examples(
-                graphdef,
-                params,
-                of,
-                mesh=workshop.mesh,
-                batch_tokens=config.scoring.batch_tokens,
-                chunk=config.scoring.unembed_chunk,
-                on_progress=advance,
-            )
+    def scored(name: str, model: Model, of: Sequence[TokenizedExample]) -> ExampleScores:
+        scores, passes[name] = score_examples(
+            *model,
+            of,
+            mesh=workshop.mesh,
+            batch_tokens=config.scoring.batch_tokens,
+            chunk=config.scoring.unembed_chunk,
+            progress=workshop.progress,
+            name=name,
+        )
+        return scores
 
+    diversity, with_diversity = config.diversity, "diversity" in axes
+    raw = [raw_prompt(workshop, example) for example in examples] if diversity.text == "raw" else None
+    hashes = [prompt_hash(e) for e in raw or tokenized]
     before = base = None
-    if pre_model is not None and "complexity" in axes:
+    embeds_before = with_diversity and diversity.embedder == "pre"
+    if embeds_before and pre_model is None:
+        raise RunError(
+            "config: diversity.embedder=pre, and there is no model before training: give --pre-model, or set "
+            "diversity.embedder=post"
+        )
+    if pre_model is not None and ("complexity" in axes or embeds_before):
         pre = workshop.load_model(pre_model)
-        before = scored("loss before training", *pre, tokenized)
+        before = measure_before(
+            workshop,
+            pre_model,
+            pre,
+            tokenized,
+            raw,
+            hashes,
+            with_loss="complexity" in axes,
+            with_embeddings=embeds_before,
+            earlier=earlier,
+            scored=scored,
+        )
         # Adapters leave their base as it is: both models may stand on one, which then is loaded once.
         base = without_adapters(*pre) if locate(pre_model).weights == locate(model).weights else None
         del pre
         gc.collect()
-    graphdef, params = workshop.load_model(model, base=base)
-    after = scored("loss and embeddings", graphdef, params, tokenized)
-    embedding_nd = after.embedding_nd
-    if "diversity" in axes and config.diversity.text == "raw":
-        raw = [raw_prompt(workshop, example) for example in examples]
-        embedding_nd = scored("embeddings of raw prompts", graphdef, params, raw).embedding_nd
-    neighbours = rated = None
-    if "diversity" in axes:
+    loaded = workshop.load_model(model, base=base)
+    after = scored("loss and embeddings", loaded, tokenized)
+    known, embedding_nd = Earlier.nothing(len(examples), diversity.k), after.embedding_nd
+    if before is not None and before.embedding_nd is not None:
+        known, embedding_nd = before.earlier, before.embedding_nd
+    elif with_diversity and raw is not None:
+        embedding_nd = scored("embeddings of raw prompts", loaded, raw).embedding_nd
+    neighbours = rated = unconditional_n = None
+    if with_diversity:
         with workshop.progress.task("neighbours") as advance:
-            neighbours = nearest_neighbours(
-                embedding_nd, config.diversity.k, workshop.mesh, on_progress=advance
+            neighbours = updated_neighbours(
+                embedding_nd,
+                diversity.k,
+                workshop.mesh,
+                known,
+                group_n=groups(hashes) if diversity.ignore_duplicates else None,
+                on_progress=advance,
             )
+    if config.scoring.ifd:
+        header_n = response_header(workshop.tokenizer)
+        alone = [responses_alone(example, header_n) for example in tokenized]
+        scores = scored("loss of responses alone", loaded, list(itertools.chain(*alone)))
+        unconditional_n = mean_by_example(list(map(len, alone)), scores.loss_n, scores.n_targets_n)
     if "quality" in axes:
-        rated = ratings(workshop, graphdef, params, examples)
+        rated, facts = ratings(workshop, *loaded, examples)
+        passes |= {"ratings": facts} if facts else {}
     measured = Measured(
         ids=[e.id for e in examples],
         n_target_tokens=after.n_targets_n,
@@ -92,24 +136,55 @@ def score_stage(
         loss_post=after.loss_n,
         neighbours=neighbours,
         ratings=rated,
+        prompt_hashes=hashes,
+        loss_unconditional=unconditional_n,
     )
     directory.forget("select")  # its flags are in the table that is replaced now
     write_scores(directory.scores, measured.to_table())
     with atomic(directory.embeddings, "wb") as file:
         np.save(file, embedding_nd, allow_pickle=False)
+    for name, facts in passes.items():
+        workshop.progress.say(f"  {describe(name, facts)}")
     files, seconds = [directory.scores, directory.embeddings], time.monotonic() - began
-    directory.finish("score", files, seconds, n=len(examples), model=str(model.absolute()))
+    directory.finish(
+        "score",
+        files,
+        seconds,
+        n=len(examples),
+        model=str(model.absolute()),
+        embedder=str((pre_model if pre_model and embeds_before else model).absolute()),
+        n_searched=int(known.to_search().sum()) if with_diversity else 0,
+        duplicates=count_duplicates(hashes),
+        **({} if before is None else {"pre_identity": before.identity, "n_kept": before.n_kept}),
+        passes={name: dataclasses.asdict(facts) for name, facts in passes.items()},
+    )
 
 
-def ratings(workshop: Workshop, graphdef: nnx.GraphDef, params: nnx.State, examples: list[Example]) -> Any:
-    """The model's six ratings of every example, [n, 6] as `rubrics.COLUMNS`, by `quality.method`."""
+def describe(name: str, facts: PassFacts) -> str:
+    """One line about a pass: how fast, how much of it was padding, how many shapes."""
+    per_second = facts.real_tokens / max(facts.seconds, 1e-9)
+    shapes = "1 shape" if facts.shapes == 1 else f"{facts.shapes} shapes"
+    return (
+        f"{name}: {per_second:,.0f} real tokens/s, {facts.fill:.1%} of the computed positions real, "
+        f"{shapes} compiled in {facts.compile_seconds:.1f} s"
+    )
+
+
+def ratings(
+    workshop: Workshop, graphdef: nnx.GraphDef, params: nnx.State, examples: list[Example]
+) -> tuple[np.ndarray, PassFacts | None]:
+    """The model's six ratings of every example, [n, 6] as `rubrics.COLUMNS`, by `quality.method`.
+
+    And what the pass took, if it was one: sampling decodes.
+    """
     from middo_jax.diagnose.quality import judge
+    from middo_jax.diagnose.readout import Readout
     from middo_jax.diagnose.sampled import judge_by_sampling
 
     config = workshop.config
-    with workshop.progress.task("ratings") as advance:
-        if config.quality.method == "sample":
-            return judge_by_sampling(
+    if config.quality.method == "sample":
+        with workshop.progress.task("ratings") as advance:
+            sampled = judge_by_sampling(
                 graphdef,
                 params,
                 examples,
@@ -121,16 +196,18 @@ def ratings(workshop: Workshop, graphdef: nnx.GraphDef, params: nnx.State, examp
                 seed=config.seed,
                 on_progress=advance,
             )
-        return judge(
-            graphdef,
-            params,
-            examples,
-            workshop.tokenizer,
-            mesh=workshop.mesh,
-            max_length=config.model.max_length,
-            batch_tokens=config.scoring.batch_tokens,
-            on_progress=advance,
-        )
+        return sampled, None
+    return judge(
+        graphdef,
+        params,
+        examples,
+        workshop.tokenizer,
+        mesh=workshop.mesh,
+        max_length=config.model.max_length,
+        batch_tokens=config.scoring.batch_tokens,
+        readout=Readout(config.quality.score, config.quality.score_temperature),
+        progress=workshop.progress,
+    )
 
 
 def raw_prompt(workshop: Workshop, example: Example) -> TokenizedExample:

@@ -1,34 +1,51 @@
-"""The training stage: a round's dataset -> checkpoint/ and metrics.jsonl."""
+"""The training stage: a round's dataset -> checkpoint/, metrics.jsonl, perhaps evaluations.jsonl."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from middo_jax.config import ConfigError
+from middo_jax.data.example import Example
 from middo_jax.run_dir import RoundDir, RunError
 from middo_jax.workshop import Workshop, read_dataset
 
 if TYPE_CHECKING:
+    from flax import nnx
+
+    from middo_jax.models.decoder import Decoder
     from middo_jax.models.lora import Model
+    from middo_jax.train.evaluations import Evaluate
 
 
-def train_stage(workshop: Workshop, directory: RoundDir, start: Path) -> None:
-    """Fine-tunes `start` on the folder's dataset: checkpoint/ and metrics.jsonl."""
-    from middo_jax.train.sft import StepMetrics, train
+def train_stage(
+    workshop: Workshop, directory: RoundDir, start: Path, heldout: Sequence[Example] = ()
+) -> None:
+    """Fine-tunes `start` on the folder's dataset: checkpoint/ and metrics.jsonl.
+
+    With `train.eval_every` the loss on `heldout` is measured on the way: evaluations.jsonl.
+
+    Raises:
+      ConfigError: that is asked for, and nothing is held out.
+    """
+    from middo_jax.train.metrics import StepMetrics
+    from middo_jax.train.sft import train
 
     config, began = workshop.config, time.monotonic()
+    if config.train.eval_every is not None and not heldout:
+        raise ConfigError(
+            "config: train.eval_every needs examples that are held out; set data.eval_fraction, such as 0.05"
+        )
     (graphdef, params), metadata = load_start(workshop, start)
     tokenized = workshop.tokenize(read_dataset(directory))
-    losses: list[float] = []
     with workshop.progress.task("train", "steps") as advance:
 
         def on_step(metrics: StepMetrics) -> None:
-            losses.append(metrics.loss)
-            note = f"loss {metrics.loss:.3f}, {metrics.tokens_per_second:,.0f} tokens/s"
-            advance(metrics.step, metrics.total_steps, note)
+            advance(metrics.step, metrics.total_steps, metrics.note())
 
         params = train(
             graphdef,
@@ -42,6 +59,7 @@ def train_stage(workshop: Workshop, directory: RoundDir, start: Path) -> None:
             chunk=config.scoring.unembed_chunk,
             metadata=metadata,
             on_step=on_step,
+            evaluate=_evaluate(workshop, graphdef, heldout) if config.train.eval_every else None,
         )
     del params
     gc.collect()
@@ -50,11 +68,40 @@ def train_stage(workshop: Workshop, directory: RoundDir, start: Path) -> None:
     )
 
 
+def _evaluate(workshop: Workshop, graphdef: nnx.GraphDef[Decoder], heldout: Sequence[Example]) -> Evaluate:
+    """All parameters -> loss on the held-out examples, as a whole and by their source."""
+    from middo_jax.evaluate.heldout import heldout_loss
+    from middo_jax.train.evaluations import Evaluation
+
+    config, tokenized = workshop.config, workshop.tokenize(heldout)
+    sources = [str(example.extra.get(config.data.source_column, "")) for example in heldout]
+
+    def evaluate(params: nnx.State) -> Evaluation:
+        found = heldout_loss(
+            graphdef,
+            params,
+            tokenized,
+            mesh=workshop.mesh,
+            batch_tokens=config.scoring.batch_tokens,
+            chunk=config.scoring.unembed_chunk,
+            pack_length=config.model.max_length,
+            sources=sources,
+        )
+        by_source = {name: of._asdict() for name, of in found.by_source.items()}
+        workshop.progress.say(
+            f"held-out loss {found.loss:.4f}"
+            + "".join(f", {name or 'no source'} {of.loss:.4f}" for name, of in found.by_source.items())
+        )
+        return Evaluation(found.loss, found.n_target_tokens, by_source)
+
+    return evaluate
+
+
 def load_start(workshop: Workshop, path: Path) -> tuple[Model, dict[str, Any]]:
     """(the model that a training starts from, what its checkpoint will say about itself).
 
-    Without `lora.rank` all parameters are loaded in float32, to be trained. With it they are loaded in
-    `model.dtype`, with adapters: those of `path` if it has some, to go on with, else fresh ones.
+    Without `lora.rank` all parameters are loaded in `train.param_dtype`, to be trained. With it they are
+    loaded in `model.dtype`, with adapters: those of `path` if it has some, to go on with, else fresh ones.
 
     Raises:
       RunError: the settings ask for other adapters than `path` has, or for adapters on a checkpoint.
@@ -74,7 +121,7 @@ def load_start(workshop: Workshop, path: Path) -> tuple[Model, dict[str, Any]]:
             f"write it as a model of its own with `middo export {path} DIR` and start from that"
         )
     if lora is None:
-        return workshop.load_model(path, "float32"), metadata
+        return workshop.load_model(path, workshop.config.train.param_dtype), metadata
     metadata["lora"] = dataclasses.asdict(lora)
     model = workshop.load_model(path)
     if source.lora is None:

@@ -1,0 +1,108 @@
+"""Neighbours after an edit of the dataset, where embeddings are frozen: old acquaintances are not compared.
+
+A kept sample whose neighbours were all kept has, among the kept ones, the neighbours that it had: its k
+nearest now are among those and the changed samples. One that lost a neighbour is searched anew, as the
+changed ones are.
+
+Axes: n sample, e sample before the edit, k neighbour, u untouched sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from middo_jax.diagnose.diversity import BLOCK, Neighbours, nearest_neighbours, neighbours_through
+
+
+class Earlier(NamedTuple):
+    """Neighbours before the edit, and what became of the samples.
+
+    Attributes:
+      neighbours: [e, k], as `nearest_neighbours` found them.
+      row_n: which of the e samples each one was, ascending where it is not -1; -1: it is new or changed.
+    """
+
+    neighbours: Neighbours
+    row_n: np.ndarray
+
+    @classmethod
+    def nothing(cls, n: int, k: int) -> Earlier:
+        """Of n samples, none of which was there before."""
+        nobody = Neighbours(np.empty((0, k), np.int32), np.empty((0, k), np.float32))
+        return cls(nobody, np.full(n, -1))
+
+    def now(self) -> np.ndarray:
+        """[e, k] the earlier neighbours' numbers today; -1 where there was none, -2 where it is gone."""
+        now_e = np.full(len(self.neighbours.index_nk) + 1, -2, np.int32)
+        now_e[-1] = -1  # of -1
+        now_e[self.row_n[self.row_n >= 0]] = np.flatnonzero(self.row_n >= 0)
+        return now_e[self.neighbours.index_nk]
+
+    def to_search(self) -> np.ndarray:
+        """[n] bool: changed, or has lost a neighbour."""
+        has_lost_e = (self.now() == -2).any(axis=1)
+        return (self.row_n < 0) | np.append(has_lost_e, False)[self.row_n]
+
+
+def rows_before(keys: Sequence[Hashable], earlier_keys: Sequence[Hashable]) -> np.ndarray:
+    """[n] the place that each sample had, -1 where its key is new.
+
+    Of equally near samples the earlier one in the dataset is the nearer: who was overtaken counts as changed.
+
+    ["a", "x", "c", "b"], ["a", "b", "c"]  ->  [0, -1, 2, -1]
+    """
+    place = {key: i for i, key in enumerate(earlier_keys)}
+    row_n = np.fromiter((place.get(key, -1) for key in keys), np.int64, len(keys))
+    highest_n = np.maximum.accumulate(np.r_[-1, row_n])[:-1]
+    return np.where(row_n > highest_n, row_n, -1)
+
+
+def updated_neighbours(
+    embedding_nd: np.ndarray,
+    k: int,
+    mesh: Mesh,
+    earlier: Earlier,
+    *,
+    group_n: np.ndarray | None = None,
+    block: int = BLOCK,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Neighbours:
+    """What `nearest_neighbours` finds, from fewer products: those of `earlier.to_search()` with all samples.
+
+    Args:
+      embedding_nd, k, mesh, group_n, block, on_progress: see `nearest_neighbours`.
+      earlier: found with the same k, of the same embeddings and groups where a sample was kept.
+    """
+    searched = np.flatnonzero(earlier.to_search())
+    if 2 * len(searched) >= len(embedding_nd):  # a whole search multiplies each pair but once
+        return nearest_neighbours(
+            embedding_nd, k, mesh, group_n=group_n, block=block, on_progress=on_progress
+        )
+    found, brought = neighbours_through(
+        embedding_nd, searched, k, mesh, group_n=group_n, block=block, on_progress=on_progress
+    )
+    index_nk = np.empty((len(embedding_nd), k), np.int32)
+    similarity_nk = np.empty((len(embedding_nd), k), np.float32)
+    index_nk[searched], similarity_nk[searched] = found
+    untouched = np.setdiff1d(np.arange(len(embedding_nd)), searched)
+    row_u = earlier.row_n[untouched]
+    before = Neighbours(earlier.now()[row_u], earlier.neighbours.similarity_nk[row_u])
+    index_nk[untouched], similarity_nk[untouched] = _nearest_of_both(
+        before, Neighbours(brought.index_nk[untouched], brought.similarity_nk[untouched])
+    )
+    return Neighbours(index_nk, similarity_nk)
+
+
+def _nearest_of_both(before: Neighbours, brought: Neighbours) -> Neighbours:
+    """The k nearest of the 2k, where a sample may be among both."""
+    is_again_uk = (brought.index_nk[:, :, None] == before.index_nk[:, None, :]).any(axis=2)
+    index = np.concatenate([before.index_nk, np.where(is_again_uk, -1, brought.index_nk)], axis=1)
+    similarity = np.concatenate([before.similarity_nk, brought.similarity_nk], axis=1)
+    similarity = np.where(index >= 0, similarity, -np.inf)
+    nearest = np.lexsort((index, -similarity), axis=1)[:, : before.index_nk.shape[1]]
+    index, similarity = (np.take_along_axis(x, nearest, axis=1) for x in (index, similarity))
+    return Neighbours(index, np.where(index >= 0, similarity, np.nan))

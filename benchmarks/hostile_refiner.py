@@ -19,12 +19,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-from hostile_load import Load, check, run_load, served  # noqa: E402
+from hostile_load import REFUSALS, Load, check, run_load, served  # noqa: E402
 from hostile_server import (  # noqa: E402
     LOADING_S,
     OVERLOAD_S,
@@ -52,33 +52,77 @@ def measure(folder: Path, samples: int, scale: float, faults: bool) -> tuple[Loa
         return load, server.tries()
 
 
-def waits_s(load: Load, tries: list[dict[str, Any]], scale: float) -> dict[str, float]:
-    """Seconds that no client can help, in real time.
+class Place(NamedTuple):
+    """A place in flight that one try of a sample took, by the clock; from `vain` on it was held in vain."""
+
+    sample: int
+    began: float
+    vain: float
+    ended: float
+
+
+def places(tries: list[dict[str, Any]], scale: float, with_backoff: bool) -> list[Place]:
+    """What the server's log says of the client's places in flight.
+
+    A place is held in vain while nothing answers, while the server asked to wait, and for the part of an
+    answer that an overloaded or waking server took longer; after a refusal or a time-out also,
+    `with_backoff`, until the same is asked again. What came and was of no use is not counted as a wait.
+    """
+    by_request: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    for line in sorted(tries, key=lambda line: line["began"]):
+        by_request[line["key"]].append(line)
+    found = []
+    for lines in by_request.values():
+        for line, again in itertools.zip_longest(lines, lines[1:]):
+            began = vain = line["began"]
+            if line["what"] in (*REFUSALS, "hang"):
+                imposed = {"hang": TIMEOUT_S, "429 retry-after": RETRY_AFTER_S}.get(line["what"], 0.0)
+                ended = again["began"] if again and with_backoff else began + imposed / scale
+            else:
+                ended = line["ended"]
+                vain += (ended - began) / line["slower"]
+            found.append(Place(line["sample"], began, vain, ended))
+    return found
+
+
+def waits_s(load: Load, tries: list[dict[str, Any]], scale: float, with_backoff: bool) -> dict[str, float]:
+    """Seconds that the faults imposed, in real time.
 
     While the server loads, is overloaded or is not there, all of them; while it warms up, but the fifth that
-    it works; else the share of requests in flight that are never answered, or that it asked to wait.
+    it works; else the share of places that are held in vain. Once all samples have begun, nobody waits for a
+    place any more: then it is by how much the last sample would have ended earlier, had none waited in vain.
     """
-    first = min(line["began"] for line in tries)
+    held = places(tries, scale, with_backoff)
+    first, end = min(place.began for place in held), max(place.ended for place in held)
+    begun: dict[int, float] = {}
+    for place in sorted(held, key=lambda place: place.began):
+        begun.setdefault(place.sample, place.began)
+    all_begun = max(begun.values())
     windows = [
         ("loading", first, first + LOADING_S / scale, 1.0),
         ("warming up", first + LOADING_S / scale, first + (LOADING_S + WARMING_S) / scale, 1 - 1 / SLOWER),
         ("overload", first + OVERLOAD_AT_S / scale, first + (OVERLOAD_AT_S + OVERLOAD_S) / scale, 1.0),
         *([("restart", *load.away, 1.0)] if load.away else []),
     ]
-    events: list[tuple[float, int, int]] = []  # when; change of those in flight, of those in vain
-    for line in tries:
-        vain = line["what"] in ("hang", "429 retry-after")
-        took = {"hang": TIMEOUT_S, "429 retry-after": RETRY_AFTER_S}.get(line["what"])
-        ended = line["began"] + took / scale if took else line["ended"]
-        events += [(line["began"], 1, vain), (ended, -1, -vain)]
-    waits = {name: share * (until - since) * scale for name, since, until, share in windows}
-    waits["never answered or told to wait"] = 0.0
+    waits = {
+        name: share * max(min(until, all_begun) - since, 0.0) * scale for name, since, until, share in windows
+    }
+    waits["places held in vain"] = 0.0
+    events: list[tuple[float, int, int]] = []  # when; change of the places held, of those in vain
+    for place in held:
+        events += [(place.began, 1, 0), (place.vain, 0, 1), (place.ended, -1, -1)]
     in_flight = in_vain = 0
     for (when, change, vain), (following, *_) in itertools.pairwise(sorted(events)):
         in_flight, in_vain = in_flight + change, in_vain + vain
         inside = any(since <= when < until for _, since, until, _ in windows)
-        if in_vain and not inside:
-            waits["never answered or told to wait"] += in_vain / in_flight * (following - when) * scale
+        if in_vain > 0 and when < min(following, all_begun) and not inside:
+            waits["places held in vain"] += in_vain / in_flight * (following - when) * scale
+    unhindered: dict[int, float] = {}  # when a sample would have ended
+    for sample in begun:
+        mine = [place for place in held if place.sample == sample]
+        in_vain_s = sum(max(place.ended - max(place.vain, all_begun), 0.0) for place in mine)
+        unhindered[sample] = max(place.ended for place in mine) - in_vain_s
+    waits["the last samples"] = (end - max(all_begun, *unhindered.values())) * scale
     return waits
 
 
@@ -97,15 +141,22 @@ def main() -> None:
         bad, tries = measure(folder, given.samples, given.scale, faults=True)
         command = [sys.executable, str(TESTS / "hostile_load.py"), str(folder / "memory.jsonl"), "1000"]
         memory = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    here, waits = bad.ledger.here, waits_s(bad, tries, given.scale)
-    longer = (bad.seconds * given.scale - sum(waits.values())) / (calm.seconds * given.scale)
+    here = bad.ledger.here
+    waits = waits_s(bad, tries, given.scale, with_backoff=True)
+    imposed = sum(waits_s(bad, tries, given.scale, with_backoff=False).values())
+    longer, strictly = (
+        (bad.seconds * given.scale - seconds) / (calm.seconds * given.scale)
+        for seconds in (sum(waits.values()), imposed)
+    )
     print(
         f"with faults: {here.requests:,} requests, {here.retries:,} of them retries, in {bad.seconds:.0f} s"
     )
     print("  tries:", dict(collections.Counter(str(line["what"]) for line in tries).most_common()))
     print("  samples:", dict(bad.reasons().most_common()))
     print("  faulty waits, s:", {name: round(seconds, 1) for name, seconds in waits.items()})
-    print(f"  {longer:.2f} times as long as without faults, these aside")
+    print(
+        f"  {longer:.2f} times as long as without faults, these aside; {strictly:.2f} with our own back-off"
+    )
     tokens = f"{here.prompt_tokens:,} prompt and {here.completion_tokens:,} completion tokens"
     print(f"  {tokens}, as the server counts; ${here.usd:.6f}, ${here.aside_usd:.6f} set aside")
     print("1,000 requests in flight:", memory)

@@ -69,7 +69,9 @@ def main() -> None:
     )
     parser.add_argument("--server", action="append", required=True, metavar="NAME=URL", help="repeatable")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=32, help="of each load; 8 at concurrency 1")
+    parser.add_argument(
+        "--requests", type=int, default=32, help="of each load at most; 2 a place, 4 at least"
+    )
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
@@ -78,7 +80,7 @@ def main() -> None:
     print("| concurrency | server | completion tokens/s | median s an answer | slowest / median |")
     print("|---|---|---|---|---|")
     for concurrency in arguments.concurrency:
-        count = 8 if concurrency == 1 else arguments.requests
+        count = min(arguments.requests, max(2 * concurrency, 4))
         loads: dict[str, list[Load]] = {name: [] for name in servers}
         for repeat in range(arguments.repeats + 1):
             # Others each time: an answer that a server remembers would say nothing of its speed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,10 @@ app = typer.Typer(
     help="Closed-loop data optimisation for LLM fine-tuning. Any setting can be given last, as a.b=value.",
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings, the last wins.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[a.b=c]...", help="Settings, or YAML files of some; the last wins."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Data = Annotated[str, typer.Option(help="A file, a dataset directory, tfds:NAME:SPLIT or hf:NAME:SPLIT.")]
 Model = Annotated[
@@ -35,12 +39,15 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from middo_jax.run_dir import RunError
+    from middo_jax.train.stopping import EXIT_PREEMPTED
 
     try:
         app()
     except SystemExit as end:
         if end.code == 130:  # what typer makes of a Ctrl-C, without a word
             print("interrupted; the same command goes on from here", file=sys.stderr)
+        elif end.code == EXIT_PREEMPTED:
+            print("preempted, all is saved; the same command goes on from here", file=sys.stderr)
         raise
     except (RunError, ValueError, OSError, RuntimeError) as error:
         if os.environ.get("MIDDO_TRACEBACK"):
@@ -135,7 +142,7 @@ def refine(
     """The selected samples of DIRECTORY through a served LLM; writes refined.jsonl and merged.jsonl."""
     from middo_jax import refine as wing
     from middo_jax import stages
-    from middo_jax.report.terminal import render_batch
+    from middo_jax.report.terminal import render_batch, render_dry_run
     from middo_jax.run_dir import RoundDir, read_jsonl, write_jsonl
 
     workshop, here = _workshop_of(directory, overrides), RoundDir(directory)
@@ -143,9 +150,8 @@ def refine(
     if dry_run:
         form = "json" if settings.response_format == "json" else "text"
         plan = wing.dry_run(stages.plan_refinement(here), settings, form)
-        counts = {name: getattr(plan, name) for name in plan.__dataclass_fields__ if name != "rows"}
-        text = "\n".join(f"{name.replace('_', ' ')}: {value:,}" for name, value in counts.items())
-        _show(as_json, counts | {"rows": list(plan.rows)}, text)
+        facts = dataclasses.asdict(plan)
+        _show(as_json, facts, render_dry_run(facts))
         return
     cache = wing.AnswerCache(settings.cache or directory / "llm_cache.sqlite")
     try:
@@ -153,7 +159,8 @@ def refine(
             state = stages.batch_stage(workshop, here, cache, read_batch or (), write_batch)
             if not state.is_finished:
                 facts = dataclasses.asdict(state)
-                _show(as_json, facts, render_batch(facts, directory, write_batch))
+                command = shlex.join(["middo", "refine", str(directory), *(overrides or ())])
+                _show(as_json, facts, render_batch(facts, command, write_batch))
                 return
         else:
             stages.refine_stage(workshop, here, 0, cache)
@@ -193,7 +200,7 @@ def train(
     write_text(out / "config.yaml", workshop.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)
-    stages.train_stage(workshop, directory, model_path)
+    stages.train_stage(workshop, directory, model_path, heldout)
     result: dict[str, Any] = {
         "checkpoint": str(directory.checkpoint),
         "last": read_jsonl(directory.metrics)[-1],

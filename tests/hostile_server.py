@@ -23,6 +23,7 @@ import collections
 import hashlib
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,12 @@ def words(text: str) -> int:
 def better(number: str) -> str:
     """The new prompt for `Question NUMBER`."""
     return f"Please answer question {number} briefly."
+
+
+def sample_of(body: dict[str, Any]) -> int:
+    """The number of the sample that a request is about."""
+    said = "\n".join(turn["content"] for turn in body["messages"])
+    return int(re.findall(r"uestion (\d+) (?:is long|briefly)", said)[-1])
 
 
 def answer(prompt: str) -> str:
@@ -130,7 +137,7 @@ class Hostile:
         what, slower = self.fate(key, tried)
         seconds = LATENCY_S * math.exp(0.4 * (2 * chance("latency", key, tried) - 1)) * slower / self._scale
         line: dict[str, Any] = {"key": key, "try": tried, "what": what, "prompt": 0, "completion": 0}
-        line["began"] = time.time()
+        line |= {"sample": sample_of(body), "slower": slower, "began": time.time()}
         if what == "hang":  # a restart would end it without a word
             self._log.write(json.dumps(line) + "\n")
             while not await request.is_disconnected():

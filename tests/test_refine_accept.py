@@ -132,7 +132,7 @@ def test_a_measurement_is_what_scoring_would_say(measured: Measured) -> None:
     children = [Example.from_json(row["example"]) for row in refined]
     workshop = Workshop(measured.config, Silent())
     graphdef, params = workshop.load_model(directory.checkpoint)
-    scores = score_examples(
+    scores, _ = score_examples(
         graphdef, params, workshop.tokenize(children), mesh=workshop.mesh, batch_tokens=512, chunk=64
     )
     unit_nd = np.load(directory.embeddings)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,8 +18,8 @@ from scripted_server import SETTINGS
 from middo_jax import cli
 from middo_jax.config import Prices
 from middo_jax.refine.batch import BatchClient, Result, read_results
-from middo_jax.refine.cache import AnswerCache
-from middo_jax.refine.faults import NotAnswered, RequestRefused
+from middo_jax.refine.cache import Answer, AnswerCache
+from middo_jax.refine.faults import NotAnswered, RefinerError, RequestRefused
 from middo_jax.refine.usage import Ledger
 from middo_jax.run_dir import RoundDir, RunError, read_jsonl, write_jsonl
 
@@ -82,7 +84,8 @@ def test_write_run_and_read_until_nothing_is_left(finished: Finished, middo: Mid
 
     said = middo("refine", offline, "--write-batch", ask, *common)
     assert f"requests are in {ask}" in said
-    assert f"middo refine {offline} --read-batch RESULTS --write-batch NEXT" in said
+    command = shlex.join(["middo", "refine", str(offline), *common])  # whole: its settings are in every key
+    assert f"{command} --read-batch RESULTS --write-batch NEXT" in said
     first = read_jsonl(ask)
     assert {row["method"] for row in first} == {"POST"}
     assert {row["url"] for row in first} == {"/v1/chat/completions"}
@@ -168,9 +171,31 @@ def test_results_of_one_request_in_several_files(tmp_path: Path) -> None:
         read_results([two])
 
 
-def test_a_batch_client_asks_nobody(cache: AnswerCache) -> None:
-    import asyncio
+@pytest.mark.parametrize("limit", [{"budget_tokens": 3 * 190 + 100}, {"budget_usd": 3 * 190.0 + 100}])
+def test_no_more_waits_than_the_budget_may_pay(cache: AnswerCache, limit: dict[str, Any]) -> None:
+    """A request of ten bytes can take 90 tokens of prompt and 100 of answer, here at a dollar each."""
+    settings = SETTINGS.model_copy(update={"prices": Prices(prompt=1e6, completion=1e6), **limit})
+    client = BatchClient(settings, "m", cache, None, Ledger(cache))
 
+    def asked(n: int) -> list[str]:
+        said = []
+        for i in range(n):
+            try:
+                asyncio.run(client.complete([{"role": "user", "content": f"question {i}"}]))
+                said.append("Answer")
+            except RefinerError as error:
+                said.append(type(error).__name__)
+        return said
+
+    assert asked(5) == ["NotAnswered"] * 3 + ["BudgetReached"] * 2
+    results = {key: Result(Answer("a", "stop", 10, 5, key=key)) for key in client.waiting}
+    assert len(client.take(results)) == 3
+    client.start_over()
+    # They took 45 of 570: there is room again.
+    assert asked(5) == ["Answer"] * 3 + ["NotAnswered"] * 2
+
+
+def test_a_batch_client_asks_nobody(cache: AnswerCache) -> None:
     settings = SETTINGS.model_copy(update={"response_format": "auto", "prices": Prices(prompt=1e6)})
     client = BatchClient(settings, "m", cache, None, Ledger(cache))
     assert asyncio.run(client.form()) == "text"

@@ -166,6 +166,16 @@ def test_tokens_a_minute_are_a_ceiling_that_knows_what_answers_took(
     assert time.monotonic() - began > 1.0
 
 
+def test_tokens_of_a_refusal_are_given_back(
+    server: ScriptedServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("middo_jax.refine.throttle.MINUTE_S", 20.0)
+    server.script = lambda text, n: fault(503) if n < 2 else good("fine")
+    ask(server.url, cache, "a", settings=SETTINGS.model_copy(update={"tokens_per_minute": 150}))
+    first, *_, last = server.times["a"]
+    assert last - first < 10
+
+
 def test_a_waiter_that_is_cancelled_gives_its_place_back(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: 0.1
     settings = SETTINGS.model_copy(update={"concurrency": 1})

@@ -153,6 +153,24 @@ def test_a_server_that_does_not_is_asked_for_tags(
     assert client.ledger.here.failed == 0  # to find that out is no failure
 
 
+def test_a_server_that_chokes_on_a_schema_is_asked_for_tags(
+    server: ScriptedServer, cache: AnswerCache
+) -> None:
+    """As llama-cpp-python's does: it answers 500, every time."""
+
+    def script(text: str, n: int) -> Response:
+        return fault(500) if "response_format" in server.bodies[-1] else ignores_the_schema(text, n)
+
+    server.script = script
+    outcomes, client = refine(server, cache)
+    assert outcomes[0].example
+    tries = SETTINGS.max_retries + 1
+    asked = [("response_format" in body) for body in server.bodies]
+    assert asked == [True] * tries + [False] * 3  # the same without a schema, the new prompt, its answer
+    assert server.bodies[tries]["messages"] == prompts.PROBE
+    assert client.ledger.here.failed == 0
+
+
 @pytest.mark.parametrize("honours", [True, False])
 def test_it_is_found_out_once_and_kept(server: ScriptedServer, tmp_path: Path, honours: bool) -> None:
     server.script = honours_the_schema(server) if honours else ignores_the_schema

@@ -18,6 +18,7 @@ from middo_jax.refine.duplicates import reject_duplicates
 from middo_jax.refine.estimate import dry_run
 from middo_jax.refine.merge import merge
 from middo_jax.refine.parse import parse_prompt
+from middo_jax.refine.prompts import PROBE_TOKENS
 from middo_jax.refine.rewrite import (
     Outcome,
     Task,
@@ -166,10 +167,21 @@ def test_requests_fit_a_small_context() -> None:
 
 def test_dry_run_sends_the_first_requests_nowhere() -> None:
     tasks = [HARD, Task("rewrite", ("quality",), sample("Other"))]
-    plan = dry_run(tasks, RefineSettings(max_tokens=100, prices=Prices(prompt=1.0, completion=10.0)))
+    prices = Prices(prompt=1.0, completion=10.0)
+    plan = dry_run(tasks, RefineSettings(max_tokens=100, prices=prices, response_format="text"))
     assert [row["messages"] for row in plan.rows] == [first_request(task, SETTINGS) for task in tasks]
-    assert (plan.requests, plan.completion_tokens_at_most) == (4, 400)
+    assert (plan.requests, plan.probes, plan.completion_tokens_at_most) == (4, 0, 400)
     assert plan.usd_at_most == pytest.approx((plan.prompt_tokens_estimate + 400 * 10) / 1e6)
+
+
+def test_dry_run_counts_the_request_that_finds_out_about_schemas() -> None:
+    told, found_out = (
+        dry_run([HARD], SETTINGS.model_copy(update={"response_format": form})) for form in ("text", "auto")
+    )
+    assert (found_out.requests, found_out.probes) == (told.requests + 1, 1)
+    assert found_out.prompt_tokens_estimate > told.prompt_tokens_estimate
+    assert found_out.completion_tokens_at_most == told.completion_tokens_at_most + PROBE_TOKENS
+    assert dry_run([], SETTINGS.model_copy(update={"response_format": "auto"})).requests == 0
 
 
 # Planning -----------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from middo_jax.config import RefineSettings
+from middo_jax.refine.budget import NOTHING, Budget
 from middo_jax.refine.cache import Answer, AnswerCache
 from middo_jax.refine.client import form_fact
-from middo_jax.refine.faults import RETRIED, NotAnswered, RequestRefused, words
+from middo_jax.refine.faults import RETRIED, BudgetReached, NotAnswered, RequestRefused, words
 from middo_jax.refine.prompts import Form, Messages
 from middo_jax.refine.request import ChatRequest, read_answer
-from middo_jax.refine.usage import Ledger, ceiling
+from middo_jax.refine.usage import Ceiling, Ledger, ceiling
 from middo_jax.run_dir import RunError, write_jsonl
 
 URL = "/v1/chat/completions"
@@ -42,10 +43,12 @@ class BatchClient:
     def __init__(
         self, settings: RefineSettings, model: str, cache: AnswerCache, seed: int | None, ledger: Ledger
     ) -> None:
-        """As a ChatClient, without an endpoint."""
+        """As a ChatClient, without an endpoint. Raises ConfigError if a budget is set without prices."""
         self.model = model
         self.ledger = ledger
         self.waiting: dict[str, tuple[ChatRequest, str]] = {}  # with the axis
+        self._budget = Budget(settings, ledger)
+        self._planned = NOTHING
         self._settings = settings
         self._cache = cache
         self._seed = seed
@@ -73,6 +76,7 @@ class BatchClient:
         Raises:
           NotAnswered: it has none.
           RequestRefused: nor will it: a result says so.
+          BudgetReached: with what waits already, it could pass a budget.
         """
         request = ChatRequest.build(
             messages,
@@ -88,11 +92,21 @@ class BatchClient:
             return stored
         if refused := self._refused.get(request.key):
             raise RequestRefused(f"refused in the batch: {refused.said}", f"request refused: {refused.said}")
-        self.waiting[request.key] = (request, axis)
+        if request.key not in self.waiting:
+            most = ceiling(self._settings.prices, request.body["messages"], request.body["max_tokens"])
+            if limit := self._budget.passed_by(most, self._planned):
+                raise BudgetReached(limit, "budget")
+            self._planned = Ceiling(self._planned.tokens + most.tokens, self._planned.usd + most.usd)
+            self.waiting[request.key] = (request, axis)
         raise NotAnswered("requests wait for a batch", "waits for a batch", stops_stage=True)
 
     async def close(self) -> None:
         """Nothing is open."""
+
+    def start_over(self) -> None:
+        """Nothing waits any more: all is about to be asked again."""
+        self.waiting.clear()
+        self._planned = NOTHING
 
     def take(self, results: Mapping[str, Result]) -> set[str]:
         """Settles the waiting requests that `results` has something final about; their keys.

@@ -8,6 +8,7 @@ from middo_jax.config import ConfigError, RefineSettings
 from middo_jax.refine.faults import BudgetReached
 from middo_jax.refine.usage import Ceiling, Ledger
 
+NOTHING = Ceiling(0, 0.0)
 ROUNDING_USD = 1e-9  # sums of floats seldom end where they should
 
 
@@ -38,7 +39,7 @@ class Budget:
           BudgetReached: it could pass a budget. So it is for all that follow.
         """
         async with self._settled:
-            while not self._reached and (limit := self._passed_by(most)):
+            while not self._reached and (limit := self.passed_by(most)):
                 if self._in_flight:
                     await self._settled.wait()
                 else:
@@ -55,19 +56,20 @@ class Budget:
             async with self._settled:
                 self._settled.notify_all()
 
-    def _passed_by(self, most: Ceiling) -> str | None:
-        """What to say if one more try could pass a budget."""
+    def passed_by(self, most: Ceiling, planned: Ceiling = NOTHING) -> str | None:
+        """What to say if one more try, besides what is `planned`, could pass a budget."""
         run = self._ledger.run
-        if self._usd is not None and run.usd + run.aside_usd + most.usd > self._usd + ROUNDING_USD:
+        aside_usd, aside_tokens = run.aside_usd + planned.usd, run.aside_tokens + planned.tokens
+        if self._usd is not None and run.usd + aside_usd + most.usd > self._usd + ROUNDING_USD:
             return (
                 f"refine.budget_usd of {self._usd:g} is reached: {run.usd:.4f} spent by this run, "
-                f"{run.aside_usd:.4f} set aside for tries whose cost is not known, and the next request "
+                f"{aside_usd:.4f} set aside for tries whose cost is not known, and the next request "
                 f"could cost {most.usd:.4f}"
             )
-        if self._tokens is not None and run.tokens + run.aside_tokens + most.tokens > self._tokens:
+        if self._tokens is not None and run.tokens + aside_tokens + most.tokens > self._tokens:
             return (
                 f"refine.budget_tokens of {self._tokens:,} is reached: {run.tokens:,} used by this run, "
-                f"{run.aside_tokens:,} set aside for tries whose number is not known, and the next request "
+                f"{aside_tokens:,} set aside for tries whose number is not known, and the next request "
                 f"could take {most.tokens:,}"
             )
         return None

@@ -113,7 +113,8 @@ class ChatClient:
     async def form(self) -> Form:
         """How new prompts are asked for. `refine.response_format=auto` is found out by one short request.
 
-        The finding is kept in the cache: on it depends what is asked, and hence what was.
+        Should that fail, one more without a schema tells a server that chokes on it from one that fails at
+        everything. The finding is kept in the cache: on it depends what is asked, and hence what was.
 
         Raises:
           RefinerError: the endpoint does not answer.
@@ -123,14 +124,17 @@ class ChatClient:
         name = form_fact(self.model, self._settings)
         if known := self._cache.fact(name):
             return "json" if known == "json" else "text"
-        request = self._build(PROBE, form="json", max_tokens=PROBE_TOKENS)
+        request, plain = (self._build(PROBE, form=form, max_tokens=PROBE_TOKENS) for form in ("json", None))
         try:
             answer = self._cache.get(request.key) or await self._ask(request, "probe")
         except BudgetReached:
             return "text"
-        except RequestRefused as error:
+        except (RequestRefused, EndpointFailed) as error:
             if error.stops_stage:
                 raise
+            if isinstance(error, EndpointFailed):  # llama-cpp-python's server says 500 to what it cannot read
+                with contextlib.suppress(BudgetReached):
+                    await self._ask(plain, "probe")
             return "json" if self._cache.learn(name, "text") == "json" else "text"
         honours = answer.text.lstrip().startswith("{") and parse_prompt(answer.text) is not None
         return "json" if self._cache.learn(name, "json" if honours else "text") == "json" else "text"
@@ -248,6 +252,8 @@ class ChatClient:
                 self.ledger.end(axis, most, time.monotonic() - began, charged=fault.charged)
                 if fault.overload:
                     endpoint.throttle.overloaded(began)
+                if not fault.charged:
+                    self._rates.correct(taken, 0)
                 return fault
             # Before any await: it is paid for.
             seconds = time.monotonic() - began

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from middo_jax.config import RefineSettings
-from middo_jax.refine.prompts import Form
+from middo_jax.refine.prompts import PROBE, PROBE_TOKENS, Form
 from middo_jax.refine.rewrite import Task, first_request
 from middo_jax.refine.usage import CHARACTERS_A_TOKEN, cost_usd, estimated_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class DryRun:
-    """What the first attempt of a stage would ask for.
+    """What the first attempt of a stage would ask for, if the cache knew nothing.
+
+    `requests` are two a task and the `probes`: one where `refine.response_format=auto` has to be found out.
 
     Estimates take a token for four characters, the new prompt to be as long as the original and its answer as
     long as the original's. At most: every completion at its limit. Corrections, retries and further attempts
@@ -24,6 +26,7 @@ class DryRun:
 
     rows: tuple[dict[str, Any], ...]
     requests: int
+    probes: int
     prompt_tokens_estimate: int
     completion_tokens_estimate: int
     usd_estimate: float
@@ -33,7 +36,8 @@ class DryRun:
 
 def dry_run(tasks: Sequence[Task], settings: RefineSettings, form: Form = "text") -> DryRun:
     """The first request of every task, and what all of them may need; nothing is sent."""
-    rows, prompt_tokens, completion_tokens = [], 0, 0
+    probes = int(settings.response_format == "auto" and bool(tasks))
+    rows, prompt_tokens, completion_tokens = [], probes * estimated_tokens(PROBE), probes * PROBE_TOKENS
     for task in tasks:
         messages = first_request(task, settings, form)
         asking, prompt, response = (
@@ -44,11 +48,11 @@ def dry_run(tasks: Sequence[Task], settings: RefineSettings, form: Form = "text"
         prompt_tokens += asking + prompt
         completion_tokens += min(prompt, settings.max_tokens) + min(response, settings.max_tokens)
         rows.append({"task_id": task.task_id, "messages": messages, "prompt_tokens_estimate": asking})
-    requests = 2 * len(tasks)
-    most = requests * settings.max_tokens
+    most = 2 * len(tasks) * settings.max_tokens + probes * PROBE_TOKENS
     return DryRun(
         rows=tuple(rows),
-        requests=requests,
+        requests=2 * len(tasks) + probes,
+        probes=probes,
         prompt_tokens_estimate=prompt_tokens,
         completion_tokens_estimate=completion_tokens,
         usd_estimate=cost_usd(settings.prices, prompt_tokens, completion_tokens),

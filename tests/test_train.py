@@ -21,14 +21,17 @@ from jax.sharding import Mesh
 from middo_jax.config import ConfigError, MeshSettings, TrainSettings
 from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.evaluate.heldout import heldout_loss
+from middo_jax.evaluate.heldout import HeldoutLoss, heldout_loss
 from middo_jax.models.checkpoint import abstract_params
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, split
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.run_dir import RunError, read_jsonl
+from middo_jax.train.checks import TrainingDataError
+from middo_jax.train.feed import plan_epoch
+from middo_jax.train.metrics import StepMetrics, TrainingDiverged
 from middo_jax.train.optimizer import abstract_opt_state, decayed, learning_rate_schedule, make_optimizer
-from middo_jax.train.sft import StepMetrics, TrainingDataError, TrainingDiverged, plan_epoch, train
+from middo_jax.train.sft import train
 from middo_jax.train.step import batch_gradient, put_batch
 
 CONFIG = DecoderConfig(96, 32, 64, 2, 4, 2, 8, 64)
@@ -153,19 +156,6 @@ def test_remat_changes_nothing():
     assert_close(got, want, 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 4, 2)])
-def test_any_mesh_trains_like_one_device(shape: tuple[int, int, int], tmp_path: Path):
-    # A small rate: Adam turns the rounding of a tiny gradient into a whole step of the size of the rate.
-    settings = SETTINGS.model_copy(update={"learning_rate": 1e-3, "num_epochs": 3})
-    want = fine_tune(tmp_path / "one", examples(40), settings)
-    got = fine_tune(tmp_path / "many", examples(40), settings, mesh_of(*shape))
-    one, many = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "many"))
-    assert len(one) == len(many) >= 6
-    for a, b in zip(one, many, strict=True):
-        assert b == pytest.approx(a, rel=1e-4)
-    assert_close(got, want, 1e-4)
-
-
 def test_loss_falls_on_learnable_data(tmp_path: Path):
     # Each token is followed by its successor: all of it can be learnt, none of it is known.
     rng = np.random.default_rng(0)
@@ -181,13 +171,13 @@ def test_loss_falls_on_learnable_data(tmp_path: Path):
     assert seen[0].loss == pytest.approx(math.log(96), rel=0.05)
     assert seen[-1].loss < seen[0].loss / 4
     assert [m.step for m in seen] == list(range(1, seen[-1].total_steps + 1))
-    assert all(m.tokens_per_second > 0 for m in seen)
+    assert all(m.speed.tokens_per_second > 0 for m in seen)
 
-    def heldout(params: nnx.State, mesh: Mesh, **sizes: int) -> tuple[float, int, int]:
+    def heldout(params: nnx.State, mesh: Mesh, **sizes: int) -> HeldoutLoss:
         return heldout_loss(fresh()[0], params, tokenized[128:], mesh=mesh, chunk=CHUNK, **sizes)
 
-    loss, n_target_tokens, n = heldout(params, ONE, batch_tokens=64, pack_length=32)
-    assert (n_target_tokens, n) == (32 * 10, 32)
+    loss, n_target_tokens, n, by_source = heldout(params, ONE, batch_tokens=64, pack_length=32)
+    assert (n_target_tokens, n, by_source) == (32 * 10, 32, {})
     assert loss < seen[0].loss / 4
     # How the held-out examples are packed and spread changes nothing.
     many = mesh_of(2, 2, 2)
@@ -222,6 +212,11 @@ def test_the_step_sees_every_target_once(tmp_path: Path):
         assert sum(row["n_target_tokens"] for row in rows if row["epoch"] == epoch) == wanted
 
 
+def learnt(directory: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what is this machine's."""
+    return [{k: v for k, v in row.items() if k != "speed"} for row in read_jsonl(directory / "metrics.jsonl")]
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing that the training could catch."""
 
@@ -245,29 +240,9 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(stop: int, tmp_path: Pa
     seen: list[int] = []
     got = fine_tune(tmp_path / "cut", tokenized, on_step=lambda m: seen.append(m.step))
     assert_identical(got, want)
-    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (
-        tmp_path / "whole" / "metrics.jsonl"
-    ).read_bytes()
+    assert learnt(tmp_path / "cut") == learnt(tmp_path / "whole")
     # Steps 3 and 6 are saved, once the caller has been told of them.
     assert seen == list(range((stop - 1) // 3 * 3 + 1, steps + 1))
-
-
-def test_resumed_on_another_mesh_within_tolerance(tmp_path: Path):
-    tokenized = examples(60)
-    want = fine_tune(tmp_path / "whole", tokenized)
-
-    def kill(metrics: StepMetrics) -> None:
-        if metrics.step == 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        fine_tune(tmp_path / "cut", tokenized, on_step=kill, mesh=mesh_of(1, 8, 1))
-    seen: list[int] = []
-    got = fine_tune(tmp_path / "cut", tokenized, on_step=lambda m: seen.append(m.step), mesh=mesh_of(2, 2, 2))
-    assert seen[0] == 4
-    assert_close(got, want, 1e-2)  # at a rate of 1e-2, see test_any_mesh_trains_like_one_device
-    whole, cut = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
-    assert [row["loss"] for row in cut] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
 
 
 @pytest.mark.parametrize("to_go", [1, 5])
@@ -426,7 +401,8 @@ def test_metrics_are_json_of_what_was_told(tmp_path: Path):
     fine_tune(tmp_path, examples(20), on_step=seen.append)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [metrics.row() for metrics in seen]
-    assert set(seen[0].row()) == {"step", "epoch", "loss", "n_target_tokens", "grad_norm", "learning_rate"}
+    learnt = {"step", "epoch", "loss", "n_target_tokens", "grad_norm", "learning_rate"}
+    assert set(seen[0].row()) == learnt | {"speed"}
     assert seen[0].learning_rate == pytest.approx(
         SETTINGS.learning_rate / math.ceil(0.2 * seen[0].total_steps)
     )

@@ -18,8 +18,17 @@ from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.config import DecoderConfig
 from middo_jax.parallel.hosts import to_host
 
-# Settings that change speed and memory but nothing that is learnt, beyond rounding.
-_SPEED_ONLY = {"gradient_accumulation", "remat", "save_every"}
+# Settings that change speed, memory and what one sees, but nothing that is learnt, beyond rounding.
+_SPEED_ONLY = {
+    "gradient_accumulation",
+    "remat",
+    "save_every",
+    "keep",
+    "eval_every",
+    "keep_best",
+    "tensorboard",
+    "wandb_project",
+}
 
 
 def identity(
@@ -36,7 +45,7 @@ def identity(
     The mesh, the attention kernel, and whatever else changes speed alone, do not enter it.
     """
     learnt = settings.model_dump(mode="json", exclude=_SPEED_ONLY)
-    start = np.stack(to_host(_checksums(params))).tolist()
+    start = np.stack(to_host(checksums(params))).tolist()
     model = repr(dataclasses.replace(config, attention="auto"))
     decisive = [model, start, learnt, seed, pack_length, dict(metadata)]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
@@ -47,7 +56,7 @@ def identity(
 
 
 @jax.jit
-def _checksums(params: nnx.State) -> list[jax.Array]:
+def checksums(params: nnx.State) -> list[jax.Array]:
     """32 bits of each parameter: each value's bits, mixed with its place, added up modulo 2**32.
 
     Such a sum does not depend on the order in which devices and processes add, as a sum of floats would. The

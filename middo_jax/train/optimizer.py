@@ -1,18 +1,20 @@
-"""AdamW, global-norm clipping and the learning-rate schedule, from the settings."""
+"""The optimizers, global-norm clipping and the learning-rate schedule, from the settings."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from middo_jax.config import TrainSettings
 from middo_jax.parallel.mesh import named_sharding
+from middo_jax.train.guard import GuardState, guarded
 
 # Step, counted from 0 -> float32 learning rate.
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
@@ -43,23 +45,37 @@ def learning_rate_schedule(settings: TrainSettings, total_steps: int) -> Schedul
     return learning_rate
 
 
-def make_optimizer(settings: TrainSettings, total_steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after global-norm clipping; the last link of the chain counts the steps.
+def make_optimizer(settings: TrainSettings, total_steps: int) -> optax.GradientTransformationExtraArgs:
+    """The optimizer after global-norm clipping, guarded against bad steps; its last link counts the steps.
 
-    Weight decay leaves norms and embeddings alone: see `decayed`.
+    `adamw` (arXiv 1711.05101) keeps two float32 moments a parameter. `adafactor` (arXiv 1804.04235) keeps of
+    the second moment only the means over rows and over columns, and no first: next to nothing. It is taken
+    without the scaling by a parameter's own size and with AdamW's decay, so that learning rates mean much the
+    same; what is left of it is the factored moment and the clipping of an update whose root mean square is
+    over 1, a stack of layers at a time. (AdamW with moments in bfloat16 would only halve its state, and a
+    second moment that changes by a thousandth a step stands still in 8 bits.)
+
+    Parameters and gradients come in float32, whatever the model is stored in. Weight decay leaves norms and
+    embeddings alone: see `decayed`.
     """
-    return optax.chain(
+    match settings.optimizer:
+        case "adamw":
+            scaling = (optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2),)
+        case "adafactor":
+            scaling = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    chain = optax.chain(
         optax.clip_by_global_norm(settings.max_grad_norm),
-        optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2),
+        *scaling,
         optax.add_decayed_weights(settings.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate_schedule(settings, total_steps)),
     )
+    return guarded(chain, settings.spike_factor)
 
 
 def steps_taken(opt_state: optax.OptState) -> jax.Array:
     """int32: steps that a state of `make_optimizer` has counted, which is the number of the step to come."""
-    assert isinstance(opt_state, tuple)
-    scaling = opt_state[-1]
+    assert isinstance(opt_state, GuardState)
+    scaling = opt_state.inner[-1]
     assert isinstance(scaling, optax.ScaleByScheduleState)
     return jnp.asarray(scaling.count)
 
@@ -74,17 +90,32 @@ def abstract_opt_state(
 ) -> optax.OptState:
     """Shapes, dtypes and shardings of the optimizer's state: moments lie where their parameters do.
 
+    A factored moment lacks one of its parameter's axes, and lies along the others as that does.
+
     Args:
       optimizer: of `make_optimizer`.
       params: arrays, or shapes with shardings.
       mesh: where everything else, which is small, is replicated.
     """
+    of_path = {tuple(map(str, path)): param for path, param in jax.tree.leaves_with_path(params)}
 
-    def of_moment(moment: jax.ShapeDtypeStruct, param: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding)
+    def place(path: tuple[Any, ...], value: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A moment's path ends with that of its parameter.
+        names = tuple(map(str, path))
+        param = next((of_path[names[i:]] for i in range(len(names)) if names[i:] in of_path), None)
+        spec = None if param is None else _spec_of_moment(value.shape, param)
+        sharding = named_sharding(mesh) if spec is None else NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
 
-    def of_rest(value: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=named_sharding(mesh))
+    return jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, params))
 
-    shapes = jax.eval_shape(optimizer.init, params)
-    return optax.tree.map_params(optimizer, of_moment, shapes, params, transform_non_params=of_rest)
+
+def _spec_of_moment(shape: tuple[int, ...], param: jax.Array) -> PartitionSpec | None:
+    assert isinstance(param.sharding, NamedSharding)
+    axes = [*param.sharding.spec, *[None] * (param.ndim - len(param.sharding.spec))]
+    if shape == param.shape:
+        return PartitionSpec(*axes)
+    for left_out in range(param.ndim):
+        if shape == param.shape[:left_out] + param.shape[left_out + 1 :]:
+            return PartitionSpec(*axes[:left_out], *axes[left_out + 1 :])
+    return None

@@ -6,8 +6,7 @@ ones, which are read: the base of LoRA adapters, or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,16 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from middo_jax.config import TrainSettings
 from middo_jax.data.packing import PackedBatch
 from middo_jax.models.decoder import Decoder
 from middo_jax.models.nll import target_nll
 from middo_jax.parallel.mesh import named_sharding
+from middo_jax.train.guard import GuardState, usual_loss
 from middo_jax.train.optimizer import learning_rate_schedule, steps_taken
+from middo_jax.train.rounding import stochastic_round
 
 
 class Batch(NamedTuple):
@@ -41,17 +43,16 @@ class StepOutputs(NamedTuple):
       n_target_tokens: int32.
       grad_norm: float32, global norm before clipping.
       learning_rate: float32, of this step.
+      is_bad: bool; the step was not taken, see `guard`.
+      usual_loss: float32, what `loss` is compared with; NaN while too little is known.
     """
 
     loss: jax.Array
     n_target_tokens: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
-
-
-TrainStep = Callable[
-    [nnx.State, optax.OptState, nnx.State, Batch], tuple[nnx.State, optax.OptState, StepOutputs]
-]
+    is_bad: jax.Array
+    usual_loss: jax.Array
 
 
 def batch_loss(
@@ -74,7 +75,7 @@ def batch_loss(
     """
     model = nnx.merge(graphdef, trained, frozen)
     hidden_btd = model.hidden(batch.tokens_bt, batch.segment_ids_bt, batch.positions_bt, remat=remat)
-    nll_bt = target_nll(model, hidden_btd, batch.tokens_bt, batch.is_target_bt, chunk)
+    nll_bt = target_nll(model, hidden_btd, jnp.roll(batch.tokens_bt, -1, axis=1), batch.is_target_bt, chunk)
     return nll_bt.sum(), batch.is_target_bt.sum()
 
 
@@ -86,7 +87,7 @@ def batch_gradient(
     chunk: int,
     remat: bool,
 ) -> tuple[jax.Array, jax.Array, nnx.State]:
-    """(loss, number of targets, gradient by `trained`) of the micro-batches [a, b, t] as one batch.
+    """(loss, number of targets, float32 gradient by `trained`) of the micro-batches [a, b, t] as one batch.
 
     A target weighs the same in whichever micro-batch it stands: sums are added up, and divided once.
     """
@@ -98,7 +99,7 @@ def batch_gradient(
         (nll, n_targets), gradient = value_and_grad(graphdef, trained, frozen, micro_batch, chunk, remat)
         return jax.tree.map(jnp.add, sums, (nll, n_targets, gradient)), None
 
-    zeros = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, trained))
+    zeros = (jnp.float32(0), jnp.int32(0), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained))
     (nll, n_targets, gradient), _ = jax.lax.scan(add, zeros, batch)
     divisor = jnp.maximum(n_targets, 1)
     return nll / divisor, n_targets, jax.tree.map(lambda g: g / divisor, gradient)
@@ -106,38 +107,73 @@ def batch_gradient(
 
 def make_train_step(
     graphdef: nnx.GraphDef[Decoder],
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     settings: TrainSettings,
     total_steps: int,
     *,
     chunk: int,
     state: tuple[nnx.State, optax.OptState],
-) -> TrainStep:
+    seed: int = 0,
+) -> jax.stages.Wrapped:
     """Compiles, at its first call, `(trained, opt_state, frozen, batch) -> (trained, opt_state, outputs)`.
 
-    The first two arguments are donated: their buffers are reused and the arrays given are gone.
+    The first two arguments are donated: their buffers are reused and the arrays given are gone. A bad step
+    gives them back as they were, but for the count of steps.
 
     Args:
       graphdef: the decoder's structure.
       optimizer: of `make_optimizer`.
-      settings: for `remat` and the learning rate that is reported.
+      settings: for `remat`, rounding, and the learning rate that is reported.
       total_steps: of the whole training.
       chunk: target positions whose logits exist at one time.
       state: (trained, opt_state) or their shapes with shardings; the results lie where these do.
+      seed: of stochastic rounding.
     """
     schedule = learning_rate_schedule(settings, total_steps)
 
     def train_step(
-        trained: nnx.State, opt_state: optax.OptState, frozen: nnx.State, batch: Batch
-    ) -> tuple[nnx.State, optax.OptState, StepOutputs]:
+        trained: nnx.State, opt_state: GuardState, frozen: nnx.State, batch: Batch
+    ) -> tuple[nnx.State, GuardState, StepOutputs]:
         remat = settings.remat == "layer"
         loss, n_targets, gradient = batch_gradient(graphdef, trained, frozen, batch, chunk, remat)
-        outputs = StepOutputs(loss, n_targets, optax.tree.norm(gradient), schedule(steps_taken(opt_state)))
-        updates, opt_state = optimizer.update(gradient, opt_state, trained)
-        return jax.tree.map(jnp.add, trained, updates), opt_state, outputs
+        step, grad_norm, usual = (
+            steps_taken(opt_state),
+            optax.tree.norm(gradient),
+            usual_loss(opt_state.recent_w),
+        )
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+        updates, new_state = optimizer.update(gradient, opt_state, wide, loss=loss)
+        assert isinstance(new_state, GuardState)
+        outputs = StepOutputs(loss, n_targets, grad_norm, schedule(step), new_state.was_bad, usual)
+        moved = jax.tree.map(jnp.add, wide, updates)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        return _stored_as(trained, moved, key if settings.stochastic_rounding else None), new_state, outputs
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
+
+
+def _stored_as(like: nnx.State, wide: nnx.State, key: jax.Array | None) -> nnx.State:
+    """float32 values in the dtypes of `like`: by chance where a key is given, else to nearest."""
+    leaves, structure = jax.tree.flatten(wide)
+    stored = [
+        stochastic_round(x, jax.random.fold_in(key, i))
+        if key is not None and before.dtype == jnp.bfloat16
+        else x.astype(before.dtype)
+        for i, (x, before) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True))
+    ]
+    return jax.tree.unflatten(structure, stored)
+
+
+def abstract_batch(settings: TrainSettings, pack_length: int, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of what `put_batch` makes of a training's batches."""
+    micro_batches = settings.gradient_accumulation
+    shape = (micro_batches, settings.batch_size // micro_batches, pack_length)
+
+    def of(dtype: DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, None, "batch"))
+
+    return Batch(of(jnp.int32), of(jnp.int32), of(jnp.int32), of(jnp.bool_))
 
 
 def put_batch(batch: PackedBatch, micro_batches: int, mesh: Mesh) -> Batch:

@@ -1,0 +1,246 @@
+"""Our training step beside a transformers and torch step on a CPU: the same examples a step. Prints tables.
+
+    python benchmarks/training.py --model models/SmolLM2-135M-Instruct --data alpaca.json
+
+The parts are
+  alpaca  steps of rows of --data, in shuffled order, as `middo train` plans them;
+  full    steps of as many rows of --full tokens each, joined from those of --data.
+
+The sides train all weights in float32 with AdamW, clipped; their steps take the same examples, in turns:
+  ours           packed rows, with --remat as given;
+  torch padded   micro-batches of --micro-batch examples, each padded to its longest, gradients accumulated;
+  torch packed   our packed rows, position ids from which transformers makes the block-diagonal mask of its
+                 scaled-dot-product attention: the packing that it offers without a GPU's kernels.
+
+Real tokens are those of examples, without padding. Seconds are medians over steps and turns, after one step
+that compiles or warms up. All sides start from the same weights, and the losses of their first steps must
+agree. The limit is the time that the FLOPs of the real tokens (train/flops.py: nothing for padding, logits of
+targets alone) take at the best rate that XLA reaches in a float32 matrix product of the model's shapes.
+Needs torch (the `parity` extra).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+from scoring_sides import matmul_rate
+from transformers import AutoModelForCausalLM
+
+from middo_jax.config import TrainSettings
+from middo_jax.data.packing import PackedBatch, pack
+from middo_jax.data.sources import read
+from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, tokenize
+from middo_jax.models import hf
+from middo_jax.parallel.mesh import make_mesh
+from middo_jax.train.feed import PlannedStep, plan_epoch
+from middo_jax.train.flops import training_flops
+from middo_jax.train.optimizer import make_optimizer
+from middo_jax.train.step import make_train_step, put_batch
+
+# A step of a side: its number -> loss before the update.
+Step = Callable[[int], float]
+# torch's threads spin for a while after their last product, and would take the other side's cores.
+PAUSE_S = 0.5
+IGNORED = -100  # a label that torch's cross entropy leaves out
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--rows", type=int, default=4, help="packed rows a step")
+    parser.add_argument("--pack-length", type=int, default=512, help="tokens of a packed row, alpaca part")
+    parser.add_argument("--full", type=int, default=1024, help="tokens of a row, full part")
+    parser.add_argument("--steps", type=int, default=2, help="steps a side does before the next one's turn")
+    parser.add_argument("--turns", type=int, default=5, help="of every side")
+    parser.add_argument("--micro-batch", type=int, default=8, help="examples, torch padded")
+    parser.add_argument("--remat", choices=["none", "layer"], default="none")
+    parser.add_argument("--parts", nargs="+", default=["alpaca", "full"], choices=["alpaca", "full"])
+    parser.add_argument("--out", type=Path, help="also writes everything as JSON")
+    arguments = parser.parse_args()
+    examples, _ = read(arguments.data, "auto", None)
+    tokenizer = load_tokenizer(arguments.model)
+    rate = matmul_rate(arguments.model)
+    print(f"float32 matrix product: {rate / 1e9:.0f} GFLOP/s; {torch.get_num_threads()} threads of torch")
+    results = {}
+    for part in arguments.parts:
+        length = arguments.pack_length if part == "alpaca" else arguments.full
+        tokenized = [tokenize(e, tokenizer, length) for e in examples[:4096]]
+        if part == "full":
+            tokenized = joined(tokenized, length)
+        results[part] = measure(arguments, part, tokenized, length, rate)
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def joined(tokenized: Sequence[TokenizedExample], length: int) -> list[TokenizedExample]:
+    """Rows of exactly so many tokens, cut from all examples one after the other."""
+    tokens_n = np.concatenate([e.tokens_n for e in tokenized])
+    is_target_n = np.concatenate([e.is_target_n for e in tokenized])
+    spans = [slice(i, i + length) for i in range(0, len(tokens_n) - length + 1, length)]
+    return [
+        TokenizedExample(f"joined{i}", tokens_n[span], is_target_n[span], ~is_target_n[span], False)
+        for i, span in enumerate(spans)
+    ]
+
+
+def measure(
+    arguments: argparse.Namespace,
+    part: str,
+    tokenized: Sequence[TokenizedExample],
+    length: int,
+    rate: float,
+) -> dict[str, object]:
+    """Takes the turns of one part and prints its table."""
+    settings = TrainSettings(batch_size=arguments.rows, remat=arguments.remat, learning_rate=1e-5)
+    count = 1 + arguments.steps * arguments.turns
+    plan = [PlannedStep(0, rows) for rows in plan_epoch(tokenized, settings, 0, 0, length)[:count]]
+    if len(plan) < count:
+        raise SystemExit(f"{arguments.data}: rows for {len(plan)} steps, {count} are needed")
+    packed = [pack(tokenized, step.rows, arguments.rows, length, max_segments=length) for step in plan]
+    drawn = [[tokenized[i] for row in step.rows for i in row] for step in plan]
+    sides = {
+        "ours": our_step(arguments.model, settings, packed),
+        "torch padded": torch_step(
+            arguments.model, settings, [padded(examples, arguments.micro_batch) for examples in drawn]
+        ),
+        "torch packed": torch_step(arguments.model, settings, [[flattened(batch)] for batch in packed]),
+    }
+    first = {name: step(0) for name, step in sides.items()}
+    if max(first.values()) - min(first.values()) > 1e-3 * max(first.values()):
+        raise SystemExit(f"the sides do not compute the same: losses {first}")
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(arguments.turns):
+        # Every turn begins with another side.
+        for name in [*list(sides)[turn % 3 :], *list(sides)[: turn % 3]]:
+            time.sleep(PAUSE_S)
+            for number in range(1 + turn * arguments.steps, 1 + (turn + 1) * arguments.steps):
+                began = time.perf_counter()
+                sides[name](number)
+                real = sum(len(e) for e in drawn[number])
+                seconds[name].append((time.perf_counter() - began) / real)  # a real token
+    config = hf.load(arguments.model)[2]
+    measured = [e for step in drawn[1:] for e in step]
+    real = sum(map(len, measured))
+    flops = training_flops(
+        config, [len(e) for e in measured], sum(int(e.is_target_n[1:].sum()) for e in measured)
+    )
+    limit = flops / real / rate
+    computed = {
+        "ours": len(plan[1:]) * arguments.rows * length,
+        "torch padded": sum(
+            m["input_ids"].numel() for d in drawn[1:] for m in padded(d, arguments.micro_batch)
+        ),
+        "torch packed": len(plan[1:]) * arguments.rows * length,
+    }
+    print(f"\n{part}: {real} real tokens in {len(plan) - 1} steps, {flops / real / 1e6:.0f} MFLOP a token")
+    print("| side | real tokens/s | spread | ours is faster by | computed tokens that are real | of limit |")
+    print("|---|---|---|---|---|---|")
+    ours = statistics.median(seconds["ours"])
+    rows = {}
+    for name, of_side in seconds.items():
+        median = statistics.median(of_side)
+        low, high = (1 / q for q in np.quantile(of_side, (0.75, 0.25)))
+        rows[name] = {
+            "tokens_per_second": 1 / median,
+            "ratio": median / ours,
+            "real": real / computed[name],
+            "of_limit": limit / median,
+        }
+        print(
+            f"| {name} | {1 / median:.0f} | {low:.0f} to {high:.0f} | {median / ours:.2f} | "
+            f"{real / computed[name]:.0%} | {limit / median:.0%} |",
+            flush=True,
+        )
+    return {"losses": first, "sides": rows, "mflop_a_token": flops / real / 1e6, "rate": rate}
+
+
+def our_step(model: str, settings: TrainSettings, batches: Sequence[PackedBatch]) -> Step:
+    """What `middo train` runs; compiles at its first step."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    graphdef, params, _ = hf.load(model, mesh=mesh, dtype="float32")
+    optimizer = make_optimizer(settings, len(batches))
+    state = params, jax.device_put(optimizer.init(params), jax.devices()[0])
+    run = make_train_step(graphdef, optimizer, settings, len(batches), chunk=512, state=state)
+
+    def step(number: int) -> float:
+        nonlocal state
+        *state, outputs = run(*state, nnx.State({}), put_batch(batches[number], 1, mesh))
+        jax.block_until_ready(state)
+        return float(outputs.loss)
+
+    return step
+
+
+def torch_step(
+    model: str, settings: TrainSettings, batches: Sequence[Sequence[dict[str, torch.Tensor]]]
+) -> Step:
+    """A plain loop: forward and backward of each micro-batch, then clip and AdamW.
+
+    Args:
+      model: a Hugging Face directory.
+      settings: clipping and the learning rate.
+      batches: of each step, its micro-batches: the model's arguments, and labels.
+    """
+    network = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="sdpa"
+    ).train()
+    adamw = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True)
+
+    def step(number: int) -> float:
+        total = sum(int((m["labels"][:, 1:] != IGNORED).sum()) for m in batches[number])
+        adamw.zero_grad(set_to_none=True)
+        loss = 0.0
+        for micro_batch in batches[number]:
+            # transformers adds up the targets' losses and divides by the count of the whole step.
+            part = network(**micro_batch, use_cache=False, num_items_in_batch=total).loss
+            part.backward()
+            loss += part.item()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
+        adamw.step()
+        return loss
+
+    return step
+
+
+def padded(examples: Sequence[TokenizedExample], size: int) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of examples in their order, each padded to its longest."""
+    made = []
+    for start in range(0, len(examples), size):
+        group = examples[start : start + size]
+        shape = len(group), max(map(len, group))
+        ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED)
+        for row, e in enumerate(group):
+            ids[row, : len(e)] = torch.from_numpy(e.tokens_n)
+            mask[row, : len(e)] = 1
+            labels[row, : len(e)] = torch.from_numpy(np.where(e.is_target_n, e.tokens_n, IGNORED))
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return made
+
+
+def flattened(batch: PackedBatch) -> dict[str, torch.Tensor]:
+    """Our packed rows as transformers takes them: positions begin anew where an example does."""
+    is_padding_bt = batch.segment_ids_bt < 0
+    tail_bt = np.cumsum(is_padding_bt, axis=1) - 1  # the padding is a segment of its own
+    positions_bt = np.where(is_padding_bt, tail_bt, batch.positions_bt)
+    labels_bt = np.full(batch.tokens_bt.shape, IGNORED)
+    labels_bt[:, 1:] = np.where(batch.is_target_bt[:, :-1], batch.tokens_bt[:, 1:], IGNORED)
+    arrays = {"input_ids": batch.tokens_bt, "position_ids": positions_bt, "labels": labels_bt}
+    return {name: torch.from_numpy(x.astype(np.int64)) for name, x in arrays.items()}
+
+
+if __name__ == "__main__":
+    main()

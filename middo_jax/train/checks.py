@@ -1,0 +1,95 @@
+"""What cannot be trained on, said before anything is compiled."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from middo_jax.config import ConfigError, TrainSettings
+from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.parallel.mesh import batch_divisor
+
+_log = logging.getLogger(__name__)
+
+
+class TrainingDataError(ValueError):
+    """The examples cannot be trained on; says which and why."""
+
+
+def check_examples(tokenized: Sequence[TokenizedExample], pack_length: int, vocab_size: int) -> None:
+    """Warns of examples that teach nothing.
+
+    Raises:
+      TrainingDataError: there are none, none has a token to learn, all were cut, or one has a token that the
+        model does not know.
+      ConfigError: one is longer than a row.
+    """
+    if not tokenized:
+        raise TrainingDataError("there are no examples to train on")
+    longest = max(tokenized, key=len)
+    if len(longest) > pack_length:
+        count = sum(len(example) > pack_length for example in tokenized)
+        raise ConfigError(
+            f"config: {count} of {len(tokenized)} examples are longer than train.pack_length={pack_length} "
+            f"(the longest, {longest.id}, has {len(longest)} tokens); raise it, or lower model.max_length"
+        )
+    cut = sum(example.truncated for example in tokenized)
+    # The first token of an example has nothing before it that could predict it.
+    untaught = [example for example in tokenized if not example.is_target_n[1:].any()]
+    if len(untaught) == len(tokenized):
+        raise TrainingDataError(
+            f"none of the {len(tokenized)} examples has a token to learn ({cut} were cut at "
+            "model.max_length): responses are empty or cut off; look at the data, model.template and "
+            "model.max_length"
+        )
+    if cut == len(tokenized):
+        raise TrainingDataError(
+            f"all {cut} examples are longer than model.max_length and were cut (to {len(longest)} tokens at "
+            "most): no response would be learnt to its end; raise model.max_length"
+        )
+    if untaught:
+        _log.warning(
+            "%d of %d examples have no token to learn, such as %s: their responses are empty or cut off",
+            len(untaught),
+            len(tokenized),
+            untaught[0].id,
+        )
+    for example in tokenized:
+        if len(example) and int(example.tokens_n.max()) >= vocab_size:
+            raise TrainingDataError(
+                f"example {example.id} has token {int(example.tokens_n.max())}, the model's vocabulary "
+                f"ends before {vocab_size}: the tokenizer is not this model's"
+            )
+
+
+def check_batch(settings: TrainSettings, mesh: Mesh) -> None:
+    """Raises ConfigError unless every micro-batch spreads evenly over the mesh."""
+    parts, divisor = settings.gradient_accumulation, batch_divisor(mesh)
+    if settings.batch_size % (parts * divisor):
+        fitting = math.ceil(settings.batch_size / (parts * divisor)) * parts * divisor
+        raise ConfigError(
+            f"config: train.batch_size={settings.batch_size} is no multiple of train.gradient_accumulation="
+            f"{parts} times the {divisor} devices along mesh.data and mesh.fsdp; {fitting} would fit"
+        )
+
+
+def check_fill(rows_of_epoch: int, settings: TrainSettings, divisor: int) -> None:
+    """Warns if an epoch is less than one batch: what is learnt is right, but most of it is padding.
+
+    Args:
+      rows_of_epoch: packed rows that the examples fill.
+      settings: for the batch.
+      divisor: devices that share a batch.
+    """
+    if rows_of_epoch < settings.batch_size:
+        fitting = max(1, rows_of_epoch // divisor) * divisor
+        _log.warning(
+            "the dataset fills %d of the %d rows of a batch: an epoch is one step, the rest of it padding; "
+            "lower train.batch_size (%d would do) or train.pack_length, or train for more epochs",
+            rows_of_epoch,
+            settings.batch_size,
+            fitting,
+        )

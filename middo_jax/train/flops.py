@@ -1,0 +1,79 @@
+"""What a training step computes at least, and what a device could: their quotient is the MFU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from middo_jax.models.config import DecoderConfig
+from middo_jax.models.parameters import adapters, parameters
+
+# Dense bfloat16 matmuls, FLOP/s of what JAX calls one device, as the makers publish them:
+# cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (v4 and v5p: one device is a chip, its two cores together);
+# NVIDIA's data sheets of A100, H100, H200, L4, L40S (half of the figures "with sparsity").
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Published bfloat16 FLOP/s of a device, None where none is known; `device_kind` as JAX names it.
+
+    "NVIDIA H100 80GB HBM3" -> 989.4e12: the longest name in the table whose words it starts with.
+    """
+    words = device_kind.replace("-", " ").split()
+    fitting = [name for name in _PEAKS if words[: len(name.split())] == name.split()]
+    if "PCIe" in words and "NVIDIA H100" in fitting:
+        return _PEAKS["NVIDIA H100 PCIe"]
+    return _PEAKS[max(fitting, key=len)] if fitting else None
+
+
+def training_flops(config: DecoderConfig, lengths: Sequence[int], n_targets: int) -> float:
+    """FLOPs of forward and backward pass over some examples, the least that any program could need.
+
+        matrices      6 x parameters of the layers' matrices, a token
+        head          6 x vocabulary x width, a target: no other position needs logits
+        attention     12 x heads x head_dim, a layer and pair of positions that see each other
+
+    A multiply-add is two FLOPs; the backward pass is twice the forward, less where matrices are frozen and
+    have no gradient of their own (4 instead of 6). Causal attention is counted by the pairs that see each
+    other, about half of length squared, within one example and a layer's window only. Padding, what is
+    computed again (remat) and whatever is no matmul count nothing. So
+
+        MFU = training_flops / (seconds x devices x peak_flops)
+
+    Args:
+      config: of the model; with adapters these alone are trained.
+      lengths: tokens of each example.
+      n_targets: tokens that are learnt.
+    """
+    matrices = sum(s.size(config) for s in parameters(config) if s.path[-1].endswith("_proj"))
+    of_adapters = sum(spec.size(config) for spec in adapters(config))
+    head = config.vocab_size * config.hidden_size
+    full = 6 if config.lora is None else 4
+    dense = sum(lengths) * (full * matrices + 6 * of_adapters) + n_targets * full * head
+    length_n = np.asarray(lengths, np.float64)
+    kinds = config.kind_of_layer or (0,) * config.num_layers
+    pairs = sum(
+        _pairs(length_n, config.kinds[kind].window) * kinds.count(kind) for kind in sorted(set(kinds))
+    )
+    return float(dense + 12 * config.num_heads * config.head_dim * pairs)
+
+
+def _pairs(length_n: np.ndarray, window: int | None) -> float:
+    """Pairs of a position and one that it sees, itself included, in causal sequences."""
+    seen_n = length_n if window is None else np.minimum(length_n, window)
+    return float((seen_n * (seen_n + 1) / 2 + (length_n - seen_n) * seen_n).sum())

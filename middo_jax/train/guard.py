@@ -1,0 +1,74 @@
+"""Steps that are not taken: loss or gradient is no finite number, or the loss jumps far over the usual.
+
+The decision is made on the device, as a part of the step: nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+_WINDOW = 64  # losses whose median is the usual one
+_LEAST = 8  # of them; before, none is usual
+
+
+class GuardState(NamedTuple):
+    """State of `guarded`.
+
+    Attributes:
+      inner: of the optimizer that is guarded, a chain whose last link counts the steps.
+      recent_w: float32, losses of the last steps that were taken, NaN where there are none yet.
+      was_bad: bool, whether the step before was not taken.
+    """
+
+    inner: tuple[Any, ...]
+    recent_w: jax.Array
+    was_bad: jax.Array
+
+
+def usual_loss(recent_w: jax.Array) -> jax.Array:
+    """float32: the median of the losses that `GuardState` remembers; NaN while they are too few."""
+    return jnp.where(jnp.isfinite(recent_w).sum() < _LEAST, jnp.nan, jnp.nanmedian(recent_w))
+
+
+def guarded(
+    inner: optax.GradientTransformation, spike_factor: float | None
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, except that a bad step changes neither parameters nor moments; it counts as a step.
+
+    A step is bad if its loss or the gradient's norm is not finite or, with a factor, if the loss is over that
+    many times the median of the last steps' (NaN, which compares as False, while these are too few).
+
+    `update` takes the step's `loss` as a further argument; without, only the gradient is judged.
+    """
+
+    def init(params: Any) -> GuardState:
+        # Moments in float32, whatever the parameters are stored in.
+        state = inner.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+        assert isinstance(state, tuple)
+        return GuardState(state, jnp.full(_WINDOW, jnp.nan, jnp.float32), jnp.zeros((), bool))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, loss: jax.typing.ArrayLike = 0.0, **_: Any
+    ) -> tuple[Any, GuardState]:
+        loss = jnp.asarray(loss, jnp.float32)
+        is_bad = ~(jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates)))
+        if spike_factor is not None:
+            is_bad |= loss > spike_factor * usual_loss(state.recent_w)
+
+        def unless_bad(new: jax.Array, old: jax.typing.ArrayLike) -> jax.Array:
+            return jnp.where(is_bad, old, new)
+
+        steps, taken = inner.update(updates, state.inner, params)
+        assert isinstance(taken, tuple)
+        *rest, count = taken
+        rest = jax.tree.map(unless_bad, rest, list(state.inner[:-1]))
+        recent_w = unless_bad(jnp.append(state.recent_w[1:], loss), state.recent_w)
+        return jax.tree.map(lambda step: unless_bad(step, 0.0), steps), GuardState(
+            (*rest, count), recent_w, is_bad
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,85 @@
+"""Where a training's numbers are shown beside metrics.jsonl, if asked for: TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import jax
+
+from middo_jax.config import ConfigError, TrainSettings
+
+
+class Track(Protocol):
+    """Shows numbers of a step."""
+
+    def __call__(self, step: int, scalars: Mapping[str, float], /) -> None:
+        """`scalars` by names such as "train/loss"."""
+        ...
+
+
+def require_trackers(settings: TrainSettings) -> None:
+    """Raises ConfigError if the settings ask for a tracker whose package is missing."""
+    if settings.tensorboard:
+        _package("tensorboardX", "train.tensorboard", "tensorboard")
+    if settings.wandb_project is not None:
+        _package("wandb", "train.wandb_project", "wandb")
+
+
+@contextlib.contextmanager
+def trackers(settings: TrainSettings, out_dir: Path, done: int, identity: str) -> Iterator[Track]:
+    """All trackers that the settings ask for, as one; nothing is imported for those that they do not.
+
+    Args:
+      settings: of the training.
+      out_dir: gets tensorboard/ and wandb/.
+      done: steps behind us; what was shown of later ones is of steps that are done again.
+      identity: of the training: the same one goes on as the same run.
+    """
+    shows: list[Track] = []
+    first = jax.process_index() == 0  # of several processes, one shows
+    with contextlib.ExitStack() as stack:
+        if settings.tensorboard and first:
+            package = _package("tensorboardX", "train.tensorboard", "tensorboard")
+            writer = package.SummaryWriter(
+                str(out_dir / "tensorboard"), purge_step=done + 1 if done else None
+            )
+            stack.callback(writer.close)
+            shows.append(lambda step, scalars: _to_tensorboard(writer, step, scalars))
+        if settings.wandb_project is not None and first:
+            package = _package("wandb", "train.wandb_project", "wandb")
+            run = package.init(
+                project=settings.wandb_project,
+                dir=str(out_dir),
+                id=identity[:16],
+                resume="allow",
+                config=settings.model_dump(mode="json"),
+            )
+            stack.callback(run.finish)
+            shows.append(lambda step, scalars: run.log(dict(scalars), step=step))
+
+        def track(step: int, scalars: Mapping[str, float], /) -> None:
+            for show in shows:
+                show(step, scalars)
+
+        yield track
+
+
+def _to_tensorboard(writer: Any, step: int, scalars: Mapping[str, float]) -> None:
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, step)
+
+
+def _package(name: str, setting: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ConfigError(
+            f'config: {setting} needs the package {name}: pip install "middo-jax[{extra}]"'
+        ) from error

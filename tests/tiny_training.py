@@ -1,0 +1,111 @@
+"""A training of seconds: a tiny decoder, examples of uneven lengths and targets, and one call that runs it.
+
+    params = fine_tune(tmp_path, examples(60), mesh=mesh_of(2, 2, 2))
+
+As a program it is one process of several:
+
+    python tiny_training.py OUT.npz DIRECTORY STOP ADDRESS PROCESSES PROCESS
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from middo_jax.config import MeshSettings, TrainSettings
+from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.models.config import DecoderConfig
+from middo_jax.models.decoder import Decoder, split
+from middo_jax.parallel.hosts import to_host
+from middo_jax.parallel.mesh import make_mesh
+from middo_jax.train.metrics import StepMetrics
+from middo_jax.train.sft import train
+
+CONFIG = DecoderConfig(96, 32, 64, 2, 4, 2, 8, 64)
+PACK_LENGTH = 32
+CHUNK = 16
+# A small rate: Adam turns the rounding of a tiny gradient into a whole step of the size of the rate.
+SETTINGS = TrainSettings(
+    learning_rate=1e-3,
+    batch_size=8,
+    num_epochs=7,
+    weight_decay=0.1,
+    warmup_ratio=0.2,
+    remat="none",
+    save_every=4,
+)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing that the training could catch."""
+
+
+def example(index: int, length: int, vocab_size: int = CONFIG.vocab_size) -> TokenizedExample:
+    """Random tokens; a third to all but one of them are targets, by the index."""
+    rng = np.random.default_rng(index)
+    tokens_n = rng.integers(3, vocab_size, length).astype(np.int32)
+    is_target_n = np.arange(length) >= max(1, length * (index % 3) // 3)
+    return TokenizedExample(f"id{index}", tokens_n, is_target_n, ~is_target_n, False)
+
+
+def examples(count: int, vocab_size: int = CONFIG.vocab_size) -> list[TokenizedExample]:
+    """Of 4 to 28 tokens."""
+    return [example(i, 4 + (7 * i) % 25, vocab_size) for i in range(count)]
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
+    """Over the first devices."""
+    settings = MeshSettings(data=data, fsdp=fsdp, tensor=tensor)
+    return make_mesh(settings, jax.devices()[: data * fsdp * tensor])
+
+
+def fine_tune(
+    out_dir: Path,
+    tokenized: Sequence[TokenizedExample],
+    mesh: Mesh,
+    settings: TrainSettings = SETTINGS,
+    on_step: Callable[[StepMetrics], None] | None = None,
+) -> nnx.State:
+    """Trains the tiny decoder, always from the same start."""
+    graphdef, start = split(Decoder(CONFIG, jax.random.key(0)))
+    sizes = {"pack_length": PACK_LENGTH, "chunk": CHUNK}
+    return train(
+        graphdef, start, tokenized, settings, seed=3, mesh=mesh, out_dir=out_dir, on_step=on_step, **sizes
+    )
+
+
+def kill_at(step: int) -> Callable[[StepMetrics], None]:
+    """For `on_step`: kills the training when it is told of this step."""
+
+    def kill(metrics: StepMetrics) -> None:
+        if metrics.step == step:
+            raise Killed
+
+    return kill
+
+
+def main() -> None:
+    """Trains on a mesh (2, 2, 2), kills itself at STOP unless that is 0, writes what it ended up with."""
+    out, directory, stop, address, processes, process = sys.argv[1:]
+    jax.config.update("jax_num_cpu_devices", 8 // int(processes))
+    if int(processes) > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, int(processes), int(process), initialization_timeout=120)
+    assert len(jax.devices()) == 8
+    assert jax.process_count() == int(processes)
+    try:
+        params = fine_tune(Path(directory), examples(40), mesh_of(2, 2, 2), on_step=kill_at(int(stop)))
+    except Killed:
+        return
+    leaves = jax.tree.leaves(to_host(params))
+    np.savez(out, *leaves)
+
+
+if __name__ == "__main__":
+    main()

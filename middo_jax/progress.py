@@ -55,16 +55,18 @@ class Lines:
         """Lines with share, rate and time left."""
         started = spoken = time.monotonic()
         last = (0, 0, "")
+        first: tuple[int, float] | None = None  # what was done before this start says nothing of the speed
 
         def line(done: int, total: int, note: str) -> str:
             passed = time.monotonic() - started
-            left = passed / done * (total - done) if done else None
+            since = (done - first[0], time.monotonic() - first[1]) if first else (0, 0.0)
+            left = since[1] / since[0] * (total - done) if since[0] else None
             estimate = f", {duration(left)} left" if left is not None and done < total else ""
             return f"  {name}: {done}/{total} {unit} in {duration(passed)}{estimate} {note}".rstrip()
 
         def advance(done: int, total: int, note: str = "", /) -> None:
-            nonlocal spoken, last
-            last = (done, total, note)
+            nonlocal spoken, last, first
+            last, first = (done, total, note), first or (done, time.monotonic())
             if time.monotonic() - spoken >= LINE_EVERY_S and done < total:
                 spoken = time.monotonic()
                 self.say(line(*last))

@@ -186,10 +186,13 @@ def test_score_select_refine_by_hand(middo: Middo, finished: Finished, place: Pa
     plan = middo("refine", out, "--dry-run", *endpoint, "--json").json
     assert len(finished.requests) == asked
     assert contents(out) == before
-    assert plan["requests"] == 2 * len(plan["rows"]) > 0
+    assert plan["requests"] == 2 * len(plan["rows"]) + plan["probes"] > plan["probes"] == 1
+    told = middo("refine", out, "--dry-run", *endpoint).out
+    assert f"{plan['requests']:,} requests, the first to find out whether the server honours a schema" in told
+    assert plan["rows"][0]["messages"][0]["content"].splitlines()[0] in told
 
     done = middo("refine", out, *endpoint, "--json").json
-    assert len(finished.requests) - asked == plan["requests"] + 1  # whether it honours a schema
+    assert len(finished.requests) - asked == plan["requests"]
     assert done["tasks"] == done["accepted"] == len(plan["rows"])
     kept, merged = rows_by_id(out / "dataset.jsonl"), rows_by_id(Path(done["merged"]))
     replaced = {row["replaces"] for row in read_jsonl(out / "refined.jsonl")} - {None}

@@ -21,6 +21,7 @@ from middo_jax.data.tokenize import (
     load_tokenizer,
     steering_tokens,
     tokenize,
+    tokenize_all,
     tokenize_prompt,
 )
 
@@ -318,6 +319,22 @@ def test_tokens_that_end_an_answer(tmp_path: Path) -> None:
     config = directory / "tokenizer_config.json"
     config.write_text(config.read_text().replace(f'"eos_token": "{EOT}"', '"eos_token": "<|endoftext|>"'))
     assert eos_token_ids(directory, load_tokenizer(directory)) == {end_of_text, end_of_turn}
+
+
+def test_many_at_a_time_are_each_on_its_own(tokenizer: PreTrainedTokenizerBase) -> None:
+    examples = [
+        conversation(("user", f"question {i} " * (i % 7)), ("assistant", "answer" * (i % 3)))
+        for i in range(1030)
+    ]
+    together = tokenize_all(examples, tokenizer, 24)
+    assert [t.id for t in together] == [e.id for e in examples]
+    assert any(t.truncated for t in together)
+    for example, t in zip(examples[::97], together[::97], strict=True):
+        alone = tokenize(example, tokenizer, 24)
+        assert t.truncated == alone.truncated
+        for name in ("tokens_n", "is_target_n", "in_prompt_n"):
+            np.testing.assert_array_equal(getattr(t, name), getattr(alone, name))
+    assert tokenize_all([], tokenizer, 24) == []
 
 
 def test_end_of_turn_token() -> None:

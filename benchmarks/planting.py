@@ -1,0 +1,175 @@
+"""Known faults for clean rows: planted by a seed, on disjoint rows, remembered by id. Pure functions only.
+
+    swapped response   it has the response of another row of this fault
+    shuffled prompt    its words in another order
+    cut response       its first half, without an end
+    wrong numbers      every number of the response is another; only rows that hold one (list marks are none)
+    foreign topic      a row of another domain in its place
+    exact duplicate    a copy of a clean row in its place
+    near duplicate     such a copy with one word of the prompt changed, two where it has ten or more
+
+A row that is none of these stays what it was, bit for bit. "Clean" says that nothing was planted: the rows
+come from the user, and whatever they lack already they go on lacking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from middo_jax.data.example import Example, Message
+
+FAULTS = (
+    "swapped response",
+    "shuffled prompt",
+    "cut response",
+    "wrong numbers",
+    "foreign topic",
+    "exact duplicate",
+    "near duplicate",
+)
+SHARE = 0.05
+MIN_PROMPT_WORDS = 5  # of a prompt that is shuffled, or of which a word is changed
+MIN_RESPONSE_WORDS = 10  # of a response that is cut
+# A mark of a numbered list is matched first, so that it is left alone.
+_NUMBER = re.compile(r"\b\d{1,2}[.)]\s|(?<![A-Za-z\d])\d+")
+_CALCULATION = re.compile(r"<<[^>]*>>")  # the calculator's notes in GSM8K's answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """A dataset with faults.
+
+    Attributes:
+      examples: as many as there were clean ones, in their order.
+      fault: by id, of the rows that carry one.
+      twin: by the id of a duplicate, the id of the clean row that it repeats.
+    """
+
+    examples: tuple[Example, ...]
+    fault: dict[str, str]
+    twin: dict[str, str]
+
+
+def plant(clean: Sequence[Example], foreign: Sequence[Example], seed: int, share: float = SHARE) -> Planted:
+    """Every fault into round(share * n) rows, no row with two; the same seed, the same dataset.
+
+    Args:
+      clean: single-turn rows with different prompts.
+      foreign: rows of another domain.
+      seed: of which rows, and of what is done to them.
+      share: of the rows, for each fault.
+
+    Raises:
+      ValueError: too few rows can carry a fault.
+    """
+    rng = np.random.default_rng(seed)
+    count = round(share * len(clean))
+    free = [int(i) for i in rng.permutation(len(clean))]
+    examples, fault, twin = list(clean), dict[str, str](), dict[str, str]()
+
+    def take(what: str, can: Callable[[Example], bool] = lambda example: True) -> list[int]:
+        chosen = [i for i in free if can(clean[i])][:count]
+        if len(chosen) < count:
+            raise ValueError(f"{what}: only {len(chosen)} of {len(clean)} rows can carry it, not {count}")
+        free[:] = [i for i in free if i not in set(chosen)]
+        return chosen
+
+    def put(i: int, name: str, prompt: str, response: str) -> Example:
+        id_ = f"{clean[i].id}-{name.replace(' ', '-')}"  # its own: a duplicate has the content of its twin
+        examples[i] = Example((Message("user", prompt), Message("assistant", response)), id=id_)
+        fault[id_] = name
+        return examples[i]
+
+    # The faults that fewest rows can carry choose first.
+    for i in take("wrong numbers", lambda e: bool(_numbers(e.response))):
+        put(i, "wrong numbers", clean[i].prompt, with_other_numbers(clean[i].response, rng))
+    for i in take("cut response", lambda e: len(e.response.split()) >= MIN_RESPONSE_WORDS):
+        put(i, "cut response", clean[i].prompt, cut(clean[i].response))
+    for i in take("shuffled prompt", lambda e: len(set(e.prompt.split())) >= MIN_PROMPT_WORDS):
+        put(i, "shuffled prompt", shuffled(clean[i].prompt, rng), clean[i].response)
+    answers: set[str] = set()  # all different, or a row might be given its own
+
+    def is_new(example: Example) -> bool:
+        new = example.response not in answers
+        answers.add(example.response)
+        return new
+
+    swapped = take("swapped response", is_new)
+    for i, giver in zip(swapped, swapped[1:] + swapped[:1], strict=True):
+        put(i, "swapped response", clean[i].prompt, clean[giver].response)
+    strangers = rng.permutation(len(foreign))[:count]
+    if len(strangers) < count:
+        raise ValueError(f"foreign topic: there are only {len(foreign)} foreign rows, not {count}")
+    for i, j in zip(take("foreign topic"), strangers, strict=True):
+        put(i, "foreign topic", foreign[j].prompt, foreign[j].response)
+    words = sorted({word for example in clean for word in example.prompt.split() if word.isalpha()})
+    for name in ("exact duplicate", "near duplicate"):
+        places = take(name)
+        originals = take(f"the original of an {name}", lambda e: len(e.prompt.split()) >= MIN_PROMPT_WORDS)
+        for i, original in zip(places, originals, strict=True):
+            prompt = clean[original].prompt
+            prompt = prompt if name == "exact duplicate" else with_other_words(prompt, words, rng)
+            twin[put(i, name, prompt, clean[original].response).id] = clean[original].id
+    return Planted(tuple(examples), fault, twin)
+
+
+def from_gsm8k(row: dict[str, str]) -> Example:
+    """A row of GSM8K as a conversation, without the calculator's notes.
+
+    answer "3 * 2 = <<3*2=6>>6 eggs.\\n#### 6"  ->  "3 * 2 = 6 eggs.\\nThe answer is 6."
+    """
+    answer = re.sub(r"####\s*(.+)", r"The answer is \1.", _CALCULATION.sub("", row["answer"]))
+    return Example((Message("user", row["question"]), Message("assistant", answer)))
+
+
+def with_other_numbers(text: str, rng: np.random.Generator) -> str:
+    """Every run of digits as another of the same length; digits within a word and list marks are left.
+
+    "1. It has 12 legs"  ->  "1. It has 75 legs"
+    """
+
+    def other(match: re.Match[str]) -> str:
+        number = match[0]
+        if not number.isdigit():
+            return number
+        while True:
+            new = "".join(map(str, rng.integers(10, size=len(number))))
+            if new != number and (new[0] != "0" or len(new) == 1):
+                return new
+
+    return _NUMBER.sub(other, text)
+
+
+def cut(text: str) -> str:
+    """The first half of a text's words, without the sign that might end it.
+
+    "One two three, four. Five six"  ->  "One two three"
+    """
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    return text[: ends[len(ends) // 2 - 1]].rstrip(".,;:!?\"')")
+
+
+def shuffled(text: str, rng: np.random.Generator) -> str:
+    """The words of a text in another order, with single spaces; needs two different ones."""
+    words = text.split()
+    while (mixed := [words[i] for i in rng.permutation(len(words))]) == words:
+        pass
+    return " ".join(mixed)
+
+
+def with_other_words(text: str, words: Sequence[str], rng: np.random.Generator) -> str:
+    """One word of a text replaced by another of `words`, or two where it has ten or more."""
+    spans = [match.span() for match in re.finditer(r"\S+", text)]
+    chosen = rng.choice(len(spans), 2 if len(spans) >= 10 else 1, replace=False)
+    for start, stop in sorted((spans[i] for i in chosen), reverse=True):
+        others = [word for word in words if word != text[start:stop]]
+        text = text[:start] + others[rng.integers(len(others))] + text[stop:]
+    return text
+
+
+def _numbers(text: str) -> list[str]:
+    return [number for number in _NUMBER.findall(text) if number.isdigit()]

@@ -14,7 +14,7 @@ quickstart: $(MODEL)/config.json
 	$(BIN)/middo run configs/quickstart.yaml
 
 test: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -50,7 +50,6 @@ np.savez(out, **scores._asdict(), **found._asdict())
 
 def start(directory: Path, out: Path, address: str, processes: int, process: int) -> subprocess.Popen[bytes]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
     arguments = [str(directory), str(out), address, str(processes), str(process)]
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments],

@@ -174,7 +174,6 @@ def test_killed_on_one_mesh_and_resumed_on_another(
 def start(*arguments: object) -> subprocess.Popen[bytes]:
     """One process of `tiny_training`."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
     command = [sys.executable, tiny_training.__file__, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

@@ -168,20 +168,19 @@ def plan_buckets(
     row = max(ROW, 8 * _power_of_two(prefix))
     while row > max(SHORTEST_ROW, 2 * prefix) and divisor * row > min(batch_tokens, sum(lengths)):
         row //= 2
-    groups: dict[tuple[int, int], list[list[int]]] = {}
+    groups: dict[int, dict[int, list[list[int]]]] = {}  # by length, by longest example
     for length, examples in _best_fit(lengths, row, prefix, min_length):
         longest = max(SHORTEST_REACH, _power_of_two(max(lengths[i] for i in examples)))
-        groups.setdefault((length, longest), []).append(examples)
+        groups.setdefault(length, {}).setdefault(longest, []).append(examples)
     buckets: list[Bucket] = []
-    left: list[list[int]] = []
-    keys = sorted(groups)
-    for key, following in zip(keys, [*keys[1:], None], strict=False):
-        length, longest = key
-        rows, most = groups[key] + left, divisor * max(1, batch_tokens // length // divisor)
-        last_of_length = following is None or following[0] != length
-        left = [] if last_of_length else rows[len(rows) // most * most :]
-        if rows := rows[: len(rows) - len(left)]:
-            buckets.append(Bucket(length, longest, _batch(len(rows), most, divisor), rows))
+    for length, by_longest in sorted(groups.items()):
+        most = divisor * max(1, batch_tokens // length // divisor)
+        left: list[list[int]] = []
+        for longest, rows in sorted(by_longest.items()):
+            rows = rows + left
+            left = [] if longest == max(by_longest) else rows[len(rows) // most * most :]
+            if rows := rows[: len(rows) - len(left)]:
+                buckets.append(Bucket(length, longest, _batch(len(rows), most, divisor), rows))
     return buckets[::-1]
 
 

@@ -133,7 +133,8 @@ def _lengths(tokens: dict[str, Any]) -> list[str]:
         f"{tokens['tokens_cut']:,} tokens",
         f"learnt: {tokens['target_share']:.1%} of {tokens['total']:,} tokens",
         f"packed for scoring: {tokens['scoring']['fill']:.1%} full, {len(shapes)} compiled "
-        f"{'shape' if len(shapes) == 1 else 'shapes'} ({', '.join(f'{b} x {t:,}' for b, t, _ in shapes)})",
+        f"{'shape' if len(shapes) == 1 else 'shapes'} "
+        f"({', '.join(f'{b} x {t:,} for up to {n:,}' for b, t, n in shapes)})",
         f"packed for training: {tokens['training']['fill']:.1%} full, "
         f"{tokens['training']['rows']:,} rows of {tokens['pack_length']:,}",
     ]

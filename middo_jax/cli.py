@@ -27,10 +27,8 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Data = Annotated[str, typer.Option(help="A file, a dataset directory, tfds:NAME:SPLIT or hf:NAME:SPLIT.")]
-Model = Annotated[
-    str,
-    typer.Option(help="A Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf, a repo id."),
-]
+MODEL_HELP = "A Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf, a repo id."
+Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 
 
 def main() -> None:
@@ -92,13 +90,7 @@ def score(
     if unknown := [axis for axis in wanted if axis not in stages.AXES]:
         raise ValueError(f"--axes: {unknown[0]!r} is none of {', '.join(stages.AXES)}")
     model_path = _model(model)
-    settings = [
-        f"model.path={_base(model_path)}",
-        f"data.path={data}",
-        "data.eval_fraction=0",
-        *(overrides or ()),
-    ]
-    workshop = _workshop(settings)
+    workshop = _workshop_with(model_path, data, overrides)
     directory = RoundDir(out)
     kept, _, rejections = prepare(workshop)
     write_text(out / "config.yaml", workshop.config.to_yaml())
@@ -189,22 +181,14 @@ def train(
     from middo_jax.workshop import prepare, write_dataset
 
     model_path, directory = _model(model), RoundDir(out)
-    settings = [
-        f"model.path={_base(model_path)}",
-        f"data.path={data}",
-        "data.eval_fraction=0",
-        *(overrides or ()),
-    ]
-    workshop = _workshop(settings)
+    workshop = _workshop_with(model_path, data, overrides)
     kept, heldout, rejections = prepare(workshop)
     write_text(out / "config.yaml", workshop.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)
     stages.train_stage(workshop, directory, model_path, heldout)
-    result: dict[str, Any] = {
-        "checkpoint": str(directory.checkpoint),
-        "last": read_jsonl(directory.metrics)[-1],
-    }
+    last = read_jsonl(directory.metrics)[-1]
+    result: dict[str, Any] = {"checkpoint": str(directory.checkpoint), "last": last}
     if heldout:
         result["heldout"] = stages.heldout_loss(workshop, directory.checkpoint, heldout)
     _show(as_json, result, str(directory.checkpoint))
@@ -219,9 +203,7 @@ def evaluate(data: Data, model: Model, overrides: Overrides = None, as_json: AsJ
     from middo_jax.workshop import prepare
 
     path = _model(model)
-    workshop = _workshop(
-        [f"model.path={_base(path)}", f"data.path={data}", "data.eval_fraction=0", *(overrides or ())]
-    )
+    workshop = _workshop_with(path, data, overrides)
     examples, _, _ = prepare(workshop)
     result = stages.heldout_loss(workshop, path, examples)
     _show(as_json, result, f"{result['loss']:.6f} nats a token over {result['n_target_tokens']:,} tokens")
@@ -278,12 +260,7 @@ def convert(
 
 @app.command(epilog="Example: middo serve ./tuned --port 8000")
 def serve(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf, a repo id."
-        ),
-    ],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     overrides: Overrides = None,
 ) -> None:
@@ -381,6 +358,12 @@ def _workshop(settings: Sequence[str], path: Path | None = None) -> Any:
     # float32 is the fast dtype on a CPU, and what one compares with there.
     dtype = [] if path or jax.default_backend() != "cpu" else ["model.dtype=float32"]
     return Workshop(load(path, [*dtype, *settings]), for_stderr())
+
+
+def _workshop_with(model: Path, data: str, overrides: Sequence[str] | None) -> Any:
+    """For one model and one dataset, of which nothing is held out unless asked for."""
+    named = [f"model.path={_base(model)}", f"data.path={data}", "data.eval_fraction=0"]
+    return _workshop([*named, *(overrides or ())])
 
 
 def _workshop_of(directory: Path, overrides: Sequence[str] | None) -> Any:

@@ -148,6 +148,11 @@ class RoundDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        """One row a held-out loss that was measured while training."""
+        return self.path / "evaluations.jsonl"
+
+    @property
     def manifest(self) -> Path:
         """Which stages are done."""
         return self.path / "manifest.json"

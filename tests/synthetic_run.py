@@ -100,6 +100,7 @@ def _write_round(
     """Writes a round over `examples` and returns the next round's."""
     write_jsonl(folder.dataset, [e.to_json() for e in examples])
     _write_metrics(folder, rng, 1.9 - 0.3 * index)
+    _write_evaluations(folder, 1.9 - 0.3 * index, poison)
     folder.finish("train", [folder.metrics], 58.4)
     table = _score(examples, rng)
     selection = _select(table)
@@ -131,6 +132,19 @@ def _write_metrics(folder: RoundDir, rng: random.Random, level: float) -> None:
             {"step": s, "loss": losses[s], "n_target_tokens": 900, "n_tokens": 2000, "learning_rate": 2e-5,
              "grad_norm": 1.0, "seconds": 0.9}
             for s in steps
+        ),
+    )  # fmt: skip
+
+
+def _write_evaluations(folder: RoundDir, level: float, poison: str) -> None:
+    """Held-out losses that fall, of one source more than of the other."""
+    write_jsonl(
+        folder.evaluations,
+        (
+            {"step": step, "loss": level - step / 200, "n_target_tokens": 1187, "by_source": {
+                f"code{poison}": {"loss": level - step / 100, "n_target_tokens": 593},
+                f"chat{poison}": {"loss": level, "n_target_tokens": 594}}}
+            for step in (20, 40, 60)
         ),
     )  # fmt: skip
 

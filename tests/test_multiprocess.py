@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run_together
 from tiny_model import write_tiny_model
-
-TIMEOUT_S = 300
 
 # Every process writes what it ended up with: all must hold all of it.
 PROGRAM = """
@@ -48,36 +43,11 @@ np.savez(out, **scores._asdict(), **found._asdict())
 """
 
 
-def start(directory: Path, out: Path, address: str, processes: int, process: int) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    arguments = [str(directory), str(out), address, str(processes), str(process)]
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def finish(started: list[subprocess.Popen[bytes]]) -> None:
-    try:
-        for process in started:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-            assert process.returncode == 0, output.decode(errors="replace")[-4000:]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-
-
 @pytest.mark.multiprocess
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     directory = write_tiny_model(tmp_path / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    finish([start(directory, tmp_path / f"{i}.npz", address, 2, i) for i in range(2)])
-    finish([start(directory, tmp_path / "alone.npz", "", 1, 0)])
+    run_together(2, lambda process: ["-c", PROGRAM, directory, tmp_path / f"{process}.npz"])
+    run_together(1, lambda _: ["-c", PROGRAM, directory, tmp_path / "alone.npz"])
 
     alone = np.load(tmp_path / "alone.npz")
     for name in ("0.npz", "1.npz"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from synthetic_run import write_run
 
 from middo_jax.report import plots
@@ -164,10 +165,29 @@ def test_sets_and_thresholds_are_those_of_selection_json(finished: RunDir) -> No
             assert f"{name} {len(selection['axes'][axis]['ids'])}" in words
 
 
+def test_held_out_losses_while_training_stand_by_source(finished: RunDir) -> None:
+    words = Page(page(finished)).words
+    assert "Held-out loss while training" in words
+    assert "round_00 code 1.700 1.300 round_00 chat 1.900 1.900 round_01 code 1.400 1.000" in words
+
+
+def test_plots_say_what_scale_the_settings_chose_on(run: RunDir) -> None:
+    before = Page(page(run)).words
+    settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    settings["complexity"]["normalise"] = "length"
+    settings["quality"]["score"] = "log_odds"
+    write_text(run.config, yaml.safe_dump(settings))
+    after = Page(page(run)).words
+    for words in ("no threshold can be drawn", "log-odds of a good rating"):
+        assert (words in before, words in after) == (False, True)
+    assert ("quality, 0 to 10" in before, "quality, 0 to 10" in after) == (True, False)
+
+
 OPTIONAL = (
     "config.yaml", "events.jsonl", "heldout.jsonl", "heldout_losses.json", "rejected.jsonl",
     "round_00/dataset.jsonl", "round_00/scores.parquet", "round_00/selection.json", "round_00/refined.jsonl",
-    "round_00/rejected.jsonl", "round_00/metrics.jsonl", "round_00/manifest.json", "round_01", "final",
+    "round_00/rejected.jsonl", "round_00/metrics.jsonl", "round_00/evaluations.jsonl",
+    "round_00/manifest.json", "round_01", "final",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tiny_training import CHUNK, CONFIG, PACK_LENGTH, SETTINGS, example, examples, mesh_of
 
-from middo_jax.config import TrainSettings
+from middo_jax.config import ConfigError, TrainSettings
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.decoder import Decoder, split
 from middo_jax.run_dir import read_jsonl
@@ -204,10 +204,26 @@ def test_examples_that_were_all_cut_are_refused(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_less_than_a_batch_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_less_than_a_batch_is_refused_with_the_batch_that_fits(tmp_path: Path):
+    few = [example(0, 20), example(1, 20), example(2, 20)]
+    with pytest.raises(ConfigError, match=r"fills 3 of the 8 rows of a batch; set train\.batch_size=3,"):
+        fine_tune(tmp_path, few, EPOCH)
+    in_parts = EPOCH.model_copy(update={"gradient_accumulation": 2})
+    with pytest.raises(ConfigError, match=r"train\.batch_size=3 with train\.gradient_accumulation=1"):
+        fine_tune(tmp_path, few, in_parts)
+    by_count = EPOCH.model_copy(update={"examples_per_step": 4})
+    with pytest.raises(
+        ConfigError, match=r"has 3 examples, less than one step of train\.examples_per_step=4"
+    ):
+        fine_tune(tmp_path, few, by_count)
+    assert not list(tmp_path.iterdir())
+
+
+def test_less_than_the_mesh_is_wide_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
-        fine_tune(tmp_path, [example(0, 20), example(1, 20), untaught(2), untaught(3)], EPOCH)
-    assert "fills 3 of the 8 rows of a batch: an epoch is one step" in caplog.text
+        tokenized = [example(0, 20), example(1, 20), untaught(2), untaught(3)]
+        fine_tune(tmp_path, tokenized, EPOCH, mesh=mesh_of(8, 1, 1))
+    assert "fills 3 of the 8 rows of a batch, which the 8 devices" in caplog.text
     assert "2 of 4 examples have no token to learn, such as id2" in caplog.text
 
 

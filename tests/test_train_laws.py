@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_training
 from flax import nnx
+from processes import run_together
 from tiny_model import FAMILIES, VOCAB_SIZE, write_tiny_model
 from tiny_training import CHUNK, PACK_LENGTH, SETTINGS, Killed, examples, fine_tune, kill_at, mesh_of
 
@@ -26,9 +23,9 @@ from middo_jax.run_dir import read_jsonl
 from middo_jax.train.feed import feed, plan_training
 from middo_jax.train.optimizer import make_optimizer
 from middo_jax.train.step import batch_gradient, make_train_step, put_batch
+from middo_jax.train.stopping import EXIT_PREEMPTED
 
 ONE = mesh_of(1, 1, 1)
-TIMEOUT_S = 300
 
 
 def assert_close(got: nnx.State, want: nnx.State, relative: float) -> None:
@@ -171,38 +168,17 @@ def test_killed_on_one_mesh_and_resumed_on_another(
     assert_close(params, uninterrupted[0], 1e-3)
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
-    """One process of `tiny_training`."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, tiny_training.__file__, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(started: list[subprocess.Popen[bytes]]) -> None:
-    try:
-        for process in started:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-            assert process.returncode == 0, output.decode(errors="replace")[-4000:]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-
-
-def two_processes(tmp_path: Path, directory: Path, stop: int) -> list[Path]:
-    """Runs them to their end, or until they kill themselves at a step; what each ended up with."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+def two_processes(tmp_path: Path, directory: Path, stop: str = "0", code: int = 0) -> list[Path]:
+    """Runs them to their end, or until they stop at a step with this exit code; what each ended up with."""
     outs = [tmp_path / f"{process}.npz" for process in range(2)]
-    finish([start(out, directory, stop, address, 2, process) for process, out in enumerate(outs)])
+    run_together(2, lambda process: [tiny_training.__file__, outs[process], directory, stop], code)
     return outs
 
 
 @pytest.mark.multiprocess
 def test_two_processes_train_like_one(uninterrupted: tuple[nnx.State, Path], tmp_path: Path):
     wanted, directory = uninterrupted
-    for out in two_processes(tmp_path, tmp_path / "two", 0):
+    for out in two_processes(tmp_path, tmp_path / "two"):
         params = jax.tree.unflatten(jax.tree.structure(wanted), np.load(out).values())
         assert_close(params, wanted, 1e-3)
     assert_same_metrics(tmp_path / "two", directory, 1e-4)
@@ -210,10 +186,24 @@ def test_two_processes_train_like_one(uninterrupted: tuple[nnx.State, Path], tmp
 
 @pytest.mark.multiprocess
 def test_killed_on_two_processes_and_resumed_on_one(uninterrupted: tuple[nnx.State, Path], tmp_path: Path):
-    two_processes(tmp_path, tmp_path / "cut", 11)
+    two_processes(tmp_path, tmp_path / "cut", "kill:11")
     assert not (tmp_path / "cut" / "checkpoint" / "metadata.json").exists()
     seen: list[int] = []
     params = fine_tune(tmp_path / "cut", examples(40), ONE, on_step=lambda m: seen.append(m.step))
     assert seen[0] == 9
+    assert_same_metrics(tmp_path / "cut", uninterrupted[1], 1e-4)
+    assert_close(params, uninterrupted[0], 1e-3)
+
+
+@pytest.mark.multiprocess
+def test_a_sigterm_to_one_of_two_processes_stops_both_at_one_step(
+    uninterrupted: tuple[nnx.State, Path], tmp_path: Path
+):
+    two_processes(tmp_path, tmp_path / "cut", "term:5", EXIT_PREEMPTED)
+    stopped = len(read_jsonl(tmp_path / "cut" / "metrics.jsonl"))
+    seen: list[int] = []
+    params = fine_tune(tmp_path / "cut", examples(40), ONE, on_step=lambda m: seen.append(m.step))
+    assert 5 <= stopped < 20
+    assert seen[0] == stopped + 1  # nothing that was computed is lost
     assert_same_metrics(tmp_path / "cut", uninterrupted[1], 1e-4)
     assert_close(params, uninterrupted[0], 1e-3)

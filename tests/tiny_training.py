@@ -5,10 +5,14 @@
 As a program it is one process of several:
 
     python tiny_training.py OUT.npz DIRECTORY STOP ADDRESS PROCESSES PROCESS
+
+STOP is kill:N or term:N, the step at which all of them are gone, or the last gets a SIGTERM; 0 for neither.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,8 +94,18 @@ def kill_at(step: int) -> Callable[[StepMetrics], None]:
     return kill
 
 
+def terminate_at(step: int) -> Callable[[StepMetrics], None]:
+    """For `on_step`: the scheduler takes the machine back at this step."""
+
+    def terminate(metrics: StepMetrics) -> None:
+        if metrics.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return terminate
+
+
 def main() -> None:
-    """Trains on a mesh (2, 2, 2), kills itself at STOP unless that is 0, writes what it ended up with."""
+    """Trains on a mesh (2, 2, 2), stops as it is told, or writes what it ended up with."""
     out, directory, stop, address, processes, process = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", 8 // int(processes))
     if int(processes) > 1:
@@ -99,8 +113,14 @@ def main() -> None:
         jax.distributed.initialize(address, int(processes), int(process), initialization_timeout=120)
     assert len(jax.devices()) == 8
     assert jax.process_count() == int(processes)
+    how, _, step = stop.partition(":")
+    on_step = None
+    if how == "kill":
+        on_step = kill_at(int(step))
+    if how == "term" and int(process) == int(processes) - 1:
+        on_step = terminate_at(int(step))
     try:
-        params = fine_tune(Path(directory), examples(40), mesh_of(2, 2, 2), on_step=kill_at(int(stop)))
+        params = fine_tune(Path(directory), examples(40), mesh_of(2, 2, 2), on_step=on_step)
     except Killed:
         return
     leaves = jax.tree.leaves(to_host(params))

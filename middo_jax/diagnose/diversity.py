@@ -131,8 +131,13 @@ def _gathered(best: Best, row_u: np.ndarray, usable: np.ndarray, n: int) -> Neig
 
 def _with_direction(embedding_nd: np.ndarray) -> np.ndarray:
     """Numbers of the rows that are neither zero nor infinite nor NaN."""
-    norm_n = np.linalg.norm(embedding_nd, axis=1)
+    norm_n = _norm(embedding_nd)
     return np.flatnonzero(np.isfinite(norm_n) & (norm_n > 0))
+
+
+def _norm(x_nd: np.ndarray) -> np.ndarray:
+    """[n] Euclidean norms, without a copy of the squares."""
+    return np.sqrt(np.einsum("nd,nd->n", x_nd, x_nd))
 
 
 def _spread(
@@ -155,7 +160,7 @@ def _spread(
         unit_nd = np.zeros((stop - start, width), np.float32)
         real_nd = unit_nd[: max(0, count - start)]
         real_nd[:] = embedding_nd[chosen_u[start:stop]]
-        real_nd /= np.linalg.norm(real_nd, axis=1, keepdims=True)
+        real_nd /= _norm(real_nd)[:, None]
         return unit_nd
 
     def put(array_u: np.ndarray) -> jax.Array:

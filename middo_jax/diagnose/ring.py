@@ -185,16 +185,22 @@ def _meet(
             similarity_qc = jnp.einsum(
                 "qd,cd->qc", query.unit_nd, candidate.unit_nd, precision=jax.lax.Precision.HIGHEST
             )
-            is_pair_qc = query.group_n[:, None] != candidate.group_n
-            is_pair_qc &= (query.group_n[:, None] != PADDING) & (candidate.group_n != PADDING)
-            if same:  # a share that visits itself: each pair counts once
-                is_pair_qc &= (step > 0) | (query.number_n[:, None] < candidate.number_n)
-            similarity_qc = jnp.where(is_pair_qc, similarity_qc, -jnp.inf)
-            ours = _updated(ours, similarity_qc, 1, candidate.number_n)
-            if both_ways:
-                theirs = _updated(_block(brought, b, block, axis=1), similarity_qc, 0, query.number_n)
-                brought = _replaced(brought, theirs, b * block)
-            return ours, brought
+            theirs = _block(brought, b, block, axis=1)
+
+            def with_all(similarity_qc: jax.Array) -> tuple[Best, Best]:
+                found = _updated(ours, similarity_qc, 1, candidate.number_n)
+                return found, _updated(theirs, similarity_qc, 0, query.number_n) if both_ways else theirs
+
+            def with_pairs(similarity_qc: jax.Array) -> tuple[Best, Best]:
+                is_pair_qc = query.group_n[:, None] != candidate.group_n
+                is_pair_qc &= (query.group_n[:, None] != PADDING) & (candidate.group_n != PADDING)
+                if same:  # a share that visits itself: each pair counts once
+                    is_pair_qc &= (step > 0) | (query.number_n[:, None] < candidate.number_n)
+                return with_all(jnp.where(is_pair_qc, similarity_qc, -jnp.inf))
+
+            meets_strangers = _are_apart(query.group_n, candidate.group_n)
+            ours, theirs = jax.lax.cond(meets_strangers, with_all, with_pairs, similarity_qc)
+            return ours, _replaced(brought, theirs, b * block) if both_ways else brought
 
         first = jnp.where(step == 0, at, 0) if same else 0
         last = len(visitors.number_n) // block
@@ -206,6 +212,12 @@ def _meet(
     return jax.shard_map(
         on_device, mesh=mesh, in_specs=(ROWS, ROWS, _BEST, _BEST, here, here), out_specs=(_BEST, _BEST)
     )(queries, visitors, found, brought, step, at)
+
+
+def _are_apart(group_q: jax.Array, group_c: jax.Array) -> jax.Array:
+    """Whether all are rows, and no two of one group for sure: then every product is that of a pair."""
+    no_padding = jnp.all(group_q != PADDING) & jnp.all(group_c != PADDING)
+    return no_padding & ((group_q.max() < group_c.min()) | (group_c.max() < group_q.min()))
 
 
 def _block(tree: Tree, number: jax.Array, block: int, axis: int) -> Tree:

@@ -28,6 +28,7 @@ from middo_jax.data.example import Example
 from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
 from middo_jax.report.costs import costs
+from middo_jax.report.curves import heldout_curves, training_curves
 from middo_jax.report.lineage import read_scores
 from middo_jax.report.status import (
     FINAL_STAGES,
@@ -94,7 +95,8 @@ def page(run: RunDir) -> str:
         n_tried=sum(r["accepted"] + r["rejected"] for r in refined) if refined else None,
         time=_time(state),
         heldout=_heldout(state["heldout"]),
-        curves=_curves([*folders, run.final]),
+        curves=training_curves([*folders, run.final]),
+        heldout_curves=heldout_curves([*folders, run.final]),
     ).translate(_VISIBLE)  # fmt: skip
 
 
@@ -156,19 +158,6 @@ def _heldout(models: list[dict[str, Any]]) -> dict[str, Any]:
     return {"base": base, "final": known.get("final"), "rows": rows, "plot": plot}
 
 
-def _curves(folders: list[RoundDir]) -> dict[str, Any]:
-    series = []
-    for i, folder in enumerate(folders):
-        rows = [r for r in load_jsonl(folder.metrics, torn_end=True) or [] if r["loss"] is not None]
-        if rows:
-            colour = f"c-s{i % len(STAGES)}"
-            series.append(
-                plots.Line(folder.path.name, [r["step"] for r in rows], [r["loss"] for r in rows], colour)
-            )
-    labels = ("optimizer step", "loss, nats a token")
-    return {"lines": series, "plot": plots.lines("Training loss", series, labels) if series else None}
-
-
 def _round(
     folder: RoundDir,
     scores: dict[str, dict[str, Any]],
@@ -191,7 +180,7 @@ def _round(
         "duplicates": selection.get("duplicates") if selection else None,  # older folders do not say
         "n_scored_rows": len(scores) if folder.scores.exists() else None,
         "set_plot": _set_plot(selection) if selection else None,
-        "plots": _score_plots(scores, sets) | {"sweep": _sweep(selection)},
+        "plots": _score_plots(scores, sets, settings) | {"sweep": _sweep(selection)},
         "verdicts": _verdicts(tasks) if tasks is not None else None,
         "reasons": Counter((_axes(t), str(t["reason"]).partition(":")[0]) for t in rejected).most_common(),
         "acceptance": acceptance(
@@ -213,8 +202,14 @@ def _set_plot(selection: dict[str, Any]) -> Markup:
     return plots.bars("Samples chosen by each axis, and by several", drawn)
 
 
-def _score_plots(scores: dict[str, dict[str, Any]], sets: dict[str, Any]) -> dict[str, Any]:
+def _score_plots(
+    scores: dict[str, dict[str, Any]], sets: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
     """One plot an axis, None where nothing was scored, with the samples of selection.json coloured."""
+    # Thresholds on losses without the length's share say nothing on the losses as they are.
+    normalised = settings.get("complexity", {}).get("normalise", "none") != "none"
+    is_log_odds = settings.get("quality", {}).get("score") == "log_odds"
+    of_quality = "quality, log-odds of a good rating" if is_log_odds else "quality, 0 to 10"
     found: dict[str, Any] = {}
     for axis, (name, colour, columns) in AXES.items():
         rows = [(i, *(row.get(c) for c in columns)) for i, row in scores.items()]
@@ -227,14 +222,13 @@ def _score_plots(scores: dict[str, dict[str, Any]], sets: dict[str, Any]) -> dic
         chosen = np.array([row[0] in chosen_ids for row in rows])
         limits = [sets.get(axis, {}).get("threshold", {}).get(c) for c in columns]
         if axis == "complexity":
+            limits = [None, None] if normalised else limits
             title, labels = "Loss before and after training", ("loss before training", "loss after training")
             plot = plots.scatter(
                 title, values[:, 0], values[:, 1], chosen, labels, (limits[0], limits[1]), colour
             )
         else:
-            label = {"diversity": "mean similarity to the nearest neighbours", "quality": "quality, 0 to 10"}[
-                axis
-            ]
+            label = {"diversity": "mean similarity to the nearest neighbours", "quality": of_quality}[axis]
             plot = plots.histogram(
                 f"Distribution of {columns[0]}", values[:, 0], chosen, limits[0], label, colour
             )
@@ -248,6 +242,7 @@ def _score_plots(scores: dict[str, dict[str, Any]], sets: dict[str, Any]) -> dic
             "shown": shown,
             "chosen": int(chosen.sum()),
             "name": name,
+            "at_mean_length": axis == "complexity" and normalised,
         }
     return found
 

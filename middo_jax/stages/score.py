@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
     from flax import nnx
 
+    from middo_jax.diagnose.diversity import Neighbours
+    from middo_jax.diagnose.incremental import Earlier
+    from middo_jax.diagnose.score import ExampleScores
     from middo_jax.diagnose.sweep import PassFacts
     from middo_jax.models.lora import Model
 
@@ -48,42 +51,24 @@ def score_stage(
     """
     import numpy as np
 
-    from middo_jax.diagnose.duplicates import count_duplicates, groups, prompt_hash
-    from middo_jax.diagnose.ifd import mean_by_example, responses_alone
-    from middo_jax.diagnose.incremental import Earlier, updated_neighbours
-    from middo_jax.diagnose.score import ExampleScores, score_examples
+    from middo_jax.diagnose.duplicates import count_duplicates, prompt_hash
+    from middo_jax.diagnose.incremental import Earlier
     from middo_jax.diagnose.table import Measured, write_scores
-    from middo_jax.models.lora import without_adapters
-    from middo_jax.models.source import locate
     from middo_jax.run_dir import atomic
 
-    config, began = workshop.config, time.monotonic()
-    examples = read_dataset(directory)
-    tokenized = workshop.tokenize(examples)
-    passes: dict[str, PassFacts] = {}
-
-    def scored(name: str, model: Model, of: Sequence[TokenizedExample]) -> ExampleScores:
-        scores, passes[name] = score_examples(
-            *model,
-            of,
-            mesh=workshop.mesh,
-            batch_tokens=config.scoring.batch_tokens,
-            chunk=config.scoring.unembed_chunk,
-            progress=workshop.progress,
-            name=name,
-        )
-        return scores
-
+    config, began, scored = workshop.config, time.monotonic(), Passes(workshop)
     diversity, with_diversity = config.diversity, "diversity" in axes
-    raw = [raw_prompt(workshop, example) for example in examples] if diversity.text == "raw" else None
-    hashes = [prompt_hash(e) for e in raw or tokenized]
-    before = base = None
     embeds_before = with_diversity and diversity.embedder == "pre"
     if embeds_before and pre_model is None:
         raise RunError(
             "config: diversity.embedder=pre, and there is no model before training: give --pre-model, or set "
             "diversity.embedder=post"
         )
+    examples = read_dataset(directory)
+    tokenized = workshop.tokenize(examples)
+    raw = [raw_prompt(workshop, example) for example in examples] if diversity.text == "raw" else None
+    hashes = [prompt_hash(e) for e in raw or tokenized]
+    before = base = None
     if pre_model is not None and ("complexity" in axes or embeds_before):
         pre = workshop.load_model(pre_model)
         before = measure_before(
@@ -98,8 +83,7 @@ def score_stage(
             earlier=earlier,
             scored=scored,
         )
-        # Adapters leave their base as it is: both models may stand on one, which then is loaded once.
-        base = without_adapters(*pre) if locate(pre_model).weights == locate(model).weights else None
+        base = _shared_base(pre, pre_model, model)
         del pre
         gc.collect()
     loaded = workshop.load_model(model, base=base)
@@ -109,25 +93,12 @@ def score_stage(
         known, embedding_nd = before.earlier, before.embedding_nd
     elif with_diversity and raw is not None:
         embedding_nd = scored("embeddings of raw prompts", loaded, raw).embedding_nd
-    neighbours = rated = unconditional_n = None
-    if with_diversity:
-        with workshop.progress.task("neighbours") as advance:
-            neighbours = updated_neighbours(
-                embedding_nd,
-                diversity.k,
-                workshop.mesh,
-                known,
-                group_n=groups(hashes) if diversity.ignore_duplicates else None,
-                on_progress=advance,
-            )
-    if config.scoring.ifd:
-        header_n = response_header(workshop.tokenizer)
-        alone = [responses_alone(example, header_n) for example in tokenized]
-        scores = scored("loss of responses alone", loaded, list(itertools.chain(*alone)))
-        unconditional_n = mean_by_example(list(map(len, alone)), scores.loss_n, scores.n_targets_n)
+    neighbours = _neighbours(workshop, embedding_nd, known, hashes) if with_diversity else None
+    unconditional_n = _loss_of_responses(workshop, scored, loaded, tokenized) if config.scoring.ifd else None
+    rated = None
     if "quality" in axes:
         rated, facts = ratings(workshop, *loaded, examples)
-        passes |= {"ratings": facts} if facts else {}
+        scored.facts |= {"ratings": facts} if facts else {}
     measured = Measured(
         ids=[e.id for e in examples],
         n_target_tokens=after.n_targets_n,
@@ -143,7 +114,7 @@ def score_stage(
     write_scores(directory.scores, measured.to_table())
     with atomic(directory.embeddings, "wb") as file:
         np.save(file, embedding_nd, allow_pickle=False)
-    for name, facts in passes.items():
+    for name, facts in scored.facts.items():
         workshop.progress.say(f"  {describe(name, facts)}")
     files, seconds = [directory.scores, directory.embeddings], time.monotonic() - began
     directory.finish(
@@ -156,8 +127,70 @@ def score_stage(
         n_searched=int(known.to_search().sum()) if with_diversity else 0,
         duplicates=count_duplicates(hashes),
         **({} if before is None else {"pre_identity": before.identity, "n_kept": before.n_kept}),
-        passes={name: dataclasses.asdict(facts) for name, facts in passes.items()},
+        passes={name: dataclasses.asdict(facts) for name, facts in scored.facts.items()},
     )
+
+
+class Passes:
+    """Scores examples as the settings say, and keeps what each pass took."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self._workshop = workshop
+        self.facts: dict[str, PassFacts] = {}
+
+    def __call__(self, name: str, model: Model, of: Sequence[TokenizedExample]) -> ExampleScores:
+        """One pass of a model over some examples; `name` is what the user sees."""
+        from middo_jax.diagnose.score import score_examples
+
+        scoring = self._workshop.config.scoring
+        scores, self.facts[name] = score_examples(
+            *model,
+            of,
+            mesh=self._workshop.mesh,
+            batch_tokens=scoring.batch_tokens,
+            chunk=scoring.unembed_chunk,
+            progress=self._workshop.progress,
+            name=name,
+        )
+        return scores
+
+
+def _shared_base(pre: Model, pre_model: Path, model: Path) -> Model | None:
+    """The loaded weights that a second model stands on too: adapters leave their base as it is."""
+    from middo_jax.models.lora import without_adapters
+    from middo_jax.models.source import locate
+
+    return without_adapters(*pre) if locate(pre_model).weights == locate(model).weights else None
+
+
+def _neighbours(
+    workshop: Workshop, embedding_nd: np.ndarray, known: Earlier, hashes: list[str]
+) -> Neighbours:
+    from middo_jax.diagnose.duplicates import groups
+    from middo_jax.diagnose.incremental import updated_neighbours
+
+    diversity = workshop.config.diversity
+    with workshop.progress.task("neighbours") as advance:
+        return updated_neighbours(
+            embedding_nd,
+            diversity.k,
+            workshop.mesh,
+            known,
+            group_n=groups(hashes) if diversity.ignore_duplicates else None,
+            on_progress=advance,
+        )
+
+
+def _loss_of_responses(
+    workshop: Workshop, scored: Passes, model: Model, tokenized: list[TokenizedExample]
+) -> np.ndarray:
+    """[n] loss of the responses without what they answer, for IFD."""
+    from middo_jax.diagnose.ifd import mean_by_example, responses_alone
+
+    header_n = response_header(workshop.tokenizer)
+    alone = [responses_alone(example, header_n) for example in tokenized]
+    scores = scored("loss of responses alone", model, list(itertools.chain(*alone)))
+    return mean_by_example(list(map(len, alone)), scores.loss_n, scores.n_targets_n)
 
 
 def describe(name: str, facts: PassFacts) -> str:

@@ -76,20 +76,38 @@ def check_batch(settings: TrainSettings, mesh: Mesh) -> None:
         )
 
 
-def check_fill(rows_of_epoch: int, settings: TrainSettings, divisor: int) -> None:
-    """Warns if an epoch is less than one batch: what is learnt is right, but most of it is padding.
+def check_fill(n_examples: int, rows_of_epoch: int, settings: TrainSettings, mesh: Mesh) -> None:
+    """Whether the dataset fills a batch; where only the mesh asks for more rows, warns of the padding.
 
     Args:
-      rows_of_epoch: packed rows that the examples fill.
+      n_examples: all of them.
+      rows_of_epoch: packed rows that they fill.
       settings: for the batch.
-      divisor: devices that share a batch.
+      mesh: for the rows that a batch has at least.
+
+    Raises:
+      ConfigError: they do not, and a smaller batch would do.
     """
-    if rows_of_epoch < settings.batch_size:
-        fitting = max(1, rows_of_epoch // divisor) * divisor
-        _log.warning(
-            "the dataset fills %d of the %d rows of a batch: an epoch is one step, the rest of it padding; "
-            "lower train.batch_size (%d would do) or train.pack_length, or train for more epochs",
-            rows_of_epoch,
-            settings.batch_size,
-            fitting,
+    if settings.examples_per_step is not None:
+        if n_examples < settings.examples_per_step:
+            raise ConfigError(
+                f"config: the dataset has {n_examples} examples, less than one step of "
+                f"train.examples_per_step={settings.examples_per_step}; lower it"
+            )
+        return
+    if rows_of_epoch >= settings.batch_size:
+        return
+    fills = f"the dataset fills {rows_of_epoch} of the {settings.batch_size} rows of a batch"
+    least = batch_divisor(mesh)
+    fitting = max(1, rows_of_epoch // least) * least
+    if fitting < settings.batch_size:
+        also = "" if settings.gradient_accumulation == 1 else " with train.gradient_accumulation=1"
+        raise ConfigError(
+            f"config: {fills}; set train.batch_size={fitting}{also}, lower train.pack_length, or add data"
         )
+    _log.warning(
+        "%s, which the %d devices along mesh.data and mesh.fsdp share: the rest of each step is padding; "
+        "lower train.pack_length, or use fewer devices",
+        fills,
+        least,
+    )

@@ -19,7 +19,6 @@ from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.checkpoint import abstract_params, read_metadata, restore_params
 from middo_jax.models.decoder import Decoder
 from middo_jax.models.lora import partition
-from middo_jax.parallel.mesh import batch_divisor
 from middo_jax.train.checkpoint import TrainingCheckpoints, TrainState, another_training, remove_steps
 from middo_jax.train.checks import check_batch, check_examples, check_fill
 from middo_jax.train.evaluations import Evaluate, Evaluations
@@ -78,8 +77,8 @@ def train(
 
     Raises:
       TrainingDataError: no examples, nothing to learn in them, or tokens that the model does not know.
-      ConfigError: an example is longer than `pack_length`, the mesh does not divide the batch, or a package
-        is missing.
+      ConfigError: an example is longer than `pack_length`, the mesh does not divide the batch, the examples
+        do not fill one, or a package is missing.
       TrainingDiverged: a bad step, or too many of them in a row.
       OutOfMemory: a step does not fit the devices.
       RunError: `out_dir` holds a checkpoint of another training.
@@ -102,7 +101,7 @@ def train(
         return nnx.merge_state(restore_params(checkpoint, config, mesh)[1], frozen)
 
     plan = plan_training(tokenized, settings, seed, pack_length)
-    check_fill(sum(len(rows) for epoch, rows in plan if epoch == 0), settings, batch_divisor(mesh))
+    check_fill(len(tokenized), sum(len(rows) for epoch, rows in plan if epoch == 0), settings, mesh)
     optimizer = make_optimizer(settings, len(plan))
     param_dtype = settings.param_dtype if config.lora is None else "float32"
     target, frozen_target = partition(abstract_params(config, mesh, param_dtype)[1], config)

@@ -72,9 +72,12 @@ def scikit_learn(unit_nd: np.ndarray, k: int) -> Found:
 
 def whole(unit_nd: np.ndarray, k: int) -> Found:
     """All N x N similarities at once, then the best of every row."""
-    similarity_nn = unit_nd @ unit_nd.T
+    similarity_nn = np.empty((len(unit_nd), len(unit_nd)), np.float32)
+    for start in range(0, len(unit_nd), 8192):  # OpenBLAS crashes where a product has more than 2^31 entries
+        rows = slice(start, start + 8192)
+        np.matmul(unit_nd[rows], unit_nd.T, out=similarity_nn[rows])
     np.fill_diagonal(similarity_nn, -np.inf)
-    index_nk = np.stack([row_n.argpartition(-k)[-k:] for row_n in similarity_nn])
+    index_nk = np.stack([row_n.argpartition(-k)[-k:].copy() for row_n in similarity_nn])
     similarity_nk = np.take_along_axis(similarity_nn, index_nk, axis=1)
     order_nk = np.argsort(-similarity_nk, axis=1)
     return np.take_along_axis(index_nk, order_nk, axis=1), np.take_along_axis(similarity_nk, order_nk, axis=1)

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps a side does before the next one's turn")
     parser.add_argument("--turns", type=int, default=5, help="of every side")
     parser.add_argument("--micro-batch", type=int, default=8, help="examples, torch padded")
-    parser.add_argument("--remat", choices=["none", "layer"], default="none")
+    parser.add_argument("--remat", choices=["none", "dots", "layer"], default="none")
     parser.add_argument("--parts", nargs="+", default=["alpaca", "full"], choices=["alpaca", "full"])
     parser.add_argument("--out", type=Path, help="also writes everything as JSON")
     arguments = parser.parse_args()

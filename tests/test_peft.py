@@ -174,7 +174,7 @@ def our_gradient(model: Model) -> nnx.State:
     # A position is a target if the token after it is to be predicted there.
     inputs = (TOKENS, np.zeros_like(TOKENS), positions, positions < TOKENS.shape[1] - 1)
     batch = Batch(*(jnp.asarray(x)[None] for x in inputs))
-    return batch_gradient(graphdef, trained, frozen, batch, 64, False)[2]
+    return batch_gradient(graphdef, trained, frozen, batch, 64, "none")[2]
 
 
 @pytest.mark.parity

@@ -24,7 +24,7 @@ from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.evaluate.heldout import HeldoutLoss, heldout_loss
 from middo_jax.models.checkpoint import abstract_params
 from middo_jax.models.config import DecoderConfig
-from middo_jax.models.decoder import Decoder, split
+from middo_jax.models.decoder import Decoder, Remat, split
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.run_dir import RunError, read_jsonl
 from middo_jax.train.checks import TrainingDataError
@@ -96,7 +96,7 @@ def fine_tune(
 
 
 def gradient(
-    rows: list[list[int]], tokenized: Sequence[TokenizedExample], batch: int, parts: int, remat: bool
+    rows: list[list[int]], tokenized: Sequence[TokenizedExample], batch: int, parts: int, remat: Remat
 ):
     graphdef, params = fresh()
     on_mesh = put_batch(pack(tokenized, rows, batch, PACK, max_segments=8), parts, ONE)
@@ -125,9 +125,9 @@ def test_accumulated_micro_batches_are_one_batch():
     # Rows with very different numbers of targets, and one without any: weighting shows.
     tokenized = examples(9)
     rows = [[0, 1], [2], [3], [4, 5], [6], [7], [8]]
-    loss, n_targets, want = gradient(rows, tokenized, batch=8, parts=1, remat=False)
+    loss, n_targets, want = gradient(rows, tokenized, batch=8, parts=1, remat="none")
     for parts in (2, 4, 8):
-        other, n_other, got = gradient(rows, tokenized, batch=8, parts=parts, remat=False)
+        other, n_other, got = gradient(rows, tokenized, batch=8, parts=parts, remat="none")
         assert int(n_other) == int(n_targets)
         assert float(other) == pytest.approx(float(loss), rel=1e-5)
         assert_close(got, want, 1e-5)
@@ -136,9 +136,9 @@ def test_accumulated_micro_batches_are_one_batch():
 def test_gradient_of_a_pack_is_the_sum_over_its_examples():
     tokenized = examples(7)
     loss, n_targets, packed = gradient(
-        [[0, 1, 4], [2, 5], [3], [6]], tokenized, batch=4, parts=1, remat=False
+        [[0, 1, 4], [2, 5], [3], [6]], tokenized, batch=4, parts=1, remat="none"
     )
-    alone = [gradient([[i]], tokenized, batch=1, parts=1, remat=False) for i in range(7)]
+    alone = [gradient([[i]], tokenized, batch=1, parts=1, remat="none") for i in range(7)]
     assert int(n_targets) == sum(int(n) for _, n, _ in alone)
     assert float(loss * n_targets) == pytest.approx(sum(float(one * n) for one, n, _ in alone), rel=1e-5)
     summed = jax.tree.map(
@@ -147,11 +147,12 @@ def test_gradient_of_a_pack_is_the_sum_over_its_examples():
     assert_close(jax.tree.map(lambda g: g * n_targets, packed), summed, 1e-4)
 
 
-def test_remat_changes_nothing():
+@pytest.mark.parametrize("remat", ["dots", "layer"])
+def test_remat_changes_nothing(remat: Remat):
     tokenized = examples(9)
     rows = [[0, 1], [2], [3], [4, 5]]
-    loss, _, want = gradient(rows, tokenized, batch=4, parts=1, remat=False)
-    again, _, got = gradient(rows, tokenized, batch=4, parts=1, remat=True)
+    loss, _, want = gradient(rows, tokenized, batch=4, parts=1, remat="none")
+    again, _, got = gradient(rows, tokenized, batch=4, parts=1, remat=remat)
     assert float(again) == pytest.approx(float(loss), rel=1e-6)
     assert_close(got, want, 1e-5)
 

@@ -87,7 +87,7 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_torch_unpacked(family: str,
     rows, tokenized = [[0, 3, 4], [1, 5], [2], [6]], examples(7, VOCAB_SIZE)
     batch = put_batch(pack(tokenized, rows, 4, 48, max_segments=4), 2, ONE)
     step = jax.jit(batch_gradient, static_argnums=(0, 4, 5))
-    loss, n_targets, gradient = step(graphdef, params, nnx.State({}), batch, CHUNK, True)
+    loss, n_targets, gradient = step(graphdef, params, nnx.State({}), batch, CHUNK, "layer")
 
     model = torch_model(directory)
     wanted = torch_loss(model, tokenized)

@@ -109,9 +109,10 @@ class TrainSettings(Settings):
     max_grad_norm: PositiveFloat = Field(default=1.0, description="Global-norm clipping.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's.")
-    remat: Literal["none", "layer"] = Field(
+    remat: Literal["none", "dots", "layer"] = Field(
         default="layer",
-        description="layer: keep only each layer's input and recompute the rest in the backward pass.",
+        description="What the backward pass finds of a layer: all; its input and its products with weights "
+        "(dots); its input alone (layer). It computes the rest again: less memory, more time.",
     )
     start_from: Literal["base", "previous"] = Field(
         default="base", description="What every round fine-tunes from."

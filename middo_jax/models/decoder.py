@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from middo_jax.parallel.mesh import constrain
 
 Result = TypeVar("Result")
 Rope = tuple[jax.Array, jax.Array]
+Remat = Literal["none", "dots", "layer"]
 
 
 class KVCache(NamedTuple):
@@ -63,7 +64,7 @@ class Decoder(nnx.Module):
         *,
         prefix: int = 0,
         longest: int | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> jax.Array:
         """Last hidden state, after the final norm, of packed sequences.
 
@@ -72,7 +73,8 @@ class Decoder(nnx.Module):
           segment_ids_bt: which example a position belongs to, -1 for padding.
           positions_bt: position within the example, for RoPE and windows.
           until_bt, prefix, longest: see `packed_attention`.
-          remat: keep only each layer's input for the backward pass, recompute the rest.
+          remat: what the backward pass finds of a layer: all ("none"), its input and its products with
+            weights ("dots"), or its input alone ("layer"); it computes the rest again.
 
         Returns:
           [b, t, d] in the config's dtype.
@@ -88,7 +90,7 @@ class Decoder(nnx.Module):
             q, k, v = self._project(x_btd, weights, _of_kind(kind, ropes))
             return self._finish(x_btd, _of_kind(kind, attends, q, k, v, *places), weights), None
 
-        body = jax.checkpoint(layer) if remat else layer
+        body = layer if remat == "none" else jax.checkpoint(layer, policy=_KEPT[remat])
         x_btd, _ = jax.lax.scan(body, self._embed(tokens_bt), (self._stacked(), self._kinds()))
         return self._norm(x_btd, self.final_norm[...])
 
@@ -296,6 +298,8 @@ def apply_rope(x_bthd: jax.Array, rope: Rope) -> jax.Array:
     return rotated.astype(x_bthd.dtype)
 
 
+# Products of attention have batch dimensions, those with weights have none.
+_KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "layer": None}
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
@@ -305,4 +309,6 @@ def _of_kind(kind: jax.Array, functions: Sequence[Callable[..., Result]], *opera
 
 
 def _matmul(x_btd: jax.Array, weight_df: jax.Array) -> jax.Array:
-    return jnp.einsum("btd,df->btf", x_btd, weight_df.astype(x_btd.dtype))
+    # Flat, since XLA would transpose what a weight's gradient contracts over two axes.
+    rows_nd = x_btd.reshape(-1, x_btd.shape[-1])
+    return (rows_nd @ weight_df.astype(x_btd.dtype)).reshape(*x_btd.shape[:-1], -1)

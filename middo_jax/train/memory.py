@@ -62,7 +62,7 @@ def remedies(settings: TrainSettings, mesh: Mesh) -> list[str]:
     rows = settings.batch_size // settings.gradient_accumulation
     divisor = batch_divisor(mesh)
     found = []
-    if settings.remat == "none":
+    if settings.remat != "layer":
         found.append("train.remat=layer")
     if rows > divisor:
         # The most micro-batches that still divide the batch: one row a device.

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from middo_jax.config import TrainSettings
 from middo_jax.data.packing import PackedBatch
-from middo_jax.models.decoder import Decoder
+from middo_jax.models.decoder import Decoder, Remat
 from middo_jax.models.nll import target_nll
 from middo_jax.parallel.mesh import named_sharding
 from middo_jax.train.guard import GuardState, usual_loss
@@ -61,7 +61,7 @@ def batch_loss(
     frozen: nnx.State,
     batch: Batch,
     chunk: int,
-    remat: bool,
+    remat: Remat,
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of the targets' negative log-likelihoods in float32, number of targets) of packed rows [b, t].
 
@@ -71,7 +71,7 @@ def batch_loss(
       frozen: the others.
       batch: packed rows.
       chunk: target positions whose logits exist at one time.
-      remat: keep only each layer's input for the backward pass.
+      remat: what is kept of a layer for the backward pass.
     """
     model = nnx.merge(graphdef, trained, frozen)
     hidden_btd = model.hidden(batch.tokens_bt, batch.segment_ids_bt, batch.positions_bt, remat=remat)
@@ -85,7 +85,7 @@ def batch_gradient(
     frozen: nnx.State,
     batch: Batch,
     chunk: int,
-    remat: bool,
+    remat: Remat,
 ) -> tuple[jax.Array, jax.Array, nnx.State]:
     """(loss, number of targets, float32 gradient by `trained`) of the micro-batches [a, b, t] as one batch.
 
@@ -134,8 +134,7 @@ def make_train_step(
     def train_step(
         trained: nnx.State, opt_state: GuardState, frozen: nnx.State, batch: Batch
     ) -> tuple[nnx.State, GuardState, StepOutputs]:
-        remat = settings.remat == "layer"
-        loss, n_targets, gradient = batch_gradient(graphdef, trained, frozen, batch, chunk, remat)
+        loss, n_targets, gradient = batch_gradient(graphdef, trained, frozen, batch, chunk, settings.remat)
         step, grad_norm, usual = (
             steps_taken(opt_state),
             optax.tree.norm(gradient),

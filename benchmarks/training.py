@@ -12,10 +12,12 @@ The sides train all weights in float32 with AdamW, clipped; their steps take the
   torch packed   our packed rows, position ids from which transformers makes the block-diagonal mask of its
                  scaled-dot-product attention: the packing that it offers without a GPU's kernels.
 
-Real tokens are those of examples, without padding. Seconds are medians over steps and turns, after one step
-that compiles or warms up. All sides start from the same weights, and the losses of their first steps must
-agree. The limit is the time that the FLOPs of the real tokens (train/flops.py: nothing for padding, logits of
-targets alone) take at the best rate that XLA reaches in a float32 matrix product of the model's shapes.
+Every turn of a side is a process of its own, as its user would have it: in one process each has the others'
+idle threads and freed memory to contend with. Real tokens are those of examples, without padding. Seconds are
+medians over steps and turns, after one step of each turn that compiles or warms up. All sides start from the
+same weights, and the losses of their first steps must agree. The limit is the time that the FLOPs of the
+real tokens (train/flops.py: nothing for padding, logits of targets alone) take at the best rate that XLA
+reaches in a float32 matrix product of the model's shapes.
 Needs torch (the `parity` extra).
 """
 
@@ -23,9 +25,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
@@ -48,8 +52,7 @@ from middo_jax.train.step import make_train_step, put_batch
 
 # A step of a side: its number -> loss before the update.
 Step = Callable[[int], float]
-# torch's threads spin for a while after their last product, and would take the other side's cores.
-PAUSE_S = 0.5
+SIDES = ("ours", "torch padded", "torch packed")
 IGNORED = -100  # a label that torch's cross entropy leaves out
 
 
@@ -70,19 +73,29 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["alpaca", "full"], choices=["alpaca", "full"])
     parser.add_argument("--out", type=Path, help="also writes everything as JSON")
     arguments = parser.parse_args()
-    examples, _ = read(arguments.data, "auto", None)
-    tokenizer = load_tokenizer(arguments.model)
     rate = matmul_rate(arguments.model)
     print(f"float32 matrix product: {rate / 1e9:.0f} GFLOP/s; {torch.get_num_threads()} threads of torch")
-    results = {}
-    for part in arguments.parts:
-        length = arguments.pack_length if part == "alpaca" else arguments.full
-        tokenized = [tokenize(e, tokenizer, length) for e in examples[:4096]]
-        if part == "full":
-            tokenized = joined(tokenized, length)
-        results[part] = measure(arguments, part, tokenized, length, rate)
+    results = {part: measure(arguments, part, rate) for part in arguments.parts}
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def planned(
+    arguments: argparse.Namespace, part: str
+) -> tuple[TrainSettings, int, list[TokenizedExample], list[PlannedStep]]:
+    """(settings, tokens of a row, examples, steps) of a part: one step to warm up, then all turns'."""
+    length = arguments.pack_length if part == "alpaca" else arguments.full
+    examples, _ = read(arguments.data, "auto", None)
+    tokenizer = load_tokenizer(arguments.model)
+    tokenized = [tokenize(e, tokenizer, length) for e in examples[:4096]]
+    if part == "full":
+        tokenized = joined(tokenized, length)
+    settings = TrainSettings(batch_size=arguments.rows, remat=arguments.remat, learning_rate=1e-5)
+    count = 1 + arguments.steps * arguments.turns
+    plan = [PlannedStep(0, rows) for rows in plan_epoch(tokenized, settings, 0, 0, length)[:count]]
+    if len(plan) < count:
+        raise SystemExit(f"{arguments.data}: rows for {len(plan)} steps, {count} are needed")
+    return settings, length, tokenized, plan
 
 
 def joined(tokenized: Sequence[TokenizedExample], length: int) -> list[TokenizedExample]:
@@ -96,41 +109,48 @@ def joined(tokenized: Sequence[TokenizedExample], length: int) -> list[Tokenized
     ]
 
 
-def measure(
-    arguments: argparse.Namespace,
-    part: str,
-    tokenized: Sequence[TokenizedExample],
-    length: int,
-    rate: float,
-) -> dict[str, object]:
+def turn_of(arguments: argparse.Namespace, part: str, side: str, turn: int) -> tuple[float, list[float]]:
+    """(loss of the step that warms up, seconds of each step after it) of one turn."""
+    settings, length, tokenized, plan = planned(arguments, part)
+    first = 1 + turn * arguments.steps
+    steps = [plan[0], *plan[first : first + arguments.steps]]
+    packed = [pack(tokenized, step.rows, arguments.rows, length, max_segments=length) for step in steps]
+    if side == "ours":
+        step = our_step(arguments.model, settings, packed)
+    elif side == "torch packed":
+        step = torch_step(arguments.model, settings, [[flattened(batch)] for batch in packed])
+    else:
+        drawn = [padded(drawn_by(step, tokenized), arguments.micro_batch) for step in steps]
+        step = torch_step(arguments.model, settings, drawn)
+    loss, seconds = step(0), []
+    for number in range(1, len(steps)):
+        began = time.perf_counter()
+        step(number)
+        seconds.append(time.perf_counter() - began)
+    return loss, seconds
+
+
+def drawn_by(step: PlannedStep, tokenized: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+    """A step's examples, in the order of its rows."""
+    return [tokenized[i] for row in step.rows for i in row]
+
+
+def measure(arguments: argparse.Namespace, part: str, rate: float) -> dict[str, object]:
     """Takes the turns of one part and prints its table."""
-    settings = TrainSettings(batch_size=arguments.rows, remat=arguments.remat, learning_rate=1e-5)
-    count = 1 + arguments.steps * arguments.turns
-    plan = [PlannedStep(0, rows) for rows in plan_epoch(tokenized, settings, 0, 0, length)[:count]]
-    if len(plan) < count:
-        raise SystemExit(f"{arguments.data}: rows for {len(plan)} steps, {count} are needed")
-    packed = [pack(tokenized, step.rows, arguments.rows, length, max_segments=length) for step in plan]
-    drawn = [[tokenized[i] for row in step.rows for i in row] for step in plan]
-    sides = {
-        "ours": our_step(arguments.model, settings, packed),
-        "torch padded": torch_step(
-            arguments.model, settings, [padded(examples, arguments.micro_batch) for examples in drawn]
-        ),
-        "torch packed": torch_step(arguments.model, settings, [[flattened(batch)] for batch in packed]),
-    }
-    first = {name: step(0) for name, step in sides.items()}
+    _, length, tokenized, plan = planned(arguments, part)
+    drawn = [drawn_by(step, tokenized) for step in plan]
+    first: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    alone = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+    with alone:
+        for turn in range(arguments.turns):
+            # Every turn begins with another side.
+            for name in [*SIDES[turn % 3 :], *SIDES[: turn % 3]]:
+                first[name], of_steps = alone.submit(turn_of, arguments, part, name, turn).result()
+                for number, taken in enumerate(of_steps, 1 + turn * arguments.steps):
+                    seconds[name].append(taken / sum(map(len, drawn[number])))  # a real token
     if max(first.values()) - min(first.values()) > 1e-3 * max(first.values()):
         raise SystemExit(f"the sides do not compute the same: losses {first}")
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(arguments.turns):
-        # Every turn begins with another side.
-        for name in [*list(sides)[turn % 3 :], *list(sides)[: turn % 3]]:
-            time.sleep(PAUSE_S)
-            for number in range(1 + turn * arguments.steps, 1 + (turn + 1) * arguments.steps):
-                began = time.perf_counter()
-                sides[name](number)
-                real = sum(len(e) for e in drawn[number])
-                seconds[name].append((time.perf_counter() - began) / real)  # a real token
     config = hf.load(arguments.model)[2]
     measured = [e for step in drawn[1:] for e in step]
     real = sum(map(len, measured))

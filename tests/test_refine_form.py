@@ -90,8 +90,9 @@ def test_what_was_written_as_json_is_read_back(prompt: str) -> None:
 
 @given(st.text())
 def test_no_reply_is_too_odd_to_read(reply: str) -> None:
-    parse_prompt(reply)
-    parse_prompt('{"prompt": ' + reply)
+    for text in (reply, '{"prompt": ' + reply):
+        read = parse_prompt(text)
+        assert read is None or read == read.strip()
 
 
 @pytest.mark.parametrize("piece", ['{"prompt":', '{"prompt": {', '{"a": ', '["', '{"prompt": "', '"}'])

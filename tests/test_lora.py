@@ -211,7 +211,7 @@ def gradient(model: Model) -> nnx.State:
     trained, frozen = partition(params, nnx.merge(graphdef, params).config)
     batch = put_batch(pack(examples(9), [[0, 1], [2], [3], [4, 5]], 4, PACK, max_segments=8), 2, ONE)
     step = jax.jit(batch_gradient, static_argnums=(0, 4, 5))
-    return step(graphdef, trained, frozen, batch, CHUNK, True)[2]
+    return step(graphdef, trained, frozen, batch, CHUNK, "layer")[2]
 
 
 def test_gradient_is_that_of_the_merged_weights_by_the_chain_rule() -> None:

@@ -8,10 +8,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Simulated devices: XLA's CPU scheduler may start a program's independent all-reduces in another order on
 # each, and then they wait for each other; and eight of them on two cores are slow, which is no deadlock.
-# Compiling is most of what the tests do, and tiny programs gain nothing by being optimised.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=180 --xla_backend_optimization_level=0"
+    "--xla_cpu_collective_call_terminate_timeout_seconds=180"
 ).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 

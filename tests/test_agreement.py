@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +26,9 @@ def test_score_agrees_with_transformers_on_the_real_model(tmp_path: Path) -> Non
         pytest.skip(str(error))
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        # As a user runs it: the session's flags spare tiny programs the optimising that this one needs.
-        env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done
 

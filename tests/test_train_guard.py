@@ -209,8 +209,11 @@ def test_less_than_a_batch_is_refused_with_the_batch_that_fits(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"fills 3 of the 8 rows of a batch; set train\.batch_size=3,"):
         fine_tune(tmp_path, few, EPOCH)
     in_parts = EPOCH.model_copy(update={"gradient_accumulation": 2})
-    with pytest.raises(ConfigError, match=r"train\.batch_size=3 with train\.gradient_accumulation=1"):
+    with pytest.raises(ConfigError, match=r"set train\.batch_size=2, lower"):
         fine_tune(tmp_path, few, in_parts)
+    in_more = EPOCH.model_copy(update={"gradient_accumulation": 4})
+    with pytest.raises(ConfigError, match=r"train\.batch_size=3 with train\.gradient_accumulation=1"):
+        fine_tune(tmp_path, few, in_more)
     by_count = EPOCH.model_copy(update={"examples_per_step": 4})
     with pytest.raises(
         ConfigError, match=r"has 3 examples, less than one step of train\.examples_per_step=4"

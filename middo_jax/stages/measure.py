@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
 from middo_jax.run_dir import RoundDir, RunError
-from middo_jax.stages.score import ratings, raw_prompt
+from middo_jax.stages.score import Passes, ratings, raw_prompt
 from middo_jax.workshop import Workshop
 
 if TYPE_CHECKING:
-    from middo_jax.data.tokenize import TokenizedExample
-    from middo_jax.diagnose.score import ExampleScores
     from middo_jax.models.lora import Model
     from middo_jax.refine import Outcome
     from middo_jax.refine.gates import Measurement
@@ -43,6 +41,7 @@ class UnderTraining:
     def __init__(self, workshop: Workshop, directory: RoundDir, model: Path) -> None:
         """`directory` holds scores and embeddings of the round's dataset under `model`."""
         self._workshop, self._directory, self._model = workshop, directory, model
+        self._scored = Passes(workshop)
 
     @functools.cached_property
     def _loaded(self) -> Model:
@@ -68,13 +67,13 @@ class UnderTraining:
         place = {id_: i for i, id_ in enumerate(rows)}
         k = max(len(row["knn_ids"] or ()) for row in rows.values())
         tokenized = self._workshop.tokenize(children)
-        scores = self._scores("rewrites measured", self._loaded, tokenized)
+        scores = self._scored("rewrites measured", self._loaded, tokenized)
         embedding_md = scores.embedding_nd
         is_raw = self._workshop.config.diversity.text == "raw"
         if k and (is_raw or self._embedder):  # as the dataset's own embeddings were made
             embedded = [raw_prompt(self._workshop, child) for child in children] if is_raw else tokenized
             model = self._embedder or self._loaded
-            embedding_md = self._scores("embeddings of rewrites", model, embedded).embedding_nd
+            embedding_md = self._scored("embeddings of rewrites", model, embedded).embedding_nd
         k = k or self._workshop.config.diversity.k
         dataset_nd = np.load(self._directory.embeddings, mmap_mode="r", allow_pickle=False)
         source_m = np.array([place[outcome.task.source.id] for outcome in outcomes])
@@ -103,21 +102,6 @@ class UnderTraining:
         from middo_jax.diagnose.quality import quality
 
         return [_finite(q) for q in quality(ratings(self._workshop, *self._loaded, examples)[0])]
-
-    def _scores(self, name: str, model: Model, tokenized: Sequence[TokenizedExample]) -> ExampleScores:
-        from middo_jax.diagnose.score import score_examples
-
-        scoring = self._workshop.config.scoring
-        scores, _ = score_examples(
-            *model,
-            tokenized,
-            mesh=self._workshop.mesh,
-            batch_tokens=scoring.batch_tokens,
-            chunk=scoring.unembed_chunk,
-            progress=self._workshop.progress,
-            name=name,
-        )
-        return scores
 
 
 def _raised(core: dict[str, Any], similarity: float | None) -> float | None:

@@ -98,10 +98,11 @@ def check_fill(n_examples: int, rows_of_epoch: int, settings: TrainSettings, mes
     if rows_of_epoch >= settings.batch_size:
         return
     fills = f"the dataset fills {rows_of_epoch} of the {settings.batch_size} rows of a batch"
-    least = batch_divisor(mesh)
-    fitting = max(1, rows_of_epoch // least) * least
+    least, parts = batch_divisor(mesh), settings.gradient_accumulation
+    parts = parts if rows_of_epoch >= least * parts else 1
+    fitting = max(1, rows_of_epoch // (least * parts)) * least * parts
     if fitting < settings.batch_size:
-        also = "" if settings.gradient_accumulation == 1 else " with train.gradient_accumulation=1"
+        also = "" if parts == settings.gradient_accumulation else f" with train.gradient_accumulation={parts}"
         raise ConfigError(
             f"config: {fills}; set train.batch_size={fitting}{also}, lower train.pack_length, or add data"
         )

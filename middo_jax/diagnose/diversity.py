@@ -60,15 +60,17 @@ def nearest_neighbours(
       block: samples whose similarities to as many others exist at a time.
       on_progress: called with (queries done, all queries).
     """
-    usable = _with_direction(embedding_nd)
+    directed = _Directed.of(embedding_nd)
+    usable = directed.usable_u
     number_u = np.arange(len(usable), dtype=np.int32)
     group_u = number_u if group_n is None else group_n[usable]
-    samples = queries = _spread(embedding_nd, usable, number_u, group_u, mesh, block)
+    samples = queries = _spread(directed, usable, number_u, group_u, mesh, block)
     asking = usable
     if query_md is not None:
-        asking = _with_direction(query_md)
+        asked = _Directed.of(query_md)
+        asking = asked.usable_u
         stranger_u = np.full(len(asking), STRANGER, np.int32)
-        queries = _spread(query_md, asking, stranger_u, stranger_u, mesh, block)
+        queries = _spread(asked, asking, stranger_u, stranger_u, mesh, block)
 
     def progress(share: float) -> None:
         if on_progress is not None:
@@ -98,14 +100,15 @@ def neighbours_through(
     Returns:
       (the k nearest samples of each of the m chosen, the k nearest chosen ones of each of the n samples).
     """
-    usable = _with_direction(embedding_nd)
+    directed = _Directed.of(embedding_nd)
+    usable = directed.usable_u
     number_u = np.arange(len(usable), dtype=np.int32)
     group_u = number_u if group_n is None else group_n[usable]
-    samples = _spread(embedding_nd, usable, number_u, group_u, mesh, block)
+    samples = _spread(directed, usable, number_u, group_u, mesh, block)
     is_usable_m = np.isin(chosen_m, usable)
     asking = chosen_m[is_usable_m]
     number_a = np.searchsorted(usable, asking)
-    queries = _spread(embedding_nd, asking, number_a, group_u[number_a], mesh, block)
+    queries = _spread(directed, asking, number_a, group_u[number_a], mesh, block)
 
     def progress(share: float) -> None:
         if on_progress is not None:
@@ -116,6 +119,26 @@ def neighbours_through(
         _gathered(found, np.flatnonzero(is_usable_m), usable, len(chosen_m)),
         _gathered(brought, usable, usable, len(embedding_nd)),
     )
+
+
+class _Directed(NamedTuple):
+    """Rows, and which of them have a direction: are neither zero nor infinite nor NaN.
+
+    Attributes:
+      row_nd: float32, any norm.
+      norm_n: Euclidean.
+      usable_u: numbers of those that have one.
+    """
+
+    row_nd: np.ndarray
+    norm_n: np.ndarray
+    usable_u: np.ndarray
+
+    @classmethod
+    def of(cls, row_nd: np.ndarray) -> _Directed:
+        """Without a copy of the squares."""
+        norm_n = np.sqrt(np.einsum("nd,nd->n", row_nd, row_nd))
+        return cls(row_nd, norm_n, np.flatnonzero(np.isfinite(norm_n) & (norm_n > 0)))
 
 
 def _gathered(best: Best, row_u: np.ndarray, usable: np.ndarray, n: int) -> Neighbours:
@@ -129,19 +152,8 @@ def _gathered(best: Best, row_u: np.ndarray, usable: np.ndarray, n: int) -> Neig
     return Neighbours(index_nk, similarity_nk)
 
 
-def _with_direction(embedding_nd: np.ndarray) -> np.ndarray:
-    """Numbers of the rows that are neither zero nor infinite nor NaN."""
-    norm_n = _norm(embedding_nd)
-    return np.flatnonzero(np.isfinite(norm_n) & (norm_n > 0))
-
-
-def _norm(x_nd: np.ndarray) -> np.ndarray:
-    """[n] Euclidean norms, without a copy of the squares."""
-    return np.sqrt(np.einsum("nd,nd->n", x_nd, x_nd))
-
-
 def _spread(
-    embedding_nd: np.ndarray,
+    directed: _Directed,
     chosen_u: np.ndarray,
     number_u: np.ndarray,
     group_u: np.ndarray,
@@ -149,7 +161,7 @@ def _spread(
     block: int,
 ) -> Shares:
     """Unit vectors of the chosen rows in equal shares; a process makes those of its own devices only."""
-    count, width = len(chosen_u), embedding_nd.shape[1]
+    count, width = len(chosen_u), directed.row_nd.shape[1]
     share = max(1, -(-count // mesh.size))
     blocks = -(-share // block)
     block = min(block, -(-share // blocks // CHUNK) * CHUNK)
@@ -158,9 +170,11 @@ def _spread(
     def unit(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(padded)
         unit_nd = np.zeros((stop - start, width), np.float32)
-        real_nd = unit_nd[: max(0, count - start)]
-        real_nd[:] = embedding_nd[chosen_u[start:stop]]
-        real_nd /= _norm(real_nd)[:, None]
+        chosen_r = chosen_u[start:stop]
+        real_rd = unit_nd[: len(chosen_r)]
+        # Any other mode copies once more.
+        np.take(directed.row_nd, chosen_r, axis=0, out=real_rd, mode="clip")
+        real_rd /= directed.norm_n[chosen_r, None]
         return unit_nd
 
     def put(array_u: np.ndarray) -> jax.Array:

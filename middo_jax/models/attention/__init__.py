@@ -9,7 +9,7 @@ from middo_jax.models.attention.dispatch import (
     shares_prefixes,
 )
 from middo_jax.models.attention.workload import Workload
-from middo_jax.models.attention.xla import QUERY_BLOCK, masked_attention
+from middo_jax.models.attention.xla import QUERY_BLOCK
 
 __all__ = [
     "CACHE_BLOCK",
@@ -19,7 +19,6 @@ __all__ = [
     "Workload",
     "cached_attention",
     "choose",
-    "masked_attention",
     "packed_attention",
     "shares_prefixes",
 ]

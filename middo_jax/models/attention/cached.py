@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from middo_jax.models.attention.xla import masked_scores
+from middo_jax.models.attention.xla import masked
 
 # Cache slots read at a time.
 CACHE_BLOCK = 128
@@ -64,7 +64,8 @@ def cached_attention(
         visible_bts = (slots >= index * block) & (slots <= positions_bt[..., None])
         if window is not None:
             visible_bts &= slots > positions_bt[..., None] - window
-        scores = masked_scores(q_btkgd, keys_bskd, visible_bts, scale=scale, soft_cap=soft_cap)
+        scores = jnp.einsum("btkgd,bskd->bkgts", q_btkgd, keys_bskd, preferred_element_type=jnp.float32)
+        scores = masked(scores, visible_bts, scale=scale, soft_cap=soft_cap)
         new_highest_bkgt = jnp.maximum(highest_bkgt, scores.max(axis=-1))
         # 0 for a row's first visible block: what blocks before its window have left is forgotten.
         rescale_bkgt = jnp.exp(highest_bkgt - new_highest_bkgt)

@@ -44,6 +44,7 @@ def shares_prefixes(kernel: Kernel) -> bool:
     return kernel in ("xla", "cudnn") or (kernel == "auto" and platform() != "tpu")
 
 
+@jax.named_scope("attention")
 def packed_attention(
     q_bthd: jax.Array,
     k_bskd: jax.Array,

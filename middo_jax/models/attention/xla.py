@@ -1,7 +1,7 @@
 """Attention in plain XLA: runs everywhere, honours everything, and is what the kernels are compared with.
 
 Axes: b batch, t query position, s key position, h query heads, k key/value heads, g query heads a key head,
-d head dimension.
+m queries of all heads of a key head, d head dimension.
 """
 
 from __future__ import annotations
@@ -53,27 +53,38 @@ def xla_attention(
         length if longest is None else longest, length if window is None or until_bt is not None else window
     )
     places = Places.of(segment_ids_bt, positions_bt, until_bt)
+    b, _, h, d = q_bthd.shape
+    kv_heads = k_bskd.shape[2]
+    # Turned here, once: a product of what lies otherwise would turn the scores, which are larger.
+    q_bkgtd = q_bthd.reshape(b, length, kv_heads, h // kv_heads, d).transpose(0, 2, 3, 1, 4)
+    k_bksd, v_bksd = k_bskd.swapaxes(1, 2), v_bskd.swapaxes(1, 2)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
         first = start - reach + 1
 
-        def queries(x_bt: jax.Array, start: int = start, stop: int = stop) -> jax.Array:
-            return x_bt[:, start:stop]
+        def queries(x: jax.Array, axis: int = 1, start: int = start, stop: int = stop) -> jax.Array:
+            return jax.lax.slice_in_dim(x, start, stop, axis=axis)
 
-        def keys(x_bs: jax.Array, first: int = first, stop: int = stop) -> jax.Array:
+        def keys(x: jax.Array, axis: int = 1, first: int = first, stop: int = stop) -> jax.Array:
             if first <= prefix:
-                return x_bs[:, :stop]
-            near_bs = x_bs[:, first:stop]
-            return jnp.concatenate([x_bs[:, :prefix], near_bs], axis=1) if prefix else near_bs
+                return jax.lax.slice_in_dim(x, 0, stop, axis=axis)
+            near = jax.lax.slice_in_dim(x, first, stop, axis=axis)
+            shared = jax.lax.slice_in_dim(x, 0, prefix, axis=axis)
+            return jnp.concatenate([shared, near], axis=axis) if prefix else near
 
         visible_bts = visible(jax.tree.map(queries, places), jax.tree.map(keys, places), window)
         blocks.append(
-            masked_attention(
-                queries(q_bthd), keys(k_bskd), keys(v_bskd), visible_bts, scale=scale, soft_cap=soft_cap
+            _attention(
+                queries(q_bkgtd, 3),
+                keys(k_bksd, 2),
+                keys(v_bksd, 2),
+                visible_bts,
+                scale=scale,
+                soft_cap=soft_cap,
             )
         )
-    return jnp.concatenate(blocks, axis=1)
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_bthd.shape)
 
 
 def visible(queries: Places, keys: Places, window: int | None) -> jax.Array:
@@ -88,36 +99,44 @@ def visible(queries: Places, keys: Places, window: int | None) -> jax.Array:
     return visible_bts
 
 
-def masked_attention(
-    q_bthd: jax.Array,
-    k_bskd: jax.Array,
-    v_bskd: jax.Array,
+def _attention(
+    q_bkgtd: jax.Array,
+    k_bksd: jax.Array,
+    v_bksd: jax.Array,
     visible_bts: jax.Array,
     *,
     scale: float,
-    soft_cap: float | None = None,
+    soft_cap: float | None,
 ) -> jax.Array:
     """softmax(q k * scale) v over the visible keys; every query must see at least one.
 
     Returns:
-      [b, t, h, d] in q's dtype; softmax in float32.
+      [b, k, g, t, d] in q's dtype; softmax in float32.
     """
-    b, t, h, d = q_bthd.shape
-    kv_heads = k_bskd.shape[2]
-    q_btkgd = q_bthd.reshape(b, t, kv_heads, h // kv_heads, d)
-    scores = masked_scores(q_btkgd, k_bskd, visible_bts, scale=scale, soft_cap=soft_cap)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_bskd.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v_bskd).reshape(b, t, h, d)
+    b, kv_heads, g, t, d = q_bkgtd.shape
+    q_bkmd = q_bkgtd.reshape(b, kv_heads, g * t, d)
+    scores_bkgts = _product(q_bkmd, k_bksd, 3).reshape(b, kv_heads, g, t, -1)
+    scores_bkgts = masked(scores_bkgts, visible_bts, scale=scale, soft_cap=soft_cap)
+    weights_bkgts = jnp.exp(scores_bkgts - jax.lax.stop_gradient(scores_bkgts.max(axis=-1, keepdims=True)))
+    weights_bkms = weights_bkgts.astype(v_bksd.dtype).reshape(b, kv_heads, g * t, -1)
+    sum_bkgtd = _product(weights_bkms, v_bksd, 2).reshape(q_bkgtd.shape)
+    return (sum_bkgtd / weights_bkgts.sum(axis=-1, keepdims=True)).astype(q_bkgtd.dtype)
 
 
-def masked_scores(
-    q_btkgd: jax.Array, k_bskd: jax.Array, visible_bts: jax.Array, *, scale: float, soft_cap: float | None
+def _product(x_bkmn: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """Over the last axis of x and one of y's, in float32; einsum may swap them and turn the result."""
+    dimensions = ((3,), (axis,)), ((0, 1), (0, 1))
+    return jax.lax.dot_general(x_bkmn, y, dimensions, preferred_element_type=jnp.float32)
+
+
+def masked(
+    scores_bkgts: jax.Array, visible_bts: jax.Array, *, scale: float, soft_cap: float | None
 ) -> jax.Array:
-    """Scores [b, k, g, t, s] in float32: scaled, capped to c tanh(score / c), float32's minimum where unseen.
+    """Scores: scaled, capped to c tanh(score / c), and float32's minimum where unseen.
 
     The cap is that of arXiv 2408.00118, section 2. The minimum is finite, so that no gradient is NaN.
     """
-    scores = scale * jnp.einsum("btkgd,bskd->bkgts", q_btkgd, k_bskd, preferred_element_type=jnp.float32)
+    scores_bkgts = scale * scores_bkgts
     if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    return jnp.where(visible_bts[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        scores_bkgts = soft_cap * jnp.tanh(scores_bkgts / soft_cap)
+    return jnp.where(visible_bts[:, None, None], scores_bkgts, jnp.finfo(jnp.float32).min)

@@ -34,7 +34,7 @@ from tiny_model import FAMILIES, write_tiny_model
 from middo_jax.models.config import read_config
 from middo_jax.models.decoder import forward
 from middo_jax.models.hf import export, load, tensor_table
-from middo_jax.models.nll import target_nll
+from middo_jax.models.nll import target_nll_sum
 from middo_jax.models.parameters import num_params
 
 
@@ -49,14 +49,14 @@ def logits_and_gradient(
     def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, params)
         hidden_btd = model.hidden(*map(jax.numpy.asarray, (tokens_bt, segment_ids_bt, positions_bt)))
-        nll_bt = target_nll(
+        nll = target_nll_sum(
             model,
             hidden_btd,
             *map(jax.numpy.asarray, (np.roll(tokens_bt, -1, axis=1), has_next_bt)),
             chunk=64,
         )
         logits = model.unembed(hidden_btd.reshape(-1, hidden_btd.shape[-1]))
-        return nll_bt.sum() / has_next_bt.sum(), logits.reshape(*tokens_bt.shape, -1)
+        return nll / has_next_bt.sum(), logits.reshape(*tokens_bt.shape, -1)
 
     (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     return np.asarray(logits), gradient

@@ -20,7 +20,7 @@ from middo_jax.models.config import UnsupportedModel, from_hugging_face, read_co
 from middo_jax.models.decoder import forward
 from middo_jax.models.gguf import demo_model_path
 from middo_jax.models.hf import CheckpointError, load, tensor_table
-from middo_jax.models.nll import target_nll
+from middo_jax.models.nll import target_nll_sum
 from middo_jax.models.resolve import resolve
 
 TOLERANCE = 1e-4
@@ -165,10 +165,10 @@ def test_equals_transformers(tmp_path: Path, family: str) -> None:
     def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, params)
         hidden_btd = model.hidden(jnp.asarray(tokens), jnp.asarray(segment_ids), jnp.asarray(positions))
-        nll_bt = target_nll(
+        nll = target_nll_sum(
             model, hidden_btd, jnp.roll(jnp.asarray(tokens), -1, axis=1), jnp.asarray(has_next), chunk=32
         )
-        return nll_bt.sum() / has_next.sum(), model.unembed(hidden_btd[0])
+        return nll / has_next.sum(), model.unembed(hidden_btd[0])
 
     (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     their_logits, their_gradient = torch_logits_and_gradient(directory, sequences)

@@ -27,7 +27,7 @@ from middo_jax.diagnose.table import Measured, read_scores, write_scores
 from middo_jax.models import hf
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, forward, split
-from middo_jax.models.nll import target_nll
+from middo_jax.models.nll import target_nll, target_nll_sum
 from middo_jax.parallel.mesh import MESH_AXES, make_mesh
 from middo_jax.progress import Advance, Silent
 
@@ -248,21 +248,28 @@ def naive_nll(model: Any, hidden_btd: jax.Array, next_bt: jax.Array, is_target_b
     return jnp.where(is_target_bt, -chosen, 0.0)
 
 
+@pytest.mark.parametrize("cap", [None, 0.5])
 @pytest.mark.parametrize("chunk", [1, 21, 400])
-def test_chunked_loss_and_gradient_are_those_of_whole_logits(model: Model, chunk: int) -> None:
+def test_chunked_loss_and_gradient_are_those_of_whole_logits(
+    model: Model, chunk: int, cap: float | None
+) -> None:
     rng = np.random.default_rng(chunk)
-    graphdef, params = model
+    config = dataclasses.replace(nnx.merge(*model).config, final_soft_cap=cap)
+    graphdef, params = split(Decoder(config, jax.random.key(chunk)))
     hidden = jnp.asarray(rng.standard_normal((4, 21, 32)), jnp.float32)
     next_bt = jnp.asarray(rng.integers(0, 400, (4, 21)), jnp.int32)
-    weight = jnp.asarray(rng.random((4, 21)), jnp.float32)
 
-    def gradient_of(nll: Any) -> Any:
+    def gradient_of(nll_sum: Any) -> Any:
         def loss(params: nnx.State, hidden: jax.Array, is_target: jax.Array) -> jax.Array:
-            return (weight * nll(nnx.merge(graphdef, params), hidden, next_bt, is_target)).sum()
+            return 3 * nll_sum(nnx.merge(graphdef, params), hidden, next_bt, is_target)
 
         return jax.jit(jax.value_and_grad(loss, (0, 1)))
 
-    ours, theirs = gradient_of(functools.partial(target_nll, chunk=chunk)), gradient_of(naive_nll)
+    def by_position(nll: Any, params: nnx.State, hidden: jax.Array, is_target: jax.Array) -> jax.Array:
+        return nll(nnx.merge(graphdef, params), hidden, next_bt, is_target)
+
+    ours = gradient_of(functools.partial(target_nll_sum, chunk=chunk))
+    theirs = gradient_of(lambda *x: naive_nll(*x).sum())
     for share in (0.0, 0.3, 1.0):
         is_target = rng.random((4, 21)) < share * np.asarray([[1.0], [0.2], [0.0], [1.0]])
         is_target[:, -1] = False  # nothing follows
@@ -270,6 +277,23 @@ def test_chunked_loss_and_gradient_are_those_of_whole_logits(model: Model, chunk
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours(*x), theirs(*x)
         )
+        chunked = by_position(functools.partial(target_nll, chunk=chunk), *x)
+        np.testing.assert_allclose(chunked, by_position(naive_nll, *x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_head_has_no_gradient(model: Model) -> None:
+    """None is computed either: the product with the hidden states is not in the program."""
+    graphdef, params = model
+    hidden, tokens = jnp.ones((2, 21, 32)), jnp.zeros((2, 21), jnp.int32)
+
+    def loss(params: nnx.State, hidden: jax.Array) -> jax.Array:
+        return target_nll_sum(nnx.merge(graphdef, params), hidden, tokens, tokens == 0, 8)
+
+    def products(of: int | tuple[int, ...]) -> int:
+        return str(jax.make_jaxpr(jax.grad(loss, of))(params, hidden)).count("dot_general")
+
+    assert products((0, 1)) == 3
+    assert products(0) == products(1) == 2
 
 
 def test_smaller_chunks_take_less_memory_backwards_too() -> None:
@@ -279,7 +303,7 @@ def test_smaller_chunks_take_less_memory_backwards_too() -> None:
 
     def temporary_bytes(chunk: int) -> int:
         def loss(params: nnx.State, hidden: jax.Array) -> jax.Array:
-            return target_nll(nnx.merge(graphdef, params), hidden, tokens, tokens == 0, chunk).sum()
+            return target_nll_sum(nnx.merge(graphdef, params), hidden, tokens, tokens == 0, chunk)
 
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, hidden).compile()
         return compiled.memory_analysis().temp_size_in_bytes

@@ -22,6 +22,7 @@ from middo_jax.config import ConfigError, MeshSettings, TrainSettings
 from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.evaluate.heldout import HeldoutLoss, heldout_loss
+from middo_jax.models.attention import QUERY_BLOCK
 from middo_jax.models.checkpoint import abstract_params
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, Remat, split
@@ -119,6 +120,21 @@ def assert_close(got: nnx.State, want: nnx.State, relative: float) -> None:
 def assert_identical(got: nnx.State, want: nnx.State) -> None:
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
+
+
+def test_passing_over_what_no_example_reaches_changes_no_gradient():
+    graphdef, params = fresh()
+    tokenized = examples(40)
+    rows = [list(range(20)), list(range(20, 40))]
+    length, longest = 3 * QUERY_BLOCK, max(map(len, tokenized))
+    assert 2 * QUERY_BLOCK < sum(map(len, tokenized[:20])) <= length
+    batch = put_batch(pack(tokenized, rows, 2, length, max_segments=20), 1, ONE)
+    step = jax.jit(batch_gradient, static_argnums=(0, 4, 5, 6))
+    (near, _, got), (whole, _, want) = (
+        step(graphdef, params, nnx.State({}), batch, CHUNK, "dots", reach) for reach in (longest, None)
+    )
+    assert float(near) == pytest.approx(float(whole), rel=1e-6)
+    assert_close(got, want, 1e-5)
 
 
 def test_accumulated_micro_batches_are_one_batch():

@@ -132,11 +132,11 @@ class Decoder(nnx.Module):
 
     def unembed(self, hidden_nd: jax.Array) -> jax.Array:
         """Logits [n, v] in float32 of n hidden states."""
-        head_vd = self.embed if self.config.tie_word_embeddings else self.lm_head
-        head_vd = head_vd[...].astype(hidden_nd.dtype)
-        logits_nv = jnp.einsum("nd,vd->nv", hidden_nd, head_vd, preferred_element_type=jnp.float32)
-        cap = self.config.final_soft_cap
-        return logits_nv if cap is None else cap * jnp.tanh(logits_nv / cap)
+        return soft_capped(head_product(self.head(), hidden_nd), self.config.final_soft_cap)
+
+    def head(self) -> jax.Array:
+        """[v, d] the matrix that unembeds, in the parameters' dtype."""
+        return (self.embed if self.config.tie_word_embeddings else self.lm_head)[...]
 
     def _stacked(self) -> dict[str, jax.Array]:
         specs = (*parameters(self.config), *adapters(self.config))
@@ -186,6 +186,7 @@ class Decoder(nnx.Module):
             y_btf += weights[bias].astype(y_btf.dtype)
         return y_btf
 
+    @jax.named_scope("qkv")
     def _project(
         self, x_btd: jax.Array, weights: dict[str, jax.Array], rope: Rope
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -204,6 +205,7 @@ class Decoder(nnx.Module):
             k_btkd = self._norm(k_btkd, weights["k_norm"])
         return apply_rope(q_bthd, rope), apply_rope(k_btkd, rope), v_btkd
 
+    @jax.named_scope("o_mlp")
     def _finish(self, x_btd: jax.Array, attended_bthd: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
         config = self.config
 
@@ -219,6 +221,18 @@ class Decoder(nnx.Module):
         up_btf = self._linear(normed_btd, weights, "up_proj")
         inner_btf = constrain(gate_btf * up_btf, "batch", "length", "mlp")
         return add(x_btd, self._linear(inner_btf, weights, "down_proj"), "post_mlp_norm")
+
+
+def head_product(head_vd: jax.Array, hidden_nd: jax.Array) -> jax.Array:
+    """[n, v] float32, of products in the dtype of the hidden states."""
+    return jnp.einsum(
+        "nd,vd->nv", hidden_nd, head_vd.astype(hidden_nd.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def soft_capped(logits_nv: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(logits / cap), or the logits as they are (arXiv 2408.00118, section 2)."""
+    return logits_nv if cap is None else cap * jnp.tanh(logits_nv / cap)
 
 
 def split(model: Decoder) -> tuple[nnx.GraphDef[Decoder], nnx.State]:

@@ -78,6 +78,12 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, RULES.spec(*logical_axes))
 
 
+def batch_shards(batch: int) -> int:
+    """Into how many parts the mesh that is set by `jax.set_mesh` splits so many rows; without a mesh, 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.gcd(batch, math.prod(mesh.shape[axis] for axis in RULES.batch or () if not mesh.empty))
+
+
 def batch_divisor(mesh: Mesh) -> int:
     """A global batch must be a multiple of this: the devices along `data` and `fsdp`."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

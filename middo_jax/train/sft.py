@@ -31,6 +31,9 @@ from middo_jax.train.step import abstract_batch, make_train_step
 from middo_jax.train.stopping import deferred_stops
 from middo_jax.train.trackers import require_trackers, trackers
 
+# The longest example is part of the compiled step: rounded up, other data need not compile another one.
+LONGEST_MULTIPLE = 128
+
 
 def train(
     graphdef: nnx.GraphDef[Decoder],
@@ -125,8 +128,16 @@ def train(
             else:
                 _consume(trained)
             whole = (target, opt_target)
+            longest = -(-max(map(len, tokenized)) // LONGEST_MULTIPLE) * LONGEST_MULTIPLE
             step = make_train_step(
-                graphdef, optimizer, settings, len(plan), chunk=chunk, state=whole, seed=seed
+                graphdef,
+                optimizer,
+                settings,
+                len(plan),
+                chunk=chunk,
+                state=whole,
+                longest=min(longest, pack_length),
+                seed=seed,
             )
             compiled = step.lower(*whole, frozen, abstract_batch(settings, pack_length, mesh)).compile()
         track = stack.enter_context(trackers(settings, out_dir, state.step, identity))

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from middo_jax.config import TrainSettings
 from middo_jax.data.packing import PackedBatch
 from middo_jax.models.decoder import Decoder, Remat
-from middo_jax.models.nll import target_nll
+from middo_jax.models.nll import target_nll_sum
 from middo_jax.parallel.mesh import named_sharding
 from middo_jax.train.guard import GuardState, usual_loss
 from middo_jax.train.optimizer import learning_rate_schedule, steps_taken
@@ -62,6 +62,7 @@ def batch_loss(
     batch: Batch,
     chunk: int,
     remat: Remat,
+    longest: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of the targets' negative log-likelihoods in float32, number of targets) of packed rows [b, t].
 
@@ -72,11 +73,13 @@ def batch_loss(
       batch: packed rows.
       chunk: target positions whose logits exist at one time.
       remat: what is kept of a layer for the backward pass.
+      longest: no example is longer; attention passes over what lies further back.
     """
     model = nnx.merge(graphdef, trained, frozen)
-    hidden_btd = model.hidden(batch.tokens_bt, batch.segment_ids_bt, batch.positions_bt, remat=remat)
-    nll_bt = target_nll(model, hidden_btd, jnp.roll(batch.tokens_bt, -1, axis=1), batch.is_target_bt, chunk)
-    return nll_bt.sum(), batch.is_target_bt.sum()
+    places = batch.segment_ids_bt, batch.positions_bt
+    hidden_btd = model.hidden(batch.tokens_bt, *places, longest=longest, remat=remat)
+    next_bt = jnp.roll(batch.tokens_bt, -1, axis=1)
+    return target_nll_sum(model, hidden_btd, next_bt, batch.is_target_bt, chunk), batch.is_target_bt.sum()
 
 
 def batch_gradient(
@@ -86,6 +89,7 @@ def batch_gradient(
     batch: Batch,
     chunk: int,
     remat: Remat,
+    longest: int | None = None,
 ) -> tuple[jax.Array, jax.Array, nnx.State]:
     """(loss, number of targets, float32 gradient by `trained`) of the micro-batches [a, b, t] as one batch.
 
@@ -96,7 +100,9 @@ def batch_gradient(
         sums: tuple[jax.Array, jax.Array, nnx.State], micro_batch: Batch
     ) -> tuple[tuple[jax.Array, jax.Array, nnx.State], None]:
         value_and_grad = jax.value_and_grad(batch_loss, argnums=1, has_aux=True)
-        (nll, n_targets), gradient = value_and_grad(graphdef, trained, frozen, micro_batch, chunk, remat)
+        (nll, n_targets), gradient = value_and_grad(
+            graphdef, trained, frozen, micro_batch, chunk, remat, longest
+        )
         return jax.tree.map(jnp.add, sums, (nll, n_targets, gradient)), None
 
     zeros = (jnp.float32(0), jnp.int32(0), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained))
@@ -113,6 +119,7 @@ def make_train_step(
     *,
     chunk: int,
     state: tuple[nnx.State, optax.OptState],
+    longest: int | None = None,
     seed: int = 0,
 ) -> jax.stages.Wrapped:
     """Compiles, at its first call, `(trained, opt_state, frozen, batch) -> (trained, opt_state, outputs)`.
@@ -127,6 +134,7 @@ def make_train_step(
       total_steps: of the whole training.
       chunk: target positions whose logits exist at one time.
       state: (trained, opt_state) or their shapes with shardings; the results lie where these do.
+      longest: no example is longer.
       seed: of stochastic rounding.
     """
     schedule = learning_rate_schedule(settings, total_steps)
@@ -134,14 +142,17 @@ def make_train_step(
     def train_step(
         trained: nnx.State, opt_state: GuardState, frozen: nnx.State, batch: Batch
     ) -> tuple[nnx.State, GuardState, StepOutputs]:
-        loss, n_targets, gradient = batch_gradient(graphdef, trained, frozen, batch, chunk, settings.remat)
+        loss, n_targets, gradient = batch_gradient(
+            graphdef, trained, frozen, batch, chunk, settings.remat, longest
+        )
         step, grad_norm, usual = (
             steps_taken(opt_state),
             optax.tree.norm(gradient),
             usual_loss(opt_state.recent_w),
         )
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
-        updates, new_state = optimizer.update(gradient, opt_state, wide, loss=loss)
+        with jax.named_scope("optimizer"):
+            updates, new_state = optimizer.update(gradient, opt_state, wide, loss=loss)
         assert isinstance(new_state, GuardState)
         outputs = StepOutputs(loss, n_targets, grad_norm, schedule(step), new_state.was_bad, usual)
         moved = jax.tree.map(jnp.add, wide, updates)

@@ -10,8 +10,9 @@ from middo_jax.models.config import DecoderConfig
 from middo_jax.models.parameters import adapters, parameters
 
 # Dense bfloat16 matmuls, FLOP/s of what JAX calls one device, as the makers publish them:
-# cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (v4 and v5p: one device is a chip, its two cores together);
-# NVIDIA's data sheets of A100, H100, H200, L4, L40S (half of the figures "with sparsity").
+# cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x (v4 and v5p: one device is a chip, its two cores
+# together; TPU7x: half a chip); NVIDIA's data sheets of A100, H100, H200, HGX B200, GB200, L4, L40S (half of
+# the figures "with sparsity").
 _PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -20,10 +21,13 @@ _PEAKS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989.4e12,
     "NVIDIA H200": 989.4e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
     "NVIDIA L4": 121e12,
     "NVIDIA L40S": 362e12,
 }

@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -26,3 +27,11 @@ hypothesis.settings.load_profile("no_deadline")
 
 # A shell's background jobs, hence many CI runners, ignore Ctrl-C and hand that down; some tests send one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tiny models spend their time in the compiler, which does less for them and the processes they start."""
+    is_as_in_use = any(item.get_closest_marker(name) for name in ("real_model", "tpu_compile", "as_in_use"))
+    jax.config.update("jax_disable_most_optimizations", not is_as_in_use)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not is_as_in_use))

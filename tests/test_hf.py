@@ -136,6 +136,7 @@ def test_each_value_is_read_once(
     assert_same_params(params, load(model)[1])
 
 
+@pytest.mark.as_in_use  # or transfers hold their buffers for longer
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 1)])
 def test_the_host_holds_one_tensor_at_a_time(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     """In numpy; what the process holds in all is measured by benchmarks/loading.py."""

@@ -85,7 +85,7 @@ def plant(clean: Sequence[Example], foreign: Sequence[Example], seed: int, share
         return examples[i]
 
     # The faults that fewest rows can carry choose first.
-    for i in take("wrong numbers", lambda e: bool(_numbers(e.response))):
+    for i in take("wrong numbers", lambda e: has_numbers(e.response)):
         put(i, "wrong numbers", clean[i].prompt, with_other_numbers(clean[i].response, rng))
     for i in take("cut response", lambda e: len(e.response.split()) >= MIN_RESPONSE_WORDS):
         put(i, "cut response", clean[i].prompt, cut(clean[i].response))
@@ -171,5 +171,6 @@ def with_other_words(text: str, words: Sequence[str], rng: np.random.Generator) 
     return text
 
 
-def _numbers(text: str) -> list[str]:
-    return [number for number in _NUMBER.findall(text) if number.isdigit()]
+def has_numbers(text: str) -> bool:
+    """Whether `with_other_numbers` would find one."""
+    return any(number.isdigit() for number in _NUMBER.findall(text))

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps a side does before the next one's turn")
     parser.add_argument("--turns", type=int, default=5, help="of every side")
     parser.add_argument("--micro-batch", type=int, default=8, help="examples, torch padded")
-    parser.add_argument("--remat", choices=["none", "dots", "layer"], default="none")
+    parser.add_argument("--remat", choices=["none", "dots", "layer"], default="dots")
     parser.add_argument("--parts", nargs="+", default=["alpaca", "full"], choices=["alpaca", "full"])
     parser.add_argument("--out", type=Path, help="also writes everything as JSON")
     arguments = parser.parse_args()
@@ -116,7 +116,7 @@ def turn_of(arguments: argparse.Namespace, part: str, side: str, turn: int) -> t
     steps = [plan[0], *plan[first : first + arguments.steps]]
     packed = [pack(tokenized, step.rows, arguments.rows, length, max_segments=length) for step in steps]
     if side == "ours":
-        step = our_step(arguments.model, settings, packed)
+        step = our_step(arguments.model, settings, packed, longest=max(map(len, tokenized)))
     elif side == "torch packed":
         step = torch_step(arguments.model, settings, [[flattened(batch)] for batch in packed])
     else:
@@ -187,13 +187,15 @@ def measure(arguments: argparse.Namespace, part: str, rate: float) -> dict[str, 
     return {"losses": first, "sides": rows, "mflop_a_token": flops / real / 1e6, "rate": rate}
 
 
-def our_step(model: str, settings: TrainSettings, batches: Sequence[PackedBatch]) -> Step:
+def our_step(model: str, settings: TrainSettings, batches: Sequence[PackedBatch], longest: int) -> Step:
     """What `middo train` runs; compiles at its first step."""
     mesh = make_mesh(devices=jax.devices()[:1])
     graphdef, params, _ = hf.load(model, mesh=mesh, dtype="float32")
     optimizer = make_optimizer(settings, len(batches))
     state = params, jax.device_put(optimizer.init(params), jax.devices()[0])
-    run = make_train_step(graphdef, optimizer, settings, len(batches), chunk=512, state=state)
+    run = make_train_step(
+        graphdef, optimizer, settings, len(batches), chunk=512, state=state, longest=longest
+    )
 
     def step(number: int) -> float:
         nonlocal state

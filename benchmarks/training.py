@@ -12,6 +12,9 @@ The sides train all weights in float32 with AdamW, clipped; their steps take the
   torch packed   our packed rows, position ids from which transformers makes the block-diagonal mask of its
                  scaled-dot-product attention: the packing that it offers without a GPU's kernels.
 
+With ", huge pages" behind its name a side's memory is asked for in huge pages, by glibc's
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1: XLA asks for all that a step needs anew, torch reuses small pieces.
+
 Every turn of a side is a process of its own, as its user would have it: in one process each has the others'
 idle threads and freed memory to contend with. Real tokens are those of examples, without padding. Seconds are
 medians over steps and turns, after one step of each turn that compiles or warms up. All sides start from the
@@ -26,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -52,7 +56,8 @@ from middo_jax.train.step import make_train_step, put_batch
 
 # A step of a side: its number -> loss before the update.
 Step = Callable[[int], float]
-SIDES = ("ours", "torch padded", "torch packed")
+HUGE = ", huge pages"
+SIDES = ("ours", f"ours{HUGE}", "torch padded", f"torch padded{HUGE}", "torch packed", f"torch packed{HUGE}")
 IGNORED = -100  # a label that torch's cross entropy leaves out
 
 
@@ -70,6 +75,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="of every side")
     parser.add_argument("--micro-batch", type=int, default=8, help="examples, torch padded")
     parser.add_argument("--remat", choices=["none", "dots", "layer"], default="dots")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--parts", nargs="+", default=["alpaca", "full"], choices=["alpaca", "full"])
     parser.add_argument("--out", type=Path, help="also writes everything as JSON")
     arguments = parser.parse_args()
@@ -140,15 +146,19 @@ def measure(arguments: argparse.Namespace, part: str, rate: float) -> dict[str, 
     _, length, tokenized, plan = planned(arguments, part)
     drawn = [drawn_by(step, tokenized) for step in plan]
     first: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
-    alone = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    with alone:
-        for turn in range(arguments.turns):
-            # Every turn begins with another side.
-            for name in [*SIDES[turn % 3 :], *SIDES[: turn % 3]]:
-                first[name], of_steps = alone.submit(turn_of, arguments, part, name, turn).result()
-                for number, taken in enumerate(of_steps, 1 + turn * arguments.steps):
-                    seconds[name].append(taken / sum(map(len, drawn[number])))  # a real token
+    sides: list[str] = arguments.sides
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(arguments.turns):
+        # Every turn begins with another side.
+        begins = turn % len(sides)
+        for name in [*sides[begins:], *sides[:begins]]:
+            # Read when a process starts.
+            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" if name.endswith(HUGE) else ""
+            side = name.removesuffix(HUGE)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+                first[name], of_steps = alone.submit(turn_of, arguments, part, side, turn).result()
+            for number, taken in enumerate(of_steps, 1 + turn * arguments.steps):
+                seconds[name].append(taken / sum(map(len, drawn[number])))  # a real token
     if max(first.values()) - min(first.values()) > 1e-3 * max(first.values()):
         raise SystemExit(f"the sides do not compute the same: losses {first}")
     config = hf.load(arguments.model)[2]
@@ -166,22 +176,24 @@ def measure(arguments: argparse.Namespace, part: str, rate: float) -> dict[str, 
         "torch packed": len(plan[1:]) * arguments.rows * length,
     }
     print(f"\n{part}: {real} real tokens in {len(plan) - 1} steps, {flops / real / 1e6:.0f} MFLOP a token")
-    print("| side | real tokens/s | spread | ours is faster by | computed tokens that are real | of limit |")
+    print(
+        f"| side | real tokens/s | spread | {sides[0]}: faster by | computed tokens that are real | of limit |"
+    )
     print("|---|---|---|---|---|---|")
-    ours = statistics.median(seconds["ours"])
+    ours = statistics.median(seconds[sides[0]])
     rows = {}
     for name, of_side in seconds.items():
-        median = statistics.median(of_side)
+        median, side = statistics.median(of_side), name.removesuffix(HUGE)
         low, high = (1 / q for q in np.quantile(of_side, (0.75, 0.25)))
         rows[name] = {
             "tokens_per_second": 1 / median,
             "ratio": median / ours,
-            "real": real / computed[name],
+            "real": real / computed[side],
             "of_limit": limit / median,
         }
         print(
             f"| {name} | {1 / median:.0f} | {low:.0f} to {high:.0f} | {median / ours:.2f} | "
-            f"{real / computed[name]:.0%} | {limit / median:.0%} |",
+            f"{real / computed[side]:.0%} | {limit / median:.0%} |",
             flush=True,
         )
     return {"losses": first, "sides": rows, "mflop_a_token": flops / real / 1e6, "rate": rate}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -31,7 +32,6 @@ from middo_jax.train.step import abstract_batch, make_train_step
 from middo_jax.train.stopping import deferred_stops
 from middo_jax.train.trackers import require_trackers, trackers
 
-# The longest example is part of the compiled step: rounded up, other data need not compile another one.
 LONGEST_MULTIPLE = 128
 
 
@@ -120,24 +120,12 @@ def train(
         state = checkpoints.restore(target, opt_target)
         with out_of_memory_explained(settings, mesh):
             if state is None:
-                trained = jax.tree.map(
-                    lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), trained, target
-                )
-                init = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, opt_target))
-                state = TrainState(0, trained, init(trained))
+                state = _beginning(trained, target, optimizer, opt_target)
             else:
                 _consume(trained)
-            whole = (target, opt_target)
-            longest = -(-max(map(len, tokenized)) // LONGEST_MULTIPLE) * LONGEST_MULTIPLE
+            whole, longest = (target, opt_target), _longest(tokenized, pack_length)
             step = make_train_step(
-                graphdef,
-                optimizer,
-                settings,
-                len(plan),
-                chunk=chunk,
-                state=whole,
-                longest=min(longest, pack_length),
-                seed=seed,
+                graphdef, optimizer, settings, len(plan), chunk=chunk, state=whole, longest=longest, seed=seed
             )
             compiled = step.lower(*whole, frozen, abstract_batch(settings, pack_length, mesh)).compile()
         track = stack.enter_context(trackers(settings, out_dir, state.step, identity))
@@ -184,6 +172,24 @@ def train(
         checkpoints.finish(state, metadata)
         stop_if_told()
     return nnx.merge_state(state.trained, frozen)
+
+
+def _beginning(
+    trained: nnx.State,
+    target: nnx.State,
+    optimizer: optax.GradientTransformationExtraArgs,
+    opt_target: optax.OptState,
+) -> TrainState:
+    """Before the first step: parameters and moments as the targets say."""
+    trained = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), trained, target)
+    init = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, opt_target))
+    return TrainState(0, trained, init(trained))
+
+
+def _longest(tokenized: Sequence[TokenizedExample], pack_length: int) -> int:
+    """Tokens that no example exceeds; rounded up, since other data need not compile another step."""
+    longest = max(map(len, tokenized))
+    return min(pack_length, -(-longest // LONGEST_MULTIPLE) * LONGEST_MULTIPLE)
 
 
 def _consume(params: nnx.State) -> None:

@@ -55,7 +55,7 @@ class StepOutputs(NamedTuple):
     usual_loss: jax.Array
 
 
-def batch_loss(
+def batch_nll(
     graphdef: nnx.GraphDef[Decoder],
     trained: nnx.State,
     frozen: nnx.State,
@@ -63,8 +63,8 @@ def batch_loss(
     chunk: int,
     remat: Remat,
     longest: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """(sum of the targets' negative log-likelihoods in float32, number of targets) of packed rows [b, t].
+) -> jax.Array:
+    """Sum of the targets' negative log-likelihoods, in float32, of packed rows [b, t].
 
     Args:
       graphdef: the decoder's structure.
@@ -79,7 +79,7 @@ def batch_loss(
     places = batch.segment_ids_bt, batch.positions_bt
     hidden_btd = model.hidden(batch.tokens_bt, *places, longest=longest, remat=remat)
     next_bt = jnp.roll(batch.tokens_bt, -1, axis=1)
-    return target_nll_sum(model, hidden_btd, next_bt, batch.is_target_bt, chunk), batch.is_target_bt.sum()
+    return target_nll_sum(model, hidden_btd, next_bt, batch.is_target_bt, chunk)
 
 
 def batch_gradient(
@@ -93,22 +93,29 @@ def batch_gradient(
 ) -> tuple[jax.Array, jax.Array, nnx.State]:
     """(loss, number of targets, float32 gradient by `trained`) of the micro-batches [a, b, t] as one batch.
 
-    A target weighs the same in whichever micro-batch it stands: sums are added up, and divided once.
+    A target weighs the same in whichever micro-batch it stands: each is divided by the number of all.
     """
+    n_targets = batch.is_target_bt.sum()
+    divisor = jnp.maximum(n_targets, 1)
+
+    @jax.value_and_grad
+    def share(trained: nnx.State, micro_batch: Batch) -> jax.Array:
+        return batch_nll(graphdef, trained, frozen, micro_batch, chunk, remat, longest) / divisor
+
+    def share_in_float32(micro_batch: Batch) -> tuple[jax.Array, nnx.State]:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), share(trained, micro_batch))
 
     def add(
-        sums: tuple[jax.Array, jax.Array, nnx.State], micro_batch: Batch
-    ) -> tuple[tuple[jax.Array, jax.Array, nnx.State], None]:
-        value_and_grad = jax.value_and_grad(batch_loss, argnums=1, has_aux=True)
-        (nll, n_targets), gradient = value_and_grad(
-            graphdef, trained, frozen, micro_batch, chunk, remat, longest
-        )
-        return jax.tree.map(jnp.add, sums, (nll, n_targets, gradient)), None
+        sums: tuple[jax.Array, nnx.State], micro_batch: Batch
+    ) -> tuple[tuple[jax.Array, nnx.State], None]:
+        return jax.tree.map(jnp.add, sums, share_in_float32(micro_batch)), None
 
-    zeros = (jnp.float32(0), jnp.int32(0), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained))
-    (nll, n_targets, gradient), _ = jax.lax.scan(add, zeros, batch)
-    divisor = jnp.maximum(n_targets, 1)
-    return nll / divisor, n_targets, jax.tree.map(lambda g: g / divisor, gradient)
+    if len(batch.tokens_bt) == 1:  # nothing to add up: a loop would hold the gradient twice
+        loss, gradient = share_in_float32(jax.tree.map(lambda x_abt: x_abt[0], batch))
+    else:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.float32(0), trained))
+        (loss, gradient), _ = jax.lax.scan(add, zeros, batch)
+    return loss, n_targets, gradient
 
 
 def make_train_step(

@@ -176,9 +176,7 @@ def measure(arguments: argparse.Namespace, part: str, rate: float) -> dict[str, 
         "torch packed": len(plan[1:]) * arguments.rows * length,
     }
     print(f"\n{part}: {real} real tokens in {len(plan) - 1} steps, {flops / real / 1e6:.0f} MFLOP a token")
-    print(
-        f"| side | real tokens/s | spread | {sides[0]}: faster by | computed that are real | of limit |"
-    )
+    print(f"| side | real tokens/s | spread | {sides[0]}: faster by | computed that are real | of limit |")
     print("|---|---|---|---|---|---|")
     ours = statistics.median(seconds[sides[0]])
     rows = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -372,3 +373,24 @@ def test_a_kernel_asked_for_by_name_is_not_replaced(kernel: Kernel) -> None:
     batch = Batch.random(1, 16)
     with pytest.raises(AttentionError, match=f"kernel '{kernel}' cannot honour a cpu"):
         packed_attention(*batch.qkv, *batch.ids, scale=SCALE, kernel=kernel)
+
+
+def test_products_are_of_the_compute_dtype_backwards_too() -> None:
+    """An accelerator multiplies float32 at a fraction of the rate."""
+    x = jnp.ones((1, 2 * QUERY_BLOCK, 2, 8), jnp.bfloat16)
+    places = jnp.zeros((1, x.shape[1]), jnp.int32), jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return packed_attention(q, k, v, *places, scale=1.0, kernel="xla").astype(jnp.float32).sum()
+
+    def products(jaxpr: Any) -> Iterator[Any]:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                yield equation
+            for inner in equation.params.values():
+                if hasattr(inner, "jaxpr"):
+                    yield from products(inner.jaxpr)
+
+    found = list(products(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x).jaxpr))
+    assert len(found) == 2 * 6  # blocks; two forward, four backward
+    assert {operand.aval.dtype.name for equation in found for operand in equation.invars} == {"bfloat16"}

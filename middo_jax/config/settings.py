@@ -177,7 +177,7 @@ class ScoringSettings(Settings):
         default=2048, description="Tokens of a packed batch, all devices together."
     )
     unembed_chunk: PositiveInt = Field(
-        default=512, description="Target positions whose logits exist at one time."
+        default=512, description="Target positions of a device whose logits exist at one time."
     )
     ifd: bool = Field(
         default=False,

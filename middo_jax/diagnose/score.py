@@ -107,7 +107,7 @@ def score_examples(
       examples: what to score.
       mesh: where.
       batch_tokens: tokens of a batch, all devices together.
-      chunk: target positions whose logits exist at one time.
+      chunk: target positions of a device whose logits exist at one time.
       progress: is told how far the pass is, under this name.
       name: of the pass.
     """

@@ -62,7 +62,7 @@ def heldout_loss(
       tokenized: the examples, at least one of them with a target.
       mesh: where to compute.
       batch_tokens: tokens of a batch, all devices together; rounded to whole rows for each device.
-      chunk: target positions whose logits exist at one time.
+      chunk: target positions of a device whose logits exist at one time.
       pack_length: tokens of a row.
       sources: where each example is from, to tell the losses apart; empty: all from one.
 

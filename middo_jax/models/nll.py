@@ -1,7 +1,7 @@
 """Token negative log-likelihoods without the whole logits: [b, t, v] never exists.
 
 Only targets are unembedded: those of a share, the rows that lie on the same devices, are moved to its front,
-and a loop takes `chunk / shares` of every share at a time until none has any left.
+and a loop takes a chunk of every share at a time until none has any left.
 
 Axes: b row, t position, s share, n position within it, w slot of a share in a chunk, m slot of a chunk,
 d model width, v vocabulary.
@@ -36,7 +36,7 @@ def target_nll(
       hidden_btd: last hidden state of each position.
       next_bt: int32, the token that follows in the text; any where that is no target.
       is_target_bt: bool; the next token is a target.
-      chunk: targets of all shares whose logits exist at one time.
+      chunk: targets of a share whose logits exist at one time.
 
     Returns:
       [b, t] float32.
@@ -160,8 +160,8 @@ def _chunks(
     next_sn: jax.Array, is_target_sn: jax.Array, chunk: int
 ) -> tuple[jax.Array, Callable[[jax.Array], _Chunk]]:
     """(number of chunks that hold a target, the i-th)."""
-    s, n = next_sn.shape
-    width = min(n, max(1, chunk // s))
+    n = next_sn.shape[1]
+    width = min(n, chunk)
     position_sn = jnp.argsort(~is_target_sn, axis=1, stable=True)  # targets first, in their order
     position_sn = jnp.pad(position_sn, ((0, 0), (0, -n % width)))
     targets_s1 = is_target_sn.sum(axis=1, keepdims=True)

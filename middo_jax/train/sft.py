@@ -69,7 +69,7 @@ def train(
       mesh: where to train.
       pack_length: tokens of a packed sequence.
       out_dir: gets checkpoint/, metrics.jsonl and, if anything is evaluated, evaluations.jsonl.
-      chunk: target positions whose logits exist at one time.
+      chunk: target positions of a device whose logits exist at one time.
       metadata: small JSON values to keep beside the final parameters, such as {"base": path of the model};
         a checkpoint with other ones is of another training.
       on_step: told of every finished step.

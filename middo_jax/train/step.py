@@ -71,7 +71,7 @@ def batch_nll(
       trained: some of its parameters.
       frozen: the others.
       batch: packed rows.
-      chunk: target positions whose logits exist at one time.
+      chunk: target positions of a device whose logits exist at one time.
       remat: what is kept of a layer for the backward pass.
       longest: no example is longer; attention passes over what lies further back.
     """
@@ -139,7 +139,7 @@ def make_train_step(
       optimizer: of `make_optimizer`.
       settings: for `remat`, rounding, and the learning rate that is reported.
       total_steps: of the whole training.
-      chunk: target positions whose logits exist at one time.
+      chunk: target positions of a device whose logits exist at one time.
       state: (trained, opt_state) or their shapes with shardings; the results lie where these do.
       longest: no example is longer.
       seed: of stochastic rounding.

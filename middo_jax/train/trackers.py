@@ -46,7 +46,9 @@ def trackers(settings: TrainSettings, out_dir: Path, done: int, identity: str) -
         if settings.tensorboard and first:
             package = _package("tensorboardX", "train.tensorboard", "tensorboard")
             writer = package.SummaryWriter(
-                str(out_dir / "tensorboard"), purge_step=done + 1 if done else None
+                str(out_dir / "tensorboard"),
+                purge_step=done + 1 if done else None,
+                filename_suffix=f".{done:08}",  # its names tell seconds apart, and a restart may take less
             )
             stack.callback(writer.close)
             shows.append(lambda step, scalars: _to_tensorboard(writer, step, scalars))

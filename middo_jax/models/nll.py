@@ -1,17 +1,17 @@
 """Token negative log-likelihoods without the whole logits: [b, t, v] never exists.
 
-Only targets are unembedded: those of a share, the rows that lie on the same devices, are moved to its front,
-and a loop takes a chunk of every share at a time until none has any left.
+Only targets are unembedded. The rows that lie on the same devices are a share; its targets are moved to its
+front, and a loop takes a chunk of every share at a time until none has any left. Shares are on their own: in
+the loop nothing passes between devices but what `tensor` splits.
 
-Axes: b row, t position, s share, n position within it, w slot of a share in a chunk, m slot of a chunk,
-d model width, v vocabulary.
+Axes: b row, t position, s share, n position within it, m slot of a chunk, d model width, v vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, head_product, soft_capped
-from middo_jax.parallel.mesh import batch_shards, constrain
+from middo_jax.parallel.mesh import RULES, batch_shards, constrain
 
 # By the head [v, d] and by the hidden states [b, t, d]; None where nobody asks.
 Gradient = tuple[jax.Array | None, jax.Array | None]
@@ -41,15 +41,17 @@ def target_nll(
     Returns:
       [b, t] float32.
     """
-    hidden_snd = _by_share(hidden_btd)
-    count, chunk_at = _chunks(_by_share(next_bt), _by_share(is_target_bt), chunk)
+    head_vd = _gathered(model.head(), hidden_btd)
+    cap = functools.partial(soft_capped, cap=model.config.final_soft_cap)
 
-    def step(i: jax.Array, nll_sn: jax.Array) -> jax.Array:
-        at = chunk_at(i)
-        return at.added(nll_sn, at.nll(model.unembed(at.rows(hidden_snd))))
+    def of_share(chunks: _Chunks, hidden_nd: jax.Array) -> jax.Array:
+        def step(i: jax.Array, nll_n: jax.Array) -> jax.Array:
+            at = chunks.at(i)
+            return at.added(nll_n, at.nll(cap(head_product(head_vd, hidden_nd[at.position_m]))))
 
-    nll_sn = jax.lax.fori_loop(0, count, step, jnp.zeros(hidden_snd.shape[:2], jnp.float32))
-    return nll_sn.reshape(next_bt.shape)
+        return jax.lax.fori_loop(0, chunks.count, step, jnp.zeros(len(hidden_nd), jnp.float32))
+
+    return _each_share(of_share, next_bt, is_target_bt, chunk, hidden_btd).reshape(next_bt.shape)
 
 
 def target_nll_sum(
@@ -80,28 +82,33 @@ def _with_gradient(
     next_: CustomVJPPrimal,
     is_target: CustomVJPPrimal,
 ) -> tuple[jax.Array, Gradient]:
-    head_vd, hidden_snd = head.value, _by_share(hidden.value)
-    count, chunk_at = _chunks(_by_share(next_.value), _by_share(is_target.value), chunk)
+    head_vd = _gathered(head.value, hidden.value)
+    cap = functools.partial(soft_capped, cap=config.final_soft_cap)
 
-    def step(i: jax.Array, sums: tuple[jax.Array, Gradient]) -> tuple[jax.Array, Gradient]:
-        nll, (by_head, by_hidden) = sums
-        at = chunk_at(i)
-        hidden_md = at.rows(hidden_snd)
-        cap = functools.partial(soft_capped, cap=config.final_soft_cap)
-        logits_mv, by_product = jax.vjp(cap, head_product(head_vd, hidden_md))
-        nll_m, by_logits_mv = at.nll_and_gradient(logits_mv)
-        by_product_mv = by_product(by_logits_mv)[0].astype(hidden_md.dtype)
-        if by_head is not None:
-            by_head += jnp.einsum("mv,md->vd", by_product_mv, hidden_md, preferred_element_type=jnp.float32)
-        if by_hidden is not None:
-            by_hidden = at.added(by_hidden, by_product_mv @ head_vd.astype(hidden_md.dtype))
-        return nll + nll_m.sum(), (by_head, by_hidden)
+    def of_share(chunks: _Chunks, hidden_nd: jax.Array) -> tuple[jax.Array, Gradient]:
+        def step(i: jax.Array, sums: tuple[jax.Array, Gradient]) -> tuple[jax.Array, Gradient]:
+            nll, (by_head, by_hidden) = sums
+            at = chunks.at(i)
+            hidden_md = hidden_nd[at.position_m]
+            logits_mv, by_product = jax.vjp(cap, head_product(head_vd, hidden_md))
+            nll_m, by_logits_mv = at.nll_and_gradient(logits_mv)
+            by_product_mv = by_product(by_logits_mv)[0].astype(hidden_md.dtype)
+            if by_head is not None:
+                by_head += jnp.einsum(
+                    "mv,md->vd", by_product_mv, hidden_md, preferred_element_type=jnp.float32
+                )
+            if by_hidden is not None:
+                by_hidden = at.added(by_hidden, by_product_mv @ head_vd)
+            return nll + nll_m.sum(), (by_head, by_hidden)
 
-    by_head = jnp.zeros(head_vd.shape, jnp.float32) if head.perturbed else None
-    by_hidden = jnp.zeros_like(hidden_snd) if hidden.perturbed else None
-    nll, (by_head, by_hidden) = jax.lax.fori_loop(0, count, step, (jnp.float32(0), (by_head, by_hidden)))
-    return nll, (
-        None if by_head is None else by_head.astype(head_vd.dtype),
+        # What a share adds up of the head's gradient is added to the others' at the end, once.
+        by_head = constrain(jnp.zeros(head_vd.shape, jnp.float32), "vocab", None) if head.perturbed else None
+        by_hidden = jnp.zeros_like(hidden_nd) if hidden.perturbed else None
+        return jax.lax.fori_loop(0, chunks.count, step, (jnp.float32(0), (by_head, by_hidden)))
+
+    nll_s, (by_head, by_hidden) = _each_share(of_share, next_.value, is_target.value, chunk, hidden.value)
+    return nll_s.sum(), (
+        None if by_head is None else constrain(by_head.sum(0), "vocab", "embed").astype(head.value.dtype),
         None if by_hidden is None else by_hidden.reshape(hidden.value.shape),
     )
 
@@ -115,10 +122,15 @@ def _scaled(config: DecoderConfig, chunk: int, gradient: Gradient, by_nll: jax.A
 _nll_sum.defvjp(_with_gradient, _scaled, symbolic_zeros=True)
 
 
-class _Chunk(NamedTuple):
-    """Some targets of every share; slots not in use repeat a position and have no loss."""
+def _gathered(head_vd: jax.Array, hidden_btd: jax.Array) -> jax.Array:
+    """As it is multiplied: in the hidden states' dtype, and sent to all shares, once for all chunks."""
+    return constrain(head_vd.astype(hidden_btd.dtype), "vocab", None)
 
-    position_sw: jax.Array
+
+class _Chunk(NamedTuple):
+    """Some targets of a share; slots not in use repeat a position and have no loss."""
+
+    position_m: jax.Array
     next_m: jax.Array
     in_use_m: jax.Array
 
@@ -128,7 +140,7 @@ class _Chunk(NamedTuple):
 
     def nll_and_gradient(self, logits_mv: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The same, and its gradient by the logits [m, v]: the probabilities, less 1 at the target."""
-        logits_mv = constrain(logits_mv, "batch", "vocab")
+        logits_mv = constrain(logits_mv, None, "vocab")
         highest_m = logits_mv.max(axis=1)
         weight_mv = jnp.exp(logits_mv - highest_m[:, None])  # once for both
         total_m = weight_mv.sum(axis=1)
@@ -140,36 +152,48 @@ class _Chunk(NamedTuple):
             jnp.where(self.in_use_m[:, None], gradient_mv, 0.0),
         )
 
-    def rows(self, x_snd: jax.Array) -> jax.Array:
-        """[m, d] at the targets."""
-        x_swd = jnp.take_along_axis(x_snd, self.position_sw[..., None], axis=1)
-        return x_swd.reshape(-1, x_snd.shape[-1])
-
-    def added(self, x_sn: jax.Array, y_m: jax.Array) -> jax.Array:
-        """[s, n, ...] with [m, ...] added at the targets."""
-        s, width = self.position_sw.shape
-        return x_sn.at[jnp.arange(s)[:, None], self.position_sw].add(y_m.reshape(s, width, *y_m.shape[1:]))
+    def added(self, x_n: jax.Array, y_m: jax.Array) -> jax.Array:
+        """[n, ...] with [m, ...] added at the targets."""
+        return x_n.at[self.position_m].add(y_m)
 
 
-def _by_share(x_bt: jax.Array) -> jax.Array:
-    """[b, t, ...] -> [s, n, ...]: the rows that lie on the same devices, one behind the other."""
-    return x_bt.reshape(batch_shards(len(x_bt)), -1, *x_bt.shape[2:])
+class _Chunks(NamedTuple):
+    """The targets of a share, chunk by chunk."""
+
+    count: jax.Array  # of the share that has the most
+    width: int
+    position_n: jax.Array  # targets first, in their order; a multiple of the width
+    next_n: jax.Array
+    n_targets: jax.Array
+
+    def at(self, i: jax.Array) -> _Chunk:
+        """The i-th."""
+        start = i * self.width
+        position_m = jax.lax.dynamic_slice_in_dim(self.position_n, start, self.width)
+        in_use_m = start + jnp.arange(self.width) < self.n_targets
+        return _Chunk(position_m, self.next_n[position_m], in_use_m)
 
 
-def _chunks(
-    next_sn: jax.Array, is_target_sn: jax.Array, chunk: int
-) -> tuple[jax.Array, Callable[[jax.Array], _Chunk]]:
-    """(number of chunks that hold a target, the i-th)."""
+def _each_share(
+    of_share: Callable[[_Chunks, jax.Array], Any],
+    next_bt: jax.Array,
+    is_target_bt: jax.Array,
+    chunk: int,
+    hidden_btd: jax.Array,
+) -> Any:
+    """`of_share(chunks, hidden_nd)` of each, stacked, where its rows lie."""
+    shares = batch_shards(len(next_bt))
+    next_sn, is_target_sn, hidden_snd = (
+        x.reshape(shares, -1, *x.shape[2:]) for x in (next_bt, is_target_bt, hidden_btd)
+    )
     n = next_sn.shape[1]
     width = min(n, chunk)
-    position_sn = jnp.argsort(~is_target_sn, axis=1, stable=True)  # targets first, in their order
-    position_sn = jnp.pad(position_sn, ((0, 0), (0, -n % width)))
-    targets_s1 = is_target_sn.sum(axis=1, keepdims=True)
+    count = -(-is_target_sn.sum(axis=1).max() // width)
 
-    def at(i: jax.Array) -> _Chunk:
-        position_sw = jax.lax.dynamic_slice_in_dim(position_sn, i * width, width, axis=1)
-        next_sw = jnp.take_along_axis(next_sn, position_sw, axis=1)
-        in_use_sw = i * width + jnp.arange(width) < targets_s1
-        return _Chunk(position_sw, next_sw.reshape(-1), in_use_sw.reshape(-1))
+    def one(next_n: jax.Array, is_target_n: jax.Array, hidden_nd: jax.Array) -> Any:
+        position_n = jnp.argsort(~is_target_n, stable=True)
+        position_n = jnp.pad(position_n, (0, -n % width))
+        return of_share(_Chunks(count, width, position_n, next_n, is_target_n.sum()), hidden_nd)
 
-    return -(-targets_s1.max() // width), at
+    where = RULES.batch if shares > 1 else None
+    return jax.vmap(one, spmd_axis_name=where)(next_sn, is_target_sn, hidden_snd)

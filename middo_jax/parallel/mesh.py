@@ -79,9 +79,10 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 
 def batch_shards(batch: int) -> int:
-    """Into how many parts the mesh that is set by `jax.set_mesh` splits so many rows; without a mesh, 1."""
+    """Into how many parts the mesh that is set by `jax.set_mesh` splits so many rows; 1 if it does not."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.gcd(batch, math.prod(mesh.shape[axis] for axis in RULES.batch or () if not mesh.empty))
+    shards = math.prod(mesh.shape[axis] for axis in RULES.batch or () if not mesh.empty)
+    return 1 if batch % shards else shards
 
 
 def batch_divisor(mesh: Mesh) -> int:

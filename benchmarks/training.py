@@ -49,7 +49,7 @@ from middo_jax.data.sources import read
 from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, tokenize
 from middo_jax.models import hf
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.train.feed import PlannedStep, plan_epoch
+from middo_jax.train.feed import PlannedStep, longest_example, plan_epoch
 from middo_jax.train.flops import training_flops
 from middo_jax.train.optimizer import make_optimizer
 from middo_jax.train.step import make_train_step, put_batch
@@ -122,7 +122,7 @@ def turn_of(arguments: argparse.Namespace, part: str, side: str, turn: int) -> t
     steps = [plan[0], *plan[first : first + arguments.steps]]
     packed = [pack(tokenized, step.rows, arguments.rows, length, max_segments=length) for step in steps]
     if side == "ours":
-        step = our_step(arguments.model, settings, packed, longest=max(map(len, tokenized)))
+        step = our_step(arguments.model, settings, packed, longest=longest_example(tokenized, length))
     elif side == "torch packed":
         step = torch_step(arguments.model, settings, [[flattened(batch)] for batch in packed])
     else:

@@ -29,9 +29,20 @@ hypothesis.settings.load_profile("no_deadline")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+AS_IN_USE = ("as_in_use", "real_model", "tpu_compile", "gpu")
+SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+is_for_all = SWITCH in os.environ
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tiny models spend their time in the compiler, which does less for them and the processes they start."""
-    is_as_in_use = any(item.get_closest_marker(name) for name in ("real_model", "tpu_compile", "as_in_use"))
-    jax.config.update("jax_disable_most_optimizations", not is_as_in_use)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not is_as_in_use))
+    """Tiny models spend their time in the compiler, which does less for them and the processes they start.
+
+    JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment compiles every test as in use.
+    """
+    wanted = str(int(not any(map(item.get_closest_marker, AS_IN_USE))))
+    if is_for_all or wanted == os.environ.get(SWITCH):
+        return
+    jax.clear_caches()  # what is compiled already would be taken again
+    jax.config.update("jax_disable_most_optimizations", wanted == "1")
+    os.environ[SWITCH] = wanted

@@ -394,3 +394,20 @@ def test_products_are_of_the_compute_dtype_backwards_too() -> None:
     found = list(products(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x).jaxpr))
     assert len(found) == 2 * 6  # blocks; two forward, four backward
     assert {operand.aval.dtype.name for equation in found for operand in equation.invars} == {"bfloat16"}
+
+
+def test_gradients_in_bfloat16_are_as_exact_as_it_is() -> None:
+    """Also where values have a mean, which no gradient of a weight depends on."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((4, 1, 2 * QUERY_BLOCK, 4, 64)), jnp.bfloat16)
+    q, k, v, by_out = x[0], x[1, :, :, :2], x[2, :, :, :2] + 4, x[3]
+    places = jnp.zeros(q.shape[:2], jnp.int32), jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out = packed_attention(q, k, v, *places, scale=64**-0.5, kernel="xla")
+        return (out.astype(jnp.float32) * by_out).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+    exact = gradient(*(x.astype(jnp.float32) for x in (q, k, v)))
+    for ours, theirs in zip(gradient(q, k, v), exact, strict=True):
+        assert jnp.linalg.norm(ours - theirs) < jnp.finfo(jnp.bfloat16).eps / 2 * jnp.linalg.norm(theirs)

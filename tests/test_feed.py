@@ -8,12 +8,12 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from tiny_training import PACK_LENGTH, SETTINGS, examples, mesh_of
+from tiny_training import PACK_LENGTH, SETTINGS, example, examples, mesh_of
 
 from middo_jax.config import TrainSettings
 from middo_jax.data.packing import pack
 from middo_jax.train import feed as feed_module
-from middo_jax.train.feed import feed, plan_epoch, plan_training
+from middo_jax.train.feed import feed, longest_example, plan_epoch, plan_training
 from middo_jax.train.step import Batch, put_batch
 
 ONE = mesh_of(1, 1, 1)
@@ -40,6 +40,13 @@ def test_a_batch_is_a_function_of_its_number():
         assert len(resumed) == len(plan) - first
         for batch, wanted in zip(resumed, whole[first:], strict=True):
             assert_same(batch, wanted)
+
+
+@pytest.mark.parametrize(
+    ("length", "pack_length", "wanted"), [(1, 512, 128), (128, 512, 128), (129, 512, 256), (300, 320, 320)]
+)
+def test_no_example_exceeds_the_longest(length: int, pack_length: int, wanted: int):
+    assert longest_example([example(0, length), example(1, 1)], pack_length) == wanted
 
 
 def test_batches_lie_where_the_step_wants_them():

@@ -32,7 +32,7 @@ batch = [
     for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.bool_, jnp.bool_)
 ]
 with jax.set_mesh(mesh):
-    lowered = score_batch.lower(graphdef, params, *batch, max_segments=64, chunk=256 * rows, longest=512)
+    lowered = score_batch.lower(graphdef, params, *batch, max_segments=64, chunk=256, longest=512)
 compiled = lowered.compile()
 memory = compiled.memory_analysis()
 sizes = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}

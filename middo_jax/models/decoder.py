@@ -3,7 +3,7 @@
     graphdef, params = split(Decoder(config, key))        # once, at the boundary
     hidden_btd = forward(graphdef, params, tokens_bt, segment_ids_bt, positions_bt)
 
-Loss, embedding, judge, training and generation all stand on `hidden()` and `unembed()`.
+Loss, embedding, judge, training and generation all stand on `hidden()`, and on what `unembed()` is made of.
 Axes: b batch, t position, d model width, h query heads, k key/value heads, f MLP width, v vocabulary,
 s cache position, l layer.
 """

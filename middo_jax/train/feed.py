@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 # Packed, beyond the batch of the step under way. Tokens, not activations: a few bytes a position.
 _BATCHES_AHEAD = 4
+_LONGEST_MULTIPLE = 128
 
 
 class PlannedStep(NamedTuple):
@@ -86,6 +87,12 @@ def plan_training(
                 settings.batch_size,
             )
     return [PlannedStep(epoch, rows) for epoch, steps in enumerate(epochs) for rows in steps]
+
+
+def longest_example(tokenized: Sequence[TokenizedExample], pack_length: int) -> int:
+    """Tokens that no example exceeds; rounded up, since other data need not compile another step."""
+    longest = max(map(len, tokenized))
+    return min(pack_length, -(-longest // _LONGEST_MULTIPLE) * _LONGEST_MULTIPLE)
 
 
 def feed(

@@ -23,7 +23,7 @@ from middo_jax.models.lora import partition
 from middo_jax.train.checkpoint import TrainingCheckpoints, TrainState, another_training, remove_steps
 from middo_jax.train.checks import check_batch, check_examples, check_fill
 from middo_jax.train.evaluations import Evaluate, Evaluations
-from middo_jax.train.feed import feed, plan_training
+from middo_jax.train.feed import feed, longest_example, plan_training
 from middo_jax.train.identity import identity as training_identity
 from middo_jax.train.memory import out_of_memory_explained
 from middo_jax.train.metrics import MetricsLog, StepMetrics
@@ -31,8 +31,6 @@ from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
 from middo_jax.train.step import abstract_batch, make_train_step
 from middo_jax.train.stopping import deferred_stops
 from middo_jax.train.trackers import require_trackers, trackers
-
-LONGEST_MULTIPLE = 128
 
 
 def train(
@@ -123,7 +121,7 @@ def train(
                 state = _beginning(trained, target, optimizer, opt_target)
             else:
                 _consume(trained)
-            whole, longest = (target, opt_target), _longest(tokenized, pack_length)
+            whole, longest = (target, opt_target), longest_example(tokenized, pack_length)
             step = make_train_step(
                 graphdef, optimizer, settings, len(plan), chunk=chunk, state=whole, longest=longest, seed=seed
             )
@@ -184,12 +182,6 @@ def _beginning(
     trained = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), trained, target)
     init = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, opt_target))
     return TrainState(0, trained, init(trained))
-
-
-def _longest(tokenized: Sequence[TokenizedExample], pack_length: int) -> int:
-    """Tokens that no example exceeds; rounded up, since other data need not compile another step."""
-    longest = max(map(len, tokenized))
-    return min(pack_length, -(-longest // LONGEST_MULTIPLE) * LONGEST_MULTIPLE)
 
 
 def _consume(params: nnx.State) -> None:

@@ -114,47 +114,76 @@ def _attention(
       [b, k, g, t, d] in q's dtype; softmax in float32.
     """
     b, kv_heads, g, t, d = q_bkgtd.shape
-    q_bkmd = q_bkgtd.reshape(b, kv_heads, g * t, d)
-    scores_bkgts = _product(q_bkmd, k_bksd, 3).reshape(b, kv_heads, g, t, -1)
+    scores_bkms = _scores(q_bkgtd.reshape(b, kv_heads, g * t, d), k_bksd)
+    scores_bkgts = scores_bkms.reshape(b, kv_heads, g, t, -1)
     scores_bkgts = masked(scores_bkgts, visible_bts, scale=scale, soft_cap=soft_cap)
-    weights_bkgts = jnp.exp(scores_bkgts - jax.lax.stop_gradient(scores_bkgts.max(axis=-1, keepdims=True)))
-    weights_bkms = weights_bkgts.astype(v_bksd.dtype).reshape(b, kv_heads, g * t, -1)
-    sum_bkgtd = _product(weights_bkms, v_bksd, 2).reshape(q_bkgtd.shape)
-    return (sum_bkgtd / weights_bkgts.sum(axis=-1, keepdims=True)).astype(q_bkgtd.dtype)
+    return _mean(scores_bkgts.reshape(scores_bkms.shape), v_bksd).reshape(q_bkgtd.shape).astype(q_bkgtd.dtype)
 
 
-def _multiply(x_bkmn: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """Over the last axis of x and one of y's, [b, k, s, d], in float32.
-
-    einsum may swap the two, and turns scores then. The gradient's products are of the operands' dtype, where
-    JAX would make them of float32, as what comes out is: slow on accelerators.
-    """
-    return _dot(x_bkmn, y, 3, axis)
+# Gradients by hand: JAX would multiply in float32, as what comes out is, which is slow on accelerators.
 
 
-def _product_and_operands(
-    x_bkmn: jax.Array, y: jax.Array, axis: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _multiply(x_bkmn, y, axis), (x_bkmn, y)
+@jax.custom_vjp
+def _scores(q_bkmd: jax.Array, k_bksd: jax.Array) -> jax.Array:
+    """q k, [b, k, m, s] float32."""
+    return _dot(q_bkmd, k_bksd, 3, 3)
 
 
-def _product_gradient(
-    axis: int, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
+def _scores_and_operands(q: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _scores(q, k), (q, k)
+
+
+def _scores_gradient(
+    operands: tuple[jax.Array, jax.Array], by_scores_bkms: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x_bkmn, y = operands
-    gradient = gradient.astype(x_bkmn.dtype)
-    by_x = _dot(gradient, y, 3, 5 - axis)
-    # Of the two only one is as wide as a head: first, so that it is what XLA turns.
-    narrow, wide = (x_bkmn, gradient) if axis == 3 else (gradient, x_bkmn)
-    by_y = _dot(narrow, wide, 2, 2).swapaxes(2, 3)
-    return by_x.astype(x_bkmn.dtype), by_y.astype(y.dtype)
+    q_bkmd, k_bksd = operands
+    by_scores_bkms = by_scores_bkms.astype(q_bkmd.dtype)
+    by_q = _dot(by_scores_bkms, k_bksd, 3, 2)
+    by_k = _dot(q_bkmd, by_scores_bkms, 2, 2).swapaxes(2, 3)
+    return by_q.astype(q_bkmd.dtype), by_k.astype(k_bksd.dtype)
 
 
-_product = jax.custom_vjp(_multiply, nondiff_argnums=(2,))
-_product.defvjp(_product_and_operands, _product_gradient)
+_scores.defvjp(_scores_and_operands, _scores_gradient)
+
+
+@jax.custom_vjp
+def _mean(scores_bkms: jax.Array, v_bksd: jax.Array) -> jax.Array:
+    """softmax(scores) v, [b, k, m, d] float32."""
+    return _mean_and_weights(scores_bkms, v_bksd)[0]
+
+
+def _mean_and_weights(
+    scores_bkms: jax.Array, v_bksd: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    weights_bkms = jnp.exp(scores_bkms - scores_bkms.max(axis=-1, keepdims=True))
+    total_bkm1 = weights_bkms.sum(axis=-1, keepdims=True)
+    # A head is narrower than its scores: divided here and not there.
+    mean_bkmd = _dot(weights_bkms.astype(v_bksd.dtype), v_bksd, 3, 2) / total_bkm1
+    return mean_bkmd, (weights_bkms, total_bkm1, v_bksd)
+
+
+def _mean_gradient(
+    residuals: tuple[jax.Array, jax.Array, jax.Array], by_mean_bkmd: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    weights_bkms, total_bkm1, v_bksd = residuals
+    weights_bkms /= total_bkm1
+    by_mean_bkmd = by_mean_bkmd.astype(v_bksd.dtype)
+    by_weights_bkms = _dot(by_mean_bkmd, v_bksd, 3, 3)
+    # What all values have in common goes out here, and with it how it was rounded.
+    common_bkm1 = (weights_bkms * by_weights_bkms).sum(axis=-1, keepdims=True)
+    by_v = _dot(by_mean_bkmd, weights_bkms.astype(v_bksd.dtype), 2, 2).swapaxes(2, 3)
+    return weights_bkms * (by_weights_bkms - common_bkm1), by_v.astype(v_bksd.dtype)
+
+
+_mean.defvjp(_mean_and_weights, _mean_gradient)
 
 
 def _dot(x: jax.Array, y: jax.Array, axis_of_x: int, axis_of_y: int) -> jax.Array:
+    """Over an axis of each, float32; x's other axis comes before y's.
+
+    XLA turns the first of two operands where it turns one: einsum may swap them, and turns the scores then,
+    the wider of the two.
+    """
     dimensions = ((axis_of_x,), (axis_of_y,)), ((0, 1), (0, 1))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 

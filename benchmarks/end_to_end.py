@@ -49,7 +49,7 @@ STYLE = """
 svg { background: #fcfcfd; font-family: system-ui, sans-serif; }
 .tick, .label { font-size: 12px; fill: #667085; } .grid { stroke: #e4e7ec; } .axis { stroke: #98a2b3; }
 .line { fill: none; stroke-width: 2; } .dots { fill: none; stroke-width: 5; stroke-linecap: round; }
-.c-s0 { stroke: #2563eb; } .c-s1 { stroke: #d97706; }
+.c-s0 { stroke: #2563eb; } .line.c-s0 { stroke-width: 7; opacity: 0.4; } .c-s1 { stroke: #d97706; }
 """
 
 
@@ -101,15 +101,7 @@ def main() -> None:
     }
     text = json.dumps(result, indent=2)
     (arguments.out / "result.json").write_text(text + "\n", encoding="utf-8")
-    series = [
-        Line(name, [0, *(s for s, _ in points)], [before, *(y for _, y in points)], colour)
-        for name, points, colour in (("ours", mine, "c-s0"), ("torch", theirs, "c-s1"))
-    ]
-    drawing = lines("Held-out loss, ours (blue) and torch (orange)", series, ("step", "nats a target token"))
-    standalone = drawing.replace(
-        Markup("<svg "), Markup("<svg xmlns='http://www.w3.org/2000/svg' width='460' "), 1
-    ).replace(Markup("</svg>"), Markup(f"<style>{STYLE}</style></svg>"))
-    (arguments.out / "curve.svg").write_text(standalone + "\n", encoding="utf-8")
+    (arguments.out / "curve.svg").write_text(curve(before, mine, theirs), encoding="utf-8")
     print(text)
     for law, holds in {
         "held-out loss falls": mine[-1][1] < before,
@@ -117,6 +109,19 @@ def main() -> None:
         "torch ends within 1 %": result["difference"] < 0.01,
     }.items():
         print(f"{'yes' if holds else 'NO'}: {law}")
+
+
+def curve(before: float, mine: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]) -> str:
+    """An SVG file of both sides' (step, held-out loss); torch's lies on ours where they agree."""
+    series = [
+        Line(name, [0, *(s for s, _ in points)], [before, *(y for _, y in points)], colour)
+        for name, points, colour in (("ours", mine, "c-s0"), ("torch", theirs, "c-s1"))
+    ]
+    title = "Held-out loss: ours (wide, blue) and torch's (orange)"
+    drawing = lines(title, series, ("step", "nats a target token"))
+    opening = Markup("<svg xmlns='http://www.w3.org/2000/svg' width='460' ")
+    closing = Markup(f"<style>{STYLE}</style></svg>\n")
+    return drawing.replace(Markup("<svg "), opening, 1).replace(Markup("</svg>"), closing)
 
 
 def train_ours(

@@ -26,11 +26,13 @@ from middo_jax.models.attention import (
 )
 from middo_jax.models.attention.cudnn import cudnn_attention
 from middo_jax.models.attention.splash import splash_attention
+from middo_jax.models.attention.tiled import TILE
 from middo_jax.parallel.mesh import make_mesh
 
 SCALE = 0.3
 TPU = Workload("tpu", 8, 256, heads=8, kv_heads=2, head_dim=64, dtype=jnp.dtype(jnp.bfloat16))
 GPU = dataclasses.replace(TPU, platform="gpu")
+CPU = dataclasses.replace(TPU, platform="cpu")
 
 
 @dataclasses.dataclass
@@ -65,12 +67,18 @@ class Batch:
         cotangent *= (segment_ids >= 0)[..., None, None]
         return cls((q, k, v), segment_ids, positions, cotangent)
 
-    def grown(self) -> Batch:
-        """The same with a random tree in the place of each segment, positions counted along its branches."""
+    def grown(self, prefix: int = 0) -> Batch:
+        """The same with a random tree in the place of each segment, positions counted along its branches.
+
+        With a prefix, what stands there is of no segment, and all trees of the row grow from it.
+        """
         rng = np.random.default_rng(0)
         rows, length = self.segment_ids.shape
-        positions, until = np.zeros_like(self.positions), np.full_like(self.positions, length)
-        above = np.tile(np.tri(length, dtype=bool), (rows, 1, 1))
+        positions = np.zeros_like(self.positions)
+        until = np.tile(np.arange(1, length + 1, dtype=np.int32), (rows, 1))
+        above = np.tile(np.eye(length, dtype=bool), (rows, 1, 1))
+        positions[:, :prefix], until[:, :prefix] = np.arange(prefix), length
+        above[:, :, :prefix] = np.tri(length, prefix, dtype=bool)
 
         def grow(row: int, start: int, stop: int, path: list[int]) -> None:
             while start < stop:
@@ -84,9 +92,9 @@ class Batch:
                 start = tree
 
         for row, segment in np.ndindex(rows, int(self.segment_ids.max()) + 1):
-            at = np.flatnonzero(self.segment_ids[row] == segment)
+            at = prefix + np.flatnonzero(self.segment_ids[row, prefix:] == segment)
             if len(at):
-                grow(row, int(at[0]), int(at[-1]) + 1, [])
+                grow(row, int(at[0]), int(at[-1]) + 1, list(range(prefix)))
         return dataclasses.replace(self, positions=positions, until=until, above=above)
 
     @property
@@ -147,11 +155,16 @@ def definition(batch: Batch, window: int | None, soft_cap: float | None) -> Call
     ],
 )
 @pytest.mark.parametrize("trees", [False, True])
-def test_xla_is_the_definition(length: int, window: int | None, soft_cap: float | None, trees: bool) -> None:
+@pytest.mark.parametrize("kernel", ["xla", "tiled"])
+def test_a_kernel_is_the_definition(
+    length: int, window: int | None, soft_cap: float | None, trees: bool, kernel: Kernel
+) -> None:
     batch = Batch.random(2, length).grown() if trees else Batch.random(2, length)
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, *batch.ids, scale=SCALE, window=window, soft_cap=soft_cap)
+        return packed_attention(
+            q, k, v, *batch.ids, scale=SCALE, window=window, soft_cap=soft_cap, kernel=kernel
+        )
 
     theirs = definition(batch, window, soft_cap)
     assert_equal(batch.values_and_gradients(ours), batch.values_and_gradients(theirs))
@@ -192,6 +205,54 @@ def test_a_window_reads_no_further_back() -> None:
     attend = jax.jit(functools.partial(packed_attention, scale=SCALE, window=window))
     out = attend(x, x, x, jnp.zeros_like(positions), positions)
     np.testing.assert_allclose(out[:, 2 * QUERY_BLOCK :], 1.0, rtol=1e-6)
+
+
+def test_what_a_segment_does_not_see_is_not_read() -> None:
+    """A tile costs what its own segment holds, whatever else is in the row: NaN times zero would be NaN."""
+    lengths = (4 * TILE, 30, 2 * TILE - 30)
+    segment_ids = np.repeat(np.arange(3), lengths)[None]
+    positions = np.concatenate([np.arange(n) for n in lengths])[None]
+    x = jnp.ones((1, sum(lengths), 1, 8)).at[:, : lengths[0]].set(jnp.nan)
+
+    @jax.jit
+    def behind(x: jax.Array) -> jax.Array:
+        attended = packed_attention(x, x, x, segment_ids, positions, scale=SCALE, kernel="tiled")
+        return attended[:, lengths[0] :]
+
+    out, pull = jax.vjp(behind, x)
+    np.testing.assert_allclose(out, 1.0, rtol=1e-6)
+    assert np.isfinite(pull(out)[0][:, lengths[0] :]).all()
+
+
+@pytest.mark.parametrize("kernel", ["xla", "tiled"])
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_prefix_and_the_longest_tree_only_save_work(kernel: Kernel, window: int | None) -> None:
+    prefix = 20
+    batch = Batch.random(3, 5 * TILE + 9).grown(prefix)
+    longest = int(np.bincount(batch.segment_ids[:2, prefix:].ravel() + 1)[1:].max())
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        asked = {"scale": SCALE, "window": window, "kernel": kernel}
+        return packed_attention(q, k, v, *batch.ids, prefix=prefix, longest=longest, **asked)
+
+    theirs = definition(batch, window, None)
+    assert_equal(batch.values_and_gradients(ours), batch.values_and_gradients(theirs))
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "mesh"),
+    [(2, MeshSettings(data=2, fsdp=2, tensor=2)), (2, MeshSettings(data=1, fsdp=2, tensor=4))],
+)
+def test_tiled_on_a_mesh_is_the_definition(kv_heads: int, mesh: MeshSettings) -> None:
+    """Every device plans the tiles of its own rows, of which some hold more than others."""
+    batch = Batch.random(4, 4 * TILE + 1, kv_heads=kv_heads).grown()
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return packed_attention(q, k, v, *batch.ids, scale=SCALE, kernel="tiled")
+
+    with jax.set_mesh(make_mesh(mesh)):
+        found = batch.values_and_gradients(ours)
+    assert_equal(found, batch.values_and_gradients(definition(batch, None, None)))
 
 
 def cache_of(rng: np.random.Generator, rows: int, slots: int) -> tuple[jax.Array, jax.Array]:
@@ -339,7 +400,10 @@ def test_cudnn_is_xla_on_a_gpu(trees: bool, window: int | None) -> None:
         (dataclasses.replace(TPU, head_shards=3), "xla"),
         (dataclasses.replace(TPU, heads=24, kv_heads=6, head_shards=4), "xla"),
         (GPU, "xla"),
-        (dataclasses.replace(TPU, platform="cpu"), "xla"),
+        (CPU, "tiled"),
+        (dataclasses.replace(CPU, has_trees=True, soft_cap=50.0), "tiled"),
+        (dataclasses.replace(CPU, length=128), "xla"),
+        (dataclasses.replace(CPU, batch_shards=16), "xla"),
     ],
 )
 def test_auto_takes_what_can_honour_everything(workload: Workload, kernel: str) -> None:
@@ -396,7 +460,8 @@ def test_products_are_of_the_compute_dtype_backwards_too() -> None:
     assert {operand.aval.dtype.name for equation in found for operand in equation.invars} == {"bfloat16"}
 
 
-def test_gradients_in_bfloat16_are_as_exact_as_it_is() -> None:
+@pytest.mark.parametrize("kernel", ["xla", "tiled"])
+def test_gradients_in_bfloat16_are_as_exact_as_it_is(kernel: Kernel) -> None:
     """Also where values have a mean, which no gradient of a weight depends on."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((4, 1, 2 * QUERY_BLOCK, 4, 64)), jnp.bfloat16)
@@ -404,7 +469,7 @@ def test_gradients_in_bfloat16_are_as_exact_as_it_is() -> None:
     places = jnp.zeros(q.shape[:2], jnp.int32), jnp.arange(q.shape[1], dtype=jnp.int32)[None]
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = packed_attention(q, k, v, *places, scale=64**-0.5, kernel="xla")
+        out = packed_attention(q, k, v, *places, scale=64**-0.5, kernel=kernel)
         return (out.astype(jnp.float32) * by_out).sum()
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)))

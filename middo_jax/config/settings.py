@@ -23,10 +23,10 @@ class ModelSettings(Settings):
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="Compute dtype of forward passes. float32 is the fast one on a CPU."
     )
-    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+    attention: Literal["auto", "xla", "tiled", "splash", "cudnn"] = Field(
         default="auto",
-        description="auto: splash on TPUs where it can do what is asked, else XLA. By name: that one, or "
-        "an error. cudnn was never tried on a GPU.",
+        description="auto: splash on TPUs where it can do what is asked, tiled on CPUs, else XLA. By name: "
+        "that one, or an error. cudnn was never tried on a GPU.",
     )
     template: str | None = Field(
         default=None,
@@ -111,8 +111,9 @@ class TrainSettings(Settings):
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's.")
     remat: Literal["none", "dots", "layer"] = Field(
         default="layer",
-        description="What the backward pass finds of a layer: all; its input and its products with weights "
-        "(dots); its input alone (layer). It computes the rest again: less memory, more time.",
+        description="What the backward pass finds of a layer: all; its input, its products with weights and "
+        "what attention gave (dots); its input alone (layer). It computes the rest again: less memory, more "
+        "time.",
     )
     start_from: Literal["base", "previous"] = Field(
         default="base", description="What every round fine-tunes from."

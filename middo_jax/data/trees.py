@@ -116,7 +116,7 @@ class Rows(NamedTuple):
         return np.cumsum([0, *self.sizes(row)])[:-1]
 
     def until_bt(self) -> np.ndarray:
-        """int32: place in the row behind the last position that sees this one."""
+        """int32: place in the row behind the last position that sees this one; padding sees itself."""
         rows = []
         for row in self.rows:
             starts, end = self.starts(row), self.prefix + sum(self.sizes(row))
@@ -125,7 +125,8 @@ class Rows(NamedTuple):
                 for i, start in zip(row, starts, strict=True)
             ]
             rows.append([np.full(self.prefix, end, np.int32), *shifted])
-        return fill_rows(rows, self.batch, self.length, self.length)
+        itself_t = np.arange(1, self.length + 1, dtype=np.int32)
+        return np.maximum(fill_rows(rows, self.batch, self.length, 0), itself_t)
 
     def sizes(self, row: Sequence[int]) -> list[int]:
         """Tokens of each tree behind the prefix."""

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from middo_jax.models.attention import cached_attention, packed_attention
 from middo_jax.models.config import DecoderConfig, LayerKind, LinearRope, Llama3Rope
@@ -73,8 +74,8 @@ class Decoder(nnx.Module):
           segment_ids_bt: which example a position belongs to, -1 for padding.
           positions_bt: position within the example, for RoPE and windows.
           until_bt, prefix, longest: see `packed_attention`.
-          remat: what the backward pass finds of a layer: all ("none"), its input and its products with
-            weights ("dots"), or its input alone ("layer"); it computes the rest again.
+          remat: what the backward pass finds of a layer: all ("none"), its input, its products with weights
+            and what attention gave ("dots"), or its input alone ("layer"); it computes the rest again.
 
         Returns:
           [b, t, d] in the config's dtype.
@@ -88,7 +89,8 @@ class Decoder(nnx.Module):
         def layer(x_btd: jax.Array, inputs: tuple[dict[str, jax.Array], jax.Array]) -> tuple[jax.Array, None]:
             weights, kind = inputs
             q, k, v = self._project(x_btd, weights, _of_kind(kind, ropes))
-            return self._finish(x_btd, _of_kind(kind, attends, q, k, v, *places), weights), None
+            attended_bthd = checkpoint_name(_of_kind(kind, attends, q, k, v, *places), _ATTENDED)
+            return self._finish(x_btd, attended_bthd, weights), None
 
         body = layer if remat == "none" else jax.checkpoint(layer, policy=_KEPT[remat])
         x_btd, _ = jax.lax.scan(body, self._embed(tokens_bt), (self._stacked(), self._kinds()))
@@ -312,8 +314,15 @@ def apply_rope(x_bthd: jax.Array, rope: Rope) -> jax.Array:
     return rotated.astype(x_bthd.dtype)
 
 
-# Products of attention have batch dimensions, those with weights have none.
-_KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "layer": None}
+_ATTENDED = "attended"
+_KEPT = {
+    # Products inside attention have batch dimensions, those with weights have none.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(_ATTENDED),
+    ),
+    "layer": None,
+}
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 

@@ -6,30 +6,33 @@ from typing import Literal
 
 import jax
 
-from middo_jax.models.attention import cudnn, splash
+from middo_jax.models.attention import cudnn, splash, tiled
 from middo_jax.models.attention.placement import platform
 from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import xla_attention
 
-Kernel = Literal["auto", "xla", "splash", "cudnn"]
+Kernel = Literal["auto", "xla", "tiled", "splash", "cudnn"]
 
-_REFUSALS = {"splash": splash.refusal, "cudnn": cudnn.refusal}
+_REFUSALS = {"splash": splash.refusal, "cudnn": cudnn.refusal, "tiled": tiled.refusal}
 
 
 class AttentionError(ValueError):
     """A kernel was asked for by name that cannot honour what is asked of it."""
 
 
-def choose(workload: Workload, kernel: Kernel = "auto") -> Literal["xla", "splash", "cudnn"]:
-    """The kernel that attends: the one that is asked for, or with "auto" splash where it can, else XLA.
+def choose(workload: Workload, kernel: Kernel = "auto") -> Literal["xla", "tiled", "splash", "cudnn"]:
+    """The kernel that attends: the one that is asked for, or with "auto" the fastest that honours everything.
 
-    cuDNN is taken only by name: with a mask it does the work of every block, seen or not, and no figure of
-    ours says that this is faster than XLA, which skips what lies behind a block or before its window.
+    That is splash on a TPU, and on a CPU the tiled one for rows of several tiles; elsewhere it is XLA. cuDNN
+    is taken only by name: with a mask it does the work of every block, seen or not, and no figure of ours
+    says that this is faster than XLA, which skips what lies behind a block or before its window.
 
     Raises:
       AttentionError: the kernel that is asked for cannot honour the workload.
     """
     if kernel == "auto":
+        if workload.platform == "cpu" and workload.length > tiled.GROUP * tiled.TILE:
+            return "xla" if tiled.refusal(workload) else "tiled"
         return "xla" if splash.refusal(workload) else "splash"
     if kernel != "xla" and (reason := _REFUSALS[kernel](workload)):
         raise AttentionError(
@@ -41,7 +44,7 @@ def choose(workload: Workload, kernel: Kernel = "auto") -> Literal["xla", "splas
 
 def shares_prefixes(kernel: Kernel) -> bool:
     """Whether trees can be attended to by what would attend to segments on the mesh in use; splash cannot."""
-    return kernel in ("xla", "cudnn") or (kernel == "auto" and platform() != "tpu")
+    return kernel not in ("auto", "splash") or (kernel == "auto" and platform() != "tpu")
 
 
 @jax.named_scope("attention")
@@ -82,7 +85,7 @@ def packed_attention(
       prefix: so many positions at the start of a row of trees are of all its trees.
       longest: no segment is longer, nor a tree without the prefix. It changes no result, and lets kernels
         pass over what lies further back.
-      kernel: "auto" is splash on a TPU where that honours all of this, XLA elsewhere; see `choose`.
+      kernel: "auto" is the fastest of the platform that honours all of this; see `choose`.
 
     Returns:
       [b, t, h, d] in q's dtype; softmax in float32.
@@ -92,6 +95,7 @@ def packed_attention(
     """
     workload = Workload.of(q_bthd, k_bskd, has_trees=until_bt is not None, soft_cap=soft_cap)
     arrays = q_bthd, k_bskd, v_bskd, segment_ids_bt, positions_bt, until_bt
+    asked = {"scale": scale, "window": window, "soft_cap": soft_cap}
     match choose(workload, kernel):
         case "splash":
             # No segment is longer: as a window it masks nothing, but whole blocks are known to be unseen.
@@ -99,7 +103,7 @@ def packed_attention(
             return splash.splash_attention(*arrays[:4], scale=scale, window=near, soft_cap=soft_cap)
         case "cudnn":
             return cudnn.cudnn_attention(*arrays, scale=scale, window=window)
+        case "tiled":
+            return tiled.tiled_attention(*arrays[:3], *arrays[4:], **asked, prefix=prefix, longest=longest)
         case "xla":
-            return xla_attention(
-                *arrays, scale=scale, window=window, soft_cap=soft_cap, prefix=prefix, longest=longest
-            )
+            return xla_attention(*arrays, **asked, prefix=prefix, longest=longest)

@@ -75,7 +75,7 @@ def xla_attention(
 
         visible_bts = visible(jax.tree.map(queries, places), jax.tree.map(keys, places), window)
         blocks.append(
-            _attention(
+            attend(
                 queries(q_bkgtd, 3),
                 keys(k_bksd, 2),
                 keys(v_bksd, 2),
@@ -99,7 +99,7 @@ def visible(queries: Places, keys: Places, window: int | None) -> jax.Array:
     return visible_bts
 
 
-def _attention(
+def attend(
     q_bkgtd: jax.Array,
     k_bksd: jax.Array,
     v_bksd: jax.Array,

@@ -1,0 +1,285 @@
+"""Attention on CPUs, in tiles of queries that are each given as many keys as they see: none of strangers.
+
+How far back a tile sees is known when it runs, not when it is compiled. So tiles are sorted by that, and for
+each of a few numbers of keys a loop goes over those tiles which it suffices for. An accelerator would wait
+for its host at every turn of such a loop.
+
+Axes: b batch, t query position, s key position, h query heads, k key/value heads, g query heads a key head,
+d head dimension; n positions of all rows, one row behind the other, c tiles of queries, u positions of a
+tile, x tiles of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from middo_jax.models.attention.placement import over_mesh
+from middo_jax.models.attention.workload import Workload
+from middo_jax.models.attention.xla import attend
+
+# Query positions of a tile: fewer see fewer keys of others, more make better products.
+TILE = 64
+# Tiles that are handled at a time, if their number is a multiple of it: they get as many keys as one needs.
+GROUP = 2
+
+Carry = TypeVar("Carry")
+
+
+class _Asked(NamedTuple):
+    """What is known when it is compiled: positions of a row, whether they hold trees, keys a tile may be
+    given; and the rest as `packed_attention` has it."""
+
+    length: int
+    has_trees: bool
+    reaches: tuple[int, ...]
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    prefix: int
+
+
+class _Places(NamedTuple):
+    """Of each position, [n] each; a segment is a tree without branches."""
+
+    positions: jax.Array
+    until: jax.Array
+
+
+class _Schedule(NamedTuple):
+    """Groups of tiles [groups, x], those that see furthest first; of each reach, its first group and the
+    one behind its last."""
+
+    tiles: jax.Array
+    begins: jax.Array
+    ends: jax.Array
+
+
+_Operands = tuple[jax.Array, jax.Array, jax.Array, _Places, _Schedule]
+
+
+def refusal(workload: Workload) -> str | None:
+    """What of it the kernel cannot honour; None if it can all of it."""
+    return workload.misfit()
+
+
+def tiled_attention(
+    q_bthd: jax.Array,
+    k_bskd: jax.Array,
+    v_bskd: jax.Array,
+    positions_bt: jax.Array,
+    until_bt: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    prefix: int = 0,
+    longest: int | None = None,
+) -> jax.Array:
+    """`packed_attention`, whose segments begin where positions begin anew.
+
+    It costs what the batch at hand sees, in tiles; `longest` only saves loops, and so time to compile.
+    """
+    length = q_bthd.shape[1]
+    padded = length + -length % TILE
+    seen = min(n for n in (length, longest, window if until_bt is None else None) if n is not None)
+    reaches = _reaches(min(seen - 1 + TILE, padded))
+    asked = _Asked(padded, until_bt is not None, reaches, scale, window, soft_cap, prefix)
+    ids_bt = (positions_bt,) if until_bt is None else (positions_bt, until_bt)
+    return over_mesh(partial(_one_device, asked), q_bthd, k_bskd, v_bskd, *ids_bt)
+
+
+def _reaches(last: int) -> tuple[int, ...]:
+    """Numbers of keys up to the last, each a loop to compile: multiples of a tile, then four from n to 2n."""
+    reaches, reach = [], TILE
+    while reach < last:
+        reaches.append(reach)
+        reach += max(TILE, (1 << reach.bit_length() - 1) // 4)
+    return *reaches, last
+
+
+def _one_device(
+    asked: _Asked, q_bthd: jax.Array, k_bskd: jax.Array, v_bskd: jax.Array, *ids_bt: jax.Array
+) -> jax.Array:
+    b, t, h, d = q_bthd.shape
+    kv_heads = k_bskd.shape[2]
+
+    def flat(x_bt: jax.Array) -> jax.Array:
+        """[n, ...], each row padded to whole tiles."""
+        widths = ((0, 0), (0, asked.length - t), *((0, 0),) * (x_bt.ndim - 2))
+        return jnp.pad(x_bt, widths).reshape(-1, *x_bt.shape[2:])
+
+    places = _places(asked, *map(flat, ids_bt))
+    q_cugkd = flat(q_bthd).reshape(-1, TILE, kv_heads, h // kv_heads, d)
+    out_ckgud = _attend(
+        asked,
+        q_cugkd.transpose(0, 2, 3, 1, 4),
+        flat(k_bskd).swapaxes(0, 1),
+        flat(v_bskd).swapaxes(0, 1),
+        places,
+        _schedule(asked, places),
+    )
+    return out_ckgud.transpose(0, 3, 1, 2, 4).reshape(b, asked.length, h, d)[:, :t]
+
+
+def _places(asked: _Asked, positions_n: jax.Array, until_n: jax.Array | None = None) -> _Places:
+    i_n = jnp.arange(len(positions_n))
+    if until_n is not None:
+        return _Places(positions_n, i_n // asked.length * asked.length + until_n)
+    begins_n = jnp.where((positions_n == 0) | (i_n % asked.length == 0), i_n, len(i_n))
+    next_n = jax.lax.cummin(begins_n, reverse=True)
+    return _Places(positions_n, jnp.append(next_n[1:], len(i_n)))
+
+
+def _schedule(asked: _Asked, places: _Places) -> _Schedule:
+    start_c = jnp.arange(0, len(places.until), TILE)
+    row_c = start_c // asked.length
+    # None before the first that the tile's first query sees is seen by its others.
+    is_seen_cs = places.until.reshape(-1, asked.length)[row_c] > start_c[:, None]
+    is_seen_cs &= jnp.arange(asked.length) >= asked.prefix
+    first_c = jnp.minimum(row_c * asked.length + is_seen_cs.argmax(axis=1), start_c)
+    if asked.window is not None and not asked.has_trees:  # whose near positions may be far rows
+        first_c = jnp.maximum(first_c, start_c - asked.window + 1)
+    reach_c = start_c + TILE - first_c
+    tiles_c = jnp.argsort(reach_c, descending=True)
+    tiles = tiles_c.reshape(-1, GROUP if len(tiles_c) % GROUP == 0 else 1)
+    most = reach_c[tiles[:, 0]]
+    beyond = [(most > reach).sum() for reach in (0, *asked.reaches)]
+    return _Schedule(tiles, jnp.stack(beyond[1:]), jnp.stack(beyond[:-1]))
+
+
+def _attention(
+    asked: _Asked,
+    q_ckgud: jax.Array,
+    k_knd: jax.Array,
+    v_knd: jax.Array,
+    places: _Places,
+    schedule: _Schedule,
+) -> jax.Array:
+    """Attention of all tiles, [c, k, g, u, d]."""
+
+    def body(group: _Group, out_ckgud: jax.Array) -> jax.Array:
+        of_group = group.tiles(q_ckgud), group.keys(k_knd), group.keys(v_knd)
+        return group.with_tiles(out_ckgud, group.attention(places)(*of_group))
+
+    return _over_groups(asked, schedule, body, jnp.zeros_like(q_ckgud))
+
+
+def _attention_and_operands(asked: _Asked, *operands: *_Operands) -> tuple[jax.Array, _Operands]:
+    return _attention(asked, *operands), operands
+
+
+def _gradient(
+    asked: _Asked, operands: _Operands, by_out_ckgud: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+    q_ckgud, k_knd, v_knd, places, schedule = operands
+
+    def body(group: _Group, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        by_q, by_k, by_v = gradients
+        of_group = group.tiles(q_ckgud), group.keys(k_knd), group.keys(v_knd)
+        pull = jax.vjp(group.attention(places), *of_group)[1]
+        of_q, of_k, of_v = pull(group.tiles(by_out_ckgud))
+        return group.with_tiles(by_q, of_q), group.plus_keys(by_k, of_k), group.plus_keys(by_v, of_v)
+
+    # A key is of several tiles: what they say of it is added in float32.
+    zeros = (jnp.zeros_like(q_ckgud), *(jnp.zeros(x.shape, jnp.float32) for x in (k_knd, v_knd)))
+    by_q, by_k, by_v = _over_groups(asked, schedule, body, zeros)
+    return by_q, by_k.astype(k_knd.dtype), by_v.astype(v_knd.dtype), None, None
+
+
+# XLA has no gradient of a loop whose number of turns it does not know.
+_attend = jax.custom_vjp(_attention, nondiff_argnums=(0,))
+_attend.defvjp(_attention_and_operands, _gradient)
+
+
+def _over_groups(
+    asked: _Asked, schedule: _Schedule, body: Callable[[_Group, Carry], Carry], carry: Carry
+) -> Carry:
+    for reach, begin, end in zip(asked.reaches, schedule.begins, schedule.ends, strict=True):
+
+        def turn(index: jax.Array, carry: Carry, reach: int = reach) -> Carry:
+            return body(_Group(asked, schedule.tiles[index], reach), carry)
+
+        carry = jax.lax.fori_loop(begin, end, turn, carry)
+    return carry
+
+
+class _Group:
+    """Tiles that are handled together, each with its row's prefix as keys and so many up to its own end."""
+
+    def __init__(self, asked: _Asked, tiles_x: jax.Array, reach: int) -> None:
+        self._asked, self._reach, self._tiles_x = asked, reach, tiles_x
+        self._shared_x = tiles_x * TILE // asked.length * asked.length
+        self._near_x = jnp.maximum((tiles_x + 1) * TILE - reach, 0)
+
+    def tiles(self, of_all: jax.Array) -> jax.Array:
+        """[x, ...] of [c, ...]."""
+        return jnp.stack([jax.lax.dynamic_index_in_dim(of_all, c, keepdims=False) for c in self._tiles_x])
+
+    def with_tiles(self, of_all: jax.Array, of_group: jax.Array) -> jax.Array:
+        """[c, ...] with these tiles replaced by [x, ...]."""
+        for part, c in zip(of_group, self._tiles_x, strict=True):
+            of_all = jax.lax.dynamic_update_index_in_dim(of_all, part, c, 0)
+        return of_all
+
+    def keys(self, of_all_knd: jax.Array) -> jax.Array:
+        """[x, k, s, d] of [k, n, d]."""
+        return jnp.stack(
+            [
+                jnp.concatenate(
+                    [jax.lax.dynamic_slice_in_dim(of_all_knd, *span, axis=1) for span in spans], axis=1
+                )
+                for spans in self._spans()
+            ]
+        )
+
+    def plus_keys(self, of_all_knd: jax.Array, of_group_xksd: jax.Array) -> jax.Array:
+        """[k, n, d], with what its keys are given added to it."""
+        for part_ksd, spans in zip(of_group_xksd, self._spans(), strict=True):
+            taken = 0
+            for start, size in spans:
+                more = part_ksd[:, taken : taken + size]
+                so_far = jax.lax.dynamic_slice_in_dim(of_all_knd, start, size, axis=1)
+                of_all_knd = jax.lax.dynamic_update_slice_in_dim(of_all_knd, so_far + more, start, axis=1)
+                taken += size
+        return of_all_knd
+
+    def attention(self, places: _Places) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+        """(queries, keys, values) -> [x, k, g, u, d]."""
+        visible_xus = self._visible(places)
+        return partial(
+            attend, visible_bts=visible_xus, scale=self._asked.scale, soft_cap=self._asked.soft_cap
+        )
+
+    def _spans(self) -> list[list[tuple[jax.Array, int]]]:
+        """Of each tile, where its keys begin and how many: in the prefix if there is one, and near."""
+        near = [[(start, self._reach)] for start in self._near_x]
+        if not self._asked.prefix:
+            return near
+        return [
+            [(start, self._asked.prefix), *span] for start, span in zip(self._shared_x, near, strict=True)
+        ]
+
+    def _visible(self, places: _Places) -> jax.Array:
+        """Which keys each query sees: bool [x, u, s]."""
+        prefix, window = self._asked.prefix, self._asked.window
+        i_xu = self._tiles_x[:, None] * TILE + jnp.arange(TILE)
+        # Computed, not sliced and stacked as the keys are: XLA fuses it into each use, where slices are slow.
+        s = jnp.arange(prefix + self._reach)
+        j_xs = self._near_x[:, None] + s - prefix
+        if prefix:
+            shared_x1 = self._shared_x[:, None]
+            is_twice_xs = (s >= prefix) & (j_xs < shared_x1 + prefix)
+            j_xs = jnp.where(s < prefix, shared_x1 + s, j_xs)
+        until_xs = places.until.at[j_xs].get(mode="promise_in_bounds")
+        visible_xus = (j_xs[:, None] <= i_xu[:, :, None]) & (i_xu[:, :, None] < until_xs[:, None])
+        if prefix:
+            visible_xus &= ~is_twice_xs[:, None]
+        if window is not None:
+            at_xu, at_xs = (places.positions.at[x].get(mode="promise_in_bounds") for x in (i_xu, j_xs))
+            visible_xus &= at_xu[:, :, None] - at_xs[:, None] < window
+        return visible_xus

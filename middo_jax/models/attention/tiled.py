@@ -138,10 +138,13 @@ def _places(asked: _Asked, positions_n: jax.Array, until_n: jax.Array | None = N
 def _schedule(asked: _Asked, places: _Places) -> _Schedule:
     start_c = jnp.arange(0, len(places.until), TILE)
     row_c = start_c // asked.length
-    # None before the first that the tile's first query sees is seen by its others.
-    is_seen_cs = places.until.reshape(-1, asked.length)[row_c] > start_c[:, None]
-    is_seen_cs &= jnp.arange(asked.length) >= asked.prefix
-    first_c = jnp.minimum(row_c * asked.length + is_seen_cs.argmax(axis=1), start_c)
+    # A tile's first key is the first whose `until` is behind the tile's start. There the running maximum
+    # passes it too, and that can be searched.
+    until_bs = places.until.reshape(-1, asked.length).at[:, : asked.prefix].set(0)
+    furthest_bs = jax.lax.cummax(until_bs, axis=1)
+    first_of = jax.vmap(partial(jnp.searchsorted, side="right"))
+    first_bc = first_of(furthest_bs, start_c.reshape(len(until_bs), -1))
+    first_c = jnp.minimum(row_c * asked.length + first_bc.ravel(), start_c)
     if asked.window is not None and not asked.has_trees:  # whose near positions may be far rows
         first_c = jnp.maximum(first_c, start_c - asked.window + 1)
     reach_c = start_c + TILE - first_c

@@ -207,21 +207,47 @@ def test_a_window_reads_no_further_back() -> None:
     np.testing.assert_allclose(out[:, 2 * QUERY_BLOCK :], 1.0, rtol=1e-6)
 
 
-def test_what_a_segment_does_not_see_is_not_read() -> None:
+@pytest.mark.parametrize("trees", [False, True])
+def test_what_a_segment_does_not_see_is_not_read(trees: bool) -> None:
     """A tile costs what its own segment holds, whatever else is in the row: NaN times zero would be NaN."""
     lengths = (4 * TILE, 30, 2 * TILE - 30)
     segment_ids = np.repeat(np.arange(3), lengths)[None]
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
+    until = np.repeat(np.cumsum(lengths), lengths)[None] if trees else None
     x = jnp.ones((1, sum(lengths), 1, 8)).at[:, : lengths[0]].set(jnp.nan)
 
     @jax.jit
     def behind(x: jax.Array) -> jax.Array:
-        attended = packed_attention(x, x, x, segment_ids, positions, scale=SCALE, kernel="tiled")
+        attended = packed_attention(x, x, x, segment_ids, positions, until, scale=SCALE, kernel="tiled")
         return attended[:, lengths[0] :]
 
     out, pull = jax.vjp(behind, x)
     np.testing.assert_allclose(out, 1.0, rtol=1e-6)
     assert np.isfinite(pull(out)[0][:, lengths[0] :]).all()
+
+
+@pytest.mark.parametrize("kernel", ["xla", "tiled"])
+def test_a_window_reaches_over_the_branches_between(kernel: Kernel) -> None:
+    """A stem is near the last of its branches, though long ones lie between them."""
+    stem, branches = 10, (3 * TILE, TILE)
+    batch = Batch.random(1, stem + sum(branches))
+    rows, ends = np.arange(stem + sum(branches)), stem + np.cumsum(branches)
+    until = np.repeat([ends[-1], *ends], (stem, *branches))
+    starts = np.repeat([0, stem, ends[0]], (stem, *branches))
+    positions = rows - starts + np.where(starts, stem, 0)
+    above = (rows <= rows[:, None]) & (rows[:, None] < until)
+    batch = dataclasses.replace(
+        batch,
+        segment_ids=np.zeros_like(batch.segment_ids),
+        positions=positions[None],
+        until=until[None],
+        above=above[None],
+    )
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return packed_attention(q, k, v, *batch.ids, scale=SCALE, window=20, kernel=kernel)
+
+    assert_equal(batch.values_and_gradients(ours), batch.values_and_gradients(definition(batch, 20, None)))
 
 
 @pytest.mark.parametrize("kernel", ["xla", "tiled"])
@@ -464,7 +490,7 @@ def test_products_are_of_the_compute_dtype_backwards_too() -> None:
 def test_gradients_in_bfloat16_are_as_exact_as_it_is(kernel: Kernel) -> None:
     """Also where values have a mean, which no gradient of a weight depends on."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((4, 1, 2 * QUERY_BLOCK, 4, 64)), jnp.bfloat16)
+    x = jnp.asarray(rng.standard_normal((4, 1, 8 * QUERY_BLOCK, 4, 64)), jnp.bfloat16)
     q, k, v, by_out = x[0], x[1, :, :, :2], x[2, :, :, :2] + 4, x[3]
     places = jnp.zeros(q.shape[:2], jnp.int32), jnp.arange(q.shape[1], dtype=jnp.int32)[None]
 

@@ -227,6 +227,15 @@ def test_what_a_segment_does_not_see_is_not_read(trees: bool) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["xla", "tiled"])
+def test_what_is_not_finite_stays_in_its_row(kernel: Kernel) -> None:
+    length = 10 * TILE
+    positions = jnp.tile(jnp.arange(length), (2, 1))
+    x = jnp.ones((2, length, 1, 8)).at[0, -20:].set(jnp.nan)
+    out = packed_attention(x, x, x, jnp.zeros_like(positions), positions, scale=SCALE, kernel=kernel)
+    np.testing.assert_allclose(out[1], 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "tiled"])
 def test_a_window_reaches_over_the_branches_between(kernel: Kernel) -> None:
     """A stem is near the last of its branches, though long ones lie between them."""
     stem, branches = 10, (3 * TILE, TILE)

@@ -217,7 +217,8 @@ class _Group:
     def __init__(self, asked: _Asked, tiles_x: jax.Array, reach: int) -> None:
         self._asked, self._reach, self._tiles_x = asked, reach, tiles_x
         self._shared_x = tiles_x * TILE // asked.length * asked.length
-        self._near_x = jnp.maximum((tiles_x + 1) * TILE - reach, 0)
+        # Never before its row: what is not finite there would come here as 0 * NaN.
+        self._near_x = jnp.maximum((tiles_x + 1) * TILE - reach, self._shared_x)
 
     def tiles(self, of_all: jax.Array) -> jax.Array:
         """[x, ...] of [c, ...]."""

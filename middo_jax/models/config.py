@@ -129,7 +129,7 @@ class DecoderConfig:
     attention_soft_cap: float | None = None
     final_soft_cap: float | None = None
     lora: Lora | None = None
-    attention: Literal["auto", "xla", "tiled", "splash", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "tiled", "splash", "triton", "cudnn"] = "auto"
     dtype: str = "float32"
 
     @property

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from middo_jax.models.attention import cached_attention, packed_attention
+from middo_jax.models.attention import ATTENDED, cached_attention, packed_attention
+from middo_jax.models.attention.placement import platform
 from middo_jax.models.config import DecoderConfig, LayerKind, LinearRope, Llama3Rope
 from middo_jax.models.parameters import adapters, parameters
 from middo_jax.parallel.mesh import constrain
@@ -74,8 +75,8 @@ class Decoder(nnx.Module):
           segment_ids_bt: which example a position belongs to, -1 for padding.
           positions_bt: position within the example, for RoPE and windows.
           until_bt, prefix, longest: see `packed_attention`.
-          remat: what the backward pass finds of a layer: all ("none"), its input, its products with weights
-            and what attention gave ("dots"), or its input alone ("layer"); it computes the rest again.
+          remat: what each layer saves for the backward pass, which recomputes the rest. "none": everything;
+            "dots": its input, its products with weights and the result of attention; "layer": its input.
 
         Returns:
           [b, t, d] in the config's dtype.
@@ -89,8 +90,7 @@ class Decoder(nnx.Module):
         def layer(x_btd: jax.Array, inputs: tuple[dict[str, jax.Array], jax.Array]) -> tuple[jax.Array, None]:
             weights, kind = inputs
             q, k, v = self._project(x_btd, weights, _of_kind(kind, ropes))
-            attended_bthd = checkpoint_name(_of_kind(kind, attends, q, k, v, *places), _ATTENDED)
-            return self._finish(x_btd, attended_bthd, weights), None
+            return self._finish(x_btd, _of_kind(kind, attends, q, k, v, *places), weights), None
 
         body = layer if remat == "none" else jax.checkpoint(layer, policy=_KEPT[remat])
         x_btd, _ = jax.lax.scan(body, self._embed(tokens_bt), (self._stacked(), self._kinds()))
@@ -129,7 +129,9 @@ class Decoder(nnx.Module):
             return (self._finish(x_btd, attended, weights), KVCache(keys, values)), None
 
         layers = (self._stacked(), self._kinds(), jnp.arange(self.config.num_layers))
-        (x_btd, cache), _ = jax.lax.scan(layer, (self._embed(tokens_bt), cache), layers)
+        # A loop on a GPU copies each layer's weights out of the stack: three times the bytes per decode step.
+        unroll = self.config.num_layers if platform() == "gpu" else 1
+        (x_btd, cache), _ = jax.lax.scan(layer, (self._embed(tokens_bt), cache), layers, unroll=unroll)
         return self._norm(x_btd, self.final_norm[...]), cache
 
     def unembed(self, hidden_nd: jax.Array) -> jax.Array:
@@ -182,11 +184,11 @@ class Decoder(nnx.Module):
         """x W, with the matrix's adapter and bias where it has them."""
         y_btf = _matmul(x_btd, weights[name])
         if (lora := self.config.lora) and name in lora.target_modules:
-            low_btr = _matmul(x_btd, weights[f"{name}_lora_a"])
+            low_btr = checkpoint_name(_matmul(x_btd, weights[f"{name}_lora_a"]), _PRODUCT)
             y_btf += lora.scale * _matmul(low_btr, weights[f"{name}_lora_b"])
         if (bias := name.replace("_proj", "_bias")) in weights:
             y_btf += weights[bias].astype(y_btf.dtype)
-        return y_btf
+        return checkpoint_name(y_btf, _PRODUCT)
 
     @jax.named_scope("qkv")
     def _project(
@@ -314,15 +316,10 @@ def apply_rope(x_bthd: jax.Array, rope: Rope) -> jax.Array:
     return rotated.astype(x_bthd.dtype)
 
 
-_ATTENDED = "attended"
-_KEPT = {
-    # Products inside attention have batch dimensions, those with weights have none.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(_ATTENDED),
-    ),
-    "layer": None,
-}
+# What a checkpointed layer saves for the backward pass beside its input; the rest is recomputed. An adapter's
+# product is saved as part of the sum, not once more for itself.
+_PRODUCT = "product"
+_KEPT = {"dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT, ATTENDED), "layer": None}
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 

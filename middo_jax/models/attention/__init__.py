@@ -8,10 +8,12 @@ from middo_jax.models.attention.dispatch import (
     packed_attention,
     shares_prefixes,
 )
+from middo_jax.models.attention.triton import ATTENDED
 from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import QUERY_BLOCK
 
 __all__ = [
+    "ATTENDED",
     "CACHE_BLOCK",
     "QUERY_BLOCK",
     "AttentionError",

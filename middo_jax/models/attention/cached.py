@@ -9,6 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from middo_jax.models.attention import triton_cached
+from middo_jax.models.attention.placement import platform
 from middo_jax.models.attention.xla import masked
 
 # Cache slots read at a time.
@@ -48,6 +50,10 @@ def cached_attention(
     Returns:
       [b, t, h, d] in q's dtype; softmax in float32.
     """
+    if not triton_cached.refusal(platform(), keys_lbskd.shape):
+        cache = keys_lbskd, values_lbskd, layer, positions_bt, first_row
+        asked = {"scale": scale, "window": window, "soft_cap": soft_cap}
+        return triton_cached.triton_cached_attention(q_bthd, *cache, **asked)
     b, t, h, d = q_bthd.shape
     _, _, s, kv_heads, _ = keys_lbskd.shape
     block = min(CACHE_BLOCK, s)

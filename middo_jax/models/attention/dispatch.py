@@ -5,35 +5,49 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
-from middo_jax.models.attention import cudnn, splash, tiled
-from middo_jax.models.attention.placement import platform
+from middo_jax.models.attention import cudnn, splash, tiled, triton
+from middo_jax.models.attention.placement import Platform, platform
 from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import xla_attention
 
-Kernel = Literal["auto", "xla", "tiled", "splash", "cudnn"]
+Kernel = Literal["auto", "xla", "tiled", "splash", "triton", "cudnn"]
 
-_REFUSALS = {"splash": splash.refusal, "cudnn": cudnn.refusal, "tiled": tiled.refusal}
+_REFUSALS = {
+    "splash": splash.refusal,
+    "triton": triton.refusal,
+    "cudnn": cudnn.refusal,
+    "tiled": tiled.refusal,
+}
+
+_FASTEST: dict[Platform, Literal["tiled", "splash", "triton"]] = {
+    "cpu": "tiled",
+    "gpu": "triton",
+    "tpu": "splash",
+}
 
 
 class AttentionError(ValueError):
     """A kernel was asked for by name that cannot honour what is asked of it."""
 
 
-def choose(workload: Workload, kernel: Kernel = "auto") -> Literal["xla", "tiled", "splash", "cudnn"]:
+def choose(
+    workload: Workload, kernel: Kernel = "auto"
+) -> Literal["xla", "tiled", "splash", "triton", "cudnn"]:
     """The kernel that attends: the one that is asked for, or with "auto" the fastest that honours everything.
 
-    That is splash on a TPU, and on a CPU the tiled one for rows of several tiles; elsewhere it is XLA. cuDNN
-    is taken only by name: with a mask it does the work of every block, seen or not, and no figure of ours
-    says that this is faster than XLA, which skips what lies behind a block or before its window.
+    That is splash on a TPU, Triton's on a GPU, and on a CPU the tiled one for rows of several tiles; XLA's
+    where these refuse.
 
     Raises:
       AttentionError: the kernel that is asked for cannot honour the workload.
     """
     if kernel == "auto":
-        if workload.platform == "cpu" and workload.length > tiled.GROUP * tiled.TILE:
-            return "xla" if tiled.refusal(workload) else "tiled"
-        return "xla" if splash.refusal(workload) else "splash"
+        if workload.platform == "cpu" and workload.length <= tiled.GROUP * tiled.TILE:
+            return "xla"
+        fastest: Literal["tiled", "splash", "triton"] = _FASTEST[workload.platform]
+        return "xla" if _REFUSALS[fastest](workload) else fastest
     if kernel != "xla" and (reason := _REFUSALS[kernel](workload)):
         raise AttentionError(
             f"attention: kernel {kernel!r} cannot honour {reason}. "
@@ -96,14 +110,20 @@ def packed_attention(
     workload = Workload.of(q_bthd, k_bskd, has_trees=until_bt is not None, soft_cap=soft_cap)
     arrays = q_bthd, k_bskd, v_bskd, segment_ids_bt, positions_bt, until_bt
     asked = {"scale": scale, "window": window, "soft_cap": soft_cap}
-    match choose(workload, kernel):
+    chosen = choose(workload, kernel)
+    if chosen == "triton":  # names what its backward pass reads, inside
+        return triton.triton_attention(*arrays, **asked, prefix=prefix)
+    match chosen:
         case "splash":
             # No segment is longer: as a window it masks nothing, but whole blocks are known to be unseen.
             near = min((n for n in (window, longest) if n is not None), default=None)
-            return splash.splash_attention(*arrays[:4], scale=scale, window=near, soft_cap=soft_cap)
+            out_bthd = splash.splash_attention(*arrays[:4], scale=scale, window=near, soft_cap=soft_cap)
         case "cudnn":
-            return cudnn.cudnn_attention(*arrays, scale=scale, window=window)
+            out_bthd = cudnn.cudnn_attention(*arrays, scale=scale, window=window)
         case "tiled":
-            return tiled.tiled_attention(*arrays[:3], *arrays[4:], **asked, prefix=prefix, longest=longest)
+            out_bthd = tiled.tiled_attention(
+                *arrays[:3], *arrays[4:], **asked, prefix=prefix, longest=longest
+            )
         case "xla":
-            return xla_attention(*arrays, **asked, prefix=prefix, longest=longest)
+            out_bthd = xla_attention(*arrays, **asked, prefix=prefix, longest=longest)
+    return checkpoint_name(out_bthd, triton.ATTENDED)

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,7 @@ def main() -> None:
     file = arguments.out / "results.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"setting": setting()}
     jobs = {**TINY, **(TINY_PEERS if arguments.peers else {})} if arguments.tiny else JOBS
-    scratch = arguments.out / "jobs"
-    scratch.mkdir(exist_ok=True)
+    scratch = Path(tempfile.mkdtemp())
     for job in arguments.jobs or jobs:
         left = arguments.limit - (time.monotonic() - began)
         if results.get(job, {}).get("exit") == 0 or left < 20:

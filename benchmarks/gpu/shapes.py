@@ -50,10 +50,11 @@ MODELS = {
         dtype="bfloat16",
     ),
 }
-# Tokens of an example, template included: median and 99th percentile. A third are the prompt's.
+# Tokens of an example, template included: median and 99th percentile. Two thirds are targets.
 LENGTHS = {"alpaca": (92, 330), "dolly": (66, 1600), "tiny": (20, 60)}
 LONGEST = 4096
-PROMPT_SHARE = 1 / 3
+TARGET_SHARE = 2 / 3
+HEAD = 24  # tokens that a template begins with: its system turn
 
 
 def random_params(config: DecoderConfig, mesh: Mesh, dtype: str = "bfloat16") -> nnx.State:
@@ -77,31 +78,32 @@ def _initial(
 def lengths(name: str, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [n], targets [n]) of so many examples of a distribution as have about so many tokens together.
 
-    A log-normal distribution through its median and 99th percentile, at most LONGEST, in random order. The
-    last two thirds of an example are targets.
+    A log-normal distribution through its median and 99th percentile, at most LONGEST, in random order; an
+    example is at least its template's head, a token of a prompt and a target. Its end are targets.
     """
     median, p99 = LENGTHS[name]
     sigma = np.log(p99 / median) / statistics.NormalDist().inv_cdf(0.99)
     rng = np.random.default_rng(0)
     count = round(tokens / (median * np.exp(sigma**2 / 2)))
-    tokens_n = np.rint(rng.lognormal(np.log(median), sigma, count)).astype(np.int64).clip(8, LONGEST)
-    return tokens_n, tokens_n - np.maximum(1, np.rint(PROMPT_SHARE * tokens_n).astype(np.int64))
+    least = (HEAD if name != "tiny" else 0) + 2
+    tokens_n = np.rint(rng.lognormal(np.log(median), sigma, count)).astype(np.int64).clip(least, LONGEST)
+    return tokens_n, np.minimum(np.rint(TARGET_SHARE * tokens_n).astype(np.int64), tokens_n - least + 1)
 
 
 def examples(
     tokens_n: np.ndarray, targets_n: np.ndarray, vocab_size: int, prefix: int = 0
 ) -> list[TokenizedExample]:
-    """Examples of random tokens with these lengths; `prefix`: tokens that all begin with, at the cost of the
-    prompt, which keeps at least one token of its own."""
+    """Examples of random tokens with these lengths; `prefix`: so many at the start are the same in all."""
     rng = np.random.default_rng(1)
     shared = rng.integers(1, vocab_size, prefix).astype(np.int32)
     made = []
     for i, (count, targets) in enumerate(zip(tokens_n.tolist(), targets_n.tolist(), strict=True)):
-        own = rng.integers(1, vocab_size, max(count - prefix, targets + 1)).astype(np.int32)
+        own = rng.integers(1, vocab_size, count - prefix).astype(np.int32)
+        at = np.arange(count)
+        is_target = at >= count - targets
+        in_prompt = (at >= prefix) & ~is_target
         tokens = np.concatenate([shared, own])
-        at = np.arange(len(tokens))
-        is_target = at >= len(tokens) - targets
-        made.append(TokenizedExample(f"example{i}", tokens, is_target, (at >= prefix) & ~is_target, False))
+        made.append(TokenizedExample(f"example{i}", tokens, is_target, in_prompt, False))
     return made
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 COLDEST = 1e-4  # lowest temperature that is not greedy
 # Halvings that find a sampling threshold: 2**-32 of the logits' range is finer than float32 tells apart.
@@ -40,22 +41,23 @@ class Request:
 class Sampling(NamedTuple):
     """How each row is sampled; `index` counts the tokens that its answer already has."""
 
-    temperature_b: jax.Array
-    top_p_b: jax.Array
-    top_k_b: jax.Array
-    seed_b: jax.Array
-    index_b: jax.Array
+    temperature_b: jax.Array | np.ndarray
+    top_p_b: jax.Array | np.ndarray
+    top_k_b: jax.Array | np.ndarray
+    seed_b: jax.Array | np.ndarray
+    index_b: jax.Array | np.ndarray
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Request, int] | None]) -> Sampling:
         """Arrays from (request, index) a row; None is an idle row, which is greedy since that costs least."""
         filled = [(Request((), 0), 0) if row is None else row for row in rows]
+        # numpy's: arrays of JAX would be sent to the device one by one, at every token.
         return cls(
-            jnp.array([request.temperature for request, _ in filled], jnp.float32),
-            jnp.array([request.top_p for request, _ in filled], jnp.float32),
-            jnp.array([request.top_k for request, _ in filled], jnp.int32),
-            jnp.array([request.seed % 2**32 for request, _ in filled], jnp.uint32),
-            jnp.array([index for _, index in filled], jnp.int32),
+            np.array([request.temperature for request, _ in filled], np.float32),
+            np.array([request.top_p for request, _ in filled], np.float32),
+            np.array([request.top_k for request, _ in filled], np.int32),
+            np.array([request.seed % 2**32 for request, _ in filled], np.uint32),
+            np.array([index for _, index in filled], np.int32),
         )
 
 

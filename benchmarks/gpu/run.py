@@ -28,19 +28,19 @@ JOBS: dict[str, tuple[str, str, str] | None] = {
     "scoring-8b": None,
     "peer-scoring-8b-alpaca": ("score", "8b", "alpaca"),
     "lora-8b": None,
-    "peer-lora-8b": ("lora", "8b", "alpaca"),
     "full-1b": None,
+    "peer-lora-8b": ("lora", "8b", "alpaca"),
+    "decoding-1b": None,
+    "ratings-8b": None,
     "peer-full-1b": ("full", "1b", "alpaca"),
+    "published-8b-alpaca": ("published", "8b", "alpaca"),
+    "neighbours": None,
     "scoring-1b": None,
     "peer-scoring-1b-alpaca": ("score", "1b", "alpaca"),
-    "ratings-8b": None,
     "peer-scoring-8b-dolly": ("score", "8b", "dolly"),
-    "decoding-1b": None,
-    "published-8b-alpaca": ("published", "8b", "alpaca"),
-    "published-8b-dolly": ("published", "8b", "dolly"),
-    "neighbours": None,
-    "kernels": None,
     "peer-scoring-1b-dolly": ("score", "1b", "dolly"),
+    "published-8b-dolly": ("published", "8b", "dolly"),
+    "kernels": None,
 }
 TINY: dict[str, tuple[str, str, str] | None] = {
     "check": None,
@@ -59,7 +59,7 @@ TINY_PEERS: dict[str, tuple[str, str, str] | None] = {
     "published-tiny": ("published", "tiny", "tiny"),
 }
 SHORTEST_JOB_S = 40  # what a job on a GPU takes at least: with less left, none is started
-LONGEST_JOB_S = 170  # of a job on a GPU: none of them should need half of it
+LONGEST_JOB_S = 120  # of a job on a GPU: none of them should need half of it
 
 
 def command(job: str, out: Path, tiny: bool) -> list[str]:
@@ -78,10 +78,11 @@ def command(job: str, out: Path, tiny: bool) -> list[str]:
     tokens = {"8b": 600_000, "1b": 1_200_000}.get(model, 4_000)
     tokens_n, targets_n = shapes.lengths(distribution, tokens)
     np.savez(lengths, tokens_n=tokens_n, targets_n=targets_n)
+    steps = "2" if tiny else "30" if what == "published" else "6"
     per_batch = {"score": "32768", "lora": "16384", "full": "16384"}.get(what, "32768")
     return [
         *(*python, "benchmarks/gpu/peer_torch.py", "--job", what, "--shape", model),
-        *("--lengths", str(lengths), "--out", str(out), "--steps", "2" if tiny else "6"),
+        *("--lengths", str(lengths), "--out", str(out), "--steps", steps),
         *("--tokens-per-batch", "512" if tiny else per_batch),
     ]
 

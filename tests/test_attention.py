@@ -24,7 +24,6 @@ from middo_jax.models.attention import (
     choose,
     packed_attention,
 )
-from middo_jax.models.attention.cudnn import cudnn_attention
 from middo_jax.models.attention.splash import splash_attention
 from middo_jax.models.attention.tiled import TILE
 from middo_jax.parallel.mesh import make_mesh
@@ -370,60 +369,6 @@ def test_splash_is_xla(
     assert_equal(found, batch.values_and_gradients(theirs))
 
 
-def cudnn_call(batch: Batch, window: int | None) -> Callable[..., jax.Array]:
-    ids = batch.ids if batch.until is not None else (*batch.ids, None)
-    return lambda q, k, v: cudnn_attention(q, k, v, *ids, scale=SCALE, window=window)
-
-
-@pytest.mark.parametrize(("trees", "mesh"), [(False, MeshSettings(data=1, fsdp=2, tensor=4)), (True, None)])
-def test_cudnn_is_asked_for_what_xla_computes(
-    trees: bool, mesh: MeshSettings | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The call is right: JAX's own implementation of the same interface answers it as ours does."""
-    original = jax.nn.dot_product_attention
-    monkeypatch.setattr(
-        jax.nn,
-        "dot_product_attention",
-        lambda *qkv, implementation, **asked: original(*qkv, **asked, implementation="xla"),
-    )
-    batch = Batch.random(2, 66).grown() if trees else Batch.random(2, 66)
-    theirs = definition(batch, 20, None)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
-        found = batch.values_and_gradients(cudnn_call(batch, 20))
-    assert_equal(found, batch.values_and_gradients(theirs))
-
-
-def test_cudnn_lowers_to_its_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jax._src.cudnn import fused_attention_stablehlo
-
-    # A program for a GPU is lowered where there is none; only the library's version must be told.
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91500)
-    batch = Batch.random(8, 64, dim=16)
-    qkv = [x.astype(jnp.bfloat16) for x in batch.qkv]
-    attend = cudnn_call(batch, None)
-    gradient = jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
-    with jax.set_mesh(make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))):
-        text = jax.jit(gradient).trace(*qkv).lower(lowering_platforms=("cuda",)).as_text()
-    assert "__cudnn$fmhaScaleBiasSoftmax(" in text
-    assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("trees", "window"), [(False, None), (False, 20), (True, None)])
-def test_cudnn_is_xla_on_a_gpu(trees: bool, window: int | None) -> None:
-    batch = Batch.random(4, 256, dim=64).grown() if trees else Batch.random(4, 256, dim=64)
-    q, k, v = (x.astype(jnp.bfloat16) for x in batch.qkv)
-    batch = dataclasses.replace(batch, qkv=(q, k, v))
-
-    def attend(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, *batch.ids, scale=SCALE, window=window, kernel=kernel)
-
-    found, expected = (
-        batch.values_and_gradients(functools.partial(attend, kernel)) for kernel in ("cudnn", "xla")
-    )
-    assert_equal(found, expected, tolerance=5e-2)  # bfloat16 of values up to 4
-
-
 @pytest.mark.parametrize(
     ("workload", "kernel"),
     [
@@ -434,7 +379,10 @@ def test_cudnn_is_xla_on_a_gpu(trees: bool, window: int | None) -> None:
         (dataclasses.replace(TPU, batch_shards=16), "xla"),
         (dataclasses.replace(TPU, head_shards=3), "xla"),
         (dataclasses.replace(TPU, heads=24, kv_heads=6, head_shards=4), "xla"),
-        (GPU, "xla"),
+        (GPU, "triton"),
+        (dataclasses.replace(GPU, has_trees=True, soft_cap=50.0, dtype=jnp.dtype(jnp.float32)), "triton"),
+        (dataclasses.replace(GPU, head_dim=80), "xla"),
+        (dataclasses.replace(GPU, batch_shards=16), "xla"),
         (CPU, "tiled"),
         (dataclasses.replace(CPU, has_trees=True, soft_cap=50.0), "tiled"),
         (dataclasses.replace(CPU, length=128), "xla"),
@@ -454,12 +402,11 @@ def test_auto_takes_what_can_honour_everything(workload: Workload, kernel: str) 
         ("splash", dataclasses.replace(TPU, batch=6, batch_shards=4), "6 rows on 4 devices"),
         ("splash", dataclasses.replace(TPU, head_shards=3), "8 heads on 3 devices"),
         ("splash", dataclasses.replace(TPU, heads=12, kv_heads=6, head_shards=4), "6 key/value heads on 4"),
-        ("cudnn", TPU, "it is a GPU kernel"),
-        ("cudnn", dataclasses.replace(GPU, soft_cap=30.0), "soft_cap=30"),
-        ("cudnn", dataclasses.replace(GPU, dtype=jnp.dtype(jnp.float32)), "float32"),
-        ("cudnn", dataclasses.replace(GPU, head_dim=256), "head_dim=256"),
-        ("cudnn", dataclasses.replace(GPU, length=255), "an odd length"),
-        ("cudnn", dataclasses.replace(GPU, batch=6, batch_shards=4), "6 rows on 4 devices"),
+        ("triton", TPU, "it is a GPU kernel"),
+        ("triton", dataclasses.replace(GPU, dtype=jnp.dtype(jnp.float64)), "float64"),
+        ("triton", dataclasses.replace(GPU, head_dim=80), "head_dim=80"),
+        ("triton", dataclasses.replace(GPU, head_dim=512), "head_dim=512"),
+        ("triton", dataclasses.replace(GPU, batch=6, batch_shards=4), "6 rows on 4 devices"),
     ],
 )
 def test_what_a_kernel_cannot_honour_raises(kernel: Kernel, workload: Workload, reason: str) -> None:
@@ -467,7 +414,7 @@ def test_what_a_kernel_cannot_honour_raises(kernel: Kernel, workload: Workload, 
         choose(workload, kernel)
 
 
-@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+@pytest.mark.parametrize("kernel", ["splash", "triton"])
 def test_a_kernel_asked_for_by_name_is_not_replaced(kernel: Kernel) -> None:
     batch = Batch.random(1, 16)
     with pytest.raises(AttentionError, match=f"kernel '{kernel}' cannot honour a cpu"):

@@ -101,7 +101,7 @@ def traced(call: Callable[..., Any], arrays: Arrays) -> tuple[Callable[..., Any]
 
 def kernels(tiny: bool) -> dict[str, Any]:
     """Milliseconds of every kernel, forward and with its backward pass, and TFLOP/s of visible pairs."""
-    names: tuple[Kernel, ...] = ("xla",) if tiny else ("triton", "xla", "cudnn")
+    names: tuple[Kernel, ...] = ("xla",) if tiny else ("triton", "xla")
     calls, flops = {}, {}
     for dim, name, rows, arrays in cases(tiny):
         for kernel in names:

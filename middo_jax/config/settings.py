@@ -23,10 +23,10 @@ class ModelSettings(Settings):
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="Compute dtype of forward passes. float32 is the fast one on a CPU."
     )
-    attention: Literal["auto", "xla", "tiled", "splash", "cudnn"] = Field(
+    attention: Literal["auto", "xla", "tiled", "splash", "triton"] = Field(
         default="auto",
-        description="auto: splash on TPUs where it can do what is asked, tiled on CPUs, else XLA. By name: "
-        "that one, or an error. cudnn was never tried on a GPU.",
+        description="auto: splash on TPUs, triton on GPUs, tiled on CPUs, and xla where these cannot do what "
+        "is asked. By name: that one, or an error.",
     )
     template: str | None = Field(
         default=None,

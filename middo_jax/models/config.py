@@ -129,7 +129,7 @@ class DecoderConfig:
     attention_soft_cap: float | None = None
     final_soft_cap: float | None = None
     lora: Lora | None = None
-    attention: Literal["auto", "xla", "tiled", "splash", "triton", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "tiled", "splash", "triton"] = "auto"
     dtype: str = "float32"
 
     @property

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Numbers = jax.Array | np.ndarray  # numpy's on the host, JAX's inside a program
+
 COLDEST = 1e-4  # lowest temperature that is not greedy
 # Halvings that find a sampling threshold: 2**-32 of the logits' range is finer than float32 tells apart.
 BISECTIONS = 32
@@ -41,11 +43,11 @@ class Request:
 class Sampling(NamedTuple):
     """How each row is sampled; `index` counts the tokens that its answer already has."""
 
-    temperature_b: jax.Array | np.ndarray
-    top_p_b: jax.Array | np.ndarray
-    top_k_b: jax.Array | np.ndarray
-    seed_b: jax.Array | np.ndarray
-    index_b: jax.Array | np.ndarray
+    temperature_b: Numbers
+    top_p_b: Numbers
+    top_k_b: Numbers
+    seed_b: Numbers
+    index_b: Numbers
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Request, int] | None]) -> Sampling:
@@ -90,7 +92,7 @@ def sample(logits_bv: jax.Array, sampling: Sampling) -> jax.Array:
     return jax.lax.cond(jnp.any(needs_noise_b), draw, lambda: greedy_b)
 
 
-def keep_likely(logits_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) -> jax.Array:
+def keep_likely(logits_bv: jax.Array, top_k_b: Numbers, top_p_b: Numbers) -> jax.Array:
     """Sets to -inf what is not among a row's top_k logits (0: all), then not in its top_p nucleus (1: all).
 
     The nucleus (arXiv 1904.09751) is the smallest set of likeliest tokens whose share of the probability is
@@ -105,7 +107,7 @@ def keep_likely(logits_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) ->
     return jnp.where(kept_bv, logits_bv, -jnp.inf)
 
 
-def _threshold(logits_bv: jax.Array, mass_bv: jax.Array, wanted_b: jax.Array) -> jax.Array:
+def _threshold(logits_bv: jax.Array, mass_bv: jax.Array, wanted_b: Numbers) -> jax.Array:
     """The highest threshold [b] at or above which the logits hold at least the wanted mass."""
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -7,17 +7,16 @@ from typing import Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from middo_jax.models.attention import cudnn, splash, tiled, triton
+from middo_jax.models.attention import splash, tiled, triton
 from middo_jax.models.attention.placement import Platform, platform
 from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import xla_attention
 
-Kernel = Literal["auto", "xla", "tiled", "splash", "triton", "cudnn"]
+Kernel = Literal["auto", "xla", "tiled", "splash", "triton"]
 
 _REFUSALS = {
     "splash": splash.refusal,
     "triton": triton.refusal,
-    "cudnn": cudnn.refusal,
     "tiled": tiled.refusal,
 }
 
@@ -32,9 +31,7 @@ class AttentionError(ValueError):
     """A kernel was asked for by name that cannot honour what is asked of it."""
 
 
-def choose(
-    workload: Workload, kernel: Kernel = "auto"
-) -> Literal["xla", "tiled", "splash", "triton", "cudnn"]:
+def choose(workload: Workload, kernel: Kernel = "auto") -> Literal["xla", "tiled", "splash", "triton"]:
     """The kernel that attends: the one that is asked for, or with "auto" the fastest that honours everything.
 
     That is splash on a TPU, Triton's on a GPU, and on a CPU the tiled one for rows of several tiles; XLA's
@@ -118,8 +115,6 @@ def packed_attention(
             # No segment is longer: as a window it masks nothing, but whole blocks are known to be unseen.
             near = min((n for n in (window, longest) if n is not None), default=None)
             out_bthd = splash.splash_attention(*arrays[:4], scale=scale, window=near, soft_cap=soft_cap)
-        case "cudnn":
-            out_bthd = cudnn.cudnn_attention(*arrays, scale=scale, window=window)
         case "tiled":
             out_bthd = tiled.tiled_attention(
                 *arrays[:3], *arrays[4:], **asked, prefix=prefix, longest=longest

@@ -121,7 +121,8 @@ def _one_device(
     q_bthd, k_btkd, v_btkd = (jnp.pad(x, widths) for x in (q_bthd, k_btkd, v_btkd))
     # The added positions see nothing, and nothing sees them.
     places = _Places(jnp.pad(positions_bt, widths[:2]), jnp.pad(until_bt, widths[:2]))
-    return _attend(asked, q_bthd, k_btkd, v_btkd, places)[:, :length]
+    out_bthd: jax.Array = _attend(asked, q_bthd, k_btkd, v_btkd, places)
+    return out_bthd[:, :length]
 
 
 def blocks_of(head_dim: int, dtype: Any, kernel: str) -> Blocks:
@@ -227,7 +228,7 @@ def _scores(
         tanh_qs = jnp.tanh(scores_qs / asked.soft_cap)
         scores_qs, slope_qs = asked.soft_cap * tanh_qs, 1.0 - tanh_qs * tanh_qs
     visible_qs = (j_s[None, :] <= i_q[:, None]) & (i_q[:, None] < until_s[None, :])
-    if positions is not None:
+    if positions is not None and asked.window is not None:
         at_q, at_s = positions
         visible_qs &= at_q[:, None] - at_s[None, :] < asked.window
     return _Scores(jnp.where(visible_qs, scores_qs * LOG2_E, UNSEEN), visible_qs, slope_qs)

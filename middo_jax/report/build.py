@@ -29,6 +29,7 @@ from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
 from middo_jax.report.costs import costs
 from middo_jax.report.curves import heldout_curves, training_curves
+from middo_jax.report.effects import RESAMPLES
 from middo_jax.report.lineage import read_scores
 from middo_jax.report.status import (
     FINAL_STAGES,
@@ -94,7 +95,7 @@ def page(run: RunDir) -> str:
         n_accepted=sum(r["accepted"] for r in refined) if refined else None,
         n_tried=sum(r["accepted"] + r["rejected"] for r in refined) if refined else None,
         time=_time(state),
-        heldout=_heldout(state["heldout"]),
+        heldout=_heldout(state["heldout"], settings),
         curves=training_curves([*folders, run.final]),
         heldout_curves=heldout_curves([*folders, run.final]),
     ).translate(_VISIBLE)  # fmt: skip
@@ -116,7 +117,8 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "count": number(lambda v: f"{v:,}"),
         "score": number(lambda v: f"{v:.3f}" if abs(v) < 1000 else f"{v:.3g}"),
-        "change": number(lambda v: f"{v:+.3f}"),
+        "loss": number(lambda v: f"{v:.4f}"),
+        "change": number(lambda v: f"{v:+.4f}"),
         "percent": number(lambda v: f"{v:.1%}"),
         "seconds": number(duration),
         "usd": number(lambda v: f"{v:,.2f}" if v >= 1 else f"{v:.4f}"),
@@ -143,19 +145,29 @@ def _time(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _heldout(models: list[dict[str, Any]]) -> dict[str, Any]:
+def _heldout(models: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Each model's loss, against the base model's and against that of round_00's, and the plot of all."""
     known = {m["name"]: m["loss"] for m in models if m["loss"] is not None}
-    base = known.get("base")
-    rows = [
-        m | {"change": known[m["name"]] - base if base is not None and m["name"] in known else None}
-        for m in models
-    ]
-    plot = (
-        plots.dot_plot("Held-out loss of each model", list(known.items()), "loss, nats a token")
-        if known
-        else None
-    )
-    return {"base": base, "final": known.get("final"), "rows": rows, "plot": plot}
+    references = ("base", "round_00")
+
+    def against(name: str, reference: str) -> float | None:
+        later = list(known).index(name) > list(known).index(reference) if {name, reference} <= {*known} else 0
+        return known[name] - known[reference] if later else None
+
+    rows = [m | {"against": [against(m["name"], reference) for reference in references]} for m in models]
+    first_trained = list(known).index("round_00") if "round_00" in known else 0
+    title, label = "Held-out loss of each model", "loss, nats per token"
+    plot = plots.dot_plot(title, list(known.items()), label, first_trained) if known else None
+    reference = list(known)[first_trained] if known else None
+    trained = settings.get("train")
+    return {
+        "rows": rows,
+        "references": references,
+        "plot": plot,
+        "reference": reference,
+        "resamples": RESAMPLES,
+        "trains_on": isinstance(trained, dict) and trained.get("start_from") == "previous",
+    }
 
 
 def _round(

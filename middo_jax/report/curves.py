@@ -1,4 +1,4 @@
-"""How losses moved while models were trained: a curve a training, and what held-out rows said meanwhile."""
+"""How losses moved during training: one curve per training, and the held-out losses measured meanwhile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from middo_jax.report.status import load_jsonl
 from middo_jax.run_dir import RoundDir
 
 COLOURS = 7  # classes c-s0 ... of the page
-LABELS = ("optimizer step", "loss, nats a token")
+LABELS = ("optimizer step", "loss, nats per token")
 
 
 def training_curves(folders: Sequence[RoundDir]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from middo_jax.report.effects import effect_lines, effects
 from middo_jax.run_dir import RoundDir, RunDir, RunError
 
 ROUND_STAGES = ("train", "score", "select", "refine", "merge")
@@ -99,7 +100,7 @@ def status(run: RunDir) -> dict[str, Any]:
       run, path; rounds and final, each {name, rows, stages: {stage: seconds | None where not done}, next,
       selected: {axis: n} | None, n_selected (distinct samples) | None, accepted, rejected | None};
       next: {round, stage} | None once all is done; complete; heldout: [{name, loss, n_target_tokens}];
-      n_heldout; last_event.
+      n_heldout; effects: {rounds, fine_tuning: see `effects.Effect`, None if not known yet}; last_event.
 
     Raises:
       RunError: the folder does not exist, or a file in it cannot be read.
@@ -109,6 +110,7 @@ def status(run: RunDir) -> dict[str, Any]:
     final = _round(run.final, FINAL_STAGES)
     pending = next(({"round": r["name"], "stage": r["next"]} for r in [*rounds, final] if r["next"]), None)
     heldout = load_json(run.heldout_losses) or {}
+    models = heldout.get("models", [])
     events = load_jsonl(run.events, torn_end=True) or []
     return {
         "run": run.path.resolve().name,
@@ -117,8 +119,9 @@ def status(run: RunDir) -> dict[str, Any]:
         "final": final,
         "next": pending,
         "complete": pending is None,
-        "heldout": heldout.get("models", []),
+        "heldout": models,
         "n_heldout": heldout.get("n"),
+        "effects": {name: e and e.to_json() for name, e in effects(run, models).items()},
         "last_event": events[-1] if events else None,
     }
 
@@ -186,6 +189,8 @@ def render_status(d: dict[str, Any]) -> str:
         f"{m['name']} {m['loss']:.4f}" if m["loss"] is not None else f"{m['name']} -" for m in d["heldout"]
     )
     console.print(_plain(f"held-out loss: {losses or 'not yet'}"))
+    for line in effect_lines(d["effects"]):
+        console.print(_plain(f"  {line}"))
     if d["last_event"]:
         event = d["last_event"]
         console.print(_plain(f"last event: {event.get('event', '?')} at {event.get('time', '?')}"))

@@ -1,4 +1,4 @@
-"""Held-out loss: what a model makes of examples that no training has seen. Axes: b row, t position."""
+"""Held-out loss: the loss on examples that no training saw. Axes: b row, n example, t position."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from middo_jax.parallel.mesh import batch_divisor, constrain, named_sharding
 
 
 class RowLosses(NamedTuple):
-    """What a model makes of each of n examples, in their order.
+    """Sums of the loss of each of n examples, in their order.
 
     Attributes:
       ids: of the examples.
@@ -35,7 +35,7 @@ class RowLosses(NamedTuple):
 
 
 class SourceLoss(NamedTuple):
-    """The same as `HeldoutLoss`, of one source's examples."""
+    """The same as `HeldoutLoss`, for the examples of one source."""
 
     loss: float
     n_target_tokens: int
@@ -135,7 +135,7 @@ def row_losses(
             packed = pack(
                 tokenized, rows[start : start + batch], batch, pack_length, max_segments=pack_length
             )
-            # Padding has no target, hence no loss: it may be of any example.
+            # Padding has no target and hence no loss, so any example may get it.
             example_bt = np.take_along_axis(packed.example_bs, packed.segment_ids_bt, axis=1)
             inputs = (
                 packed.tokens_bt,
@@ -146,7 +146,7 @@ def row_losses(
             )
             on_mesh = (jax.make_array_from_process_local_data(sharding, x, x.shape) for x in inputs)
             sums.append(_nll_sums(graphdef, params, *on_mesh, chunk, len(tokenized)))
-    # Read only now: while the device computes, the host packs. An example lies in one batch, whole.
+    # Read only now: the host packs while the device computes. Each example is whole within one batch.
     nll_n = np.sum([np.asarray(nll, np.float64) for nll in sums], axis=0)
     return RowLosses([example.id for example in tokenized], nll_n, targets_n)
 

@@ -1,7 +1,7 @@
-"""Plots as inline SVG, drawn by hand: no script, no font, no file besides the page.
+"""Plots as inline SVG, drawn by hand. They need no script, no font and no file besides the page.
 
-Everything goes through `element`, which escapes attributes and texts, so that no string of a dataset
-can leave its place. Colours are CSS classes (`c-complexity`, `c-s0` ...), which the page defines twice:
+`element` makes every element. It escapes attributes and texts, so that no string of a dataset becomes markup.
+Colours are CSS classes (`c-complexity`, `c-s0` ...), which the page defines twice:
 for light and for dark.
 All plots are 460 units wide: text of 12 units is 12 pixels in a half-page column and still 9 on a phone.
 """

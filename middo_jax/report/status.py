@@ -1,7 +1,7 @@
-"""Where a run stands, read from its folder alone: stages done, sets chosen, rewrites kept, what comes next.
+"""The state of a run, read from its folder alone: finished stages, sets, accepted rewrites, the next stage.
 
-Also the three readers of run files that this room shares: a file that is not there yet is None, a file that
-is there and cannot be read is an error that names its line.
+This module also has the three readers of run files that the package shares. They return None for a file that
+does not exist yet, and raise an error that names the line for a file that cannot be read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FINAL_STAGES = ("train", "evaluate", "export")
 
 
 def load_json(path: Path) -> Any | None:
-    """A JSON file's value, None if the file does not exist. Raises RunError where it is no JSON."""
+    """A JSON file's value, None if the file does not exist. Raises RunError if it is not JSON."""
     if not path.exists():
         return None
     try:
@@ -38,7 +38,7 @@ def load_jsonl(path: Path, torn_end: bool = False) -> list[Any] | None:
 
     Args:
       path: one JSON value a line, blank lines ignored.
-      torn_end: the file is appended to, so a last line that was cut short is left out.
+      torn_end: the file is appended to, so an incomplete last line is left out.
 
     Raises:
       RunError: a line is no JSON; the message names file and line.
@@ -94,7 +94,7 @@ def planned_rounds(run: RunDir) -> list[RoundDir]:
 
 
 def status(run: RunDir) -> dict[str, Any]:
-    """Where the run stands, as JSON values.
+    """The state of the run, as JSON values.
 
     Returns:
       run, path; rounds and final, each {name, rows, stages: {stage: seconds | None where not done}, next,

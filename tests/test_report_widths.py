@@ -14,7 +14,7 @@ from synthetic_run import write_run
 from test_report import Page
 
 from middo_jax.report.build import page
-from middo_jax.run_dir import RunDir
+from middo_jax.run_dir import RunDir, write_json
 
 WIDTHS = (390, 1440)
 NARROW_COLUMNS = 5  # a table of more columns is laid out as one block per row on a narrow page
@@ -41,7 +41,14 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module", params=["", f" {LONG}"], ids=["plain", "long words"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return write_run(tmp_path_factory.mktemp("runs") / "demo", n_rows=120, poison=request.param)
+    """A run that was refined for a long time, at a great cost."""
+    run = write_run(tmp_path_factory.mktemp("runs") / "demo", n_rows=120, poison=request.param)
+    for folder in run.rounds():
+        stages = folder.stages()
+        for counters in stages["refine"]["usage"].values():
+            counters |= {name: n * 10_000 for name, n in counters.items() if isinstance(n, int | float)}
+        write_json(folder.manifest, {"stages": stages})
+    return run
 
 
 def test_wide_tables_have_labels_for_narrow_pages(run: RunDir) -> None:

@@ -166,6 +166,16 @@ def test_rows_that_are_not_of_both_models_give_no_interval(run: RunDir) -> None:
     assert found["fine_tuning"]["interval"] is not None
 
 
+def test_rows_of_another_evaluation_give_no_interval(run: RunDir) -> None:
+    facts = json.loads(run.heldout_losses.read_text(encoding="utf-8"))
+    facts["models"][-1]["loss"] += 0.001
+    write_json(run.heldout_losses, facts)
+    found = status(run)["effects"]
+    assert found["rounds"]["interval"] is None
+    assert found["rounds"]["reason"] == "heldout_rows.parquet and heldout_losses.json disagree on final"
+    assert found["fine_tuning"]["interval"] is not None
+
+
 def test_rows_are_joined_by_id(run: RunDir) -> None:
     before = status(run)["effects"]
     table = pq.read_table(run.heldout_rows)

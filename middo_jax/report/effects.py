@@ -8,6 +8,7 @@ effect is an improvement.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,12 +81,8 @@ def effects(run: RunDir, models: Sequence[Mapping[str, Any]]) -> dict[str, Effec
 
 
 def _effect(before: str, after: str, losses: Mapping[str, float], rows: _Rows | None) -> Effect:
-    interval, n_rows, reason = None, None, None
-    if rows is None:
-        reason = "the run has no losses per row (heldout_rows.parquet)"
-    elif before not in rows or after not in rows or rows[before].keys() != rows[after].keys():
-        reason = f"heldout_rows.parquet does not hold the same rows for {before} and {after}"
-    else:
+    reason, interval, n_rows = _obstacle(before, after, losses, rows), None, None
+    if rows is not None and reason is None:
         pairs = [(*rows[before][id_], rows[after][id_][0]) for id_ in rows[before]]
         nll_before_n, targets_n, nll_after_n = (np.array(c, np.float64) for c in zip(*pairs, strict=True))
         interval = bootstrap(nll_before_n, nll_after_n, targets_n)
@@ -93,6 +90,19 @@ def _effect(before: str, after: str, losses: Mapping[str, float], rows: _Rows | 
         reason = None if interval else "fewer than two held-out rows"
     change = losses[after] - losses[before]
     return Effect(before, after, losses[before], losses[after], change, interval, reason, n_rows)
+
+
+def _obstacle(before: str, after: str, losses: Mapping[str, float], rows: _Rows | None) -> str | None:
+    """Why the rows give no interval for this change; None if they do."""
+    if rows is None:
+        return "the run has no losses per row (heldout_rows.parquet)"
+    if before not in rows or after not in rows or rows[before].keys() != rows[after].keys():
+        return f"heldout_rows.parquet does not hold the same rows for {before} and {after}"
+    for name in (before, after):
+        nll, n_targets = (math.fsum(column) for column in zip(*rows[name].values(), strict=True))
+        if not math.isclose(nll, losses[name] * n_targets, rel_tol=1e-6):
+            return f"heldout_rows.parquet and heldout_losses.json disagree on {name}"
+    return None
 
 
 def bootstrap(

@@ -65,10 +65,13 @@ def run_command(
     from middo_jax.config import load
     from middo_jax.loop import run_loop
     from middo_jax.progress import for_stderr
+    from middo_jax.report.effects import effect_lines
     from middo_jax.report.status import status
 
     run = run_loop(load(config, overrides or ()), for_stderr())
-    _show(as_json, {"report": str(run.report), **status(run)}, str(run.report))
+    facts = status(run)
+    text = "\n".join([*effect_lines(facts["effects"]), str(run.report)])
+    _show(as_json, {"report": str(run.report), **facts}, text)
 
 
 @app.command(epilog="Example: middo score --data alpaca.json --model ./tuned --pre-model ./base --out scored")

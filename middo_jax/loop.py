@@ -17,7 +17,7 @@ from middo_jax.data.example import Example
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
 from middo_jax.report.status import load_settings
-from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
+from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl, write_jsonl, write_text
 from middo_jax.workshop import Workshop, prepare, write_dataset
 
 # Settings that may change between two starts of a run: they touch speed, cost and place, not the result.
@@ -165,14 +165,8 @@ def _final_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> lis
     def evaluate() -> None:
         began = time.monotonic()
         models = {"base": workshop.base} | {d.path.name: d.checkpoint for d in [*run.rounds(), final]}
-        losses = []
-        with workshop.progress.task("held-out loss", "models") as advance:
-            for done, (name, path) in enumerate(models.items() if heldout else (), 1):
-                losses.append({"name": name} | stages.heldout_loss(workshop, path, heldout))
-                advance(done, len(models), f"{name} {losses[-1]['loss']:.4f}")
-        write_json(run.heldout_losses, {"n": len(heldout), "models": losses})
-        seconds = time.monotonic() - began
-        final.finish("evaluate", [], seconds, losses={m["name"]: m["loss"] for m in losses})
+        losses = stages.measure_heldout(workshop, run, models, heldout)
+        final.finish("evaluate", [], time.monotonic() - began, losses=losses)
 
     def export() -> None:
         began = time.monotonic()

@@ -223,6 +223,11 @@ class RunDir:
         return self.path / "heldout_losses.json"
 
     @property
+    def heldout_rows(self) -> Path:
+        """Loss sum and number of target tokens of each held-out example under each of these models."""
+        return self.path / "heldout_rows.parquet"
+
+    @property
     def report(self) -> Path:
         """The page for people."""
         return self.path / "report.html"

@@ -20,7 +20,7 @@ import yaml
 
 from middo_jax.data.example import Example, Lineage, Message, Op
 from middo_jax.refine.usage import Usage
-from middo_jax.run_dir import RoundDir, RunDir, write_json, write_jsonl, write_text
+from middo_jax.run_dir import RoundDir, RunDir, read_jsonl, write_json, write_jsonl, write_text
 
 AXES = {"complexity": ("loss_pre", "loss_post"), "diversity": ("knn_mean_sim",), "quality": ("quality",)}
 OPS: dict[str, Op] = {"complexity": "simplify", "diversity": "synthesize", "quality": "rewrite"}
@@ -80,8 +80,26 @@ def write_run(path: Path, n_rows: int = 240, poison: str = "", seed: int = 0) ->
     losses = {"base": 2.214, "round_00": 1.702, "round_01": 1.644, "final": 1.581}
     models = [{"name": name, "loss": loss, "n_target_tokens": 1187} for name, loss in losses.items()]
     write_json(run.heldout_losses, {"n": 20, "models": models})
+    _write_heldout_rows(run, losses, seed)
     run.log(f"run_finished{poison}")
     return run
+
+
+def _write_heldout_rows(run: RunDir, losses: dict[str, float], seed: int) -> None:
+    """Rows of which each model's loss per token is the given one; models differ in other ways in each row."""
+    rng = np.random.default_rng(seed)
+    ids = [row["id"] for row in read_jsonl(run.heldout)]
+    n_targets_n = np.full(len(ids), 59) + np.eye(1, len(ids), dtype=int)[0] * (1187 - 59 * len(ids))
+    shared_n = rng.normal(0, 0.5, len(ids))
+    table = []
+    for name, loss in losses.items():
+        loss_n = shared_n + rng.normal(0, 0.05, len(ids))
+        loss_n += loss - (loss_n * n_targets_n).sum() / n_targets_n.sum()
+        table += [
+            {"model": name, "id": i, "nll": value * int(n), "n_target_tokens": int(n)}
+            for i, value, n in zip(ids, loss_n.tolist(), n_targets_n, strict=True)
+        ]
+    pq.write_table(pa.Table.from_pylist(table), run.heldout_rows)
 
 
 def _seed_example(rng: random.Random, index: int, poison: str) -> Example:

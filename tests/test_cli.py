@@ -341,6 +341,13 @@ def test_run_prints_its_report_and_goes_on_with_a_finished_one(
     assert told.json["complete"]
     assert told.json["report"] == str(tmp_path / "run" / "report.html")
     assert told.err.count("done before") == 13
+    shown = middo("run", config, f"runs_dir={runs_dir}")
+    *effects, last = shown.out.splitlines()
+    assert last == str(tmp_path / "run" / "report.html")
+    # What fine-tuning did is told apart from what the rounds did, each with its interval.
+    for line, name in zip(effects, ("fine_tuning", "rounds"), strict=True):
+        change, (low, high) = (told.json["effects"][name][key] for key in ("change", "interval"))
+        assert f"{change:+.4f} nats per token, 95 % interval {low:+.4f} to {high:+.4f}" in line
     refused = middo("run", config, f"runs_dir={runs_dir}", "rounds=3")
     assert (refused.code, refused.out) == (1, "")
     assert "rounds (2 there, 3 now)" in refused.err

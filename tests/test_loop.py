@@ -50,7 +50,7 @@ def small_run(root: Path, url: str | None, **more: Any) -> tuple[RunDir, list[st
 def test_every_artefact_is_where_the_contract_says(finished: Finished) -> None:
     run = finished.run
     whole = {"config.yaml", "events.jsonl", "llm_cache.sqlite", "rejected.jsonl", "heldout.jsonl"}
-    whole |= {"heldout_losses.json", "report.html", "round_00", "round_01", "final"}
+    whole |= {"heldout_losses.json", "heldout_rows.parquet", "report.html", "round_00", "round_01", "final"}
     assert {p.name for p in run.path.iterdir()} == whole
     a_round = {"dataset.jsonl", "scores.parquet", "embeddings.npy", "selection.json", "requests.jsonl"}
     a_round |= {"refined.jsonl", "rejected.jsonl", "candidates.jsonl", "dropped.jsonl"}
@@ -179,6 +179,20 @@ def test_heldout_examples_are_in_no_dataset_and_no_request(finished: Finished) -
     assert losses["models"][-1]["loss"] < losses["models"][0]["loss"]  # it has learnt something
 
 
+def test_every_heldout_row_has_its_loss_under_every_model(finished: Finished) -> None:
+    table = pq.read_table(finished.run.heldout_rows)
+    assert table.column_names == ["model", "id", "nll", "n_target_tokens"]
+    models = json.loads(finished.run.heldout_losses.read_text(encoding="utf-8"))["models"]
+    heldout = list(rows_by_id(finished.run.heldout))
+    assert table["model"].to_pylist() == [m["name"] for m in models for _ in heldout]
+    assert table["id"].to_pylist() == heldout * len(models)
+    for i, model in enumerate(models):
+        of = table.slice(i * len(heldout), len(heldout))
+        n_targets = sum(of["n_target_tokens"].to_pylist())
+        assert n_targets == model["n_target_tokens"]
+        assert sum(of["nll"].to_pylist()) / n_targets == pytest.approx(model["loss"], rel=1e-12)
+
+
 def test_a_second_start_finds_everything_done(finished: Finished, tmp_path: Path) -> None:
     config = load(None, finished.settings(runs_dir=finished.copy(tmp_path)))
     before = contents(tmp_path)
@@ -284,6 +298,7 @@ def test_gibberish_is_rejected_and_everything_stays(finished: Finished, tmp_path
     assert all(row["reason"] and row["answers"] for row in rejected)
     assert read_jsonl(run.heldout) == []
     assert json.loads(run.heldout_losses.read_text(encoding="utf-8")) == {"n": 0, "models": []}
+    assert pq.read_table(run.heldout_rows).num_rows == 0
     assert run.report.exists()
     assert len(read_jsonl(run.final.dataset)) == 12
     assert "12 samples, 0 held out, 0 rows refused" in said[0]

@@ -121,8 +121,10 @@ def test_the_headline_is_what_the_files_say(finished: RunDir) -> None:
     tried = sum(len(read_jsonl(r.refined)) for r in finished.rounds())
     seconds = sum(s["seconds"] for r in [*finished.rounds(), finished.final] for s in r.stages().values())
     assert f"{rows_in} → {rows_out}" in words
-    assert "2.214 → 1.581" in words
-    assert "change −0.633" in words
+    assert "Effect of the rounds on held-out loss −0.1210 95 % interval −0.1" in words
+    assert "round_00 1.7020 → final 1.5810" in words
+    assert "Effect of fine-tuning on held-out loss −0.5120 95 % interval −0.5" in words
+    assert "base 2.2140 → round_00 1.7020" in words
     assert f"{accepted} of {tried} tried" in words
     assert duration(seconds) in words
 
@@ -184,7 +186,8 @@ def test_plots_say_what_scale_the_settings_chose_on(run: RunDir) -> None:
 
 
 OPTIONAL = (
-    "config.yaml", "events.jsonl", "heldout.jsonl", "heldout_losses.json", "rejected.jsonl",
+    "config.yaml", "events.jsonl", "rejected.jsonl",
+    "heldout.jsonl", "heldout_losses.json", "heldout_rows.parquet",
     "round_00/dataset.jsonl", "round_00/scores.parquet", "round_00/selection.json", "round_00/refined.jsonl",
     "round_00/rejected.jsonl", "round_00/metrics.jsonl", "round_00/evaluations.jsonl",
     "round_00/manifest.json", "round_01", "final",

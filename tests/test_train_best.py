@@ -12,7 +12,7 @@ from flax import nnx
 from tiny_training import CHUNK, CONFIG, PACK_LENGTH, SETTINGS, Killed, examples, kill_at, mesh_of
 
 from middo_jax.config import load
-from middo_jax.evaluate.heldout import heldout_loss
+from middo_jax.evaluate.heldout import heldout_loss, row_losses, total
 from middo_jax.models.checkpoint import read_metadata, restore_params
 from middo_jax.models.decoder import Decoder, split
 from middo_jax.run_dir import read_jsonl
@@ -81,6 +81,18 @@ def test_the_loss_by_source_is_that_of_the_source_alone() -> None:
         assert of.loss == pytest.approx(alone.loss, rel=1e-5)
         assert of.n_target_tokens == alone.n_target_tokens
     assert sum(of.n_target_tokens for of in split_up.by_source.values()) == whole.n_target_tokens
+
+
+def test_each_row_has_the_loss_that_it_has_alone() -> None:
+    graphdef, params = split(Decoder(CONFIG, jax.random.key(0)))
+    sizes = {"mesh": mesh_of(2, 2, 2), "batch_tokens": 96, "chunk": CHUNK, "pack_length": PACK_LENGTH}
+    rows = row_losses(graphdef, params, HELDOUT, **sizes)
+    assert rows.ids == [example.id for example in HELDOUT]
+    for example, nll, n_targets in zip(HELDOUT, rows.nll_n, rows.n_targets_n, strict=True):
+        alone = heldout_loss(graphdef, params, [example], **sizes)
+        assert n_targets == alone.n_target_tokens
+        assert nll / n_targets == pytest.approx(alone.loss, rel=1e-5)
+    assert total(rows) == heldout_loss(graphdef, params, HELDOUT, **sizes)
 
 
 @pytest.mark.parametrize("stop", [4, 7])

@@ -1,8 +1,8 @@
-"""report.html: one page that shows a run, from its folder alone, and works without a network.
+"""report.html: one page that shows a run. It is made from the run's folder alone and needs no network.
 
-The page is a function of the files: no clock, no figure that is not in one of them or counted from them.
-What a file does not hold yet is said to be missing. Every text is escaped by Jinja or by `plots.element`, and
-the page's own policy allows no script but the one in the template, named by its hash.
+The page is a function of the files: it reads no clock, and each figure is in a file or computed from files.
+Where a value is in no file yet, the page says so. Jinja or `plots.element` escapes every text, and the page's
+own policy allows only the script in the template, by its hash.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
 from middo_jax.report.costs import costs
 from middo_jax.report.curves import heldout_curves, training_curves
+from middo_jax.report.effects import RESAMPLES
 from middo_jax.report.lineage import read_scores
 from middo_jax.report.status import (
     FINAL_STAGES,
@@ -50,12 +51,10 @@ AXES = {  # axis: (name of its set, CSS class, columns of scores.parquet that de
 OPS = {"simplify": "simplified", "rewrite": "rewritten", "synthesize": "synthesized"}
 STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES))
 MAX_DIFF_CELLS = 1_000_000  # words before x words after; difflib needs about a second for more
-MIN_KEPT_WORDS = (
-    0.2  # a share of common words below this is no edit: marking all the rest would only be noise
-)
+MIN_KEPT_WORDS = 0.2  # texts that share fewer words are not an edit of each other, so no word is marked
 
-# Text that would be read otherwise than it is written: line separators, which end a line in scripts but not
-# here; control characters, which HTML forbids; lone surrogates, which UTF-8 cannot hold.
+# Characters that a browser would not show as they are: line separators, which end a line in scripts; control
+# characters, which HTML forbids; lone surrogates, which UTF-8 cannot encode.
 _VISIBLE = {0x2028: "&#8232;", 0x2029: "&#8233;"}
 _VISIBLE |= {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\t\n\r"} | {0x7F: "\u2421"}
 _VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")
@@ -94,7 +93,7 @@ def page(run: RunDir) -> str:
         n_accepted=sum(r["accepted"] for r in refined) if refined else None,
         n_tried=sum(r["accepted"] + r["rejected"] for r in refined) if refined else None,
         time=_time(state),
-        heldout=_heldout(state["heldout"]),
+        heldout=_heldout(state["heldout"], settings),
         curves=training_curves([*folders, run.final]),
         heldout_curves=heldout_curves([*folders, run.final]),
     ).translate(_VISIBLE)  # fmt: skip
@@ -116,7 +115,8 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "count": number(lambda v: f"{v:,}"),
         "score": number(lambda v: f"{v:.3f}" if abs(v) < 1000 else f"{v:.3g}"),
-        "change": number(lambda v: f"{v:+.3f}"),
+        "loss": number(lambda v: f"{v:.4f}"),
+        "change": number(lambda v: f"{v:+.4f}"),
         "percent": number(lambda v: f"{v:.1%}"),
         "seconds": number(duration),
         "usd": number(lambda v: f"{v:,.2f}" if v >= 1 else f"{v:.4f}"),
@@ -143,19 +143,29 @@ def _time(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _heldout(models: list[dict[str, Any]]) -> dict[str, Any]:
+def _heldout(models: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """The plot, and the rows of the table: each later model's change against base and against round_00."""
     known = {m["name"]: m["loss"] for m in models if m["loss"] is not None}
-    base = known.get("base")
-    rows = [
-        m | {"change": known[m["name"]] - base if base is not None and m["name"] in known else None}
-        for m in models
-    ]
-    plot = (
-        plots.dot_plot("Held-out loss of each model", list(known.items()), "loss, nats a token")
-        if known
-        else None
-    )
-    return {"base": base, "final": known.get("final"), "rows": rows, "plot": plot}
+    names, references = list(known), ("base", "round_00")
+
+    def against(name: str, reference: str) -> float | None:
+        if name not in names or reference not in names[: names.index(name)]:
+            return None
+        return known[name] - known[reference]
+
+    rows = [m | {"against": [against(m["name"], reference) for reference in references]} for m in models]
+    open_dot = names.index("round_00") if "round_00" in names else 0
+    title, label = "Held-out loss of each model", "loss, nats per token"
+    plot = plots.dot_plot(title, list(known.items()), label, open_dot) if known else None
+    train = settings.get("train")
+    return {
+        "rows": rows,
+        "references": references,
+        "plot": plot,
+        "open_dot": names[open_dot] if names else None,
+        "resamples": RESAMPLES,
+        "continues_training": isinstance(train, dict) and train.get("start_from") == "previous",
+    }
 
 
 def _round(
@@ -164,7 +174,7 @@ def _round(
     later: dict[str, dict[str, Any]],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """All that the page shows of one round beyond what `status` says of it."""
+    """What the page shows of one round, beyond what `status` returns."""
     selection = load_json(folder.selection)
     sets = selection["axes"] if selection else {}
     tasks = load_jsonl(folder.refined)
@@ -177,7 +187,7 @@ def _round(
     return {
         "sets": sets,
         "overlap": selection["overlap"] if selection else None,
-        "duplicates": selection.get("duplicates") if selection else None,  # older folders do not say
+        "duplicates": selection.get("duplicates") if selection else None,  # not in older folders
         "n_scored_rows": len(scores) if folder.scores.exists() else None,
         "set_plot": _set_plot(selection) if selection else None,
         "plots": _score_plots(scores, sets, settings) | {"sweep": _sweep(selection)},
@@ -205,8 +215,8 @@ def _set_plot(selection: dict[str, Any]) -> Markup:
 def _score_plots(
     scores: dict[str, dict[str, Any]], sets: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """One plot an axis, None where nothing was scored, with the samples of selection.json coloured."""
-    # Thresholds on losses without the length's share say nothing on the losses as they are.
+    """One plot per axis, with the samples of selection.json coloured; None where nothing was scored."""
+    # Those thresholds apply to losses without the length's share, not to the losses that are plotted.
     normalised = settings.get("complexity", {}).get("normalise", "none") != "none"
     is_log_odds = settings.get("quality", {}).get("score") == "log_odds"
     of_quality = "quality, log-odds of a good rating" if is_log_odds else "quality, 0 to 10"
@@ -296,7 +306,7 @@ def _verdicts(tasks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _rejected(tasks: list[dict[str, Any]], answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every refused rewrite once: refined.jsonl knows the candidate, rejected.jsonl the raw answers."""
+    """Every rejected rewrite once, with its candidate (refined.jsonl) and raw answers (rejected.jsonl)."""
     found = {}
     for task in tasks:
         if not task["accepted"]:
@@ -318,7 +328,7 @@ def _rewrite(
     """One accepted rewrite as the page shows it: texts, marked words, hints, scores before and after."""
     original, example = Example.from_json(task["original"]), Example.from_json(task["example"])
     before = scores.get(original.id) or example.lineage.scores_before or {}
-    # Under the same model where it was measured; the next round's, which was trained on it, knows the rest.
+    # Measured under the same model where possible; else under the next round's, which was trained on it.
     measured = {c: v for c, v in (example.lineage.scores_after or {}).items() if v is not None}
     after = {**later.get(example.id, {}), **measured}
     compare = word_diff if task["replaces"] else lambda a, b: ([(False, a)], [(False, b)])
@@ -344,10 +354,10 @@ Spans = list[tuple[bool, str]]
 
 
 def word_diff(before: str, after: str) -> tuple[Spans, Spans]:
-    """Both texts cut into (changed, text) spans whose concatenation is the text, by a diff of their words.
+    """Splits both texts into (changed, text) spans by a diff of their words; the spans join to the text.
 
-    White space belongs to the unchanged spans at its edges. Texts that have less than a fifth of their words
-    in common, or are too long to compare, come back unmarked.
+    White space belongs to the unchanged spans beside it. Texts that share under a fifth of their words are
+    returned unmarked, and so are texts that are too long to compare.
 
     word_diff("a red fox", "a fox ran")  ->  [(F, "a "), (T, "red"), (F, " fox")], [(F, "a fox "), (T, "ran")]
     """
@@ -355,7 +365,7 @@ def word_diff(before: str, after: str) -> tuple[Spans, Spans]:
     plain = ([(False, before)], [(False, after)])
     if math.prod(len(w) for w in words) > MAX_DIFF_CELLS:
         return plain
-    # White space is one token of its own and all of it is alike: re-wrapped text has not changed.
+    # All white space is the same token, so that re-wrapped text is unchanged.
     tokens = [[" " if w.isspace() else w for w in ws] for ws in words]
     matcher = difflib.SequenceMatcher(lambda w: w == " ", *tokens, autojunk=False)
     kept = [False] * len(words[0]), [False] * len(words[1])

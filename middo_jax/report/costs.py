@@ -1,4 +1,4 @@
-"""What a round's refining cost, by the axes that asked for it: from the manifest's ledger."""
+"""The cost of a round's refining by axes, from the ledger in the manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SUMMED = (
 
 
 def costs(usage: Mapping[str, Mapping[str, float]] | None, tasks: Sequence[Mapping[str, Any]]) -> Any:
-    """Rows by axis and their sum, each with what a thousand accepted samples cost; None if nothing was asked.
+    """One row per axes and their sum, each with the cost per 1,000 accepted samples; None without requests.
 
     Args:
       usage: counters by axis, of the stage's manifest.

@@ -1,4 +1,4 @@
-"""How losses moved while models were trained: a curve a training, and what held-out rows said meanwhile."""
+"""How losses moved during training: one curve per training, and the held-out losses measured meanwhile."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from middo_jax.report.status import load_jsonl
 from middo_jax.run_dir import RoundDir
 
 COLOURS = 7  # classes c-s0 ... of the page
-LABELS = ("optimizer step", "loss, nats a token")
+LABELS = ("optimizer step", "loss, nats per token")
 
 
 def training_curves(folders: Sequence[RoundDir]) -> dict[str, Any]:
-    """Lines of every training that has finite losses in metrics.jsonl, and their plot, None without any."""
+    """One line per training with finite losses in metrics.jsonl, and their plot (None without any line)."""
     drawn = []
     for i, folder in enumerate(folders):
         rows = [r for r in load_jsonl(folder.metrics, torn_end=True) or [] if r["loss"] is not None]
@@ -24,7 +24,7 @@ def training_curves(folders: Sequence[RoundDir]) -> dict[str, Any]:
 
 
 def heldout_curves(folders: Sequence[RoundDir]) -> dict[str, Any]:
-    """The same of evaluations.jsonl; `sources` holds (training, source, first loss, last loss), if any."""
+    """The same for evaluations.jsonl; `sources` has (training, source, first loss, last loss) rows."""
     drawn, sources = [], []
     for i, folder in enumerate(folders):
         rows = load_jsonl(folder.evaluations) or []

@@ -1,7 +1,7 @@
-"""Plots as inline SVG, drawn by hand: no script, no font, no file besides the page.
+"""Plots as inline SVG, drawn by hand. They need no script, no font and no file besides the page.
 
-Everything goes through `element`, which escapes attributes and texts, so that no string of a dataset
-can leave its place. Colours are CSS classes (`c-complexity`, `c-s0` ...), which the page defines twice:
+`element` makes every element. It escapes attributes and texts, so that no string of a dataset becomes markup.
+Colours are CSS classes (`c-complexity`, `c-s0` ...), which the page defines twice:
 for light and for dark.
 All plots are 460 units wide: text of 12 units is 12 pixels in a half-page column and still 9 on a phone.
 """
@@ -252,10 +252,12 @@ def lines(
     return panel.draw(title, *layers)
 
 
-def dot_plot(title: str, rows: Sequence[tuple[str, float]], label: str, digits: int = 3) -> Markup:
-    """One value a row, each joined to the first row's value, with its number beside it.
+def dot_plot(
+    title: str, rows: Sequence[tuple[str, float]], label: str, reference: int = 0, digits: int = 3
+) -> Markup:
+    """One value per row, each joined to the value of row `reference`, with its number beside it.
 
-    The axis does not start at zero: position, not length, carries the value.
+    The axis does not start at zero: position, not length, carries the value. The reference is an open dot.
     """
     low, high = span([value for _, value in rows], 0.12)
     step, left = 34, 84
@@ -269,12 +271,12 @@ def dot_plot(title: str, rows: Sequence[tuple[str, float]], label: str, digits: 
     marks.append(
         element("text", label, x=(left + WIDTH - 58) / 2, y=height - 8, class_="label", text_anchor="middle")
     )
-    base = panel.x(rows[0][1])
+    base = panel.x(rows[reference][1])
     for i, (name, value) in enumerate(rows):
         y, x = 8 + step * (i + 0.5), panel.x(value)
         marks.append(element("text", name, x=left - 12, y=y + 4, class_="name", text_anchor="end"))
         marks.append(element("line", x1=base, x2=x, y1=y, y2=y, class_="stem"))
-        marks.append(element("circle", cx=x, cy=y, r=6, class_="spot first" if i == 0 else "spot"))
+        marks.append(element("circle", cx=x, cy=y, r=6, class_="spot first" if i == reference else "spot"))
         marks.append(element("text", f"{value:.{digits}f}", x=max(x, base) + 12, y=y + 4, class_="value"))
     return _figure(title, height, *marks)
 

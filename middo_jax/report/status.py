@@ -1,7 +1,7 @@
-"""Where a run stands, read from its folder alone: stages done, sets chosen, rewrites kept, what comes next.
+"""The state of a run, read from its folder alone: finished stages, sets, accepted rewrites, the next stage.
 
-Also the three readers of run files that this room shares: a file that is not there yet is None, a file that
-is there and cannot be read is an error that names its line.
+This module also has the three readers of run files that the package shares. They return None for a file that
+does not exist yet, and raise an error that names the line for a file that cannot be read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from middo_jax.report.effects import effect_lines, effects
 from middo_jax.run_dir import RoundDir, RunDir, RunError
 
 ROUND_STAGES = ("train", "score", "select", "refine", "merge")
@@ -21,7 +22,7 @@ FINAL_STAGES = ("train", "evaluate", "export")
 
 
 def load_json(path: Path) -> Any | None:
-    """A JSON file's value, None if the file does not exist. Raises RunError where it is no JSON."""
+    """A JSON file's value, None if the file does not exist. Raises RunError if it is not JSON."""
     if not path.exists():
         return None
     try:
@@ -37,7 +38,7 @@ def load_jsonl(path: Path, torn_end: bool = False) -> list[Any] | None:
 
     Args:
       path: one JSON value a line, blank lines ignored.
-      torn_end: the file is appended to, so a last line that was cut short is left out.
+      torn_end: the file is appended to, so an incomplete last line is left out.
 
     Raises:
       RunError: a line is no JSON; the message names file and line.
@@ -93,13 +94,13 @@ def planned_rounds(run: RunDir) -> list[RoundDir]:
 
 
 def status(run: RunDir) -> dict[str, Any]:
-    """Where the run stands, as JSON values.
+    """The state of the run, as JSON values.
 
     Returns:
       run, path; rounds and final, each {name, rows, stages: {stage: seconds | None where not done}, next,
       selected: {axis: n} | None, n_selected (distinct samples) | None, accepted, rejected | None};
       next: {round, stage} | None once all is done; complete; heldout: [{name, loss, n_target_tokens}];
-      n_heldout; last_event.
+      n_heldout; effects: {rounds, fine_tuning: see `effects.Effect`, None if not known yet}; last_event.
 
     Raises:
       RunError: the folder does not exist, or a file in it cannot be read.
@@ -109,6 +110,7 @@ def status(run: RunDir) -> dict[str, Any]:
     final = _round(run.final, FINAL_STAGES)
     pending = next(({"round": r["name"], "stage": r["next"]} for r in [*rounds, final] if r["next"]), None)
     heldout = load_json(run.heldout_losses) or {}
+    models = heldout.get("models", [])
     events = load_jsonl(run.events, torn_end=True) or []
     return {
         "run": run.path.resolve().name,
@@ -117,8 +119,9 @@ def status(run: RunDir) -> dict[str, Any]:
         "final": final,
         "next": pending,
         "complete": pending is None,
-        "heldout": heldout.get("models", []),
+        "heldout": models,
         "n_heldout": heldout.get("n"),
+        "effects": {name: e and e.to_json() for name, e in effects(run, models).items()},
         "last_event": events[-1] if events else None,
     }
 
@@ -186,6 +189,8 @@ def render_status(d: dict[str, Any]) -> str:
         f"{m['name']} {m['loss']:.4f}" if m["loss"] is not None else f"{m['name']} -" for m in d["heldout"]
     )
     console.print(_plain(f"held-out loss: {losses or 'not yet'}"))
+    for line in effect_lines(d["effects"]):
+        console.print(_plain(f"  {line}"))
     if d["last_event"]:
         event = d["last_event"]
         console.print(_plain(f"last event: {event.get('event', '?')} at {event.get('time', '?')}"))

@@ -3,26 +3,74 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
 from middo_jax.progress import Progress
-from middo_jax.run_dir import RunError
+from middo_jax.run_dir import RunDir, RunError, atomic, write_json
 from middo_jax.workshop import Workshop
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from middo_jax.evaluate.heldout import RowLosses
+
+
+def measure_heldout(
+    workshop: Workshop, run: RunDir, models: Mapping[str, Path], heldout: Sequence[Example]
+) -> dict[str, float]:
+    """Writes heldout_losses.json and heldout_rows.parquet; returns the loss of each model by its name.
+
+    heldout_rows.parquet has one row per model and held-out example, models in the given order: `model`, `id`,
+    `nll` (sum over the target tokens, in nats) and `n_target_tokens`. Without held-out examples both files
+    are empty.
+    """
+    losses: list[dict[str, Any]] = []
+    rows: dict[str, RowLosses] = {}
+    with workshop.progress.task("held-out loss", "models") as advance:
+        for done, (name, path) in enumerate(models.items() if heldout else (), 1):
+            rows[name] = _row_losses(workshop, path, heldout)
+            losses.append({"name": name} | _facts(rows[name]))
+            advance(done, len(models), f"{name} {losses[-1]['loss']:.4f}")
+    _write_rows(run.heldout_rows, rows)
+    write_json(run.heldout_losses, {"n": len(heldout), "models": losses})
+    return {m["name"]: m["loss"] for m in losses}
+
+
+def _write_rows(path: Path, rows: Mapping[str, RowLosses]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "model": pa.array([name for name, of in rows.items() for _ in of.ids], pa.string()),
+        "id": pa.array([id_ for of in rows.values() for id_ in of.ids], pa.string()),
+        "nll": pa.array([nll for of in rows.values() for nll in of.nll_n.tolist()], pa.float64()),
+        "n_target_tokens": pa.array([n for of in rows.values() for n in of.n_targets_n.tolist()], pa.int64()),
+    }
+    with atomic(path, "wb") as file:
+        pq.write_table(pa.table(columns), file)
+
 
 def heldout_loss(workshop: Workshop, model: Path, examples: Sequence[Example]) -> dict[str, Any]:
     """{"loss", "n_target_tokens"} of a model on examples that it was not trained on."""
-    from middo_jax.evaluate.heldout import heldout_loss as measure
+    return _facts(_row_losses(workshop, model, examples))
+
+
+def _facts(rows: RowLosses) -> dict[str, Any]:
+    from middo_jax.evaluate.heldout import total
+
+    result = total(rows)
+    return {"loss": result.loss, "n_target_tokens": result.n_target_tokens}
+
+
+def _row_losses(workshop: Workshop, model: Path, examples: Sequence[Example]) -> RowLosses:
+    from middo_jax.evaluate.heldout import row_losses
 
     config = workshop.config
     graphdef, params = workshop.load_model(model)
-    result = measure(
+    return row_losses(
         graphdef,
         params,
         workshop.tokenize(examples),
@@ -31,7 +79,6 @@ def heldout_loss(workshop: Workshop, model: Path, examples: Sequence[Example]) -
         chunk=config.scoring.unembed_chunk,
         pack_length=config.model.max_length,
     )
-    return {"loss": result.loss, "n_target_tokens": result.n_target_tokens}
 
 
 def export_checkpoint(

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out="$1"
 shift
-venv="${VENV:-.cache/gpu-venv}"
+venv="${VENV:-$PWD/.cache/gpu-venv}"
 if [ ! -x "$venv/bin/python" ]; then
   "${PYTHON312:-python3.12}" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r benchmarks/gpu/requirements.txt

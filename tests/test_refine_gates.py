@@ -8,27 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gate_verdicts import prompt_verdict, text_verdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from middo_jax.config import ConfigError, GateSettings, RefineSettings
+from middo_jax.config import ConfigError, GateSettings, RefineSettings, load
+from middo_jax.config.gates import PHASES, Gate, Switch, gate, gates
 from middo_jax.data.example import Example, Message
-from middo_jax.refine import accept, prompts
-from middo_jax.refine.context import changed_numbers, code_blocks, lost_code, numbers
-from middo_jax.refine.gates import (
-    GATE_OF,
-    Limits,
-    Measurement,
-    check_length,
-    check_measured,
-    check_quality,
-    gate_of,
-    length_bounds,
-    needs_rating,
-    pair_similarity,
-)
-from middo_jax.refine.language import changed_language, languages, load_identifier
-from middo_jax.refine.rewrite import Outcome, Task, first_request
+from middo_jax.refine.acceptance import table
+from middo_jax.refine.acceptance.candidate import Candidate, Finding, Limits, Measurement
+from middo_jax.refine.acceptance.context import changed_numbers, code_blocks, lost_code, numbers
+from middo_jax.refine.acceptance.language import changed_language, languages, load_identifier
+from middo_jax.refine.acceptance.measured import length_bounds, pair_similarity
+from middo_jax.refine.acceptance.table import asked, first_verdict, register, unregister
+from middo_jax.refine.acceptance.text import is_refusal
+from middo_jax.refine.rewrite import first_request
+from middo_jax.refine.tasks import Outcome, Task, Verdict
 
 GATES = GateSettings()
 OPEN = GateSettings(
@@ -137,19 +132,19 @@ def test_a_missing_package_is_an_error_that_names_the_switch(monkeypatch: pytest
 
 
 def test_prompts_stay_in_their_language_and_answers_in_theirs_or_the_prompts() -> None:
-    def check(prompt: str, response: str, original: str = ENGLISH, answered: str = ENGLISH) -> str | None:
-        asked = task("rewrite", "quality", prompt=original, response=answered)
-        return accept.check(asked, f"{prompt} Please.", response, "stop", RefineSettings())
+    def check(prompt: str, response: str, original: str = ENGLISH, answered: str = ENGLISH) -> Verdict | None:
+        of = task("rewrite", "quality", prompt=original, response=answered)
+        return text_verdict(of, f"{prompt} Please.", response)
 
     assert check(ENGLISH, ENGLISH) is None
-    assert check(GERMAN, ENGLISH) == "language: prompt in de instead of en"
-    assert check(ENGLISH, GERMAN) == "language: answer in de instead of en"
+    assert check(GERMAN, ENGLISH) == Verdict("language", "prompt in de instead of en")
+    assert check(ENGLISH, GERMAN) == Verdict("answer_language", "answer in de instead of en")
     assert check(ENGLISH, GERMAN, answered=GERMAN) is None  # a translation stays one
     assert check(ENGLISH, ENGLISH, answered=GERMAN) is None  # answered in the language of the question
     assert check(ENGLISH, GERMAN, answered="Rot.") is None
     translate = task("synthesize", "diversity", prompt=ENGLISH, response=ENGLISH)
-    assert accept.check(translate, f"{ENGLISH} In German.", GERMAN, "stop", RefineSettings()) is None
-    assert accept.check(translate, GERMAN, ENGLISH, "stop", RefineSettings()) is not None
+    assert text_verdict(translate, f"{ENGLISH} In German.", GERMAN) is None
+    assert text_verdict(translate, GERMAN, ENGLISH) is not None
 
 
 def test_text_gates_are_asked_before_an_answer_is_paid_for() -> None:
@@ -157,12 +152,13 @@ def test_text_gates_are_asked_before_an_answer_is_paid_for() -> None:
     numbered = task("rewrite", "quality", prompt="Divide 156 by 12.")
     simpler = task("simplify", "complexity", prompt="Divide 156 by 12, then by 2.")
     coded = task("simplify", "complexity", prompt=CODE)
-    assert accept.check_prompt(numbered, "Divide 156 by 13.", settings) == "numbers: 12 not kept"
-    assert accept.check_prompt(simpler, "Divide 156 by 12.", settings) is None
-    assert accept.check_prompt(coded, "Explain a loop.", settings) == "code: a block of 2 lines not kept"
+    assert prompt_verdict(numbered, "Divide 156 by 13.", settings) == Verdict("numbers", "12 not kept")
+    assert prompt_verdict(simpler, "Divide 156 by 12.", settings) is None
+    lost = prompt_verdict(coded, "Explain a loop.", settings)
+    assert lost == Verdict("code", "a block of 2 lines not kept")
     for loose in (RefineSettings(gates=OPEN), RefineSettings(accept="none")):
         for any_task in (numbered, simpler, coded):
-            assert accept.check_prompt(any_task, GERMAN, loose) is None
+            assert prompt_verdict(any_task, GERMAN, loose) is None
 
 
 @pytest.mark.parametrize(
@@ -179,7 +175,7 @@ def test_text_gates_are_asked_before_an_answer_is_paid_for() -> None:
     ],
 )
 def test_refusals_elsewhere(text: str) -> None:
-    assert accept.is_refusal(text)
+    assert is_refusal(text)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +183,7 @@ def test_refusals_elsewhere(text: str) -> None:
     ["Es tut mir leid, dass ich so spät schreibe.", "Lo siento mucho por la espera.", "对不起,我来晚了。"],
 )
 def test_apologies_are_no_refusals(text: str) -> None:
-    assert not accept.is_refusal(text)
+    assert not is_refusal(text)
 
 
 # Measured gates --------------------------------------------------------------------------------------
@@ -210,8 +206,18 @@ known_scores = st.fixed_dictionaries(
 kinds = st.sampled_from([HARD, LOW, BOTH, SPARSE])
 
 
+def verdict(asked: Task, measured: Measurement, bars: Limits, gates: GateSettings) -> Verdict | None:
+    """Of the dataset's lengths, the measurement and the rating."""
+    settings = RefineSettings(gates=gates)
+    candidate = Candidate(
+        asked, example=sample("What?"), truncated=measured.truncated, limits=bars, measured=measured
+    )
+    phases = ("dataset", "measurement", "rating")
+    return next((v for needs in phases if (v := first_verdict(candidate, needs, settings))), None)
+
+
 def accepted(asked: Task, measured: Measurement, bars: Limits, gates: GateSettings) -> bool:
-    return (check_measured(asked, measured, bars, gates) or check_quality(asked, measured, gates)) is None
+    return verdict(asked, measured, bars, gates) is None
 
 
 @given(kinds, known_scores, measurements, limits)
@@ -238,7 +244,6 @@ def test_a_candidate_that_is_no_better_on_its_own_axis_is_never_accepted(
 @given(kinds, known_scores, measurements)
 def test_with_every_gate_open_everything_is_accepted(kind: Task, scores: Any, measured: Measurement) -> None:
     assert accepted(dataclasses.replace(kind, scores=scores), measured, Limits(), OPEN)
-    assert check_length(kind.source, Limits()) is None
 
 
 @given(kinds, measurements)
@@ -253,61 +258,64 @@ def test_a_better_candidate_is_never_refused_where_a_worse_one_is_not(kind: Task
 
 
 @pytest.mark.parametrize(
-    ("asked", "change", "gate", "reason"),
+    ("asked", "change", "name", "detail"),
     [
-        (HARD, {"loss": 2.6}, "loss", "loss: 3.000 -> 2.600, at most 2.500 wanted"),
-        (HARD, {"loss": None}, "loss", "loss: 3.000 -> unknown, at most 2.500 wanted"),
-        (HARD, {"similarity": 0.89}, "context", "context: 0.890 similar to the original, 0.900 wanted"),
-        (HARD, {"similarity": None}, "context", "context: unknown similar to the original, 0.900 wanted"),
-        (HARD, {"truncated": True}, "length", "length: over model.max_length"),
-        (LOW, {"quality": 5.0}, "quality", "quality: 5.000 -> 5.000, a rise wanted"),
-        (LOW, {"quality": None}, "quality", "quality: 5.000 -> unknown, a rise wanted"),
-        (BOTH, {"loss": 2.6}, "loss", "loss: 3.000 -> 2.600, at most 2.500 wanted"),
-        (BOTH, {"quality": 4.0}, "quality", "quality: 5.000 -> 4.000, a rise wanted"),
+        (HARD, {"loss": 2.6}, "loss", "3.000 -> 2.600, at most 2.500 wanted"),
+        (HARD, {"loss": None}, "loss", "3.000 -> unknown, at most 2.500 wanted"),
+        (HARD, {"similarity": 0.89}, "context", "0.890 similar to the original, 0.900 wanted"),
+        (HARD, {"similarity": None}, "context", "unknown similar to the original, 0.900 wanted"),
+        (HARD, {"truncated": True}, "length", "over model.max_length"),
+        (LOW, {"quality": 5.0}, "quality", "5.000 -> 5.000, a rise wanted"),
+        (LOW, {"quality": None}, "quality", "5.000 -> unknown, a rise wanted"),
+        (BOTH, {"loss": 2.6}, "loss", "3.000 -> 2.600, at most 2.500 wanted"),
+        (BOTH, {"quality": 4.0}, "quality", "5.000 -> 4.000, a rise wanted"),
         (
             SPARSE,
             {"core_similarity": 0.8},
             "coverage",
-            "coverage: 0.950 similar to its core, no nearer than its neighbours",
+            "0.950 similar to its core, no nearer than its neighbours",
         ),
-        (SPARSE, {"nearest": 0.97}, "novelty", "novelty: 0.970 similar to a sample, at most 0.960 wanted"),
+        (SPARSE, {"nearest": 0.97}, "novelty", "0.970 similar to a sample, at most 0.960 wanted"),
         (
             SPARSE,
             {"knn_similarity": 0.79},
             "distribution",
-            "distribution: farther out than its core, 0.800 -> 0.790",
+            "farther out than its core, 0.800 -> 0.790",
         ),
-        (SPARSE, {"loss": 2.6}, "distribution", "distribution: loss 2.600, hard from 2.500 on"),
+        (SPARSE, {"loss": 2.6}, "distribution", "loss 2.600, hard from 2.500 on"),
     ],
 )
 def test_each_gate_alone_rejects_and_alone_can_be_opened(
-    asked: Task, change: dict[str, Any], gate: str, reason: str
+    asked: Task, change: dict[str, Any], name: str, detail: str
 ) -> None:
-    def reasons(gates: GateSettings, bars: Limits) -> str | None:
-        measured = dataclasses.replace(GOOD, **change)
-        return check_measured(asked, measured, bars, gates) or check_quality(asked, measured, gates)
-
+    measured = dataclasses.replace(GOOD, **change)
     assert accepted(asked, GOOD, LIMITS, GATES)
-    assert reasons(GATES, LIMITS) == reason
-    assert gate_of(reason) == gate
-    closed = GATES.model_dump()[gate]
-    opened = GATES.model_copy(update={gate: False if closed is True else None})
-    bars = dataclasses.replace(LIMITS, **({gate: None} if gate in ("context", "novelty") else {}))
-    assert reasons(opened, bars) is None
+    assert verdict(asked, measured, LIMITS, GATES) == Verdict(name, detail)
+    closed = GATES.model_dump()[name]
+    opened = GATES.model_copy(update={name: False if closed is True else None})
+    assert verdict(asked, measured, LIMITS, opened) is None
 
 
 def test_only_what_the_judge_has_to_rate_is_rated() -> None:
-    assert [needs_rating(t, GATES) for t in (HARD, LOW, BOTH, SPARSE)] == [False, True, True, False]
-    assert not any(needs_rating(t, OPEN) for t in (HARD, LOW, BOTH, SPARSE))
+    def rated(gates: GateSettings) -> list[bool]:
+        return [bool(asked("rating", t.axes, RefineSettings(gates=gates))) for t in (HARD, LOW, BOTH, SPARSE)]
+
+    assert rated(GATES) == [False, True, True, False]
+    assert not any(rated(OPEN))
 
 
 def test_lengths_are_those_of_the_dataset() -> None:
     bounds = length_bounds(np.arange(1, 101), 2.0)
     np.testing.assert_allclose(bounds, (1.99 / 2, 99.01 * 2))
     bars = Limits(prompt_chars=(4, 8), response_chars=(2, 6))
-    assert check_length(sample("12345", "1234"), bars) is None
-    assert check_length(sample("123", "1234"), bars) == "length: prompt of 3 characters, 4 to 8 wanted"
-    assert check_length(sample("12345", "1" * 7), bars) == "length: response of 7 characters, 2 to 6 wanted"
+
+    def check(prompt: str, response: str) -> Verdict | None:
+        candidate = Candidate(HARD, example=sample(prompt, response), limits=bars)
+        return first_verdict(candidate, "dataset", RefineSettings())
+
+    assert check("12345", "1234") is None
+    assert check("123", "1234") == Verdict("length", "prompt of 3 characters, 4 to 8 wanted")
+    assert check("12345", "1" * 7) == Verdict("length", "response of 7 characters, 2 to 6 wanted")
 
 
 # What sets the bars ----------------------------------------------------------------------------------
@@ -339,37 +347,154 @@ def test_rows_without_a_direction_set_no_bar() -> None:
     assert pair_similarity(with_one_lost, 0.5) == pytest.approx(0.0)
 
 
-# Reasons and attempts --------------------------------------------------------------------------------
+# The table -------------------------------------------------------------------------------------------
 
 
-def test_every_reason_has_a_gate_and_a_word_for_the_refiner() -> None:
-    assert GATE_OF.keys() == prompts.FEEDBACK.keys()
-    assert gate_of("request failed (500): boom") is None
-    assert gate_of("echo: <prompt> in the answer") == "echo" or gate_of("echo: x") == "sane"
-    switches = set(GateSettings.model_fields)
-    assert switches <= set(GATE_OF.values())
-    assert set(GATE_OF.values()) - switches == {"readable", "sane"}
-    assert not any(c.isdigit() for text in prompts.FEEDBACK.values() for c in text)
+def test_gates_stand_in_the_order_of_what_they_need_and_each_says_what_to_do_better() -> None:
+    rows = gates()
+    assert [PHASES.index(row.needs) for row in rows] == sorted(PHASES.index(row.needs) for row in rows)
+    assert len({row.name for row in rows}) == len(rows)
+    assert set(GateSettings.model_fields) == {row.setting for row in rows if row.setting}
+    for row in rows:
+        assert row.feedback
+        assert row.title
+        assert row.rule.endswith(".")
+        assert not any(c.isdigit() for text in row.feedback.values() for c in text)
+
+
+def test_a_candidate_meets_the_gates_in_the_order_of_the_table_and_each_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    met: list[str] = []
+    stops: set[str] = set()
+
+    def recording(name: str) -> Any:
+        def check(candidate: Candidate, value: Any) -> Finding | None:
+            met.append(name)
+            return Finding("so it was", next(iter(gate(name).feedback))) if name in stops else None
+
+        return check
+
+    for row in gates():
+        monkeypatch.setitem(table._CHECKS, row.name, recording(row.name))
+
+    def verdict(of: Task, settings: RefineSettings) -> Verdict | None:
+        met.clear()
+        candidate = Candidate(of)
+        return next((v for needs in PHASES if (v := first_verdict(candidate, needs, settings))), None)
+
+    every = set()
+    for of in (HARD, LOW, BOTH, SPARSE):
+        for settings in (RefineSettings(), RefineSettings(accept="sane"), RefineSettings(accept="none")):
+            stops.clear()
+            assert verdict(of, settings) is None
+            whole = list(met)
+            names = [row.name for row in gates()]
+            assert whole == [name for name in names if name in whole]
+            for place, name in enumerate(whole):
+                stops.clear()
+                stops.update(whole[place:])  # whatever else is wrong with it
+                assert verdict(of, settings) == Verdict(name, "so it was")
+                assert met == whole[: place + 1]
+            every |= set(whole)
+    assert every == {row.name for row in gates()}
+
+
+def test_what_refine_accept_asks() -> None:
+    def names(of: Task, **settings: Any) -> list[str]:
+        return [row.name for needs in PHASES for row in asked(needs, of.axes, RefineSettings(**settings))]
+
+    assert names(HARD, accept="none") == ["readable", "answer_readable", "duplicate"]
+    by_text = ["readable", "sane", "numbers", "code", "language", "answer_readable", "answer_sane"]
+    assert names(HARD, accept="sane") == [*by_text, "answer_language", "length", "duplicate"]
+    assert names(HARD, gates=OPEN) == ["readable", "sane", "answer_readable", "answer_sane", "duplicate"]
+    new = ["coverage", "novelty", "distribution"]
+    assert [name for name in names(SPARSE) if name in (*new, "context", "loss", "quality")] == new
+    assert names(BOTH)[-4:] == ["context", "loss", "quality", "duplicate"]
+
+
+def test_a_gate_from_outside_is_asked_in_its_place_and_is_a_setting() -> None:
+    """Its row and its check are all that it takes."""
+
+    def polite(candidate: Candidate, wanted: float) -> Finding | None:
+        said = candidate.response.lower().count("please")
+        return None if said >= wanted else Finding(f"please said {said} times, {wanted:g} wanted")
+
+    row = Gate(
+        "polite",
+        needs="answer",
+        accept="sane",
+        of="hard",
+        title="politely answered",
+        rule="The answer says please this often.",
+        feedback={"": "It was rude."},
+        switch=Switch(1.0, ge=0),
+    )
+    register(row, polite)
+    try:
+        assert [r.name for r in gates()].index("polite") == [r.name for r in gates()].index("length") - 1
+        with pytest.raises(ValueError, match="a gate called 'polite' already"):
+            register(row, polite)
+        of = task("simplify", "complexity", prompt="Prove it.")
+        rude = text_verdict(of, "Why?", "So.")
+        assert rude == Verdict("polite", "please said 0 times, 1 wanted")
+        assert rude.feedback == "It was rude."
+        assert text_verdict(of, "Why?", "Please see.") is None
+        assert text_verdict(LOW, "Why?", "So.") is None
+        given = ["model.path=m", "data.path=d", "refine.gates.polite=2"]
+        twice = load(None, given).refine
+        assert text_verdict(of, "Why?", "Please see.", settings=twice) == Verdict(
+            "polite", "please said 1 times, 2 wanted"
+        )
+        assert text_verdict(of, "Why?", "So.", settings=RefineSettings(gates={"polite": None})) is None  # type: ignore
+        assert "polite: 2.0" in load(None, given).to_yaml()
+        with pytest.raises(ConfigError, match=r"refine\.gates\.polite: .*greater than or equal to 0"):
+            load(None, ["model.path=m", "data.path=d", "refine.gates.polite=-1"])
+    finally:
+        unregister("polite")
+    assert text_verdict(of, "Why?", "So.") is None
+    with pytest.raises(ConfigError, match=r"refine\.gates\.polite is not a setting"):
+        load(None, given)
+
+
+def test_a_setting_may_be_shared_but_only_one_that_exists() -> None:
+    row = dataclasses.replace(gate("answer_language"), name="other", switch="polite")
+    with pytest.raises(ValueError, match="no gate is called 'polite'"):
+        register(row, lambda candidate, value: None)
+    with pytest.raises(KeyError):
+        gate("other")
+
+
+# Verdicts and attempts --------------------------------------------------------------------------------
 
 
 def test_what_a_gate_rejected_is_tried_again_and_told_why() -> None:
-    rejected = Outcome(HARD, None, "loss: 3.000 -> 3.100, at most 2.500 wanted")
-    again = rejected.next_attempt()
+    told = {name: gate(name).feedback[""] for name in ("loss", "context")}
+    again = Outcome(HARD, None, Verdict("loss", "3.000 -> 3.100, at most 2.500 wanted")).next_attempt()
     assert again is not None
-    assert (again.attempt, again.feedback, again.task_id) == (1, (prompts.FEEDBACK["loss"],), HARD.task_id)
+    assert (again.attempt, again.feedback, again.task_id) == (1, (told["loss"],), HARD.task_id)
     first, second = (first_request(t, RefineSettings()) for t in (HARD, again))
     assert second[:-1] == first[:-1]
     assert second[-1]["content"].endswith(first[-1]["content"])
-    assert prompts.FEEDBACK["loss"] in second[-1]["content"]
-    third = Outcome(again, None, "context: 0.1 similar to the original, 0.9 wanted").next_attempt()
+    assert told["loss"] in second[-1]["content"]
+    third = Outcome(again, None, Verdict("context", "0.1 similar to the original")).next_attempt()
     assert third is not None
-    assert third.feedback == (prompts.FEEDBACK["loss"], prompts.FEEDBACK["context"])
-    same = Outcome(third, None, "loss: again").next_attempt()
+    assert third.feedback == (told["loss"], told["context"])
+    same = Outcome(third, None, Verdict("loss", "again")).next_attempt()
     assert same is not None
     assert (same.attempt, same.feedback) == (3, third.feedback)
 
 
 def test_what_no_gate_rejected_is_not_tried_again() -> None:
-    assert Outcome(HARD, None, "request refused (400): too long").next_attempt() is None
-    assert Outcome(HARD, None, "budget").next_attempt() is None
+    assert Outcome(HARD, None, Verdict(None, "request refused (400): too long")).next_attempt() is None
+    assert Outcome(HARD, None, Verdict(None, "budget")).next_attempt() is None
     assert Outcome(HARD, sample("Q2")).next_attempt() is None
+
+
+def test_a_gates_faults_are_told_apart_to_the_refiner() -> None:
+    of = task("simplify", "complexity", prompt="Prove it.")
+    empty, copied = text_verdict(of, " ", "So."), text_verdict(of, "PROVE it.", "So.")
+    assert empty is not None
+    assert copied is not None
+    assert empty.feedback == "It was empty."
+    assert copied.feedback == "It changed nothing. Make a real change."

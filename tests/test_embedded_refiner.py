@@ -26,7 +26,7 @@ pytest_plugins = ["loop_fixture"]
 def refined(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[RoundDir, list[Any], set[str | None]]:
-    """A round refined by the embedded endpoint in two attempts: its folder, the engines, the keys it was sent.
+    """A round refined by the embedded endpoint in two attempts: (its folder, the engines, the keys they got).
 
     The model's random weights write nothing that can be read, so that every sample is tried again.
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import threading
 from collections.abc import Iterator
 
@@ -225,6 +227,35 @@ def test_slots_and_heads_that_the_mesh_does_not_divide_stay_whole(tmp_path):
         assert engine.generate([request] * 3) == expected
         assert engine._cache.keys.sharding.is_fully_replicated
         assert len(engine._cache.keys.sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode", "copy_chunks"])
+def test_devices_exchange_rows_of_the_cache_and_never_all_of_it(tmp_path, program):
+    """No collective is as large as what two slots hold: whatever it collects is one slot's, or no cache."""
+    slots, context = 8, 1024
+    mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
+    graphdef, params = load(locate(write_tiny_model(tmp_path)), mesh=mesh)
+    config = nnx.merge(graphdef, params).config
+    sampling = [(Request((), 0), 0)]
+    with jax.set_mesh(mesh):
+        cache = engine_module._made_cache(config, slots, context)
+        one = np.int32(1)
+        operands = {
+            "prefill": (np.zeros((1, CHUNK), np.int32), one, one, one, Sampling.of(sampling)),
+            "decode": (np.zeros(slots, np.int32), np.zeros(slots, np.int32), Sampling.of(sampling * slots)),
+            "copy_chunks": (one, one, one),
+        }[program]
+        model = () if program == "copy_chunks" else (graphdef, params)
+        compiled = getattr(engine_module, program).lower(*model, cache, *operands).compile().as_text()
+    moved = [
+        math.prod(int(n) for n in shape.split(",") if n)
+        for line in compiled.splitlines()
+        if (found := re.search(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)\(", line))
+        for shape in re.findall(r"[a-z]+\d*\[([\d,]*)\]", found[1])
+    ]
+    assert moved
+    a_slot = config.num_layers * context * config.num_kv_heads * config.head_dim
+    assert max(moved) < 2 * a_slot
 
 
 def test_an_axis_is_split_as_far_as_it_divides():

@@ -76,11 +76,8 @@ def refine_stage(
     tasks = plan_refinement(directory)
     acceptance = Acceptance(workshop, directory, heldout, model)
     ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
-    if tasks:
-        with _refiner(workshop, round_index, cache, ledger, batch) as ask:
-            outcomes = _attempts(tasks, ask, acceptance, config.refine.max_attempts)
-    else:
-        outcomes = acceptance.decide([])
+    refiner = _refiner(workshop, round_index, cache, ledger, batch)
+    outcomes = _attempts(tasks, refiner, acceptance, config.refine.max_attempts)
     write_jsonl(directory.requests, (row for o in outcomes for row in o.request_rows()))
     write_jsonl(directory.refined, (o.to_json() for o in outcomes))
     directory.finish(
@@ -95,18 +92,30 @@ def refine_stage(
     return ledger
 
 
-def _attempts(tasks: Sequence[Task], ask: Ask, acceptance: Acceptance, most: int) -> list[Outcome]:
+def _attempts(
+    tasks: Sequence[Task],
+    refiner: contextlib.AbstractContextManager[Ask],
+    acceptance: Acceptance,
+    most: int,
+) -> list[Outcome]:
     """How each task ended, in order, after at most so many attempts."""
+    if not tasks:
+        return acceptance.decide([])
     ended: dict[str, Outcome] = {}
     left = list(tasks)
-    for _ in range(most):
-        decided = acceptance.decide(ask(left))
-        for outcome in decided:
-            earlier = ended.get(outcome.task.task_id)
-            ended[outcome.task.task_id] = outcome.after(earlier) if earlier else outcome
-        left = [again for outcome in decided if (again := outcome.next_attempt()) is not None]
-        if not left:
-            break
+    with contextlib.ExitStack() as stack:
+        ask = stack.enter_context(refiner)
+        for attempt in range(1, most + 1):
+            asked = ask(left)
+            if attempt == most:  # so that an embedded model leaves the memory before the last measuring
+                stack.close()
+            decided = acceptance.decide(asked)
+            for outcome in decided:
+                earlier = ended.get(outcome.task.task_id)
+                ended[outcome.task.task_id] = outcome.after(earlier) if earlier else outcome
+            left = [again for outcome in decided if (again := outcome.next_attempt()) is not None]
+            if not left:
+                break
     return [ended[task.task_id] for task in tasks]
 
 

@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from middo_jax.diagnose.table import SCHEMA, read_scores, write_scores
 from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
 from middo_jax.refine import AnswerCache, Outcome
+from middo_jax.refine.acceptance import table
+from middo_jax.refine.acceptance.candidate import Candidate, Check, Finding
 from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
 from middo_jax.stages.measure import UnderTraining
 from middo_jax.workshop import Workshop
@@ -223,6 +226,31 @@ def test_a_resumed_round_ends_with_the_same_bytes_and_measures_nothing_twice(
         assert contents(directory.path, *names) == wanted
         assert passes == measured_now
     assert len(measured.requests) == asked  # every answer was in the cache
+
+
+def test_a_stage_asks_each_gate_once_in_the_tables_order_and_none_after_the_one_that_rejects(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
+
+    def recorded(name: str, check: Check) -> Check:
+        def recording(candidate: Candidate, value: Any) -> Finding | None:
+            met[candidate.task.task_id, candidate.task.attempt].append(name)
+            return check(candidate, value)
+
+        return recording
+
+    for name, check in list(table._CHECKS.items()):
+        monkeypatch.setitem(table._CHECKS, name, recorded(name, check))
+    directory = measured.again(tmp_path)
+    order = [row.name for row in gates()]
+    rows = read_jsonl(directory.candidates)
+    assert len(rows) == len(met)
+    for row in rows:
+        names = met[row["task_id"], row["attempt"]]
+        assert names == [name for name in order if name in names]
+        assert names[-1] == (row["gate"] or "duplicate")
+    assert {row["gate"] for row in rows} > {None, "coverage"}
 
 
 def test_accept_none_takes_whatever_can_be_trained_on(measured: Measured, tmp_path: Path) -> None:

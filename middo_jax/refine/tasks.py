@@ -138,7 +138,9 @@ class Outcome:
             row["attempts"] - 1,
         )
         example = None if row["example"] is None else Example.from_json(row["example"])
-        return cls(task, example, None if row["accepted"] else Verdict(row["gate"], row["detail"]))
+        # Version 0.1 wrote no gate, and `reject_reason` for `detail`.
+        verdict = Verdict(row.get("gate"), row.get("detail") or row.get("reject_reason", ""))
+        return cls(task, example, None if row["accepted"] else verdict)
 
     def request_rows(self) -> Iterator[dict[str, Any]]:
         """Rows of requests.jsonl, in the order of asking."""

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from middo_jax.config.gates import gate
 from middo_jax.data.example import Example
 from middo_jax.run_dir import RoundDir, read_jsonl
 
@@ -35,15 +36,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def ends(candidates: Sequence[dict[str, Any]]) -> str:
     """How many candidates ended how, by the axes that asked for them."""
     groups = sorted({tuple(row["axes"]) for row in candidates})
-    kinds = Counter((row["reason"] or "accepted").partition(":")[0] for row in candidates)
-    found = Counter(
-        ((row["reason"] or "accepted").partition(":")[0], tuple(row["axes"])) for row in candidates
-    )
+    kinds = Counter(_end(row) for row in candidates)
+    found = Counter((_end(row), tuple(row["axes"])) for row in candidates)
     rows = [
         [kind, *(found[kind, group] for group in groups), n, f"{n / len(candidates):.1%}"]
         for kind, n in kinds.most_common()
     ]
     return table(["end", *(" + ".join(group) for group in groups), "all", "share"], rows)
+
+
+def _end(row: dict[str, Any]) -> str:
+    """What a candidate is counted by: its gate, or what that found where it has several faults."""
+    if row["accepted"]:
+        return "accepted"
+    has_one_fault = row["gate"] is not None and len(gate(row["gate"]).feedback) == 1
+    return row["gate"] if has_one_fault else row["detail"].partition(":")[0]
 
 
 def costs(directory: RoundDir, tasks: Sequence[dict[str, Any]]) -> str:

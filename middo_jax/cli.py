@@ -268,13 +268,12 @@ def serve(
     overrides: Overrides = None,
 ) -> None:
     """An OpenAI-compatible endpoint on loopback, unless serve.host says otherwise."""
-    from middo_jax.refine.server import build_app, load_engine, serve_forever
+    from middo_jax.inference.server import build_app, load_engine, serve_forever
 
     path = _model(model)
-    config = _workshop(
-        [f"model.path={path}", "data.path=none", f"serve.port={port}", *(overrides or ())]
-    ).config
-    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype)
+    workshop = _workshop([f"model.path={path}", "data.path=none", f"serve.port={port}", *(overrides or ())])
+    config = workshop.config
+    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, mesh=workshop.mesh)
     with engine:
         serve_forever(
             build_app(engine, tokenizer, path.resolve().name, eos_ids), config.serve.host, config.serve.port

@@ -124,12 +124,12 @@ class RoundDir:
 
     @property
     def rejected(self) -> Path:
-        """Rewrites that were not accepted, with the raw answers."""
+        """Input rows that could not be used, with the reason, where a command reads them into this folder."""
         return self.path / "rejected.jsonl"
 
     @property
     def candidates(self) -> Path:
-        """One row an attempt of the refiner: which gate it met its end at, and what was measured of it."""
+        """One row per attempt of the refiner: the gate that rejected it, and what was measured of it."""
         return self.path / "candidates.jsonl"
 
     @property

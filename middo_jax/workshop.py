@@ -9,7 +9,7 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from middo_jax.config import Config
 from middo_jax.data.example import Example
@@ -153,29 +153,40 @@ def write_dataset(directory: RoundDir, examples: Sequence[Example]) -> None:
     directory.finish("prepare", [directory.dataset], 0.0, n=len(examples))
 
 
-@contextlib.contextmanager
-def endpoint(workshop: Workshop) -> Iterator[tuple[str | tuple[str, ...], str]]:
-    """(base URL or several, model name) of the refiner; if none is set, ours is started.
+class Served(NamedTuple):
+    """The refiner's endpoint.
 
-    It serves on loopback while the block runs.
+    Attributes:
+      url: up to and including /v1; several are servers of the same model.
+      model: the name to ask for.
+      sends_key: whether it is the user's and gets their API key; the embedded one gets a dummy.
     """
+
+    url: str | tuple[str, ...]
+    model: str
+    sends_key: bool
+
+
+@contextlib.contextmanager
+def endpoint(workshop: Workshop) -> Iterator[Served]:
+    """The refiner's endpoint; if none is set, the embedded one serves on loopback while the block runs."""
     config = workshop.config
     url = config.refine.base_url or os.environ.get("OPENAI_BASE_URL")
     if url is not None:
         if config.refine.model is None:
             served = "refine.base_url" if config.refine.base_url else "$OPENAI_BASE_URL"
             raise RunError(f"config: refine.model is missing: the name of a model that {served} serves")
-        yield url, config.refine.model
+        yield Served(url, config.refine.model, sends_key=True)
         return
+    from middo_jax.inference.server import build_app, load_engine, serve_in_background
     from middo_jax.models.resolve import resolve
-    from middo_jax.refine.server import build_app, load_engine, serve_in_background
 
     if config.refine.model:
         path, template = resolve(config.refine.model), None
     else:
         path, template = workshop.base, config.model.template
-    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, template)
+    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, template, workshop.mesh)
     name = path.resolve().name
     with engine, serve_in_background(build_app(engine, tokenizer, name, eos_ids), port=0) as url:
-        yield url, name
+        yield Served(url, name, sends_key=False)
     gc.collect()

@@ -24,7 +24,8 @@ from hostile_server import answer, better
 
 from middo_jax.config import Prices, RefineSettings
 from middo_jax.data.example import Example, Message
-from middo_jax.refine import AnswerCache, ChatClient, Ledger, Outcome, Task, refine_tasks, throttle
+from middo_jax.refine import AnswerCache, ChatClient, Ledger, Outcome, Task, prompts, refine_tasks
+from middo_jax.refine.endpoint import throttle
 
 TIMEOUT_S = 100.0  # in real life; the slowest answer takes 15, and a busy machine its time
 REFUSALS = ("429", "429 retry-after", "overload", "loading")
@@ -114,7 +115,8 @@ class Load:
     def reasons(self) -> collections.Counter[str]:
         """Samples by how they ended."""
         return collections.Counter(
-            "accepted" if o.example else (o.reject_reason or "").partition(":")[0] for o in self.outcomes
+            "accepted" if o.example else o.verdict.detail.partition(":")[0] if o.verdict else ""
+            for o in self.outcomes
         )
 
 
@@ -136,7 +138,7 @@ def run_load(server: Server, n: int, cache: Path, concurrency: int, restart: boo
 
     async def load() -> tuple[list[Outcome], Ledger]:
         answers = AnswerCache(cache)
-        client = ChatClient(settings, server.url, "hostile", answers, backoff_s=1.0 / scale)
+        client = ChatClient(prompts.requests("hostile", settings), server.url, answers, backoff_s=1.0 / scale)
         restarts: list[asyncio.Task[None]] = []
 
         async def again() -> None:
@@ -173,7 +175,7 @@ def check(load: Load, server: Server, cache: Path) -> None:
     assert [o.task for o in load.outcomes] == load.tasks
     assert sorted(load.ended) == sorted(task.task_id for task in load.tasks)
     for i, outcome in enumerate(load.outcomes):
-        assert (outcome.example is None) == bool(outcome.reject_reason)
+        assert (outcome.example is None) == bool(outcome.verdict)
         if outcome.example:
             assert outcome.example.prompt == better(str(i))
             assert outcome.example.response == answer(better(str(i)))
@@ -201,7 +203,7 @@ def check(load: Load, server: Server, cache: Path) -> None:
     try:
         assert len(kept) == here.answers
         assert {axis: usage.answers for (_, axis), usage in kept.spent("run").items()} == {
-            axis: usage.answers for axis, usage in load.ledger.by_axis.items()
+            axis: usage.answers for axis, usage in load.ledger.by_account.items()
         }
     finally:
         kept.close()

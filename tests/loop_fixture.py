@@ -27,9 +27,9 @@ from starlette.routing import Route
 from tiny_model import write_tiny_model
 
 from middo_jax.config import load
+from middo_jax.inference.server import serve_in_background
 from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
-from middo_jax.refine.server import serve_in_background
 from middo_jax.run_dir import RunDir, read_jsonl
 
 KEY = "sk-marker-5f0e9d1c7a"  # what must be written nowhere

@@ -22,9 +22,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from middo_jax.config import RefineSettings
-from middo_jax.refine.cache import Answer, AnswerCache
-from middo_jax.refine.client import ChatClient
-from middo_jax.refine.faults import RefinerError
+from middo_jax.refine.endpoint.cache import AnswerCache
+from middo_jax.refine.endpoint.client import ChatClient
+from middo_jax.refine.endpoint.faults import RefinerError
+from middo_jax.refine.endpoint.request import Answer
+from middo_jax.refine.prompts import requests
 
 
 def good(text: str, prompt_tokens: int = 10, completion_tokens: int = 5, **more: Any) -> Response:
@@ -154,12 +156,17 @@ def user(text: str) -> list[dict[str, str]]:
 
 
 def ask(
-    url: str, cache: AnswerCache, *texts: str, settings: RefineSettings = SETTINGS, **more: Any
+    url: str,
+    cache: AnswerCache,
+    *texts: str,
+    settings: RefineSettings = SETTINGS,
+    seed: int | None = None,
+    **more: Any,
 ) -> tuple[list[Any], ChatClient]:
     """Asks all texts at once; a RefinerError stands in its answer's place."""
 
     async def go() -> tuple[list[Any], ChatClient]:
-        async with ChatClient(settings, url, "m", cache, backoff_s=0.01, **more) as client:
+        async with ChatClient(requests("m", settings, seed), url, cache, backoff_s=0.01, **more) as client:
             asked = (client.complete(user(text)) for text in texts)
             answers = await asyncio.gather(*asked, return_exceptions=True)
         return answers, client

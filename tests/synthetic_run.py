@@ -8,7 +8,6 @@ Ids, counts, thresholds and lineage agree with each other as they do in a real r
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,17 @@ import pyarrow.parquet as pq
 import yaml
 
 from middo_jax.data.example import Example, Lineage, Message, Op
-from middo_jax.refine.usage import Usage
+from middo_jax.refine.endpoint.usage import Usage
 from middo_jax.run_dir import RoundDir, RunDir, read_jsonl, write_json, write_jsonl, write_text
 
 AXES = {"complexity": ("loss_pre", "loss_post"), "diversity": ("knn_mean_sim",), "quality": ("quality",)}
 OPS: dict[str, Op] = {"complexity": "simplify", "diversity": "synthesize", "quality": "rewrite"}
 FLAGS = {"complexity": "hard", "diversity": "sparse", "quality": "low_quality"}
 JUDGED = [f"{d}_{part}" for d in ("clarity", "completeness", "factuality") for part in ("prompt", "response")]
-REASONS = (
-    "unchanged: the rewrite equals the original",
-    "refused: the answer declines",
-    "truncated at max_tokens",
+VERDICTS = (
+    ("sane", "unchanged"),
+    ("answer_sane", "refused"),
+    (None, "request failed (500): busy"),
 )
 SWEEP = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 TOPICS = ("tides", "glaciers", "sourdough", "bridges", "sonnets", "compilers", "orchards", "enzymes", "chess")
@@ -126,11 +125,11 @@ def _write_round(
     folder.finish("score", [folder.scores], 21.75)
     write_json(folder.selection, selection)
     folder.finish("select", [folder.selection], 0.21)
-    tasks, answers = _refine(examples, table, selection, index, rng, poison)
+    tasks, requests = _refine(examples, table, selection, index, rng, poison)
     write_jsonl(folder.refined, tasks)
-    write_jsonl(folder.rejected, answers)
+    write_jsonl(folder.requests, requests)
     write_jsonl(folder.candidates, _candidates(tasks, table, random.Random(index), poison))
-    files = [folder.refined, folder.rejected, folder.candidates]
+    files = [folder.refined, folder.requests, folder.candidates]
     folder.finish("refine", files, 130.0, usage=_usage(tasks))
     replaced = {
         t["replaces"]: Example.from_json(t["example"]) for t in tasks if t["accepted"] and t["replaces"]
@@ -236,8 +235,8 @@ def _refine(
     rng: random.Random,
     poison: str,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of refined.jsonl and rejected.jsonl; a sample chosen by both replacing axes is rewritten once."""
-    by_id, tasks, answers = {e.id: e for e in examples}, [], []
+    """Rows of refined.jsonl and requests.jsonl; a sample chosen by both replacing axes is rewritten once."""
+    by_id, tasks, requests = {e.id: e for e in examples}, [], []
     chosen = {a: selection["axes"][a]["ids"] for a in AXES}
     wanted = {i: [a for a in ("complexity", "quality") if i in set(chosen[a])] for i in by_id}
     plan = [(i, axes) for i, axes in wanted.items() if axes] + [
@@ -261,13 +260,9 @@ def _refine(
         prompt, response = _rewritten(original, op, number, poison)
         child = original.replace_text(prompt, response, lineage)
         accepted = rng.random() > 0.25
-        reason = None if accepted else f"{rng.choice(REASONS)}{poison}"
-        if not accepted:
-            child = dataclasses.replace(
-                child, lineage=dataclasses.replace(lineage, accepted=False, reject_reason=reason)
-            )
-            raw = [f"<prompt>{prompt}</prompt> {poison}", "I would rather not say."]
-            answers.append({"source_id": source_id, "op": op, "axes": axes, "reason": reason, "answers": raw})
+        gate, detail = (None, None) if accepted else rng.choice(VERDICTS)
+        raw = [f"<prompt>{prompt}</prompt> {poison}", "I would rather not say."]
+        requests += [{"task_id": f"{op}:{source_id}", "answer": text} for text in raw]
         tasks.append({
             "task_id": f"{op}:{source_id}",
             "op": op,
@@ -275,13 +270,14 @@ def _refine(
             "source_id": source_id,
             "hint_ids": list(hints),
             "accepted": accepted,
-            "reject_reason": reason,
+            "gate": gate,
+            "detail": None if accepted else f"{detail}{poison}",
             "replaces": None if adds else source_id,
             "example": child.to_json(),
             "original": original.to_json(),
             "usage": {"requests": 2, "prompt_tokens": 410 + number, "completion_tokens": 160 + number},
         })  # fmt: skip
-    return tasks, answers
+    return tasks, requests
 
 
 def _usage(tasks: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -327,7 +323,7 @@ def _candidates(
                 "source_id": task["source_id"],
                 "candidate_id": task["example"]["id"],
                 **verdict,
-                "reason": None if verdict["accepted"] else f"{verdict['gate']}: so it was{poison}",
+                "detail": None if verdict["accepted"] else f"so it was{poison}",
                 "before": {c: scores[c] for c in ("loss_pre", "loss_post", "knn_mean_sim", "quality")},
                 "measured": None if early else measured,
                 "measured_under": None if early else "0123456789abcdef",

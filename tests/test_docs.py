@@ -10,18 +10,43 @@ import pytest
 
 from middo_jax.cli import app
 from middo_jax.config import load, setting_names
+from middo_jax.config.gates import gates
+from middo_jax.data.example import Example, Message
+from middo_jax.refine.acceptance.candidate import Candidate
+from middo_jax.refine.acceptance.table import first_verdict, unregister
+from middo_jax.refine.tasks import Task, Verdict
 
 ROOT = Path(__file__).parent.parent
+EXAMPLE = Example((Message("user", "Why?"), Message("assistant", "So.")))
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
-def test_the_settings_page_is_what_its_script_writes() -> None:
-    spec = importlib.util.spec_from_file_location("make_settings", ROOT / "docs" / "make_settings.py")
+@pytest.mark.parametrize(("script", "page"), [("make_settings", "settings.md"), ("make_gates", "refine.md")])
+def test_a_page_is_what_its_script_writes(script: str, page: str) -> None:
+    spec = importlib.util.spec_from_file_location(script, ROOT / "docs" / f"{script}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == module.page()
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == module.page()
+
+
+def test_the_gate_that_the_docs_register_is_asked_and_is_a_setting() -> None:
+    """Its row and its check are all that it takes."""
+    text = (ROOT / "docs" / "refine.md").read_text(encoding="utf-8").split("### A gate of your own")[1]
+    example = text.split("```python\n")[1].split("```")[0]
+    try:
+        exec(example, {})
+        row = next(row for row in gates() if row.name == "polite")
+        candidate = Candidate(Task("rewrite", ("quality",), EXAMPLE), response="Please see.")
+        config = load(None, ["model.path=m", "data.path=d", "refine.gates.polite=2"])
+        rude = first_verdict(candidate, row.needs, config.refine)
+        assert rude == Verdict("polite", "please said 1 times, 2 wanted")
+        assert (
+            first_verdict(candidate, row.needs, config.refine.model_copy(update={"accept": "none"})) is None
+        )
+    finally:
+        unregister("polite")
 
 
 def test_the_settings_page_names_every_setting() -> None:

@@ -53,7 +53,7 @@ def test_every_artefact_is_where_the_contract_says(finished: Finished) -> None:
     whole |= {"heldout_losses.json", "heldout_rows.parquet", "report.html", "round_00", "round_01", "final"}
     assert {p.name for p in run.path.iterdir()} == whole
     a_round = {"dataset.jsonl", "scores.parquet", "embeddings.npy", "selection.json", "requests.jsonl"}
-    a_round |= {"refined.jsonl", "rejected.jsonl", "candidates.jsonl", "dropped.jsonl"}
+    a_round |= {"refined.jsonl", "candidates.jsonl", "dropped.jsonl"}
     a_round |= {"checkpoint", "metrics.jsonl", "manifest.json"}
     for directory in run.rounds():
         assert {p.name for p in directory.path.iterdir()} == a_round
@@ -293,9 +293,11 @@ def test_gibberish_is_rejected_and_everything_stays(finished: Finished, tmp_path
     refined = read_jsonl(run.round(0).refined)
     assert refined
     assert not any(row["accepted"] for row in refined)
-    rejected = read_jsonl(run.round(0).rejected)
-    assert [row["source_id"] for row in rejected] == [row["source_id"] for row in refined]
-    assert all(row["reason"] and row["answers"] for row in rejected)
+    assert all(row["detail"] for row in refined)
+    asked = read_jsonl(run.round(0).requests)
+    assert {row["task_id"] for row in asked} == {row["task_id"] for row in refined}
+    assert read_jsonl(run.rejected) == []  # of input rows alone
+    assert not run.round(0).rejected.exists()
     assert read_jsonl(run.heldout) == []
     assert json.loads(run.heldout_losses.read_text(encoding="utf-8")) == {"n": 0, "models": []}
     assert pq.read_table(run.heldout_rows).num_rows == 0

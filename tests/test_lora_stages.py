@@ -19,13 +19,13 @@ from loop_fixture import fake_refiner, settings
 import middo_jax.diagnose.score as scoring
 from middo_jax import cli, stages
 from middo_jax.config import ServeSettings, load
+from middo_jax.inference.sampling import Request
+from middo_jax.inference.server import load_engine
 from middo_jax.loop import run_loop
 from middo_jax.models import hf, source
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.lora import partition
-from middo_jax.models.sampling import Request
 from middo_jax.progress import Silent
-from middo_jax.refine.server import load_engine
 from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl
 from middo_jax.stages.train import load_start
 from middo_jax.workshop import Workshop, prepare, write_dataset

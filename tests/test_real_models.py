@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 from golden.make_continuations import GOLDEN, NUM_TOKENS, demo_directory, prompts
 
+from middo_jax.inference.engine import Engine
+from middo_jax.inference.sampling import Request
 from middo_jax.models.decoder import forward
-from middo_jax.models.generate import Engine
 from middo_jax.models.gguf import DEMOS
 from middo_jax.models.hf import CheckpointError, load
-from middo_jax.models.sampling import Request
 
 pytestmark = pytest.mark.real_model
 NUM_COMPARED = 64  # positions whose logits are compared: all of 700 would be 734 MB with Gemma's vocabulary

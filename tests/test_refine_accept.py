@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +20,15 @@ from loop_fixture import contents, fake_refiner, rows_by_id, settings
 
 from middo_jax import stages
 from middo_jax.config import Config, load
+from middo_jax.config.gates import gate, gates
 from middo_jax.data.example import Example
 from middo_jax.diagnose.score import score_examples
 from middo_jax.diagnose.table import SCHEMA, read_scores, write_scores
 from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
-from middo_jax.refine import AnswerCache, Outcome, prompts
+from middo_jax.refine import AnswerCache, Outcome
+from middo_jax.refine.acceptance import table
+from middo_jax.refine.acceptance.candidate import Candidate, Check, Finding
 from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
 from middo_jax.stages.measure import UnderTraining
 from middo_jax.workshop import Workshop
@@ -48,7 +52,7 @@ def answer(text: str) -> str:
     """
     topic = next((topic for topic in TOPICS if topic in text), "a cat")
     if "<prompt>" in text:
-        told = any(feedback in text for feedback in prompts.FEEDBACK.values())
+        told = any(feedback in text for row in gates() for feedback in row.feedback.values())
         tag = "core" if "<core>" in text else "original"
         [source] = re.findall(rf"<{tag}>\n(.*?)\n</{tag}>", text, re.DOTALL)
         if tag == "core":
@@ -172,9 +176,10 @@ def test_rejected_rewrites_are_tried_again_and_told_why_and_then_the_original_st
     asked = [row for row in read_jsonl(measured.round.requests) if row["step"] == "prompt"]
     for request in asked:
         told = request["messages"][-1]["content"]
-        reason = first[request["task_id"]]["reason"] if request["attempt"] else None
-        for kind, feedback in prompts.FEEDBACK.items():
-            assert (feedback in told) == (reason is not None and reason.partition(":")[0] == kind)
+        rejected_by = first[request["task_id"]]["gate"] if request["attempt"] else None
+        given = {text for row in gates() for text in row.feedback.values() if text in told}
+        assert len(given) == (rejected_by is not None)
+        assert given <= set(gate(rejected_by).feedback.values() if rejected_by else ())
     refined = {row["task_id"]: row for row in read_jsonl(measured.round.refined)}
     final = rows_by_id(measured.run.final.dataset)
     for task_id, row in refined.items():
@@ -191,7 +196,7 @@ def test_rejected_rewrites_are_tried_again_and_told_why_and_then_the_original_st
 def test_a_resumed_round_ends_with_the_same_bytes_and_measures_nothing_twice(
     measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("candidates.jsonl", "requests.jsonl", "refined.jsonl", "rejected.jsonl", "dropped.jsonl")
+    names = ("candidates.jsonl", "requests.jsonl", "refined.jsonl", "dropped.jsonl")
     wanted, asked = contents(measured.round.path, *names), len(measured.requests)
     passes: list[int] = []
     measure = UnderTraining.measure
@@ -223,11 +228,37 @@ def test_a_resumed_round_ends_with_the_same_bytes_and_measures_nothing_twice(
     assert len(measured.requests) == asked  # every answer was in the cache
 
 
+def test_a_stage_asks_each_gate_once_in_the_tables_order_and_none_after_the_one_that_rejects(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
+
+    def recorded(name: str, check: Check) -> Check:
+        def recording(candidate: Candidate, value: Any) -> Finding | None:
+            met[candidate.task.task_id, candidate.task.attempt].append(name)
+            return check(candidate, value)
+
+        return recording
+
+    for name, check in list(table._CHECKS.items()):
+        monkeypatch.setitem(table._CHECKS, name, recorded(name, check))
+    directory = measured.again(tmp_path)
+    order = [row.name for row in gates()]
+    rows = read_jsonl(directory.candidates)
+    assert len(rows) == len(met)
+    for row in rows:
+        names = met[row["task_id"], row["attempt"]]
+        assert names == [name for name in order if name in names]
+        assert names[-1] == (row["gate"] or "duplicate")
+    assert {row["gate"] for row in rows} > {None, "coverage"}
+
+
 def test_accept_none_takes_whatever_can_be_trained_on(measured: Measured, tmp_path: Path) -> None:
     directory = measured.again(tmp_path, accept="none", max_attempts=1)
     rows = read_jsonl(directory.refined)
     # But no conversation can stand twice in a dataset.
-    assert {row["reject_reason"].split()[1] for row in rows if not row["accepted"]} <= {"equals"}
+    rejected = [row for row in rows if not row["accepted"]]
+    assert {(row["gate"], row["detail"].split()[0]) for row in rejected} <= {("duplicate", "equals")}
     accepted = [row for row in rows if row["accepted"]]
     assert len(accepted) > sum(row["accepted"] and not row["attempt"] for row in measured.candidates())
     assert all(row["measured"] is None for row in read_jsonl(directory.candidates))

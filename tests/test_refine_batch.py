@@ -17,10 +17,13 @@ from scripted_server import SETTINGS
 
 from middo_jax import cli
 from middo_jax.config import Prices
-from middo_jax.refine.batch import BatchClient, Result, read_results
-from middo_jax.refine.cache import Answer, AnswerCache
-from middo_jax.refine.faults import NotAnswered, RefinerError, RequestRefused
-from middo_jax.refine.usage import Ledger
+from middo_jax.refine.endpoint.batch import BatchClient, Result, read_results
+from middo_jax.refine.endpoint.cache import AnswerCache
+from middo_jax.refine.endpoint.faults import NotAnswered, RefinerError, RequestRefused
+from middo_jax.refine.endpoint.ledger import Ledger
+from middo_jax.refine.endpoint.request import Answer
+from middo_jax.refine.prompts import requests
+from middo_jax.refine.rewrite import find_form
 from middo_jax.run_dir import RoundDir, RunError, read_jsonl, write_jsonl
 
 pytest_plugins = ["loop_fixture", "scripted_server"]
@@ -52,7 +55,7 @@ def selected(finished: Finished, to: Path) -> Path:
     here = to / "round_00"
     shutil.copytree(finished.run.round(0).path, here, ignore=shutil.ignore_patterns("checkpoint"))
     shutil.copyfile(finished.run.config, to / "config.yaml")
-    for name in ("requests.jsonl", "refined.jsonl", "rejected.jsonl", "candidates.jsonl"):
+    for name in ("requests.jsonl", "refined.jsonl", "candidates.jsonl"):
         (here / name).unlink(missing_ok=True)
     manifest = json.loads((here / "manifest.json").read_text(encoding="utf-8"))
     del manifest["stages"]["refine"], manifest["stages"]["merge"]
@@ -102,7 +105,7 @@ def test_write_run_and_read_until_nothing_is_left(finished: Finished, middo: Mid
     assert json.loads(said)["accepted"] > 0
     assert cycles >= 2  # a prompt, then its answer
     assert len(finished.requests) == asked  # nobody was asked
-    same = ("refined.jsonl", "requests.jsonl", "rejected.jsonl", "candidates.jsonl", "merged.jsonl")
+    same = ("refined.jsonl", "requests.jsonl", "candidates.jsonl", "merged.jsonl")
     assert contents(live, *same) == contents(offline, *same)
     spent, batched = (RoundDir(folder).stages()["refine"]["usage"] for folder in (live, offline))
     for axis, usage in spent.items():
@@ -135,8 +138,8 @@ def test_failures_are_asked_again_or_end_their_sample(
         write_jsonl(last, [rows[0], *map(answered, read_jsonl(ask))])
         said = middo("refine", here, "--read-batch", last, "--write-batch", ask, "--json", *set_)
     assert json.loads(said)["tasks"] > 0
-    reasons = [row["reject_reason"] for row in read_jsonl(here / "refined.jsonl")]
-    assert reasons.count("request refused: (400) content policy") == 1
+    ends = [(row["gate"], row["detail"]) for row in read_jsonl(here / "refined.jsonl")]
+    assert ends.count((None, "request refused: (400) content policy")) == 1
     cache = AnswerCache(here / "llm_cache.sqlite")
     assert cache.get(first[0]["custom_id"]) is None
     cache.close()
@@ -175,7 +178,7 @@ def test_results_of_one_request_in_several_files(tmp_path: Path) -> None:
 def test_no_more_waits_than_the_budget_may_pay(cache: AnswerCache, limit: dict[str, Any]) -> None:
     """A request of ten bytes can take 90 tokens of prompt and 100 of answer, here at a dollar each."""
     settings = SETTINGS.model_copy(update={"prices": Prices(prompt=1e6, completion=1e6), **limit})
-    client = BatchClient(settings, "m", cache, None, Ledger(cache))
+    client = BatchClient(requests("m", settings), cache, Ledger(cache))
 
     def asked(n: int) -> list[str]:
         said = []
@@ -197,16 +200,16 @@ def test_no_more_waits_than_the_budget_may_pay(cache: AnswerCache, limit: dict[s
 
 def test_a_batch_client_asks_nobody(cache: AnswerCache) -> None:
     settings = SETTINGS.model_copy(update={"response_format": "auto", "prices": Prices(prompt=1e6)})
-    client = BatchClient(settings, "m", cache, None, Ledger(cache))
-    assert asyncio.run(client.form()) == "text"
+    client = BatchClient(requests("m", settings), cache, Ledger(cache))
+    assert asyncio.run(find_form(client, settings)) == "text"
     turn = [{"role": "user", "content": "hi"}]
     for _ in range(2):
         with pytest.raises(NotAnswered):
-            asyncio.run(client.complete(turn, axis="quality"))
+            asyncio.run(client.complete(turn, account="quality"))
     [key] = client.waiting
     assert client.take({key: Result(None, "busy"), "other": Result(None, "x", is_final=True)}) == set()
     assert client.take({key: Result(None, "no", is_final=True)}) == {key}
     with pytest.raises(RequestRefused, match="no"):
-        asyncio.run(client.complete(turn, axis="quality"))
+        asyncio.run(client.complete(turn, account="quality"))
     assert client.ledger.here.failed == 1
     assert len(cache) == 0

@@ -17,18 +17,22 @@ from starlette.responses import JSONResponse, Response
 
 from middo_jax.config import ConfigError, Prices, RefineSettings
 from middo_jax.data.example import Example, Message
-from middo_jax.refine.cache import Answer, AnswerCache, CacheError, canonical, request_key
-from middo_jax.refine.client import ChatClient
-from middo_jax.refine.endpoints import FAILURES_IN_A_ROW
-from middo_jax.refine.faults import (
+from middo_jax.refine.endpoint.cache import AnswerCache, CacheError
+from middo_jax.refine.endpoint.client import ChatClient
+from middo_jax.refine.endpoint.faults import (
     BudgetReached,
     EndpointFailed,
     RefinerError,
     RequestRefused,
     retry_after,
 )
-from middo_jax.refine.rewrite import Task, run
-from middo_jax.refine.usage import Ledger, Usage
+from middo_jax.refine.endpoint.ledger import Ledger
+from middo_jax.refine.endpoint.request import Answer, canonical, request_key
+from middo_jax.refine.endpoint.servers import FAILURES_IN_A_ROW
+from middo_jax.refine.endpoint.usage import Usage
+from middo_jax.refine.prompts import requests
+from middo_jax.refine.rewrite import run
+from middo_jax.refine.tasks import Task, Verdict
 
 pytest_plugins = ["scripted_server"]
 
@@ -73,9 +77,9 @@ def test_cache_tells_requests_apart(server: ScriptedServer, cache: AnswerCache) 
     ask(server.url, cache, "a", seed=1)
 
     async def again() -> None:
-        async with ChatClient(SETTINGS, server.url, "m", cache) as client:
+        async with ChatClient(requests("m", SETTINGS), server.url, cache) as client:
             await client.complete(user("a"), attempt=1)
-        async with ChatClient(SETTINGS, server.url, "other", cache) as client:
+        async with ChatClient(requests("other", SETTINGS), server.url, cache) as client:
             await client.complete(user("a"))
 
     asyncio.run(again())
@@ -311,7 +315,7 @@ def test_uncounted_answers_cost_their_upper_bound(server: ScriptedServer, cache:
 
 def test_a_budget_needs_prices(cache: AnswerCache) -> None:
     with pytest.raises(ConfigError, match=r"refine\.prices\.prompt"):
-        ChatClient(RefineSettings(budget_usd=1.0), "http://127.0.0.1:9/v1", "m", cache)
+        ChatClient(requests("m", RefineSettings(budget_usd=1.0)), "http://127.0.0.1:9/v1", cache)
 
 
 @pytest.mark.parametrize("pad", [0, 280, 290])
@@ -345,7 +349,7 @@ def test_the_key_is_sent_and_appears_nowhere_else(
 def test_a_key_that_no_header_can_carry(cache: AnswerCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-sécret")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY") as caught:
-        ChatClient(SETTINGS, "http://127.0.0.1:9/v1", "m", cache)
+        ChatClient(requests("m", SETTINGS), "http://127.0.0.1:9/v1", cache)
     assert "cret" not in str(caught.value)
 
 
@@ -422,11 +426,13 @@ def test_a_stage_that_stopped_goes_on_where_it_was(server: ScriptedServer, tmp_p
     planned = tasks(30)
 
     def rows(outcomes: list[Any]) -> str:
-        every = [(o.to_json(), o.rejected_row(), list(o.request_rows())) for o in outcomes]
+        every = [(o.to_json(), list(o.request_rows())) for o in outcomes]
         return json.dumps(every)
 
     def stage(cache: AnswerCache) -> list[Any]:
-        return run(planned, ChatClient(SETTINGS, server.url, "m", cache, backoff_s=0.01), SETTINGS, 0)
+        return run(
+            planned, ChatClient(requests("m", SETTINGS), server.url, cache, backoff_s=0.01), SETTINGS, 0
+        )
 
     server.script = refiner
     whole = AnswerCache(tmp_path / "whole.sqlite")
@@ -461,13 +467,13 @@ def test_a_stage_under_faults_ends_every_task(server: ScriptedServer, cache: Ans
     server.script = script
     done: list[str] = []
     planned = tasks(60)
-    client = ChatClient(SETTINGS, server.url, "m", cache, backoff_s=0.01)
+    client = ChatClient(requests("m", SETTINGS), server.url, cache, backoff_s=0.01)
     outcomes = run(planned, client, SETTINGS, 0, on_done=lambda outcome: done.append(outcome.task.task_id))
     assert [o.task for o in outcomes] == planned
     assert sorted(done) == sorted(task.task_id for task in planned)
     for i, outcome in enumerate(outcomes):
-        assert (outcome.example is None) is (i % 10 == 3), outcome.reject_reason
-        assert outcome.reject_reason == ("request refused (400): too long" if i % 10 == 3 else None)
+        assert (outcome.example is None) is (i % 10 == 3), outcome.verdict
+        assert outcome.verdict == (Verdict(None, "request refused (400): too long") if i % 10 == 3 else None)
     assert client.ledger.here.answers == len(cache) == 2 * 54
     assert client.ledger.here.requests == server.requests
     assert client.ledger.here.prompt_tokens == 10 * client.ledger.here.answers
@@ -476,7 +482,7 @@ def test_a_stage_under_faults_ends_every_task(server: ScriptedServer, cache: Ans
 def test_a_stage_beyond_its_budget_says_so(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = refiner
     settings = PRICED.model_copy(update={"budget_usd": 0.05})
-    outcomes = run(tasks(200), ChatClient(settings, server.url, "m", cache), settings, 0)
-    reasons = {outcome.reject_reason for outcome in outcomes}
-    assert reasons == {None, "budget"}
+    outcomes = run(tasks(200), ChatClient(requests("m", settings), server.url, cache), settings, 0)
+    verdicts = {outcome.verdict for outcome in outcomes}
+    assert verdicts == {None, Verdict(None, "budget")}
     assert len(outcomes) == 200

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from scripted_server import SETTINGS, ScriptedServer, ask, fault, good, user
 
-from middo_jax.refine import endpoints
-from middo_jax.refine.cache import Answer, AnswerCache
-from middo_jax.refine.client import WINDOW, ChatClient
-from middo_jax.refine.endpoints import FAILURES_IN_A_ROW, Endpoints
-from middo_jax.refine.faults import EndpointFailed, RequestRefused
+from middo_jax.refine.endpoint import servers
+from middo_jax.refine.endpoint.cache import AnswerCache
+from middo_jax.refine.endpoint.client import WINDOW, ChatClient
+from middo_jax.refine.endpoint.faults import EndpointFailed, RequestRefused
+from middo_jax.refine.endpoint.request import Answer
+from middo_jax.refine.endpoint.servers import FAILURES_IN_A_ROW, Endpoints
+from middo_jax.refine.prompts import requests
 
 pytest_plugins = ["scripted_server"]
 
@@ -95,7 +97,7 @@ def test_all_gone_for_a_while_costs_no_sample(server: ScriptedServer, cache: Ans
 def test_one_that_stays_away_stops_the_stage(
     server: ScriptedServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoints, "LONGEST_WAIT_S", 0.5)
+    monkeypatch.setattr(servers, "LONGEST_WAIT_S", 0.5)
     server.script = lambda text, n: good("fine") if server.requests <= 10 else fault(503)
     answers, _ = ask(server.url, cache, *texts(60), settings=SETTINGS.model_copy(update={"max_retries": 1}))
     kept = [answer for answer in answers if isinstance(answer, Answer)]
@@ -146,7 +148,7 @@ def test_more_than_half_of_the_last_requests_failing_stops_the_stage(
 def test_requests_a_minute_are_a_ceiling(
     server: ScriptedServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("middo_jax.refine.throttle.MINUTE_S", 0.5)
+    monkeypatch.setattr("middo_jax.refine.endpoint.throttle.MINUTE_S", 0.5)
     settings = SETTINGS.model_copy(update={"requests_per_minute": 10})
     began = time.monotonic()
     ask(server.url, cache, *texts(30), settings=settings)
@@ -157,7 +159,7 @@ def test_requests_a_minute_are_a_ceiling(
 def test_tokens_a_minute_are_a_ceiling_that_knows_what_answers_took(
     server: ScriptedServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("middo_jax.refine.throttle.MINUTE_S", 0.5)
+    monkeypatch.setattr("middo_jax.refine.endpoint.throttle.MINUTE_S", 0.5)
     server.script = lambda text, n: good("fine", 10, 15)
     # By its ceiling of 101 tokens a minute holds two requests; by the 25 that it took, eight.
     settings = SETTINGS.model_copy(update={"tokens_per_minute": 225, "concurrency": 1})
@@ -169,7 +171,7 @@ def test_tokens_a_minute_are_a_ceiling_that_knows_what_answers_took(
 def test_tokens_of_a_refusal_are_given_back(
     server: ScriptedServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("middo_jax.refine.throttle.MINUTE_S", 20.0)
+    monkeypatch.setattr("middo_jax.refine.endpoint.throttle.MINUTE_S", 20.0)
     server.script = lambda text, n: fault(503) if n < 2 else good("fine")
     ask(server.url, cache, "a", settings=SETTINGS.model_copy(update={"tokens_per_minute": 150}))
     first, *_, last = server.times["a"]
@@ -181,7 +183,7 @@ def test_a_waiter_that_is_cancelled_gives_its_place_back(server: ScriptedServer,
     settings = SETTINGS.model_copy(update={"concurrency": 1})
 
     async def go() -> tuple[Answer, Endpoints]:
-        async with ChatClient(settings, server.url, "m", cache) as client:
+        async with ChatClient(requests("m", settings), server.url, cache) as client:
             tasks = [asyncio.create_task(client.complete(user(text))) for text in texts(4)]
             await asyncio.sleep(0.05)
             for task in tasks:

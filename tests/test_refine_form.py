@@ -16,11 +16,13 @@ from starlette.responses import JSONResponse, Response
 from middo_jax.config import RefineSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.refine import prompts
-from middo_jax.refine.cache import AnswerCache
-from middo_jax.refine.client import ChatClient
-from middo_jax.refine.faults import EndpointFailed, RequestRefused
+from middo_jax.refine.endpoint.cache import AnswerCache
+from middo_jax.refine.endpoint.client import ChatClient
+from middo_jax.refine.endpoint.faults import EndpointFailed, RequestRefused
 from middo_jax.refine.parse import parse_prompt
-from middo_jax.refine.rewrite import Outcome, Task, run
+from middo_jax.refine.prompts import requests
+from middo_jax.refine.rewrite import find_form, run
+from middo_jax.refine.tasks import Outcome, Task, Verdict
 
 pytest_plugins = ["scripted_server"]
 
@@ -48,7 +50,7 @@ def task(number: int = 0) -> Task:
 def refine(
     server: ScriptedServer, cache: AnswerCache, *tasks: Task, settings: RefineSettings = AUTO
 ) -> tuple[list[Outcome], ChatClient]:
-    client = ChatClient(settings, server.url, "m", cache, backoff_s=0.01)
+    client = ChatClient(requests("m", settings), server.url, cache, backoff_s=0.01)
     return run(tasks or (task(),), client, settings, 0), client
 
 
@@ -134,7 +136,7 @@ def test_a_server_that_honours_a_schema_is_asked_by_it(server: ScriptedServer, c
     assert probe["messages"] == prompts.PROBE
     by_schema = [body for body in asked if "response_format" in body]
     assert len(by_schema) == 2
-    assert by_schema[0]["response_format"] == prompts.response_format()
+    assert by_schema[0]["response_format"] == prompts.RESPONSE_FORMAT
     for body in by_schema:
         assert body["messages"][-1]["content"].endswith(prompts.FORMS["json"])
         assert parse_prompt(body["messages"][1]["content"]) in prompts.EXAMPLES
@@ -185,7 +187,7 @@ def test_it_is_found_out_once_and_kept(server: ScriptedServer, tmp_path: Path, h
     outcomes, client = refine(server, cache, task(0))
     assert outcomes[0].example
     assert server.requests == before
-    assert asyncio.run(client.form()) == ("json" if honours else "text")
+    assert asyncio.run(find_form(client, AUTO)) == ("json" if honours else "text")
     # Weights with another revision may be served otherwise.
     refine(server, cache, task(0), settings=AUTO.model_copy(update={"model_revision": "2"}))
     assert server.asked(PROBE) == 2
@@ -223,9 +225,9 @@ def test_a_server_that_fails_tells_nothing_of_schemas(server: ScriptedServer, ca
 def test_two_corrections_then_the_raw_answers_are_kept(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: good("no tags here")
     [outcome], _ = refine(server, cache)
-    assert outcome.reject_reason == "unparsable"
+    assert outcome.verdict == Verdict("readable", "unparsable")
     assert [exchange.step for exchange in outcome.exchanges] == ["prompt", "correction", "correction"]
-    assert outcome.rejected_row()["answers"] == ["no tags here"] * 3
+    assert [row["answer"] for row in outcome.request_rows()] == ["no tags here"] * 3
     roles = [[turn["role"] for turn in body["messages"]] for body in server.bodies[1:]]
     assert [len(turns) for turns in roles] == [3, 5, 7]
 
@@ -264,5 +266,5 @@ def test_a_cut_answer_stays_cut_where_there_is_no_more_room(
 
     server.script = script
     [outcome], _ = refine(server, cache, settings=AUTO.model_copy(update={"response_format": "text"}))
-    assert outcome.reject_reason == "truncated answer"
+    assert outcome.verdict == Verdict("answer_sane", "truncated answer")
     assert server.requests == 3

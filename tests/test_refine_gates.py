@@ -8,27 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gate_verdicts import prompt_verdict, text_verdict
 from hypothesis import given
 from hypothesis import strategies as st
 
 from middo_jax.config import ConfigError, GateSettings, RefineSettings
 from middo_jax.data.example import Example, Message
-from middo_jax.refine import accept, prompts
-from middo_jax.refine.context import changed_numbers, code_blocks, lost_code, numbers
-from middo_jax.refine.gates import (
-    GATE_OF,
-    Limits,
-    Measurement,
-    check_length,
-    check_measured,
-    check_quality,
-    gate_of,
-    length_bounds,
-    needs_rating,
-    pair_similarity,
-)
-from middo_jax.refine.language import changed_language, languages, load_identifier
-from middo_jax.refine.rewrite import Outcome, Task, first_request
+from middo_jax.refine.acceptance.candidate import Candidate, Limits, Measurement
+from middo_jax.refine.acceptance.context import changed_numbers, code_blocks, lost_code, numbers
+from middo_jax.refine.acceptance.language import changed_language, languages, load_identifier
+from middo_jax.refine.acceptance.measured import length_bounds, pair_similarity
+from middo_jax.refine.acceptance.table import asked, first_verdict
+from middo_jax.refine.acceptance.text import is_refusal
+from middo_jax.refine.tasks import Task, Verdict
 
 GATES = GateSettings()
 OPEN = GateSettings(
@@ -137,19 +129,19 @@ def test_a_missing_package_is_an_error_that_names_the_switch(monkeypatch: pytest
 
 
 def test_prompts_stay_in_their_language_and_answers_in_theirs_or_the_prompts() -> None:
-    def check(prompt: str, response: str, original: str = ENGLISH, answered: str = ENGLISH) -> str | None:
-        asked = task("rewrite", "quality", prompt=original, response=answered)
-        return accept.check(asked, f"{prompt} Please.", response, "stop", RefineSettings())
+    def check(prompt: str, response: str, original: str = ENGLISH, answered: str = ENGLISH) -> Verdict | None:
+        of = task("rewrite", "quality", prompt=original, response=answered)
+        return text_verdict(of, f"{prompt} Please.", response)
 
     assert check(ENGLISH, ENGLISH) is None
-    assert check(GERMAN, ENGLISH) == "language: prompt in de instead of en"
-    assert check(ENGLISH, GERMAN) == "language: answer in de instead of en"
+    assert check(GERMAN, ENGLISH) == Verdict("language", "prompt in de instead of en")
+    assert check(ENGLISH, GERMAN) == Verdict("answer_language", "answer in de instead of en")
     assert check(ENGLISH, GERMAN, answered=GERMAN) is None  # a translation stays one
     assert check(ENGLISH, ENGLISH, answered=GERMAN) is None  # answered in the language of the question
     assert check(ENGLISH, GERMAN, answered="Rot.") is None
     translate = task("synthesize", "diversity", prompt=ENGLISH, response=ENGLISH)
-    assert accept.check(translate, f"{ENGLISH} In German.", GERMAN, "stop", RefineSettings()) is None
-    assert accept.check(translate, GERMAN, ENGLISH, "stop", RefineSettings()) is not None
+    assert text_verdict(translate, f"{ENGLISH} In German.", GERMAN) is None
+    assert text_verdict(translate, GERMAN, ENGLISH) is not None
 
 
 def test_text_gates_are_asked_before_an_answer_is_paid_for() -> None:
@@ -157,12 +149,13 @@ def test_text_gates_are_asked_before_an_answer_is_paid_for() -> None:
     numbered = task("rewrite", "quality", prompt="Divide 156 by 12.")
     simpler = task("simplify", "complexity", prompt="Divide 156 by 12, then by 2.")
     coded = task("simplify", "complexity", prompt=CODE)
-    assert accept.check_prompt(numbered, "Divide 156 by 13.", settings) == "numbers: 12 not kept"
-    assert accept.check_prompt(simpler, "Divide 156 by 12.", settings) is None
-    assert accept.check_prompt(coded, "Explain a loop.", settings) == "code: a block of 2 lines not kept"
+    assert prompt_verdict(numbered, "Divide 156 by 13.", settings) == Verdict("numbers", "12 not kept")
+    assert prompt_verdict(simpler, "Divide 156 by 12.", settings) is None
+    lost = prompt_verdict(coded, "Explain a loop.", settings)
+    assert lost == Verdict("code", "a block of 2 lines not kept")
     for loose in (RefineSettings(gates=OPEN), RefineSettings(accept="none")):
         for any_task in (numbered, simpler, coded):
-            assert accept.check_prompt(any_task, GERMAN, loose) is None
+            assert prompt_verdict(any_task, GERMAN, loose) is None
 
 
 @pytest.mark.parametrize(
@@ -179,7 +172,7 @@ def test_text_gates_are_asked_before_an_answer_is_paid_for() -> None:
     ],
 )
 def test_refusals_elsewhere(text: str) -> None:
-    assert accept.is_refusal(text)
+    assert is_refusal(text)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +180,7 @@ def test_refusals_elsewhere(text: str) -> None:
     ["Es tut mir leid, dass ich so spät schreibe.", "Lo siento mucho por la espera.", "对不起,我来晚了。"],
 )
 def test_apologies_are_no_refusals(text: str) -> None:
-    assert not accept.is_refusal(text)
+    assert not is_refusal(text)
 
 
 # Measured gates --------------------------------------------------------------------------------------
@@ -210,8 +203,18 @@ known_scores = st.fixed_dictionaries(
 kinds = st.sampled_from([HARD, LOW, BOTH, SPARSE])
 
 
+def verdict(asked: Task, measured: Measurement, bars: Limits, gates: GateSettings) -> Verdict | None:
+    """Of the dataset's lengths, the measurement and the rating."""
+    settings = RefineSettings(gates=gates)
+    candidate = Candidate(
+        asked, example=sample("What?"), truncated=measured.truncated, limits=bars, measured=measured
+    )
+    phases = ("dataset", "measurement", "rating")
+    return next((v for needs in phases if (v := first_verdict(candidate, needs, settings))), None)
+
+
 def accepted(asked: Task, measured: Measurement, bars: Limits, gates: GateSettings) -> bool:
-    return (check_measured(asked, measured, bars, gates) or check_quality(asked, measured, gates)) is None
+    return verdict(asked, measured, bars, gates) is None
 
 
 @given(kinds, known_scores, measurements, limits)
@@ -238,7 +241,6 @@ def test_a_candidate_that_is_no_better_on_its_own_axis_is_never_accepted(
 @given(kinds, known_scores, measurements)
 def test_with_every_gate_open_everything_is_accepted(kind: Task, scores: Any, measured: Measurement) -> None:
     assert accepted(dataclasses.replace(kind, scores=scores), measured, Limits(), OPEN)
-    assert check_length(kind.source, Limits()) is None
 
 
 @given(kinds, measurements)
@@ -253,61 +255,64 @@ def test_a_better_candidate_is_never_refused_where_a_worse_one_is_not(kind: Task
 
 
 @pytest.mark.parametrize(
-    ("asked", "change", "gate", "reason"),
+    ("asked", "change", "name", "detail"),
     [
-        (HARD, {"loss": 2.6}, "loss", "loss: 3.000 -> 2.600, at most 2.500 wanted"),
-        (HARD, {"loss": None}, "loss", "loss: 3.000 -> unknown, at most 2.500 wanted"),
-        (HARD, {"similarity": 0.89}, "context", "context: 0.890 similar to the original, 0.900 wanted"),
-        (HARD, {"similarity": None}, "context", "context: unknown similar to the original, 0.900 wanted"),
-        (HARD, {"truncated": True}, "length", "length: over model.max_length"),
-        (LOW, {"quality": 5.0}, "quality", "quality: 5.000 -> 5.000, a rise wanted"),
-        (LOW, {"quality": None}, "quality", "quality: 5.000 -> unknown, a rise wanted"),
-        (BOTH, {"loss": 2.6}, "loss", "loss: 3.000 -> 2.600, at most 2.500 wanted"),
-        (BOTH, {"quality": 4.0}, "quality", "quality: 5.000 -> 4.000, a rise wanted"),
+        (HARD, {"loss": 2.6}, "loss", "3.000 -> 2.600, at most 2.500 wanted"),
+        (HARD, {"loss": None}, "loss", "3.000 -> unknown, at most 2.500 wanted"),
+        (HARD, {"similarity": 0.89}, "context", "0.890 similar to the original, 0.900 wanted"),
+        (HARD, {"similarity": None}, "context", "unknown similar to the original, 0.900 wanted"),
+        (HARD, {"truncated": True}, "length", "over model.max_length"),
+        (LOW, {"quality": 5.0}, "quality", "5.000 -> 5.000, a rise wanted"),
+        (LOW, {"quality": None}, "quality", "5.000 -> unknown, a rise wanted"),
+        (BOTH, {"loss": 2.6}, "loss", "3.000 -> 2.600, at most 2.500 wanted"),
+        (BOTH, {"quality": 4.0}, "quality", "5.000 -> 4.000, a rise wanted"),
         (
             SPARSE,
             {"core_similarity": 0.8},
             "coverage",
-            "coverage: 0.950 similar to its core, no nearer than its neighbours",
+            "0.950 similar to its core, no nearer than its neighbours",
         ),
-        (SPARSE, {"nearest": 0.97}, "novelty", "novelty: 0.970 similar to a sample, at most 0.960 wanted"),
+        (SPARSE, {"nearest": 0.97}, "novelty", "0.970 similar to a sample, at most 0.960 wanted"),
         (
             SPARSE,
             {"knn_similarity": 0.79},
             "distribution",
-            "distribution: farther out than its core, 0.800 -> 0.790",
+            "farther out than its core, 0.800 -> 0.790",
         ),
-        (SPARSE, {"loss": 2.6}, "distribution", "distribution: loss 2.600, hard from 2.500 on"),
+        (SPARSE, {"loss": 2.6}, "distribution", "loss 2.600, hard from 2.500 on"),
     ],
 )
 def test_each_gate_alone_rejects_and_alone_can_be_opened(
-    asked: Task, change: dict[str, Any], gate: str, reason: str
+    asked: Task, change: dict[str, Any], name: str, detail: str
 ) -> None:
-    def reasons(gates: GateSettings, bars: Limits) -> str | None:
-        measured = dataclasses.replace(GOOD, **change)
-        return check_measured(asked, measured, bars, gates) or check_quality(asked, measured, gates)
-
+    measured = dataclasses.replace(GOOD, **change)
     assert accepted(asked, GOOD, LIMITS, GATES)
-    assert reasons(GATES, LIMITS) == reason
-    assert gate_of(reason) == gate
-    closed = GATES.model_dump()[gate]
-    opened = GATES.model_copy(update={gate: False if closed is True else None})
-    bars = dataclasses.replace(LIMITS, **({gate: None} if gate in ("context", "novelty") else {}))
-    assert reasons(opened, bars) is None
+    assert verdict(asked, measured, LIMITS, GATES) == Verdict(name, detail)
+    closed = GATES.model_dump()[name]
+    opened = GATES.model_copy(update={name: False if closed is True else None})
+    assert verdict(asked, measured, LIMITS, opened) is None
 
 
 def test_only_what_the_judge_has_to_rate_is_rated() -> None:
-    assert [needs_rating(t, GATES) for t in (HARD, LOW, BOTH, SPARSE)] == [False, True, True, False]
-    assert not any(needs_rating(t, OPEN) for t in (HARD, LOW, BOTH, SPARSE))
+    def rated(gates: GateSettings) -> list[bool]:
+        return [bool(asked("rating", t.axes, RefineSettings(gates=gates))) for t in (HARD, LOW, BOTH, SPARSE)]
+
+    assert rated(GATES) == [False, True, True, False]
+    assert not any(rated(OPEN))
 
 
 def test_lengths_are_those_of_the_dataset() -> None:
     bounds = length_bounds(np.arange(1, 101), 2.0)
     np.testing.assert_allclose(bounds, (1.99 / 2, 99.01 * 2))
     bars = Limits(prompt_chars=(4, 8), response_chars=(2, 6))
-    assert check_length(sample("12345", "1234"), bars) is None
-    assert check_length(sample("123", "1234"), bars) == "length: prompt of 3 characters, 4 to 8 wanted"
-    assert check_length(sample("12345", "1" * 7), bars) == "length: response of 7 characters, 2 to 6 wanted"
+
+    def check(prompt: str, response: str) -> Verdict | None:
+        candidate = Candidate(HARD, example=sample(prompt, response), limits=bars)
+        return first_verdict(candidate, "dataset", RefineSettings())
+
+    assert check("12345", "1234") is None
+    assert check("123", "1234") == Verdict("length", "prompt of 3 characters, 4 to 8 wanted")
+    assert check("12345", "1" * 7) == Verdict("length", "response of 7 characters, 2 to 6 wanted")
 
 
 # What sets the bars ----------------------------------------------------------------------------------
@@ -337,39 +342,3 @@ def test_rows_without_a_direction_set_no_bar() -> None:
     assert pair_similarity(np.zeros((3, 4), np.float32), 0.95) is None
     with_one_lost = np.array([[1, 0], [0, 1], [np.nan, 0]], np.float32)
     assert pair_similarity(with_one_lost, 0.5) == pytest.approx(0.0)
-
-
-# Reasons and attempts --------------------------------------------------------------------------------
-
-
-def test_every_reason_has_a_gate_and_a_word_for_the_refiner() -> None:
-    assert GATE_OF.keys() == prompts.FEEDBACK.keys()
-    assert gate_of("request failed (500): boom") is None
-    assert gate_of("echo: <prompt> in the answer") == "echo" or gate_of("echo: x") == "sane"
-    switches = set(GateSettings.model_fields)
-    assert switches <= set(GATE_OF.values())
-    assert set(GATE_OF.values()) - switches == {"readable", "sane"}
-    assert not any(c.isdigit() for text in prompts.FEEDBACK.values() for c in text)
-
-
-def test_what_a_gate_rejected_is_tried_again_and_told_why() -> None:
-    rejected = Outcome(HARD, None, "loss: 3.000 -> 3.100, at most 2.500 wanted")
-    again = rejected.next_attempt()
-    assert again is not None
-    assert (again.attempt, again.feedback, again.task_id) == (1, (prompts.FEEDBACK["loss"],), HARD.task_id)
-    first, second = (first_request(t, RefineSettings()) for t in (HARD, again))
-    assert second[:-1] == first[:-1]
-    assert second[-1]["content"].endswith(first[-1]["content"])
-    assert prompts.FEEDBACK["loss"] in second[-1]["content"]
-    third = Outcome(again, None, "context: 0.1 similar to the original, 0.9 wanted").next_attempt()
-    assert third is not None
-    assert third.feedback == (prompts.FEEDBACK["loss"], prompts.FEEDBACK["context"])
-    same = Outcome(third, None, "loss: again").next_attempt()
-    assert same is not None
-    assert (same.attempt, same.feedback) == (3, third.feedback)
-
-
-def test_what_no_gate_rejected_is_not_tried_again() -> None:
-    assert Outcome(HARD, None, "request refused (400): too long").next_attempt() is None
-    assert Outcome(HARD, None, "budget").next_attempt() is None
-    assert Outcome(HARD, sample("Q2")).next_attempt() is None

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from gate_verdicts import without_duplicates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from middo_jax.data.example import Example, Lineage, Message
-from middo_jax.refine.duplicates import reject_alike, reject_duplicates, reject_near_duplicates
+from middo_jax.refine.acceptance.duplicates import Known
+from middo_jax.refine.acceptance.overlap import Overlaps, jaccard, shingles
 from middo_jax.refine.growth import Neighbours, fit, room_for
 from middo_jax.refine.merge import merge
-from middo_jax.refine.overlap import Overlaps, jaccard, shingles
-from middo_jax.refine.rewrite import Outcome, Task
+from middo_jax.refine.tasks import Outcome, Task, Verdict
 
 
 def sample(prompt: str, response: str = "Yes.") -> Example:
@@ -64,11 +65,11 @@ LONG = "the quick brown fox jumps over the lazy dog and runs into the dark green
 def test_equal_conversations_are_rejected_by_name() -> None:
     a, b = sample("a"), sample("b")
     repeats = [child_of(a, "rewrite", "c"), child_of(b, "rewrite", "c")]
-    first, second = reject_duplicates([a, b], repeats)
+    first, second = without_duplicates([a, b], repeats)
     assert first.example == repeats[0].example
     assert first.example is not None
-    assert second.reject_reason == f"duplicate: equals {first.example.id}"
-    [held_out] = reject_duplicates([a, b, first.example], repeats[:1])
+    assert second.verdict == Verdict("duplicate", f"equals {first.example.id}")
+    [held_out] = without_duplicates([a, b], repeats[:1], heldout=[first.example])
     assert held_out.example is None
 
 
@@ -76,8 +77,9 @@ def test_near_duplicates_of_known_prompts_are_rejected() -> None:
     core, other, unseen = sample("core"), sample(f"Sum up: {LONG}"), sample(f"Go on: {LONG}")
 
     def verdict(op: Any, prompt: str, training: list[Example], heldout: list[Example]) -> str | None:
-        [outcome] = reject_near_duplicates(training, heldout, [child_of(core, op, prompt)], 0.6)
-        return outcome.reject_reason
+        child = child_of(core, op, prompt)
+        [outcome] = without_duplicates(training, [child], heldout=heldout, threshold=0.6)
+        return None if outcome.verdict is None else str(outcome.verdict)
 
     for op in ("rewrite", "synthesize"):
         assert verdict(op, f"Shorten: {LONG}", [core], []) is None
@@ -92,26 +94,28 @@ def test_near_duplicates_of_known_prompts_are_rejected() -> None:
 def test_what_is_alike_already_may_stay_so_but_not_for_held_out_samples() -> None:
     one, other = sample(f"Sum up: {LONG}"), sample(f"Translate: {LONG}")
     rewrite = child_of(one, "rewrite", f"Sum up in one sentence: {LONG}")
-    [outcome] = reject_near_duplicates([one, other], [], [rewrite], 0.6)
+    [outcome] = without_duplicates([one, other], [rewrite], threshold=0.6)
     assert outcome.example is not None
-    [outcome] = reject_near_duplicates([one], [other], [rewrite], 0.6)
+    [outcome] = without_duplicates([one], [rewrite], heldout=[other], threshold=0.6)
     assert outcome.example is None
 
 
 def test_children_alike_are_accepted_once() -> None:
     a, b, c = sample("a"), sample("b"), sample("c")
     outcomes = [
-        Outcome(Task("rewrite", ("quality",), a), None, "loss: worse"),
+        Outcome(Task("rewrite", ("quality",), a), None, Verdict("loss", "worse")),
         child_of(b, "rewrite", f"Shorten: {LONG}"),
         child_of(c, "synthesize", f"Shorten now: {LONG}"),
     ]
-    rejected, first, second = reject_alike([], outcomes, 0.6)
+    known = Known([], [], 0.6)
+    rejected, first, second = without_duplicates([], outcomes, known=known)
     assert rejected == outcomes[0]
     assert first == outcomes[1]
     assert first.example is not None
-    assert second.reject_reason == f"duplicate: 0.82 like {first.example.id}"
-    [late] = reject_alike([first.example], outcomes[2:], 0.6)
-    assert late.reject_reason == second.reject_reason
+    assert second.verdict == Verdict("duplicate", f"0.82 like {first.example.id}")
+    [late] = without_duplicates([], outcomes[2:], known=known)  # in a later attempt
+    assert late.verdict == second.verdict
+    assert without_duplicates([], outcomes, threshold=None) == outcomes  # equality alone
 
 
 # Growth ----------------------------------------------------------------------------------------------

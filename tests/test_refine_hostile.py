@@ -62,8 +62,8 @@ def test_a_second_start_pays_only_for_what_had_failed(
     assert 0 <= unused <= first.ledger.here.failed
     for before, after in zip(first.outcomes, again.outcomes, strict=True):
         # A refusal is not kept: neither that of a request nor that of more room for a truncated answer.
-        if before.example or before.reject_reason in ("empty answer", "unparsable"):
-            assert (after.example, after.reject_reason) == (before.example, before.reject_reason)
+        if before.example or (before.verdict and before.verdict.detail in ("empty answer", "unparsable")):
+            assert (after.example, after.verdict) == (before.example, before.verdict)
 
 
 @pytest.mark.multiprocess

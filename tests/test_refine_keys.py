@@ -14,7 +14,7 @@ from scripted_server import ScriptedServer, ask, fault, good
 from starlette.responses import Response
 from test_refine_batch import selected
 
-from middo_jax.refine.cache import AnswerCache
+from middo_jax.refine.endpoint.cache import AnswerCache
 
 pytest_plugins = ["loop_fixture", "scripted_server"]
 

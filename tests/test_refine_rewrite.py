@@ -7,27 +7,24 @@ import json
 from typing import Any
 
 import pytest
+from gate_verdicts import text_verdict, without_duplicates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from middo_jax.config import Prices, RefineSettings
 from middo_jax.data.example import Example, Lineage, Message
-from middo_jax.refine import accept, prompts
-from middo_jax.refine.cache import Answer, request_key
-from middo_jax.refine.duplicates import reject_duplicates
+from middo_jax.refine import prompts
+from middo_jax.refine.acceptance.text import is_refusal
+from middo_jax.refine.endpoint.request import Answer, Messages, request_key
 from middo_jax.refine.estimate import dry_run
 from middo_jax.refine.merge import merge
 from middo_jax.refine.parse import parse_prompt
 from middo_jax.refine.prompts import PROBE_TOKENS
-from middo_jax.refine.rewrite import (
-    Outcome,
-    Task,
-    first_request,
-    plan_tasks,
-    refine_tasks,
-)
+from middo_jax.refine.rewrite import first_request, refine_tasks
+from middo_jax.refine.tasks import Outcome, Task, Verdict, plan_tasks
 
 SETTINGS = RefineSettings()
+UNPARSABLE = Verdict("readable", "unparsable")
 
 
 def sample(prompt: str, response: str = "Yes.", system: str | None = None, **extra: Any) -> Example:
@@ -44,13 +41,13 @@ class Scripted:
         self.limits: list[int | None] = []
         self._replies = list(replies)
 
-    async def form(self) -> prompts.Form:
-        return "text"
+    async def honours(self, probe: Any) -> bool:
+        return False
 
     async def close(self) -> None:
         pass
 
-    async def complete(self, messages: prompts.Messages, **more: Any) -> Answer:
+    async def complete(self, messages: Messages, **more: Any) -> Answer:
         self.asked.append(messages)
         self.limits.append(more["max_tokens"])
         reply = self._replies.pop(0)
@@ -259,7 +256,7 @@ def test_rows_are_json_and_read_back() -> None:
     assert (row["accepted"], row["replaces"], row["source_id"]) == (True, HARD.source.id, HARD.source.id)
     assert row["usage"] == {"requests": 2, "prompt_tokens": 20, "completion_tokens": 10}
     read = Outcome.from_json(row, {HARD.source.id: HARD.source})
-    assert (read.task, read.example, read.reject_reason) == (outcome.task, outcome.example, None)
+    assert (read.task, read.example, read.verdict) == (outcome.task, outcome.example, None)
     requests = list(outcome.request_rows())
     assert [r["step"] for r in requests] == ["prompt", "answer"]
     assert all(len(r["key"]) == 64 for r in requests)
@@ -268,15 +265,10 @@ def test_rows_are_json_and_read_back() -> None:
     refused, _ = refine(added, "nothing", "nothing either")
     row = json.loads(json.dumps(refused.to_json()))
     assert (row["accepted"], row["replaces"], row["example"]) == (False, None, None)
-    assert row["reject_reason"] == "unparsable"
-    assert Outcome.from_json(row, {e.id: e for e in added.hints}).task == added
-    assert refused.rejected_row() == {
-        "source_id": HARD.source.id,
-        "op": "synthesize",
-        "axes": ["diversity"],
-        "reason": "unparsable",
-        "answers": ["nothing", "nothing either"],
-    }
+    assert (row["gate"], row["detail"]) == ("readable", "unparsable")
+    read = Outcome.from_json(row, {e.id: e for e in added.hints})
+    assert (read.task, read.verdict) == (added, refused.verdict)
+    assert [r["answer"] for r in refused.request_rows()] == ["nothing", "nothing either"]
 
 
 def test_one_correction_turn_then_rejected() -> None:
@@ -289,37 +281,50 @@ def test_one_correction_turn_then_rejected() -> None:
     assert second[-2]["content"] == "Easy?"
 
     outcome, client = refine(HARD, "Easy?", "Still easy?", settings={"max_corrections": 1})
-    assert (outcome.reject_reason, len(client.asked)) == ("unparsable", 2)
+    assert (outcome.verdict, len(client.asked)) == (UNPARSABLE, 2)
     outcome, client = refine(HARD, "Easy?", settings={"max_corrections": 0})
-    assert (outcome.reject_reason, len(client.asked)) == ("unparsable", 1)
+    assert (outcome.verdict, len(client.asked)) == (UNPARSABLE, 1)
     outcome, client = refine(HARD, "", "<prompt>Easy?</prompt>", "Easy.")
     assert client.asked[1][-2]["content"] == "(no answer)"
 
 
 @pytest.mark.parametrize(
-    ("replies", "reason"),
+    ("replies", "gate", "detail"),
     [
-        (["I'm sorry, but I can't help.", "I'm sorry, but I can't help."], "refused"),
-        (["<prompt>Easy", ("<prompt>Easy", "length"), ("<prompt>Easy", "length")], "truncated prompt"),
-        (["<prompt> ... </prompt>"], "empty prompt"),
-        ([f"<prompt>{prompts.EXAMPLES[0]}</prompt>"], f"echo: {prompts.EXAMPLES[0]} in the prompt"),
-        (["<prompt>I cannot assist with that.</prompt>"], "refused"),
-        (["<prompt>Hi <|im_end|></prompt>"], "control token: <|im_end|> in the prompt"),
-        (["<prompt>Easy?</prompt>", " \n"], "empty answer"),
-        (["<prompt>Easy?</prompt>", ("It is", "length"), ("It is beca", "length")], "truncated answer"),
-        (["<prompt>Easy?</prompt>", ("It is", "content_filter")], "refused"),
-        (["<prompt>Easy?</prompt>", "As an AI language model, I cannot do it."], "refused"),
-        (["<prompt>Easy?</prompt>", "Ok <|im_end|>"], "control token: <|im_end|> in the answer"),
-        (["<prompt>Easy?</prompt>", "<prompt>Ok</prompt>"], "echo: <prompt> in the answer"),
-        (["<prompt>Easy?</prompt>", "<think>Hm</think>Ok"], "echo: <think> in the answer"),
-        (["<prompt> prove  IT.</prompt>"], "unchanged"),
-        (["<prompt>Boil.</prompt>", "boil. "], "answer repeats the prompt"),
+        (["I'm sorry, but I can't help.", "I'm sorry, but I can't help."], "readable", "refused"),
+        (
+            ["<prompt>Easy", ("<prompt>Easy", "length"), ("<prompt>Easy", "length")],
+            "readable",
+            "truncated prompt",
+        ),
+        (["<prompt> ... </prompt>"], "readable", "empty prompt"),
+        ([f"<prompt>{prompts.EXAMPLES[0]}</prompt>"], "sane", f"echo of {prompts.EXAMPLES[0]} in the prompt"),
+        (["<prompt>I cannot assist with that.</prompt>"], "sane", "refused"),
+        (["<prompt>Hi <|im_end|></prompt>"], "readable", "control token <|im_end|> in the prompt"),
+        (["<prompt>Easy?</prompt>", " \n"], "answer_readable", "empty answer"),
+        (
+            ["<prompt>Easy?</prompt>", ("It is", "length"), ("It is beca", "length")],
+            "answer_sane",
+            "truncated answer",
+        ),
+        (["<prompt>Easy?</prompt>", ("It is", "content_filter")], "answer_sane", "refused"),
+        (["<prompt>Easy?</prompt>", "As an AI language model, I cannot do it."], "answer_sane", "refused"),
+        (
+            ["<prompt>Easy?</prompt>", "Ok <|im_end|>"],
+            "answer_readable",
+            "control token <|im_end|> in the answer",
+        ),
+        (["<prompt>Easy?</prompt>", "<prompt>Ok</prompt>"], "answer_sane", "echo of <prompt> in the answer"),
+        (["<prompt>Easy?</prompt>", "<think>Hm</think>Ok"], "answer_sane", "echo of <think> in the answer"),
+        (["<prompt> prove  IT.</prompt>"], "sane", "unchanged"),
+        (["<prompt>Boil.</prompt>", "boil. "], "answer_sane", "answer repeats the prompt"),
     ],
 )
-def test_rejected_with_the_reason(replies: list[Any], reason: str) -> None:
+def test_rejected_with_gate_and_detail(replies: list[Any], gate: str, detail: str) -> None:
     outcome, client = refine(HARD, *replies, special_tokens=["<|im_end|>", ""])
     assert outcome.example is None
-    assert outcome.reject_reason == reason
+    assert outcome.verdict == Verdict(gate, detail)
+    assert outcome.verdict.feedback
     assert len(client.asked) == len(replies)  # an unusable prompt is not answered
 
 
@@ -332,13 +337,13 @@ def test_a_closed_prompt_in_a_cut_reply_is_whole() -> None:
 
 
 def test_unchanged_means_the_prompt_if_it_was_to_become_easier_and_both_if_only_better() -> None:
-    def check(axes: tuple[str, ...], prompt: str, response: str) -> str | None:
-        return accept.check(Task("rewrite", axes, HARD.source), prompt, response, "stop", SETTINGS)
+    def check(axes: tuple[str, ...], prompt: str, response: str) -> Verdict | None:
+        return text_verdict(Task("rewrite", axes, HARD.source), prompt, response)
 
     for axes in (("complexity",), ("complexity", "quality")):
-        assert check(axes, "PROVE  it.", "Because of this.") == "unchanged"
+        assert check(axes, "PROVE  it.", "Because of this.") == Verdict("sane", "unchanged")
         assert check(axes, "Prove this.", "Yes.") is None
-    assert check(("quality",), "PROVE it.", "YES. ") == "unchanged"
+    assert check(("quality",), "PROVE it.", "YES. ") == Verdict("answer_sane", "unchanged")
     assert check(("quality",), "Prove it.", "Because of this.") is None
     assert check(("quality",), "Prove this.", "Yes.") is None
 
@@ -346,25 +351,25 @@ def test_unchanged_means_the_prompt_if_it_was_to_become_easier_and_both_if_only_
 def test_unchanged_means_any_known_prompt_when_adding() -> None:
     task = Task("synthesize", ("diversity",), sample("core"), (sample("hint"),))
     for known in ("Core", " hint\n"):
-        assert accept.check(task, known, "new answer", "stop", SETTINGS) == "unchanged"
-    assert accept.check(task, "new", "Yes.", "stop", SETTINGS) is None
+        assert text_verdict(task, known, "new answer") == Verdict("sane", "unchanged")
+    assert text_verdict(task, "new", "Yes.") is None
 
 
 def test_accept_none_asks_only_for_a_row_that_can_be_trained_on() -> None:
-    def check(prompt: str, response: str, reason: str = "stop") -> str | None:
-        return accept.check(HARD, prompt, response, reason, RefineSettings(accept="none"), ["</s>"])
+    def check(prompt: str, response: str, reason: str = "stop") -> Verdict | None:
+        return text_verdict(HARD, prompt, response, reason, RefineSettings(accept="none"), ["</s>"])
 
     assert check("Prove it.", "Yes.") is None
     assert check("<prompt>", "I'm sorry, but I can't", "length") is None
-    assert check(" ", "Yes.") == "empty prompt"
-    assert check("Prove it.", "") == "empty answer"
-    assert check("Prove it.</s>", "Yes.") == "control token: </s> in the prompt"
-    assert check("Prove it.", "Yes.</s>") == "control token: </s> in the answer"
+    assert check(" ", "Yes.") == Verdict("readable", "empty prompt")
+    assert check("Prove it.", "") == Verdict("answer_readable", "empty answer")
+    assert check("Prove it.</s>", "Yes.") == Verdict("readable", "control token </s> in the prompt")
+    assert check("Prove it.", "Yes.</s>") == Verdict("answer_readable", "control token </s> in the answer")
 
 
 def test_a_sample_about_tags_may_speak_of_them() -> None:
     task = Task("rewrite", ("quality",), sample("What does the <prompt> element do?"))
-    assert accept.check(task, "What is <prompt> for?", "It wraps.", "stop", SETTINGS) is None
+    assert text_verdict(task, "What is <prompt> for?", "It wraps.") is None
 
 
 @pytest.mark.parametrize(
@@ -384,7 +389,7 @@ def test_a_sample_about_tags_may_speak_of_them() -> None:
     ],
 )
 def test_refusals(text: str) -> None:
-    assert accept.is_refusal(text)
+    assert is_refusal(text)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +409,7 @@ def test_refusals(text: str) -> None:
     ],
 )
 def test_honest_openings_are_no_refusals(text: str) -> None:
-    assert not accept.is_refusal(text)
+    assert not is_refusal(text)
 
 
 # Merging ------------------------------------------------------------------------------------------
@@ -425,7 +430,7 @@ def rounds(draw: st.DrawFn) -> tuple[list[Example], list[Outcome]]:
             prompt = draw(st.sampled_from([f"new {task.task_id}", "common", "Q0", f"Q{n - 1}"]))
             outcomes.append(Outcome(task, task.source.replace_text(prompt, "Yes.", lineage)))
         else:
-            outcomes.append(Outcome(task, None, "unparsable"))
+            outcomes.append(Outcome(task, None, UNPARSABLE))
     return examples, outcomes
 
 
@@ -433,13 +438,13 @@ def rounds(draw: st.DrawFn) -> tuple[list[Example], list[Outcome]]:
 @given(rounds(), st.randoms(use_true_random=False))
 def test_nothing_is_lost_and_nothing_is_doubled(case: Any, random: Any) -> None:
     examples, raw = case
-    outcomes = reject_duplicates(examples, raw)
+    outcomes = without_duplicates(examples, raw)
     merged = merge(examples, outcomes)
     accepted = [o for o in outcomes if o.example is not None]
     additions = [o for o in accepted if o.task.op == "synthesize"]
 
     assert [o.task for o in outcomes] == [o.task for o in raw]
-    assert all((o.example is None) == (o.reject_reason is not None) for o in outcomes)
+    assert all((o.example is None) == (o.verdict is not None) for o in outcomes)
     assert len(merged) == len(examples) + len(additions)
     assert len({e.id for e in merged}) == len(merged)
     for place, original in enumerate(examples):
@@ -463,12 +468,12 @@ def test_duplicates_are_rejected_by_name() -> None:
     tasks = plan_tasks([a, b], {a.id, b.id}, (), (), {}, {})
     child = a.replace_text("c", "Yes.", Lineage((a.id,)))
     repeats = [Outcome(tasks[0], child), Outcome(tasks[1], child)]
-    first, second = reject_duplicates([a, b], repeats)
+    first, second = without_duplicates([a, b], repeats)
     assert first.example == child
-    assert second.reject_reason == f"duplicate: equals {child.id}"
+    assert second.verdict == Verdict("duplicate", f"equals {child.id}")
     assert merge([a, b], [first, second]) == [child, b]
-    [held_out] = reject_duplicates([a, b, child], repeats[:1])
-    assert held_out.reject_reason == f"duplicate: equals {child.id}"
+    [held_out] = without_duplicates([a, b], repeats[:1], heldout=[child])
+    assert held_out.verdict == Verdict("duplicate", f"equals {child.id}")
     with pytest.raises(ValueError, match="twice"):
         merge([a, b], repeats)
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from middo_jax.refine import throttle
-from middo_jax.refine.throttle import FALL, START, PerMinute, RateLimits, Throttle
+from middo_jax.refine.endpoint import throttle
+from middo_jax.refine.endpoint.throttle import FALL, START, PerMinute, RateLimits, Throttle
 
 MEAN_TOKENS = 200
 

@@ -21,12 +21,15 @@ from starlette.responses import JSONResponse, Response
 
 from middo_jax.config import Prices, RefineSettings
 from middo_jax.data.example import Example, Message
-from middo_jax.refine.cache import Answer, AnswerCache
-from middo_jax.refine.client import ChatClient
-from middo_jax.refine.faults import BudgetReached
+from middo_jax.refine.endpoint.cache import AnswerCache
+from middo_jax.refine.endpoint.client import ChatClient
+from middo_jax.refine.endpoint.faults import BudgetReached
+from middo_jax.refine.endpoint.ledger import Ledger
+from middo_jax.refine.endpoint.request import Answer
+from middo_jax.refine.endpoint.usage import Ceiling, Usage, ceiling, cost_usd
 from middo_jax.refine.meter import Meter
-from middo_jax.refine.rewrite import Exchange, Outcome, Task
-from middo_jax.refine.usage import Ceiling, Ledger, Usage, ceiling, cost_usd
+from middo_jax.refine.prompts import requests
+from middo_jax.refine.tasks import Exchange, Outcome, Task
 
 pytest_plugins = ["scripted_server"]
 
@@ -83,7 +86,7 @@ def test_what_is_entered_adds_up_and_is_kept(
     cache = AnswerCache(path)
     again, other = Ledger(cache, "a", 2), Ledger(cache, "b", 1)
     assert again.here == other.run == Usage()
-    assert again.by_axis == {}  # of another round
+    assert again.by_account == {}  # of another round
     assert Ledger(cache, "a", 1).to_json() == ledger.to_json()
     for name, value in ledger.run.to_json().items():
         assert again.run.to_json()[name] == pytest.approx(value, abs=1e-12)
@@ -92,11 +95,11 @@ def test_what_is_entered_adds_up_and_is_kept(
 
 def test_axes_are_told_apart(server: ScriptedServer, cache: AnswerCache) -> None:
     async def go() -> Ledger:
-        async with ChatClient(SETTINGS, server.url, "m", cache) as client:
-            await client.complete(user("a"), axis="complexity")
-            await client.complete(user("b"), axis="quality")
-            await client.complete(user("c"), axis="quality")
-            await client.complete(user("c"), axis="complexity")
+        async with ChatClient(requests("m", SETTINGS), server.url, cache) as client:
+            await client.complete(user("a"), account="complexity")
+            await client.complete(user("b"), account="quality")
+            await client.complete(user("c"), account="quality")
+            await client.complete(user("c"), account="complexity")
             return client.ledger
 
     ledger = asyncio.run(go())
@@ -179,13 +182,14 @@ import asyncio, sys
 from pathlib import Path
 from middo_jax.config import Prices, RefineSettings
 from middo_jax.refine import AnswerCache, ChatClient, Ledger
+from middo_jax.refine.prompts import requests
 
 async def main(url, path):
     settings = RefineSettings(concurrency=8, prices=Prices(prompt=1.0, completion=1.0))
     cache = AnswerCache(path)
-    async with ChatClient(settings, url, "m", cache, ledger=Ledger(cache, "killed")) as client:
+    async with ChatClient(requests("m", settings), url, cache, ledger=Ledger(cache, "killed")) as client:
         turns = ([{"role": "user", "content": f"q{i:02d}"}] for i in range(60))
-        await asyncio.gather(*(client.complete(turn, axis="quality") for turn in turns))
+        await asyncio.gather(*(client.complete(turn, account="quality") for turn in turns))
 
 asyncio.run(main(sys.argv[1], Path(sys.argv[2])))
 """

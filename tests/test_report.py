@@ -189,7 +189,7 @@ OPTIONAL = (
     "config.yaml", "events.jsonl", "rejected.jsonl",
     "heldout.jsonl", "heldout_losses.json", "heldout_rows.parquet",
     "round_00/dataset.jsonl", "round_00/scores.parquet", "round_00/selection.json", "round_00/refined.jsonl",
-    "round_00/rejected.jsonl", "round_00/metrics.jsonl", "round_00/evaluations.jsonl",
+    "round_00/requests.jsonl", "round_00/metrics.jsonl", "round_00/evaluations.jsonl",
     "round_00/manifest.json", "round_01", "final",
 )  # fmt: skip
 
@@ -238,7 +238,7 @@ def test_degenerate_values_are_drawn(run: RunDir) -> None:
     overlap = dict.fromkeys(("hard&sparse", "hard&low_quality", "sparse&low_quality", "all"), 0)
     sweep = {"complexity": [{"m": 1.0, "n": 0}]}
     write_json(folder.selection, {"n": 2, "axes": axes, "overlap": overlap, "sweep": sweep})
-    for path in (folder.refined, folder.rejected):
+    for path in (folder.refined, folder.requests):
         write_jsonl(path, [])
     write_json(run.heldout_losses, {"n": 1, "models": [{"name": "base", "loss": None, "n_target_tokens": 3}]})
     html = page(run)
@@ -509,7 +509,7 @@ def test_refused_candidates_are_descendants_that_no_round_holds(finished: RunDir
     candidate = next(s for s in trace(finished, task["source_id"]) if s["id"] == task["example"]["id"])
     assert candidate["rounds"] == []
     assert candidate["accepted"] is False
-    assert candidate["reject_reason"] == task["reject_reason"]
+    assert candidate["verdict"] == (f"{task['gate']}: " if task["gate"] else "") + task["detail"]
 
 
 def test_a_prefix_is_enough_if_only_one_id_begins_so(finished: RunDir) -> None:

@@ -10,11 +10,13 @@ import pytest
 from synthetic_run import write_run
 
 from middo_jax.config import RefineSettings
-from middo_jax.refine.gates import GATE_OF
-from middo_jax.report.acceptance import ALWAYS, BY_TEXT, GATES, acceptance
+from middo_jax.config.gates import gates
+from middo_jax.report.acceptance import ANSWERED, acceptance
 from middo_jax.report.build import page
-from middo_jax.run_dir import RunDir, read_jsonl
+from middo_jax.report.lineage import trace
+from middo_jax.run_dir import RunDir, read_jsonl, write_jsonl
 
+TITLES = {"answered": ANSWERED} | {row.name: row.title for row in gates()}
 COLOURS = {"complexity": "c-complexity", "diversity": "c-diversity", "quality": "c-quality"}
 
 
@@ -28,12 +30,61 @@ def settings(**refine: Any) -> dict[str, Any]:
 
 
 def cells(told: dict[str, Any], gate: str) -> list[dict[str, Any]]:
-    return next(row["cells"] for row in told["gates"] if row["title"] == GATES[gate])
+    return next(row["cells"] for row in told["gates"] if row["title"] == TITLES[gate])
 
 
-def test_gates_are_those_of_refining_in_the_order_in_which_they_are_met() -> None:
-    assert list(GATES) == ["answered", *dict.fromkeys(GATE_OF.values())]
-    assert {*ALWAYS, *BY_TEXT} < set(GATES)
+def candidate(gate: str | None, accepted: bool = False) -> dict[str, Any]:
+    return {
+        "task_id": f"simplify:{gate}",
+        "attempt": 0,
+        "axes": ["complexity"],
+        "accepted": accepted,
+        "gate": gate,
+        "detail": None if accepted else "so it was",
+        "before": {},
+        "measured": None,
+    }
+
+
+def test_gates_are_counted_in_the_order_in_which_they_are_met() -> None:
+    """One candidate per gate: each gate lets pass all that a later one stopped, and no more."""
+    names = [row.name for row in gates() if row.concerns(["complexity"])]
+    rows = [candidate(name) for name in (*reversed(names), None)] + [candidate(None, accepted=True)]
+    told = acceptance(rows, settings(), COLOURS)
+    assert told is not None
+    assert [row["title"] for row in told["gates"]] == [ANSWERED, *(row.title for row in gates())]
+    left = len(rows)
+    for name in ("answered", *names):
+        [cell] = cells(told, name)
+        assert cell == {"state": "shut", "asked": left, "passed": left - 1}
+        left -= 1
+    assert told["accepted"] == [left] == [1]
+
+
+def test_a_gate_that_is_not_in_the_table_any_more_is_counted_all_the_same() -> None:
+    told = acceptance([candidate("polite"), candidate(None, accepted=True)], settings(), COLOURS)
+    assert told is not None
+    assert told["gates"][-1] == {"title": "polite", "cells": [{"state": "shut", "asked": 2, "passed": 1}]}
+
+
+def test_candidates_and_verdicts_of_version_0_1_are_read(tmp_path: Path) -> None:
+    """There `reason` was one text, and a round's rejected.jsonl had the answers."""
+    old = write_run(tmp_path / "old", n_rows=60)
+    for folder in old.rounds():
+        for path, name in ((folder.candidates, "reason"), (folder.refined, "reject_reason")):
+            rows = read_jsonl(path)
+            for row in rows:
+                detail = row.pop("detail")
+                row[name] = None if row["accepted"] else f"loss: {detail}"
+            if path == folder.refined:
+                rows = [{k: v for k, v in row.items() if k != "gate"} for row in rows]
+            write_jsonl(path, rows)
+    told = page(old)
+    assert "loss: so it was" not in told  # candidates are counted, not listed
+    assert "loss: unchanged" in told
+    refused = next(row for row in read_jsonl(old.round(0).refined) if not row["accepted"])
+    family = trace(old, refused["source_id"])
+    assert refused["reject_reason"] in {sample["verdict"] for sample in family}
 
 
 def test_every_candidate_is_counted_once(run: RunDir) -> None:
@@ -61,7 +112,7 @@ def test_open_gates_and_gates_of_other_axes_say_so(run: RunDir) -> None:
     assert none is not None
     diversity = sane["groups"].index(("diversity",))
     complexity = sane["groups"].index(("complexity",))
-    states = {gate: [cell["state"] for cell in cells(sane, gate)] for gate in GATES}
+    states = {name: [cell["state"] for cell in cells(sane, name)] for name in TITLES}
     assert (
         states["numbers"][complexity] == states["length"][complexity] == states["loss"][complexity] == "open"
     )
@@ -69,8 +120,8 @@ def test_open_gates_and_gates_of_other_axes_say_so(run: RunDir) -> None:
     assert (
         states["numbers"][diversity] == states["loss"][diversity] == states["novelty"][complexity] == "none"
     )
-    shut = {gate for gate in GATES if any(cell["state"] == "shut" for cell in cells(none, gate))}
-    assert shut == set(ALWAYS)
+    shut = {name for name in TITLES if any(cell["state"] == "shut" for cell in cells(none, name))}
+    assert shut == {"answered", "readable", "answer_readable", "duplicate"}
 
 
 def test_what_changed_is_the_median_of_what_was_measured(run: RunDir) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from synthetic_run import write_run
 
-from middo_jax.refine.usage import Usage
+from middo_jax.refine.endpoint.usage import Usage
 from middo_jax.report.build import page
 from middo_jax.report.costs import costs
 

@@ -150,7 +150,7 @@ def test_embeddings_before_training_are_the_base_models(house: House, examples: 
 
 def test_rewrites_are_compared_in_the_datasets_own_space(house: House, examples: list[Example]) -> None:
     """Embedded by the model that embedded the dataset: a sample's own prompt is as similar as can be."""
-    from middo_jax.refine.rewrite import Outcome
+    from middo_jax.refine.tasks import Outcome
 
     directory = house.score("measured", examples, diversity__embedder="pre")
     workshop = house.workshop(diversity__embedder="pre")

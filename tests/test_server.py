@@ -21,9 +21,9 @@ from tiny_model import write_tiny_model
 from middo_jax.config import ConfigError, ServeSettings
 from middo_jax.data.example import Message
 from middo_jax.data.tokenize import tokenize_prompt
-from middo_jax.models.generate import Completion, Engine
-from middo_jax.models.sampling import Request
-from middo_jax.refine.server import build_app, load_engine, serve_forever, serve_in_background
+from middo_jax.inference.engine import Completion, Engine
+from middo_jax.inference.sampling import Request
+from middo_jax.inference.server import build_app, load_engine, serve_forever, serve_in_background
 
 CONTEXT = 128
 SETTINGS = ServeSettings(max_batch=3, max_context=CONTEXT)

@@ -234,8 +234,8 @@ def neighbours(out: Path) -> Figures:
 
 def decoding(model: str, out: Path) -> Figures:
     """The embedded engine with 256 slots: prompts of 64 tokens, answers of 128, so many requests at once."""
-    from middo_jax.models.generate import Engine
-    from middo_jax.models.sampling import Request
+    from middo_jax.inference.engine import Engine
+    from middo_jax.inference.sampling import Request
 
     config, mesh = shapes.MODELS[model], one_device()
     params = shapes.random_params(config, mesh)

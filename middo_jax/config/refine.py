@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.fields import FieldInfo
 
 from middo_jax.config.base import Settings
+from middo_jax.config.gates import Gate, Switch, gates
 
 
 class Prices(Settings):
@@ -21,55 +24,51 @@ class Prices(Settings):
 
 
 class GateSettings(Settings):
-    """What a rewrite must pass under refine.accept; `false` or null opens one of them.
+    """What a rewrite must pass under refine.accept; `false` or null opens a gate.
 
-    Up to `duplicate` the text tells, and `sane` asks; from `context` on the model under training tells, and
-    only `measured` asks. Where a share is given, the dataset's own similarities set the bar: cosines of mean
-    states are high between strangers too, and how high differs from model to model.
+    They are asked in this order. Up to `length` the text alone is looked at, under `sane` and `measured`;
+    from `context` to `quality` the model under training measures, under `measured` only. A share sets the bar
+    by the dataset's own similarities: cosines of mean states are high even between unrelated prompts, and how
+    high differs from model to model.
     """
 
-    numbers: bool = Field(
-        default=True,
-        description="A rewritten prompt keeps its original's numbers; a simplified one exchanges none.",
-    )
-    code: bool = Field(default=True, description="A rewritten prompt keeps its original's code blocks.")
-    language: bool = Field(
-        default=True, description="Prompt and response stay in their language, where it can be told."
-    )
-    length: PositiveFloat | None = Field(
-        default=2.0,
-        ge=1,
-        description="Times the dataset's 99th percentile of characters at most, its 1st over it at least.",
-    )
-    duplicate: float | None = Field(
-        default=0.6,
-        gt=0,
-        le=1,
-        description="Share of word triples in common with a training, held-out or other new prompt from "
-        "which on a prompt is its near-duplicate. 0.6: none of Alpaca's own pairs reach it by chance.",
-    )
-    context: float | None = Field(
-        default=0.95,
-        gt=0,
-        lt=1,
-        description="A rewritten prompt is nearer to its original than this share of pairs of samples are.",
-    )
-    loss: bool = Field(
-        default=True, description="A hard sample's loss falls below the threshold that made it hard."
-    )
-    coverage: bool = Field(
-        default=True, description="A new sample is nearer to its sparse core than the k-th neighbour was."
-    )
-    novelty: float | None = Field(
-        default=0.95,
-        gt=0,
-        lt=1,
-        description="A new sample is no nearer to any other than this share of samples are to their nearest.",
-    )
-    distribution: bool = Field(
-        default=True, description="A new sample is no farther out than its core, and not itself hard."
-    )
-    quality: bool = Field(default=True, description="A low-quality sample's rating rises.")
+    if TYPE_CHECKING:  # the fields are those of the table of gates, see `declare`
+
+        def __init__(self, **values: bool | float | None) -> None: ...
+
+    def value(self, name: str) -> Any:
+        """A gate's setting, its default if it was declared after these settings were made."""
+        return getattr(self, name, type(self).model_fields[name].default)
+
+    def values(self) -> dict[str, Any]:
+        """All settings by name."""
+        return {name: self.value(name) for name in type(self).model_fields}
+
+
+def declare(rows: Iterable[Gate], users: Iterable[type[Settings]] = ()) -> None:
+    """Makes the settings of gates fields of `GateSettings`; `users` are the groups that contain it."""
+    for row in rows:
+        if isinstance(row.switch, Switch):
+            bounds = {name: getattr(row.switch, name) for name in ("gt", "ge", "lt", "le")}
+            given = {name: value for name, value in bounds.items() if value is not None}
+            field = Field(default=row.switch.default, description=row.rule, **given)
+            kind = bool if isinstance(row.switch.default, bool) else float | None
+            GateSettings.__pydantic_fields__[row.name] = FieldInfo.from_annotated_attribute(kind, field)
+    _rebuild(users)
+
+
+def withdraw(name: str, users: Iterable[type[Settings]] = ()) -> None:
+    """Takes a gate's setting back."""
+    GateSettings.__pydantic_fields__.pop(name, None)
+    _rebuild(users)
+
+
+def _rebuild(users: Iterable[type[Settings]]) -> None:
+    for group in (GateSettings, *users):
+        group.model_rebuild(force=True)
+
+
+declare(gates())
 
 
 class RefineSettings(Settings):

@@ -38,8 +38,6 @@ class Lineage:
     prompt_version: str | None = None
     scores_before: dict[str, float | None] | None = None
     scores_after: dict[str, float | None] | None = None
-    accepted: bool = True
-    reject_reason: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +87,8 @@ class Example:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Example:
         """Reads a row of dataset.jsonl."""
-        lineage = dict(row["lineage"])
+        # Version 0.1 wrote into each lineage that it was accepted.
+        lineage = {k: v for k, v in row["lineage"].items() if k not in ("accepted", "reject_reason")}
         for name in ("parent_ids", "hint_ids"):
             lineage[name] = tuple(lineage[name])
         messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])

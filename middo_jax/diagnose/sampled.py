@@ -17,8 +17,8 @@ from middo_jax.config import QualitySettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import tokenize_prompt
 from middo_jax.diagnose.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, judge_message
-from middo_jax.models.generate import Engine
-from middo_jax.models.sampling import Request
+from middo_jax.inference.engine import Engine
+from middo_jax.inference.sampling import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from middo_jax.config import ConfigError, MeshSettings
 
@@ -75,7 +75,26 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
+    if logical_axes[0] == "batch" and batch_shards(x.shape[0]) == 1:
+        logical_axes = (None, *logical_axes[1:])  # a single prompt, say: every device reads all of it
     return jax.lax.with_sharding_constraint(x, RULES.spec(*logical_axes))
+
+
+def fitting_spec(mesh: Mesh | AbstractMesh, shape: Sequence[int], *logical_axes: str | None) -> PartitionSpec:
+    """As `RULES.spec`, without what does not divide.
+
+    An axis is split over the first of its mesh axes, as many as divide it together.
+
+    8 slots over data=2, fsdp=2 -> ("data", "fsdp"); 6 slots -> ("data",); 3 slots -> ()
+    """
+
+    def fitting(size: int, names: tuple[str, ...]) -> tuple[str, ...]:
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        return names
+
+    wanted = [() if axis is None else getattr(RULES, axis) or () for axis in logical_axes]
+    return PartitionSpec(*(fitting(size, names) or None for size, names in zip(shape, wanted, strict=True)))
 
 
 def batch_shards(batch: int) -> int:

@@ -1,20 +1,29 @@
 """Refining: selected samples through a served chat model, and what passes the gates into the dataset.
 
-client = ChatClient(settings, base_url, model, AnswerCache(path))
-outcomes = reject_duplicates(examples, run(plan_tasks(examples, ...), client, settings, round_index))
+requests = prompts.requests(model, settings, seed)
+client = ChatClient(requests, base_url, AnswerCache(path))
+tasks = plan_tasks(examples, hard, sparse, low_quality, knn_ids, scores)
+outcomes = run(tasks, client, settings, round_index)
 examples = merge(examples, outcomes)
 """
 
-from middo_jax.refine.batch import BatchClient, read_results
-from middo_jax.refine.cache import Answer, AnswerCache, CacheError
-from middo_jax.refine.client import ChatClient
-from middo_jax.refine.duplicates import reject_duplicates
+from middo_jax.refine.endpoint.batch import BatchClient, read_results
+from middo_jax.refine.endpoint.cache import AnswerCache, CacheError
+from middo_jax.refine.endpoint.client import ChatClient
+from middo_jax.refine.endpoint.faults import (
+    BudgetReached,
+    EndpointFailed,
+    NotAnswered,
+    RefinerError,
+    RequestRefused,
+)
+from middo_jax.refine.endpoint.ledger import Ledger
+from middo_jax.refine.endpoint.request import Answer
+from middo_jax.refine.endpoint.usage import Usage
 from middo_jax.refine.estimate import DryRun, dry_run
-from middo_jax.refine.faults import BudgetReached, EndpointFailed, NotAnswered, RefinerError, RequestRefused
 from middo_jax.refine.merge import merge
-from middo_jax.refine.request import Refiner
-from middo_jax.refine.rewrite import Outcome, Task, plan_tasks, refine_tasks, run
-from middo_jax.refine.usage import Ledger, Usage
+from middo_jax.refine.rewrite import Refiner, refine_tasks, run
+from middo_jax.refine.tasks import Outcome, Task, Verdict, plan_tasks
 
 __all__ = [
     "Answer",
@@ -33,11 +42,11 @@ __all__ = [
     "RequestRefused",
     "Task",
     "Usage",
+    "Verdict",
     "dry_run",
     "merge",
     "plan_tasks",
     "read_results",
     "refine_tasks",
-    "reject_duplicates",
     "run",
 ]

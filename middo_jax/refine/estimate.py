@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from middo_jax.config import RefineSettings
+from middo_jax.refine.endpoint.usage import CHARACTERS_A_TOKEN, cost_usd, estimated_tokens
 from middo_jax.refine.prompts import PROBE, PROBE_TOKENS, Form
-from middo_jax.refine.rewrite import Task, first_request
-from middo_jax.refine.usage import CHARACTERS_A_TOKEN, cost_usd, estimated_tokens
+from middo_jax.refine.rewrite import first_request
+from middo_jax.refine.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from middo_jax.data.example import Example
-from middo_jax.refine.rewrite import Outcome
+from middo_jax.refine.tasks import Outcome
 
 
 def merge(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> list[Example]:
@@ -16,7 +16,7 @@ def merge(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> list[Exam
 
     Raises:
       ValueError: an accepted outcome's source is not in the dataset, or two are for one sample and
-        purpose, or ids would repeat (see `reject_duplicates`).
+        purpose, or ids would repeat (which the gate `duplicate` rejects).
     """
     replacements: dict[str, Example] = {}
     additions: dict[str, Example] = {}
@@ -35,5 +35,7 @@ def merge(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> list[Exam
     merged = [replacements.get(example.id, example) for example in examples]
     merged += [additions[example.id] for example in examples if example.id in additions]
     if len({example.id for example in merged}) < len(merged):
-        raise ValueError("the merged dataset would hold an example twice: reject duplicates before merging")
+        raise ValueError(
+            "the merged dataset would contain an example twice: refine this round's dataset again"
+        )
     return merged

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from middo_jax.refine.endpoints import Endpoint
-from middo_jax.refine.rewrite import Outcome
-from middo_jax.refine.throttle import Clock
-from middo_jax.refine.usage import Ledger
+from middo_jax.refine.endpoint.ledger import Ledger
+from middo_jax.refine.endpoint.servers import Endpoint
+from middo_jax.refine.endpoint.throttle import Clock
+from middo_jax.refine.tasks import Outcome
 
 
 class Meter:

@@ -1,39 +1,22 @@
-"""What became of the refiner's candidates: how many met their end at which gate, and what the others changed.
+"""What became of the refiner's candidates: how many each gate rejected, and what the others changed.
 
-Reads candidates.jsonl, a row an attempt. Gates are counted in the order of GATES: one that has stopped a
-candidate was its last.
+Reads candidates.jsonl, one row per attempt. The gates are the rows of `config.gates`, in the order in which a
+candidate meets them: the gate that rejected it was its last.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from middo_jax.config.gates import Gate, gates
 from middo_jax.report import plots
 
-GATES = {
-    "answered": "the refiner answered",
-    "readable": "it can be read and trained on",
-    "sane": "no refusal, echo or copy",
-    "numbers": "numbers kept",
-    "code": "code blocks kept",
-    "language": "language kept",
-    "length": "about as long as the dataset's",
-    "duplicate": "no near-duplicate",
-    "context": "still about its original's task",
-    "loss": "loss below the hard ones'",
-    "coverage": "nearer to its core than neighbours are",
-    "novelty": "no paraphrase of a sample",
-    "distribution": "not farther out, not hard",
-    "quality": "rating rises",
-}
-ALWAYS = ("answered", "readable")  # cannot be switched off
-BY_TEXT = ("sane", "numbers", "code", "language", "length", "duplicate")
-OF_REWRITES, OF_ADDITIONS = ("numbers", "code", "context"), ("coverage", "novelty", "distribution")
-OF_AXIS = {"loss": "complexity", "quality": "quality"}
+ANSWERED = "the refiner answered"  # no gate: what a failed request or a spent budget leaves is no candidate
 
 CHANGES = {  # axis: (score of the sample, number of the measurement, what to call it, more is better)
     "complexity": ("loss_post", "loss", "loss under the model, nats a token", False),
@@ -59,8 +42,11 @@ def acceptance(
     return {
         "groups": groups,
         "gates": [
-            {"title": title, "cells": [_cell(gate, rows, group, refine) for group in groups]}
-            for gate, title in GATES.items()
+            {
+                "title": ANSWERED if gate is None else gate.title,
+                "cells": [_cell(gate, rows, group, refine) for group in groups],
+            }
+            for gate in (None, *_met(rows))
         ],
         "accepted": [_accepted(rows, group) for group in groups],
         "tries": [_tries(rows, group) for group in groups],
@@ -75,36 +61,29 @@ def acceptance(
     }
 
 
-def _cell(gate: str, rows: Sequence[dict[str, Any]], group: tuple[str, ...], refine: Any) -> dict[str, Any]:
-    """How many of a group passed a gate, of those that no earlier one had stopped."""
-    order = list(GATES)
-    if not _concerns(gate, group):
-        return {"state": "none"}
-    if not _is_shut(gate, refine):
-        return {"state": "open"}
-    ends = Counter(
-        None if row["accepted"] else row["gate"] or "answered" for row in rows if tuple(row["axes"]) == group
-    )
-    stopped_before = sum(ends[earlier] for earlier in order[: order.index(gate)])
-    asked = ends.total() - stopped_before
-    return {"state": "shut", "asked": asked, "passed": asked - ends[gate]}
+def _cell(
+    gate: Gate | None, rows: Sequence[dict[str, Any]], group: tuple[str, ...], refine: Any
+) -> dict[str, Any]:
+    """How many of a group passed a gate, of those that no earlier one had stopped; None: the request."""
+    name = None if gate is None else gate.name
+    if gate is not None:
+        if not gate.concerns(group):
+            return {"state": "none"}
+        if not gate.is_shut(refine.get("accept", "measured"), refine.get("gates") or {}):
+            return {"state": "open"}
+    order = [None, *(row.name for row in _met(rows))]
+    stopped = Counter(row["gate"] for row in rows if tuple(row["axes"]) == group and not row["accepted"])
+    of_group = sum(tuple(row["axes"]) == group for row in rows)
+    asked = of_group - sum(stopped[earlier] for earlier in order[: order.index(name)])
+    return {"state": "shut", "asked": asked, "passed": asked - stopped[name]}
 
 
-def _concerns(gate: str, group: tuple[str, ...]) -> bool:
-    if gate in OF_AXIS:
-        return OF_AXIS[gate] in group
-    if gate in (*OF_REWRITES, *OF_ADDITIONS):
-        return (gate in OF_ADDITIONS) == ("diversity" in group)
-    return True
-
-
-def _is_shut(gate: str, refine: Any) -> bool:
-    accept, gates = refine.get("accept", "measured"), refine.get("gates") or {}
-    if gate in ALWAYS:
-        return True
-    if accept == "none" or (accept == "sane" and gate not in BY_TEXT):
-        return False
-    return gates.get(gate, True) not in (False, None)
+def _met(rows: Sequence[dict[str, Any]]) -> list[Gate]:
+    """The table's rows, and behind them gates that are not in it: of a program that had registered more."""
+    known = {gate.name for gate in gates()}
+    others = sorted({row["gate"] for row in rows if row["gate"]} - known)
+    last = dataclasses.replace(gates()[-1], of="all", accept="none", switch=None)
+    return [*gates(), *(dataclasses.replace(last, name=name, title=name) for name in others)]
 
 
 def _accepted(rows: Sequence[dict[str, Any]], group: tuple[str, ...]) -> int:

@@ -41,6 +41,7 @@ from middo_jax.report.status import (
     load_settings,
     status,
 )
+from middo_jax.report.verdicts import refusals
 from middo_jax.run_dir import RoundDir, RunDir, write_text
 
 AXES = {  # axis: (name of its set, CSS class, columns of scores.parquet that decide)
@@ -183,7 +184,7 @@ def _round(
     if needed:
         rows = load_jsonl(folder.dataset) or []
         hints = {row["id"]: Example.from_json(row).prompt for row in rows if row["id"] in needed}
-    rejected = _rejected(tasks or [], load_jsonl(folder.rejected) or [])
+    rejected = refusals(tasks or [], load_jsonl(folder.requests) or [])
     return {
         "sets": sets,
         "overlap": selection["overlap"] if selection else None,
@@ -192,7 +193,7 @@ def _round(
         "set_plot": _set_plot(selection) if selection else None,
         "plots": _score_plots(scores, sets, settings) | {"sweep": _sweep(selection)},
         "verdicts": _verdicts(tasks) if tasks is not None else None,
-        "reasons": Counter((_axes(t), str(t["reason"]).partition(":")[0]) for t in rejected).most_common(),
+        "reasons": Counter((_axes(t), t["verdict"].kind) for t in rejected).most_common(),
         "acceptance": acceptance(
             load_jsonl(folder.candidates), settings, {axis: colour for axis, (_, colour, _) in AXES.items()}
         ),
@@ -201,7 +202,7 @@ def _round(
         "rewrites": [
             _rewrite(t, hints, scores, later) for t in tasks or [] if t["accepted"] and t["example"]
         ],
-        "refusals": rejected,
+        "refusals": [t | {k: _example(t[k]) for k in ("example", "original")} for t in rejected],
     }
 
 
@@ -305,18 +306,8 @@ def _verdicts(tasks: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _rejected(tasks: list[dict[str, Any]], answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every rejected rewrite once, with its candidate (refined.jsonl) and raw answers (rejected.jsonl)."""
-    found = {}
-    for task in tasks:
-        if not task["accepted"]:
-            key = (task["source_id"], task["op"], frozenset(task["axes"]))
-            found[key] = {**task, "reason": task["reject_reason"], "answers": []}
-    for row in answers:
-        key = (row["source_id"], row["op"], frozenset(row["axes"]))
-        found[key] = {"example": None, "original": None, **found.get(key, {}), **row}
-    texts = ("example", "original")
-    return [row | {k: Example.from_json(row[k]) if row[k] else None for k in texts} for row in found.values()]
+def _example(row: dict[str, Any] | None) -> Example | None:
+    return Example.from_json(row) if row else None
 
 
 def _rewrite(

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from middo_jax.data.example import Example
 from middo_jax.report.status import load_jsonl, planned_rounds, require
+from middo_jax.report.verdicts import verdict
 from middo_jax.run_dir import RoundDir, RunDir, RunError
 
 
@@ -29,7 +30,7 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
     Returns:
       One JSON-able dict a sample: id, relation (ancestor | self | descendant), round (the first whose dataset
       holds it, or would; `final` counts as the round after the last), rounds (all folders that hold it), op,
-      axis, parent_ids, root_id, hint_ids, refiner, accepted, reject_reason, prompt, response, scores (its row
+      axis, parent_ids, root_id, hint_ids, refiner, accepted, verdict, prompt, response, scores (its row
       in that first round's scores.parquet, None where not scored), later_scores ({folder: row}),
       scores_before (of the parent that was found wanting).
 
@@ -98,8 +99,8 @@ def _samples(folders: list[RoundDir]) -> dict[str, dict[str, Any]]:
             sample["rounds"].append(folder.path.name)
         for task in load_jsonl(folder.refined) or []:
             if task["example"] is not None and task["example"]["id"] not in samples:
-                verdict = {"accepted": task["accepted"], "reject_reason": task["reject_reason"]}
-                samples[task["example"]["id"]] = _sample(task["example"], index + 1) | verdict
+                end = {"accepted": task["accepted"], "verdict": _said(task)}
+                samples[task["example"]["id"]] = _sample(task["example"], index + 1) | end
     return samples
 
 
@@ -116,12 +117,16 @@ def _sample(row: dict[str, Any], index: int) -> dict[str, Any]:
         "root_id": lineage.root_id,
         "hint_ids": list(lineage.hint_ids),
         "refiner": lineage.refiner,
-        "accepted": lineage.accepted,
-        "reject_reason": lineage.reject_reason,
+        "accepted": True,
+        "verdict": None,
         "scores_before": lineage.scores_before,
         "prompt": example.prompt,
         "response": example.response,
     }
+
+
+def _said(task: dict[str, Any]) -> str | None:
+    return None if task["accepted"] else str(verdict(task))
 
 
 def _resolve(run: RunDir, samples: dict[str, Any], wanted: str) -> str:

@@ -82,7 +82,7 @@ def render_trace(chain: list[dict[str, Any]]) -> str:
     for sample in chain:
         how = sample["op"] + (f" ({sample['axis']})" if sample["axis"] else "")
         parents = f" from {', '.join(sample['parent_ids'])}" if sample["parent_ids"] else ""
-        verdict = "" if sample["accepted"] else f", rejected: {sample['reject_reason']}"
+        verdict = "" if sample["accepted"] else f", rejected: {sample['verdict']}"
         scores = sample.get("scores") or {}
         shown = ("loss_pre", "loss_post", "knn_mean_sim", "quality")
         known = [f"{name} {scores[name]:.3f}" for name in shown if scores.get(name) is not None]

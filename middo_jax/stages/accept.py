@@ -1,7 +1,8 @@
-"""Which of the refiner's candidates are accepted: the gates in order, and candidates.jsonl, which tells it.
+"""Which of the refiner's candidates are accepted, and candidates.jsonl, which records it.
 
-What the text tells is asked first, then what the model under training measures in one pass over all
-candidates of an attempt, and last the rating, of those that have passed all else.
+The text's gates have been asked already, where the candidate was written. Here follow, gate by gate in the
+order of the table: the dataset's lengths, what the model under training measures in one pass over all
+candidates of an attempt, its rating of those that pass all that, and whether a candidate repeats another one.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from middo_jax.config.gates import Needs
 from middo_jax.data.example import Example
 from middo_jax.run_dir import RoundDir, read_jsonl, write_jsonl
 from middo_jax.stages.measure import UnderTraining, scored_model
@@ -20,7 +22,30 @@ from middo_jax.workshop import Workshop, read_dataset
 
 if TYPE_CHECKING:
     from middo_jax.refine import Outcome
-    from middo_jax.refine.gates import Limits, Measurement
+    from middo_jax.refine.acceptance.candidate import Candidate, Limits, Measurement
+
+
+@dataclasses.dataclass
+class _Case:
+    """A candidate while it is decided: its outcome so far, and what the gates see of it."""
+
+    outcome: Outcome
+    child: Example
+    candidate: Candidate
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Under which its measurement is kept."""
+        return self.outcome.task.task_id, self.child.id
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no gate has rejected it."""
+        return self.outcome.example is not None
+
+    def learn(self, **facts: Any) -> None:
+        """Fills in what the next gates need."""
+        self.candidate = dataclasses.replace(self.candidate, **facts)
 
 
 class Acceptance:
@@ -37,7 +62,7 @@ class Acceptance:
 
         Args:
           workshop: settings and all that loads a model.
-          directory: holds the round's dataset, scores, embeddings and selection.
+          directory: contains the round's dataset, scores, embeddings and selection.
           heldout: what no candidate may repeat.
           model: M_t; None takes the one that the folder's manifest names.
 
@@ -45,95 +70,115 @@ class Acceptance:
           RunError: `refine.accept` is `measured` and that model cannot be found.
           ConfigError: a gate needs a package that is not installed.
         """
-        from middo_jax.refine.language import load_identifier
+        from middo_jax.refine.acceptance.duplicates import Known
+        from middo_jax.refine.acceptance.language import load_identifier
 
-        self._workshop, self._directory, self._heldout = workshop, directory, heldout
+        self._workshop, self._directory = workshop, directory
         self._settings = workshop.config.refine
+        gates, by_text = self._settings.gates, self._settings.accept != "none"
         self._examples = read_dataset(directory)
         self._model = (model or scored_model(directory)) if self._settings.accept == "measured" else None
-        if self._settings.accept != "none" and self._settings.gates.language:
+        if by_text and gates.value("language"):
             load_identifier()  # that it is missing should be known before anything is paid for
+        self._known = Known(self._examples, heldout, gates.value("duplicate") if by_text else None)
         self.limits = self._read_limits()
         self._under = directory.stages()["score"]["files"][directory.embeddings.name][:16]
         self._stored = self._read_stored()
         self._rows: list[dict[str, Any]] = []
-        self._accepted: list[Example] = []
 
     def decide(self, asked: Sequence[Outcome]) -> list[Outcome]:
-        """The outcomes of one attempt, in order, with those rejected that a gate does not let pass."""
-        from middo_jax.refine.duplicates import reject_alike, reject_duplicates, reject_near_duplicates
+        """The outcomes of one attempt, in order; those that a gate does not let pass are rejected."""
+        from middo_jax.refine.acceptance.candidate import Candidate
 
-        gates, sane = self._settings.gates, self._settings.accept != "none"
-        known = {example.id for example in (*self._examples, *self._heldout)}
-        outcomes = _rejected(asked, lambda _, e: f"duplicate: equals {e.id}" if e.id in known else None)
-        if sane:
-            outcomes = self._check_lengths(outcomes)
-        if sane and gates.duplicate is not None:
-            outcomes = reject_near_duplicates(self._examples, self._heldout, outcomes, gates.duplicate)
-        measured: dict[str, Measurement] = {}
+        cases = {
+            place: _Case(
+                outcome, outcome.example, Candidate(outcome.task, example=outcome.example, limits=self.limits)
+            )
+            for place, outcome in enumerate(asked)
+            if outcome.example is not None
+        }
+        self._ask_dataset(list(cases.values()))
         if self._model is not None:
-            outcomes, measured = self._check_measured(outcomes, self._model)
-        outcomes = reject_duplicates(self._accepted, outcomes)
-        if sane and gates.duplicate is not None:
-            outcomes = reject_alike(self._accepted, outcomes, gates.duplicate)
-        decided = [_with_scores(o, measured.get(o.task.task_id)) for o in outcomes]
-        self._accepted += [o.example for o in decided if o.example is not None]
-        candidates = {o.task.task_id: o.example for o in asked}
-        self._rows += [
-            self._row(o, candidates[o.task.task_id], measured.get(o.task.task_id)) for o in decided
-        ]
+            self._ask_model(list(cases.values()), self._model)
+        self._ask_accepted(list(cases.values()))
+        decided = []
+        for place, outcome in enumerate(asked):
+            case = cases.get(place)
+            measured = None if case is None else case.candidate.measured
+            decided.append(outcome if case is None else _with_scores(case.outcome, measured))
+            self._rows.append(self._row(decided[-1], outcome.example, measured))
         write_jsonl(self._directory.candidates, self._rows)
         return decided
 
-    def _check_lengths(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        from middo_jax.refine.gates import check_length
+    def _ask(self, cases: Sequence[_Case], needs: Needs) -> None:
+        """Asks the gates of one phase of all that are still open."""
+        from middo_jax.refine.acceptance.table import first_verdict
 
-        return _rejected(outcomes, lambda outcome, child: check_length(child, self.limits))
+        for case in cases:
+            if case.is_open and (verdict := first_verdict(case.candidate, needs, self._settings)):
+                case.outcome = case.outcome.rejected(verdict)
 
-    def _check_measured(
-        self, outcomes: Sequence[Outcome], path: Path
-    ) -> tuple[list[Outcome], dict[str, Measurement]]:
-        from middo_jax.refine.gates import check_measured, check_quality, needs_rating
+    def _ask_dataset(self, cases: Sequence[_Case]) -> None:
+        from middo_jax.refine.acceptance.table import asked
 
-        gates, model = self._settings.gates, UnderTraining(self._workshop, self._directory, path)
-        keys = {(o.task.task_id, o.example.id): o for o in outcomes if o.example is not None}
-        measured = {key[0]: self._stored[key] for key in keys if key in self._stored}
-        new = [o for key, o in keys.items() if key not in self._stored]
-        if new:
-            measured |= zip((o.task.task_id for o in new), model.measure(new), strict=True)
-        outcomes = _rejected(
-            outcomes, lambda o, _: check_measured(o.task, measured[o.task.task_id], self.limits, gates)
+        wanted = [case for case in cases if asked("dataset", case.outcome.task.axes, self._settings)]
+        for case, tokenized in zip(wanted, self._workshop.tokenize([c.child for c in wanted]), strict=True):
+            case.learn(truncated=tokenized.truncated)
+        self._ask(cases, "dataset")
+
+    def _ask_model(self, cases: Sequence[_Case], path: Path) -> None:
+        from middo_jax.refine.acceptance.table import asked
+
+        model = UnderTraining(self._workshop, self._directory, path)
+        still = [case for case in cases if case.is_open]
+        new = [case for case in still if case.key not in self._stored]
+        # Within an attempt a task has one candidate, so that no key is measured twice.
+        found = (
+            dict(zip((c.key for c in new), model.measure([c.outcome for c in new]), strict=True))
+            if new
+            else {}
         )
-        unrated = [
-            (o.task.task_id, o.example)
-            for o in outcomes
-            if o.example and needs_rating(o.task, gates) and measured[o.task.task_id].quality is None
-        ]
+        for case in still:
+            case.learn(measured=self._stored.get(case.key) or found[case.key])
+        self._ask(still, "measurement")
+        rated = [c for c in still if c.is_open and asked("rating", c.outcome.task.axes, self._settings)]
+        unrated = [c for c in rated if c.candidate.measured and c.candidate.measured.quality is None]
         if unrated:
-            for (task_id, _), quality in zip(unrated, model.rate([e for _, e in unrated]), strict=True):
-                measured[task_id] = dataclasses.replace(measured[task_id], quality=quality)
+            for case, quality in zip(unrated, model.rate([c.child for c in unrated]), strict=True):
+                assert case.candidate.measured is not None
+                case.learn(measured=dataclasses.replace(case.candidate.measured, quality=quality))
         del model
         gc.collect()
         # A later attempt that writes the same again is not measured again either: in another batch its last
         # digits would be others, and a second start could not tell which were whose.
-        self._stored |= {key: measured[key[0]] for key in keys}
-        return _rejected(
-            outcomes, lambda o, _: check_quality(o.task, measured[o.task.task_id], gates)
-        ), measured
+        self._stored |= {case.key: case.candidate.measured for case in still if case.candidate.measured}
+        self._ask(rated, "rating")
+
+    def _ask_accepted(self, cases: Sequence[_Case]) -> None:
+        """The last gates, of one candidate after the other: what is accepted binds those after it."""
+        still = [case for case in cases if case.is_open]
+        near = self._known.near([(case.outcome.task, case.child) for case in still])
+        for case, like in zip(still, near, strict=True):
+            case.learn(repeats=self._known.repeated_by(case.child, like))
+            self._ask([case], "accepted")
+            if case.is_open:
+                self._known.take_in(case.child)
 
     def _read_limits(self) -> Limits:
         import numpy as np
 
         from middo_jax.diagnose.table import read_scores
-        from middo_jax.refine.gates import Limits, length_bounds, pair_similarity
+        from middo_jax.refine.acceptance.candidate import Limits
+        from middo_jax.refine.acceptance.measured import length_bounds, pair_similarity
 
         gates, limits = self._settings.gates, Limits()
-        if self._settings.accept != "none" and gates.length is not None:
+        length, context, novelty = (gates.value(name) for name in ("length", "context", "novelty"))
+        if self._settings.accept != "none" and length is not None:
             prompts = np.array([len(example.prompt) for example in self._examples])
             responses = np.array([len(example.response) for example in self._examples])
             limits = Limits(
-                prompt_chars=length_bounds(prompts, gates.length),
-                response_chars=length_bounds(responses, gates.length),
+                prompt_chars=length_bounds(prompts, length),
+                response_chars=length_bounds(responses, length),
             )
         if self._model is None:
             return limits
@@ -143,12 +188,12 @@ class Acceptance:
         return dataclasses.replace(
             limits,
             loss=axes.get("complexity", {}).get("threshold", {}).get("loss_post"),
-            context=None if gates.context is None else pair_similarity(embedding_nd, gates.context),
-            novelty=float(np.quantile(nearest, gates.novelty)) if gates.novelty and nearest else None,
+            context=None if context is None else pair_similarity(embedding_nd, context),
+            novelty=float(np.quantile(nearest, novelty)) if novelty and nearest else None,
         )
 
     def _read_stored(self) -> dict[tuple[str, str], Measurement]:
-        from middo_jax.refine.gates import Measurement
+        from middo_jax.refine.acceptance.candidate import Measurement
 
         if self._model is None or not self._directory.candidates.exists():
             return {}
@@ -161,9 +206,7 @@ class Acceptance:
     def _row(
         self, outcome: Outcome, candidate: Example | None, measured: Measurement | None
     ) -> dict[str, Any]:
-        from middo_jax.refine.gates import gate_of
-
-        task, reason = outcome.task, outcome.reject_reason
+        task, verdict = outcome.task, outcome.verdict
         return {
             "task_id": task.task_id,
             "attempt": task.attempt,
@@ -172,26 +215,17 @@ class Acceptance:
             "source_id": task.source.id,
             "candidate_id": None if candidate is None else candidate.id,
             "accepted": outcome.example is not None,
-            "gate": None if reason is None else gate_of(reason),
-            "reason": reason,
+            "gate": None if verdict is None else verdict.gate,
+            "detail": None if verdict is None else verdict.detail,
             "before": dict(task.scores),
             "measured": None if measured is None else dataclasses.asdict(measured),
             "measured_under": None if measured is None else self._under,
         }
 
 
-def _rejected(outcomes: Sequence[Outcome], check: Callable[[Outcome, Example], str | None]) -> list[Outcome]:
-    """The outcomes with those rejected whose child a gate has a reason against."""
-    kept = []
-    for outcome in outcomes:
-        reason = None if outcome.example is None else check(outcome, outcome.example)
-        kept.append(outcome if reason is None else outcome.rejected(reason))
-    return kept
-
-
 def _with_scores(outcome: Outcome, measured: Measurement | None) -> Outcome:
     """The outcome with what was measured of its child in the child's lineage."""
-    from middo_jax.refine.gates import after_scores
+    from middo_jax.refine.acceptance.measured import after_scores
 
     if outcome.example is None or measured is None:
         return outcome

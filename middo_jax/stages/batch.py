@@ -52,13 +52,14 @@ def batch_stage(
     Raises:
       RunError: `refine.model` is not set, a file holds no results, or results of other requests only.
     """
-    from middo_jax.refine import BatchClient, Ledger, NotAnswered, read_results
+    from middo_jax.refine import BatchClient, Ledger, NotAnswered, prompts, read_results
 
     config = workshop.config
     if config.refine.model is None:
         raise RunError("config: refine.model is missing: the name of the model that the batch is for")
     results = read_results(read)
-    client = BatchClient(config.refine, config.refine.model, cache, config.seed, Ledger(cache, config.name))
+    requests = prompts.requests(config.refine.model, config.refine, config.seed)
+    client = BatchClient(requests, cache, Ledger(cache, config.name))
     taken: set[str] = set()
     while True:
         client.start_over()

@@ -16,7 +16,7 @@ from middo_jax.workshop import Workshop
 if TYPE_CHECKING:
     from middo_jax.models.lora import Model
     from middo_jax.refine import Outcome
-    from middo_jax.refine.gates import Measurement
+    from middo_jax.refine.acceptance.candidate import Measurement
 
 
 def scored_model(directory: RoundDir) -> Path:
@@ -60,7 +60,8 @@ class UnderTraining:
 
         from middo_jax.diagnose.diversity import nearest_neighbours
         from middo_jax.diagnose.table import read_scores
-        from middo_jax.refine.gates import Measurement, cosines
+        from middo_jax.refine.acceptance.candidate import Measurement
+        from middo_jax.refine.acceptance.measured import cosines
 
         children = [outcome.example for outcome in outcomes if outcome.example is not None]
         rows = {row["id"]: row for row in read_scores(self._directory.scores).to_pylist()}

@@ -1,11 +1,12 @@
-"""The refining stage: a round's selected samples -> requests, refined and rejected ones, the next dataset."""
+"""The refining stage: a round's selected samples -> requests, candidates, refined ones, the next dataset."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from middo_jax.workshop import Workshop, endpoint, read_dataset
 
 if TYPE_CHECKING:
     from middo_jax.refine import AnswerCache, BatchClient, Ledger, Outcome, Task
+
+    Ask = Callable[[Sequence[Task]], list[Outcome]]
 
 LINEAGE_SCORES = ("loss_pre", "loss_post", "knn_mean_sim", "quality")  # what a sample's lineage keeps
 
@@ -50,9 +53,9 @@ def refine_stage(
 ) -> Ledger:
     """Has the selected samples rewritten, and accepts what helps. Returns the cost.
 
-    Writes requests.jsonl, refined.jsonl, rejected.jsonl and candidates.jsonl. What is not accepted is tried
-    again, up to `refine.max_attempts` times, told why. Every answer is in the cache as soon as it comes, so
-    that a second start pays for nothing twice.
+    Writes requests.jsonl, refined.jsonl and candidates.jsonl. What is not accepted is tried again, up to
+    `refine.max_attempts` times, told why. Every answer is in the cache as soon as it comes, so that a second
+    start pays for nothing twice.
 
     Args:
       workshop: settings, tokenizer, mesh.
@@ -70,31 +73,16 @@ def refine_stage(
     from middo_jax.refine import Ledger
 
     config, began = workshop.config, time.monotonic()
-    planned = plan_refinement(directory)
+    tasks = plan_refinement(directory)
     acceptance = Acceptance(workshop, directory, heldout, model)
-    ended: dict[str, Outcome] = {}
     ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
-    tasks = planned
-    for _ in range(config.refine.max_attempts):
-        # The refiner has left the memory again before the model under training is loaded into it.
-        asked = _ask(workshop, tasks, round_index, cache, ledger, batch) if tasks else []
-        decided = acceptance.decide(asked)
-        for outcome in decided:
-            earlier = ended.get(outcome.task.task_id)
-            ended[outcome.task.task_id] = outcome.after(earlier) if earlier else outcome
-        tasks = [again for outcome in decided if (again := outcome.next_attempt()) is not None]
-        if not tasks:
-            break
-    outcomes = [ended[task.task_id] for task in planned]
+    refiner = _refiner(workshop, round_index, cache, ledger, batch)
+    outcomes = _attempts(tasks, refiner, acceptance, config.refine.max_attempts)
     write_jsonl(directory.requests, (row for o in outcomes for row in o.request_rows()))
     write_jsonl(directory.refined, (o.to_json() for o in outcomes))
-    refused = read_jsonl(directory.rejected) if directory.rejected.exists() else []
-    refused = [row for row in refused if "where" in row]  # `middo score` keeps unusable input rows here
-    refused += [o.rejected_row() for o in outcomes if o.example is None]
-    write_jsonl(directory.rejected, refused)
     directory.finish(
         "refine",
-        [directory.requests, directory.refined, directory.rejected, directory.candidates],
+        [directory.requests, directory.refined, directory.candidates],
         time.monotonic() - began,
         n=len(outcomes),
         accepted=sum(o.example is not None for o in outcomes),
@@ -104,31 +92,67 @@ def refine_stage(
     return ledger
 
 
-def _ask(
-    workshop: Workshop,
+def _attempts(
     tasks: Sequence[Task],
-    round_index: int,
-    cache: AnswerCache,
-    ledger: Ledger,
-    batch: BatchClient | None,
+    refiner: contextlib.AbstractContextManager[Ask],
+    acceptance: Acceptance,
+    most: int,
 ) -> list[Outcome]:
-    """One attempt at every task; the embedded endpoint is there for it and gone after it."""
-    from middo_jax.refine import ChatClient, run
+    """How each task ended, in order, after at most so many attempts."""
+    if not tasks:
+        return acceptance.decide([])
+    ended: dict[str, Outcome] = {}
+    left = list(tasks)
+    with contextlib.ExitStack() as stack:
+        ask = stack.enter_context(refiner)
+        for attempt in range(1, most + 1):
+            asked = ask(left)
+            if attempt == most:  # so that an embedded model leaves the memory before the last measuring
+                stack.close()
+            decided = acceptance.decide(asked)
+            for outcome in decided:
+                earlier = ended.get(outcome.task.task_id)
+                ended[outcome.task.task_id] = outcome.after(earlier) if earlier else outcome
+            left = [again for outcome in decided if (again := outcome.next_attempt()) is not None]
+            if not left:
+                break
+    return [ended[task.task_id] for task in tasks]
+
+
+@contextlib.contextmanager
+def _refiner(
+    workshop: Workshop, round_index: int, cache: AnswerCache, ledger: Ledger, batch: BatchClient | None
+) -> Iterator[Ask]:
+    """Asks for one attempt at each of some tasks. The embedded endpoint serves all attempts."""
+    from middo_jax.refine import ChatClient, prompts, run
     from middo_jax.refine.meter import Meter
 
     config, steering = workshop.config, steering_tokens(workshop.tokenizer)
-    if batch is not None:
+
+    def take(tasks: Sequence[Task]) -> list[Outcome]:
+        assert batch is not None
         return run(tasks, batch, config.refine, round_index, special_tokens=steering)
-    name = f"rewrites, attempt {tasks[0].attempt + 1}" if tasks[0].attempt else "rewrites"
-    with endpoint(workshop) as (url, served), workshop.progress.task(name) as advance:
-        client = ChatClient(config.refine, url, served, cache, seed=config.seed, ledger=ledger)
-        meter = Meter(ledger, len(tasks), client.endpoints.all)
 
-        def on_done(outcome: Outcome) -> None:
-            note = meter.ended(outcome)
-            advance(meter.done, len(tasks), note)
+    if batch is not None:
+        yield take
+        return
+    with endpoint(workshop) as served:
+        requests = prompts.requests(served.model, config.refine, config.seed)
 
-        return run(tasks, client, config.refine, round_index, on_done, special_tokens=steering)
+        def ask(tasks: Sequence[Task]) -> list[Outcome]:
+            attempt = tasks[0].attempt + 1
+            name = "rewrites" if attempt == 1 else f"rewrites, attempt {attempt}"
+            client = ChatClient(requests, served.url, cache, sends_key=served.sends_key, ledger=ledger)
+            with workshop.progress.task(name) as advance:
+                meter = Meter(ledger, len(tasks), client.endpoints.all)
+
+                def on_done(outcome: Outcome) -> None:
+                    note = meter.ended(outcome)
+                    advance(meter.done, len(tasks), note)
+
+                return run(tasks, client, config.refine, round_index, on_done, special_tokens=steering)
+
+        yield ask
 
 
 def merge_stage(workshop: Workshop, directory: RoundDir) -> list[Example]:

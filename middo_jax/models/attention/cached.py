@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from middo_jax.models.attention import triton_cached
-from middo_jax.models.attention.placement import platform
+from middo_jax.models.attention.placement import platform, shards
 from middo_jax.models.attention.xla import masked
 
 # Cache slots read at a time.
@@ -55,17 +55,25 @@ def cached_attention(
         asked = {"scale": scale, "window": window, "soft_cap": soft_cap}
         return triton_cached.triton_cached_attention(q_bthd, *cache, **asked)
     b, t, h, d = q_bthd.shape
-    _, _, s, kv_heads, _ = keys_lbskd.shape
+    _, rows, s, kv_heads, _ = keys_lbskd.shape
     block = min(CACHE_BLOCK, s)
     q_btkgd = q_bthd.reshape(b, t, kv_heads, h // kv_heads, d)
+
+    def block_of(cache_lbskd: jax.Array, start: jax.Array) -> jax.Array:
+        if b < rows and shards("batch") > 1:
+            # Devices keep different rows: they exchange the rows that are read, and not the whole cache.
+            all_bskd = jax.lax.dynamic_slice(
+                cache_lbskd, (layer, 0, start, 0, 0), (1, rows, block, kv_heads, d)
+            )[0]
+            return all_bskd[first_row + jnp.arange(b)]
+        corner, size = (layer, first_row, start, 0, 0), (1, b, block, kv_heads, d)
+        return jax.lax.dynamic_slice(cache_lbskd, corner, size)[0]
 
     def read(index: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         highest_bkgt, total_bkgt, sum_bkgtd = state
         # The last block is moved back to fit; what the one before has read is masked.
         start = jnp.minimum(index * block, s - block)
-        corner, size = (layer, first_row, start, 0, 0), (1, b, block, kv_heads, d)
-        keys_bskd = jax.lax.dynamic_slice(keys_lbskd, corner, size)[0]
-        values_bskd = jax.lax.dynamic_slice(values_lbskd, corner, size)[0]
+        keys_bskd, values_bskd = block_of(keys_lbskd, start), block_of(values_lbskd, start)
         slots = start + jnp.arange(block)
         visible_bts = (slots >= index * block) & (slots <= positions_bt[..., None])
         if window is not None:

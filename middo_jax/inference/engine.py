@@ -18,6 +18,7 @@ Axes: b slot, t position, d model width, v vocabulary.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -30,9 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
+from middo_jax.inference.sampling import Request, Sampling, sample
+from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, KVCache, empty_cache
-from middo_jax.models.sampling import Request, Sampling, sample
+from middo_jax.parallel.mesh import fitting_spec
 
 # Tokens of a prompt that are read at a time, and the fewest that the last chunk is padded to.
 CHUNK, SHORTEST_CHUNK = 128, 32
@@ -68,7 +72,7 @@ def prefill(
     positions_1t = start + jnp.arange(tokens_1t.shape[1])[None]
     hidden_1td, cache = model.hidden_cached(tokens_1t, positions_1t, cache, slot)
     last_1d = jax.lax.dynamic_index_in_dim(hidden_1td, n_tokens - 1, axis=1, keepdims=False)
-    return sample(model.unembed(last_1d), sampling), cache
+    return sample(model.unembed(last_1d), sampling), _in_place(cache)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -76,15 +80,11 @@ def copy_chunks(cache: KVCache, source: jax.Array, target: jax.Array, n_chunks: 
     """Copies the first chunks of one slot to another."""
 
     def copy(index: jax.Array, cache: KVCache) -> KVCache:
-        def of(x_lbskd: jax.Array) -> jax.Array:
-            layers, _, _, heads, width = x_lbskd.shape
-            size = (layers, 1, CHUNK, heads, width)
-            chunk = jax.lax.dynamic_slice(x_lbskd, (0, source, index * CHUNK, 0, 0), size)
-            return jax.lax.dynamic_update_slice(x_lbskd, chunk, (0, target, index * CHUNK, 0, 0))
+        at = index * CHUNK + jnp.arange(CHUNK)
+        # Gathered and scattered: a slice of an axis that devices split would collect all of it first.
+        return KVCache(*(x_lbskd.at[:, target, at].set(x_lbskd[:, source, at]) for x_lbskd in cache))
 
-        return KVCache(of(cache.keys), of(cache.values))
-
-    return jax.lax.fori_loop(0, n_chunks, copy, cache)
+    return _in_place(jax.lax.fori_loop(0, n_chunks, copy, cache))
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
@@ -103,7 +103,31 @@ def decode(
     """
     model = nnx.merge(graphdef, params)
     hidden_b1d, cache = model.hidden_cached(tokens_b[:, None], positions_b[:, None], cache)
-    return sample(model.unembed(hidden_b1d[:, 0]), sampling), cache
+    return sample(model.unembed(hidden_b1d[:, 0]), sampling), _in_place(cache)
+
+
+_CACHE_AXES = (None, "batch", None, "kv_heads", None)  # of a cache: layers, slots, positions, heads, width
+
+
+def _in_place(cache: KVCache) -> KVCache:
+    """The cache, split over the mesh in use as it always is: so its memory is used again."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return cache
+    spec = fitting_spec(mesh, cache.keys.shape, *_CACHE_AXES)
+    return KVCache(*(jax.lax.with_sharding_constraint(x_lbskd, spec) for x_lbskd in cache))
+
+
+def _mesh_of(params: nnx.State) -> Mesh | None:
+    """The mesh on which parameters lie; None where they lie on a single device without one."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _made_cache(config: DecoderConfig, max_batch: int, max_context: int) -> KVCache:
+    return _in_place(empty_cache(config, max_batch, max_context))
 
 
 @dataclasses.dataclass
@@ -151,6 +175,9 @@ class _Slot:
 class Engine:
     """Answers requests from any number of threads, up to `max_batch` at a time, on a thread of its own.
 
+    It runs on the mesh of its parameters. The cache is split over the same devices: its slots over `data` and
+    `fsdp`, its heads over `tensor`, as far as they divide. The answers are the same on any mesh.
+
     Args:
       graphdef: the decoder's structure, from `split`.
       params: its parameters.
@@ -173,7 +200,9 @@ class Engine:
         self.max_context = max_context
         self._graphdef = graphdef
         self._params = params
-        self._cache = empty_cache(self.config, max_batch, max_context)
+        self._mesh = _mesh_of(params)
+        with self._on_mesh():
+            self._cache = _made_cache(self.config, max_batch, max_context)
         self._slots = [_Slot() for _ in range(max_batch)]
         self._reading: deque[_Slot] = deque()  # slots whose prompt is not read yet, the oldest first
         self._begun = itertools.count(1)
@@ -242,12 +271,16 @@ class Engine:
                 f"top_k={request.top_k} >= 0"
             )
 
+    def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
     def _run(self) -> None:
         try:
-            while self._wait():
-                self._admit()
-                self._read()
-                self._step()
+            with self._on_mesh():  # which is a thread's own
+                while self._wait():
+                    self._admit()
+                    self._read()
+                    self._step()
         except BaseException as error:  # whatever it is, nobody may wait for ever
             self._end(error)
         for answer in (*self._queue, *(slot.answer for slot in self._slots)):

@@ -14,20 +14,14 @@ import os
 import random
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 from middo_jax.config import ConfigError, RefineSettings
-from middo_jax.refine.budget import Budget
-from middo_jax.refine.cache import Answer, AnswerCache
-from middo_jax.refine.endpoints import (
-    FAILURES_IN_A_ROW,
-    Endpoint,
-    Endpoints,
-    is_loopback,
-    shown,
-)
-from middo_jax.refine.faults import (
+from middo_jax.refine.endpoint.budget import Budget
+from middo_jax.refine.endpoint.cache import AnswerCache
+from middo_jax.refine.endpoint.faults import (
     OVERLOAD,
     BudgetReached,
     EndpointFailed,
@@ -37,11 +31,18 @@ from middo_jax.refine.faults import (
     advice,
     read_fault,
 )
-from middo_jax.refine.parse import parse_prompt
-from middo_jax.refine.prompts import PROBE, PROBE_TOKENS, Form, Messages
-from middo_jax.refine.request import ChatRequest, read_answer
-from middo_jax.refine.throttle import RateLimits, Throttle
-from middo_jax.refine.usage import CHARACTERS_A_TOKEN, Ceiling, Ledger, ceiling, estimated_tokens
+from middo_jax.refine.endpoint.ledger import Ledger
+from middo_jax.refine.endpoint.probe import JSON, TEXT, Probe
+from middo_jax.refine.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
+from middo_jax.refine.endpoint.servers import (
+    FAILURES_IN_A_ROW,
+    Endpoint,
+    Endpoints,
+    is_loopback,
+    shown,
+)
+from middo_jax.refine.endpoint.throttle import RateLimits, Throttle
+from middo_jax.refine.endpoint.usage import CHARACTERS_A_TOKEN, Ceiling, ceiling, estimated_tokens
 
 WINDOW = 200  # requests, of which more than half may not fail
 DOUBLINGS = 3  # of the wait between two tries; longer ones would outlast the overload
@@ -55,36 +56,36 @@ class ChatClient:
 
     def __init__(
         self,
-        settings: RefineSettings,
+        requests: Requests,
         base_url: str | Sequence[str],
-        model: str,
         cache: AnswerCache,
-        seed: int | None = None,
         *,
+        sends_key: bool = True,
         ledger: Ledger | None = None,
         backoff_s: float = 1.0,
     ) -> None:
         """Prepares the connection pools; nothing is sent yet.
 
         Args:
-          settings: sampling, limits and prices.
+          requests: the model and the settings with which it is asked.
           base_url: up to and including `/v1`; several are servers of the same model.
-          model: the name to ask for.
           cache: where answers are looked up and kept.
-          seed: sent along where given.
+          sends_key: whether requests carry the key of `refine.api_key_env`; otherwise a dummy. The key is
+            for the server that the user named, and for no other.
           ledger: where costs are entered, so that a budget spans several clients.
           backoff_s: before the first retry, doubled for each one after.
 
         Raises:
           ConfigError: the key cannot be sent, or a budget is set without prices.
         """
-        self.model = model
+        settings = requests.settings
+        self.model = requests.model
         self.ledger = Ledger(cache) if ledger is None else ledger
+        self._requests = requests
         self._settings = settings
         self._cache = cache
-        self._seed = seed
         self._backoff_s = backoff_s
-        self._key = _read_key(settings.api_key_env)
+        self._key = _read_key(settings.api_key_env) if sends_key else None
         urls = (base_url,) if isinstance(base_url, str) else tuple(base_url)
         self.endpoints = Endpoints(
             [_connect(url, self._key, settings) for url in urls], settings.max_retries, backoff_s
@@ -110,87 +111,76 @@ class ChatClient:
         for endpoint in self.endpoints.all:
             await endpoint.api.close()
 
-    async def form(self) -> Form:
-        """How new prompts are asked for. `refine.response_format=auto` is found out by one short request.
+    async def honours(self, probe: Probe) -> bool:
+        """Whether the server holds its replies to a schema; found out once per model and kept in the cache.
 
-        Should that fail, one more without a schema tells a server that chokes on it from one that fails at
-        everything. The finding is kept in the cache: on it depends what is asked, and hence what was.
+        If the request with the schema fails, the same one without it tells a server that fails at schemas
+        from one that fails at everything. The finding is kept, since the requests that follow depend on it.
 
         Raises:
-          RefinerError: the endpoint does not answer.
+          RefinerError: the server does not answer.
         """
-        if self._settings.response_format != "auto":
-            return self._settings.response_format
-        name = form_fact(self.model, self._settings)
+        name = self._requests.form_fact
         if known := self._cache.fact(name):
-            return "json" if known == "json" else "text"
-        request, plain = (self._build(PROBE, form=form, max_tokens=PROBE_TOKENS) for form in ("json", None))
+            return known == JSON
+        request, plain = (
+            self._requests.build(probe.messages, response_format=form, max_tokens=probe.max_tokens)
+            for form in (probe.response_format, None)
+        )
         try:
-            answer = self._cache.get(request.key) or await self._ask(request, "probe")
+            answer = self._cache.get(request.key) or await self._ask(request, probe.account)
         except BudgetReached:
-            return "text"
+            return False
         except (RequestRefused, EndpointFailed) as error:
             if error.stops_stage:
                 raise
             if isinstance(error, EndpointFailed):  # llama-cpp-python's server says 500 to what it cannot read
                 with contextlib.suppress(BudgetReached):
-                    await self._ask(plain, "probe")
-            return "json" if self._cache.learn(name, "text") == "json" else "text"
-        honours = answer.text.lstrip().startswith("{") and parse_prompt(answer.text) is not None
-        return "json" if self._cache.learn(name, "json" if honours else "text") == "json" else "text"
+                    await self._ask(plain, probe.account)
+            return self._cache.learn(name, TEXT) == JSON
+        return self._cache.learn(name, JSON if probe.is_held(answer.text) else TEXT) == JSON
 
     async def complete(
         self,
         messages: Messages,
         *,
         attempt: int = 0,
-        axis: str = "all",
-        form: Form | None = None,
+        account: str = "all",
+        response_format: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
     ) -> Answer:
         """The answer to a conversation, from the cache or from an endpoint.
 
-        Equal requests asked at the same time are sent once. Another `attempt` is another request; `axis` is
-        where its cost is entered.
+        Equal requests asked at the same time are sent once. Another `attempt` is another request; its
+        cost is entered under `account`.
 
         Raises:
           RequestRefused: the endpoint will not answer this.
           EndpointFailed: it did not within `refine.max_retries`, or is away.
           BudgetReached: asking could pass a budget.
         """
-        request = self._build(messages, attempt=attempt, form=form, max_tokens=max_tokens)
+        request = self._requests.build(
+            messages, attempt=attempt, response_format=response_format, max_tokens=max_tokens
+        )
         lock = self._asking.setdefault(request.key, asyncio.Lock())
         async with lock:
             if stored := self._cache.get(request.key):
-                self.ledger.hit(axis)
+                self.ledger.hit(account)
                 return stored
             if request.key in self._final:
                 # Without its old traceback, which would grow with every raise and hold all those frames.
                 raise self._final[request.key].with_traceback(None)
             try:
-                answer = await self._ask(request, axis)
+                answer = await self._ask(request, account)
             except (RequestRefused, EndpointFailed) as error:
                 if error is not self._stopped:
-                    error = self._failed(error, axis)
+                    error = self._failed(error, account)
                     self._final[request.key] = error
                 raise error from None
             self._ended.append(True)
             return answer
 
-    def _build(
-        self, messages: Messages, *, form: Form | None, max_tokens: int | None, attempt: int = 0
-    ) -> ChatRequest:
-        return ChatRequest.build(
-            messages,
-            self.model,
-            self._settings,
-            self._seed,
-            attempt=attempt,
-            form=form,
-            max_tokens=max_tokens,
-        )
-
-    async def _ask(self, request: ChatRequest, axis: str) -> Answer:
+    async def _ask(self, request: ChatRequest, account: str) -> Answer:
         """Tries until there is an answer or none is to be had."""
         answers_before = self.ledger.here.answers
         most = ceiling(self._settings.prices, request.body["messages"], request.body["max_tokens"])
@@ -199,7 +189,7 @@ class ChatClient:
             endpoint = await self.endpoints.take()
             delay = 0.0
             try:
-                outcome = await self._try(endpoint, request, axis, most, retry=sent > 0)
+                outcome = await self._try(endpoint, request, account, most, retry=sent > 0)
                 if isinstance(outcome, Answer):
                     return outcome
                 sent += 1
@@ -226,7 +216,7 @@ class ChatClient:
                 await self._sleep(delay)
 
     async def _try(
-        self, endpoint: Endpoint, request: ChatRequest, axis: str, most: Ceiling, retry: bool
+        self, endpoint: Endpoint, request: ChatRequest, account: str, most: Ceiling, retry: bool
     ) -> Answer | Fault:
         """Sends once. A failure is returned and not raised, so that no traceback drags the request along."""
         import openai
@@ -234,7 +224,7 @@ class ChatClient:
         taken = await self._rates.take(
             estimated_tokens(request.body["messages"]) + request.body["max_tokens"]
         )
-        await self._budget.begin(axis, most, retry)
+        await self._budget.begin(account, most, retry)
         began = time.monotonic()
         try:
             try:
@@ -249,7 +239,7 @@ class ChatClient:
                 ValueError,
             ) as error:  # ValueError: a body that is not JSON
                 fault = read_fault(error, self._settings.timeout, self._key)
-                self.ledger.end(axis, most, time.monotonic() - began, charged=fault.charged)
+                self.ledger.end(account, most, time.monotonic() - began, charged=fault.charged)
                 if fault.overload:
                     endpoint.throttle.overloaded(began)
                 if not fault.charged:
@@ -257,7 +247,7 @@ class ChatClient:
                 return fault
             # Before any await: it is paid for.
             seconds = time.monotonic() - began
-            self.ledger.answered(axis, most, seconds, answer, request.canonical, self._settings.prices)
+            self.ledger.answered(account, most, seconds, answer, request.canonical, self._settings.prices)
         finally:
             await self._budget.end()
         tokens = answer.completion_tokens or len(answer.text) // CHARACTERS_A_TOKEN
@@ -304,9 +294,9 @@ class ChatClient:
             self._stop(error)
         return error
 
-    def _failed(self, error: RefinerError, axis: str) -> RefinerError:
+    def _failed(self, error: RefinerError, account: str) -> RefinerError:
         """Counts a request that was given up; the error to raise, which stops the stage if too many were."""
-        self.ledger.failed(axis)
+        self.ledger.failed(account)
         self._ended.append(False)
         if self._stopped:
             return error
@@ -326,11 +316,6 @@ class ChatClient:
         self._stopped = error
         self.endpoints.stop(error)
         self._stopping.set()
-
-
-def form_fact(model: str, settings: RefineSettings) -> str:
-    """The name under which the cache keeps how a model is asked for new prompts."""
-    return f"form of {model} {settings.model_revision or ''}".rstrip()
 
 
 def _connect(url: str, key: str | None, settings: RefineSettings) -> Endpoint:

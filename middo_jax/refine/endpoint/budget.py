@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from middo_jax.config import ConfigError, RefineSettings
-from middo_jax.refine.faults import BudgetReached
-from middo_jax.refine.usage import Ceiling, Ledger
+from middo_jax.refine.endpoint.faults import BudgetReached
+from middo_jax.refine.endpoint.ledger import Ledger
+from middo_jax.refine.endpoint.usage import Ceiling
 
 NOTHING = Ceiling(0, 0.0)
 ROUNDING_USD = 1e-9  # sums of floats seldom end where they should
@@ -32,7 +33,7 @@ class Budget:
         self._settled = asyncio.Condition()
         self._reached: BudgetReached | None = None
 
-    async def begin(self, axis: str, most: Ceiling, retry: bool) -> None:
+    async def begin(self, account: str, most: Ceiling, retry: bool) -> None:
         """Enters a try in the ledger; waits while what is in flight may yet turn out cheap enough.
 
         Raises:
@@ -46,7 +47,7 @@ class Budget:
                     self._reached = BudgetReached(limit, "budget")
             if self._reached:
                 raise self._reached.with_traceback(None)
-            self._ledger.begin(axis, most, retry)
+            self._ledger.begin(account, most, retry)
             self._in_flight += 1
 
     async def end(self) -> None:

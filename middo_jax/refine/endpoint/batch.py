@@ -12,14 +12,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from middo_jax.config import RefineSettings
-from middo_jax.refine.budget import NOTHING, Budget
-from middo_jax.refine.cache import Answer, AnswerCache
-from middo_jax.refine.client import form_fact
-from middo_jax.refine.faults import RETRIED, BudgetReached, NotAnswered, RequestRefused, words
-from middo_jax.refine.prompts import Form, Messages
-from middo_jax.refine.request import ChatRequest, read_answer
-from middo_jax.refine.usage import Ceiling, Ledger, ceiling
+from middo_jax.refine.endpoint.budget import NOTHING, Budget
+from middo_jax.refine.endpoint.cache import AnswerCache
+from middo_jax.refine.endpoint.faults import RETRIED, BudgetReached, NotAnswered, RequestRefused, words
+from middo_jax.refine.endpoint.ledger import Ledger
+from middo_jax.refine.endpoint.probe import JSON, TEXT, Probe
+from middo_jax.refine.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
+from middo_jax.refine.endpoint.usage import Ceiling, ceiling
 from middo_jax.run_dir import RunError, write_jsonl
 
 URL = "/v1/chat/completions"
@@ -40,35 +39,30 @@ class Result:
 class BatchClient:
     """Answers from the cache; what is not there waits in `waiting`, by key, in the order of asking."""
 
-    def __init__(
-        self, settings: RefineSettings, model: str, cache: AnswerCache, seed: int | None, ledger: Ledger
-    ) -> None:
+    def __init__(self, requests: Requests, cache: AnswerCache, ledger: Ledger) -> None:
         """As a ChatClient, without an endpoint. Raises ConfigError if a budget is set without prices."""
-        self.model = model
+        settings = requests.settings
+        self.model = requests.model
         self.ledger = ledger
-        self.waiting: dict[str, tuple[ChatRequest, str]] = {}  # with the axis
+        self.waiting: dict[str, tuple[ChatRequest, str]] = {}  # with the account
         self._budget = Budget(settings, ledger)
         self._planned = NOTHING
         self._settings = settings
         self._cache = cache
-        self._seed = seed
+        self._requests = requests
         self._refused: dict[str, Result] = {}
 
-    async def form(self) -> Form:
-        """As set, or as was found out; nobody can be asked, so `auto` means text from then on."""
-        if self._settings.response_format != "auto":
-            return self._settings.response_format
-        return (
-            "json" if self._cache.learn(form_fact(self.model, self._settings), "text") == "json" else "text"
-        )
+    async def honours(self, probe: Probe) -> bool:
+        """As was found out before; no server can be asked, so that it counts as no from then on."""
+        return self._cache.learn(self._requests.form_fact, TEXT) == JSON
 
     async def complete(
         self,
         messages: Messages,
         *,
         attempt: int = 0,
-        axis: str = "all",
-        form: Form | None = None,
+        account: str = "all",
+        response_format: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
     ) -> Answer:
         """The answer that the cache has.
@@ -78,17 +72,11 @@ class BatchClient:
           RequestRefused: nor will it: a result says so.
           BudgetReached: with what waits already, it could pass a budget.
         """
-        request = ChatRequest.build(
-            messages,
-            self.model,
-            self._settings,
-            self._seed,
-            attempt=attempt,
-            form=form,
-            max_tokens=max_tokens,
+        request = self._requests.build(
+            messages, attempt=attempt, response_format=response_format, max_tokens=max_tokens
         )
         if stored := self._cache.get(request.key):
-            self.ledger.hit(axis)
+            self.ledger.hit(account)
             return stored
         if refused := self._refused.get(request.key):
             raise RequestRefused(f"refused in the batch: {refused.said}", f"request refused: {refused.said}")
@@ -97,7 +85,7 @@ class BatchClient:
             if limit := self._budget.passed_by(most, self._planned):
                 raise BudgetReached(limit, "budget")
             self._planned = Ceiling(self._planned.tokens + most.tokens, self._planned.usd + most.usd)
-            self.waiting[request.key] = (request, axis)
+            self.waiting[request.key] = (request, account)
         raise NotAnswered("requests wait for a batch", "waits for a batch", stops_stage=True)
 
     async def close(self) -> None:
@@ -115,7 +103,7 @@ class BatchClient:
         only.
         """
         settled = set()
-        for key, (request, axis) in list(self.waiting.items()):
+        for key, (request, account) in list(self.waiting.items()):
             result = results.get(key)
             if result is None or not (result.answer or result.is_final):
                 continue
@@ -123,11 +111,11 @@ class BatchClient:
             if result.answer:
                 prices = self._settings.prices
                 most = ceiling(prices, request.body["messages"], request.body["max_tokens"])
-                self.ledger.begin(axis, most, retry=False)
-                self.ledger.answered(axis, most, 0.0, result.answer, request.canonical, prices)
+                self.ledger.begin(account, most, retry=False)
+                self.ledger.answered(account, most, 0.0, result.answer, request.canonical, prices)
             else:
                 self._refused[key] = result
-                self.ledger.failed(axis)
+                self.ledger.failed(account)
             del self.waiting[key]
         return settled
 

@@ -6,46 +6,16 @@ An answer is keyed by what was asked, not by whom: neither the endpoint's addres
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from middo_jax.refine.usage import FIELDS, Usage
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What an endpoint answered. Token counts are 0 where the server does not tell them.
-
-    `cached_tokens` are the prompt tokens that the server had in its own prefix cache; `from_cache` says that
-    the whole answer came from ours and cost nothing.
-    """
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    from_cache: bool = False
-    key: str = ""
+from middo_jax.refine.endpoint.request import Answer
+from middo_jax.refine.endpoint.usage import FIELDS, Usage
 
 
 class CacheError(RuntimeError):
     """The cache file cannot be used; the message says what to do."""
-
-
-def canonical(request: Mapping[str, Any]) -> str:
-    """A request as JSON with sorted keys and no spaces: equal requests give equal text."""
-    return json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def request_key(request: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical request, in hexadecimal."""
-    return hashlib.sha256(canonical(request).encode("ascii")).hexdigest()
 
 
 _KEPT = tuple(name for name in FIELDS if name != "from_cache")  # costs nothing, and every start counts anew
@@ -66,7 +36,7 @@ _ENTER = (
 
 
 class AnswerCache:
-    """Answers by request key, spending by run, round and axis, and facts about endpoints.
+    """Answers by request key, spending by run, round and account, and facts about servers.
 
     Only answers are stored as such, never failures. Every write is committed at once: what was paid for
     survives the process. Several processes may have the file open; an object is used from one thread.
@@ -99,12 +69,17 @@ class AnswerCache:
         return Answer(*row, from_cache=True, key=key) if row else None
 
     def enter(
-        self, run: str, round_index: int, axis: str, change: Usage, answer: tuple[str, Answer] | None = None
+        self,
+        run: str,
+        round_index: int,
+        account: str,
+        change: Usage,
+        answer: tuple[str, Answer] | None = None,
     ) -> None:
         """Adds to what a run has spent and, in the same transaction, keeps an answer.
 
         Args:
-          run: its name; `round_index` and `axis` say where in it.
+          run: its name; `round_index` and `account` say where in it.
           change: added to every counter.
           answer: (canonical request, answer with its key). Of two for one request the first stays.
 
@@ -113,7 +88,7 @@ class AnswerCache:
         """
         with self._explained(), self._db:
             values = (getattr(change, name) for name in _KEPT)
-            self._db.execute(_ENTER, (run, round_index, axis, *values))
+            self._db.execute(_ENTER, (run, round_index, account, *values))
             if answer is not None:
                 request_json, said = answer
                 self._db.execute(
@@ -130,7 +105,7 @@ class AnswerCache:
                 )
 
     def spent(self, run: str) -> dict[tuple[int, str], Usage]:
-        """What a run has spent over all its starts, by (round, axis)."""
+        """What a run has spent over all its starts, by (round, account)."""
         rows = self._db.execute(f"SELECT round, axis, {', '.join(_KEPT)} FROM spent WHERE run = ?", (run,))
         return {(row[0], row[1]): Usage(**dict(zip(_KEPT, row[2:], strict=True))) for row in rows}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import threading
 from collections.abc import Iterator
 
@@ -11,12 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny_model import FAMILIES, write_tiny_model
 
-from middo_jax.models import generate
+from middo_jax.config import MeshSettings
+from middo_jax.inference import engine as engine_module
+from middo_jax.inference.engine import CHUNK, Completion, Engine
+from middo_jax.inference.sampling import Request, Sampling, keep_likely, sample
 from middo_jax.models.config import DecoderConfig, LayerKind, LinearRope
 from middo_jax.models.decoder import Decoder, KVCache, forward, split
-from middo_jax.models.generate import CHUNK, Completion, Engine
-from middo_jax.models.sampling import Request, Sampling, keep_likely, sample
+from middo_jax.models.source import load, locate
+from middo_jax.parallel.mesh import fitting_spec, make_mesh
 
 CONFIG = DecoderConfig(
     vocab_size=97,
@@ -135,8 +142,8 @@ def test_an_answer_depends_on_its_request_alone(engine):
 def test_a_prompt_that_begins_like_another_has_the_same_answer(model, monkeypatch):
     """Whole chunks are copied from the slots of earlier requests, busy or free, and nothing changes."""
     read = []
-    prefill = generate.prefill
-    monkeypatch.setattr(generate, "prefill", lambda *args: read.append(int(args[5])) or prefill(*args))
+    prefill = engine_module.prefill
+    monkeypatch.setattr(engine_module, "prefill", lambda *args: read.append(int(args[5])) or prefill(*args))
     long = 3 * CHUNK + 7
     stem = prompt(2 * CHUNK + 40)
     prompts = [stem + prompt(long - len(stem), seed) for seed in range(4)] + [stem[: CHUNK + 1], stem[:CHUNK]]
@@ -159,9 +166,9 @@ def test_a_long_prompt_does_not_keep_others_waiting(model, monkeypatch):
     """Between two decode steps at most CHUNKS_PER_STEP chunks of a prompt are read."""
     steps = []
     for name in ("prefill", "decode"):
-        run = getattr(generate, name)
-        monkeypatch.setattr(generate, name, lambda *args, n=name, run=run: steps.append(n) or run(*args))
-    monkeypatch.setattr(generate, "CHUNKS_PER_STEP", 1)
+        run = getattr(engine_module, name)
+        monkeypatch.setattr(engine_module, name, lambda *args, n=name, run=run: steps.append(n) or run(*args))
+    monkeypatch.setattr(engine_module, "CHUNKS_PER_STEP", 1)
     with Engine(*model, max_batch=2, max_context=512) as engine:
         futures = [engine.submit(Request(prompt(length), max_tokens=12)) for length in (5, 3 * CHUNK + 1)]
         for future in futures:
@@ -188,6 +195,76 @@ def test_logits_are_the_same_bits_in_every_slot_among_any_neighbours(which, requ
             tokens[slot], positions[slot] = 7, 60
             seen.add(np.asarray(read(cache, tokens, positions))[slot].tobytes())
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3"])
+def test_a_mesh_of_eight_devices_answers_as_one_device_does(tmp_path, family):
+    """Greedy and sampled, in every slot, with copied chunks; and each as if it were asked alone."""
+    source = locate(write_tiny_model(tmp_path, **FAMILIES[family]))
+    requests = [
+        dataclasses.replace(request, prompt_tokens=[7] * CHUNK + list(request.prompt_tokens))
+        for request in mixed_requests()
+    ]
+    with Engine(*load(source), max_batch=4, max_context=512) as engine:
+        expected = engine.generate(requests)
+    mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
+    with Engine(*load(source, mesh=mesh), max_batch=4, max_context=512) as engine:
+        assert engine.generate(requests) == expected
+        assert [engine.generate([request])[0] for request in requests] == expected
+        spec = PartitionSpec(None, ("data", "fsdp"), None, ("tensor",))
+        for x_lbskd in engine._cache:
+            assert x_lbskd.sharding.is_equivalent_to(NamedSharding(mesh, spec), 5)
+    assert len({tuple(completion.tokens[:4]) for completion in expected}) > 5
+
+
+def test_slots_and_heads_that_the_mesh_does_not_divide_stay_whole(tmp_path):
+    source = locate(write_tiny_model(tmp_path, num_key_value_heads=1))
+    request = Request(prompt(40), max_tokens=8)
+    with Engine(*load(source), max_batch=3, max_context=CONTEXT) as engine:
+        expected = engine.generate([request] * 3)
+    mesh = make_mesh(MeshSettings(data=4, fsdp=2, tensor=1))
+    with Engine(*load(source, mesh=mesh), max_batch=3, max_context=CONTEXT) as engine:
+        assert engine.generate([request] * 3) == expected
+        assert engine._cache.keys.sharding.is_fully_replicated
+        assert len(engine._cache.keys.sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode", "copy_chunks"])
+def test_devices_exchange_rows_of_the_cache_and_never_all_of_it(tmp_path, program):
+    """No collective is as large as what two slots hold: whatever it collects is one slot's, or no cache."""
+    slots, context = 8, 1024
+    mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
+    graphdef, params = load(locate(write_tiny_model(tmp_path)), mesh=mesh)
+    config = nnx.merge(graphdef, params).config
+    sampling = [(Request((), 0), 0)]
+    with jax.set_mesh(mesh):
+        cache = engine_module._made_cache(config, slots, context)
+        one = np.int32(1)
+        operands = {
+            "prefill": (np.zeros((1, CHUNK), np.int32), one, one, one, Sampling.of(sampling)),
+            "decode": (np.zeros(slots, np.int32), np.zeros(slots, np.int32), Sampling.of(sampling * slots)),
+            "copy_chunks": (one, one, one),
+        }[program]
+        model = () if program == "copy_chunks" else (graphdef, params)
+        compiled = getattr(engine_module, program).lower(*model, cache, *operands).compile().as_text()
+    moved = [
+        math.prod(int(n) for n in shape.split(",") if n)
+        for line in compiled.splitlines()
+        if (found := re.search(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)\(", line))
+        for shape in re.findall(r"[a-z]+\d*\[([\d,]*)\]", found[1])
+    ]
+    assert moved
+    a_slot = config.num_layers * context * config.num_kv_heads * config.head_dim
+    assert max(moved) < 2 * a_slot
+
+
+def test_an_axis_is_split_as_far_as_it_divides():
+    mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
+    for slots, names in ((8, ("data", "fsdp")), (6, ("data",)), (3, None)):
+        assert fitting_spec(mesh, (5, slots, 3), None, "batch", "kv_heads") == PartitionSpec(
+            None, names, None
+        )
+    assert fitting_spec(mesh, (4,), "kv_heads") == PartitionSpec(("tensor",))
 
 
 def test_a_seed_repeats_an_answer_and_another_seed_changes_it(engine):
@@ -260,7 +337,7 @@ def test_a_failure_on_the_device_reaches_everybody_who_waits(model, monkeypatch)
         release.wait(timeout=60)  # until all have been submitted
         raise FloatingPointError("device lost")
 
-    monkeypatch.setattr(generate, "decode", broken)
+    monkeypatch.setattr(engine_module, "decode", broken)
     request = Request(prompt(5), max_tokens=5)
     with Engine(*model, max_batch=3, max_context=CONTEXT) as engine:
         futures = [engine.submit(request) for _ in range(4)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import secrets
 import socket
 import sys
@@ -24,9 +25,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 import pydantic
 import uvicorn
 from flax import nnx
+from jax.sharding import Mesh
 from pydantic import Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -37,9 +40,10 @@ from starlette.routing import Route
 from middo_jax.config import ConfigError, ServeSettings
 from middo_jax.data.example import Message, Role
 from middo_jax.data.tokenize import TemplateError, eos_token_ids, load_tokenizer, tokenize_prompt
-from middo_jax.models import sampling
-from middo_jax.models.generate import Completion, Engine
+from middo_jax.inference import sampling
+from middo_jax.inference.engine import Completion, Engine
 from middo_jax.models.source import load, locate
+from middo_jax.parallel.mesh import make_mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,80 +130,96 @@ def build_app(
       model_name: the only one that may be asked for.
       eos_ids: tokens that end an answer.
     """
-    started = int(time.time())
+    served = _Served(engine, tokenizer, model_name, eos_ids)
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", served.chat, methods=["POST"]),
+            Route("/v1/models", served.models),
+            Route("/health", served.health),
+        ],
+        exception_handlers={ApiError: _show_error, HTTPException: _show_error, Exception: _show_error},
+    )
 
-    async def chat(request: Request) -> Response:
+
+@dataclasses.dataclass
+class _Served:
+    """A model behind its routes."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    model_name: str
+    eos_ids: frozenset[int]
+    started: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
         asked = ChatRequest.parse(await request.body())
-        if asked.model not in (None, model_name):
-            message = f"model: {asked.model!r} is not served here, only {model_name!r}"
+        if asked.model not in (None, self.model_name):
+            message = f"model: {asked.model!r} is not served here, only {self.model_name!r}"
             raise ApiError(404, message, "model", "model_not_found")
-        prompt = _render(asked.messages, tokenizer)
-        room = engine.max_context - len(prompt)
-        if room < 1:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {engine.max_context} tokens, but the messages are "
-                f"{len(prompt)} tokens long and leave no room for an answer. Shorten the messages.",
-                "messages",
-                "context_length_exceeded",
-            )
-        future = _submit(
-            engine,
-            sampling.Request(
-                prompt,
-                max_tokens=min(asked.max_completion_tokens or asked.max_tokens or room, room),
-                temperature=1.0 if asked.temperature is None else asked.temperature,
-                top_p=asked.top_p or 1.0,
-                top_k=asked.top_k or 0,
-                seed=secrets.randbits(32) if asked.seed is None else asked.seed,
-                stop_ids=eos_ids,
-            ),
-        )
+        prompt = _render(asked.messages, self.tokenizer)
+        future = _submit(self.engine, self._engine_request(asked, prompt))
         try:
             completion = await _result_while_connected(request, future)
         except ClientDisconnect:
             return Response(status_code=499)  # read by nobody
-        text = str(tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        text = str(self.tokenizer.decode(completion.tokens, skip_special_tokens=True))
         text, finish_reason = _cut(text, asked.stop_texts, completion)
-        return JSONResponse(
-            {
-                "id": f"chatcmpl-{uuid.uuid4().hex}",
-                "object": "chat.completion",
-                "created": int(time.time()),
-                "model": model_name,
-                "choices": [
-                    {
-                        "index": 0,
-                        "message": {"role": "assistant", "content": text},
-                        "logprobs": None,
-                        "finish_reason": finish_reason,
-                    }
-                ],
-                "usage": {
-                    "prompt_tokens": len(prompt),
-                    "completion_tokens": len(completion.tokens),
-                    "total_tokens": len(prompt) + len(completion.tokens),
-                },
-            }
-        )
+        return JSONResponse(self._completion(text, finish_reason, len(prompt), len(completion.tokens)))
 
-    async def models(_: Request) -> Response:
-        card = {"id": model_name, "object": "model", "created": started, "owned_by": "middo-jax"}
+    async def models(self, _: Request) -> Response:
+        """GET /v1/models."""
+        card = {"id": self.model_name, "object": "model", "created": self.started, "owned_by": "middo-jax"}
         return JSONResponse({"object": "list", "data": [card]})
 
-    async def health(_: Request) -> Response:
-        if engine.is_running:
+    async def health(self, _: Request) -> Response:
+        """GET /health."""
+        if self.engine.is_running:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "stopped"}, status_code=503)
 
-    return Starlette(
-        routes=[
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/models", models),
-            Route("/health", health),
-        ],
-        exception_handlers={ApiError: _show_error, HTTPException: _show_error, Exception: _show_error},
-    )
+    def _engine_request(self, asked: ChatRequest, prompt: list[int]) -> sampling.Request:
+        """Raises ApiError where the prompt leaves no room for an answer."""
+        room = self.engine.max_context - len(prompt)
+        if room < 1:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {self.engine.max_context} tokens, but the messages "
+                f"are {len(prompt)} tokens long and leave no room for an answer. Shorten the messages.",
+                "messages",
+                "context_length_exceeded",
+            )
+        return sampling.Request(
+            prompt,
+            max_tokens=min(asked.max_completion_tokens or asked.max_tokens or room, room),
+            temperature=1.0 if asked.temperature is None else asked.temperature,
+            top_p=asked.top_p or 1.0,
+            top_k=asked.top_k or 0,
+            seed=secrets.randbits(32) if asked.seed is None else asked.seed,
+            stop_ids=self.eos_ids,
+        )
+
+    def _completion(
+        self, text: str, finish_reason: str, n_prompt_tokens: int, n_tokens: int
+    ) -> dict[str, Any]:
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "logprobs": None,
+            "finish_reason": finish_reason,
+        }
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self.model_name,
+            "choices": [choice],
+            "usage": {
+                "prompt_tokens": n_prompt_tokens,
+                "completion_tokens": n_tokens,
+                "total_tokens": n_prompt_tokens + n_tokens,
+            },
+        }
 
 
 def _render(messages: list[ChatMessage], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -324,19 +344,41 @@ def _server(app: Starlette) -> uvicorn.Server:
 
 
 def load_engine(
-    model_dir: str | Path, settings: ServeSettings, dtype: str = "float32", template: str | None = None
+    model_dir: str | Path,
+    settings: ServeSettings,
+    dtype: str = "float32",
+    template: str | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Engine, PreTrainedTokenizerBase, frozenset[int]]:
     """(a running engine, its tokenizer, the tokens that end an answer) of any model that `locate` knows.
 
     The context is settings.max_context, or less if the model has fewer positions. Parameters are stored in
     `dtype` too: a decode step takes as long as reading them.
 
+    Args:
+      model_dir: a Hugging Face directory, a checkpoint of ours or a PEFT adapter.
+      settings: how many requests are answered together, and how long they may be.
+      dtype: of parameters and computing.
+      template: of the chat; None is the tokenizer's own.
+      mesh: the devices over which model and cache are split; None is the default device.
+
     Raises:
       CheckpointError, UnsupportedModel, TemplateError: the directory holds no model that can be served.
+      ConfigError: a parameter does not divide by the mesh.
     """
     source = locate(Path(model_dir))
     tokenizer = load_tokenizer(source.base, template)
-    graphdef, params = load(source, dtype)
+    graphdef, params = load(source, dtype, mesh=None if mesh is None else local(mesh))
     max_context = min(settings.max_context, nnx.merge(graphdef, params).config.max_position_embeddings)
     engine = Engine(graphdef, params, settings.max_batch, max_context)
     return engine, tokenizer, eos_token_ids(source.base, tokenizer)
+
+
+def local(mesh: Mesh) -> Mesh:
+    """The mesh, or this process's part of one that spans several.
+
+    Each process answers its own requests when they come, so that processes do not run the same programs.
+    """
+    if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
+        return mesh
+    return make_mesh(devices=jax.local_devices())

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from middo_jax.config import ConfigError
-from middo_jax.refine.context import without_code
+from middo_jax.refine.acceptance.context import without_code
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier

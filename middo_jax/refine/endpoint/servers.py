@@ -17,8 +17,8 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from middo_jax.refine.faults import LONGEST_WAIT_S, Fault, RefinerError
-from middo_jax.refine.throttle import Clock, Throttle
+from middo_jax.refine.endpoint.faults import LONGEST_WAIT_S, Fault, RefinerError
+from middo_jax.refine.endpoint.throttle import Clock, Throttle
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

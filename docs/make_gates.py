@@ -1,0 +1,44 @@
+"""Writes the table of gates into docs/refine.md: `python docs/make_gates.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from middo_jax.config.gates import Gate, Switch, gates
+
+PAGE = Path(__file__).parent / "refine.md"
+BEGIN = "<!-- gates: made from middo_jax/config/gates.py by `python docs/make_gates.py` -->\n"
+END = "<!-- end of gates -->"
+
+
+def page() -> str:
+    """docs/refine.md with the table as the program has it."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + table() + END + rest.split(END, 1)[1]
+
+
+def table() -> str:
+    """One row per gate, in the order of asking."""
+    rows = [
+        f"| {i} | `{row.name}` | {row.rule} | {row.of} | `{row.accept}` | {_setting(row)} |"
+        for i, row in enumerate(gates(), 1)
+    ]
+    head = [
+        "| | gate | what passes | asked of | from `refine.accept` | setting |",
+        "|---:|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def _setting(row: Gate) -> str:
+    if isinstance(row.switch, Switch):
+        default = str(row.switch.default).lower()
+        return f"`refine.gates.{row.name}={default}`"
+    return "" if row.switch is None else f"`refine.gates.{row.switch}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE, file=sys.stderr)

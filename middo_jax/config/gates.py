@@ -1,0 +1,335 @@
+"""The table of gates: what a rewrite has to pass before it enters the dataset, in the order of asking.
+
+Everything that is said of a gate is said here: its setting, its place in the order, what a next attempt is
+told, the report's row and the docs' row. Only the check itself is elsewhere, in
+`refine.acceptance.table`: it needs packages that neither settings nor reports may import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+Accept = Literal["none", "sane", "measured"]  # the values of refine.accept, the laxest first
+Needs = Literal["prompt", "answer", "dataset", "measurement", "rating", "accepted"]
+# What a gate looks at, in the order in which it becomes known:
+#   prompt       the refiner's reply and the new prompt in it; the answer is not paid for yet
+#   answer       the answer to the new prompt
+#   dataset      the dataset's lengths, and the tokenizer
+#   measurement  what the model under training says of the candidate
+#   rating       its judge's rating
+#   accepted     every known conversation, and the rewrites accepted so far
+PHASES: tuple[Needs, ...] = typing.get_args(Needs)
+Of = Literal["all", "replacements", "hard", "low quality", "additions"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """A gate's setting, `refine.gates.NAME`: a bool, or a number within bounds that may be null.
+
+    Attributes:
+      default: its type says which of both.
+      gt, ge, lt, le: bounds, named as by pydantic.
+      opens: whether false or null opens the gate; otherwise it makes the gate ask less.
+    """
+
+    default: bool | float
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+    opens: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """One row of the table.
+
+    Attributes:
+      name: as in candidates.jsonl.
+      needs: what its check looks at; gates are asked in the order of PHASES.
+      accept: the laxest `refine.accept` under which it is asked.
+      of: the rewrites that it is asked of.
+      title: the report's words for what passes.
+      rule: a sentence for the settings and the docs: what passes.
+      feedback: what the next attempt is told, by fault; "" is the gate's only fault. No numbers: what was
+        measured depends on the machine in its last digits, and equal requests are answered from the cache.
+      switch: its setting; the name of a gate that shares its setting with this one; or None: always shut.
+    """
+
+    name: str
+    needs: Needs
+    accept: Accept
+    of: Of
+    title: str
+    rule: str
+    feedback: Mapping[str, str]
+    switch: Switch | str | None = None
+
+    @property
+    def setting(self) -> str | None:
+        """The name of its setting below `refine.gates`."""
+        if self.switch is None:
+            return None
+        return self.switch if isinstance(self.switch, str) else self.name
+
+    def concerns(self, axes: Collection[str]) -> bool:
+        """Whether it is asked of rewrites that these axes asked for."""
+        return {
+            "all": True,
+            "replacements": "diversity" not in axes,
+            "hard": "complexity" in axes,
+            "low quality": "quality" in axes,
+            "additions": "diversity" in axes,
+        }[self.of]
+
+    def is_shut(self, accept: str, gates: Mapping[str, Any]) -> bool:
+        """Whether it is asked at all.
+
+        Args:
+          accept: `refine.accept`.
+          gates: `refine.gates` as a mapping; a setting that is not in it has its default.
+        """
+        levels: tuple[str, ...] = typing.get_args(Accept)
+        if levels.index(self.accept) > levels.index(accept):
+            return False
+        if self.setting is None or (isinstance(self.switch, Switch) and not self.switch.opens):
+            return True
+        return gates.get(self.setting, True) not in (False, None)
+
+
+_CONTROL = "It held a control token. Write plain text."
+_REFUSED = "It was declined. Ask for something that can be answered."
+_ECHO = "It repeated the instructions. Write only a new prompt."
+_UNCHANGED = "It changed nothing. Make a real change."
+_LANGUAGE = "It changed the language. Stay in the language of the original."
+
+_TABLE = [
+    Gate(
+        "readable",
+        needs="prompt",
+        accept="none",
+        of="all",
+        title="its prompt can be read and trained on",
+        rule="The new prompt can be read from the reply, is not empty and holds no control token.",
+        feedback={
+            "unparsable": "It could not be read. Keep to the form that is asked for at the end.",
+            "truncated prompt": "It was too long. Write a short prompt.",
+            "empty prompt": "It was empty.",
+            "control token": _CONTROL,
+            "refused": _REFUSED,
+        },
+    ),
+    Gate(
+        "sane",
+        needs="prompt",
+        accept="sane",
+        of="all",
+        title="prompt: no refusal, echo or copy",
+        rule="The new prompt is no refusal and no echo of the request. A sample that was to become easier "
+        "gets another prompt.",
+        feedback={"refused": _REFUSED, "echo": _ECHO, "unchanged": _UNCHANGED},
+    ),
+    Gate(
+        "numbers",
+        needs="prompt",
+        accept="sane",
+        of="replacements",
+        title="numbers kept",
+        rule="A rewritten prompt keeps its original's numbers; a simplified one may lose or gain some, but "
+        "exchanges none.",
+        feedback={"": "It lost or exchanged numbers of the original. Keep them as they are."},
+        switch=Switch(True),
+    ),
+    Gate(
+        "code",
+        needs="prompt",
+        accept="sane",
+        of="replacements",
+        title="code blocks kept",
+        rule="A rewritten prompt keeps its original's code blocks, word for word.",
+        feedback={"": "It lost code of the original. Keep code blocks word for word."},
+        switch=Switch(True),
+    ),
+    Gate(
+        "language",
+        needs="prompt",
+        accept="sane",
+        of="all",
+        title="prompt: language kept",
+        rule="Prompt and response stay in their language, where it can be told (py3langid, offline).",
+        feedback={"": _LANGUAGE},
+        switch=Switch(True),
+    ),
+    Gate(
+        "answer_readable",
+        needs="answer",
+        accept="none",
+        of="all",
+        title="its answer can be trained on",
+        rule="The answer is not empty and holds no control token.",
+        feedback={
+            "empty answer": "Its prompt got no answer. Ask for something that can be answered in words.",
+            "control token": _CONTROL,
+        },
+    ),
+    Gate(
+        "answer_sane",
+        needs="answer",
+        accept="sane",
+        of="all",
+        title="answer: whole, no refusal, echo or copy",
+        rule="The answer is not cut off, is no refusal, no echo of the request and no copy of the prompt. "
+        "Prompt or answer differ from the original's.",
+        feedback={
+            "truncated answer": "The answer to its prompt was too long. Ask for a shorter one.",
+            "refused": _REFUSED,
+            "echo": _ECHO,
+            "answer repeats the prompt": "Its prompt asked for nothing. Ask a question or set a task.",
+            "unchanged": _UNCHANGED,
+        },
+    ),
+    Gate(
+        "answer_language",
+        needs="answer",
+        accept="sane",
+        of="replacements",
+        title="answer: language kept",
+        rule="The answer is in the language of the original's answer or of the new prompt.",
+        feedback={"": _LANGUAGE},
+        switch="language",
+    ),
+    Gate(
+        "length",
+        needs="dataset",
+        accept="sane",
+        of="all",
+        title="about as long as the dataset's",
+        rule="Allowed length in characters, of prompt and of response: from p1 / factor to p99 x factor of "
+        "the dataset. Both together fit into model.max_length.",
+        feedback={
+            "": "It or its answer was far longer or shorter than usual. Ask for something of usual length."
+        },
+        switch=Switch(2.0, ge=1),
+    ),
+    Gate(
+        "context",
+        needs="measurement",
+        accept="measured",
+        of="replacements",
+        title="still about its original's task",
+        rule="A rewritten prompt is nearer to its original than this share of pairs of samples are to each "
+        "other.",
+        feedback={"": "It set another task than the original. Keep the subject and the kind of task."},
+        switch=Switch(0.95, gt=0, lt=1),
+    ),
+    Gate(
+        "loss",
+        needs="measurement",
+        accept="measured",
+        of="hard",
+        title="loss below the hard ones'",
+        rule="A hard sample's loss falls, to at most the threshold that made it hard.",
+        feedback={
+            "": "It was still too hard to learn from. Make it easier, with plainer words and fewer steps."
+        },
+        switch=Switch(True),
+    ),
+    Gate(
+        "coverage",
+        needs="measurement",
+        accept="measured",
+        of="additions",
+        title="nearer to its core than neighbours are",
+        rule="A new sample is nearer to its sparse core than the k-th neighbour was, so that the core's mean "
+        "similarity rises.",
+        feedback={
+            "": "It was too far from the core prompt. Stay closer to its subject and its kind of task."
+        },
+        switch=Switch(True),
+    ),
+    Gate(
+        "novelty",
+        needs="measurement",
+        accept="measured",
+        of="additions",
+        title="no paraphrase of a sample",
+        rule="A new sample is no nearer to any other than this share of samples are to their nearest.",
+        feedback={"": "It asked nearly the same as a known prompt. Ask for something new."},
+        switch=Switch(0.95, gt=0, lt=1),
+    ),
+    Gate(
+        "distribution",
+        needs="measurement",
+        accept="measured",
+        of="additions",
+        title="not farther out, not hard",
+        rule="A new sample is no farther out than its core, and not itself hard.",
+        feedback={"": "It was too unusual or too hard. Write a plain prompt that is closer to the core."},
+        switch=Switch(True),
+    ),
+    Gate(
+        "quality",
+        needs="rating",
+        accept="measured",
+        of="low quality",
+        title="rating rises",
+        rule="A low-quality sample's rating rises.",
+        feedback={"": "It was not rated better than the original. Make it clearer, complete and factual."},
+        switch=Switch(True),
+    ),
+    Gate(
+        "duplicate",
+        needs="accepted",
+        accept="none",
+        of="all",
+        title="no duplicate",
+        rule="No rewrite equals a known conversation. With refine.accept sane or measured, its prompt "
+        "shares less than this part of its word triples with any training, held-out or accepted prompt; "
+        "null: equality alone counts. 0.6: none of Alpaca's own pairs reach it by chance.",
+        feedback={"": "It was nearly the same as another prompt. Ask for something else, in other words."},
+        switch=Switch(0.6, gt=0, le=1, opens=False),
+    ),
+]
+
+
+def gates() -> tuple[Gate, ...]:
+    """All gates, in the order in which a candidate meets them."""
+    return tuple(_TABLE)
+
+
+def gate(name: str) -> Gate:
+    """The row of a name.
+
+    Raises:
+      KeyError: there is none.
+    """
+    for row in _TABLE:
+        if row.name == name:
+            return row
+    raise KeyError(name)
+
+
+def enter(row: Gate) -> None:
+    """Adds a row behind all that need no more than it does.
+
+    Raises:
+      ValueError: there is a gate of that name, or its setting is another gate's that does not exist.
+    """
+    if any(known.name == row.name for known in _TABLE):
+        raise ValueError(f"there is a gate called {row.name!r} already")
+    if isinstance(row.switch, str) and not any(known.name == row.switch for known in _TABLE):
+        raise ValueError(f"gate {row.name!r}: no gate is called {row.switch!r}, whose setting it is to share")
+    behind = [known for known in _TABLE if PHASES.index(known.needs) <= PHASES.index(row.needs)]
+    _TABLE.insert(len(behind), row)
+
+
+def strike(name: str) -> None:
+    """Takes a row out again.
+
+    Raises:
+      KeyError: there is none.
+    """
+    _TABLE.remove(gate(name))

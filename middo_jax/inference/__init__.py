@@ -1,0 +1,1 @@
+"""The embedded engine, which answers prompts on the whole mesh, and its OpenAI-compatible HTTP server."""

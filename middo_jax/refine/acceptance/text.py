@@ -1,0 +1,171 @@
+"""The gates that look at a candidate's text alone, beside its original's. Pure functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from middo_jax.refine.acceptance.candidate import Candidate, Finding
+from middo_jax.refine.acceptance.context import changed_numbers, lost_code
+from middo_jax.refine.acceptance.language import changed_language, languages
+from middo_jax.refine.prompts import EXAMPLES, MATERIAL
+from middo_jax.refine.tasks import Task
+
+# Texts of our own requests that mark a candidate as an echo of them, or as reasoning that was left in.
+LEFTOVERS = ("<prompt>", "</prompt>", *EXAMPLES, MATERIAL, "<think>", "</think>")
+
+# Openings only, and with the verb of a refusal where the start alone would also open an honest letter or
+# story: "I cannot attend the meeting" is an answer, "I cannot assist with that" is not.
+_CANNOT = (
+    r"i(?: (?:can't|cannot|can not|won't|will not)|(?:'m| am) (?:unable|not able) to|(?:'m| am) not going to)"
+)
+_TO_SERVE = (
+    r"(?: (?:help|assist|comply|fulfil|fulfill|proceed)\b"
+    r"| (?:answer|complete|do|process|provide|respond to|support|write|generate|create) "
+    r"(?:that|this|your|such|any|the (?:requested|request|task|prompt))\b)"
+)
+_REFUSALS = re.compile(
+    r"(?:"
+    rf"(?:(?:i'm|i am)(?: (?:very|really|so|truly))? )?sorry,?(?: but)? {_CANNOT}\b"
+    rf"|(?:i apologi[sz]e|my apologies|apologies|unfortunately),?(?: but)?,? {_CANNOT}{_TO_SERVE}"
+    rf"|as an (?:ai|artificial intelligence)(?: (?:language )?(?:model|assistant))?,? "
+    rf"(?:{_CANNOT}\b|i (?:do not|don't) have\b)"
+    rf"|{_CANNOT}{_TO_SERVE}"
+    # "I'm sorry for the confusion, but as a chatbot made for recipes, I don't have ..."
+    r"|(?:i'm sorry|i am sorry|sorry|i apologi[sz]e|my apologies)\b[^.!?]{0,80}"
+    r"\bas an? (?:[\w-]+ ){0,2}(?:ai|chatbot|language model|virtual assistant)\b[^.!?]{0,120}"
+    r"\bi(?:'m not| am not|'m unable| am unable| don't| do not| can't| cannot)\b"
+    r")",
+    re.IGNORECASE,
+)
+
+# "I'm sorry, but I cannot" in German, French, Spanish, Portuguese, Italian, Chinese, Japanese and Korean.
+_REFUSALS_ELSEWHERE = re.compile(
+    r"(?:"
+    r"(?:es )?tut mir (?:sehr )?leid,? (?:aber )?(?:ich kann\b[^.!?]{0,60}\bnicht\b|das kann ich nicht\b)"
+    r"|(?:je suis |je )?(?:désolée?|regrette),? (?:mais )?je ne (?:peux|suis pas en mesure)\b"
+    r"|lo siento,? (?:pero )?no (?:puedo|me es posible)\b"
+    r"|(?:sinto muito|desculpe|lamento),? (?:mas )?não (?:posso|consigo)\b"
+    r"|mi dispiace,? (?:ma )?non (?:posso|sono in grado)\b"
+    r"|(?:很?抱歉|对不起)[,, ]*(?:但是?)?我(?:无法|不能|没有?办法)"
+    r"|(?:申し訳(?:ありません|ございません)|すみません)[^。]{0,40}(?:できません|できかねます)"
+    r"|죄송(?:합니다|하지만)[^.]{0,40}(?:수 없|없습니다)"
+    r")",
+    re.IGNORECASE,
+)
+
+
+def readable(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether the reply contains a prompt that can be trained on."""
+    prompt = candidate.prompt
+    if prompt is None:
+        if candidate.finish_reason == "content_filter" or is_refusal(candidate.reply):
+            return Finding("refused", "refused")
+        fault = "truncated prompt" if candidate.finish_reason == "length" else "unparsable"
+        return Finding(fault, fault)
+    if not any(c.isalnum() for c in prompt):
+        return Finding("empty prompt", "empty prompt")
+    if token := _first_in(prompt, candidate.special_tokens):
+        return Finding(f"control token {token} in the prompt", "control token")
+    return None
+
+
+def sane(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether the prompt is no refusal, no echo and no copy."""
+    task, prompt = candidate.task, candidate.prompt or ""
+    if is_refusal(prompt):
+        return Finding("refused", "refused")
+    if left := _leftover(task, prompt):
+        return Finding(f"echo of {left} in the prompt", "echo")
+    # To rewrite for quality may be to answer better. But what was to become easier and did not has only got a
+    # model's own words for an answer, whose loss is low whether it is right or not.
+    if task.axes != ("quality",) and any(_same(prompt, e.prompt) for e in (task.source, *task.hints)):
+        return Finding("unchanged", "unchanged")
+    return None
+
+
+def numbers(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether a rewritten prompt has its original's numbers."""
+    simpler = "complexity" in candidate.task.axes
+    return _found(
+        changed_numbers(candidate.task.source.prompt, candidate.prompt or "", exchanged_only=simpler)
+    )
+
+
+def code(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether a rewritten prompt has its original's code blocks."""
+    return _found(lost_code(candidate.task.source.prompt, candidate.prompt or ""))
+
+
+def language(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether a prompt is in a language of its original, or of the core and its neighbours."""
+    task = candidate.task
+    known = [task.source.prompt, *(hint.prompt for hint in task.hints)]
+    fault = changed_language(candidate.prompt or "", known)
+    return Finding(f"prompt in {fault}") if fault else None
+
+
+def answer_readable(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether the answer can be trained on."""
+    if not candidate.response.strip():
+        return Finding("empty answer", "empty answer")
+    if token := _first_in(candidate.response, candidate.special_tokens):
+        return Finding(f"control token {token} in the answer", "control token")
+    return None
+
+
+def answer_sane(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether the answer is whole, no refusal, no echo, and something changed."""
+    task, prompt, response = candidate.task, candidate.prompt or "", candidate.response
+    if candidate.finish_reason == "length":
+        return Finding("truncated answer", "truncated answer")
+    if candidate.finish_reason == "content_filter" or is_refusal(response):
+        return Finding("refused", "refused")
+    if left := _leftover(task, response):
+        return Finding(f"echo of {left} in the answer", "echo")
+    if _same(prompt, response):
+        return Finding("answer repeats the prompt", "answer repeats the prompt")
+    replaces = task.op != "synthesize"
+    if replaces and _same(prompt, task.source.prompt) and _same(response, task.source.response):
+        return Finding("unchanged", "unchanged")
+    return None
+
+
+def answer_language(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether the answer is in a language of its original or of the prompt.
+
+    A new sample may ask for another language than its core does, such as for a translation.
+    """
+    original = candidate.task.source.response
+    if not languages(original):
+        return None
+    fault = changed_language(candidate.response, [original, candidate.prompt or ""])
+    return Finding(f"answer in {fault}") if fault else None
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a text opens as a model does that will not do what it was asked; best told in English."""
+    opening = " ".join(text.replace("’", "'").split())
+    return bool(_REFUSALS.match(opening) or _REFUSALS_ELSEWHERE.match(opening))
+
+
+def _found(fault: str | None) -> Finding | None:
+    return Finding(fault) if fault else None
+
+
+def _leftover(task: Task, text: str) -> str | None:
+    """A piece of our own request in a candidate, unless the samples themselves speak of such things."""
+    lowered = text.lower()
+    given = " ".join(f"{e.prompt} {e.response}" for e in (task.source, *task.hints)).lower()
+    return next(
+        (piece for piece in LEFTOVERS if piece.lower() in lowered and piece.lower() not in given), None
+    )
+
+
+def _first_in(text: str, tokens: Collection[str]) -> str | None:
+    return min((token for token in tokens if token and token in text), default=None)
+
+
+def _same(one: str, other: str) -> bool:
+    return " ".join(one.split()).casefold() == " ".join(other.split()).casefold()

@@ -20,7 +20,7 @@ from loop_fixture import contents, fake_refiner, rows_by_id, settings
 
 from middo_jax import stages
 from middo_jax.config import Config, load
-from middo_jax.config.gates import gate, gates
+from middo_jax.config.gates import PHASES, gate, gates
 from middo_jax.data.example import Example
 from middo_jax.diagnose.score import score_examples
 from middo_jax.diagnose.table import SCHEMA, read_scores, write_scores
@@ -236,6 +236,11 @@ def test_a_stage_asks_each_gate_once_in_the_tables_order_and_none_after_the_one_
     def recorded(name: str, check: Check) -> Check:
         def recording(candidate: Candidate, value: Any) -> Finding | None:
             met[candidate.task.task_id, candidate.task.attempt].append(name)
+            phase = PHASES.index(gate(name).needs)
+            assert name == "readable" or candidate.prompt
+            assert phase < PHASES.index("answer") or name == "answer_readable" or candidate.response
+            assert phase < PHASES.index("dataset") or candidate.example
+            assert phase < PHASES.index("measurement") or candidate.measured
             return check(candidate, value)
 
         return recording

@@ -21,7 +21,7 @@ from middo_jax.stages.measure import UnderTraining, scored_model
 from middo_jax.workshop import Workshop, read_dataset
 
 if TYPE_CHECKING:
-    from middo_jax.refine import Outcome
+    from middo_jax.refine import Outcome, Task
     from middo_jax.refine.acceptance.candidate import Candidate, Limits, Measurement
 
 
@@ -88,12 +88,8 @@ class Acceptance:
 
     def decide(self, asked: Sequence[Outcome]) -> list[Outcome]:
         """The outcomes of one attempt, in order; those that a gate does not let pass are rejected."""
-        from middo_jax.refine.acceptance.candidate import Candidate
-
         cases = {
-            place: _Case(
-                outcome, outcome.example, Candidate(outcome.task, example=outcome.example, limits=self.limits)
-            )
+            place: _Case(outcome, outcome.example, self._candidate(outcome.task, outcome.example))
             for place, outcome in enumerate(asked)
             if outcome.example is not None
         }
@@ -109,6 +105,14 @@ class Acceptance:
             self._rows.append(self._row(decided[-1], outcome.example, measured))
         write_jsonl(self._directory.candidates, self._rows)
         return decided
+
+    def _candidate(self, task: Task, child: Example) -> Candidate:
+        """What the gates see of a child that has passed those of its text."""
+        from middo_jax.refine.acceptance.candidate import Candidate
+
+        return Candidate(
+            task, prompt=child.prompt, response=child.response, example=child, limits=self.limits
+        )
 
     def _ask(self, cases: Sequence[_Case], needs: Needs) -> None:
         """Asks the gates of one phase of all that are still open."""
@@ -133,13 +137,11 @@ class Acceptance:
         still = [case for case in cases if case.is_open]
         new = [case for case in still if case.key not in self._stored]
         # Within an attempt a task has one candidate, so that no key is measured twice.
-        found = (
-            dict(zip((c.key for c in new), model.measure([c.outcome for c in new]), strict=True))
-            if new
-            else {}
-        )
+        if new:
+            for case, measured in zip(new, model.measure([c.outcome for c in new]), strict=True):
+                case.learn(measured=measured)
         for case in still:
-            case.learn(measured=self._stored.get(case.key) or found[case.key])
+            case.learn(measured=case.candidate.measured or self._stored[case.key])
         self._ask(still, "measurement")
         rated = [c for c in still if c.is_open and asked("rating", c.outcome.task.axes, self._settings)]
         unrated = [c for c in rated if c.candidate.measured and c.candidate.measured.quality is None]

@@ -34,12 +34,13 @@ from middo_jax.config import load
 from middo_jax.data.example import Example, Message
 from middo_jax.data.sources import read
 from middo_jax.data.tokenize import load_tokenizer
-from middo_jax.diagnose import quality, rubrics
-from middo_jax.diagnose.rating import RatingTokens
-from middo_jax.diagnose.readout import Readout
 from middo_jax.models.decoder import Decoder
+from middo_jax.passes import ratings as quality
+from middo_jax.passes.questions import RatingTokens
 from middo_jax.progress import for_stderr
-from middo_jax.workshop import Workshop
+from middo_jax.session import Session
+from middo_jax.signals.judge import rubrics
+from middo_jax.signals.judge.readout import Readout
 
 FAULTS = ("swapped", "shuffled", "cut", "numbers")
 READOUTS = {
@@ -141,7 +142,7 @@ def worded(name: str) -> Iterator[None]:
         yield
 
 
-def log_probabilities(workshop: Workshop, model: tuple[Any, Any], examples: Sequence[Example]) -> np.ndarray:
+def log_probabilities(session: Session, model: tuple[Any, Any], examples: Sequence[Example]) -> np.ndarray:
     """What `quality.judge` finds of every rating: [n, 6, 11] float32 log-probabilities among all tokens."""
     found: dict[int, np.ndarray] = {}
 
@@ -165,12 +166,12 @@ def log_probabilities(workshop: Workshop, model: tuple[Any, Any], examples: Sequ
         quality.judge(
             *model,
             examples,
-            workshop.tokenizer,
-            mesh=workshop.mesh,
-            max_length=workshop.config.model.max_length,
+            session.tokenizer,
+            mesh=session.mesh,
+            max_length=session.config.model.max_length,
             batch_tokens=2048,
             readout=Unread(),
-            progress=workshop.progress,
+            progress=session.progress,
         )
     return np.stack([found[i] for i in range(len(examples))])
 
@@ -225,8 +226,8 @@ def main() -> None:
         "model.dtype=float32",
         "model.max_length=1024",
     )
-    workshop = Workshop(load(None, settings), for_stderr())
-    model = workshop.load_model(Path(arguments.model))
+    session = Session(load(None, settings), for_stderr())
+    model = session.load_model(Path(arguments.model))
     tokenizer = load_tokenizer(arguments.model)
     length_vn = np.array([[len(tokenizer(e.response).input_ids) for e in version] for version in rows])
     cells = [
@@ -239,7 +240,7 @@ def main() -> None:
     print(f"short answers as a detector: {', '.join(cells)}")
     for name in WORDINGS:
         with worded(name):
-            log_p_n6r = log_probabilities(workshop, model, flat)
+            log_p_n6r = log_probabilities(session, model, flat)
         report(name, log_p_n6r.reshape(len(rows), n, *log_p_n6r.shape[1:]))
 
 

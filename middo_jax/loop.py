@@ -18,7 +18,7 @@ from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
 from middo_jax.report.status import load_settings
 from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl, write_jsonl, write_text
-from middo_jax.workshop import Workshop, prepare, write_dataset
+from middo_jax.session import Session, prepare, write_dataset
 
 # Settings that may change between two starts of a run: they touch speed, cost and place, not the result.
 MAY_CHANGE = (
@@ -58,9 +58,9 @@ def run_loop(config: Config, progress: Progress) -> RunDir:
     """
     run = RunDir(Path(config.runs_dir) / config.name)
     open_run(run, config)
-    workshop = Workshop(config, progress)
-    heldout = _prepare(run, workshop)
-    steps = [*_round_steps(run, workshop, heldout), *_final_steps(run, workshop, heldout)]
+    session = Session(config, progress)
+    heldout = _prepare(run, session)
+    steps = [*_round_steps(run, session, heldout), *_final_steps(run, session, heldout)]
     began = time.monotonic()
     for number, (directory, stage, work) in enumerate(steps, 1):
         where = f"[{number}/{len(steps)}] {directory.path.name} {stage}"
@@ -100,72 +100,72 @@ def open_run(run: RunDir, config: Config) -> None:
 Step = tuple[RoundDir, str, Callable[[], Any]]
 
 
-def _prepare(run: RunDir, workshop: Workshop) -> list[Example]:
+def _prepare(run: RunDir, session: Session) -> list[Example]:
     first = run.round(0)
     if not first.is_done("prepare"):
-        kept, heldout, rejections = prepare(workshop)
+        kept, heldout, rejections = prepare(session)
         write_jsonl(run.rejected, (r.to_json() for r in rejections))
         write_jsonl(run.heldout, (e.to_json() for e in heldout))
         write_dataset(first, kept)
     return [Example.from_json(row) for row in read_jsonl(run.heldout)]
 
 
-def _round_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> list[Step]:
-    config, steps = workshop.config, []
+def _round_steps(run: RunDir, session: Session, heldout: list[Example]) -> list[Step]:
+    config, steps = session.config, []
     for t in range(config.rounds):
         here = run.round(t)
         following = run.round(t + 1) if t + 1 < config.rounds else run.final
         earlier = run.round(t - 1) if t else None
         previous = earlier.checkpoint if earlier else None
-        start = _start(workshop, previous, config.train.start_from)
-        pre_model = _start(workshop, previous, config.complexity.pre_model)
+        start = _start(session, previous, config.train.start_from)
+        pre_model = _start(session, previous, config.complexity.pre_model)
 
         def score(
             here: RoundDir = here,
             pre_model: Callable[[], Path] = pre_model,
             earlier: RoundDir | None = earlier,
         ) -> None:
-            stages.score_stage(workshop, here, here.checkpoint, pre_model(), earlier=earlier)
+            stages.score_stage(session, here, here.checkpoint, pre_model(), earlier=earlier)
 
         def refine(here: RoundDir = here, t: int = t) -> None:
             from middo_jax.refine import AnswerCache
 
             cache = AnswerCache(config.refine.cache or run.llm_cache)
             try:
-                stages.refine_stage(workshop, here, t, cache, heldout, here.checkpoint)
+                stages.refine_stage(session, here, t, cache, heldout, here.checkpoint)
             finally:
                 cache.close()
 
         def merge(here: RoundDir = here, following: RoundDir = following) -> None:
             began = time.monotonic()
-            write_dataset(following, stages.merge_stage(workshop, here))
+            write_dataset(following, stages.merge_stage(session, here))
             here.finish("merge", [here.dropped], time.monotonic() - began)
 
         steps += [
-            (here, "train", lambda h=here, s=start: stages.train_stage(workshop, h, s(), heldout)),
+            (here, "train", lambda h=here, s=start: stages.train_stage(session, h, s(), heldout)),
             (here, "score", score),
-            (here, "select", lambda h=here: stages.select_stage(workshop, h)),
+            (here, "select", lambda h=here: stages.select_stage(session, h)),
             (here, "refine", refine),
             (here, "merge", merge),
         ]
     return steps
 
 
-def _start(workshop: Workshop, previous: Path | None, which: str) -> Callable[[], Path]:
+def _start(session: Session, previous: Path | None, which: str) -> Callable[[], Path]:
     if which == "previous" and previous is not None:
         return lambda: previous
-    return lambda: workshop.base
+    return lambda: session.base
 
 
-def _final_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> list[Step]:
-    final, config = run.final, workshop.config
+def _final_steps(run: RunDir, session: Session, heldout: list[Example]) -> list[Step]:
+    final, config = run.final, session.config
     last = run.round(config.rounds - 1).checkpoint
-    start = _start(workshop, last, config.train.start_from)
+    start = _start(session, last, config.train.start_from)
 
     def evaluate() -> None:
         began = time.monotonic()
-        models = {"base": workshop.base} | {d.path.name: d.checkpoint for d in [*run.rounds(), final]}
-        losses = stages.measure_heldout(workshop, run, models, heldout)
+        models = {"base": session.base} | {d.path.name: d.checkpoint for d in [*run.rounds(), final]}
+        losses = stages.measure_heldout(session, run, models, heldout)
         final.finish("evaluate", [], time.monotonic() - began, losses=losses)
 
     def export() -> None:
@@ -173,12 +173,12 @@ def _final_steps(run: RunDir, workshop: Workshop, heldout: list[Example]) -> lis
         out = final / "huggingface"
         shutil.rmtree(out, ignore_errors=True)  # of a run that ended before the manifest could name it
         facts = stages.export_checkpoint(
-            final.checkpoint, out, config.model.dtype, workshop.progress, mesh=workshop.mesh
+            final.checkpoint, out, config.model.dtype, session.progress, mesh=session.mesh
         )
         final.finish("export", [out], time.monotonic() - began, **facts)
 
     return [
-        (final, "train", lambda: stages.train_stage(workshop, final, start(), heldout)),
+        (final, "train", lambda: stages.train_stage(session, final, start(), heldout)),
         (final, "evaluate", evaluate),
         (final, "export", export),
     ]

@@ -99,7 +99,7 @@ class RoundDir:
 
     @property
     def scores(self) -> Path:
-        """One row a sample, see `diagnose.table`."""
+        """One row a sample, see `signals.table`."""
         return self.path / "scores.parquet"
 
     @property

@@ -12,11 +12,11 @@ from tiny_model import write_tiny_model
 from middo_jax.config import MeshSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import load_tokenizer, response_header, tokenize
-from middo_jax.diagnose.ifd import ifd, mean_by_example, responses_alone
-from middo_jax.diagnose.score import score_examples
-from middo_jax.diagnose.table import SCHEMA, Measured, read_scores, write_scores
 from middo_jax.models import hf
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.passes.losses import score_examples
+from middo_jax.signals.ifd import ifd, mean_by_example, responses_alone
+from middo_jax.signals.table import SCHEMA, Measured, read_scores, write_scores
 
 CONVERSATIONS = [
     Example((Message("user", "What is the capital of France?"), Message("assistant", "Paris, of course."))),

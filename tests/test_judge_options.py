@@ -14,12 +14,12 @@ from middo_jax.config import Config, MeshSettings
 from middo_jax.config.settings import ComplexitySettings, DataSettings, ModelSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import load_tokenizer
-from middo_jax.diagnose.quality import judge
-from middo_jax.diagnose.readout import Readout
-from middo_jax.diagnose.select import at_mean_length, select
-from middo_jax.diagnose.table import Measured
 from middo_jax.models import hf
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.passes.ratings import judge
+from middo_jax.signals.judge.readout import Readout
+from middo_jax.signals.select import at_mean_length, select
+from middo_jax.signals.table import Measured
 
 
 def test_readout_is_its_formula() -> None:

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from loop_fixture import fake_refiner, settings
 
-import middo_jax.diagnose.score as scoring
+import middo_jax.passes.losses as scoring
 from middo_jax import cli, stages
 from middo_jax.config import ServeSettings, load
 from middo_jax.inference.sampling import Request
@@ -27,8 +27,8 @@ from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.lora import partition
 from middo_jax.progress import Silent
 from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl
+from middo_jax.session import Session, prepare, write_dataset
 from middo_jax.stages.train import load_start
-from middo_jax.workshop import Workshop, prepare, write_dataset
 
 LORA = {"lora__rank": 4, "lora__alpha": 8}
 
@@ -48,8 +48,8 @@ class Run(NamedTuple):
     def checkpoint(self) -> Path:
         return self.run.round(0).checkpoint
 
-    def workshop(self, **more: Any) -> Workshop:
-        return Workshop(load(None, settings(self.root, self.url, **{**LORA, **more})), Silent())
+    def session(self, **more: Any) -> Session:
+        return Session(load(None, settings(self.root, self.url, **{**LORA, **more})), Silent())
 
 
 @pytest.fixture(scope="module")
@@ -87,22 +87,22 @@ def test_a_checkpoint_holds_the_adapters_and_names_their_base(adapted: Run) -> N
 
 
 def test_the_previous_rounds_adapters_are_gone_on_with(adapted: Run) -> None:
-    workshop = adapted.workshop()
-    (graphdef, params), metadata = load_start(workshop, adapted.checkpoint)
+    session = adapted.session()
+    (graphdef, params), metadata = load_start(session, adapted.checkpoint)
     config = nnx.merge(graphdef, params).config
     trained, frozen = partition(params, config)
-    ours, want = (dict(state.flat_state()) for state in (trained, workshop.load_model(adapted.checkpoint)[1]))
+    ours, want = (dict(state.flat_state()) for state in (trained, session.load_model(adapted.checkpoint)[1]))
     assert ours
     for path, param in ours.items():
         np.testing.assert_array_equal(param[...], want[path][...])
     assert metadata["base"] == str(adapted.base.resolve())
-    (_, fresh), _ = load_start(workshop, workshop.base)
+    (_, fresh), _ = load_start(session, session.base)
     assert not np.any(fresh["layers"]["q_proj_lora_b"][...])
     assert buffers(frozen).keys() == buffers(partition(fresh, config)[1]).keys()
 
 
 def test_frozen_weights_are_stored_in_the_dtype_of_forward_passes(adapted: Run) -> None:
-    (graphdef, params), _ = load_start(adapted.workshop(model__dtype="bfloat16"), adapted.checkpoint)
+    (graphdef, params), _ = load_start(adapted.session(model__dtype="bfloat16"), adapted.checkpoint)
     trained, frozen = partition(params, nnx.merge(graphdef, params).config)
     assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {"bfloat16"}
     assert {str(x.dtype) for x in jax.tree.leaves(trained)} == {"float32"}
@@ -112,15 +112,15 @@ def test_frozen_weights_are_stored_in_the_dtype_of_forward_passes(adapted: Run) 
 def test_scoring_loads_one_base_for_both_models(
     adapted: Run, pre: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workshop = adapted.workshop()
+    session = adapted.session()
     pre_model = adapted.base if pre == "base" else adapted.checkpoint
     post_model = adapted.checkpoint if pre == "base" else adapted.run.final.checkpoint
-    kept = prepare(workshop)[0]
+    kept = prepare(session)[0]
 
     def scores(name: str, model: Path, before: Path | None) -> dict[str, list[Any]]:
         directory = RoundDir(tmp_path / name)
         write_dataset(directory, kept)
-        stages.score_stage(workshop, directory, model, before, ["complexity"])
+        stages.score_stage(session, directory, model, before, ["complexity"])
         return pq.read_table(directory.scores).to_pydict()
 
     alone = scores("pre", pre_model, None)["loss_post"], scores("post", post_model, None)["loss_post"]
@@ -160,13 +160,13 @@ def test_models_on_different_weights_share_none(adapted: Run, tmp_path: Path) ->
 def test_other_adapters_than_the_settings_ask_for_are_refused(adapted: Run, tmp_path: Path) -> None:
     for more in ({"lora__rank": "null"}, {"lora__rank": 8}, {"lora__target_modules": "[q_proj]"}):
         with pytest.raises(RunError, match=r"holds Lora\(rank=4.*the settings ask for.*middo export"):
-            load_start(adapted.workshop(**more), adapted.checkpoint)
+            load_start(adapted.session(**more), adapted.checkpoint)
     whole = shutil.copytree(adapted.checkpoint, tmp_path / "checkpoint")
     metadata = json.loads((whole / "metadata.json").read_text())
     del metadata["lora"]
     (whole / "metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(RunError, match=r"holds all of a model's weights, the settings ask for Lora\(rank=4"):
-        load_start(adapted.workshop(), whole)
+        load_start(adapted.session(), whole)
 
 
 def test_an_engine_of_adapters_answers_as_one_of_the_merged_model(adapted: Run) -> None:

@@ -23,8 +23,8 @@ if int(processes) > 1:
 
 from middo_jax.config import MeshSettings
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.diagnose.diversity import nearest_neighbours
-from middo_jax.diagnose.score import score_examples
+from middo_jax.signals.neighbours.search import nearest_neighbours
+from middo_jax.passes.losses import score_examples
 from middo_jax.models import hf
 from middo_jax.parallel.mesh import make_mesh
 

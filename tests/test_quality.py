@@ -19,13 +19,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from middo_jax.config import MeshSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import load_tokenizer, tokenize_prompt
-from middo_jax.diagnose.quality import judge, quality
-from middo_jax.diagnose.rating import JudgeError, RatingTokens, RatingTree, rating_tree
-from middo_jax.diagnose.rubrics import ANSWER_STEM, COLUMNS, DIMENSIONS, PARTS, judge_message
-from middo_jax.diagnose.sampled import parse_rating
 from middo_jax.models import hf
 from middo_jax.models.decoder import forward
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.passes.questions import JudgeError, RatingTokens, RatingTree, rating_tree
+from middo_jax.passes.ratings import judge
+from middo_jax.signals.judge.rubrics import ANSWER_STEM, COLUMNS, DIMENSIONS, PARTS, judge_message, quality
+from middo_jax.signals.judge.sampled import parse_rating
 
 MAX_LENGTH = 1024
 

@@ -19,14 +19,14 @@ from tiny_model import write_tiny_model
 
 from middo_jax.config import ConfigError, MeshSettings
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.diagnose import score as scoring
-from middo_jax.diagnose.score import MIN_PREFIX, ExampleScores, Packing, score_examples
-from middo_jax.diagnose.sweep import PassFacts
-from middo_jax.diagnose.table import Measured, read_scores, write_scores
 from middo_jax.models import hf
 from middo_jax.models.decoder import forward
 from middo_jax.parallel.mesh import MESH_AXES, make_mesh
+from middo_jax.passes import losses as scoring
+from middo_jax.passes.losses import MIN_PREFIX, ExampleScores, Packing, score_examples
+from middo_jax.passes.runner import PassFacts
 from middo_jax.progress import Advance, Silent
+from middo_jax.signals.table import Measured, read_scores, write_scores
 
 Model = tuple[nnx.GraphDef, nnx.State]
 

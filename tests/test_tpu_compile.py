@@ -15,7 +15,7 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
-from middo_jax.diagnose.score import score_batch
+from middo_jax.passes.losses import score_batch
 from middo_jax.models.config import DecoderConfig, LayerKind, Llama3Rope
 from middo_jax.parallel.mesh import MESH_AXES, named_sharding
 from middo_jax.models.checkpoint import abstract_params

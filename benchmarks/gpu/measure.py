@@ -59,7 +59,7 @@ def one_device() -> Mesh:
 
 def scoring(model: str, out: Path) -> Figures:
     """`score_examples` of Alpaca- and Dolly-like examples; the first also with a template's head shared."""
-    from middo_jax.diagnose.score import score_examples
+    from middo_jax.passes.losses import score_examples
 
     config, mesh = shapes.MODELS[model], one_device()
     params = shapes.random_params(config, mesh)
@@ -97,7 +97,7 @@ def ratings(model: str, out: Path) -> Figures:
     """`judge` of the quickstart's rows, whose six questions are one tree each."""
     from middo_jax.data.sources import read
     from middo_jax.data.tokenize import load_tokenizer
-    from middo_jax.diagnose.quality import judge
+    from middo_jax.passes.ratings import judge
 
     config, mesh = shapes.MODELS[model], one_device()
     rows, _ = read("configs/quickstart_data.jsonl", "alpaca")
@@ -211,7 +211,7 @@ def training(model: str, lora: bool, out: Path) -> Figures:
 
 def neighbours(out: Path) -> Figures:
     """`nearest_neighbours` of 200,000 x 4,096, two neighbours; and its products' share of float32's peak."""
-    from middo_jax.diagnose.diversity import nearest_neighbours
+    from middo_jax.signals.neighbours.search import nearest_neighbours
 
     n, width = (200_000, 4096) if not TINY else (2_000, 64)
     rng = np.random.default_rng(0)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from middo_jax.run_dir import RoundDir, RunError
+from middo_jax.session import Session
 from middo_jax.stages.refine import refine_stage
-from middo_jax.workshop import Workshop
 
 if TYPE_CHECKING:
     from middo_jax.refine import AnswerCache
@@ -33,7 +33,7 @@ class BatchState:
 
 
 def batch_stage(
-    workshop: Workshop,
+    session: Session,
     directory: RoundDir,
     cache: AnswerCache,
     read: Sequence[Path] = (),
@@ -42,7 +42,7 @@ def batch_stage(
     """Takes results in, finishes the stage if that was all, else writes the next requests.
 
     Args:
-      workshop: settings, tokenizer, mesh; `refine.model` must be set.
+      session: settings, tokenizer, mesh; `refine.model` must be set.
       directory: holds dataset, scores and selection.
       cache: of the refiner's answers.
       read: result files. A request that was refused in one of them is not asked again, and its sample keeps
@@ -54,7 +54,7 @@ def batch_stage(
     """
     from middo_jax.refine import BatchClient, Ledger, NotAnswered, prompts, read_results
 
-    config = workshop.config
+    config = session.config
     if config.refine.model is None:
         raise RunError("config: refine.model is missing: the name of the model that the batch is for")
     results = read_results(read)
@@ -64,7 +64,7 @@ def batch_stage(
     while True:
         client.start_over()
         try:
-            refine_stage(workshop, directory, 0, cache, batch=client)
+            refine_stage(session, directory, 0, cache, batch=client)
             return BatchState(len(taken), 0, 0, None)
         except NotAnswered:
             settled = client.take(results)

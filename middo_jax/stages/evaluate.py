@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from middo_jax.data.example import Example
 from middo_jax.progress import Progress
 from middo_jax.run_dir import RunDir, RunError, atomic, write_json
-from middo_jax.workshop import Workshop
+from middo_jax.session import Session
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def measure_heldout(
-    workshop: Workshop, run: RunDir, models: Mapping[str, Path], heldout: Sequence[Example]
+    session: Session, run: RunDir, models: Mapping[str, Path], heldout: Sequence[Example]
 ) -> dict[str, float]:
     """Writes heldout_losses.json and heldout_rows.parquet; returns the loss of each model by its name.
 
@@ -29,9 +29,9 @@ def measure_heldout(
     """
     losses: list[dict[str, Any]] = []
     rows: dict[str, RowLosses] = {}
-    with workshop.progress.task("held-out loss", "models") as advance:
+    with session.progress.task("held-out loss", "models") as advance:
         for done, (name, path) in enumerate(models.items() if heldout else (), 1):
-            rows[name] = _row_losses(workshop, path, heldout)
+            rows[name] = _row_losses(session, path, heldout)
             losses.append({"name": name} | _facts(rows[name]))
             advance(done, len(models), f"{name} {losses[-1]['loss']:.4f}")
     _write_rows(run.heldout_rows, rows)
@@ -53,9 +53,9 @@ def _write_rows(path: Path, rows: Mapping[str, RowLosses]) -> None:
         pq.write_table(pa.table(columns), file)
 
 
-def heldout_loss(workshop: Workshop, model: Path, examples: Sequence[Example]) -> dict[str, Any]:
+def heldout_loss(session: Session, model: Path, examples: Sequence[Example]) -> dict[str, Any]:
     """{"loss", "n_target_tokens"} of a model on examples that it was not trained on."""
-    return _facts(_row_losses(workshop, model, examples))
+    return _facts(_row_losses(session, model, examples))
 
 
 def _facts(rows: RowLosses) -> dict[str, Any]:
@@ -65,16 +65,16 @@ def _facts(rows: RowLosses) -> dict[str, Any]:
     return {"loss": result.loss, "n_target_tokens": result.n_target_tokens}
 
 
-def _row_losses(workshop: Workshop, model: Path, examples: Sequence[Example]) -> RowLosses:
+def _row_losses(session: Session, model: Path, examples: Sequence[Example]) -> RowLosses:
     from middo_jax.evaluate.heldout import row_losses
 
-    config = workshop.config
-    graphdef, params = workshop.load_model(model)
+    config = session.config
+    graphdef, params = session.load_model(model)
     return row_losses(
         graphdef,
         params,
-        workshop.tokenize(examples),
-        mesh=workshop.mesh,
+        session.tokenize(examples),
+        mesh=session.mesh,
         batch_tokens=config.scoring.batch_tokens,
         chunk=config.scoring.unembed_chunk,
         pack_length=config.model.max_length,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from middo_jax.config import ConfigError
 from middo_jax.data.example import Example
 from middo_jax.run_dir import RoundDir, RunError
-from middo_jax.workshop import Workshop, read_dataset
+from middo_jax.session import Session, read_dataset
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from middo_jax.train.evaluations import Evaluate
 
 
-def train_stage(
-    workshop: Workshop, directory: RoundDir, start: Path, heldout: Sequence[Example] = ()
-) -> None:
+def train_stage(session: Session, directory: RoundDir, start: Path, heldout: Sequence[Example] = ()) -> None:
     """Fine-tunes `start` on the folder's dataset: checkpoint/ and metrics.jsonl.
 
     With `train.eval_every` the loss on `heldout` is measured on the way: evaluations.jsonl.
@@ -35,14 +33,14 @@ def train_stage(
     from middo_jax.train.metrics import StepMetrics
     from middo_jax.train.sft import train
 
-    config, began = workshop.config, time.monotonic()
+    config, began = session.config, time.monotonic()
     if config.train.eval_every is not None and not heldout:
         raise ConfigError(
             "config: train.eval_every needs examples that are held out; set data.eval_fraction, such as 0.05"
         )
-    (graphdef, params), metadata = load_start(workshop, start)
-    tokenized = workshop.tokenize(read_dataset(directory))
-    with workshop.progress.task("train", "steps") as advance:
+    (graphdef, params), metadata = load_start(session, start)
+    tokenized = session.tokenize(read_dataset(directory))
+    with session.progress.task("train", "steps") as advance:
 
         def on_step(metrics: StepMetrics) -> None:
             advance(metrics.step, metrics.total_steps, metrics.note())
@@ -53,13 +51,13 @@ def train_stage(
             tokenized,
             config.train,
             seed=config.seed,
-            mesh=workshop.mesh,
+            mesh=session.mesh,
             pack_length=config.train.pack_length or config.model.max_length,
             out_dir=directory.path,
             chunk=config.scoring.unembed_chunk,
             metadata=metadata,
             on_step=on_step,
-            evaluate=_evaluate(workshop, graphdef, heldout) if config.train.eval_every else None,
+            evaluate=_evaluate(session, graphdef, heldout) if config.train.eval_every else None,
         )
     del params
     gc.collect()
@@ -68,12 +66,12 @@ def train_stage(
     )
 
 
-def _evaluate(workshop: Workshop, graphdef: nnx.GraphDef[Decoder], heldout: Sequence[Example]) -> Evaluate:
+def _evaluate(session: Session, graphdef: nnx.GraphDef[Decoder], heldout: Sequence[Example]) -> Evaluate:
     """All parameters -> loss on the held-out examples, as a whole and by their source."""
     from middo_jax.evaluate.heldout import heldout_loss
     from middo_jax.train.evaluations import Evaluation
 
-    config, tokenized = workshop.config, workshop.tokenize(heldout)
+    config, tokenized = session.config, session.tokenize(heldout)
     sources = [str(example.extra.get(config.data.source_column, "")) for example in heldout]
 
     def evaluate(params: nnx.State) -> Evaluation:
@@ -81,14 +79,14 @@ def _evaluate(workshop: Workshop, graphdef: nnx.GraphDef[Decoder], heldout: Sequ
             graphdef,
             params,
             tokenized,
-            mesh=workshop.mesh,
+            mesh=session.mesh,
             batch_tokens=config.scoring.batch_tokens,
             chunk=config.scoring.unembed_chunk,
             pack_length=config.model.max_length,
             sources=sources,
         )
         by_source = {name: of._asdict() for name, of in found.by_source.items()}
-        workshop.progress.say(
+        session.progress.say(
             f"held-out loss {found.loss:.4f}"
             + "".join(f", {name or 'no source'} {of.loss:.4f}" for name, of in found.by_source.items())
         )
@@ -97,7 +95,7 @@ def _evaluate(workshop: Workshop, graphdef: nnx.GraphDef[Decoder], heldout: Sequ
     return evaluate
 
 
-def load_start(workshop: Workshop, path: Path) -> tuple[Model, dict[str, Any]]:
+def load_start(session: Session, path: Path) -> tuple[Model, dict[str, Any]]:
     """(the model that a training starts from, what its checkpoint will say about itself).
 
     Without `lora.rank` all parameters are loaded in `train.param_dtype`, to be trained. With it they are
@@ -109,10 +107,10 @@ def load_start(workshop: Workshop, path: Path) -> tuple[Model, dict[str, Any]]:
     from middo_jax.models.lora import from_settings, with_fresh_adapters
     from middo_jax.models.source import locate
 
-    source, lora = locate(path), from_settings(workshop.config.lora)
+    source, lora = locate(path), from_settings(session.config.lora)
     metadata: dict[str, Any] = {
         "base": str(source.base.resolve()),
-        "chat_template": workshop.tokenizer.chat_template,  # an export that carries another one would mislead
+        "chat_template": session.tokenizer.chat_template,  # an export that carries another one would mislead
     }
     if source.lora != lora and source.trained is not None:
         held = source.lora or "all of a model's weights"
@@ -121,9 +119,9 @@ def load_start(workshop: Workshop, path: Path) -> tuple[Model, dict[str, Any]]:
             f"write it as a model of its own with `middo export {path} DIR` and start from that"
         )
     if lora is None:
-        return workshop.load_model(path, workshop.config.train.param_dtype), metadata
+        return session.load_model(path, session.config.train.param_dtype), metadata
     metadata["lora"] = dataclasses.asdict(lora)
-    model = workshop.load_model(path)
+    model = session.load_model(path)
     if source.lora is None:
-        model = with_fresh_adapters(*model, lora, workshop.mesh, workshop.config.seed)
+        model = with_fresh_adapters(*model, lora, session.mesh, session.config.seed)
     return model, metadata

@@ -20,13 +20,13 @@ from jax.sharding import Mesh
 from middo_jax.data.example import Example
 from middo_jax.data.packing import Bucket, plan_buckets
 from middo_jax.data.trees import Rows, common_prefix
-from middo_jax.diagnose.rating import RatingTokens, rating_tree
-from middo_jax.diagnose.readout import EXPECTED, Readout
-from middo_jax.diagnose.rubrics import COLUMNS
-from middo_jax.diagnose.sweep import Batch, PassFacts, sweep
 from middo_jax.models.decoder import Decoder
 from middo_jax.parallel.mesh import batch_divisor
+from middo_jax.passes.questions import RatingTokens, rating_tree
+from middo_jax.passes.runner import Batch, PassFacts, sweep
 from middo_jax.progress import Progress, Silent
+from middo_jax.signals.judge.readout import EXPECTED, Readout
+from middo_jax.signals.judge.rubrics import COLUMNS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,8 +145,3 @@ def judge(
         name=name,
     )
     return rating_n6, facts
-
-
-def quality(ratings_n6: np.ndarray) -> np.ndarray:
-    """q_n: mean over the dimensions of (prompt + response) / 2, hence the mean of all six."""
-    return ratings_n6.mean(axis=1)

@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from middo_jax.data.packing import Bucket, plan_buckets
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.data.trees import Rows, Tree, common_prefix
-from middo_jax.diagnose.sweep import Batch, PassFacts, sweep
 from middo_jax.models.attention import shares_prefixes
 from middo_jax.models.nll import target_nll
 from middo_jax.parallel.mesh import batch_divisor
+from middo_jax.passes.runner import Batch, PassFacts, sweep
 from middo_jax.progress import Progress, Silent
 
 MIN_LENGTH = 8  # tokens an example takes in the plan: a row of 1,024 holds at most 128

@@ -16,9 +16,9 @@ from flax import nnx
 from middo_jax.config import QualitySettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import tokenize_prompt
-from middo_jax.diagnose.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, judge_message
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.sampling import Request
+from middo_jax.signals.judge.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, judge_message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Workshop:
+class Session:
     """What all stages share: the settings, where to say how far one is, and, made when first needed, the
     base model's directory, its tokenizer and the mesh.
     """
@@ -88,26 +88,26 @@ class Workshop:
         return tokenize_all(examples, self.tokenizer, self.config.model.max_length)
 
 
-def prepare(workshop: Workshop) -> tuple[list[Example], list[Example], list[Rejection]]:
+def prepare(session: Session) -> tuple[list[Example], list[Example], list[Rejection]]:
     """Reads the user's data: (to train on, held out, refused with the reason).
 
     Raises:
       DataError: the data cannot be read, or nothing of it can be used.
     """
-    settings = workshop.config.data
+    settings = session.config.data
     examples, rejections = read(settings.path, settings.format, settings.limit)
-    examples, refused = usable(workshop, examples)
+    examples, refused = usable(session, examples)
     rejections += refused
     kept, heldout = split_heldout(
-        examples, settings.eval_fraction, workshop.config.seed, settings.source_column
+        examples, settings.eval_fraction, session.config.seed, settings.source_column
     )
-    workshop.progress.say(
+    session.progress.say(
         f"{settings.path}: {len(kept)} samples, {len(heldout)} held out, {len(rejections)} rows refused"
     )
     return kept, heldout, rejections
 
 
-def usable(workshop: Workshop, examples: Sequence[Example]) -> tuple[list[Example], list[Rejection]]:
+def usable(session: Session, examples: Sequence[Example]) -> tuple[list[Example], list[Rejection]]:
     """The examples that the model can read, and those that its template or tokenizer forbids.
 
     Raises:
@@ -115,24 +115,24 @@ def usable(workshop: Workshop, examples: Sequence[Example]) -> tuple[list[Exampl
     """
     kept, refused = [], []
     for example in examples:
-        reason = _unusable(workshop, example)
+        reason = _unusable(session, example)
         if reason is None:
             kept.append(example)
         else:
             refused.append(Rejection(f"sample {example.id}", reason, example.to_json()))
     if not kept:
         raise DataError(
-            f"{workshop.config.data.path}: no usable row; the first was refused: {refused[0].reason}"
+            f"{session.config.data.path}: no usable row; the first was refused: {refused[0].reason}"
         )
     return kept, refused
 
 
-def _unusable(workshop: Workshop, example: Example) -> str | None:
-    for token in sorted(steering_tokens(workshop.tokenizer)):
+def _unusable(session: Session, example: Example) -> str | None:
+    for token in sorted(steering_tokens(session.tokenizer)):
         if any(token in message.content for message in example.messages):
             return f"its text holds the model's control token {token}"
     try:
-        tokenize(example, workshop.tokenizer, workshop.config.model.max_length)
+        tokenize(example, session.tokenizer, session.config.model.max_length)
     except TemplateError as e:
         return str(e)
     return None
@@ -168,9 +168,9 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def endpoint(workshop: Workshop) -> Iterator[Served]:
+def endpoint(session: Session) -> Iterator[Served]:
     """The refiner's endpoint; if none is set, the embedded one serves on loopback while the block runs."""
-    config = workshop.config
+    config = session.config
     url = config.refine.base_url or os.environ.get("OPENAI_BASE_URL")
     if url is not None:
         if config.refine.model is None:
@@ -184,8 +184,8 @@ def endpoint(workshop: Workshop) -> Iterator[Served]:
     if config.refine.model:
         path, template = resolve(config.refine.model), None
     else:
-        path, template = workshop.base, config.model.template
-    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, template, workshop.mesh)
+        path, template = session.base, config.model.template
+    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, template, session.mesh)
     name = path.resolve().name
     with engine, serve_in_background(build_app(engine, tokenizer, name, eos_ids), port=0) as url:
         yield Served(url, name, sends_key=False)

@@ -22,7 +22,7 @@ from middo_jax.progress import for_stderr
 from middo_jax.session import Session, prepare
 from middo_jax.signals.neighbours.search import Neighbours, nearest_neighbours
 from middo_jax.signals.select import select_axis
-from middo_jax.stages.score import raw_prompt
+from middo_jax.stages.score import raw_prompts
 
 THRESHOLDS = (Threshold(m=1.0), Threshold(fraction=0.05), Threshold(fraction=0.1))
 
@@ -54,17 +54,15 @@ def main() -> None:
     examples = prepare(session)[0]
     texts = {
         "templated": session.tokenize(examples),
-        "raw": [raw_prompt(session, example) for example in examples],
+        "raw": raw_prompts(session, examples),
     }
-    graphdef, params = session.load_model(model)
+    loaded = session.load_model(model)
     found: dict[str, Neighbours] = {}
     for name, tokenized in texts.items():
         began = time.monotonic()
         scores, _ = score_examples(
-            graphdef,
-            params,
+            loaded,
             tokenized,
-            mesh=session.mesh,
             batch_tokens=session.config.scoring.batch_tokens,
             chunk=session.config.scoring.unembed_chunk,
             progress=session.progress,

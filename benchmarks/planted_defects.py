@@ -182,16 +182,16 @@ def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Fig
     from scipy.stats import spearmanr
 
     from middo_jax.config import load
+    from middo_jax.inference import engine as inference
     from middo_jax.progress import for_stderr
     from middo_jax.session import Session, read_dataset
-    from middo_jax.signals.judge import sampled
     from middo_jax.signals.judge.rubrics import DIMENSIONS, PARTS, judge_message, quality
-    from middo_jax.stages.score import ratings
+    from middo_jax.stages.ratings import ratings
 
     examples = read_dataset(RoundDir(folder / "scored"))[: arguments.judge_rows]
     decoded: list[Any] = []
 
-    class Recording(sampled.Engine):
+    class Recording(inference.Engine):
         def submit(self, request: Any) -> Any:
             decoded.append(super().submit(request))
             return decoded[-1]
@@ -208,11 +208,11 @@ def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Fig
         more = (f"quality.m={RULE_M}", f"quality.max_new_tokens={MAX_NEW_TOKENS}")
         session = Session(load(None, (*settings, *more, *SETTINGS)), for_stderr())
         model = session.load_model(folder / "tuned" / "checkpoint")
-        with mock.patch.object(sampled, "Engine", Recording):
-            ratings(session, *model, examples if method == "expected" else examples[:2])
+        with mock.patch.object(inference, "Engine", Recording):
+            ratings(session, model, examples if method == "expected" else examples[:2])
             decoded.clear()
             began = time.perf_counter()
-            rated[method], facts = ratings(session, *model, examples)
+            rated[method], facts = ratings(session, model, examples)
             seconds = time.perf_counter() - began
         result[method] = {
             "seconds": seconds,

@@ -193,7 +193,7 @@ def train(
     last = read_jsonl(directory.metrics)[-1]
     result: dict[str, Any] = {"checkpoint": str(directory.checkpoint), "last": last}
     if heldout:
-        result["heldout"] = stages.heldout_loss(session, directory.checkpoint, heldout)
+        result["heldout"] = stages.HeldOut(session, heldout).loss_of(directory.checkpoint)
     _show(as_json, result, str(directory.checkpoint))
 
 
@@ -208,7 +208,7 @@ def evaluate(data: Data, model: Model, overrides: Overrides = None, as_json: AsJ
     path = _model(model)
     session = _session_with(path, data, overrides)
     examples, _, _ = prepare(session)
-    result = stages.heldout_loss(session, path, examples)
+    result = stages.HeldOut(session, examples).loss_of(path)
     _show(as_json, result, f"{result['loss']:.6f} nats a token over {result['n_target_tokens']:,} tokens")
 
 
@@ -327,24 +327,28 @@ def inspect(
     """What is in a dataset; with a model, how its first sample is rendered and how long all are."""
     from middo_jax.config import load
     from middo_jax.data.sources import read
+    from middo_jax.data.tokenize import tokenize_all, truncate
     from middo_jax.progress import for_stderr
     from middo_jax.report.inspection import inspect_rows, inspect_tokens
     from middo_jax.report.terminal import render_inspection
     from middo_jax.session import Session, usable
 
-    base = _base(_model(model)) if model else "none"
+    base = _tokenizer_directory(model) if model else "none"
     config = load(None, [f"model.path={base}", f"data.path={data}", *(overrides or ())])
     examples, rejections = read(config.data.path, config.data.format, config.data.limit)
     facts = inspect_rows(examples, rejections)
     if model:
         session, max_length = Session(config, for_stderr()), config.model.max_length
         examples, refused = usable(session, examples)
+        whole = tokenize_all(examples, session.tokenizer)
+        cut = [truncate(tokenized, max_length) for tokenized in whole]
         facts = inspect_rows(examples, [*rejections, *refused]) | inspect_tokens(
-            examples,
+            whole,
+            cut,
             session.tokenizer,
-            max_length,
-            config.scoring.batch_tokens,
-            config.train.pack_length or max_length,
+            max_length=max_length,
+            pack_length=config.train.pack_length or max_length,
+            scoring=session.plan_losses(cut).facts(),
         )
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     _show(as_json, facts, render_inspection(facts, color=color))
@@ -383,6 +387,13 @@ def _model(path: str) -> Path:
     from middo_jax.models.resolve import resolve
 
     return resolve(path)
+
+
+def _tokenizer_directory(model: str) -> Path:
+    """Where a model's tokenizer is, without its weights."""
+    from middo_jax.models.source import tokenizer_directory
+
+    return tokenizer_directory(model)
 
 
 def _base(path: Path) -> Path:

@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from middo_jax.config import Config
 from middo_jax.data.example import Example
 from middo_jax.data.sources import DataError, Rejection, read, split_heldout
-from middo_jax.data.tokenize import (
-    TemplateError,
-    TokenizedExample,
-    load_tokenizer,
-    steering_tokens,
-    tokenize,
-    tokenize_all,
-)
+from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, refusal, tokenize_all
 from middo_jax.progress import Progress
 from middo_jax.run_dir import RoundDir, RunError, read_jsonl, write_jsonl
 
@@ -29,7 +22,8 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerBase
 
-    from middo_jax.models.lora import Model
+    from middo_jax.models.model import Model
+    from middo_jax.passes.runner import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +67,28 @@ class Session:
 
         See `models.source.load`, also for `base`.
         """
-        from flax import nnx
-
-        from middo_jax.models.decoder import abstract
         from middo_jax.models.source import load, locate
 
         settings = self.config.model
-        graphdef, params = load(locate(path), settings.dtype, param_dtype, self.mesh, base)
-        config = dataclasses.replace(nnx.merge(graphdef, params).config, attention=settings.attention)
-        return abstract(config)[0], params
+        model = load(locate(path), settings.dtype, param_dtype, self.mesh, base)
+        return model.with_config(dataclasses.replace(model.config, attention=settings.attention))
 
     def tokenize(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """All examples; those that cannot be rendered were refused when the data was read."""
         return tokenize_all(examples, self.tokenizer, self.config.model.max_length)
+
+    def plan_losses(self, tokenized: Sequence[TokenizedExample]) -> Plan:
+        """The batches of a scoring pass over these examples, on this mesh and with these settings."""
+        import jax
+
+        from middo_jax.models.attention import shares_prefixes
+        from middo_jax.parallel.mesh import batch_divisor
+        from middo_jax.passes.losses import plan_losses
+
+        with jax.set_mesh(self.mesh):
+            share_prefix = shares_prefixes(self.config.model.attention)
+        ways = batch_divisor(self.mesh)
+        return plan_losses(tokenized, share_prefix, ways, self.config.scoring.batch_tokens)
 
 
 def prepare(session: Session) -> tuple[list[Example], list[Example], list[Rejection]]:
@@ -115,7 +118,7 @@ def usable(session: Session, examples: Sequence[Example]) -> tuple[list[Example]
     """
     kept, refused = [], []
     for example in examples:
-        reason = _unusable(session, example)
+        reason = refusal(example, session.tokenizer)
         if reason is None:
             kept.append(example)
         else:
@@ -125,17 +128,6 @@ def usable(session: Session, examples: Sequence[Example]) -> tuple[list[Example]
             f"{session.config.data.path}: no usable row; the first was refused: {refused[0].reason}"
         )
     return kept, refused
-
-
-def _unusable(session: Session, example: Example) -> str | None:
-    for token in sorted(steering_tokens(session.tokenizer)):
-        if any(token in message.content for message in example.messages):
-            return f"its text holds the model's control token {token}"
-    try:
-        tokenize(example, session.tokenizer, session.config.model.max_length)
-    except TemplateError as e:
-        return str(e)
-    return None
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:

@@ -94,7 +94,7 @@ def test_it_is_what_transformers_says(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     mesh = make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    model = hf.load(directory, mesh=mesh)[:2]
+    model = hf.load(directory, mesh=mesh)
     tokenized = [tokenize(e, tokenizer, 512) for e in CONVERSATIONS]
     alone = [responses_alone(t, response_header(tokenizer)) for t in tokenized]
 
@@ -109,7 +109,7 @@ def test_it_is_what_transformers_says(directory: Path) -> None:
         return [-float(log_p[t - 1, ids[0, t]]) for t in range(prefix, prefix + count)]
 
     def score(examples: list) -> tuple[np.ndarray, np.ndarray]:
-        scores, _ = score_examples(*model, examples, mesh=mesh, batch_tokens=1024, chunk=128)
+        scores, _ = score_examples(model, examples, batch_tokens=1024, chunk=128)
         return scores.loss_n, scores.n_targets_n
 
     with_prompt, _ = score(tokenized)

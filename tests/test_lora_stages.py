@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from flax import nnx
 from loop_fixture import fake_refiner, settings
 
 import middo_jax.passes.losses as scoring
@@ -25,6 +24,7 @@ from middo_jax.loop import run_loop
 from middo_jax.models import hf, source
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.lora import partition
+from middo_jax.models.model import Model, Params, Structure
 from middo_jax.progress import Silent
 from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl
 from middo_jax.session import Session, prepare, write_dataset
@@ -61,7 +61,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         yield Run(root, url, run)
 
 
-def buffers(params: nnx.State) -> dict[tuple[str, ...], list[int]]:
+def buffers(params: Params) -> dict[tuple[str, ...], list[int]]:
     """Where each device's part of each array lies."""
     return {
         path: [shard.data.unsafe_buffer_pointer() for shard in param[...].addressable_shards]
@@ -88,22 +88,23 @@ def test_a_checkpoint_holds_the_adapters_and_names_their_base(adapted: Run) -> N
 
 def test_the_previous_rounds_adapters_are_gone_on_with(adapted: Run) -> None:
     session = adapted.session()
-    (graphdef, params), metadata = load_start(session, adapted.checkpoint)
-    config = nnx.merge(graphdef, params).config
-    trained, frozen = partition(params, config)
-    ours, want = (dict(state.flat_state()) for state in (trained, session.load_model(adapted.checkpoint)[1]))
+    model, metadata = load_start(session, adapted.checkpoint)
+    trained, frozen = partition(model.params, model.config)
+    ours, want = (
+        dict(state.flat_state()) for state in (trained, session.load_model(adapted.checkpoint).params)
+    )
     assert ours
     for path, param in ours.items():
         np.testing.assert_array_equal(param[...], want[path][...])
     assert metadata["base"] == str(adapted.base.resolve())
-    (_, fresh), _ = load_start(session, session.base)
-    assert not np.any(fresh["layers"]["q_proj_lora_b"][...])
-    assert buffers(frozen).keys() == buffers(partition(fresh, config)[1]).keys()
+    fresh, _ = load_start(session, session.base)
+    assert not np.any(fresh.params["layers"]["q_proj_lora_b"][...])
+    assert buffers(frozen).keys() == buffers(partition(fresh.params, fresh.config)[1]).keys()
 
 
 def test_frozen_weights_are_stored_in_the_dtype_of_forward_passes(adapted: Run) -> None:
-    (graphdef, params), _ = load_start(adapted.session(model__dtype="bfloat16"), adapted.checkpoint)
-    trained, frozen = partition(params, nnx.merge(graphdef, params).config)
+    model, _ = load_start(adapted.session(model__dtype="bfloat16"), adapted.checkpoint)
+    trained, frozen = partition(model.params, model.config)
     assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {"bfloat16"}
     assert {str(x.dtype) for x in jax.tree.leaves(trained)} == {"float32"}
 
@@ -125,16 +126,16 @@ def test_scoring_loads_one_base_for_both_models(
 
     alone = scores("pre", pre_model, None)["loss_post"], scores("post", post_model, None)["loss_post"]
     loads: list[Path] = []
-    seen: list[tuple[nnx.GraphDef, dict[tuple[str, ...], list[int]]]] = []
+    seen: list[tuple[Structure, dict[tuple[str, ...], list[int]]]] = []
     load_weights, score_examples = hf.load, scoring.score_examples
 
     def counted(directory: Path, *arguments: Any) -> Any:
         loads.append(directory)
         return load_weights(directory, *arguments)
 
-    def watched(graphdef: nnx.GraphDef, params: nnx.State, *arguments: Any, **how: Any) -> Any:
-        seen.append((graphdef, buffers(params)))
-        return score_examples(graphdef, params, *arguments, **how)
+    def watched(model: Model, *arguments: Any, **how: Any) -> Any:
+        seen.append((model.graphdef, buffers(model.params)))
+        return score_examples(model, *arguments, **how)
 
     monkeypatch.setattr(hf, "load", counted)
     monkeypatch.setattr(scoring, "score_examples", watched)
@@ -220,8 +221,7 @@ def test_the_loops_export_opens_in_transformers_as_our_model(adapted: Run) -> No
     tokens = AutoTokenizer.from_pretrained(directory)("Why do people like bread?")["input_ids"]
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([tokens])).logits[0].numpy()
-    graphdef, params = source.load(source.locate(adapted.run.final.checkpoint))
-    decoder = nnx.merge(graphdef, params)
+    decoder = source.load(source.locate(adapted.run.final.checkpoint)).decoder()
     tokens_bt = np.asarray([tokens], np.int32)
     positions_bt = np.arange(len(tokens))[None]
     ours = decoder.unembed(decoder.hidden(tokens_bt, np.zeros_like(tokens_bt), positions_bt)[0])

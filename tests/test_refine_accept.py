@@ -135,10 +135,8 @@ def test_a_measurement_is_what_scoring_would_say(measured: Measured) -> None:
     refined = [row for row in read_jsonl(directory.refined) if row["accepted"]]
     children = [Example.from_json(row["example"]) for row in refined]
     session = Session(measured.config, Silent())
-    graphdef, params = session.load_model(directory.checkpoint)
-    scores, _ = score_examples(
-        graphdef, params, session.tokenize(children), mesh=session.mesh, batch_tokens=512, chunk=64
-    )
+    model = session.load_model(directory.checkpoint)
+    scores, _ = score_examples(model, session.tokenize(children), batch_tokens=512, chunk=64)
     unit_nd = np.load(directory.embeddings)
     unit_nd /= np.linalg.norm(unit_nd, axis=1, keepdims=True)
     assert len(children) == len(known)

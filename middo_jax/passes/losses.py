@@ -1,6 +1,6 @@
 """The fused pass: each example's loss and the embedding of its prompt, from one forward of packed batches.
 
-What all examples begin with, such as a template's system turn, is read once a row where attention can share
+What all examples begin with, such as a template's system turn, is read once per row where attention can share
 it; what no loss and no embedding needs, such as the end of the last turn, is not read at all.
 Axes: b row, t position, s segment, d model width, n example.
 """
@@ -14,16 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
-from middo_jax.data.packing import Bucket, plan_buckets
+from middo_jax.data.packing import Bucket
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.data.trees import Rows, Tree, common_prefix
+from middo_jax.data.trees import PackedTrees, Tree, common_prefix
 from middo_jax.models.attention import shares_prefixes
+from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.models.nll import target_nll
 from middo_jax.parallel.mesh import batch_divisor
-from middo_jax.passes.runner import Batch, PassFacts, sweep
+from middo_jax.passes.runner import Inputs, Pass, PassFacts, Plan
 from middo_jax.progress import Progress, Silent
 
 MIN_LENGTH = 8  # tokens an example takes in the plan: a row of 1,024 holds at most 128
@@ -54,8 +53,8 @@ class ExampleScores(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_segments", "chunk", "prefix", "longest"))
 def score_batch(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
+    graphdef: Structure,
+    params: Params,
     tokens_bt: jax.Array,
     segment_ids_bt: jax.Array,
     positions_bt: jax.Array,
@@ -70,7 +69,7 @@ def score_batch(
     longest: int | None = None,
 ) -> SegmentScores:
     """Loss sums and prompt embeddings of all segments of a packed batch; -1 is in no segment."""
-    model = nnx.merge(graphdef, params)
+    model = bound(graphdef, params)
     hidden_btd = model.hidden(
         tokens_bt, segment_ids_bt, positions_bt, until_bt, prefix=prefix, longest=longest
     )
@@ -89,11 +88,9 @@ def score_batch(
 
 
 def score_examples(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
+    model: Model,
     examples: Sequence[TokenizedExample],
     *,
-    mesh: Mesh,
     batch_tokens: int,
     chunk: int,
     progress: Progress | None = None,
@@ -102,96 +99,99 @@ def score_examples(
     """Scores every example; the result depends on neither the packing nor the mesh.
 
     Args:
-      graphdef: static structure of the model.
-      params: its parameters, on the mesh.
+      model: whose losses and embeddings are wanted, on its mesh.
       examples: what to score.
-      mesh: where.
       batch_tokens: tokens of a batch, all devices together.
       chunk: target positions of a device whose logits exist at one time.
       progress: is told how far the pass is, under this name.
       name: of the pass.
     """
-    config = nnx.merge(graphdef, params).config
-    loss_n = np.full(len(examples), np.nan, np.float32)
-    n_targets_n = np.zeros(len(examples), np.int32)
-    embedding_nd = np.full((len(examples), config.hidden_size), np.nan, np.float32)
-    with jax.set_mesh(mesh):
-        share = shares_prefixes(config.attention)
-    packing = Packing.of(examples, share)
+    return LossPass(examples, model, batch_tokens, chunk)(model, progress or Silent(), name)
 
-    def keep(rows: list[list[int]], scores: SegmentScores) -> None:
-        for b, row in enumerate(rows):
-            s = np.arange(len(row))
-            n_targets_n[row] = scores.n_targets_bs[b, s]
+
+class LossPass:
+    """The pass over some examples, to run for one model or several of a size on one mesh.
+
+    What is compiled for one model is used again for the next whose parameters are alike, as those of a
+    training are from step to step.
+    """
+
+    def __init__(
+        self, examples: Sequence[TokenizedExample], model: Model, batch_tokens: int, chunk: int
+    ) -> None:
+        """Plans the batches for the mesh and the attention of `model`; see `score_examples`."""
+        self._width, self._n = model.config.hidden_size, len(examples)
+        with jax.set_mesh(model.mesh):
+            share_prefix = shares_prefixes(model.config.attention)
+        self.plan = plan_losses(examples, share_prefix, batch_divisor(model.mesh), batch_tokens)
+
+        def static(bucket: Bucket) -> dict[str, Any]:
+            return {
+                "max_segments": bucket.length // MIN_LENGTH,
+                "chunk": chunk,
+                "prefix": self.plan.prefix,
+                "longest": bucket.longest,
+            }
+
+        self._pass = Pass(score_batch, self.plan, functools.partial(loss_inputs, examples), static)
+
+    def __call__(self, model: Model, progress: Progress, name: str) -> tuple[ExampleScores, PassFacts]:
+        """The scores of all examples under a model; `name` is what the user sees."""
+        loss_n = np.full(self._n, np.nan, np.float32)
+        n_targets_n = np.zeros(self._n, np.int32)
+        embedding_nd = np.full((self._n, self._width), np.nan, np.float32)
+
+        def keep(index_m: np.ndarray, scores: SegmentScores) -> None:
+            n_targets_n[index_m] = scores.n_targets_bs
             with np.errstate(invalid="ignore", divide="ignore"):  # no target: 0/0 is NaN, as promised
-                loss_n[row] = scores.nll_sum_bs[b, s] / scores.n_targets_bs[b, s]
-            embedding_nd[row] = scores.embedding_bsd[b, s]
+                loss_n[index_m] = scores.nll_sum_bs / scores.n_targets_bs
+            embedding_nd[index_m] = scores.embedding_bsd
 
-    def static(bucket: Bucket) -> dict[str, Any]:
-        return {
-            "max_segments": bucket.length // MIN_LENGTH,
-            "chunk": chunk,
-            "prefix": packing.prefix,
-            "longest": bucket.longest,
-        }
-
-    facts = sweep(
-        score_batch,
-        (graphdef, params),
-        plan_buckets(
-            packing.lengths(), batch_tokens, batch_divisor(mesh), prefix=packing.prefix, min_length=MIN_LENGTH
-        ),
-        packing.batch,
-        keep,
-        static=static,
-        mesh=mesh,
-        progress=progress or Silent(),
-        name=name,
-    )
-    return ExampleScores(loss_n, n_targets_n, embedding_nd), facts
+        facts = self._pass.run(model, keep, progress, name)
+        return ExampleScores(loss_n, n_targets_n, embedding_nd), facts
 
 
-class Packing(NamedTuple):
-    """Examples without what is not needed of them, and the tokens that all begin with, read once a row."""
+def plan_losses(
+    examples: Sequence[TokenizedExample], share_prefix: bool, ways: int, batch_tokens: int
+) -> Plan:
+    """The batches that a pass computes. Tokens that no loss and no embedding needs are left out.
 
-    examples: Sequence[TokenizedExample]
-    trees: Sequence[Tree]
-    prefix: int
+    Args:
+      examples: what to score.
+      share_prefix: whether attention can share what all examples begin with, so that a row reads it once.
+      ways: into how many parts the mesh splits a batch, see `batch_divisor`.
+      batch_tokens: tokens of a batch, all devices together.
+    """
+    trees = [Tree.line(e.tokens_n[: _needed(e)]) for e in examples]
+    prefix = _shared_prefix(examples, trees) if share_prefix else 0
+    return Plan.of(trees, prefix, batch_tokens, ways, MIN_LENGTH)
 
-    @classmethod
-    def of(cls, examples: Sequence[TokenizedExample], share_prefix: bool) -> Packing:
-        """`share_prefix`: whether attention can."""
-        trees = [Tree.line(e.tokens_n[: _needed(e)]) for e in examples]
-        prefix = 0
-        if share_prefix and len(examples) > 1:
-            # Every example keeps a token of its own, and all whose hidden state counts.
-            own = min(int(np.r_[_counts(e), True].argmax()) for e in examples)
-            shortest = min(len(tree.tokens_n) for tree in trees)
-            prefix = min(common_prefix([tree.tokens_n for tree in trees]), own, shortest - 1)
-        return cls(examples, trees, prefix if prefix >= MIN_PREFIX else 0)
 
-    def lengths(self) -> list[int]:
-        """Tokens of each example behind the prefix."""
-        return [len(tree.tokens_n) - self.prefix for tree in self.trees]
+def _shared_prefix(examples: Sequence[TokenizedExample], trees: Sequence[Tree]) -> int:
+    if len(examples) < 2:
+        return 0
+    # Every example keeps a token of its own, and all whose hidden state counts.
+    own = min(int(np.r_[_counts(e), True].argmax()) for e in examples)
+    shortest = min(len(tree.tokens_n) for tree in trees)
+    prefix = min(common_prefix([tree.tokens_n for tree in trees]), own, shortest - 1)
+    return prefix if prefix >= MIN_PREFIX else 0
 
-    def batch(self, bucket: Bucket, rows: list[list[int]]) -> Batch:
-        """What `score_batch` reads."""
-        planned = Rows(self.trees, rows, bucket.batch, bucket.length, self.prefix)
 
-        def fill(values: Callable[[TokenizedExample], np.ndarray]) -> np.ndarray:
-            return planned.fill(lambda i: values(self.examples[i])[: len(self.trees[i].tokens_n)])
+def loss_inputs(examples: Sequence[TokenizedExample], packed: PackedTrees) -> Inputs:
+    """What `score_batch` reads of a batch."""
 
-        arrays = (
-            fill(lambda e: e.tokens_n),
-            planned.tree_bt(),
-            planned.fill(lambda i: self.trees[i].positions_n),
-            fill(lambda e: np.append(e.tokens_n[1:], np.int32(0))),
-            fill(lambda e: np.append(e.is_target_n[1:], False)),
-            fill(lambda e: e.in_prompt_n),
-            planned.until_bt() if self.prefix else None,
-        )
-        real = sum(len(row) and self.prefix + sum(planned.sizes(row)) for row in rows)
-        return Batch(arrays, real)
+    def fill(values: Callable[[TokenizedExample], np.ndarray]) -> np.ndarray:
+        return packed.fill(lambda i: values(examples[i])[: len(packed.trees[i].tokens_n)])
+
+    inputs = {
+        "tokens_bt": fill(lambda e: e.tokens_n),
+        "segment_ids_bt": packed.tree_bt(),
+        "positions_bt": packed.fill(lambda i: packed.trees[i].positions_n),
+        "next_bt": fill(lambda e: np.append(e.tokens_n[1:], np.int32(0))),
+        "is_target_bt": fill(lambda e: np.append(e.is_target_n[1:], False)),
+        "in_prompt_bt": fill(lambda e: e.in_prompt_n),
+    }
+    return inputs | {"until_bt": packed.until_bt()} if packed.prefix else inputs
 
 
 def _counts(example: TokenizedExample) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""One pass of a model over a planned dataset: every shape is compiled before the clock starts.
+"""The runner of every pass: plan, compile every shape, then run, with results by example as they come.
 
-Then the device works on one batch while the host makes the next.
+While the device works on one batch, the host makes the next and takes in the results of the one before.
 
-Axes: b row, t position.
+Axes: b row, t position, s segment (an example's place in its row), m example of a batch.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ import concurrent.futures
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
-from middo_jax.data.packing import Bucket
+from middo_jax.data.packing import Bucket, plan_buckets
+from middo_jax.data.trees import PackedTrees, Tree
+from middo_jax.models.model import Model
 from middo_jax.parallel.hosts import to_host, to_mesh
 from middo_jax.progress import Progress
 
 COMPILERS = 4  # at a time
+
+# What a program reads: arrays [b, ...] by its parameters' names; one that it does not need is left out.
+Inputs = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,83 +54,147 @@ class PassFacts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """What a program reads: its arrays [b, ...], and how many of their positions are real."""
+class Plan:
+    """Which texts lie in which row of which batch, and what each row begins with.
 
-    arrays: tuple[np.ndarray | None, ...]
-    real_tokens: int
-
-
-def sweep(
-    program: Any,
-    model: tuple[nnx.GraphDef, nnx.State],
-    buckets: Sequence[Bucket],
-    make: Callable[[Bucket, list[list[int]]], Batch],
-    keep: Callable[[list[list[int]], Any], None],
-    *,
-    static: Callable[[Bucket], dict[str, Any]],
-    mesh: Mesh,
-    progress: Progress,
-    name: str,
-    per_sample: int = 1,
-) -> PassFacts:
-    """Runs `program` on every batch of the buckets.
-
-    Args:
-      program: a jitted function of (graphdef, params, *arrays, **static); graphdef and static are static.
-      model: graphdef, and params on the mesh.
-      buckets: the plan.
-      make: a batch of a bucket, from rows of its plan.
-      keep: receives the rows and what the program made of them, as numpy arrays.
-      static: the program's static arguments for a bucket.
-      mesh: where.
-      progress: is told how far it is, under this name.
-      name: of the pass.
-      per_sample: planned items that make one sample.
+    Attributes:
+      trees: the texts of each example.
+      prefix: tokens that all of them begin with, which stand once per row.
+      buckets: rows of indices into the trees, by shape.
     """
-    graphdef, params = model
-    total = sum(len(row) for bucket in buckets for row in bucket.rows) // per_sample
-    done = real_tokens = 0
 
-    def on_mesh(batch: Batch) -> list[jax.Array | None]:
-        # Every array is split along its rows; what there is of other axes lies whole on each device.
-        return [x if x is None else to_mesh(mesh, x, "batch", *(None,) * (x.ndim - 1)) for x in batch.arrays]
+    trees: Sequence[Tree]
+    prefix: int
+    buckets: list[Bucket]
 
-    def finish(rows: list[list[int]], result: Any) -> None:
-        nonlocal done
-        keep(rows, to_host(result))
-        done += sum(map(len, rows))
-        advance(done // per_sample, total)
+    @classmethod
+    def of(cls, trees: Sequence[Tree], prefix: int, batch_tokens: int, ways: int, min_length: int) -> Plan:
+        """Plans the batches.
 
-    with jax.set_mesh(mesh):
+        Args:
+          trees: the texts of each example.
+          prefix: tokens that all of them begin with.
+          batch_tokens: tokens of a batch, all devices together.
+          ways: into how many parts the mesh splits a batch, see `batch_divisor`.
+          min_length: tokens that an example takes at least in a row.
+        """
+        lengths = [len(tree.tokens_n) - prefix for tree in trees]
+        buckets = plan_buckets(lengths, batch_tokens, ways, prefix=prefix, min_length=min_length)
+        return cls(trees, prefix, buckets)
+
+    def packed(self, bucket: Bucket, rows: list[list[int]]) -> PackedTrees:
+        """A batch of the plan."""
+        return PackedTrees(self.trees, rows, bucket.batch, bucket.length, self.prefix)
+
+    @property
+    def real_tokens(self) -> int:
+        """Positions that some text needs; a row's prefix counts once."""
+        packed = (self.packed(bucket, bucket.rows) for bucket in self.buckets)
+        return sum(self.prefix + sum(batch.sizes(row)) for batch in packed for row in batch.rows if row)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Those and the padding."""
+        return sum(b.length * b.batch * -(-len(b.rows) // b.batch) for b in self.buckets)
+
+    def facts(self) -> dict[str, Any]:
+        """The `fill`, the `shapes` and the shared `prefix` of the pass, known before it runs."""
+        fill = self.real_tokens / max(self.computed_tokens, 1)
+        return {"fill": fill, "shapes": self.shapes, "prefix": self.prefix}
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        """[rows of a batch, tokens of a row, tokens of the longest example], as each is compiled."""
+        return [[bucket.batch, bucket.length, bucket.longest] for bucket in self.buckets]
+
+
+@dataclasses.dataclass
+class Pass:
+    """A program over a plan, to run for one model or several; it is compiled once for models that are alike.
+
+    Attributes:
+      program: a jitted function of (graphdef, params, **arrays, **static); graphdef and static are static. It
+        returns a tree of arrays [b, s, ...]: of each row's examples.
+      plan: the batches; for a mesh that splits a batch as the models' do.
+      inputs: the arrays of a batch.
+      static: the program's static arguments of a shape.
+    """
+
+    program: Any
+    plan: Plan
+    inputs: Callable[[PackedTrees], Inputs]
+    static: Callable[[Bucket], dict[str, Any]]
+    _compiled: tuple[Hashable, list[Any]] | None = dataclasses.field(default=None, init=False, repr=False)
+
+    def run(
+        self, model: Model, keep: Callable[[np.ndarray, Any], None], progress: Progress, name: str
+    ) -> PassFacts:
+        """Computes every batch on the model's mesh.
+
+        Args:
+          model: whose parameters are used.
+          keep: receives [m] indices of examples, in any order, and the tree of their results [m, ...].
+          progress: is told how far it is, under this name.
+          name: of the pass.
+        """
         began = time.monotonic()
-        with progress.task(f"{name}: compiling", "shapes") as advance:
-            lowered = []
-            for bucket in buckets:
-                first = on_mesh(make(bucket, next(bucket.batches())))
-                lowered.append(program.lower(graphdef, params, *first, **static(bucket)))
-            programs = _compile(lowered, advance)
-        compiled = time.monotonic()
-        with progress.task(name) as advance:
-            running: tuple[list[list[int]], Any] | None = None
-            for bucket, run in zip(buckets, programs, strict=True):
-                for rows in bucket.batches():
-                    batch = make(bucket, rows)
-                    real_tokens += batch.real_tokens
-                    result = run(params, *on_mesh(batch))
+        with jax.set_mesh(model.mesh):
+            programs = self._programs(model, progress, name)
+            compiled = time.monotonic()
+            with progress.task(name) as advance:
+                total = sum(len(row) for bucket in self.plan.buckets for row in bucket.rows)
+                done, running = 0, None
+
+                def finish(rows: list[list[int]], result: Any) -> None:
+                    nonlocal done
+                    index_m = np.concatenate([np.asarray(row, np.int64) for row in rows])
+                    b_m = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+                    s_m = np.concatenate([np.arange(len(row)) for row in rows])
+                    keep(index_m, jax.tree.map(lambda x_bs: x_bs[b_m, s_m], to_host(result)))
+                    done += len(index_m)
+                    advance(done, total)
+
+                for run, rows, inputs in self._batches(programs):
+                    result = run(model.params, **self._on_mesh(model, inputs))
                     # The next batch is under way before the last one's numbers are waited for.
                     if running is not None:
                         finish(*running)
                     running = rows, result
-            if running is not None:
-                finish(*running)
-    return PassFacts(
-        real_tokens=real_tokens,
-        computed_tokens=sum(b.length * b.batch * -(-len(b.rows) // b.batch) for b in buckets),
-        shapes=len(buckets),
-        compile_seconds=compiled - began,
-        seconds=time.monotonic() - compiled,
-    )
+                if running is not None:
+                    finish(*running)
+        return PassFacts(
+            real_tokens=self.plan.real_tokens,
+            computed_tokens=self.plan.computed_tokens,
+            shapes=len(programs),
+            compile_seconds=compiled - began,
+            seconds=time.monotonic() - compiled,
+        )
+
+    def _batches(self, programs: list[Any]) -> Iterator[tuple[Any, list[list[int]], Inputs]]:
+        for bucket, run in zip(self.plan.buckets, programs, strict=True):
+            for rows in bucket.batches():
+                yield run, rows, self.inputs(self.plan.packed(bucket, rows))
+
+    def _on_mesh(self, model: Model, inputs: Inputs) -> dict[str, jax.Array]:
+        # Every array is split along its rows; what there is of other axes lies whole on each device.
+        return {name: to_mesh(model.mesh, x, "batch", *(None,) * (x.ndim - 1)) for name, x in inputs.items()}
+
+    def _programs(self, model: Model, progress: Progress, name: str) -> list[Any]:
+        """The compiled program of each bucket."""
+        kind = (model.graphdef, model.mesh, *((x.aval, x.sharding) for x in jax.tree.leaves(model.params)))
+        if self._compiled is not None and self._compiled[0] == kind:
+            return self._compiled[1]
+        with progress.task(f"{name}: compiling", "shapes") as advance:
+            lowered = []
+            for bucket in self.plan.buckets:
+                first = self.inputs(self.plan.packed(bucket, next(bucket.batches())))
+                arrays = self._on_mesh(model, first)
+                lowered.append(
+                    self.program.lower(model.graphdef, model.params, **arrays, **self.static(bucket))
+                )
+            programs = _compile(lowered, advance)
+        self._compiled = kind, programs
+        return programs
 
 
 def _compile(lowered: Sequence[Any], advance: Callable[[int, int], None]) -> list[Any]:

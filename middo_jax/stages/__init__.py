@@ -5,7 +5,7 @@ the manifest. So any of them can be killed and started again.
 """
 
 from middo_jax.stages.batch import BatchState, batch_stage
-from middo_jax.stages.evaluate import export_adapter, export_checkpoint, heldout_loss, measure_heldout
+from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
 from middo_jax.stages.refine import merge_stage, plan_refinement, refine_stage
 from middo_jax.stages.score import AXES, score_stage, select_stage
 from middo_jax.stages.train import train_stage
@@ -13,10 +13,10 @@ from middo_jax.stages.train import train_stage
 __all__ = [
     "AXES",
     "BatchState",
+    "HeldOut",
     "batch_stage",
     "export_adapter",
     "export_checkpoint",
-    "heldout_loss",
     "measure_heldout",
     "merge_stage",
     "plan_refinement",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from middo_jax.models.lora import Model
+    from middo_jax.models.model import Model
     from middo_jax.passes.losses import ExampleScores
     from middo_jax.signals.neighbours.incremental import Earlier
 
@@ -122,7 +122,6 @@ def _identity(session: Session, path: Path, model: Model, with_loss: bool, with_
     embedded and which neighbours are sought. The mesh and the attention kernel change rounding alone.
     """
     import numpy as np
-    from flax import nnx
     from transformers import PreTrainedTokenizerFast
 
     from middo_jax.parallel.hosts import to_host
@@ -133,8 +132,8 @@ def _identity(session: Session, path: Path, model: Model, with_loss: bool, with_
     neighbours = config.diversity.model_dump(mode="json", exclude={"m", "fraction"})
     decisive = [
         str(path.resolve()),
-        repr(dataclasses.replace(nnx.merge(*model).config, attention="auto")),
-        np.stack(to_host(checksums(model[1]))).tolist(),
+        repr(dataclasses.replace(model.config, attention="auto")),
+        np.stack(to_host(checksums(model.params))).tolist(),
         tokenizer.chat_template,
         tokenizer.backend_tokenizer.to_str(),
         config.model.max_length,

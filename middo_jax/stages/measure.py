@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from middo_jax.data.example import Example
 from middo_jax.run_dir import RoundDir, RunError
 from middo_jax.session import Session
-from middo_jax.stages.score import Passes, ratings, raw_prompt
+from middo_jax.stages.ratings import ratings
+from middo_jax.stages.score import Passes, raw_prompts
 
 if TYPE_CHECKING:
-    from middo_jax.models.lora import Model
+    from middo_jax.models.model import Model
     from middo_jax.refine import Outcome
     from middo_jax.refine.acceptance.candidate import Measurement
 
@@ -72,7 +73,7 @@ class UnderTraining:
         embedding_md = scores.embedding_nd
         is_raw = self._session.config.diversity.text == "raw"
         if k and (is_raw or self._embedder):  # as the dataset's own embeddings were made
-            embedded = [raw_prompt(self._session, child) for child in children] if is_raw else tokenized
+            embedded = raw_prompts(self._session, children) if is_raw else tokenized
             model = self._embedder or self._loaded
             embedding_md = self._scored("embeddings of rewrites", model, embedded).embedding_nd
         k = k or self._session.config.diversity.k
@@ -100,9 +101,9 @@ class UnderTraining:
 
     def rate(self, examples: list[Example]) -> list[float | None]:
         """The judge's q of each, None where it could not be read."""
-        from middo_jax.passes.ratings import quality
+        from middo_jax.signals.judge.rubrics import quality
 
-        return [_finite(q) for q in quality(ratings(self._session, *self._loaded, examples)[0])]
+        return [_finite(q) for q in quality(ratings(self._session, self._loaded, examples)[0])]
 
 
 def _raised(core: dict[str, Any], similarity: float | None) -> float | None:

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
-from middo_jax.data.tokenize import TokenizedExample, eos_token_ids, response_header
+from middo_jax.data.tokenize import TokenizedExample, response_header
 from middo_jax.run_dir import RoundDir, RunError, write_json
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.before import measure_before
+from middo_jax.stages.ratings import ratings
 
 if TYPE_CHECKING:
     import numpy as np
-    from flax import nnx
 
-    from middo_jax.models.lora import Model
+    from middo_jax.models.model import Model
     from middo_jax.passes.losses import ExampleScores
     from middo_jax.passes.runner import PassFacts
     from middo_jax.signals.neighbours.incremental import Earlier
@@ -66,7 +66,7 @@ def score_stage(
         )
     examples = read_dataset(directory)
     tokenized = session.tokenize(examples)
-    raw = [raw_prompt(session, example) for example in examples] if diversity.text == "raw" else None
+    raw = raw_prompts(session, examples) if diversity.text == "raw" else None
     hashes = [prompt_hash(e) for e in raw or tokenized]
     before = base = None
     if pre_model is not None and ("complexity" in axes or embeds_before):
@@ -97,7 +97,7 @@ def score_stage(
     unconditional_n = _loss_of_responses(session, scored, loaded, tokenized) if config.scoring.ifd else None
     rated = None
     if "quality" in axes:
-        rated, facts = ratings(session, *loaded, examples)
+        rated, facts = ratings(session, loaded, examples)
         scored.facts |= {"ratings": facts} if facts else {}
     measured = Measured(
         ids=[e.id for e in examples],
@@ -144,9 +144,8 @@ class Passes:
 
         scoring = self._session.config.scoring
         scores, self.facts[name] = score_examples(
-            *model,
+            model,
             of,
-            mesh=self._session.mesh,
             batch_tokens=scoring.batch_tokens,
             chunk=scoring.unembed_chunk,
             progress=self._session.progress,
@@ -160,7 +159,7 @@ def _shared_base(pre: Model, pre_model: Path, model: Path) -> Model | None:
     from middo_jax.models.lora import without_adapters
     from middo_jax.models.source import locate
 
-    return without_adapters(*pre) if locate(pre_model).weights == locate(model).weights else None
+    return without_adapters(pre) if locate(pre_model).weights == locate(model).weights else None
 
 
 def _neighbours(session: Session, embedding_nd: np.ndarray, known: Earlier, hashes: list[str]) -> Neighbours:
@@ -201,54 +200,22 @@ def describe(name: str, facts: PassFacts) -> str:
     )
 
 
-def ratings(
-    session: Session, graphdef: nnx.GraphDef, params: nnx.State, examples: list[Example]
-) -> tuple[np.ndarray, PassFacts | None]:
-    """The model's six ratings of every example, [n, 6] as `rubrics.COLUMNS`, by `quality.method`.
-
-    And what the pass took, if it was one: sampling decodes.
-    """
-    from middo_jax.passes.ratings import judge
-    from middo_jax.signals.judge.readout import Readout
-    from middo_jax.signals.judge.sampled import judge_by_sampling
-
-    config = session.config
-    if config.quality.method == "sample":
-        with session.progress.task("ratings") as advance:
-            sampled = judge_by_sampling(
-                graphdef,
-                params,
-                examples,
-                session.tokenizer,
-                config.quality,
-                stop_ids=eos_token_ids(session.base, session.tokenizer),
-                max_batch=config.serve.max_batch,
-                max_context=config.serve.max_context,
-                seed=config.seed,
-                on_progress=advance,
-            )
-        return sampled, None
-    return judge(
-        graphdef,
-        params,
-        examples,
-        session.tokenizer,
-        mesh=session.mesh,
-        max_length=config.model.max_length,
-        batch_tokens=config.scoring.batch_tokens,
-        readout=Readout(config.quality.score, config.quality.score_temperature),
-        progress=session.progress,
-    )
-
-
-def raw_prompt(session: Session, example: Example) -> TokenizedExample:
-    """A prompt alone, without the template, all of it a prompt."""
+def raw_prompts(session: Session, examples: Sequence[Example]) -> list[TokenizedExample]:
+    """The prompts alone, without the template, all of each a prompt."""
     import numpy as np
 
-    ids = session.tokenizer(example.prompt, add_special_tokens=False, verbose=False).input_ids
-    tokens_n = np.asarray(ids[-session.config.model.max_length :], np.int32)
-    nothing, everything = np.zeros(len(tokens_n), bool), np.ones(len(tokens_n), bool)
-    return TokenizedExample(example.id, tokens_n, nothing, everything, len(tokens_n) < len(ids))
+    if not examples:
+        return []
+    texts, longest = [example.prompt for example in examples], session.config.model.max_length
+    encoded = session.tokenizer(texts, add_special_tokens=False, verbose=False)
+    tokenized = []
+    for example, ids in zip(examples, encoded["input_ids"], strict=True):
+        tokens_n = np.asarray(ids[-longest:], np.int32)
+        nothing, everything = np.zeros(len(tokens_n), bool), np.ones(len(tokens_n), bool)
+        tokenized.append(
+            TokenizedExample(example.id, tokens_n, nothing, everything, len(tokens_n) < len(ids))
+        )
+    return tokenized
 
 
 def select_stage(session: Session, directory: RoundDir) -> dict[str, Any]:

@@ -13,12 +13,10 @@ from middo_jax.config import ConfigError
 from middo_jax.data.example import Example
 from middo_jax.run_dir import RoundDir, RunError
 from middo_jax.session import Session, read_dataset
+from middo_jax.stages.evaluate import HeldOut
 
 if TYPE_CHECKING:
-    from flax import nnx
-
-    from middo_jax.models.decoder import Decoder
-    from middo_jax.models.lora import Model
+    from middo_jax.models.model import Model
     from middo_jax.train.evaluations import Evaluate
 
 
@@ -38,53 +36,40 @@ def train_stage(session: Session, directory: RoundDir, start: Path, heldout: Seq
         raise ConfigError(
             "config: train.eval_every needs examples that are held out; set data.eval_fraction, such as 0.05"
         )
-    (graphdef, params), metadata = load_start(session, start)
+    model, metadata = load_start(session, start)
     tokenized = session.tokenize(read_dataset(directory))
     with session.progress.task("train", "steps") as advance:
 
         def on_step(metrics: StepMetrics) -> None:
             advance(metrics.step, metrics.total_steps, metrics.note())
 
-        params = train(
-            graphdef,
-            params,
+        model = train(
+            model,
             tokenized,
             config.train,
             seed=config.seed,
-            mesh=session.mesh,
             pack_length=config.train.pack_length or config.model.max_length,
             out_dir=directory.path,
             chunk=config.scoring.unembed_chunk,
             metadata=metadata,
             on_step=on_step,
-            evaluate=_evaluate(session, graphdef, heldout) if config.train.eval_every else None,
+            evaluate=_evaluate(session, heldout) if config.train.eval_every else None,
         )
-    del params
+    del model
     gc.collect()
     directory.finish(
         "train", [directory.checkpoint / "metadata.json", directory.metrics], time.monotonic() - began
     )
 
 
-def _evaluate(session: Session, graphdef: nnx.GraphDef[Decoder], heldout: Sequence[Example]) -> Evaluate:
-    """All parameters -> loss on the held-out examples, as a whole and by their source."""
-    from middo_jax.evaluate.heldout import heldout_loss
+def _evaluate(session: Session, heldout: Sequence[Example]) -> Evaluate:
+    """Model -> loss on the held-out examples, as a whole and by their source."""
     from middo_jax.train.evaluations import Evaluation
 
-    config, tokenized = session.config, session.tokenize(heldout)
-    sources = [str(example.extra.get(config.data.source_column, "")) for example in heldout]
+    held_out = HeldOut(session, heldout)
 
-    def evaluate(params: nnx.State) -> Evaluation:
-        found = heldout_loss(
-            graphdef,
-            params,
-            tokenized,
-            mesh=session.mesh,
-            batch_tokens=config.scoring.batch_tokens,
-            chunk=config.scoring.unembed_chunk,
-            pack_length=config.model.max_length,
-            sources=sources,
-        )
+    def evaluate(model: Model) -> Evaluation:
+        found = held_out.loss(model)
         by_source = {name: of._asdict() for name, of in found.by_source.items()}
         session.progress.say(
             f"held-out loss {found.loss:.4f}"
@@ -123,5 +108,5 @@ def load_start(session: Session, path: Path) -> tuple[Model, dict[str, Any]]:
     metadata["lora"] = dataclasses.asdict(lora)
     model = session.load_model(path)
     if source.lora is None:
-        model = with_fresh_adapters(*model, lora, session.mesh, session.config.seed)
+        model = with_fresh_adapters(model, lora, session.config.seed)
     return model, metadata

@@ -7,17 +7,13 @@ read is missing, never 0.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from flax import nnx
 
-from middo_jax.config import QualitySettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import tokenize_prompt
-from middo_jax.inference.engine import Engine
-from middo_jax.inference.sampling import Request
 from middo_jax.signals.judge.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, judge_message
 
 if TYPE_CHECKING:
@@ -46,22 +42,10 @@ def parse_rating(text: str) -> float | None:
     return float(first.group(1)) if first else None
 
 
-def judge_by_sampling(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: QualitySettings,
-    *,
-    stop_ids: frozenset[int],
-    max_batch: int,
-    max_context: int,
-    seed: int,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """Six sampled ratings of every example: [n, 6] float32 as `rubrics.COLUMNS`, NaN where none can be read.
+def rating_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """The tokens of the questions about each example, `rubrics.COLUMNS` one after the other.
 
-    Prompts that leave no room for an answer in `max_context` are missing too.
+    Each ends with the first words of the answer, so that the rating is what a model writes next.
     """
     questions = [
         judge_message(dimension, part, example.prompt, example.response)
@@ -69,30 +53,7 @@ def judge_by_sampling(
         for dimension in DIMENSIONS
         for part in PARTS
     ]
-    ratings = np.full(len(questions), np.nan, np.float32)
-    with Engine(graphdef, params, max_batch, max_context) as engine:
-        futures = []
-        for number, question in enumerate(questions):
-            tokens = tokenize_prompt(
-                [Message("user", question)], tokenizer, continue_with=ANSWER_STEM.rstrip()
-            )
-            if len(tokens) >= max_context:
-                futures.append(None)
-                continue
-            request = Request(
-                tokens.tolist(),
-                settings.max_new_tokens,
-                settings.temperature,
-                settings.top_p,
-                settings.top_k,
-                seed=seed + number,
-                stop_ids=stop_ids,
-            )
-            futures.append(engine.submit(request))
-        for number, future in enumerate(futures):
-            if future is not None:
-                rating = parse_rating(str(tokenizer.decode(future.result().tokens)))
-                ratings[number] = np.nan if rating is None else rating
-            if on_progress is not None:
-                on_progress((number + 1) // (len(DIMENSIONS) * len(PARTS)), len(examples))
-    return ratings.reshape(len(examples), -1)
+    return [
+        tokenize_prompt([Message("user", text)], tokenizer, continue_with=ANSWER_STEM.rstrip())
+        for text in questions
+    ]

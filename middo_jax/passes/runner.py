@@ -162,12 +162,13 @@ class Pass:
                     running = rows, result
                 if running is not None:
                     finish(*running)
+            seconds = time.monotonic() - compiled
         return PassFacts(
             real_tokens=self.plan.real_tokens,
             computed_tokens=self.plan.computed_tokens,
             shapes=len(programs),
             compile_seconds=compiled - began,
-            seconds=time.monotonic() - compiled,
+            seconds=seconds,
         )
 
     def _batches(self, programs: list[Any]) -> Iterator[tuple[Any, list[list[int]], Inputs]]:

@@ -38,6 +38,7 @@ from middo_jax.models.attention.triton_cached import triton_cached_attention
 from middo_jax.models.attention.xla import xla_attention
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import abstract
+from middo_jax.models.model import Model
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import ExampleScores, score_examples
 from middo_jax.train.feed import plan_epoch
@@ -190,9 +191,8 @@ def scores(config: DecoderConfig, mesh: Mesh, examples: list[Any], batch_tokens:
     params = jax.tree.map_with_path(
         lambda path, x: jax.device_put(np.asarray(x), specs[_keys(path)].sharding(mesh)), params
     )
-    found, _ = score_examples(
-        abstract(config)[0], params, examples, mesh=mesh, batch_tokens=batch_tokens, chunk=256
-    )
+    model = Model.of(config, params, mesh)
+    found, _ = score_examples(model, examples, batch_tokens=batch_tokens, chunk=256)
     return found
 
 

@@ -9,17 +9,17 @@ One row a text: rows of configs/quickstart_data.jsonl joined to about the wanted
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import torch
-from forward import forward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from middo_jax.models.hf import load
-from middo_jax.models.model import bound
+from middo_jax.models.model import Params, Structure, bound
 
 DATA = Path(__file__).parent.parent / "configs" / "quickstart_data.jsonl"
 
@@ -29,6 +29,15 @@ def torch_logits(path: str, tokens: np.ndarray, dtype: torch.dtype) -> np.ndarra
     """[t, v] as float64."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     return model(input_ids=torch.tensor(tokens[None])).logits[0].double().numpy()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def our_logits(
+    graphdef: Structure, params: Params, tokens_1t: jax.Array, positions_1t: jax.Array
+) -> jax.Array:
+    """float32 [t, v] of a text."""
+    model = bound(graphdef, params)
+    return model.unembed(model.hidden(tokens_1t, jax.numpy.zeros_like(positions_1t), positions_1t)[0])
 
 
 def main() -> None:
@@ -43,17 +52,13 @@ def main() -> None:
     text = "\n".join(f"{r['instruction']} {r['input']} {r['output']}" for r in rows)
     ids = AutoTokenizer.from_pretrained(arguments.model)(text).input_ids
     loaded = load(arguments.model)
-    graphdef, params = loaded.graphdef, loaded.params
     print(
         "| tokens | largest logit | ours - torch | ours - float64 | torch - float64 |\n|---|---|---|---|---|"
     )
     for length in arguments.lengths:
         tokens = np.asarray(ids[:length], np.int32)
         positions = np.arange(length, dtype=np.int32)[None]
-        hidden_btd = jax.jit(forward, static_argnums=0)(
-            graphdef, params, tokens[None], np.zeros_like(positions), positions
-        )
-        ours = np.asarray(bound(graphdef, params).unembed(hidden_btd[0]), np.float64)
+        ours = np.asarray(our_logits(loaded.graphdef, loaded.params, tokens[None], positions), np.float64)
         theirs = torch_logits(arguments.model, tokens, torch.float32)
         exact = torch_logits(arguments.model, tokens, torch.float64)
         errors = (np.abs(a - b).max() for a, b in ((ours, theirs), (ours, exact), (theirs, exact)))

@@ -36,7 +36,7 @@ from middo_jax.models import hf
 from middo_jax.models.lora import from_settings, merge_adapters, partition, with_fresh_adapters
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.report.plots import Line, lines
-from middo_jax.run_dir import read_jsonl
+from middo_jax.run import read_jsonl
 from middo_jax.train.evaluations import Evaluation
 from middo_jax.train.feed import plan_training
 from middo_jax.train.optimizer import learning_rate_schedule

@@ -23,7 +23,7 @@ from middo_jax.data.tokenize import (
     tokenize_all,
 )
 from middo_jax.progress import Progress
-from middo_jax.run_dir import RoundDir, RunError, read_jsonl, write_jsonl
+from middo_jax.run import RoundDir, RunError, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -24,7 +24,7 @@ from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, forward, split
 from middo_jax.models.parameters import parameters
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.run_dir import RunError
+from middo_jax.run import RunError
 from middo_jax.train.checkpoint import TrainingCheckpoints, TrainState
 from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from loop_fixture import contents, fake_refiner, rows_by_id, settings
 
@@ -29,7 +30,7 @@ from middo_jax.progress import Silent
 from middo_jax.refine import AnswerCache, Outcome
 from middo_jax.refine.acceptance import table
 from middo_jax.refine.acceptance.candidate import Candidate, Check, Finding
-from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
+from middo_jax.run import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
 from middo_jax.stages.measure import UnderTraining
 from middo_jax.workshop import Workshop
 
@@ -291,11 +292,8 @@ def test_growth_holds_the_size_and_names_what_goes(measured: Measured, tmp_path:
     assert dropped
     for id_ in before:
         assert (id_ in merged) + (id_ in dropped) + (id_ in replaced) == 1
-    flagged = {
-        row["id"]
-        for row in read_scores(directory.scores).to_pylist()
-        if row["hard"] or row["sparse"] or row["low_quality"]
-    }
+    table = pq.read_table(directory.selected).to_pylist()
+    flagged = {row["id"] for row in table if row["hard"] or row["sparse"] or row["low_quality"]}
     for id_, row in dropped.items():
         assert row["reason"].startswith("redundant: " if id_ in before else "no room: ")
         assert id_ not in flagged

@@ -24,7 +24,7 @@ from middo_jax.diagnose.select import select
 from middo_jax.diagnose.table import read_scores
 from middo_jax.progress import Silent
 from middo_jax.report.terminal import render_selection
-from middo_jax.run_dir import RoundDir, RunError
+from middo_jax.run import RoundDir, RunError
 from middo_jax.stages.measure import UnderTraining
 from middo_jax.workshop import Workshop, prepare, write_dataset
 

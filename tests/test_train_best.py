@@ -15,7 +15,7 @@ from middo_jax.config import load
 from middo_jax.evaluate.heldout import heldout_loss, row_losses, total
 from middo_jax.models.checkpoint import read_metadata, restore_params
 from middo_jax.models.decoder import Decoder, split
-from middo_jax.run_dir import read_jsonl
+from middo_jax.run import read_jsonl
 from middo_jax.train.evaluations import Evaluation
 from middo_jax.train.metrics import StepMetrics
 from middo_jax.train.sft import train

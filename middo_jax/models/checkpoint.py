@@ -26,7 +26,7 @@ from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, abstract
 from middo_jax.models.lora import partition
 from middo_jax.models.parameters import adapters, parameters
-from middo_jax.run_dir import RunError, write_json
+from middo_jax.run import RunError, write_json
 
 # The machine's trouble: a checkpoint that cannot be read for it is a good one.
 NOT_THE_FILES = (MemoryError, jax.errors.JaxRuntimeError)

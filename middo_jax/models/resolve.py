@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from middo_jax.models.hf import CheckpointError
-from middo_jax.run_dir import file_hash
+from middo_jax.run import file_hash
 
 
 def resolve(path: str) -> Path:

@@ -20,7 +20,7 @@ from middo_jax.models.config import DecoderConfig, Lora, read_config
 from middo_jax.models.lora import Model, with_adapters
 from middo_jax.models.resolve import resolve
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.run_dir import RunError
+from middo_jax.run import RunError
 
 
 @dataclasses.dataclass(frozen=True)

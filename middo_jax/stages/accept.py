@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.config.gates import Needs
 from middo_jax.data.example import Example
-from middo_jax.run_dir import RoundDir, read_jsonl, write_jsonl
+from middo_jax.run import RoundDir, read_jsonl, write_jsonl
 from middo_jax.stages.measure import UnderTraining, scored_model
 from middo_jax.workshop import Workshop, read_dataset
 

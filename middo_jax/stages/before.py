@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from middo_jax.config import affecting
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.run_dir import RoundDir, file_hash
+from middo_jax.run import RoundDir, fingerprint
 from middo_jax.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _identity(workshop: Workshop, path: Path, model: Model, with_loss: bool, wit
 
     config, tokenizer = workshop.config, workshop.tokenizer
     assert isinstance(tokenizer, PreTrainedTokenizerFast)  # `load_tokenizer` gives no other
-    neighbours = config.diversity.model_dump(mode="json", exclude={"m", "fraction"})
+    neighbours = affecting(config.diversity, {"scores"})
     decisive = [
         str(path.resolve()),
         repr(dataclasses.replace(nnx.merge(*model).config, attention="auto")),
@@ -153,8 +154,8 @@ def _measured_under(earlier: RoundDir, identity: str) -> tuple[pa.Table, np.ndar
     stages = earlier.stages()
     if stages.get("score", {}).get("pre_identity") != identity:
         return None
-    files = stages["score"]["files"] | stages.get("select", {}).get("files", {})
+    files = stages["score"]["files"]
     for path in (earlier.scores, earlier.embeddings):
-        if not path.exists() or file_hash(path) != files[path.name]:
+        if not path.exists() or fingerprint(path) != files[path.name]:
             return None
     return read_scores(earlier.scores), np.load(earlier.embeddings, mmap_mode="r", allow_pickle=False)

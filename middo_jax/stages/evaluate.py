@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
 from middo_jax.progress import Progress
-from middo_jax.run_dir import RunDir, RunError, atomic, write_json
+from middo_jax.run import RunDir, RunError, atomic, write_json
 from middo_jax.workshop import Workshop
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
-from middo_jax.run_dir import RoundDir, RunError
+from middo_jax.run import RoundDir, RunError
 from middo_jax.stages.score import Passes, ratings, raw_prompt
 from middo_jax.workshop import Workshop
 

@@ -1,4 +1,4 @@
-"""The diagnosing stages: a round's dataset -> scores.parquet, embeddings.npy, selection.json."""
+"""The diagnosing stages: a round's dataset -> scores and embeddings -> the selection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import TokenizedExample, eos_token_ids, response_header
-from middo_jax.run_dir import RoundDir, RunError, write_json
+from middo_jax.run import RoundDir, RunError, chain, write_json
 from middo_jax.stages.before import measure_before
 from middo_jax.workshop import Workshop, read_dataset
 
@@ -54,7 +54,7 @@ def score_stage(
     from middo_jax.diagnose.duplicates import count_duplicates, prompt_hash
     from middo_jax.diagnose.incremental import Earlier
     from middo_jax.diagnose.table import Measured, write_scores
-    from middo_jax.run_dir import atomic
+    from middo_jax.run import atomic
 
     config, began, scored = workshop.config, time.monotonic(), Passes(workshop)
     diversity, with_diversity = config.diversity, "diversity" in axes
@@ -110,17 +110,15 @@ def score_stage(
         prompt_hashes=hashes,
         loss_unconditional=unconditional_n,
     )
-    directory.forget("select")  # its flags are in the table that is replaced now
+    directory.forget("select")  # it is of the scores that are replaced now
     write_scores(directory.scores, measured.to_table())
     with atomic(directory.embeddings, "wb") as file:
         np.save(file, embedding_nd, allow_pickle=False)
     for name, facts in scored.facts.items():
         workshop.progress.say(f"  {describe(name, facts)}")
-    files, seconds = [directory.scores, directory.embeddings], time.monotonic() - began
-    directory.finish(
-        "score",
-        files,
-        seconds,
+    chain.score(directory, model, pre_model).finish(
+        config,
+        time.monotonic() - began,
         n=len(examples),
         model=str(model.absolute()),
         embedder=str((pre_model if pre_model and embeds_before else model).absolute()),
@@ -254,7 +252,7 @@ def raw_prompt(workshop: Workshop, example: Example) -> TokenizedExample:
 
 
 def select_stage(workshop: Workshop, directory: RoundDir) -> dict[str, Any]:
-    """Chooses the three sets: selection.json, and the flags in scores.parquet. Returns selection.json."""
+    """Chooses the three sets: selection.parquet and selection.json. Returns selection.json."""
     from middo_jax.diagnose.select import select
     from middo_jax.diagnose.table import read_scores, write_scores
 
@@ -262,8 +260,8 @@ def select_stage(workshop: Workshop, directory: RoundDir) -> dict[str, Any]:
     if not directory.scores.exists():
         raise RunError(f"{directory.path}: no scores.parquet there; run `middo score` first")
     table, selection = select(read_scores(directory.scores), workshop.config)
-    write_scores(directory.scores, table)
+    write_scores(directory.selected, table)
     write_json(directory.selection, selection)
     counts = {axis: facts["n_selected"] for axis, facts in selection["axes"].items()}
-    directory.finish("select", [directory.scores, directory.selection], time.monotonic() - began, **counts)
+    chain.select(directory).finish(workshop.config, time.monotonic() - began, **counts)
     return selection

@@ -183,6 +183,7 @@ def train(
     model_path, directory = _model(model), RoundDir(out)
     workshop = _workshop_with(model_path, data, overrides)
     kept, heldout, rejections = prepare(workshop)
+    stages.check_training(workshop, kept, heldout)
     write_text(out / "config.yaml", workshop.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)

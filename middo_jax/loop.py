@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from middo_jax import stages
 from middo_jax.config import Config
@@ -19,10 +20,24 @@ from middo_jax.data.sources import Rejection
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
 from middo_jax.run import RunDir, RunError, read_jsonl, write_jsonl, write_text
-from middo_jax.run.chain import Link, State, assess, chain
+from middo_jax.run.chain import Begun, Link, State, assess, chain
 from middo_jax.workshop import Workshop, prepare, read_dataset
 
 PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
+
+
+class FreshData(NamedTuple):
+    """The user's data, newly read.
+
+    Attributes:
+      begun: the stage that read it.
+      kept: examples to train on.
+      rejections: rows that cannot be used.
+    """
+
+    begun: Begun
+    kept: Sequence[Example]
+    rejections: Sequence[Rejection]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +49,14 @@ class Plan:
       workshop: settings and all that loads a model.
       heldout: examples that are never trained on.
       links: all stages, in order.
-      fresh_data: the user's data, if it had to be read: (to train on, refused).
+      fresh: the user's data, if it had to be read.
     """
 
     run: RunDir
     workshop: Workshop
     heldout: Sequence[Example]
     links: Sequence[Link]
-    fresh_data: tuple[Sequence[Example], Sequence[Rejection]] | None
+    fresh: FreshData | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,20 +123,21 @@ def _checked(run: RunDir, workshop: Workshop) -> Plan:
     data = Path(config.data.path).expanduser()
     links = chain(run, config, workshop.base, data if data.exists() else None)
     states = assess(links, config)
-    fresh_data = None
+    fresh = None
     if states[0][1].is_fresh:
         heldout = [Example.from_json(row) for row in read_jsonl(run.heldout)]
     else:
+        begun = links[0].begin()
         kept, heldout, rejections = prepare(workshop)
-        fresh_data = (kept, rejections)
+        fresh = FreshData(begun, kept, rejections)
     pending = {link.name for link, state in states if not state.is_fresh}
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
-        stages.check_training(workshop, read_dataset(first) if fresh_data is None else fresh_data[0], heldout)
+        stages.check_training(workshop, read_dataset(first) if fresh is None else fresh.kept, heldout)
     if "refine" in pending:
         stages.check_refiner(config)
     for line in redone(states):
         workshop.progress.say(line)
-    return Plan(run, workshop, heldout, links, fresh_data)
+    return Plan(run, workshop, heldout, links, fresh)
 
 
 def redone(states: Sequence[tuple[Link, State]]) -> list[str]:
@@ -147,15 +163,16 @@ def _refuse_previous_version(run: RunDir) -> None:
 
 def _prepare(plan: Plan, link: Link) -> None:
     began = time.monotonic()
-    if link.earlier is None:
-        assert plan.fresh_data is not None  # `_checked` read it, since this stage was not done
-        kept, rejections = plan.fresh_data
+    if link.earlier is not None:
+        begun = link.begin()
+        kept, _ = stages.merged(plan.workshop, link.earlier)
+    else:
+        assert plan.fresh is not None  # `_checked` read it, since this stage was not done
+        begun, kept, rejections = plan.fresh
         write_jsonl(plan.run.rejected, (r.to_json() for r in rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
-    else:
-        kept, _ = stages.merged(plan.workshop, link.earlier)
     write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
-    link.finish(plan.workshop.config, time.monotonic() - began, n=len(kept))
+    begun.finish(plan.workshop.config, time.monotonic() - began, n=len(kept))
 
 
 def _train(plan: Plan, link: Link) -> None:
@@ -178,24 +195,24 @@ def _refine(plan: Plan, link: Link) -> None:
 
 
 def _merge(plan: Plan, link: Link) -> None:
-    began = time.monotonic()
+    began, begun = time.monotonic(), link.begin()
     stages.merge_stage(plan.workshop, link.folder)
-    link.finish(plan.workshop.config, time.monotonic() - began)
+    begun.finish(plan.workshop.config, time.monotonic() - began)
 
 
 def _evaluate(plan: Plan, link: Link) -> None:
-    began = time.monotonic()
+    began, begun = time.monotonic(), link.begin()
     models = {name: path for name, path in link.models.items() if path is not None}
     losses = stages.measure_heldout(plan.workshop, plan.run, models, plan.heldout)
-    link.finish(plan.workshop.config, time.monotonic() - began, losses=losses)
+    begun.finish(plan.workshop.config, time.monotonic() - began, losses=losses)
 
 
 def _export(plan: Plan, link: Link) -> None:
-    began, workshop = time.monotonic(), plan.workshop
+    began, begun, workshop = time.monotonic(), link.begin(), plan.workshop
     out, checkpoint, dtype = link.writes[0], link.folder.checkpoint, workshop.config.model.dtype
     shutil.rmtree(out, ignore_errors=True)  # of a run that ended before the manifest could name it
     facts = stages.export_checkpoint(checkpoint, out, dtype, workshop.progress, mesh=workshop.mesh)
-    link.finish(workshop.config, time.monotonic() - began, **facts)
+    begun.finish(workshop.config, time.monotonic() - began, **facts)
 
 
 FUNCTIONS: dict[str, Callable[[Plan, Link], None]] = {

@@ -21,6 +21,7 @@ from middo_jax.report.lineage import trace
 from middo_jax.report.status import render_status, status
 from middo_jax.run import Manifest, RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
 from middo_jax.run.chain import assess, chain
+from middo_jax.stages.measure import scored_as
 
 pytest_plugins = ["loop_fixture"]
 
@@ -241,14 +242,14 @@ def test_a_touched_file_is_hashed_and_an_untouched_one_is_not(
     write_jsonl(folder.selection, [2])
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows").write_text("rows")
-    folder.finish("select", [folder.selection], 1.0, reads=[folder.dataset],
-                  inputs={"data": tmp_path / "data"}, settings={})  # fmt: skip
+    manifest = Manifest(folder.path)
+    seen = manifest.see([folder.dataset], {"data": tmp_path / "data"})
+    manifest.finish("select", [folder.selection], 1.0, seen=seen)
     hashed: list[Path] = []
     fingerprint = sys.modules["middo_jax.run.manifest"].fingerprint
     monkeypatch.setattr(
         "middo_jax.run.manifest.fingerprint", lambda path: hashed.append(path) or fingerprint(path)
     )
-    manifest = Manifest(folder.path)
     assert manifest.why_stale("select") is None
     assert hashed == []
     folder.dataset.touch()
@@ -259,6 +260,19 @@ def test_a_touched_file_is_hashed_and_an_untouched_one_is_not(
     write_jsonl(folder.dataset, [1])
     (tmp_path / "data" / "rows").write_text("other")
     assert manifest.why_stale("select") == f"data has changed: {tmp_path / 'data'}"
+
+
+def test_an_edit_while_a_stage_runs_makes_it_stale(tmp_path: Path) -> None:
+    config = load(None, settings(tmp_path))
+    link = chain(RunDir(tmp_path / "run"), config)[3]
+    write_jsonl(link.folder.scores, [1])
+    begun = link.begin()
+    write_jsonl(link.folder.scores, [2])
+    for path in link.writes:
+        write_jsonl(path, [3])
+    begun.finish(config, 1.0)
+    assert link.where == "round_00 select"
+    assert link.why_stale(config) == "scores.parquet has changed"
 
 
 def test_a_large_file_is_known_by_its_size_and_samples(
@@ -530,19 +544,31 @@ def test_a_spoilt_config_is_told_by_status_and_written_anew_by_run(
     assert load(run.config) == config
 
 
-def test_scores_are_of_the_settings_they_name(tmp_path: Path) -> None:
-    """A manifest's settings are those the stage depends on, no more: others may change without a trace."""
-    with fake_refiner() as (url, _):
-        assert url
-    config = load(None, settings(tmp_path))
-    link = chain(RunDir(tmp_path / "run"), config)[2]
-    assert link.name == "score"
-    link.folder.path.mkdir(parents=True)
-    for path in (*link.files, *link.writes):
+def scored(folder: Path, overrides: list[str]) -> RoundDir:
+    """A round with a record of scoring, and no more in its files than a letter."""
+    config = load(None, overrides)
+    link = chain(RunDir(folder), config)[2]
+    assert link.where == "round_00 score"
+    (link.folder.checkpoint).mkdir(parents=True)
+    for path in (*link.files, *link.writes, link.folder.checkpoint / "metadata.json"):
         path.write_text("x")
-    (link.folder.checkpoint).mkdir()
-    (link.folder.checkpoint / "metadata.json").write_text("{}")
-    link.finish(config, 1.0)
-    named = link.folder.stages()["score"]["settings"]
+    link.begin().finish(config, 1.0)
+    return link.folder
+
+
+def test_a_record_names_the_settings_that_its_stage_depends_on_and_no_others(tmp_path: Path) -> None:
+    named = scored(tmp_path / "run", settings(tmp_path)).stages()["score"]["settings"]
     assert {"diversity.k", "quality.method", "model.max_length"} <= named.keys()
     assert not [n for n in named if n.startswith(("train.", "refine.", "mesh.")) or n.endswith(".fraction")]
+
+
+def test_measurements_are_of_no_use_to_other_scores(tmp_path: Path) -> None:
+    """Embeddings before training are the same under every model: the name must tell models apart."""
+    first = scored(tmp_path / "a", settings(tmp_path))
+    same = scored(tmp_path / "b", settings(tmp_path, train__num_epochs=2))
+    other = scored(tmp_path / "c", settings(tmp_path, quality__score="log_odds"))
+    assert scored_as(first) == scored_as(same) != scored_as(other)
+    (same.checkpoint / "metadata.json").write_text("another training")
+    config = load(None, settings(tmp_path))
+    chain(RunDir(tmp_path / "b"), config)[2].begin().finish(config, 1.0)
+    assert scored_as(same) not in (scored_as(first), scored_as(other))

@@ -140,8 +140,8 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
     """The three sets.
 
     Returns:
-      selection.parquet, see SCHEMA, and selection.json: thresholds, counts, ids, overlap, how many each m would
-      select, and how many samples have the same prompt as another (None where that was not looked at).
+      selection.parquet, see SCHEMA, and selection.json: thresholds, counts, ids, overlap, how many samples
+      each m would select, and how many have the same prompt as another (None where that was not looked at).
     """
     axes = {
         "complexity": (("loss_pre", "loss_post"), 1, config.complexity),

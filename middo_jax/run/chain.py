@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from middo_jax.config import Config, Effect, affecting, default_of
 from middo_jax.run.layout import RoundDir, RunDir
-from middo_jax.run.manifest import Manifest
+from middo_jax.run.manifest import Manifest, Seen
 
 # What each stage depends on. "prepare" is the first round's, which reads the user's data; "follow" prepares a
 # later one. A stage that reads another's files need not repeat that one's effects.
@@ -78,17 +78,9 @@ class Link:
         roles = {"data": self.data, **self.models}
         return {role: p for role, p in roles.items() if p and not _is_ours(p) and p.exists()}
 
-    def finish(self, config: Config, seconds: float, **facts: Any) -> None:
-        """Records the stage as done under these settings."""
-        self.folder.finish(
-            self.name,
-            self.writes,
-            seconds,
-            reads=self.reads,
-            inputs=self.inputs,
-            settings=affecting(config, self.affected_by),
-            **facts,
-        )
+    def begin(self) -> Begun:
+        """To be called before the stage reads anything."""
+        return Begun(self, Manifest(self.folder.path).see(self.reads, self.inputs))
 
     def why_stale(self, config: Config) -> str | None:
         """Why the record of the stage is stale, None if it is not; the stages before it are not looked at."""
@@ -105,6 +97,19 @@ class Link:
         known = {*record["reads"], *record["inputs"]}
         new = [n for n in (*map(manifest.name, self.reads), *self.inputs) if n not in known]
         return f"it reads {new[0]} now" if new else None
+
+
+class Begun(NamedTuple):
+    """A stage under way, and what it found to read."""
+
+    link: Link
+    seen: Seen
+
+    def finish(self, config: Config, seconds: float, **facts: Any) -> None:
+        """Records the stage as done under these settings."""
+        link = self.link
+        settings = affecting(config, link.affected_by)
+        link.folder.finish(link.name, link.writes, seconds, seen=self.seen, settings=settings, **facts)
 
 
 class State(NamedTuple):

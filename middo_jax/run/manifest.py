@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from middo_jax.run.files import file_hash, write_json
 
@@ -32,6 +32,14 @@ _SAMPLES, _SAMPLE = 64, 64 << 10  # of a larger one: so many blocks of so many b
 
 class RunError(RuntimeError):
     """The run's folder does not fit what is asked of it; the message says what to do."""
+
+
+class Seen(NamedTuple):
+    """What a stage read, as its record will say: `reads`, `inputs` and `stats` of the former."""
+
+    reads: dict[str, str]
+    inputs: dict[str, dict[str, str]]
+    stats: dict[str, list[int]]
 
 
 class Manifest:
@@ -57,14 +65,30 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise RunError(f"{self.path}: not a manifest ({e!r}); delete it to run the round again") from e
 
+    def see(self, reads: Iterable[Path], inputs: Mapping[str, Path]) -> Seen:
+        """Hashes what a stage is about to read, before it does: an edit while it runs makes it stale.
+
+        Args:
+          reads: files within the run.
+          inputs: files and folders outside of it, by role.
+
+        Raises:
+          FileNotFoundError: one of them is not there.
+        """
+        found = {self.name(path): path for path in reads}
+        return Seen(
+            {name: fingerprint(path) for name, path in found.items()},
+            {role: _input(path) for role, path in inputs.items()},
+            {name: _stat(path) for name, path in found.items()},
+        )
+
     def finish(
         self,
         stage: str,
         files: Iterable[Path],
         seconds: float,
         *,
-        reads: Iterable[Path] = (),
-        inputs: Mapping[str, Path] | None = None,
+        seen: Seen | None = None,
         settings: Mapping[str, Any] | None = None,
         **facts: Any,
     ) -> None:
@@ -74,33 +98,23 @@ class Manifest:
           stage: its name.
           files: what it wrote; a folder stands for all files below it.
           seconds: how long it took.
-          reads: what it read within the run.
-          inputs: what it read outside of it, by role; a folder is one input.
-          settings: the settings it depends on, by dotted name; None records neither them nor what was read,
-            so that only damage to its files makes the stage stale.
+          seen: what it read; None records nothing of that, so that only damage to its files makes it stale.
+          settings: the settings it depends on, by dotted name.
           facts: small JSON values worth keeping (counts, losses).
 
         Raises:
-          FileNotFoundError: a file that it wrote or read is not there.
+          FileNotFoundError: a file that it wrote is not there.
         """
-        stats: dict[str, list[int]] = {}
-
-        def entered(path: Path) -> tuple[str, str]:
-            name = self.name(path)
-            stats[name] = _stat(path)
-            return name, fingerprint(path)
-
+        written = {self.name(path): path for file in files for path in _files_below(file)}
+        stats = {name: _stat(path) for name, path in written.items()}
         record: dict[str, Any] = {
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(seconds, 3),
-            "files": dict(entered(path) for file in files for path in _files_below(file)),
+            "files": {name: fingerprint(path) for name, path in written.items()},
         }
-        if settings is not None:
-            record |= {
-                "reads": dict(entered(path) for path in reads),
-                "inputs": {role: _input(path) for role, path in (inputs or {}).items()},
-                "settings": dict(settings),
-            }
+        if seen is not None:
+            record |= {"reads": seen.reads, "inputs": seen.inputs, "settings": dict(settings or {})}
+            stats = seen.stats | stats
         record |= {"stats": stats, **facts}
         write_json(self.path, {"stages": self.records() | {stage: record}})
 

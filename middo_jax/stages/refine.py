@@ -85,14 +85,15 @@ def refine_stage(
 
     config, began = workshop.config, time.monotonic()
     tasks = plan_refinement(directory)
+    measuring = (model or scored_model(directory)) if config.refine.accept == "measured" else None
+    begun = chain.refine(directory, heldout_file(directory), measuring).begin()
     acceptance = Acceptance(workshop, directory, heldout, model)
     ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
     refiner = _refiner(workshop, round_index, cache, ledger, batch)
     outcomes = _attempts(tasks, refiner, acceptance, config.refine.max_attempts)
     write_jsonl(directory.requests, (row for o in outcomes for row in o.request_rows()))
     write_jsonl(directory.refined, (o.to_json() for o in outcomes))
-    measuring = (model or scored_model(directory)) if config.refine.accept == "measured" else None
-    chain.refine(directory, heldout_file(directory), measuring).finish(
+    begun.finish(
         config,
         time.monotonic() - began,
         n=len(outcomes),

@@ -64,6 +64,7 @@ def score_stage(
             "config: diversity.embedder=pre, and there is no model before training: give --pre-model, or set "
             "diversity.embedder=post"
         )
+    begun = chain.score(directory, model, pre_model).begin()
     examples = read_dataset(directory)
     tokenized = workshop.tokenize(examples)
     raw = [raw_prompt(workshop, example) for example in examples] if diversity.text == "raw" else None
@@ -116,7 +117,7 @@ def score_stage(
         np.save(file, embedding_nd, allow_pickle=False)
     for name, facts in scored.facts.items():
         workshop.progress.say(f"  {describe(name, facts)}")
-    chain.score(directory, model, pre_model).finish(
+    begun.finish(
         config,
         time.monotonic() - began,
         n=len(examples),
@@ -259,9 +260,10 @@ def select_stage(workshop: Workshop, directory: RoundDir) -> dict[str, Any]:
     began = time.monotonic()
     if not directory.scores.exists():
         raise RunError(f"{directory.path}: no scores.parquet there; run `middo score` first")
+    begun = chain.select(directory).begin()
     table, selection = select(read_scores(directory.scores), workshop.config)
     write_scores(directory.selected, table)
     write_json(directory.selection, selection)
     counts = {axis: facts["n_selected"] for axis, facts in selection["axes"].items()}
-    chain.select(directory).finish(workshop.config, time.monotonic() - began, **counts)
+    begun.finish(workshop.config, time.monotonic() - began, **counts)
     return selection

@@ -50,6 +50,7 @@ def train_stage(
 
     began = time.monotonic()
     check_evaluations(workshop.config, heldout)
+    begun = chain.train(directory, start).begin()
     try:
         _train(workshop, directory, start, heldout)
     except AnotherTraining:
@@ -59,7 +60,7 @@ def train_stage(
         remove_training(directory)
         _train(workshop, directory, start, heldout)
     gc.collect()
-    chain.train(directory, start).finish(workshop.config, time.monotonic() - began)
+    begun.finish(workshop.config, time.monotonic() - began)
 
 
 def remove_training(directory: RoundDir) -> None:

@@ -5,8 +5,8 @@ reads YAML, applies `a.b=c` overrides and answers an unknown key with the neares
 """
 
 from middo_jax.config.base import RESULTLESS, Affects, ConfigError, Effect, Settings
-from middo_jax.config.effects import affecting, default_of, flat, marks, stored
-from middo_jax.config.reading import load, setting_names
+from middo_jax.config.effects import affecting, default_of, flat, marks
+from middo_jax.config.reading import load, setting_names, stored
 from middo_jax.config.refine import GateSettings, Prices, RefineSettings
 from middo_jax.config.settings import (
     AdaptedMatrix,

@@ -6,8 +6,6 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import pydantic
-
 from middo_jax.config.base import Affects, Effect, Settings
 from middo_jax.config.settings import Config
 
@@ -57,14 +55,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return found
-
-
-def stored(tree: Mapping[str, Any]) -> Config | None:
-    """The settings of a stored config.yaml, or None if they are another version's."""
-    try:
-        return Config.model_validate(tree)
-    except pydantic.ValidationError:
-        return None
 
 
 def _holds(mark: Affects, values: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,14 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(tree)
     except pydantic.ValidationError as e:
         raise ConfigError("\n".join(_explain(error) for error in e.errors())) from e
+
+
+def stored(tree: Mapping[str, Any]) -> Config | None:
+    """The settings of a stored config.yaml, or None if they are another version's."""
+    try:
+        return Config.model_validate(tree)
+    except pydantic.ValidationError:
+        return None
 
 
 def _read(path: str | Path) -> dict[str, Any]:

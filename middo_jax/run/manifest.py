@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from middo_jax.run.files import file_hash, write_json
 
-_WHOLE = 64 << 20  # bytes up to which a file is hashed whole
+_WHOLE = 1 << 30  # bytes up to which a file is hashed whole
 _SAMPLES, _SAMPLE = 64, 64 << 10  # of a larger one: so many blocks of so many bytes
 
 
@@ -155,8 +155,8 @@ class Manifest:
 def fingerprint(path: Path) -> str:
     """A hash of a file, or of all files of a folder with their names, hidden ones left out.
 
-    Files up to 64 MiB are hashed whole. Of larger ones, which are weights, the size and 64 blocks spread
-    evenly over the file: to read all of them again would cost minutes where nothing has changed.
+    Files up to 1 GiB are hashed whole. Of larger ones, which are weights, the size and 64 blocks spread evenly
+    over the file: to read all of them would take minutes after every training and every copy.
     """
     if path.is_file():
         return file_hash(path) if path.stat().st_size <= _WHOLE else _sampled_hash(path)

@@ -119,7 +119,7 @@ def measure_before(
 def _identity(workshop: Workshop, path: Path, model: Model, with_loss: bool, with_embeddings: bool) -> str:
     """SHA-256 of all but the samples that the losses, embeddings and neighbours depend on.
 
-    The model's place, shape and weights; the tokenizer, the template, how long a text may be; what is
+    The model's place, shape and weights; the tokenizer, the template, how rows become text; what is
     embedded and which neighbours are sought. The mesh and the attention kernel change rounding alone.
     """
     import numpy as np
@@ -138,7 +138,7 @@ def _identity(workshop: Workshop, path: Path, model: Model, with_loss: bool, wit
         np.stack(to_host(checksums(model[1]))).tolist(),
         tokenizer.chat_template,
         tokenizer.backend_tokenizer.to_str(),
-        config.model.max_length,
+        affecting(config, {"text"}),
         with_loss,
         neighbours if with_embeddings else config.diversity.text,
     ]

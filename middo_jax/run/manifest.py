@@ -155,8 +155,8 @@ class Manifest:
 def fingerprint(path: Path) -> str:
     """A hash of a file, or of all files of a folder with their names, hidden ones left out.
 
-    Files up to 1 GiB are hashed whole. Of larger ones, which are weights, the size and 64 blocks spread evenly
-    over the file: to read all of them would take minutes after every training and every copy.
+    Files up to 1 GiB are hashed whole. Of larger ones, which are weights, the size and 64 blocks spread
+    evenly over the file: to read all of them would take minutes after every training and every copy.
     """
     if path.is_file():
         return file_hash(path) if path.stat().st_size <= _WHOLE else _sampled_hash(path)

@@ -259,6 +259,22 @@ def test_a_stage_asks_each_gate_once_in_the_tables_order_and_none_after_the_one_
     assert {row["gate"] for row in rows} > {None, "coverage"}
 
 
+def test_a_round_of_a_run_is_measured_as_the_loop_measured_it(measured: Measured, tmp_path: Path) -> None:
+    """By its own checkpoint and among the run's held-out rows, wherever the run lies by now."""
+    shutil.copytree(measured.run.path, tmp_path / "run")
+    directory = RunDir(tmp_path / "run").round(0)
+    record = directory.stages()["refine"]
+    directory.forget("refine")
+    directory.candidates.unlink()  # all is measured again
+    stages.refine_round(Workshop(measured.config, Silent()), directory)
+    names = ("candidates.jsonl", "requests.jsonl", "refined.jsonl")
+    assert contents(directory.path, *names) == contents(measured.round.path, *names)
+    again = directory.stages()["refine"]
+    for name in ("reads", "inputs", "settings", "limits"):
+        assert again[name] == record[name]
+    assert {"checkpoint/metadata.json", "embeddings.npy", "../heldout.jsonl"} <= again["reads"].keys()
+
+
 def test_accept_none_takes_whatever_can_be_trained_on(measured: Measured, tmp_path: Path) -> None:
     directory = measured.again(tmp_path, accept="none", max_attempts=1)
     rows = read_jsonl(directory.refined)

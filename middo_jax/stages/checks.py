@@ -49,10 +49,10 @@ def check_refiner(config: Config) -> None:
       RunError: a server is named and the model is not.
       ConfigError: a gate needs a package that is not installed.
     """
-    from middo_jax.refine.language import load_identifier
+    from middo_jax.refine.acceptance.language import load_identifier
 
     if config.refine.model is None and (config.refine.base_url or os.environ.get("OPENAI_BASE_URL")):
         served = "refine.base_url" if config.refine.base_url else "$OPENAI_BASE_URL"
         raise RunError(f"config: refine.model is missing: the name of a model that {served} serves")
-    if config.refine.accept != "none" and config.refine.gates.language:
+    if config.refine.accept != "none" and config.refine.gates.value("language"):
         load_identifier()

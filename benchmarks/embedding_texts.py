@@ -15,14 +15,14 @@ import time
 import numpy as np
 
 from middo_jax.config import Threshold, load
-from middo_jax.diagnose.diversity import Neighbours, nearest_neighbours
-from middo_jax.diagnose.score import score_examples
-from middo_jax.diagnose.select import select_axis
 from middo_jax.models.resolve import resolve
 from middo_jax.models.source import locate
+from middo_jax.passes.losses import score_examples
 from middo_jax.progress import for_stderr
-from middo_jax.stages.score import raw_prompt
-from middo_jax.workshop import Workshop, prepare
+from middo_jax.session import Session, prepare
+from middo_jax.signals.neighbours.search import Neighbours, nearest_neighbours
+from middo_jax.signals.select import select_axis
+from middo_jax.stages.score import raw_prompts
 
 THRESHOLDS = (Threshold(m=1.0), Threshold(fraction=0.05), Threshold(fraction=0.1))
 
@@ -50,30 +50,28 @@ def main() -> None:
         "model.dtype=float32",
         *arguments.overrides,
     ]
-    workshop = Workshop(load(None, settings), for_stderr())
-    examples = prepare(workshop)[0]
+    session = Session(load(None, settings), for_stderr())
+    examples = prepare(session)[0]
     texts = {
-        "templated": workshop.tokenize(examples),
-        "raw": [raw_prompt(workshop, example) for example in examples],
+        "templated": session.tokenize(examples),
+        "raw": raw_prompts(session, examples),
     }
-    graphdef, params = workshop.load_model(model)
+    loaded = session.load_model(model)
     found: dict[str, Neighbours] = {}
     for name, tokenized in texts.items():
         began = time.monotonic()
         scores, _ = score_examples(
-            graphdef,
-            params,
+            loaded,
             tokenized,
-            mesh=workshop.mesh,
-            batch_tokens=workshop.config.scoring.batch_tokens,
-            chunk=workshop.config.scoring.unembed_chunk,
-            progress=workshop.progress,
+            batch_tokens=session.config.scoring.batch_tokens,
+            chunk=session.config.scoring.unembed_chunk,
+            progress=session.progress,
             name=name,
         )
         seconds = time.monotonic() - began
         tokens = sum(map(len, tokenized))
         print(f"{name}: {len(tokenized):,} rows, {tokens:,} tokens, {seconds:.0f} s with compiling")
-        found[name] = nearest_neighbours(scores.embedding_nd, workshop.config.diversity.k, workshop.mesh)
+        found[name] = nearest_neighbours(scores.embedding_nd, session.config.diversity.k, session.mesh)
 
     similarity = {name: neighbours.mean_similarity() for name, neighbours in found.items()}
     for name, s_n in similarity.items():

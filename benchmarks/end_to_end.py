@@ -21,20 +21,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import torch
-from flax import nnx
 from markupsafe import Markup
 from transformers import AutoModelForCausalLM
 
 from middo_jax.config import LoraSettings, TrainSettings
 from middo_jax.data.sources import read
 from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, tokenize
-from middo_jax.evaluate.heldout import heldout_loss
+from middo_jax.evaluate.heldout import row_losses, total
 from middo_jax.models import hf
 from middo_jax.models.lora import from_settings, merge_adapters, partition, with_fresh_adapters
-from middo_jax.parallel.mesh import make_mesh
+from middo_jax.models.model import Model
+from middo_jax.passes.losses import LossPass
+from middo_jax.progress import Silent
 from middo_jax.report.plots import Line, lines
 from middo_jax.run import read_jsonl
 from middo_jax.train.evaluations import Evaluation
@@ -131,44 +131,33 @@ def train_ours(
     heldout: Sequence[TokenizedExample],
 ) -> tuple[float, Path | None]:
     """Trains and exports; (held-out loss before, the adapters that it began with as a PEFT directory)."""
-    mesh = make_mesh(devices=jax.devices()[:1])
-    graphdef, params, config = hf.load(arguments.model, mesh=mesh, dtype="float32")
+    model = hf.load(arguments.model, dtype="float32")
     start = None
     lora = from_settings(LoraSettings(rank=arguments.rank))
     if lora is not None:
-        graphdef, params = with_fresh_adapters(graphdef, params, lora, mesh, SEED)
-        config, start = nnx.merge(graphdef, params).config, arguments.out / "start"
-        hf.export_adapters(partition(params, config)[0], config, arguments.model, start, "float32")
+        model, start = with_fresh_adapters(model, lora, SEED), arguments.out / "start"
+        adapters, _ = partition(model.params, model.config)
+        hf.export_adapters(adapters, model.config, arguments.model, start, "float32")
+    loss_pass = LossPass(heldout, model, batch_tokens=2048, chunk=CHUNK)
 
-    def evaluate(params: nnx.State) -> Evaluation:
-        found = heldout_loss(
-            graphdef,
-            params,
-            heldout,
-            mesh=mesh,
-            batch_tokens=2048,
-            chunk=CHUNK,
-            pack_length=arguments.length,
-        )
+    def evaluate(model: Model) -> Evaluation:
+        scores, _ = loss_pass(model, Silent(), "held-out loss")
+        found = total(row_losses([e.id for e in heldout], scores.loss_n, scores.n_targets_n))
         return Evaluation(found.loss, found.n_target_tokens, {})
 
-    before = evaluate(params).loss
-    params = train(
-        graphdef,
-        params,
+    before = evaluate(model).loss
+    trained = train(
+        model,
         trained_on,
         settings,
         seed=SEED,
-        mesh=mesh,
         pack_length=arguments.length,
         out_dir=arguments.out / "run",
         chunk=CHUNK,
         on_step=lambda m: print(f"ours, step {m.step} of {m.total_steps}: {m.loss:.4f}", flush=True),
         evaluate=evaluate,
     )
-    merged, params = merge_adapters(graphdef, params)
-    config = nnx.merge(merged, params).config
-    hf.export(params, config, arguments.model, arguments.out / "export", "float32")
+    hf.export(merge_adapters(trained), arguments.model, arguments.out / "export", "float32")
     return before, start
 
 

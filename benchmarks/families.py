@@ -25,29 +25,29 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from flax import nnx
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from forward import forward
 from tiny_model import FAMILIES, write_tiny_model
 
 from middo_jax.models.config import read_config
-from middo_jax.models.decoder import forward
 from middo_jax.models.hf import export, load, tensor_table
+from middo_jax.models.model import Params, Structure, bound
 from middo_jax.models.nll import target_nll_sum
 from middo_jax.models.parameters import num_params
 
 
 def logits_and_gradient(
-    graphdef: nnx.GraphDef, params: nnx.State, tokens_bt: np.ndarray
-) -> tuple[np.ndarray, nnx.State]:
+    graphdef: Structure, params: Params, tokens_bt: np.ndarray
+) -> tuple[np.ndarray, Params]:
     """(float32 [b, t, v], gradient of the mean NLL of every next token) of rows of one segment each."""
     segment_ids_bt = np.zeros_like(tokens_bt)
     positions_bt = np.broadcast_to(np.arange(tokens_bt.shape[1], dtype=np.int32), tokens_bt.shape)
     has_next_bt = positions_bt < tokens_bt.shape[1] - 1
 
-    def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, params)
+    def loss(params: Params) -> tuple[jax.Array, jax.Array]:
+        model = bound(graphdef, params)
         hidden_btd = model.hidden(*map(jax.numpy.asarray, (tokens_bt, segment_ids_bt, positions_bt)))
         nll = target_nll_sum(
             model,
@@ -76,7 +76,8 @@ def transformers_logits_and_gradient(
 
 def errors(directory: Path, scratch: Path) -> dict[str, float]:
     """The row of one family."""
-    graphdef, params, config = load(directory)
+    loaded = load(directory)
+    graphdef, params, config = loaded.graphdef, loaded.params, loaded.config
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, config.vocab_size, size=(2, 96), dtype=np.int32)
     ours, gradient = logits_and_gradient(graphdef, params, tokens)
@@ -96,7 +97,7 @@ def errors(directory: Path, scratch: Path) -> dict[str, float]:
     noisy = jax.tree.map(
         lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), params
     )
-    export(noisy, config, directory, scratch)
+    export(loaded.with_params(noisy), directory, scratch)
     exported, _ = transformers_logits_and_gradient(scratch, tokens)
     return {
         "logits": float(np.abs(ours - theirs).max()),
@@ -111,7 +112,8 @@ def loading_cost(path: str) -> dict[str, Any]:
     jax.block_until_ready(jax.numpy.zeros(1))  # the backend is not what is measured
     before = peak_bytes()
     began = time.perf_counter()
-    _, params, config = load(path)
+    loaded = load(path)
+    params, config = loaded.params, loaded.config
     jax.block_until_ready(params)
     seconds = time.perf_counter() - began
     size = 4 * num_params(config)

@@ -75,7 +75,8 @@ def measure(
 
     before = _reset_peak()
     began = time.monotonic()
-    _, params, config = load(directory, dtype, mesh=mesh)
+    loaded = load(directory, dtype, mesh=mesh)
+    params = loaded.params
     jax.block_until_ready(params)
     load_s = time.monotonic() - began
     held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
@@ -83,7 +84,7 @@ def measure(
 
     before = _reset_peak()
     began = time.monotonic()
-    export(params, config, directory, out)
+    export(loaded, directory, out)
     export_s = time.monotonic() - began
     return load_s, load_beyond, export_s, _status("VmHWM") - before
 

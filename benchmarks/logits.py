@@ -15,11 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from flax import nnx
+from forward import forward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from middo_jax.models.decoder import forward
 from middo_jax.models.hf import load
+from middo_jax.models.model import bound
 
 DATA = Path(__file__).parent.parent / "configs" / "quickstart_data.jsonl"
 
@@ -42,7 +42,8 @@ def main() -> None:
     rows = [json.loads(line) for line in DATA.open(encoding="utf-8")]
     text = "\n".join(f"{r['instruction']} {r['input']} {r['output']}" for r in rows)
     ids = AutoTokenizer.from_pretrained(arguments.model)(text).input_ids
-    graphdef, params, _ = load(arguments.model)
+    loaded = load(arguments.model)
+    graphdef, params = loaded.graphdef, loaded.params
     print(
         "| tokens | largest logit | ours - torch | ours - float64 | torch - float64 |\n|---|---|---|---|---|"
     )
@@ -52,7 +53,7 @@ def main() -> None:
         hidden_btd = jax.jit(forward, static_argnums=0)(
             graphdef, params, tokens[None], np.zeros_like(positions), positions
         )
-        ours = np.asarray(nnx.merge(graphdef, params).unembed(hidden_btd[0]), np.float64)
+        ours = np.asarray(bound(graphdef, params).unembed(hidden_btd[0]), np.float64)
         theirs = torch_logits(arguments.model, tokens, torch.float32)
         exact = torch_logits(arguments.model, tokens, torch.float64)
         errors = (np.abs(a - b).max() for a, b in ((ours, theirs), (ours, exact), (theirs, exact)))

@@ -34,16 +34,16 @@ WARM = 2048  # rows of the search before the clock
 
 def middo(unit_nd: np.ndarray, k: int) -> Found:
     """This package, on the devices that JAX finds."""
-    from middo_jax.diagnose.diversity import nearest_neighbours
     from middo_jax.parallel.mesh import make_mesh
+    from middo_jax.signals.neighbours.search import nearest_neighbours
 
     return tuple(nearest_neighbours(unit_nd, k, make_mesh()))
 
 
 def compile_middo(unit_nd: np.ndarray, k: int) -> None:
     """Starts a search and leaves it: the program's shapes are those of all rows."""
-    from middo_jax.diagnose.diversity import nearest_neighbours
     from middo_jax.parallel.mesh import make_mesh
+    from middo_jax.signals.neighbours.search import nearest_neighbours
 
     def leave(done: int, total: int) -> None:
         raise StopIteration

@@ -14,9 +14,9 @@ import time
 
 import numpy as np
 
-from middo_jax.diagnose.diversity import Neighbours, nearest_neighbours
-from middo_jax.diagnose.incremental import Earlier, updated_neighbours
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.signals.neighbours.incremental import Earlier, updated_neighbours
+from middo_jax.signals.neighbours.search import Neighbours, nearest_neighbours
 
 
 def main() -> None:

@@ -22,13 +22,12 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from middo_jax.config import Config, load
-from middo_jax.models.checkpoint import abstract_params
 from middo_jax.models.config import DecoderConfig, LayerKind, Llama3Rope
+from middo_jax.models.model import Params, abstract_model
 from middo_jax.parallel.mesh import MESH_AXES
 from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
 from middo_jax.train.step import abstract_batch, make_train_step
@@ -69,13 +68,13 @@ def compile_step(shape: DecoderConfig, config: Config, topology: str) -> jax.sta
     sizes = [getattr(config.mesh, axis) for axis in MESH_AXES]
     mesh = Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     settings, length = config.train, config.train.pack_length or config.model.max_length
-    graphdef, params = abstract_params(shape, mesh, settings.param_dtype)
+    model = abstract_model(shape, mesh, settings.param_dtype)
     optimizer = make_optimizer(settings, STEPS)
-    state = params, abstract_opt_state(optimizer, params, mesh)
+    state = model.params, abstract_opt_state(optimizer, model.params, mesh)
     chunk = config.scoring.unembed_chunk
-    step = make_train_step(graphdef, optimizer, settings, STEPS, chunk=chunk, state=state)
+    step = make_train_step(model.graphdef, optimizer, settings, STEPS, chunk=chunk, state=state)
     with jax.set_mesh(mesh):
-        return step.lower(*state, nnx.State({}), abstract_batch(settings, length, mesh)).compile()
+        return step.lower(*state, Params({}), abstract_batch(settings, length, mesh)).compile()
 
 
 def main() -> int:

@@ -110,8 +110,8 @@ def middo(*words: str) -> None:
 def detectors(folder: Path) -> dict[str, Detector]:
     """Badness and selection of every detector but length, rows as in scores.parquet."""
     from middo_jax.config import Threshold
-    from middo_jax.diagnose.select import Standardised, at_mean_length, select_axis
-    from middo_jax.diagnose.table import as_floats, read_scores
+    from middo_jax.signals.select import Standardised, at_mean_length, select_axis
+    from middo_jax.signals.table import as_floats, read_scores
 
     table = read_scores(RoundDir(folder / "scored").scores)
     losses = {name: as_floats(table, name) for name in ("loss_pre", "loss_post")}
@@ -161,7 +161,7 @@ def measure(detector: Detector, faulty: np.ndarray, clean: np.ndarray) -> Figure
 
 def evaluate(folder: Path) -> dict[str, dict[str, Figures]]:
     """Figures by fault and detector, of one seed."""
-    from middo_jax.diagnose.table import read_scores
+    from middo_jax.signals.table import read_scores
 
     labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
     ids = read_scores(RoundDir(folder / "scored").scores)["id"].to_pylist()
@@ -182,17 +182,16 @@ def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Fig
     from scipy.stats import spearmanr
 
     from middo_jax.config import load
-    from middo_jax.diagnose import sampled
-    from middo_jax.diagnose.quality import quality
-    from middo_jax.diagnose.rubrics import DIMENSIONS, PARTS, judge_message
+    from middo_jax.inference import engine as inference
     from middo_jax.progress import for_stderr
-    from middo_jax.stages.score import ratings
-    from middo_jax.workshop import Workshop, read_dataset
+    from middo_jax.session import Session, read_dataset
+    from middo_jax.signals.judge.rubrics import DIMENSIONS, PARTS, judge_message, quality
+    from middo_jax.stages.ratings import ratings
 
     examples = read_dataset(RoundDir(folder / "scored"))[: arguments.judge_rows]
     decoded: list[Any] = []
 
-    class Recording(sampled.Engine):
+    class Recording(inference.Engine):
         def submit(self, request: Any) -> Any:
             decoded.append(super().submit(request))
             return decoded[-1]
@@ -207,13 +206,13 @@ def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Fig
     for method in ("expected", "sample"):
         settings = (f"model.path={arguments.model}", "data.path=none", f"quality.method={method}")
         more = (f"quality.m={RULE_M}", f"quality.max_new_tokens={MAX_NEW_TOKENS}")
-        workshop = Workshop(load(None, (*settings, *more, *SETTINGS)), for_stderr())
-        model = workshop.load_model(folder / "tuned" / "checkpoint")
-        with mock.patch.object(sampled, "Engine", Recording):
-            ratings(workshop, *model, examples if method == "expected" else examples[:2])
+        session = Session(load(None, (*settings, *more, *SETTINGS)), for_stderr())
+        model = session.load_model(folder / "tuned" / "checkpoint")
+        with mock.patch.object(inference, "Engine", Recording):
+            ratings(session, model, examples if method == "expected" else examples[:2])
             decoded.clear()
             began = time.perf_counter()
-            rated[method], facts = ratings(workshop, *model, examples)
+            rated[method], facts = ratings(session, model, examples)
             seconds = time.perf_counter() - began
         result[method] = {
             "seconds": seconds,

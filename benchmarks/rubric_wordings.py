@@ -34,12 +34,15 @@ from middo_jax.config import load
 from middo_jax.data.example import Example, Message
 from middo_jax.data.sources import read
 from middo_jax.data.tokenize import load_tokenizer
-from middo_jax.diagnose import quality, rubrics
-from middo_jax.diagnose.rating import RatingTokens
-from middo_jax.diagnose.readout import Readout
 from middo_jax.models.decoder import Decoder
-from middo_jax.progress import for_stderr
-from middo_jax.workshop import Workshop
+from middo_jax.models.model import Model
+from middo_jax.passes import ratings
+from middo_jax.progress import Progress, for_stderr
+from middo_jax.session import Session
+from middo_jax.signals.judge import rubrics
+from middo_jax.signals.judge.questions import RatingTokens
+from middo_jax.signals.judge.readout import Readout
+from middo_jax.stages.ratings import judge
 
 FAULTS = ("swapped", "shuffled", "cut", "numbers")
 READOUTS = {
@@ -141,36 +144,34 @@ def worded(name: str) -> Iterator[None]:
         yield
 
 
-def log_probabilities(workshop: Workshop, model: tuple[Any, Any], examples: Sequence[Example]) -> np.ndarray:
-    """What `quality.judge` finds of every rating: [n, 6, 11] float32 log-probabilities among all tokens."""
+def log_probabilities(session: Session, model: Model, examples: Sequence[Example]) -> np.ndarray:
+    """What `judge` finds of every rating: [n, 6, 11] float32 log-probabilities among all tokens."""
     found: dict[int, np.ndarray] = {}
 
-    def among_all(model: Decoder, hidden_brd: jax.Array, ratings: RatingTokens) -> jax.Array:
+    def among_all(model: Decoder, hidden_brd: jax.Array, spelling: RatingTokens) -> jax.Array:
         d = hidden_brd.shape[-1]
         first_brd = hidden_brd[:, : len(rubrics.COLUMNS)]
         logits_brv = model.unembed(first_brd.reshape(-1, d)).reshape(*first_brd.shape[:2], -1)
-        return up_to_a_constant(model, hidden_brd, ratings) - jax.nn.logsumexp(
+        return up_to_a_constant(model, hidden_brd, spelling) - jax.nn.logsumexp(
             logits_brv, axis=-1, keepdims=True
         )
 
-    def sweep(step: Any, of: Any, buckets: Any, batch: Any, keep: Any, **more: Any) -> Any:
-        def keep_all(rows: list[list[int]], log_p_bscr: np.ndarray) -> None:
-            for b, row in enumerate(rows):
-                found.update(zip(row, log_p_bscr[b], strict=False))
+    def run(one: ratings.Pass, model: Model, _: Any, progress: Progress, name: str) -> ratings.PassFacts:
+        def keep_all(index_m: np.ndarray, log_p_mcr: np.ndarray) -> None:
+            found.update(zip(index_m.tolist(), log_p_mcr, strict=True))
 
-        return plain_sweep(step, of, buckets, batch, keep_all, **more)
+        return plain_run(one, model, keep_all, progress, name)
 
-    up_to_a_constant, plain_sweep = quality.rating_log_p, quality.sweep
-    with mock.patch.object(quality, "rating_log_p", among_all), mock.patch.object(quality, "sweep", sweep):
-        quality.judge(
-            *model,
+    up_to_a_constant, plain_run = ratings.rating_log_p, ratings.Pass.run
+    with mock.patch.object(ratings, "rating_log_p", among_all), mock.patch.object(ratings.Pass, "run", run):
+        judge(
+            model,
             examples,
-            workshop.tokenizer,
-            mesh=workshop.mesh,
-            max_length=workshop.config.model.max_length,
+            session.tokenizer,
+            max_length=session.config.model.max_length,
             batch_tokens=2048,
             readout=Unread(),
-            progress=workshop.progress,
+            progress=session.progress,
         )
     return np.stack([found[i] for i in range(len(examples))])
 
@@ -225,8 +226,8 @@ def main() -> None:
         "model.dtype=float32",
         "model.max_length=1024",
     )
-    workshop = Workshop(load(None, settings), for_stderr())
-    model = workshop.load_model(Path(arguments.model))
+    session = Session(load(None, settings), for_stderr())
+    model = session.load_model(Path(arguments.model))
     tokenizer = load_tokenizer(arguments.model)
     length_vn = np.array([[len(tokenizer(e.response).input_ids) for e in version] for version in rows])
     cells = [
@@ -239,7 +240,7 @@ def main() -> None:
     print(f"short answers as a detector: {', '.join(cells)}")
     for name in WORDINGS:
         with worded(name):
-            log_p_n6r = log_probabilities(workshop, model, flat)
+            log_p_n6r = log_probabilities(session, model, flat)
         report(name, log_p_n6r.reshape(len(rows), n, *log_p_n6r.shape[1:]))
 
 

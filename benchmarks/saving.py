@@ -19,9 +19,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from middo_jax.config import TrainSettings
+from middo_jax.models.model import Params
 from middo_jax.models.source import load, locate
 from middo_jax.parallel.mesh import batch_divisor, make_mesh
 from middo_jax.train.checkpoint import TrainingCheckpoints, TrainState
@@ -40,7 +40,8 @@ def main() -> None:
     given = parser.parse_args()
     mesh = make_mesh()
     settings = TrainSettings(batch_size=batch_divisor(mesh), schedule="constant")
-    graphdef, params = load(locate(given.model), "float32", mesh=mesh)
+    model = load(locate(given.model), "float32", mesh=mesh)
+    graphdef, params = model.graphdef, model.params
     optimizer = make_optimizer(settings, 100)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_opt_state(optimizer, params, mesh))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
@@ -57,7 +58,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         for _ in range(given.steps + 1):
             began = time.perf_counter()
-            params, opt_state, outputs = step(params, opt_state, nnx.State({}), batch)
+            params, opt_state, outputs = step(params, opt_state, Params({}), batch)
             outputs.loss.block_until_ready()
             seconds.append(time.perf_counter() - began)
         step_s = statistics.median(seconds[1:])  # the first compiles

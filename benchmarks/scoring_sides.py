@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from middo_jax.diagnose.table import as_floats, read_scores
 from middo_jax.models.config import read_config
 from middo_jax.models.parameters import parameters
 from middo_jax.run import RoundDir
+from middo_jax.signals.table import as_floats, read_scores
 
 LONGEST = 2048  # tokens of a row
 # Our passes by the peer's names of them.

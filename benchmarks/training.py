@@ -39,7 +39,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from flax import nnx
 from scoring_sides import matmul_rate
 from transformers import AutoModelForCausalLM
 
@@ -48,6 +47,7 @@ from middo_jax.data.packing import PackedBatch, pack
 from middo_jax.data.sources import read
 from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, tokenize
 from middo_jax.models import hf
+from middo_jax.models.model import Params
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.train.feed import PlannedStep, longest_example, plan_epoch
 from middo_jax.train.flops import training_flops
@@ -161,7 +161,7 @@ def measure(arguments: argparse.Namespace, part: str, rate: float) -> dict[str, 
                 seconds[name].append(taken / sum(map(len, drawn[number])))  # a real token
     if max(first.values()) - min(first.values()) > 1e-3 * max(first.values()):
         raise SystemExit(f"the sides do not compute the same: losses {first}")
-    config = hf.load(arguments.model)[2]
+    config = hf.load(arguments.model).config
     measured = [e for step in drawn[1:] for e in step]
     real = sum(map(len, measured))
     flops = training_flops(
@@ -200,7 +200,8 @@ def measure(arguments: argparse.Namespace, part: str, rate: float) -> dict[str, 
 def our_step(model: str, settings: TrainSettings, batches: Sequence[PackedBatch], longest: int) -> Step:
     """What `middo train` runs; compiles at its first step."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    graphdef, params, _ = hf.load(model, mesh=mesh, dtype="float32")
+    loaded = hf.load(model, mesh=mesh, dtype="float32")
+    graphdef, params = loaded.graphdef, loaded.params
     optimizer = make_optimizer(settings, len(batches))
     state = params, jax.device_put(optimizer.init(params), jax.devices()[0])
     run = make_train_step(
@@ -209,7 +210,7 @@ def our_step(model: str, settings: TrainSettings, batches: Sequence[PackedBatch]
 
     def step(number: int) -> float:
         nonlocal state
-        *state, outputs = run(*state, nnx.State({}), put_batch(batches[number], 1, mesh))
+        *state, outputs = run(*state, Params({}), put_batch(batches[number], 1, mesh))
         jax.block_until_ready(state)
         return float(outputs.loss)
 

@@ -87,21 +87,21 @@ def score(
     """Losses, neighbours and ratings of a dataset, without the loop."""
     from middo_jax import stages
     from middo_jax.run import RoundDir, write_jsonl, write_text
-    from middo_jax.workshop import prepare, write_dataset
+    from middo_jax.session import prepare, write_dataset
 
     wanted = [axis.strip() for axis in axes.split(",") if axis.strip()]
     if unknown := [axis for axis in wanted if axis not in stages.AXES]:
         raise ValueError(f"--axes: {unknown[0]!r} is none of {', '.join(stages.AXES)}")
     model_path = _model(model)
-    workshop = _workshop_with(model_path, data, overrides)
+    session = _session_with(model_path, data, overrides)
     directory = RoundDir(out)
-    kept, _, rejections = prepare(workshop)
-    write_text(out / "config.yaml", workshop.config.to_yaml())
+    kept, _, rejections = prepare(session)
+    write_text(out / "config.yaml", session.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)
     if pre_model is None and "complexity" in wanted:
-        workshop.progress.say("no --pre-model: loss_pre stays empty, and no sample can be called hard")
-    stages.score_stage(workshop, directory, model_path, _model(pre_model) if pre_model else None, wanted)
+        session.progress.say("no --pre-model: loss_pre stays empty, and no sample can be called hard")
+    stages.score_stage(session, directory, model_path, _model(pre_model) if pre_model else None, wanted)
     result = {"out": str(out), "n": len(kept), "rejected": len(rejections), "scores": str(directory.scores)}
     _show(as_json, result, str(directory.scores))
 
@@ -113,7 +113,7 @@ def select(directory: Path, overrides: Overrides = None, as_json: AsJson = False
     from middo_jax.report.terminal import render_selection
     from middo_jax.run import RoundDir
 
-    selection = stages.select_stage(_workshop_of(directory, overrides), RoundDir(directory))
+    selection = stages.select_stage(_session_of(directory, overrides), RoundDir(directory))
     _show(as_json, selection, render_selection(selection))
 
 
@@ -140,8 +140,8 @@ def refine(
     from middo_jax.report.terminal import render_batch, render_dry_run
     from middo_jax.run import RoundDir, read_jsonl, write_jsonl
 
-    workshop, here = _workshop_of(directory, overrides), RoundDir(directory)
-    settings = workshop.config.refine
+    session, here = _session_of(directory, overrides), RoundDir(directory)
+    settings = session.config.refine
     if dry_run:
         form = "json" if settings.response_format == "json" else "text"
         plan = wing.dry_run(stages.plan_refinement(here), settings, form)
@@ -149,17 +149,17 @@ def refine(
         _show(as_json, facts, render_dry_run(facts))
         return
     if write_batch or read_batch:
-        with stages.answer_cache(workshop, here) as cache:
-            state = stages.batch_stage(workshop, here, cache, read_batch or (), write_batch)
+        with stages.answer_cache(session, here) as cache:
+            state = stages.batch_stage(session, here, cache, read_batch or (), write_batch)
         if not state.is_finished:
             facts = dataclasses.asdict(state)
             command = shlex.join(["middo", "refine", str(directory), *(overrides or ())])
             _show(as_json, facts, render_batch(facts, command, write_batch))
             return
     else:
-        stages.refine_round(workshop, here)
+        stages.refine_round(session, here)
     merged = directory / "merged.jsonl"
-    write_jsonl(merged, (e.to_json() for e in stages.merge_stage(workshop, here)))
+    write_jsonl(merged, (e.to_json() for e in stages.merge_stage(session, here)))
     rows = read_jsonl(here.refined)
     accepted = sum(row["accepted"] for row in rows)
     spent = here.stages()["refine"]["usage"]
@@ -178,20 +178,20 @@ def train(
     """Supervised fine-tuning: OUT/checkpoint and OUT/metrics.jsonl; goes on where it was stopped."""
     from middo_jax import stages
     from middo_jax.run import RoundDir, read_jsonl, write_jsonl, write_text
-    from middo_jax.workshop import prepare, write_dataset
+    from middo_jax.session import prepare, write_dataset
 
     model_path, directory = _model(model), RoundDir(out)
-    workshop = _workshop_with(model_path, data, overrides)
-    kept, heldout, rejections = prepare(workshop)
-    stages.check_training(workshop, kept, heldout)
-    write_text(out / "config.yaml", workshop.config.to_yaml())
+    session = _session_with(model_path, data, overrides)
+    kept, heldout, rejections = prepare(session)
+    stages.check_training(session, kept, heldout)
+    write_text(out / "config.yaml", session.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)
-    stages.train_stage(workshop, directory, model_path, heldout)
+    stages.train_stage(session, directory, model_path, heldout)
     last = read_jsonl(directory.metrics)[-1]
     result: dict[str, Any] = {"checkpoint": str(directory.checkpoint), "last": last}
     if heldout:
-        result["heldout"] = stages.heldout_loss(workshop, directory.checkpoint, heldout)
+        result["heldout"] = stages.HeldOut(session, heldout).loss_of(directory.checkpoint)
     _show(as_json, result, str(directory.checkpoint))
 
 
@@ -201,12 +201,12 @@ def train(
 def evaluate(data: Data, model: Model, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Loss per target token of a model on a dataset."""
     from middo_jax import stages
-    from middo_jax.workshop import prepare
+    from middo_jax.session import prepare
 
     path = _model(model)
-    workshop = _workshop_with(path, data, overrides)
-    examples, _, _ = prepare(workshop)
-    result = stages.heldout_loss(workshop, path, examples)
+    session = _session_with(path, data, overrides)
+    examples, _, _ = prepare(session)
+    result = stages.HeldOut(session, examples).loss_of(path)
     _show(as_json, result, f"{result['loss']:.6f} nats a token over {result['n_target_tokens']:,} tokens")
 
 
@@ -271,9 +271,9 @@ def serve(
     from middo_jax.inference.server import build_app, load_engine, serve_forever
 
     path = _model(model)
-    workshop = _workshop([f"model.path={path}", "data.path=none", f"serve.port={port}", *(overrides or ())])
-    config = workshop.config
-    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, mesh=workshop.mesh)
+    session = _session([f"model.path={path}", "data.path=none", f"serve.port={port}", *(overrides or ())])
+    config = session.config
+    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, mesh=session.mesh)
     with engine:
         serve_forever(
             build_app(engine, tokenizer, path.resolve().name, eos_ids), config.serve.host, config.serve.port
@@ -330,53 +330,57 @@ def inspect(
     """What is in a dataset; with a model, how its first sample is rendered and how long all are."""
     from middo_jax.config import load
     from middo_jax.data.sources import read
+    from middo_jax.data.tokenize import tokenize_all, truncate
     from middo_jax.progress import for_stderr
     from middo_jax.report.inspection import inspect_rows, inspect_tokens
     from middo_jax.report.terminal import render_inspection
-    from middo_jax.workshop import Workshop, usable
+    from middo_jax.session import Session, usable
 
-    base = _base(_model(model)) if model else "none"
+    base = _tokenizer_directory(model) if model else "none"
     config = load(None, [f"model.path={base}", f"data.path={data}", *(overrides or ())])
     examples, rejections = read(config.data.path, config.data.format, config.data.limit)
     facts = inspect_rows(examples, rejections)
     if model:
-        workshop, max_length = Workshop(config, for_stderr()), config.model.max_length
-        examples, refused = usable(workshop, examples)
+        session, max_length = Session(config, for_stderr()), config.model.max_length
+        examples, refused = usable(session, examples)
+        whole = tokenize_all(examples, session.tokenizer)
+        cut = [truncate(tokenized, max_length) for tokenized in whole]
         facts = inspect_rows(examples, [*rejections, *refused]) | inspect_tokens(
-            examples,
-            workshop.tokenizer,
-            max_length,
-            config.scoring.batch_tokens,
-            config.train.pack_length or max_length,
+            whole,
+            cut,
+            session.tokenizer,
+            max_length=max_length,
+            pack_length=config.train.pack_length or max_length,
+            scoring=session.plan_losses(cut).facts(),
         )
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     _show(as_json, facts, render_inspection(facts, color=color))
 
 
-def _workshop(settings: Sequence[str], path: Path | None = None) -> Any:
+def _session(settings: Sequence[str], path: Path | None = None) -> Any:
     import jax
 
     from middo_jax.config import load
     from middo_jax.progress import for_stderr
-    from middo_jax.workshop import Workshop
+    from middo_jax.session import Session
 
     # float32 is the fast dtype on a CPU, and what one compares with there.
     dtype = [] if path or jax.default_backend() != "cpu" else ["model.dtype=float32"]
-    return Workshop(load(path, [*dtype, *settings]), for_stderr())
+    return Session(load(path, [*dtype, *settings]), for_stderr())
 
 
-def _workshop_with(model: Path, data: str, overrides: Sequence[str] | None) -> Any:
+def _session_with(model: Path, data: str, overrides: Sequence[str] | None) -> Any:
     """For one model and one dataset, of which nothing is held out unless asked for."""
     named = [f"model.path={_base(model)}", f"data.path={data}", "data.eval_fraction=0"]
-    return _workshop([*named, *(overrides or ())])
+    return _session([*named, *(overrides or ())])
 
 
-def _workshop_of(directory: Path, overrides: Sequence[str] | None) -> Any:
+def _session_of(directory: Path, overrides: Sequence[str] | None) -> Any:
     from middo_jax.run import RunError
 
     for path in (directory / "config.yaml", directory.parent / "config.yaml"):
         if path.exists():
-            return _workshop(overrides or (), path)
+            return _session(overrides or (), path)
     raise RunError(
         f"{directory}: no config.yaml there or above; `middo score --data F --model M --out DIR` makes one"
     )
@@ -386,6 +390,13 @@ def _model(path: str) -> Path:
     from middo_jax.models.resolve import resolve
 
     return resolve(path)
+
+
+def _tokenizer_directory(model: str) -> Path:
+    """Where a model's tokenizer is, without its weights."""
+    from middo_jax.models.source import tokenizer_directory
+
+    return tokenizer_directory(model)
 
 
 def _base(path: Path) -> Path:

@@ -21,7 +21,7 @@ from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
 from middo_jax.run import RunDir, RunError, read_jsonl, write_jsonl, write_text
 from middo_jax.run.chain import Begun, Link, State, assess, chain
-from middo_jax.workshop import Workshop, prepare, read_dataset
+from middo_jax.session import Session, prepare, read_dataset
 
 PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
 
@@ -46,14 +46,14 @@ class Plan:
 
     Attributes:
       run: the run.
-      workshop: settings and all that loads a model.
+      session: settings and all that loads a model.
       heldout: examples that are never trained on.
       links: all stages, in order.
       fresh: the user's data, if it had to be read.
     """
 
     run: RunDir
-    workshop: Workshop
+    session: Session
     heldout: Sequence[Example]
     links: Sequence[Link]
     fresh: FreshData | None
@@ -89,7 +89,7 @@ def run_loop(config: Config, progress: Progress) -> RunDir:
         known before the first stage is raised before the folder is made or changed.
     """
     run, began = RunDir(Path(config.runs_dir) / config.name), time.monotonic()
-    plan = _checked(run, Workshop(config, progress))
+    plan = _checked(run, Session(config, progress))
     if run.config.exists() and run.round(0).stages():
         run.log("resume")
     write_text(run.config, config.to_yaml())
@@ -116,28 +116,28 @@ def run_loop(config: Config, progress: Progress) -> RunDir:
     return run
 
 
-def _checked(run: RunDir, workshop: Workshop) -> Plan:
+def _checked(run: RunDir, session: Session) -> Plan:
     """Says what will be redone, and checks what can be checked before the folder is made or changed."""
-    config, first = workshop.config, run.round(0)
+    config, first = session.config, run.round(0)
     _refuse_previous_version(run)
     data = Path(config.data.path).expanduser()
-    links = chain(run, config, workshop.base, data if data.exists() else None)
+    links = chain(run, config, session.base, data if data.exists() else None)
     states = assess(links, config)
     fresh = None
     if states[0][1].is_fresh:
         heldout = [Example.from_json(row) for row in read_jsonl(run.heldout)]
     else:
         begun = links[0].begin()
-        kept, heldout, rejections = prepare(workshop)
+        kept, heldout, rejections = prepare(session)
         fresh = FreshData(begun, kept, rejections)
     pending = {link.name for link, state in states if not state.is_fresh}
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
-        stages.check_training(workshop, read_dataset(first) if fresh is None else fresh.kept, heldout)
+        stages.check_training(session, read_dataset(first) if fresh is None else fresh.kept, heldout)
     if "refine" in pending:
         stages.check_refiner(config)
     for line in redone(states):
-        workshop.progress.say(line)
-    return Plan(run, workshop, heldout, links, fresh)
+        session.progress.say(line)
+    return Plan(run, session, heldout, links, fresh)
 
 
 def redone(states: Sequence[tuple[Link, State]]) -> list[str]:
@@ -165,54 +165,54 @@ def _prepare(plan: Plan, link: Link) -> None:
     began = time.monotonic()
     if link.earlier is not None:
         begun = link.begin()
-        kept, _ = stages.merged(plan.workshop, link.earlier)
+        kept, _ = stages.merged(plan.session, link.earlier)
     else:
         assert plan.fresh is not None  # `_checked` read it, since this stage was not done
         begun, kept, rejections = plan.fresh
         write_jsonl(plan.run.rejected, (r.to_json() for r in rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
     write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
-    begun.finish(plan.workshop.config, time.monotonic() - began, n=len(kept))
+    begun.finish(plan.session.config, time.monotonic() - began, n=len(kept))
 
 
 def _train(plan: Plan, link: Link) -> None:
     model = link.models["start"]
     assert model is not None  # `chain` was given the base
-    stages.train_stage(plan.workshop, link.folder, model, plan.heldout, restart=True)
+    stages.train_stage(plan.session, link.folder, model, plan.heldout, restart=True)
 
 
 def _score(plan: Plan, link: Link) -> None:
     folder, pre_model = link.folder, link.models["pre_model"]
-    stages.score_stage(plan.workshop, folder, folder.checkpoint, pre_model, earlier=link.earlier)
+    stages.score_stage(plan.session, folder, folder.checkpoint, pre_model, earlier=link.earlier)
 
 
 def _select(plan: Plan, link: Link) -> None:
-    stages.select_stage(plan.workshop, link.folder)
+    stages.select_stage(plan.session, link.folder)
 
 
 def _refine(plan: Plan, link: Link) -> None:
-    stages.refine_round(plan.workshop, link.folder)
+    stages.refine_round(plan.session, link.folder)
 
 
 def _merge(plan: Plan, link: Link) -> None:
     began, begun = time.monotonic(), link.begin()
-    stages.merge_stage(plan.workshop, link.folder)
-    begun.finish(plan.workshop.config, time.monotonic() - began)
+    stages.merge_stage(plan.session, link.folder)
+    begun.finish(plan.session.config, time.monotonic() - began)
 
 
 def _evaluate(plan: Plan, link: Link) -> None:
     began, begun = time.monotonic(), link.begin()
     models = {name: path for name, path in link.models.items() if path is not None}
-    losses = stages.measure_heldout(plan.workshop, plan.run, models, plan.heldout)
-    begun.finish(plan.workshop.config, time.monotonic() - began, losses=losses)
+    losses = stages.measure_heldout(plan.session, plan.run, models, plan.heldout)
+    begun.finish(plan.session.config, time.monotonic() - began, losses=losses)
 
 
 def _export(plan: Plan, link: Link) -> None:
-    began, begun, workshop = time.monotonic(), link.begin(), plan.workshop
-    out, checkpoint, dtype = link.writes[0], link.folder.checkpoint, workshop.config.model.dtype
+    began, begun, session = time.monotonic(), link.begin(), plan.session
+    out, checkpoint, dtype = link.writes[0], link.folder.checkpoint, session.config.model.dtype
     shutil.rmtree(out, ignore_errors=True)  # of a run that ended before the manifest could name it
-    facts = stages.export_checkpoint(checkpoint, out, dtype, workshop.progress, mesh=workshop.mesh)
-    begun.finish(workshop.config, time.monotonic() - began, **facts)
+    facts = stages.export_checkpoint(checkpoint, out, dtype, session.progress, mesh=session.mesh)
+    begun.finish(session.config, time.monotonic() - began, **facts)
 
 
 FUNCTIONS: dict[str, Callable[[Plan, Link], None]] = {

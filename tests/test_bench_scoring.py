@@ -52,7 +52,8 @@ def test_sizes_have_the_median_and_the_percentile(count: int) -> None:
 @pytest.mark.parametrize("family", ["llama3", "smollm2", "qwen3", "gemma3"])
 def test_flops_are_those_of_the_matrices_and_of_every_pair_that_attends(family: str, tmp_path: Path) -> None:
     """Counted off the loaded parameters and off each layer's mask, drawn whole."""
-    _, params, config = load(write_tiny_model(tmp_path / "model", **FAMILIES[family]))
+    loaded = load(write_tiny_model(tmp_path / "model", **FAMILIES[family]))
+    params, config = loaded.params, loaded.config
     t, targets = 48, 5
     a_token = 2 * sum(x.size for x in jax.tree.leaves(params) if x.ndim == 3)
     distance_tt = np.arange(t)[:, None] - np.arange(t)

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from forward import forward
 from jax.sharding import Mesh
 
 from middo_jax.config import ConfigError, MeshSettings, TrainSettings
-from middo_jax.models.checkpoint import abstract_params, read_metadata, restore_params, save_params
+from middo_jax.models.checkpoint import read_metadata, restore_params, save_params
 from middo_jax.models.config import DecoderConfig
-from middo_jax.models.decoder import Decoder, forward, split
+from middo_jax.models.decoder import Decoder, split
+from middo_jax.models.model import Params, abstract_model, structure
 from middo_jax.models.parameters import parameters
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.run import RunError
@@ -40,10 +42,10 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
     return make_mesh(settings, jax.devices()[: data * fsdp * tensor])
 
 
-def params_on(mesh: Mesh, seed: int = 0) -> nnx.State:
+def params_on(mesh: Mesh, seed: int = 0) -> Params:
     _, params = split(Decoder(CONFIG, jax.random.key(seed)))
     return jax.tree.map(
-        lambda x, to: jax.device_put(x, to.sharding), params, abstract_params(CONFIG, mesh)[1]
+        lambda x, to: jax.device_put(x, to.sharding), params, abstract_model(CONFIG, mesh).params
     )
 
 
@@ -53,11 +55,11 @@ def state_at(step: int, mesh: Mesh) -> TrainState:
 
 
 def targets(mesh: Mesh):
-    params = abstract_params(CONFIG, mesh)[1]
+    params = abstract_model(CONFIG, mesh).params
     return params, abstract_opt_state(OPTIMIZER, params, mesh)
 
 
-def assert_identical(got: nnx.State, want: nnx.State) -> None:
+def assert_identical(got: Params, want: Params) -> None:
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
 
@@ -73,13 +75,13 @@ def test_parameters_come_back_on_another_mesh(shape: tuple[int, int, int], tmp_p
     save_params(tmp_path, saved, {"base": "models/tiny", "step": 7})
     assert read_metadata(tmp_path) == {"base": "models/tiny", "step": 7}
     mesh = mesh_of(*shape)
-    graphdef, restored = restore_params(tmp_path, CONFIG, mesh)
+    restored = restore_params(tmp_path, CONFIG, mesh)
     assert_identical(restored, saved)
     placed = dict(nnx.to_flat_state(restored))
     for spec in parameters(CONFIG):
         assert placed[spec.path][...].sharding.is_equivalent_to(spec.sharding(mesh), len(spec.axes))
     tokens = jnp.arange(8)[None]
-    hidden = forward(graphdef, restored, tokens, jnp.zeros((1, 8), jnp.int32), tokens)
+    hidden = forward(structure(CONFIG), restored, tokens, jnp.zeros((1, 8), jnp.int32), tokens)
     assert hidden.shape == (1, 8, 32)
 
 
@@ -87,10 +89,10 @@ def test_dtype_is_kept_or_cast(tmp_path: Path):
     mesh = mesh_of(1, 1, 1)
     saved = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_on(mesh))
     save_params(tmp_path, saved, {})
-    kept = restore_params(tmp_path, CONFIG, mesh)[1]
+    kept = restore_params(tmp_path, CONFIG, mesh)
     assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype(jnp.bfloat16)}
     assert_identical(kept, saved)
-    cast = restore_params(tmp_path, CONFIG, mesh, "float32")[1]
+    cast = restore_params(tmp_path, CONFIG, mesh, "float32")
     assert {x.dtype for x in jax.tree.leaves(cast)} == {jnp.dtype(jnp.float32)}
     assert_identical(cast, jax.tree.map(lambda x: x.astype(jnp.float32), saved))
 
@@ -99,7 +101,7 @@ def test_a_later_save_replaces_an_earlier_one(tmp_path: Path):
     mesh = mesh_of(1, 1, 1)
     save_params(tmp_path, params_on(mesh, seed=0), {"step": 1})
     save_params(tmp_path, params_on(mesh, seed=1), {"step": 2})
-    assert_identical(restore_params(tmp_path, CONFIG, mesh)[1], params_on(mesh, seed=1))
+    assert_identical(restore_params(tmp_path, CONFIG, mesh), params_on(mesh, seed=1))
     assert read_metadata(tmp_path) == {"step": 2}
 
 

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from forward import forward
 from golden.make_golden import CASES, GOLDEN, next_token_nll, tokens_of, torch_logits
 from tiny_model import FAMILIES, write_tiny_model
 from transformers import AutoConfig, AutoTokenizer
 
 from middo_jax.models.config import UnsupportedModel, from_hugging_face, read_config
-from middo_jax.models.decoder import forward
 from middo_jax.models.gguf import demo_model_path
 from middo_jax.models.hf import CheckpointError, load, tensor_table
+from middo_jax.models.model import Params, bound
 from middo_jax.models.nll import target_nll_sum
 from middo_jax.models.resolve import resolve
 
@@ -28,11 +28,12 @@ TOLERANCE = 1e-4
 
 def our_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
     """float32 [b, t, v]."""
-    graphdef, params, config = load(directory)
+    loaded = load(directory)
+    graphdef, params, config = loaded.graphdef, loaded.params, loaded.config
     segment_ids_bt = np.zeros_like(tokens)
     positions_bt = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     hidden_btd = jax.jit(forward, static_argnums=0)(graphdef, params, tokens, segment_ids_bt, positions_bt)
-    logits_nv = nnx.merge(graphdef, params).unembed(hidden_btd.reshape(-1, config.hidden_size))
+    logits_nv = bound(graphdef, params).unembed(hidden_btd.reshape(-1, config.hidden_size))
     return np.asarray(logits_nv).reshape(*tokens.shape, -1)
 
 
@@ -137,7 +138,8 @@ def test_what_is_not_computed_exactly_is_refused_by_name(fields: dict[str, Any],
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_is_unpacked(tmp_path: Path, family: str) -> None:
     """Three sequences in one row are three rows of one, windows and all."""
-    graphdef, params, _ = load(write_tiny_model(tmp_path, **FAMILIES[family]))
+    loaded = load(write_tiny_model(tmp_path, **FAMILIES[family]))
+    graphdef, params = loaded.graphdef, loaded.params
     rng = np.random.default_rng(0)
     sequences = [rng.integers(400, size=size, dtype=np.int32) for size in (40, 60, 3)]
     together = forward(graphdef, params, *packed(sequences, 112))[0]
@@ -155,15 +157,16 @@ def test_equals_transformers(tmp_path: Path, family: str) -> None:
     """Logits of sequences packed into one row, and the gradient of their loss, against each on its own."""
     pytest.importorskip("torch")
     directory = write_tiny_model(tmp_path, seed=7, **FAMILIES[family])
-    graphdef, params, config = load(directory)
+    loaded = load(directory)
+    graphdef, params, config = loaded.graphdef, loaded.params, loaded.config
     rng = np.random.default_rng(7)
     # From 3 on: torch gives the padding token's embedding, 2 here, no gradient, in a text either.
     sequences = [rng.integers(3, 400, size=size, dtype=np.int32) for size in (64, 33)]
     tokens, segment_ids, positions = packed(sequences, 104)
     has_next = (segment_ids >= 0) & (segment_ids == np.roll(segment_ids, -1, axis=1))
 
-    def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, params)
+    def loss(params: Params) -> tuple[jax.Array, jax.Array]:
+        model = bound(graphdef, params)
         hidden_btd = model.hidden(jnp.asarray(tokens), jnp.asarray(segment_ids), jnp.asarray(positions))
         nll = target_nll_sum(
             model, hidden_btd, jnp.roll(jnp.asarray(tokens), -1, axis=1), jnp.asarray(has_next), chunk=32
@@ -244,11 +247,12 @@ def test_the_real_model_answers_paris(demo_model: Path) -> None:
         tokenize=False,
         add_generation_prompt=True,
     )
-    graphdef, params, _ = load(demo_model)
+    loaded = load(demo_model)
+    graphdef, params = loaded.graphdef, loaded.params
 
     @jax.jit
-    def next_token(params: nnx.State, tokens_bt: jax.Array, last: jax.Array) -> jax.Array:
-        decoder = nnx.merge(graphdef, params)
+    def next_token(params: Params, tokens_bt: jax.Array, last: jax.Array) -> jax.Array:
+        decoder = bound(graphdef, params)
         hidden_btd = decoder.hidden(
             tokens_bt, jnp.zeros_like(tokens_bt), jnp.arange(tokens_bt.shape[1])[None]
         )

@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 from sklearn.neighbors import NearestNeighbors
 
 from middo_jax.config import MeshSettings
-from middo_jax.diagnose.diversity import nearest_neighbours
-from middo_jax.diagnose.duplicates import groups
-from middo_jax.diagnose.table import Measured
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.signals.duplicates import groups
+from middo_jax.signals.neighbours.search import nearest_neighbours
+from middo_jax.signals.table import Measured
 
 
 def ring_of(devices: int) -> Mesh:

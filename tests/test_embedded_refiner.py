@@ -17,7 +17,7 @@ from middo_jax.inference import server
 from middo_jax.progress import Silent
 from middo_jax.refine import AnswerCache
 from middo_jax.run import RoundDir, read_jsonl
-from middo_jax.workshop import Workshop
+from middo_jax.session import Session
 
 pytest_plugins = ["loop_fixture"]
 
@@ -50,9 +50,9 @@ def refined(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     changes = {"refine__base_url": "null", "refine__model": "null", "refine__max_attempts": 2}
-    workshop = Workshop(load(None, finished.settings(**changes, mesh__tensor=2)), Silent())
+    session = Session(load(None, finished.settings(**changes, mesh__tensor=2)), Silent())
     cache = AnswerCache(tmp_path / "cache.sqlite")
-    stages.refine_stage(workshop, directory, 0, cache)
+    stages.refine_stage(session, directory, 0, cache)
     cache.close()
     return directory, engines, keys
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from forward import forward
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import FAMILIES, write_tiny_model
 
@@ -21,7 +21,8 @@ from middo_jax.inference import engine as engine_module
 from middo_jax.inference.engine import CHUNK, Completion, Engine
 from middo_jax.inference.sampling import Request, Sampling, keep_likely, sample
 from middo_jax.models.config import DecoderConfig, LayerKind, LinearRope
-from middo_jax.models.decoder import Decoder, KVCache, forward, split
+from middo_jax.models.decoder import Decoder, KVCache, split
+from middo_jax.models.model import Model, bound
 from middo_jax.models.source import load, locate
 from middo_jax.parallel.mesh import fitting_spec, make_mesh
 
@@ -84,6 +85,10 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng([length, seed]).integers(0, CONFIG.vocab_size, length).tolist()
 
 
+def engine_of(model: Model, **sizes: int) -> Engine:
+    return Engine(model.graphdef, model.params, **sizes)
+
+
 def full_forward_greedy(model, tokens: list[int], count: int) -> list[int]:
     """Greedy decoding without a cache: the whole text is read again for every token."""
     graphdef, params = model
@@ -93,7 +98,7 @@ def full_forward_greedy(model, tokens: list[int], count: int) -> list[int]:
         padded[0, : len(tokens)] = tokens
         segments = np.where(np.arange(CONTEXT) < len(tokens), 0, -1)[None]
         hidden = read_whole(graphdef, params, padded, segments, np.arange(CONTEXT)[None])
-        logits = nnx.merge(graphdef, params).unembed(hidden[:, len(tokens) - 1])
+        logits = bound(graphdef, params).unembed(hidden[:, len(tokens) - 1])
         tokens.append(int(jnp.argmax(logits)))
     return tokens[length:]
 
@@ -181,8 +186,8 @@ def test_a_long_prompt_does_not_keep_others_waiting(model, monkeypatch):
 @pytest.mark.parametrize("which", ["model", "local_model"])
 def test_logits_are_the_same_bits_in_every_slot_among_any_neighbours(which, request):
     graphdef, params = request.getfixturevalue(which)
-    layers = nnx.merge(graphdef, params).config.num_layers
-    read = jax.jit(lambda cache, tokens, at: nnx.merge(graphdef, params).hidden_cached(tokens, at, cache)[0])
+    layers = bound(graphdef, params).config.num_layers
+    read = jax.jit(lambda cache, tokens, at: bound(graphdef, params).hidden_cached(tokens, at, cache)[0])
     rng = np.random.default_rng(0)
     own = rng.normal(size=(2, layers, CONTEXT, CONFIG.num_kv_heads, CONFIG.head_dim))
     seen = set()
@@ -205,10 +210,10 @@ def test_a_mesh_of_eight_devices_answers_as_one_device_does(tmp_path, family):
         dataclasses.replace(request, prompt_tokens=[7] * CHUNK + list(request.prompt_tokens))
         for request in mixed_requests()
     ]
-    with Engine(*load(source), max_batch=4, max_context=512) as engine:
+    with engine_of(load(source), max_batch=4, max_context=512) as engine:
         expected = engine.generate(requests)
     mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
-    with Engine(*load(source, mesh=mesh), max_batch=4, max_context=512) as engine:
+    with engine_of(load(source, mesh=mesh), max_batch=4, max_context=512) as engine:
         assert engine.generate(requests) == expected
         assert [engine.generate([request])[0] for request in requests] == expected
         spec = PartitionSpec(None, ("data", "fsdp"), None, ("tensor",))
@@ -220,10 +225,10 @@ def test_a_mesh_of_eight_devices_answers_as_one_device_does(tmp_path, family):
 def test_slots_and_heads_that_the_mesh_does_not_divide_stay_whole(tmp_path):
     source = locate(write_tiny_model(tmp_path, num_key_value_heads=1))
     request = Request(prompt(40), max_tokens=8)
-    with Engine(*load(source), max_batch=3, max_context=CONTEXT) as engine:
+    with engine_of(load(source), max_batch=3, max_context=CONTEXT) as engine:
         expected = engine.generate([request] * 3)
     mesh = make_mesh(MeshSettings(data=4, fsdp=2, tensor=1))
-    with Engine(*load(source, mesh=mesh), max_batch=3, max_context=CONTEXT) as engine:
+    with engine_of(load(source, mesh=mesh), max_batch=3, max_context=CONTEXT) as engine:
         assert engine.generate([request] * 3) == expected
         assert engine._cache.keys.sharding.is_fully_replicated
         assert len(engine._cache.keys.sharding.device_set) == 8
@@ -234,8 +239,8 @@ def test_devices_exchange_rows_of_the_cache_and_never_all_of_it(tmp_path, progra
     """No collective is as large as what two slots hold: whatever it collects is one slot's, or no cache."""
     slots, context = 8, 1024
     mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
-    graphdef, params = load(locate(write_tiny_model(tmp_path)), mesh=mesh)
-    config = nnx.merge(graphdef, params).config
+    loaded = load(locate(write_tiny_model(tmp_path)), mesh=mesh)
+    graphdef, params, config = loaded.graphdef, loaded.params, loaded.config
     sampling = [(Request((), 0), 0)]
     with jax.set_mesh(mesh):
         cache = engine_module._made_cache(config, slots, context)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from golden.make_golden import torch_logits
 from safetensors.numpy import load_file
 from tiny_model import FAMILIES, write_tiny_model
@@ -24,8 +23,8 @@ from middo_jax.config import MeshSettings
 from middo_jax.data.tokenize import load_tokenizer
 from middo_jax.models import hf
 from middo_jax.models.checkpoint import save_params
-from middo_jax.models.config import DecoderConfig
 from middo_jax.models.hf import CheckpointError, verifying
+from middo_jax.models.model import Model, Params
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.progress import Silent
 from middo_jax.stages import export_checkpoint
@@ -45,14 +44,14 @@ class Said(Silent):
         self.lines.append(text)
 
 
-def trained(base: Path, mesh: jax.sharding.Mesh | None = None) -> tuple[nnx.State, DecoderConfig]:
-    """float32 parameters that have moved away from the base's, which bfloat16 cannot hold."""
-    _, params, config = hf.load(base, mesh=mesh)
-    return _moved(params), config
+def trained(base: Path, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """A model of float32 parameters that have moved away from the base's, which bfloat16 cannot hold."""
+    model = hf.load(base, mesh=mesh)
+    return model.with_params(_moved(model.params))
 
 
 @jax.jit
-def _moved(params: nnx.State) -> nnx.State:
+def _moved(params: Params) -> Params:
     return jax.tree.map(lambda x: x * 1.01 + 0.003, params)
 
 
@@ -68,8 +67,9 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def checkpoint(base: Path, tmp_path: Path) -> Path:
     """Of a training with a template of its own."""
-    params, _ = trained(base)
-    save_params(tmp_path / "checkpoint", params, {"base": str(base), "chat_template": TRAINED_WITH})
+    save_params(
+        tmp_path / "checkpoint", trained(base).params, {"base": str(base), "chat_template": TRAINED_WITH}
+    )
     return tmp_path / "checkpoint"
 
 
@@ -79,10 +79,10 @@ def test_transformers_computes_what_we_compute(tmp_path: Path, family: str) -> N
     pytest.importorskip("torch")
     base, out = write_tiny_model(tmp_path / "base", **FAMILIES[family]), tmp_path / "out"
     mesh = one_device()
-    params, config = trained(base, mesh)
-    expected = hf.expect(params, config, load_tokenizer(base), "bfloat16", mesh)
+    model = trained(base, mesh)
+    expected = hf.expect(model, load_tokenizer(base), "bfloat16")
     assert sum(map(len, expected.tokens)) > 200
-    verification = hf.export(params, config, base, out, "bfloat16", expectation=expected)
+    verification = hf.export(model, base, out, "bfloat16", expectation=expected)
     assert verification is not None
     assert verification.max_difference < 1e-4
     assert verification.n_prompts == len(expected.tokens)
@@ -97,8 +97,8 @@ def test_transformers_computes_what_we_compute(tmp_path: Path, family: str) -> N
 def test_an_export_opens_as_it_is(tmp_path: Path, base: Path) -> None:
     """As evaluation harnesses open it; no hub is asked (HF_HUB_OFFLINE)."""
     torch = pytest.importorskip("torch")
-    params, config = trained(base)
-    hf.export(params, config, base, tmp_path / "out", "bfloat16", max_shard_bytes=30_000)
+    model = trained(base)
+    hf.export(model, base, tmp_path / "out", "bfloat16", max_shard_bytes=30_000)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype="auto", output_loading_info=True
@@ -118,32 +118,30 @@ def test_an_export_opens_as_it_is(tmp_path: Path, base: Path) -> None:
 @pytest.mark.parametrize("wrong", ["weights", "tokens", "numbers"])
 def test_what_is_not_our_model_is_not_left(tmp_path: Path, base: Path, wrong: str) -> None:
     pytest.importorskip("torch")
-    mesh = one_device()
-    params, config = trained(base)
-    expected = hf.expect(params, config, load_tokenizer(base), None, mesh)
+    model = trained(base)
+    expected = hf.expect(model, load_tokenizer(base), None)
     if wrong == "weights":
         message = "differs by"
-        params = jax.tree.map(lambda x: x * 1.001, params)
+        model = model.with_params(jax.tree.map(lambda x: x * 1.001, model.params))
     elif wrong == "tokens":
         message = "the exported tokenizer gives prompt 1 other tokens"
         first, second, *others = expected.tokens
         expected = dataclasses.replace(expected, tokens=(first, second + 1, *others))
     else:
         message = "logits are not all finite"
-        params = jax.tree.map(lambda x: x * jnp.nan, params)
+        model = model.with_params(jax.tree.map(lambda x: x * jnp.nan, model.params))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=message):
-        hf.export(params, config, base, tmp_path / "out", expectation=expected)
+        hf.export(model, base, tmp_path / "out", expectation=expected)
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parity
 def test_one_wrong_logit_is_found_where_it_is(tmp_path: Path, base: Path) -> None:
     pytest.importorskip("torch")
-    mesh = one_device()
-    params, config = trained(base)
-    expected = hf.expect(params, config, load_tokenizer(base), None, mesh)
-    hf.export(params, config, base, tmp_path / "out")
+    model = trained(base)
+    expected = hf.expect(model, load_tokenizer(base), None)
+    hf.export(model, base, tmp_path / "out")
     largest = max(np.abs(logits).max() for logits in expected.logits)
     changed = [logits.copy() for logits in expected.logits]
     changed[2][5, 17] += 3 * verifying.TOLERANCE * largest
@@ -193,7 +191,7 @@ def test_without_torch_it_says_so(
 
 def test_without_memory_for_it_too(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    _, config = trained(base)
+    config = trained(base).config
     assert hf.obstacle(config) is None
     huge = dataclasses.replace(config, num_layers=10_000_000_000)
     assert "torch would hold" in (hf.obstacle(huge) or "")

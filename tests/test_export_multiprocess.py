@@ -22,8 +22,8 @@ from middo_jax.config import MeshSettings
 from middo_jax.models import hf
 from middo_jax.parallel.mesh import make_mesh
 
-_, params, config = hf.load(directory, mesh=make_mesh(MeshSettings(data=1, fsdp=4, tensor=2)))
-hf.export(params, config, directory, out, "bfloat16", max_shard_bytes=30_000)
+model = hf.load(directory, mesh=make_mesh(MeshSettings(data=1, fsdp=4, tensor=2)))
+hf.export(model, directory, out, "bfloat16", max_shard_bytes=30_000)
 """
 
 

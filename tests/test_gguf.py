@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from tiny_model import CHAT_TEMPLATE, FAMILIES, LLAMA3_ROPE, write_tiny_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
+from middo_jax import cli
 from middo_jax.models.config import DecoderConfig, read_config
 from middo_jax.models.gguf import DEMOS, convert, demo_gguf, demo_model_path
 from middo_jax.models.gguf.__main__ import main
@@ -317,6 +318,32 @@ def test_resolve_converts_once(model: Path, tmp_path: Path, monkeypatch: pytest.
     written = (first / "model.safetensors").stat().st_mtime_ns
     assert resolve(str(path)) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_counting_tokens_needs_no_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`middo inspect` of a GGUF writes its tokenizer, once, and tells what the converted model would."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path, data = write_gguf(tmp_path / "m.gguf", model), tmp_path / "data.jsonl"
+    data.write_text('{"instruction": "Name 3 rivers.", "output": "Rhône, Ob and Nile."}\n', encoding="utf-8")
+
+    def inspected(model: Path) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["middo", "inspect", str(data), "--model", str(model), "--json"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+        return json.loads(capsys.readouterr().out)
+
+    facts = inspected(path)
+    cached = [file for file in (tmp_path / "cache" / "middo-jax" / "gguf").rglob("*") if file.is_file()]
+    assert {file.name for file in cached} >= {"tokenizer.json", "tokenizer_config.json"}
+    assert not [file for file in cached if file.suffix == ".safetensors"]
+    written = {file: file.stat().st_mtime_ns for file in cached}
+    assert inspected(path) == facts == inspected(convert(path, tmp_path / "whole"))
+    assert {file: file.stat().st_mtime_ns for file in cached} == written
+    # A model that is to compute gets its weights all the same.
+    assert (resolve(str(path)) / "model.safetensors").is_file()
 
 
 def packages(folder: Path, parts: list[bytes], monkeypatch: pytest.MonkeyPatch) -> Demo:

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from middo_jax.config import ConfigError, MeshSettings
 from middo_jax.models.decoder import Decoder, split
 from middo_jax.models.hf import export, files, load
+from middo_jax.models.model import Params, bound
 from middo_jax.models.parameters import num_params, parameters
 from middo_jax.parallel.mesh import make_mesh
 
@@ -49,7 +50,7 @@ def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None
         assert a[name].tobytes() == b[name].tobytes(), name
 
 
-def assert_same_params(a: nnx.State, b: nnx.State) -> None:
+def assert_same_params(a: Params, b: Params) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype
@@ -57,7 +58,7 @@ def assert_same_params(a: nnx.State, b: nnx.State) -> None:
 
 
 def test_loaded_values_are_those_of_the_file(model: Path) -> None:
-    _, params, _ = load(model)
+    params = load(model).params
     tensors = load_file(model / "model.safetensors")
     np.testing.assert_array_equal(params["embed"][...], tensors["model.embed_tokens.weight"])
     np.testing.assert_array_equal(params["lm_head"][...], tensors["lm_head.weight"])
@@ -74,20 +75,22 @@ def test_loaded_values_are_those_of_the_file(model: Path) -> None:
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 def test_dtypes_are_read_and_cast(tmp_path: Path, stored: str) -> None:
     directory = write_tiny_model(tmp_path, dtype=stored)
-    _, params, config = load(directory, dtype="bfloat16", param_dtype="float32")
+    loaded = load(directory, dtype="bfloat16", param_dtype="float32")
+    params, config = loaded.params, loaded.config
     assert config.dtype == "bfloat16"
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     original = load_file(directory / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
     np.testing.assert_array_equal(params["embed"][...], original)
-    _, narrow, _ = load(directory, dtype="bfloat16")
+    narrow = load(directory, dtype="bfloat16").params
     np.testing.assert_array_equal(narrow["embed"][...], original.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_sharded_parameters_equal_one_device(model: Path, shape: tuple[int, int, int]) -> None:
     mesh = mesh_of(shape)
-    _, params, config = load(model)
-    _, sharded, _ = load(model, mesh=mesh)
+    loaded = load(model)
+    params, config = loaded.params, loaded.config
+    sharded = load(model, mesh=mesh).params
     assert_same_params(params, sharded)
     for spec in parameters(config):
         array = dict(sharded.flat_state())[spec.path][...]
@@ -97,14 +100,15 @@ def test_sharded_parameters_equal_one_device(model: Path, shape: tuple[int, int,
 @pytest.mark.parametrize("shape", MESHES[:3])
 def test_sharded_logits_equal_one_device(model: Path, shape: tuple[int, int, int]) -> None:
     mesh = mesh_of(shape)
-    graphdef, params, config = load(model)
-    _, sharded, _ = load(model, mesh=mesh)
+    loaded = load(model)
+    graphdef, params, config = loaded.graphdef, loaded.params, loaded.config
+    sharded = load(model, mesh=mesh).params
     tokens = jax.random.randint(jax.random.key(0), (8, 24), 0, config.vocab_size)
     segments = jnp.zeros_like(tokens)
     positions = jnp.broadcast_to(jnp.arange(24), tokens.shape)
 
-    def logits(params: nnx.State) -> jax.Array:
-        decoder = nnx.merge(graphdef, params)
+    def logits(params: Params) -> jax.Array:
+        decoder = bound(graphdef, params)
         hidden_btd = decoder.hidden(tokens, segments, positions)
         return decoder.unembed(hidden_btd.reshape(-1, config.hidden_size))
 
@@ -129,11 +133,12 @@ def test_each_value_is_read_once(
 
     monkeypatch.setattr(files.Weights, "blocks", counted)
     monkeypatch.setattr(files, "_BLOCK_BYTES", 1000)  # several blocks a tensor
-    _, params, config = load(model, mesh=mesh_of(shape))
+    loaded = load(model, mesh=mesh_of(shape))
+    params, config = loaded.params, loaded.config
     assert sum(sizes) == num_params(config)
     assert max(sizes) * 4 <= 1000
     monkeypatch.undo()
-    assert_same_params(params, load(model)[1])
+    assert_same_params(params, load(model).params)
 
 
 @pytest.mark.as_in_use  # or transfers hold their buffers for longer
@@ -146,12 +151,13 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path: Path, shape: tuple[int, i
     assert (directory / "model.safetensors").stat().st_size > 10 * largest
     mesh = make_mesh(MeshSettings(data=1, fsdp=shape[1], tensor=1), jax.devices()[: math.prod(shape)])
 
-    def peak(step: str) -> tuple[int, nnx.State]:
+    def peak(step: str) -> tuple[int, Params]:
         tracemalloc.start()
-        _, params, config = load(directory, mesh=mesh)
+        loaded = load(directory, mesh=mesh)
+        params = loaded.params
         if step == "export":
             tracemalloc.reset_peak()
-            export(params, config, directory, tmp_path / f"out{len(list(tmp_path.iterdir()))}")
+            export(loaded, directory, tmp_path / f"out{len(list(tmp_path.iterdir()))}")
         held = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return held, params
@@ -175,14 +181,16 @@ def test_a_mesh_that_does_not_divide_is_named(tmp_path: Path) -> None:
 def test_a_family_is_exported_as_it_was(tmp_path: Path, family: str) -> None:
     source = write_tiny_model(tmp_path / "source", dtype="bfloat16", **FAMILIES[family])
     mesh = mesh_of((2, 2, 2))
-    graphdef, params, config = load(source, "bfloat16", mesh=mesh)
+    loaded = load(source, "bfloat16", mesh=mesh)
+    graphdef, params, config = loaded.graphdef, loaded.params, loaded.config
     fresh_graphdef, fresh = split(nnx.eval_shape(lambda: Decoder(config, jax.random.key(0))))
     assert graphdef == fresh_graphdef
     assert jax.tree.structure(params) == jax.tree.structure(fresh)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
-    export(params, config, source, tmp_path / "out")
+    export(loaded, source, tmp_path / "out")
     assert_same_bits(all_tensors(tmp_path / "out"), all_tensors(source))
-    _, again, config_again = load(tmp_path / "out", "bfloat16", mesh=mesh)
+    loaded = load(tmp_path / "out", "bfloat16", mesh=mesh)
+    again, config_again = loaded.params, loaded.config
     assert config_again == config
     assert_same_params(again, params)
 
@@ -195,10 +203,12 @@ def test_several_files_are_exported_as_one(
 ) -> None:
     source = write_tiny_model(tmp_path / "source", tie=tie, dtype=dtype)
     mesh = mesh_of(shape) if shape else None
-    _, params, config = load(source, dtype, mesh=mesh)
-    export(params, config, source, tmp_path / "out", max_shard_bytes=30_000)
+    loaded = load(source, dtype, mesh=mesh)
+    params, config = loaded.params, loaded.config
+    export(loaded, source, tmp_path / "out", max_shard_bytes=30_000)
     assert_same_bits(all_tensors(tmp_path / "out"), all_tensors(source))
-    _, again, config_again = load(tmp_path / "out", dtype)
+    loaded = load(tmp_path / "out", dtype)
+    again, config_again = loaded.params, loaded.config
     assert config_again == config
     assert_same_params(again, params)
 
@@ -228,28 +238,28 @@ def test_any_number_survives(tmp_path: Path, dtype: str, shape: tuple[int, int, 
     embed.flat[:4] = [0.0, -0.0, np.inf, -np.inf]
     assert (abs(embed.astype(np.float64)) < np.finfo(np.float32).tiny).sum() > 2 or dtype == "float16"
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    _, params, config = load(source, dtype, mesh=mesh_of(shape) if shape else None)
-    export(params, config, source, tmp_path / "out")
+    loaded = load(source, dtype, mesh=mesh_of(shape) if shape else None)
+    export(loaded, source, tmp_path / "out")
     assert_same_bits(all_tensors(tmp_path / "out"), tensors)
 
 
 def test_export_casts_and_says_so(tmp_path: Path, model: Path) -> None:
-    _, params, config = load(model)
-    export(params, config, model, tmp_path / "out", dtype="bfloat16")
+    loaded = load(model)
+    export(loaded, model, tmp_path / "out", dtype="bfloat16")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written == json.loads((model / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
     expected = {name: tensor.astype(jnp.bfloat16) for name, tensor in all_tensors(model).items()}
     assert_same_bits(load_file(tmp_path / "out" / "model.safetensors"), expected)
     with pytest.raises(ValueError, match="dtype 'int8' cannot be exported, only float32, float16, bfloat16"):
-        export(params, config, model, tmp_path / "other", dtype="int8")
+        export(loaded, model, tmp_path / "other", dtype="int8")
 
 
 def test_export_carries_the_tokenizer(tmp_path: Path, model: Path) -> None:
     (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
-    _, params, config = load(model)
-    export(params, config, model, tmp_path / "out")
+    loaded = load(model)
+    export(loaded, model, tmp_path / "out")
     for name in (
         "tokenizer.json",
         "tokenizer_config.json",
@@ -274,15 +284,15 @@ def test_export_carries_the_template_of_the_training(tmp_path: Path, model: Path
         settings["chat_template"] = before
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     trained = "{% for message in messages %}Ω {{ message['content'] }}{{ eos_token }}\n{% endfor %}"
-    _, params, config = load(model)
-    export(params, config, model, tmp_path / "out", chat_template=trained)
+    loaded = load(model)
+    export(loaded, model, tmp_path / "out", chat_template=trained)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == trained
     in_config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert in_config == settings | {"chat_template": trained}
 
     its_own = AutoTokenizer.from_pretrained(model).chat_template
-    export(params, config, model, tmp_path / "same", chat_template=its_own)
+    export(loaded, model, tmp_path / "same", chat_template=its_own)
     assert AutoTokenizer.from_pretrained(tmp_path / "same").chat_template == its_own
     same = (tmp_path / "same" / "tokenizer_config.json").read_bytes()
     assert same == (model / "tokenizer_config.json").read_bytes()
@@ -306,18 +316,18 @@ def test_export_stops_where_the_training_ended_answers(
     path.unlink()
     if generation is not None:
         path.write_text(json.dumps(generation))
-    _, params, config = load(model)
-    export(params, config, model, tmp_path / "out", eos_token_ids=ids)
+    loaded = load(model)
+    export(loaded, model, tmp_path / "out", eos_token_ids=ids)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == expected
 
 
 def test_export_is_whole_or_not_there(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, params, config = load(model)
+    loaded = load(model)
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not an empty directory"):
-        export(params, config, model, occupied)
+        export(loaded, model, occupied)
     assert [p.name for p in occupied.iterdir()] == ["notes.txt"]
 
     def no_space(*_: object) -> None:
@@ -326,5 +336,5 @@ def test_export_is_whole_or_not_there(tmp_path: Path, model: Path, monkeypatch: 
     monkeypatch.setattr(files, "_write_file", no_space)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="No space"):
-        export(params, config, model, tmp_path / "out")
+        export(loaded, model, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before

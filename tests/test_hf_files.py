@@ -183,7 +183,7 @@ def test_wrong_index_is_named(model: Path, index: str, message: str) -> None:
 
 def test_index_and_files_must_agree(model: Path) -> None:
     places = in_two_files(model)
-    _, params, _ = load(model)
+    params = load(model).params
     assert sum(x.size for x in jax.tree.leaves(params)) == sum(
         x.size for file in set(places.values()) for x in load_file(model / file).values()
     )
@@ -204,7 +204,8 @@ def test_harmless_surplus_is_ignored(tmp_path: Path) -> None:
     embed = load_file(directory / WEIGHTS)["model.embed_tokens.weight"]
     inv_freq = np.ones(4, np.float32)
     rewrite(directory, lm_head__weight=embed, model__layers__0__self_attn__rotary_emb__inv_freq=inv_freq)
-    _, params, config = load(directory)
+    loaded = load(directory)
+    params, config = loaded.params, loaded.config
     assert num_params(config) == sum(x.size for x in jax.tree.leaves(params))
 
 
@@ -256,7 +257,7 @@ def test_resolve_gguf_while_another_process_does(tmp_path: Path, monkeypatch: py
     file = tmp_path / "model.gguf"
     file.write_bytes(b"weights")
 
-    def beaten(_: Path, out: Path) -> Path:
+    def beaten(_: Path, out: Path, *, weights: bool) -> Path:
         if finished:
             write_tiny_model(out)
         raise OSError("Directory not empty")
@@ -281,5 +282,7 @@ def test_resolve_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve("org/name-1.5") == tmp_path
     assert not any(pattern.endswith((".bin", ".pt", ".py")) or pattern == "*" for pattern in asked[0][1])
+    resolve("org/name-1.5", weights=False)
+    assert set(asked[0][1]) - set(asked[1][1]) == {"model*.safetensors"}
     with pytest.raises(CheckpointError, match=r"org/absent: no such directory here.*hub repo.*offline"):
         resolve("org/absent")

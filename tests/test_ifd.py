@@ -12,11 +12,11 @@ from tiny_model import write_tiny_model
 from middo_jax.config import MeshSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import load_tokenizer, response_header, tokenize
-from middo_jax.diagnose.ifd import ifd, mean_by_example, responses_alone
-from middo_jax.diagnose.score import score_examples
-from middo_jax.diagnose.table import SCHEMA, Measured, read_scores, write_scores
 from middo_jax.models import hf
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.passes.losses import score_examples
+from middo_jax.signals.ifd import ifd, mean_by_example, responses_alone
+from middo_jax.signals.table import SCHEMA, Measured, read_scores, write_scores
 
 CONVERSATIONS = [
     Example((Message("user", "What is the capital of France?"), Message("assistant", "Paris, of course."))),
@@ -94,7 +94,7 @@ def test_it_is_what_transformers_says(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     mesh = make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    model = hf.load(directory, mesh=mesh)[:2]
+    model = hf.load(directory, mesh=mesh)
     tokenized = [tokenize(e, tokenizer, 512) for e in CONVERSATIONS]
     alone = [responses_alone(t, response_header(tokenizer)) for t in tokenized]
 
@@ -109,7 +109,7 @@ def test_it_is_what_transformers_says(directory: Path) -> None:
         return [-float(log_p[t - 1, ids[0, t]]) for t in range(prefix, prefix + count)]
 
     def score(examples: list) -> tuple[np.ndarray, np.ndarray]:
-        scores, _ = score_examples(*model, examples, mesh=mesh, batch_tokens=1024, chunk=128)
+        scores, _ = score_examples(model, examples, batch_tokens=1024, chunk=128)
         return scores.loss_n, scores.n_targets_n
 
     with_prompt, _ = score(tokenized)

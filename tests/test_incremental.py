@@ -8,10 +8,10 @@ import pytest
 from jax.sharding import Mesh
 
 from middo_jax.config import MeshSettings
-from middo_jax.diagnose import incremental
-from middo_jax.diagnose.diversity import Neighbours, nearest_neighbours, neighbours_through
-from middo_jax.diagnose.incremental import Earlier, rows_before, updated_neighbours
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.signals.neighbours import incremental
+from middo_jax.signals.neighbours.incremental import Earlier, rows_before, updated_neighbours
+from middo_jax.signals.neighbours.search import Neighbours, nearest_neighbours, neighbours_through
 
 N, K, BLOCK = 60, 3, 7
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,13 +16,19 @@ from tiny_sentencepiece import tiny_sentencepiece
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from middo_jax import cli
+from middo_jax.config import load
 from middo_jax.data.example import Example, Message
-from middo_jax.data.packing import plan_buckets
-from middo_jax.data.sources import Rejection
+from middo_jax.data.sources import Rejection, write
 from middo_jax.data.templates import set_template
-from middo_jax.data.tokenize import load_tokenizer, tokenize
+from middo_jax.data.tokenize import load_tokenizer, tokenize, tokenize_all, truncate
+from middo_jax.parallel.mesh import MESH_AXES
+from middo_jax.passes import losses
+from middo_jax.passes.losses import plan_losses
+from middo_jax.progress import Silent
 from middo_jax.report.inspection import inspect_rows, inspect_tokens, length_histogram, sample_parts
 from middo_jax.report.terminal import printable, render_inspection, render_trace
+from middo_jax.session import Session
 
 EXAMPLES = [
     Example(
@@ -41,9 +51,19 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
     return load_tokenizer(write_tiny_model(tmp_path_factory.mktemp("model")))
 
 
+def inspected(
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, pack_length: int = 1024
+) -> dict[str, Any]:
+    whole = tokenize_all(examples, tokenizer)
+    cut = [truncate(t, max_length) for t in whole]
+    scoring = plan_losses(cut, True, 1, 512).facts()
+    sizes = {"max_length": max_length, "pack_length": pack_length}
+    return inspect_tokens(whole, cut, tokenizer, scoring=scoring, **sizes)
+
+
 @pytest.mark.parametrize("max_length", [48, 1024])
 def test_counts(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    facts = inspect_tokens(EXAMPLES, tokenizer, max_length, batch_tokens=512, pack_length=1024)["tokens"]
+    facts = inspected(EXAMPLES, tokenizer, max_length)["tokens"]
     whole = sorted(len(tokenize(e, tokenizer, 1 << 20)) for e in EXAMPLES)
     tokenized = [tokenize(e, tokenizer, max_length) for e in EXAMPLES]
     left = sum(map(len, tokenized))
@@ -54,10 +74,50 @@ def test_counts(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     assert (facts["truncated"] > 0) == (max_length == 48)
     assert facts["target_share"] == pytest.approx(sum(t.is_target_n.sum() for t in tokenized) / left)
     assert facts["training"]["fill"] == pytest.approx(left / (1024 * facts["training"]["rows"]))
-    buckets = plan_buckets([len(t) for t in tokenized], 512)
-    assert facts["scoring"]["shapes"] == [[b.batch, b.length, b.longest] for b in buckets]
-    batches = sum(len(list(b.batches())) * b.batch * b.length for b in buckets)
-    assert facts["scoring"]["fill"] == pytest.approx(left / batches)
+
+
+@pytest.mark.parametrize("turns", ["alike", "as they are"])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 2, 2), (8, 1, 1)], ids=str)
+def test_what_is_said_of_scoring_is_what_runs(
+    shape: tuple[int, int, int],
+    turns: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The mesh's divisor and the prefix that rows share: shapes and fill are those of the pass itself."""
+    model = write_tiny_model(tmp_path / "model")
+    system = Message("system", "You answer in one short sentence.")
+    examples = [
+        Example((system, *e.messages)) if turns == "alike" else e
+        for e in (Example((Message("user", f"{n}?"), Message("assistant", "one " * n))) for n in range(2, 90))
+    ]
+    data = tmp_path / "data.jsonl"
+    write(examples, data, "messages")
+    settings = [f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True)]
+    settings += ["model.dtype=float32", "model.max_length=256", "scoring.batch_tokens=4096"]
+    command = ["middo", "inspect", str(data), "--model", str(model), "--json", *settings]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        cli.main()
+    facts = json.loads(capsys.readouterr().out)
+    session = Session(load(None, [f"model.path={model}", f"data.path={data}", *settings]), Silent())
+    compiled: list[tuple[int, int, int]] = []
+    lower = losses.score_batch.lower
+
+    class Watched:
+        def lower(self, *model: Any, **inputs: Any) -> Any:
+            compiled.append((*inputs["tokens_bt"].shape, inputs["longest"]))
+            return lower(*model, **inputs)
+
+    monkeypatch.setattr(losses, "score_batch", Watched())
+    _, took = losses.score_examples(
+        session.load_model(model), session.tokenize(examples), batch_tokens=4096, chunk=64
+    )
+    scoring = facts["tokens"]["scoring"]
+    assert scoring["shapes"] == [list(shape) for shape in compiled]
+    assert scoring["fill"] == pytest.approx(took.fill)
+    assert (scoring["prefix"] > 0) == (turns == "alike")
 
 
 @given(lengths=st.lists(st.integers(1, 100_000), min_size=1, max_size=50), max_length=st.integers(1, 200_000))
@@ -74,7 +134,7 @@ def test_histogram(lengths: list[int], max_length: int) -> None:
 
 
 def test_the_first_sample_shows_what_is_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
-    sample = inspect_tokens(EXAMPLES, tokenizer, 1024, 512, 1024)["sample"]
+    sample = inspected(EXAMPLES, tokenizer, 1024)["sample"]
     assert sample == {
         "id": EXAMPLES[0].id,
         "truncated": False,
@@ -123,7 +183,7 @@ def test_odd_templates_are_warned_of(template: str, warning: str | None) -> None
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     usual = "{% for m in messages %}{{ m['content'] + '</s>\n' }}{% endfor %}"
     tokenizer.chat_template = template % usual if "%s" in template else template.replace("%%", "%")
-    warnings = inspect_tokens(EXAMPLES, tokenizer, 1024, 512, 1024)["warnings"]
+    warnings = inspected(EXAMPLES, tokenizer, 1024)["warnings"]
     assert len(warnings) == (warning is not None)
     assert warning is None or warning in warnings[0]
 
@@ -133,7 +193,7 @@ def test_what_is_printed(tokenizer: PreTrainedTokenizerBase) -> None:
     facts = inspect_rows(EXAMPLES, rejections)
     assert facts["n"] == len(EXAMPLES)
     assert len(facts["rejected"]) == 7
-    text = render_inspection(facts | inspect_tokens(EXAMPLES, tokenizer, 48, 512, 48))
+    text = render_inspection(facts | inspected(EXAMPLES, tokenizer, 48, 48))
     assert text.startswith(f"{len(EXAMPLES)} rows can be used, 7 cannot\n  data.jsonl:0: no response\n")
     assert "[[Héllo 🦙<|im_end|>]]" in text
     assert "cut at model.max_length 48: " in text
@@ -151,7 +211,7 @@ def test_colours_are_ours_alone(tokenizer: PreTrainedTokenizerBase) -> None:
     """On a terminal a dataset's text neither steers nor is read as markup, and is shown to the letter."""
     nasty = "[bold red]x[/] \x1b[31m \x1b]0;title\x07 [link=a]b[/link] [/]\r :smile:"
     example = Example((Message("user", nasty), Message("assistant", f"{nasty}\n\nend")))
-    facts = inspect_rows([example], []) | inspect_tokens([example], tokenizer, 1024, 512, 1024)
+    facts = inspect_rows([example], []) | inspected([example], tokenizer, 1024)
     shown = render_inspection(facts, color=True)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", plain)

@@ -14,12 +14,12 @@ from middo_jax.config import Config, MeshSettings
 from middo_jax.config.settings import ComplexitySettings, DataSettings, ModelSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import load_tokenizer
-from middo_jax.diagnose.quality import judge
-from middo_jax.diagnose.readout import Readout
-from middo_jax.diagnose.select import at_mean_length, select
-from middo_jax.diagnose.table import Measured
 from middo_jax.models import hf
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.signals.judge.readout import Readout
+from middo_jax.signals.select import at_mean_length, select
+from middo_jax.signals.table import Measured
+from middo_jax.stages.ratings import judge
 
 
 def test_readout_is_its_formula() -> None:
@@ -42,13 +42,13 @@ def test_readout_is_its_formula() -> None:
 def test_the_judge_reads_as_it_is_told(tmp_path: Path) -> None:
     """Hot, all ratings are alike: 5 is their mean, high and low ones balance. Cold, the likeliest is all."""
     directory, mesh = write_tiny_model(tmp_path / "model"), make_mesh(MeshSettings())
-    graphdef, params, _ = hf.load(directory, mesh=mesh)
+    model = hf.load(directory, mesh=mesh)
     tokenizer = load_tokenizer(directory)
     examples = [Example((Message("user", "Count to two."), Message("assistant", "One, two.")))]
 
     def rated(readout: Readout) -> np.ndarray:
-        how = {"mesh": mesh, "max_length": 1024, "batch_tokens": 1024, "readout": readout}
-        return judge(graphdef, params, examples, tokenizer, **how)[0]
+        how = {"max_length": 1024, "batch_tokens": 1024, "readout": readout}
+        return judge(model, examples, tokenizer, **how)[0]
 
     np.testing.assert_allclose(rated(Readout(temperature=1e6)), 5, atol=1e-4)
     np.testing.assert_allclose(rated(Readout("log_odds", 1e6)), 0, atol=1e-4)

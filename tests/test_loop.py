@@ -16,11 +16,11 @@ from loop_fixture import KEY, Finished, contents, rows_by_id, settings
 from tiny_model import CHAT_TEMPLATE
 
 from middo_jax.config import load
-from middo_jax.diagnose.table import SCHEMA
 from middo_jax.loop import run_loop
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.progress import Silent
 from middo_jax.run import RoundDir, RunDir, file_hash, read_jsonl
+from middo_jax.signals.table import SCHEMA
 
 pytest_plugins = ["loop_fixture"]
 

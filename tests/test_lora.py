@@ -20,11 +20,10 @@ from middo_jax.config import AdaptedMatrix, LoraSettings, MeshSettings, TrainSet
 from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models import hf
-from middo_jax.models.checkpoint import abstract_params, restore_params
+from middo_jax.models.checkpoint import restore_params
 from middo_jax.models.config import DecoderConfig, Lora
 from middo_jax.models.decoder import Decoder, split
 from middo_jax.models.lora import (
-    Model,
     from_settings,
     merge_adapters,
     partition,
@@ -32,6 +31,7 @@ from middo_jax.models.lora import (
     with_fresh_adapters,
     without_adapters,
 )
+from middo_jax.models.model import Model, Params, Structure, abstract_model, bound
 from middo_jax.models.parameters import LORA_TARGETS, adapters
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.run import RunError, read_jsonl
@@ -57,26 +57,28 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
 ONE = mesh_of(1, 1, 1)
 
 
-def base_model(dtype: str = "float32", seed: int = 0) -> Model:
+def base_model(dtype: str = "float32", seed: int = 0, mesh: Mesh = ONE) -> Model:
     graphdef, params = split(Decoder(BASE, jax.random.key(seed)))
-    return graphdef, jax.tree.map(lambda x: x.astype(dtype), params)
+    return Model(BASE, graphdef, jax.tree.map(lambda x: x.astype(dtype), params), mesh)
 
 
-def with_random_adapters(
-    graphdef: nnx.GraphDef, base: nnx.State, lora: Lora = LORA, size: float = 0.1
-) -> Model:
+def with_random_adapters(base: Model, lora: Lora = LORA, size: float = 0.1) -> Model:
     """As after some training: neither A nor B is 0."""
-    graphdef, params = with_fresh_adapters(graphdef, base, lora, ONE, seed=5)
-    trained, _ = partition(params, nnx.merge(graphdef, params).config)
+    fresh = with_fresh_adapters(base, lora, seed=5)
+    trained, _ = partition(fresh.params, fresh.config)
     keys = iter(jax.random.split(jax.random.key(6), len(jax.tree.leaves(trained))))
     trained = jax.tree.map(lambda x: x + size * jax.random.normal(next(keys), x.shape), trained)
-    return with_adapters(*without_adapters(graphdef, params), lora, trained)
+    return with_adapters(without_adapters(fresh), lora, trained)
+
+
+def logits(model: Model) -> jax.Array:
+    """[n, v] of a fixed pack of two segments."""
+    return _logits(model.graphdef, model.params)
 
 
 @jax.jit(static_argnums=0)
-def logits(graphdef: nnx.GraphDef[Decoder], params: nnx.State) -> jax.Array:
-    """[n, v] of a fixed pack of two segments."""
-    model = nnx.merge(graphdef, params)
+def _logits(graphdef: Structure, params: Params) -> jax.Array:
+    model = bound(graphdef, params)
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, model.config.vocab_size)
     segments = jnp.broadcast_to(jnp.arange(24) // 12, tokens.shape)
     positions = jnp.broadcast_to(jnp.arange(24) % 12, tokens.shape)
@@ -107,33 +109,32 @@ def fine_tune(
     lora: Lora = LORA,
     count: int = 40,
     settings: TrainSettings = SETTINGS,
-) -> nnx.State:
-    graphdef, params = with_fresh_adapters(*(base or base_model()), lora, mesh, seed=0)
-    return train(
-        graphdef,
-        params,
+) -> Params:
+    base = dataclasses.replace(base or base_model(), mesh=mesh)
+    trained = train(
+        with_fresh_adapters(base, lora, seed=0),
         examples(count),
         settings,
         seed=3,
-        mesh=mesh,
         pack_length=PACK,
         out_dir=out_dir,
         chunk=CHUNK,
         on_step=on_step,
     )
+    return trained.params
 
 
-def buffers(params: nnx.State) -> list[int]:
+def buffers(params: Params) -> list[int]:
     """Where each array lies on the first device."""
     return [x.addressable_shards[0].data.unsafe_buffer_pointer() for x in jax.tree.leaves(params)]
 
 
-def parts(params: nnx.State, lora: Lora = LORA) -> tuple[nnx.State, nnx.State]:
+def parts(params: Params, lora: Lora = LORA) -> tuple[Params, Params]:
     """(adapters, base)."""
     return partition(params, dataclasses.replace(BASE, lora=lora))
 
 
-def assert_identical(got: nnx.State, want: nnx.State) -> None:
+def assert_identical(got: Params, want: Params) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
@@ -147,29 +148,29 @@ def assert_identical(got: nnx.State, want: nnx.State) -> None:
 def test_fresh_adapters_change_nothing_and_merged_ones_compute_the_same(
     tmp_path: Path, family: str, lora: Lora
 ) -> None:
-    graphdef, base, _ = hf.load(write_tiny_model(tmp_path, **FAMILIES[family]))
-    before = logits(graphdef, base)
-    fresh = logits(*with_fresh_adapters(graphdef, base, lora, ONE, seed=0))
+    base = hf.load(write_tiny_model(tmp_path, **FAMILIES[family]))
+    before = logits(base)
+    fresh = logits(with_fresh_adapters(base, lora, seed=0))
     # The same sums; the compiler may make them in another order.
     assert largest_difference(fresh, before) <= 1e-6
-    adapted = with_random_adapters(graphdef, base, lora)
-    want = logits(*adapted)
+    adapted = with_random_adapters(base, lora)
+    want = logits(adapted)
     assert largest_difference(want, before) > 1e-2
-    merged_graphdef, merged = merge_adapters(*adapted)
-    assert merged_graphdef == graphdef
-    assert jax.tree.structure(merged) == jax.tree.structure(base)
-    assert largest_difference(logits(merged_graphdef, merged), want) <= 1e-5
+    merged = merge_adapters(adapted)
+    assert merged.graphdef == base.graphdef
+    assert jax.tree.structure(merged.params) == jax.tree.structure(base.params)
+    assert largest_difference(logits(merged), want) <= 1e-5
 
 
 def test_merging_rounds_once() -> None:
     """The sum is made in float32 and only then cast to what the base is stored in."""
-    adapted = with_random_adapters(*base_model("bfloat16"))
-    layers = adapted[1]["layers"]
+    adapted = with_random_adapters(base_model("bfloat16"))
+    layers = adapted.params["layers"]
     w, a, b = (
         np.asarray(layers[name][...], np.float32) for name in ("o_proj", "o_proj_lora_a", "o_proj_lora_b")
     )
     want = (w + LORA.scale * np.einsum("lir,lro->lio", a, b)).astype(jnp.bfloat16)
-    merged = merge_adapters(*adapted)[1]["layers"]["o_proj"][...]
+    merged = merge_adapters(adapted).params["layers"]["o_proj"][...]
     assert merged.dtype == jnp.bfloat16
     # A product that lies between two bfloat16 may be rounded to either.
     assert (np.asarray(merged) != want).mean() < 1e-3
@@ -177,24 +178,24 @@ def test_merging_rounds_once() -> None:
 
 def test_a_model_without_adapters_is_its_own_base_and_its_own_merger() -> None:
     model = base_model()
-    assert without_adapters(*model)[1] is model[1]
-    assert merge_adapters(*model)[1] is model[1]
+    assert without_adapters(model) is model
+    assert merge_adapters(model) is model
 
 
 def test_adapters_and_base_are_the_same_arrays() -> None:
-    graphdef, base = base_model()
-    adapted = with_fresh_adapters(graphdef, base, LORA, ONE, seed=0)
-    again_graphdef, again = without_adapters(*adapted)
-    assert again_graphdef == graphdef
-    for state in (adapted[1], again):
+    base = base_model()
+    adapted = with_fresh_adapters(base, LORA, seed=0)
+    again = without_adapters(adapted)
+    assert again.graphdef == base.graphdef
+    for state in (adapted.params, again.params):
         values = {path: param[...] for path, param in state.flat_state()}
-        assert all(values[path] is param[...] for path, param in base.flat_state())
+        assert all(values[path] is param[...] for path, param in base.params.flat_state())
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)], ids=str)
 def test_fresh_adapters_are_the_same_on_any_mesh(shape: tuple[int, int, int]) -> None:
     mesh = mesh_of(*shape)
-    one, many = (parts(with_fresh_adapters(*base_model(), LORA, m, seed=7)[1])[0] for m in (ONE, mesh))
+    one, many = (parts(with_fresh_adapters(base_model(mesh=m), LORA, seed=7).params)[0] for m in (ONE, mesh))
     assert_identical(many, one)
     placed = {path: param[...] for path, param in many.flat_state()}
     for spec in adapters(dataclasses.replace(BASE, lora=LORA)):
@@ -202,24 +203,23 @@ def test_fresh_adapters_are_the_same_on_any_mesh(shape: tuple[int, int, int]) ->
     a = np.asarray(placed["layers", "down_proj_lora_a"])  # uniform within 1 / sqrt(inputs), as PEFT's
     assert np.abs(a).max() == pytest.approx(64**-0.5, rel=0.05)
     assert a.std() == pytest.approx((3 * 64) ** -0.5, rel=0.1)
-    other = parts(with_fresh_adapters(*base_model(), LORA, mesh, seed=8)[1])[0]
+    other = parts(with_fresh_adapters(base_model(mesh=mesh), LORA, seed=8).params)[0]
     assert not np.array_equal(other["layers"]["q_proj_lora_a"][...], one["layers"]["q_proj_lora_a"][...])
 
 
-def gradient(model: Model) -> nnx.State:
-    graphdef, params = model
-    trained, frozen = partition(params, nnx.merge(graphdef, params).config)
+def gradient(model: Model) -> Params:
+    trained, frozen = partition(model.params, model.config)
     batch = put_batch(pack(examples(9), [[0, 1], [2], [3], [4, 5]], 4, PACK, max_segments=8), 2, ONE)
     step = jax.jit(batch_gradient, static_argnums=(0, 4, 5))
-    return step(graphdef, trained, frozen, batch, CHUNK, "layer")[2]
+    return step(model.graphdef, trained, frozen, batch, CHUNK, "layer")[2]
 
 
 def test_gradient_is_that_of_the_merged_weights_by_the_chain_rule() -> None:
     """W' = W + s A B, hence dA = s dW' B^T and dB = s A^T dW'."""
-    adapted = with_random_adapters(*base_model())
+    adapted = with_random_adapters(base_model())
     ours = gradient(adapted)["layers"]
-    trained = parts(jax.tree.map(jnp.copy, adapted[1]))[0]["layers"]
-    by_weights = gradient(merge_adapters(*adapted))["layers"]
+    trained = parts(jax.tree.map(jnp.copy, adapted.params))[0]["layers"]
+    by_weights = gradient(merge_adapters(adapted))["layers"]
     for name in LORA_TARGETS:
         a, b, by_weight = trained[f"{name}_lora_a"], trained[f"{name}_lora_b"], by_weights[name]
         by_a = LORA.scale * jnp.einsum("lio,lro->lir", by_weight[...], b[...])
@@ -229,15 +229,15 @@ def test_gradient_is_that_of_the_merged_weights_by_the_chain_rule() -> None:
 
 
 def test_training_learns_in_the_adapters_alone(tmp_path: Path) -> None:
-    graphdef, base = base_model("bfloat16")
-    before = jax.tree.map(np.array, base)
-    params = fine_tune(tmp_path, base=(graphdef, base))
+    base = base_model("bfloat16")
+    before = jax.tree.map(np.array, base.params)
+    params = fine_tune(tmp_path, base=base)
     trained, frozen = parts(params)
     assert_identical(frozen, before)
-    assert buffers(frozen) == buffers(base)
+    assert buffers(frozen) == buffers(base.params)
     assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(trained))
-    stored = restore_params(tmp_path / "checkpoint", dataclasses.replace(BASE, lora=LORA), ONE)[1]
+    stored = restore_params(tmp_path / "checkpoint", dataclasses.replace(BASE, lora=LORA), ONE)
     assert_identical(stored, trained)
     with pytest.raises(RunError, match="of another model"):
         restore_params(tmp_path / "checkpoint", BASE, ONE)
@@ -246,7 +246,7 @@ def test_training_learns_in_the_adapters_alone(tmp_path: Path) -> None:
 def test_optimizer_state_is_of_the_adapters_alone() -> None:
     config = dataclasses.replace(BASE, lora=LORA)
     for mesh in (ONE, mesh_of(2, 2, 2)):
-        target, frozen = partition(abstract_params(config, mesh)[1], config)
+        target, frozen = partition(abstract_model(config, mesh).params, config)
         state = abstract_opt_state(make_optimizer(SETTINGS, 10), target, mesh)
         n_adapters = sum(spec.size(config) for spec in adapters(config))
         # Two float32 moments a parameter, two counters of steps, the guard's 64 losses and its verdict.
@@ -259,7 +259,7 @@ def test_optimizer_state_is_of_the_adapters_alone() -> None:
 
 
 def test_adapters_are_decayed() -> None:
-    trained, _ = parts(with_fresh_adapters(*base_model(), LORA, ONE, seed=0)[1])
+    trained, _ = parts(with_fresh_adapters(base_model(), LORA, seed=0).params)
     assert all(is_decayed for _, is_decayed in nnx.to_flat_state(decayed(trained)))
 
 
@@ -317,18 +317,18 @@ def test_another_base_or_other_adapters_are_another_training(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_identity_sees_every_value_but_neither_mesh_nor_kernel(dtype: str) -> None:
-    def of(params: nnx.State, config: DecoderConfig = BASE) -> str:
+    def of(params: Params, config: DecoderConfig = BASE) -> str:
         return identity(config, params, examples(2), SETTINGS, 0, PACK, {})
 
-    _, params = base_model(dtype)
+    params = base_model(dtype).params
     want = of(params)
     assert of(params, dataclasses.replace(BASE, attention="xla")) == want
     assert of(params, dataclasses.replace(BASE, rms_norm_eps=1e-6)) != want
     mesh = mesh_of(2, 2, 2)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_params(BASE, mesh)[1])
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_model(BASE, mesh).params)
     assert of(jax.device_put(params, shardings)) == want
 
-    def changed(change: Callable[[jax.Array], jax.Array]) -> nnx.State:
+    def changed(change: Callable[[jax.Array], jax.Array]) -> Params:
         return nnx.map_state(
             lambda path, param: param.replace(change(param[...])) if path == ("layers", "k_proj") else param,
             params,

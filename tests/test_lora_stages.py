@@ -13,10 +13,9 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from flax import nnx
 from loop_fixture import fake_refiner, settings
 
-import middo_jax.diagnose.score as scoring
+import middo_jax.passes.losses as scoring
 from middo_jax import cli, stages
 from middo_jax.config import ServeSettings, load
 from middo_jax.inference.sampling import Request
@@ -25,10 +24,11 @@ from middo_jax.loop import run_loop
 from middo_jax.models import hf, source
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.lora import partition
+from middo_jax.models.model import Model, Params, Structure
 from middo_jax.progress import Silent
 from middo_jax.run import RoundDir, RunDir, RunError, read_jsonl
+from middo_jax.session import Session, prepare, write_dataset
 from middo_jax.stages.train import load_start
-from middo_jax.workshop import Workshop, prepare, write_dataset
 
 LORA = {"lora__rank": 4, "lora__alpha": 8}
 
@@ -48,8 +48,8 @@ class Run(NamedTuple):
     def checkpoint(self) -> Path:
         return self.run.round(0).checkpoint
 
-    def workshop(self, **more: Any) -> Workshop:
-        return Workshop(load(None, settings(self.root, self.url, **{**LORA, **more})), Silent())
+    def session(self, **more: Any) -> Session:
+        return Session(load(None, settings(self.root, self.url, **{**LORA, **more})), Silent())
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         yield Run(root, url, run)
 
 
-def buffers(params: nnx.State) -> dict[tuple[str, ...], list[int]]:
+def buffers(params: Params) -> dict[tuple[str, ...], list[int]]:
     """Where each device's part of each array lies."""
     return {
         path: [shard.data.unsafe_buffer_pointer() for shard in param[...].addressable_shards]
@@ -87,23 +87,24 @@ def test_a_checkpoint_holds_the_adapters_and_names_their_base(adapted: Run) -> N
 
 
 def test_the_previous_rounds_adapters_are_gone_on_with(adapted: Run) -> None:
-    workshop = adapted.workshop()
-    (graphdef, params), metadata = load_start(workshop, adapted.checkpoint)
-    config = nnx.merge(graphdef, params).config
-    trained, frozen = partition(params, config)
-    ours, want = (dict(state.flat_state()) for state in (trained, workshop.load_model(adapted.checkpoint)[1]))
+    session = adapted.session()
+    model, metadata = load_start(session, adapted.checkpoint)
+    trained, frozen = partition(model.params, model.config)
+    ours, want = (
+        dict(state.flat_state()) for state in (trained, session.load_model(adapted.checkpoint).params)
+    )
     assert ours
     for path, param in ours.items():
         np.testing.assert_array_equal(param[...], want[path][...])
     assert metadata["base"] == str(adapted.base.resolve())
-    (_, fresh), _ = load_start(workshop, workshop.base)
-    assert not np.any(fresh["layers"]["q_proj_lora_b"][...])
-    assert buffers(frozen).keys() == buffers(partition(fresh, config)[1]).keys()
+    fresh, _ = load_start(session, session.base)
+    assert not np.any(fresh.params["layers"]["q_proj_lora_b"][...])
+    assert buffers(frozen).keys() == buffers(partition(fresh.params, fresh.config)[1]).keys()
 
 
 def test_frozen_weights_are_stored_in_the_dtype_of_forward_passes(adapted: Run) -> None:
-    (graphdef, params), _ = load_start(adapted.workshop(model__dtype="bfloat16"), adapted.checkpoint)
-    trained, frozen = partition(params, nnx.merge(graphdef, params).config)
+    model, _ = load_start(adapted.session(model__dtype="bfloat16"), adapted.checkpoint)
+    trained, frozen = partition(model.params, model.config)
     assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {"bfloat16"}
     assert {str(x.dtype) for x in jax.tree.leaves(trained)} == {"float32"}
 
@@ -112,29 +113,29 @@ def test_frozen_weights_are_stored_in_the_dtype_of_forward_passes(adapted: Run) 
 def test_scoring_loads_one_base_for_both_models(
     adapted: Run, pre: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workshop = adapted.workshop()
+    session = adapted.session()
     pre_model = adapted.base if pre == "base" else adapted.checkpoint
     post_model = adapted.checkpoint if pre == "base" else adapted.run.final.checkpoint
-    kept = prepare(workshop)[0]
+    kept = prepare(session)[0]
 
     def scores(name: str, model: Path, before: Path | None) -> dict[str, list[Any]]:
         directory = RoundDir(tmp_path / name)
         write_dataset(directory, kept)
-        stages.score_stage(workshop, directory, model, before, ["complexity"])
+        stages.score_stage(session, directory, model, before, ["complexity"])
         return pq.read_table(directory.scores).to_pydict()
 
     alone = scores("pre", pre_model, None)["loss_post"], scores("post", post_model, None)["loss_post"]
     loads: list[Path] = []
-    seen: list[tuple[nnx.GraphDef, dict[tuple[str, ...], list[int]]]] = []
+    seen: list[tuple[Structure, dict[tuple[str, ...], list[int]]]] = []
     load_weights, score_examples = hf.load, scoring.score_examples
 
     def counted(directory: Path, *arguments: Any) -> Any:
         loads.append(directory)
         return load_weights(directory, *arguments)
 
-    def watched(graphdef: nnx.GraphDef, params: nnx.State, *arguments: Any, **how: Any) -> Any:
-        seen.append((graphdef, buffers(params)))
-        return score_examples(graphdef, params, *arguments, **how)
+    def watched(model: Model, *arguments: Any, **how: Any) -> Any:
+        seen.append((model.graphdef, buffers(model.params)))
+        return score_examples(model, *arguments, **how)
 
     monkeypatch.setattr(hf, "load", counted)
     monkeypatch.setattr(scoring, "score_examples", watched)
@@ -160,13 +161,13 @@ def test_models_on_different_weights_share_none(adapted: Run, tmp_path: Path) ->
 def test_other_adapters_than_the_settings_ask_for_are_refused(adapted: Run, tmp_path: Path) -> None:
     for more in ({"lora__rank": "null"}, {"lora__rank": 8}, {"lora__target_modules": "[q_proj]"}):
         with pytest.raises(RunError, match=r"holds Lora\(rank=4.*the settings ask for.*middo export"):
-            load_start(adapted.workshop(**more), adapted.checkpoint)
+            load_start(adapted.session(**more), adapted.checkpoint)
     whole = shutil.copytree(adapted.checkpoint, tmp_path / "checkpoint")
     metadata = json.loads((whole / "metadata.json").read_text())
     del metadata["lora"]
     (whole / "metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(RunError, match=r"holds all of a model's weights, the settings ask for Lora\(rank=4"):
-        load_start(adapted.workshop(), whole)
+        load_start(adapted.session(), whole)
 
 
 def test_an_engine_of_adapters_answers_as_one_of_the_merged_model(adapted: Run) -> None:
@@ -220,8 +221,7 @@ def test_the_loops_export_opens_in_transformers_as_our_model(adapted: Run) -> No
     tokens = AutoTokenizer.from_pretrained(directory)("Why do people like bread?")["input_ids"]
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([tokens])).logits[0].numpy()
-    graphdef, params = source.load(source.locate(adapted.run.final.checkpoint))
-    decoder = nnx.merge(graphdef, params)
+    decoder = source.load(source.locate(adapted.run.final.checkpoint)).decoder()
     tokens_bt = np.asarray([tokens], np.int32)
     positions_bt = np.arange(len(tokens))[None]
     ours = decoder.unembed(decoder.hidden(tokens_bt, np.zeros_like(tokens_bt), positions_bt)[0])

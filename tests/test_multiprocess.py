@@ -23,8 +23,8 @@ if int(processes) > 1:
 
 from middo_jax.config import MeshSettings
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.diagnose.diversity import nearest_neighbours
-from middo_jax.diagnose.score import score_examples
+from middo_jax.signals.neighbours.search import nearest_neighbours
+from middo_jax.passes.losses import score_examples
 from middo_jax.models import hf
 from middo_jax.parallel.mesh import make_mesh
 
@@ -36,8 +36,8 @@ for i, length in enumerate(rng.integers(4, 120, 24)):
     tokens = rng.integers(3, 390, length).astype(np.int32)
     examples.append(TokenizedExample(str(i), tokens, at >= length // 2, at < length // 2, False))
 mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
-graphdef, params, _ = hf.load(directory, mesh=mesh)
-scores, _ = score_examples(graphdef, params, examples, mesh=mesh, batch_tokens=1024, chunk=64)
+model = hf.load(directory, mesh=mesh)
+scores, _ = score_examples(model, examples, batch_tokens=1024, chunk=64)
 found = nearest_neighbours(scores.embedding_nd, 3, mesh, block=2)
 np.savez(out, **scores._asdict(), **found._asdict())
 """

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from tiny_training import mesh_of
 
-from middo_jax.models.checkpoint import abstract_params
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, split
+from middo_jax.models.model import Params, abstract_model, bound
 from middo_jax.models.nll import target_nll, target_nll_sum
 from middo_jax.parallel.mesh import named_sharding
 
@@ -40,13 +39,13 @@ def test_chunked_loss_and_gradient_are_those_of_whole_logits(chunk: int, cap: fl
     next_bt = jnp.asarray(rng.integers(0, 400, (4, 21)), jnp.int32)
 
     def gradient_of(nll_sum: Any) -> Any:
-        def loss(params: nnx.State, hidden: jax.Array, is_target: jax.Array) -> jax.Array:
-            return 3 * nll_sum(nnx.merge(graphdef, params), hidden, next_bt, is_target)
+        def loss(params: Params, hidden: jax.Array, is_target: jax.Array) -> jax.Array:
+            return 3 * nll_sum(bound(graphdef, params), hidden, next_bt, is_target)
 
         return jax.jit(jax.value_and_grad(loss, (0, 1)))
 
-    def by_position(nll: Any, params: nnx.State, hidden: jax.Array, is_target: jax.Array) -> jax.Array:
-        return nll(nnx.merge(graphdef, params), hidden, next_bt, is_target)
+    def by_position(nll: Any, params: Params, hidden: jax.Array, is_target: jax.Array) -> jax.Array:
+        return nll(bound(graphdef, params), hidden, next_bt, is_target)
 
     ours = gradient_of(functools.partial(target_nll_sum, chunk=chunk))
     theirs = gradient_of(lambda *x: naive_nll(*x).sum())
@@ -64,18 +63,18 @@ def test_chunked_loss_and_gradient_are_those_of_whole_logits(chunk: int, cap: fl
 def test_in_the_loop_nothing_passes_between_shares() -> None:
     """The head is sent to the shares before it, and what they add up of its gradient is added behind it."""
     mesh, chunk = mesh_of(2, 4, 1), 8
-    graphdef, params = abstract_params(CONFIG, mesh, "float32")
+    model = abstract_model(CONFIG, mesh, "float32")
 
     def batch(*inner: int, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((8, 21, *inner), dtype, sharding=named_sharding(mesh, "batch"))
 
-    def by_position(params: nnx.State, *batch: jax.Array) -> jax.Array:
-        return target_nll(nnx.merge(graphdef, params), *batch, chunk)
+    def by_position(params: Params, *batch: jax.Array) -> jax.Array:
+        return target_nll(bound(model.graphdef, params), *batch, chunk)
 
-    def total(params: nnx.State, *batch: jax.Array) -> jax.Array:
-        return target_nll_sum(nnx.merge(graphdef, params), *batch, chunk)
+    def total(params: Params, *batch: jax.Array) -> jax.Array:
+        return target_nll_sum(bound(model.graphdef, params), *batch, chunk)
 
-    arrays = params, batch(32, dtype=jnp.float32), batch(dtype=jnp.int32), batch(dtype=jnp.bool_)
+    arrays = model.params, batch(32, dtype=jnp.float32), batch(dtype=jnp.int32), batch(dtype=jnp.bool_)
     for loss in by_position, jax.grad(total, (0, 1)):
         with jax.set_mesh(mesh):
             program = jax.jit(loss).lower(*arrays).compile().as_text()
@@ -93,8 +92,8 @@ def test_a_frozen_head_has_no_gradient() -> None:
     graphdef, params = split(Decoder(CONFIG, jax.random.key(0)))
     hidden, tokens = jnp.ones((2, 21, 32)), jnp.zeros((2, 21), jnp.int32)
 
-    def loss(params: nnx.State, hidden: jax.Array) -> jax.Array:
-        return target_nll_sum(nnx.merge(graphdef, params), hidden, tokens, tokens == 0, 8)
+    def loss(params: Params, hidden: jax.Array) -> jax.Array:
+        return target_nll_sum(bound(graphdef, params), hidden, tokens, tokens == 0, 8)
 
     def products(of: int | tuple[int, ...]) -> int:
         return str(jax.make_jaxpr(jax.grad(loss, of))(params, hidden)).count("dot_general")
@@ -110,8 +109,8 @@ def test_smaller_chunks_take_less_memory_backwards_too() -> None:
     hidden, tokens = jnp.zeros((2, 256, 32)), jnp.zeros((2, 256), jnp.int32)
 
     def temporary_bytes(chunk: int) -> int:
-        def loss(params: nnx.State, hidden: jax.Array) -> jax.Array:
-            return target_nll_sum(nnx.merge(graphdef, params), hidden, tokens, tokens == 0, chunk)
+        def loss(params: Params, hidden: jax.Array) -> jax.Array:
+            return target_nll_sum(bound(graphdef, params), hidden, tokens, tokens == 0, chunk)
 
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, hidden).compile()
         return compiled.memory_analysis().temp_size_in_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tiny_model import FAMILIES, write_tiny_model
 
@@ -19,6 +17,7 @@ from middo_jax.config import MeshSettings
 from middo_jax.models import hf
 from middo_jax.models.config import Lora, UnsupportedModel
 from middo_jax.models.lora import Model, merge_adapters, partition, with_adapters, with_fresh_adapters
+from middo_jax.models.model import Params, Structure, bound
 from middo_jax.models.source import load, locate
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.train.step import Batch, batch_gradient
@@ -30,20 +29,18 @@ TOKENS = np.random.default_rng(0).integers(3, 390, (2, 20)).astype(np.int32)
 
 def adapted_model(directory: Path, lora: Lora = LORA) -> Model:
     """The model in a directory with adapters as after some training."""
-    mesh = make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    graphdef, base, config = hf.load(directory, mesh=mesh)
-    fresh = with_fresh_adapters(graphdef, base, lora, mesh, seed=0)[1]
-    trained, _ = partition(fresh, dataclasses.replace(config, lora=lora))
+    base = hf.load(directory)
+    fresh = with_fresh_adapters(base, lora, seed=0)
+    trained, _ = partition(fresh.params, fresh.config)
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(trained))))
     trained = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), trained)
-    return with_adapters(graphdef, base, lora, trained)
+    return with_adapters(base, lora, trained)
 
 
 def write_adapter(root: Path, family: str = "smollm2", lora: Lora = LORA, dtype: str | None = None) -> Model:
     """root/model and root/adapter; returns the model that the two are."""
     model = adapted_model(write_tiny_model(root / "model", **FAMILIES[family]), lora)
-    config = nnx.merge(*model).config
-    hf.export_adapters(model[1], config, root / "model", root / "adapter", dtype)
+    hf.export_adapters(model.params, model.config, root / "model", root / "adapter", dtype)
     return model
 
 
@@ -55,20 +52,20 @@ def change(directory: Path, tensors: dict[str, np.ndarray | None] | None = None,
     save_file({name: value for name, value in changed.items() if value is not None}, file)
 
 
-def assert_identical(got: nnx.State, want: nnx.State) -> None:
+def assert_identical(got: Params, want: Params) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    graphdef, params = write_adapter(tmp_path)
+    model = write_adapter(tmp_path)
     source = locate(tmp_path / "adapter")
     assert (source.base, source.lora) == (tmp_path / "model", LORA)
     for mesh in (None, MESH):
-        again_graphdef, again = load(source, mesh=mesh)
-        assert again_graphdef == graphdef
-        assert_identical(again, params)
+        again = load(source, mesh=mesh)
+        assert again.graphdef == model.graphdef
+        assert_identical(again.params, model.params)
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(names) == 2 * 2 * 3
     assert names["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"].shape == (4, 64)
@@ -81,8 +78,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_from_a_sharded_model_the_same_bytes(tmp_path: Path) -> None:
     write_adapter(tmp_path)
-    graphdef, params = load(locate(tmp_path / "adapter"), mesh=MESH)
-    hf.export_adapters(params, nnx.merge(graphdef, params).config, tmp_path / "model", tmp_path / "again")
+    model = load(locate(tmp_path / "adapter"), mesh=MESH)
+    hf.export_adapters(model.params, model.config, tmp_path / "model", tmp_path / "again")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
 
@@ -90,7 +87,7 @@ def test_from_a_sharded_model_the_same_bytes(tmp_path: Path) -> None:
 def test_a_base_from_the_hub_is_named_by_its_repo_id(tmp_path: Path) -> None:
     snapshot = tmp_path / "hub" / "models--some-org--tiny-1.5" / "snapshots" / "0123abc"
     model = adapted_model(write_tiny_model(snapshot))
-    hf.export_adapters(model[1], nnx.merge(*model).config, snapshot, tmp_path / "adapter", "bfloat16")
+    hf.export_adapters(model.params, model.config, snapshot, tmp_path / "adapter", "bfloat16")
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "some-org/tiny-1.5"
     assert {x.dtype for x in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()} == {
@@ -158,23 +155,22 @@ def our_logits(model: Model) -> np.ndarray:
     """float32 [b, t, v] of TOKENS."""
 
     @jax.jit(static_argnums=0)
-    def run(graphdef: nnx.GraphDef, params: nnx.State) -> jax.Array:
-        decoder = nnx.merge(graphdef, params)
+    def run(graphdef: Structure, params: Params) -> jax.Array:
+        decoder = bound(graphdef, params)
         positions_bt = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
         hidden_btd = decoder.hidden(jnp.asarray(TOKENS), jnp.zeros_like(positions_bt), positions_bt)
         return decoder.unembed(hidden_btd.reshape(-1, hidden_btd.shape[-1])).reshape(*TOKENS.shape, -1)
 
-    return np.asarray(run(*model))
+    return np.asarray(run(model.graphdef, model.params))
 
 
-def our_gradient(model: Model) -> nnx.State:
-    graphdef, params = model
-    trained, frozen = partition(params, nnx.merge(graphdef, params).config)
+def our_gradient(model: Model) -> Params:
+    trained, frozen = partition(model.params, model.config)
     positions = np.broadcast_to(np.arange(TOKENS.shape[1], dtype=np.int32), TOKENS.shape)
     # A position is a target if the token after it is to be predicted there.
     inputs = (TOKENS, np.zeros_like(TOKENS), positions, positions < TOKENS.shape[1] - 1)
     batch = Batch(*(jnp.asarray(x)[None] for x in inputs))
-    return batch_gradient(graphdef, trained, frozen, batch, 64, "none")[2]
+    return batch_gradient(model.graphdef, trained, frozen, batch, 64, "none")[2]
 
 
 @pytest.mark.parity
@@ -227,4 +223,4 @@ def test_what_peft_writes_is_read_and_merges_as_peft_merges(tmp_path: Path) -> N
         want = theirs(input_ids=tokens).logits.numpy()
         merged = theirs.merge_and_unload()(input_ids=tokens).logits.numpy()
     np.testing.assert_allclose(our_logits(model), want, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(our_logits(merge_adapters(*model)), merged, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(merge_adapters(model)), merged, rtol=0, atol=1e-4)

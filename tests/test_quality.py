@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from forward import forward
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import CHAT_TEMPLATE, tiny_tokenizer, write_tiny_model
@@ -19,13 +19,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from middo_jax.config import MeshSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import load_tokenizer, tokenize_prompt
-from middo_jax.diagnose.quality import judge, quality
-from middo_jax.diagnose.rating import JudgeError, RatingTokens, RatingTree, rating_tree
-from middo_jax.diagnose.rubrics import ANSWER_STEM, COLUMNS, DIMENSIONS, PARTS, judge_message
-from middo_jax.diagnose.sampled import parse_rating
 from middo_jax.models import hf
-from middo_jax.models.decoder import forward
+from middo_jax.models.model import Model
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.signals.judge.questions import JudgeError, RatingTokens, RatingTree, rating_tree
+from middo_jax.signals.judge.rubrics import ANSWER_STEM, COLUMNS, DIMENSIONS, PARTS, judge_message, quality
+from middo_jax.signals.judge.sampled import parse_rating
+from middo_jax.stages.ratings import judge
 
 MAX_LENGTH = 1024
 
@@ -68,25 +68,20 @@ def tokenizer(request: pytest.FixtureRequest, directory: Path) -> PreTrainedToke
     return load_tokenizer(directory) if request.param == "two tokens" else one_ten_tokenizer()
 
 
-def next_token_log_p(model: tuple[nnx.GraphDef, nnx.State], tokens: list[int]) -> np.ndarray:
+def next_token_log_p(model: Model, tokens: list[int]) -> np.ndarray:
     """float64 log-probabilities of what follows; padded on the right, so that few shapes are compiled."""
-    graphdef, params = model
     length = 256 * -(-len(tokens) // 256)
     at = jnp.arange(length)[None]
     row = jnp.zeros((1, length), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens))
-    hidden_btd = PASS(graphdef, params, row, jnp.where(at < len(tokens), 0, -1), at)
-    logits = np.asarray(
-        nnx.merge(graphdef, params).unembed(hidden_btd[0, len(tokens) - 1][None])[0], np.float64
-    )
+    hidden_btd = PASS(model.graphdef, model.params, row, jnp.where(at < len(tokens), 0, -1), at)
+    logits = np.asarray(model.decoder().unembed(hidden_btd[0, len(tokens) - 1][None])[0], np.float64)
     return logits - np.log(np.exp(logits).sum())
 
 
 PASS = jax.jit(forward, static_argnums=0)
 
 
-def rating_by_hand(
-    model: tuple[nnx.GraphDef, nnx.State], tokenizer: PreTrainedTokenizerBase, question: str
-) -> float:
+def rating_by_hand(model: Model, tokenizer: PreTrainedTokenizerBase, question: str) -> float:
     """The eleven answers spelt out, each one's probability from passes of its own.
 
     "1" is the answer only if "10" is not, which is what the model says after "1".
@@ -109,9 +104,8 @@ def ratings_of(
     mesh = make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     if shape is not None:
         mesh = make_mesh(MeshSettings(data=shape[0], fsdp=shape[1], tensor=shape[2]))
-    graphdef, params, _ = hf.load(directory, mesh=mesh)
     how = {"max_length": MAX_LENGTH, "batch_tokens": 4096} | how
-    return judge(graphdef, params, EXAMPLES, tokenizer, mesh=mesh, **how)[0]
+    return judge(hf.load(directory, mesh=mesh), EXAMPLES, tokenizer, **how)[0]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +116,7 @@ def ratings(directory: Path, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 def test_one_prefill_is_six_separate_passes(
     directory: Path, tokenizer: PreTrainedTokenizerBase, ratings: np.ndarray
 ) -> None:
-    model = hf.load(directory)[:2]
+    model = hf.load(directory)
     expected = [
         [
             rating_by_hand(model, tokenizer, judge_message(dimension, part, e.prompt, e.response))

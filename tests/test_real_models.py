@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from forward import forward
 from golden.make_continuations import GOLDEN, NUM_TOKENS, demo_directory, prompts
 
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.sampling import Request
-from middo_jax.models.decoder import forward
 from middo_jax.models.gguf import DEMOS
 from middo_jax.models.hf import CheckpointError, load
+from middo_jax.models.model import bound
 
 pytestmark = pytest.mark.real_model
 NUM_COMPARED = 64  # positions whose logits are compared: all of 700 would be 734 MB with Gemma's vocabulary
@@ -37,7 +37,8 @@ def test_greedy_continuations_are_those_of_transformers(demo: tuple[str, Path]) 
         row for row in json.loads(GOLDEN.read_text(encoding="utf-8")) if row["model"] == name
     ]
     assert [row["prompt"] for row in golden] == prompts(directory)
-    graphdef, params, config = load(directory)
+    loaded = load(directory)
+    graphdef, params, config = loaded.graphdef, loaded.params, loaded.config
     longest = max(len(row["prompt"]) for row in golden)
     assert all(longest > kind.window for kind in config.kinds if kind.window is not None)
     with Engine(graphdef, params, max_batch=len(golden), max_context=longest + NUM_TOKENS) as engine:
@@ -55,12 +56,13 @@ def test_logits_behind_the_window(demo: tuple[str, Path]) -> None:
 
     directory = demo[1]
     tokens = np.array(prompts(directory)[-1:], np.int32)
-    graphdef, params, _ = load(directory)
+    loaded = load(directory)
+    graphdef, params = loaded.graphdef, loaded.params
     positions = np.arange(tokens.shape[1])[None]
     hidden_btd = jax.jit(forward, static_argnums=0)(
         graphdef, params, tokens, np.zeros_like(tokens), positions
     )
-    ours = np.asarray(nnx.merge(graphdef, params).unembed(hidden_btd[0, -NUM_COMPARED:]))
+    ours = np.asarray(bound(graphdef, params).unembed(hidden_btd[0, -NUM_COMPARED:]))
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         output = model(torch.from_numpy(tokens.astype(np.int64)), logits_to_keep=NUM_COMPARED)

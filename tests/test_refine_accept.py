@@ -23,16 +23,16 @@ from middo_jax import stages
 from middo_jax.config import Config, load
 from middo_jax.config.gates import PHASES, gate, gates
 from middo_jax.data.example import Example
-from middo_jax.diagnose.score import score_examples
-from middo_jax.diagnose.table import SCHEMA, read_scores, write_scores
 from middo_jax.loop import run_loop
+from middo_jax.passes.losses import score_examples
 from middo_jax.progress import Silent
 from middo_jax.refine import AnswerCache, Outcome
 from middo_jax.refine.acceptance import table
 from middo_jax.refine.acceptance.candidate import Candidate, Check, Finding
 from middo_jax.run import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
+from middo_jax.session import Session
+from middo_jax.signals.table import SCHEMA, read_scores, write_scores
 from middo_jax.stages.measure import UnderTraining
-from middo_jax.workshop import Workshop
 
 TOPICS = ("the sea", "a cat", "fractions", "Paris", "rain", "bread", "the moon", "a train")
 MEASURED = {
@@ -89,14 +89,14 @@ class Measured(NamedTuple):
             directory.forget("refine")
         shutil.copy(self.run.llm_cache, to / "cache.sqlite")
         refine = self.config.refine.model_copy(update=more)
-        workshop = Workshop(self.config.model_copy(update={"refine": refine}), Silent())
+        session = Session(self.config.model_copy(update={"refine": refine}), Silent())
         heldout = [Example.from_json(row) for row in read_jsonl(self.run.heldout)]
         cache = AnswerCache(to / "cache.sqlite")
         try:
-            stages.refine_stage(workshop, directory, 0, cache, heldout)
+            stages.refine_stage(session, directory, 0, cache, heldout)
         finally:
             cache.close()
-        write_jsonl(to / "merged.jsonl", (e.to_json() for e in stages.merge_stage(workshop, directory)))
+        write_jsonl(to / "merged.jsonl", (e.to_json() for e in stages.merge_stage(session, directory)))
         return directory
 
 
@@ -135,11 +135,9 @@ def test_a_measurement_is_what_scoring_would_say(measured: Measured) -> None:
     known = {row["candidate_id"]: row for row in measured.candidates() if row["accepted"]}
     refined = [row for row in read_jsonl(directory.refined) if row["accepted"]]
     children = [Example.from_json(row["example"]) for row in refined]
-    workshop = Workshop(measured.config, Silent())
-    graphdef, params = workshop.load_model(directory.checkpoint)
-    scores, _ = score_examples(
-        graphdef, params, workshop.tokenize(children), mesh=workshop.mesh, batch_tokens=512, chunk=64
-    )
+    session = Session(measured.config, Silent())
+    model = session.load_model(directory.checkpoint)
+    scores, _ = score_examples(model, session.tokenize(children), batch_tokens=512, chunk=64)
     unit_nd = np.load(directory.embeddings)
     unit_nd /= np.linalg.norm(unit_nd, axis=1, keepdims=True)
     assert len(children) == len(known)
@@ -266,7 +264,7 @@ def test_a_round_of_a_run_is_measured_as_the_loop_measured_it(measured: Measured
     record = directory.stages()["refine"]
     directory.forget("refine")
     directory.candidates.unlink()  # all is measured again
-    stages.refine_round(Workshop(measured.config, Silent()), directory)
+    stages.refine_round(Session(measured.config, Silent()), directory)
     names = ("candidates.jsonl", "requests.jsonl", "refined.jsonl")
     assert contents(directory.path, *names) == contents(measured.round.path, *names)
     again = directory.stages()["refine"]
@@ -323,9 +321,9 @@ def test_without_neighbours_nothing_can_make_room(measured: Measured, tmp_path: 
     unknown = pa.nulls(len(table), SCHEMA.field("knn_ids").type)
     write_scores(directory.scores, table.set_column(at, SCHEMA.field("knn_ids"), unknown))
     refine = measured.config.refine.model_copy(update={"growth": "keep"})
-    workshop = Workshop(measured.config.model_copy(update={"refine": refine}), Silent())
+    session = Session(measured.config.model_copy(update={"refine": refine}), Silent())
     with pytest.raises(RunError, match=r"refine\.growth=keep .* score the diversity axis too"):
-        stages.merge_stage(workshop, directory)
+        stages.merge_stage(session, directory)
 
 
 def test_the_model_that_scored_is_named_or_the_error_says_what_to_do(
@@ -350,11 +348,11 @@ def test_raw_prompts_are_measured_as_the_dataset_was(measured: Measured, tmp_pat
     shutil.copytree(measured.round.path, tmp_path / "round_00")
     directory = RoundDir(tmp_path / "round_00")
     diversity = measured.config.diversity.model_copy(update={"text": "raw"})
-    workshop = Workshop(measured.config.model_copy(update={"diversity": diversity}), Silent())
-    stages.score_stage(workshop, directory, directory.checkpoint, None, ["diversity"])
+    session = Session(measured.config.model_copy(update={"diversity": diversity}), Silent())
+    stages.score_stage(session, directory, directory.checkpoint, None, ["diversity"])
     tasks = stages.plan_refinement(measured.round)
     outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.source) for task in tasks[:4]]
-    for m in UnderTraining(workshop, directory, directory.checkpoint).measure(outcomes):
+    for m in UnderTraining(session, directory, directory.checkpoint).measure(outcomes):
         assert m.similarity == pytest.approx(1.0, abs=1e-5)
         assert m.nearest is not None
         assert m.nearest < 1 - 1e-5

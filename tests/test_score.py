@@ -13,22 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import Mesh
+from forward import forward
 from tiny_model import write_tiny_model
 
 from middo_jax.config import ConfigError, MeshSettings
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.diagnose import score as scoring
-from middo_jax.diagnose.score import MIN_PREFIX, ExampleScores, Packing, score_examples
-from middo_jax.diagnose.sweep import PassFacts
-from middo_jax.diagnose.table import Measured, read_scores, write_scores
 from middo_jax.models import hf
-from middo_jax.models.decoder import forward
+from middo_jax.models.model import Model
 from middo_jax.parallel.mesh import MESH_AXES, make_mesh
+from middo_jax.passes import losses as scoring
+from middo_jax.passes.losses import MIN_PREFIX, ExampleScores, plan_losses, score_examples
+from middo_jax.passes.runner import PassFacts
 from middo_jax.progress import Advance, Silent
-
-Model = tuple[nnx.GraphDef, nnx.State]
+from middo_jax.signals.table import Measured, read_scores, write_scores
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +33,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def one_device() -> Mesh:
-    return make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-
-
 @pytest.fixture(scope="module")
 def model(directory: Path) -> Model:
-    return hf.load(directory, mesh=one_device())[:2]
+    return hf.load(directory)
 
 
 def random_examples(n: int, longest: int = 300, seed: int = 0) -> list[TokenizedExample]:
@@ -65,12 +58,13 @@ PASS = jax.jit(forward, static_argnums=0)
 
 def by_hand(model: Model, example: TokenizedExample) -> tuple[float, np.ndarray]:
     """(loss, embedding) of one example alone: float64 log-softmax of its whole logits."""
-    graphdef, params = model
     # Padded behind, which nothing before it sees, so that one shape is compiled.
     at = jnp.arange(300)[None]
     tokens = jnp.zeros((1, 300), jnp.int32).at[0, : len(example)].set(jnp.asarray(example.tokens_n))
-    hidden_btd = PASS(graphdef, params, tokens, jnp.where(at < len(example), 0, -1), at)[:, : len(example)]
-    logits = np.asarray(hidden_btd[0], np.float64) @ np.asarray(params["embed"][...], np.float64).T
+    hidden_btd = PASS(model.graphdef, model.params, tokens, jnp.where(at < len(example), 0, -1), at)[
+        :, : len(example)
+    ]
+    logits = np.asarray(hidden_btd[0], np.float64) @ np.asarray(model.params["embed"][...], np.float64).T
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     targets = np.flatnonzero(example.is_target_n)
     nll = [-log_p[t - 1, example.tokens_n[t]] for t in targets if t > 0]
@@ -80,11 +74,9 @@ def by_hand(model: Model, example: TokenizedExample) -> tuple[float, np.ndarray]
     return (float(np.mean(nll)) if nll else float("nan")), embedding
 
 
-def score(
-    model: Model, examples: list[TokenizedExample], mesh: Mesh | None = None, **how: Any
-) -> ExampleScores:
+def score(model: Model, examples: list[TokenizedExample], **how: Any) -> ExampleScores:
     how = {"batch_tokens": 1024, "chunk": 128} | how
-    return score_examples(*model, examples, mesh=mesh or one_device(), **how)[0]
+    return score_examples(model, examples, **how)[0]
 
 
 def assert_same(ours: ExampleScores, theirs: ExampleScores) -> None:
@@ -125,8 +117,7 @@ def test_order_changes_nothing(model: Model, packed: ExampleScores) -> None:
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 2, 4)], ids=str)
 def test_a_mesh_changes_nothing(directory: Path, packed: ExampleScores, shape: tuple[int, int, int]) -> None:
     mesh = make_mesh(MeshSettings(data=shape[0], fsdp=shape[1], tensor=shape[2]))
-    graphdef, params, _ = hf.load(directory, mesh=mesh)
-    assert_same(score((graphdef, params), EXAMPLES, mesh), packed)
+    assert_same(score(hf.load(directory, mesh=mesh), EXAMPLES), packed)
 
 
 class Watched(Silent):
@@ -143,9 +134,7 @@ class Watched(Silent):
 
 def test_progress_counts_every_example_once_all_is_compiled(model: Model) -> None:
     watched = Watched()
-    _, facts = score_examples(
-        *model, EXAMPLES, mesh=one_device(), batch_tokens=512, chunk=128, progress=watched, name="loss"
-    )
+    _, facts = score_examples(model, EXAMPLES, batch_tokens=512, chunk=128, progress=watched, name="loss")
     compiling, loss = watched.seen["loss: compiling"], watched.seen["loss"]
     assert list(watched.seen) == ["loss: compiling", "loss"]  # in this order, and nothing compiles later
     assert compiling == [(n, facts.shapes) for n in range(1, facts.shapes + 1)]
@@ -175,10 +164,10 @@ def test_a_prefix_that_is_read_once_a_row_changes_nothing(
     examples = with_prefix(20, random_examples(40, longest=250))
     devices = jax.devices()[: math.prod(shape)]
     mesh = make_mesh(MeshSettings(**dict(zip(MESH_AXES, shape, strict=True))), devices)
-    graphdef, params, _ = hf.load(directory, mesh=mesh)
+    model = hf.load(directory, mesh=mesh)
 
     def scored() -> tuple[ExampleScores, PassFacts]:
-        return score_examples(graphdef, params, examples, mesh=mesh, batch_tokens=2048, chunk=128)
+        return score_examples(model, examples, batch_tokens=2048, chunk=128)
 
     shared, facts = scored()
     monkeypatch.setattr(scoring, "shares_prefixes", lambda kernel: False)
@@ -186,7 +175,7 @@ def test_a_prefix_that_is_read_once_a_row_changes_nothing(
     assert_same(shared, alone)
     # Each row reads the prefix once, and each example has a first token of its own.
     assert facts.real_tokens < unshared.real_tokens - 20 * 30
-    assert Packing.of(examples, share_prefix=True).prefix == 20
+    assert plan_losses(examples, True, 1, 2048).prefix == 20
 
 
 def test_a_prefix_ends_where_something_is_read() -> None:
@@ -196,22 +185,24 @@ def test_a_prefix_ends_where_something_is_read() -> None:
 
     def prefix(prompt: int, target: int) -> int:
         e = TokenizedExample("a", tokens, at >= target, (at >= prompt) & (at < target), False)
-        packing = Packing.of([e, e], share_prefix=True)
-        assert all(n >= 1 for n in packing.lengths())
-        return packing.prefix
+        plan = plan_losses([e, e], True, 1, 2048)
+        assert all(len(tree.tokens_n) > plan.prefix for tree in plan.trees)
+        return plan.prefix
 
     assert prefix(prompt=20, target=25) == 20
     assert prefix(prompt=25, target=25) == 24  # the position before the first target tells it
     assert prefix(prompt=30, target=30) == 29  # nothing is read, but each keeps a token
     assert prefix(prompt=MIN_PREFIX - 1, target=25) == 0
     other = TokenizedExample("b", tokens[::-1].copy(), at >= 25, at < 0, False)
-    assert Packing.of([other], share_prefix=True).prefix == 0
+    assert plan_losses([other], True, 1, 2048).prefix == 0
 
 
 def test_what_nothing_depends_on_is_not_read() -> None:
     at = np.arange(30)
     e = TokenizedExample("a", at.astype(np.int32), (at >= 10) & (at < 20), at == 3, False)
-    assert Packing.of([e], share_prefix=False).lengths() == [19]  # the last target is told by 18
+    assert [len(tree.tokens_n) for tree in plan_losses([e], False, 1, 2048).trees] == [
+        19
+    ]  # the last target is told by 18
 
 
 def test_a_batch_without_any_target(model: Model) -> None:
@@ -228,8 +219,8 @@ def test_nothing_to_score(model: Model) -> None:
 
 
 def test_a_broken_model_gives_nulls_and_says_so(model: Model, tmp_path: Path) -> None:
-    graphdef, params = model
-    scores = score((graphdef, jax.tree.map(lambda x: x * jnp.nan, params)), EXAMPLES[:3])
+    broken = model.with_params(jax.tree.map(lambda x: x * jnp.nan, model.params))
+    scores = score(broken, EXAMPLES[:3])
     measured = Measured(["a", "b", "c"], scores.n_targets_n, np.zeros(3, bool), loss_post=scores.loss_n)
     write_scores(tmp_path / "scores.parquet", measured.to_table())
     table = read_scores(tmp_path / "scores.parquet").to_pydict()

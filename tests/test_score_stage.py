@@ -19,14 +19,14 @@ from middo_jax import stages
 from middo_jax.config import load
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.diagnose.duplicates import count_duplicates, prompt_hash
-from middo_jax.diagnose.select import select
-from middo_jax.diagnose.table import read_scores
 from middo_jax.progress import Silent
 from middo_jax.report.terminal import render_selection
 from middo_jax.run import RoundDir, RunError
+from middo_jax.session import Session, prepare, write_dataset
+from middo_jax.signals.duplicates import count_duplicates, prompt_hash
+from middo_jax.signals.select import select
+from middo_jax.signals.table import read_scores
 from middo_jax.stages.measure import UnderTraining
-from middo_jax.workshop import Workshop, prepare, write_dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ class House:
     def tuned(self) -> Path:
         return self.root / "tuned"
 
-    def workshop(self, **more: Any) -> Workshop:
-        return Workshop(load(None, settings(self.root, **more)), Silent())
+    def session(self, **more: Any) -> Session:
+        return Session(load(None, settings(self.root, **more)), Silent())
 
     def score(
         self,
@@ -56,10 +56,10 @@ class House:
     ) -> RoundDir:
         """Scores examples in a fresh folder, and selects."""
         shutil.rmtree(self.root / name, ignore_errors=True)
-        directory, workshop = RoundDir(self.root / name), self.workshop(**more)
+        directory, session = RoundDir(self.root / name), self.session(**more)
         write_dataset(directory, examples)
-        stages.score_stage(workshop, directory, self.tuned, self.base, axes, earlier=earlier)
-        stages.select_stage(workshop, directory)
+        stages.score_stage(session, directory, self.tuned, self.base, axes, earlier=earlier)
+        stages.select_stage(session, directory)
         return directory
 
 
@@ -73,7 +73,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
 
 @pytest.fixture(scope="module")
 def examples(house: House) -> list[Example]:
-    return prepare(house.workshop())[0]
+    return prepare(house.session())[0]
 
 
 def edited(examples: list[Example]) -> list[Example]:
@@ -135,16 +135,16 @@ def test_a_later_round_is_a_first_one(
 def test_embeddings_before_training_are_the_base_models(house: House, examples: list[Example]) -> None:
     pre = house.score("pre", examples, diversity__embedder="pre")
     shutil.rmtree(house.root / "base", ignore_errors=True)
-    directory, workshop = RoundDir(house.root / "base"), house.workshop()
+    directory, session = RoundDir(house.root / "base"), house.session()
     write_dataset(directory, examples)
-    stages.score_stage(workshop, directory, house.base, None, ["diversity"])
+    stages.score_stage(session, directory, house.base, None, ["diversity"])
     np.testing.assert_allclose(np.load(pre.embeddings), np.load(directory.embeddings), rtol=1e-5, atol=1e-5)
     names = ["knn_ids", "prompt_hash"]
     tables = [read_scores(d.scores).select(names).to_pydict() for d in (pre, directory)]
     assert tables[0] == tables[1]
     with pytest.raises(RunError, match=r"diversity\.embedder=pre.*--pre-model"):
         stages.score_stage(
-            house.workshop(diversity__embedder="pre"), directory, house.tuned, None, ["diversity"]
+            house.session(diversity__embedder="pre"), directory, house.tuned, None, ["diversity"]
         )
 
 
@@ -153,11 +153,11 @@ def test_rewrites_are_compared_in_the_datasets_own_space(house: House, examples:
     from middo_jax.refine.tasks import Outcome
 
     directory = house.score("measured", examples, diversity__embedder="pre")
-    workshop = house.workshop(diversity__embedder="pre")
+    session = house.session(diversity__embedder="pre")
     tasks = stages.plan_refinement(directory)
     outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.source) for task in tasks[:3]]
     assert outcomes
-    for m in UnderTraining(workshop, directory, house.tuned).measure(outcomes):
+    for m in UnderTraining(session, directory, house.tuned).measure(outcomes):
         assert m.similarity == pytest.approx(1.0, abs=1e-5)
 
 
@@ -224,7 +224,7 @@ def test_duplicates_are_reported_and_may_be_ignored(house: House, examples: list
     with_twins = repeated(examples)
     directory = house.score("twins", with_twins)
     table = read_scores(directory.scores)
-    _, selection = select(table, house.workshop().config)
+    _, selection = select(table, house.session().config)
     expected = {"n_groups": 3, "n_samples": 7}
     assert selection["duplicates"] == score_record(directory)["duplicates"] == expected
     assert "same prompt       7 in 3 groups" in render_selection(selection)

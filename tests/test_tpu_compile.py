@@ -15,24 +15,24 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
-from middo_jax.diagnose.score import score_batch
+from middo_jax.models.model import abstract_model
+from middo_jax.passes.losses import score_batch
 from middo_jax.models.config import DecoderConfig, LayerKind, Llama3Rope
 from middo_jax.parallel.mesh import MESH_AXES, named_sharding
-from middo_jax.models.checkpoint import abstract_params
 
 name, shape, length = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 layers = LayerKind(rope_theta=500000.0, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192))
 llama_8b = DecoderConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, (layers,), dtype="bfloat16")
-graphdef, params = abstract_params(llama_8b, mesh, "bfloat16")
+model = abstract_model(llama_8b, mesh, "bfloat16")
 rows = shape[0] * shape[1]
 batch = [
     jax.ShapeDtypeStruct((rows, length), dtype, sharding=named_sharding(mesh, "batch", "length"))
     for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.bool_, jnp.bool_)
 ]
 with jax.set_mesh(mesh):
-    lowered = score_batch.lower(graphdef, params, *batch, max_segments=64, chunk=256, longest=512)
+    lowered = score_batch.lower(model.graphdef, model.params, *batch, max_segments=64, chunk=256, longest=512)
 compiled = lowered.compile()
 memory = compiled.memory_analysis()
 sizes = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}

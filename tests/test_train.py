@@ -21,12 +21,13 @@ from jax.sharding import Mesh
 from middo_jax.config import ConfigError, MeshSettings, TrainSettings
 from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.evaluate.heldout import HeldoutLoss, heldout_loss
+from middo_jax.evaluate.heldout import HeldoutLoss, row_losses, total
 from middo_jax.models.attention import QUERY_BLOCK
-from middo_jax.models.checkpoint import abstract_params
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, Remat, split
+from middo_jax.models.model import Model, Params, Structure, abstract_model
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.passes.losses import score_examples
 from middo_jax.run import RunError, read_jsonl
 from middo_jax.train.checks import TrainingDataError
 from middo_jax.train.feed import plan_epoch
@@ -68,7 +69,7 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
 ONE = mesh_of(1, 1, 1)
 
 
-def fresh() -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+def fresh() -> tuple[Structure, Params]:
     return split(Decoder(CONFIG, jax.random.key(0)))
 
 
@@ -78,22 +79,21 @@ def fine_tune(
     settings: TrainSettings = SETTINGS,
     mesh: Mesh = ONE,
     on_step: Callable[[StepMetrics], None] | None = None,
-    params: nnx.State | None = None,
+    params: Params | None = None,
     seed: int = 3,
-) -> nnx.State:
+) -> Params:
     graphdef, start = fresh()
-    return train(
-        graphdef,
-        start if params is None else params,
+    trained = train(
+        Model(CONFIG, graphdef, start if params is None else params, mesh),
         tokenized,
         settings,
         seed=seed,
-        mesh=mesh,
         pack_length=PACK,
         out_dir=out_dir,
         chunk=CHUNK,
         on_step=on_step,
     )
+    return trained.params
 
 
 def gradient(
@@ -102,7 +102,7 @@ def gradient(
     graphdef, params = fresh()
     on_mesh = put_batch(pack(tokenized, rows, batch, PACK, max_segments=8), parts, ONE)
     step = jax.jit(batch_gradient, static_argnums=(0, 4, 5))
-    return step(graphdef, params, nnx.State({}), on_mesh, CHUNK, remat)
+    return step(graphdef, params, Params({}), on_mesh, CHUNK, remat)
 
 
 def array(state: Any, *path: str) -> np.ndarray:
@@ -110,14 +110,14 @@ def array(state: Any, *path: str) -> np.ndarray:
     return np.asarray(dict(nnx.to_flat_state(state))[path][...])
 
 
-def assert_close(got: nnx.State, want: nnx.State, relative: float) -> None:
+def assert_close(got: Params, want: Params, relative: float) -> None:
     """Largest difference of each parameter, relative to its largest entry."""
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         error = float(np.abs(jax.device_get(a) - jax.device_get(b)).max())
         assert error <= relative * float(np.abs(b).max()), jax.tree_util.keystr(path)
 
 
-def assert_identical(got: nnx.State, want: nnx.State) -> None:
+def assert_identical(got: Params, want: Params) -> None:
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
 
@@ -131,7 +131,7 @@ def test_passing_over_what_no_example_reaches_changes_no_gradient():
     batch = put_batch(pack(tokenized, rows, 2, length, max_segments=20), 1, ONE)
     step = jax.jit(batch_gradient, static_argnums=(0, 4, 5, 6))
     (near, _, got), (whole, _, want) = (
-        step(graphdef, params, nnx.State({}), batch, CHUNK, "dots", reach) for reach in (longest, None)
+        step(graphdef, params, Params({}), batch, CHUNK, "dots", reach) for reach in (longest, None)
     )
     assert float(near) == pytest.approx(float(whole), rel=1e-6)
     assert_close(got, want, 1e-5)
@@ -190,17 +190,18 @@ def test_loss_falls_on_learnable_data(tmp_path: Path):
     assert [m.step for m in seen] == list(range(1, seen[-1].total_steps + 1))
     assert all(m.speed.tokens_per_second > 0 for m in seen)
 
-    def heldout(params: nnx.State, mesh: Mesh, **sizes: int) -> HeldoutLoss:
-        return heldout_loss(fresh()[0], params, tokenized[128:], mesh=mesh, chunk=CHUNK, **sizes)
+    def heldout(mesh: Mesh, batch_tokens: int) -> HeldoutLoss:
+        shapes = abstract_model(CONFIG, mesh)
+        placed = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), params, shapes.params)
+        model = shapes.with_params(placed)
+        scores, _ = score_examples(model, tokenized[128:], batch_tokens=batch_tokens, chunk=CHUNK)
+        return total(row_losses([e.id for e in tokenized[128:]], scores.loss_n, scores.n_targets_n))
 
-    loss, n_target_tokens, n, by_source = heldout(params, ONE, batch_tokens=64, pack_length=32)
+    loss, n_target_tokens, n, by_source = heldout(ONE, batch_tokens=64)
     assert (n_target_tokens, n, by_source) == (32 * 10, 32, {})
     assert loss < seen[0].loss / 4
     # How the held-out examples are packed and spread changes nothing.
-    many = mesh_of(2, 2, 2)
-    assert heldout(jax.device_get(params), many, batch_tokens=1, pack_length=12)[0] == pytest.approx(
-        loss, rel=1e-5
-    )
+    assert heldout(mesh_of(2, 2, 2), batch_tokens=1)[0] == pytest.approx(loss, rel=1e-5)
 
 
 def test_every_example_once_an_epoch():
@@ -405,7 +406,7 @@ def test_optimizer_is_clipped_adamw_and_decays_matrices_only():
 
 def test_optimizer_state_lies_where_its_parameters_do():
     mesh = mesh_of(2, 2, 2)
-    _, params = abstract_params(CONFIG, mesh)
+    params = abstract_model(CONFIG, mesh).params
     opt_state = abstract_opt_state(make_optimizer(SETTINGS, 10), params, mesh)
     for moment in ("mu", "nu"):
         assert jax.tree.map(lambda x: x.sharding, optax.tree.get(opt_state, moment)) == jax.tree.map(

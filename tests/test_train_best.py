@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
-from tiny_training import CHUNK, CONFIG, PACK_LENGTH, SETTINGS, Killed, examples, kill_at, mesh_of
+from tiny_training import (
+    CHUNK,
+    CONFIG,
+    PACK_LENGTH,
+    SETTINGS,
+    Killed,
+    examples,
+    fresh_model,
+    heldout,
+    kill_at,
+    mesh_of,
+)
 
 from middo_jax.config import load
-from middo_jax.evaluate.heldout import heldout_loss, row_losses, total
+from middo_jax.evaluate.heldout import HeldoutLoss, row_losses, total
 from middo_jax.models.checkpoint import read_metadata, restore_params
-from middo_jax.models.decoder import Decoder, split
+from middo_jax.models.model import Model, Params
+from middo_jax.passes import runner
+from middo_jax.passes.losses import LossPass, score_examples
+from middo_jax.progress import Silent
 from middo_jax.run import read_jsonl
 from middo_jax.train.evaluations import Evaluation
 from middo_jax.train.metrics import StepMetrics
@@ -28,48 +41,34 @@ SOURCES = [("code", "law", "sea")[i % 3] for i in range(len(HELDOUT))]
 
 def fine_tune(
     out_dir: Path,
-    evaluate: Callable[[nnx.State], Evaluation],
+    evaluate: Callable[[Model], Evaluation],
     on_step: Callable[[StepMetrics], None] | None = None,
-) -> nnx.State:
-    graphdef, params = split(Decoder(CONFIG, jax.random.key(0)))
-    return train(
-        graphdef,
-        params,
+) -> Params:
+    trained = train(
+        fresh_model(ONE),
         TRAINED,
         EVALUATED,
         seed=3,
-        mesh=ONE,
         pack_length=PACK_LENGTH,
         out_dir=out_dir,
         chunk=CHUNK,
         on_step=on_step,
         evaluate=evaluate,
     )
+    return trained.params
 
 
-def measure(params: nnx.State) -> Evaluation:
-    graphdef = split(Decoder(CONFIG, jax.random.key(0)))[0]
-    found = heldout_loss(
-        graphdef,
-        params,
-        HELDOUT,
-        mesh=ONE,
-        batch_tokens=128,
-        chunk=CHUNK,
-        pack_length=PACK_LENGTH,
-        sources=SOURCES,
-    )
+def measure(model: Model) -> Evaluation:
+    found = heldout(model, HELDOUT, SOURCES)
     by_source = {name: of._asdict() for name, of in found.by_source.items()}
     return Evaluation(found.loss, found.n_target_tokens, by_source)
 
 
 def test_the_loss_by_source_is_that_of_the_source_alone() -> None:
-    graphdef, params = split(Decoder(CONFIG, jax.random.key(0)))
+    model = fresh_model(mesh_of(2, 2, 2))
 
-    def loss(indices: list[int], **more: object) -> object:
-        chosen = [HELDOUT[i] for i in indices]
-        sizes = {"batch_tokens": 96, "chunk": CHUNK, "pack_length": PACK_LENGTH}
-        return heldout_loss(graphdef, params, chosen, mesh=mesh_of(2, 2, 2), **sizes, **more)
+    def loss(indices: list[int], sources: Sequence[str] = ()) -> HeldoutLoss:
+        return heldout(model, [HELDOUT[i] for i in indices], sources)
 
     everything = list(range(len(HELDOUT)))
     whole, split_up = loss(everything), loss(everything, sources=SOURCES)
@@ -84,15 +83,34 @@ def test_the_loss_by_source_is_that_of_the_source_alone() -> None:
 
 
 def test_each_row_has_the_loss_that_it_has_alone() -> None:
-    graphdef, params = split(Decoder(CONFIG, jax.random.key(0)))
-    sizes = {"mesh": mesh_of(2, 2, 2), "batch_tokens": 96, "chunk": CHUNK, "pack_length": PACK_LENGTH}
-    rows = row_losses(graphdef, params, HELDOUT, **sizes)
+    model = fresh_model(mesh_of(2, 2, 2))
+    scores, _ = score_examples(model, HELDOUT, batch_tokens=128, chunk=CHUNK)
+    rows = row_losses([example.id for example in HELDOUT], scores.loss_n, scores.n_targets_n)
     assert rows.ids == [example.id for example in HELDOUT]
     for example, nll, n_targets in zip(HELDOUT, rows.nll_n, rows.n_targets_n, strict=True):
-        alone = heldout_loss(graphdef, params, [example], **sizes)
+        alone = heldout(model, [example])
         assert n_targets == alone.n_target_tokens
         assert nll / n_targets == pytest.approx(alone.loss, rel=1e-5)
-    assert total(rows) == heldout_loss(graphdef, params, HELDOUT, **sizes)
+    assert total(rows) == heldout(model, HELDOUT)
+
+
+def test_evaluating_while_training_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+    compile_, loss_pass = runner._compile, LossPass(HELDOUT, fresh_model(ONE), 128, CHUNK)
+
+    def counted(lowered: Sequence[object], advance: Callable[[int, int], None]) -> list[object]:
+        compiled.append(len(lowered))
+        return compile_(lowered, advance)
+
+    def evaluate(model: Model) -> Evaluation:
+        scores, _ = loss_pass(model, Silent(), "held-out loss")
+        found = total(row_losses([e.id for e in HELDOUT], scores.loss_n, scores.n_targets_n))
+        return Evaluation(found.loss, found.n_target_tokens, {})
+
+    monkeypatch.setattr(runner, "_compile", counted)
+    fine_tune(tmp_path, evaluate)
+    assert len(read_jsonl(tmp_path / "evaluations.jsonl")) > 2
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("stop", [4, 7])
@@ -114,9 +132,9 @@ def test_the_best_state_is_kept_though_newer_ones_came(stop: int | None, tmp_pat
     invented = {3: 2.0, 6: 1.0}  # then worse again
     steps: Iterator[int]
 
-    def evaluate(params: nnx.State) -> Evaluation:
+    def evaluate(model: Model) -> Evaluation:
         step = next(steps)
-        seen[step] = [np.array(x) for x in jax.tree.leaves(params)]
+        seen[step] = [np.array(x) for x in jax.tree.leaves(model.params)]
         return Evaluation(invented.get(step, 3.0), 10, {})
 
     steps = iter((3, 6, 9, 12, 15))
@@ -136,18 +154,17 @@ def test_the_best_state_is_kept_though_newer_ones_came(stop: int | None, tmp_pat
     assert final is not None
     assert (metadata["step"], metadata["identity"]) == (6, final["identity"])
     assert final["step"] > 6
-    for a, b in zip(jax.tree.leaves(restore_params(best, CONFIG, ONE)[1]), seen[6], strict=True):
+    for a, b in zip(jax.tree.leaves(restore_params(best, CONFIG, ONE)), seen[6], strict=True):
         np.testing.assert_array_equal(np.asarray(a), b)
     assert any(np.any(np.asarray(a) != b) for a, b in zip(jax.tree.leaves(last), seen[6], strict=True))
     assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["best", "metadata.json", "params"]
 
 
 def test_as_many_of_the_newest_as_wanted_are_kept(tmp_path: Path) -> None:
-    graphdef, params = split(Decoder(CONFIG, jax.random.key(0)))
     settings = SETTINGS.model_copy(update={"num_epochs": 4, "save_every": 1, "keep": 3})
-    sizes = {"seed": 3, "mesh": ONE, "pack_length": PACK_LENGTH, "chunk": CHUNK}
+    sizes = {"seed": 3, "pack_length": PACK_LENGTH, "chunk": CHUNK}
     with pytest.raises(Killed):
-        train(graphdef, params, TRAINED, settings, out_dir=tmp_path, on_step=kill_at(6), **sizes)
+        train(fresh_model(ONE), TRAINED, settings, out_dir=tmp_path, on_step=kill_at(6), **sizes)
     assert sorted(int(p.name) for p in (tmp_path / "checkpoint" / "steps").iterdir()) == [3, 4, 5]
 
 

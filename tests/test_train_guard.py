@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.sharding import Mesh
 from tiny_training import CHUNK, CONFIG, PACK_LENGTH, SETTINGS, example, examples, mesh_of
 
 from middo_jax.config import ConfigError, TrainSettings
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.decoder import Decoder, split
+from middo_jax.models.model import Model, Params
 from middo_jax.run import read_jsonl
 from middo_jax.train import sft
 from middo_jax.train.checks import TrainingDataError
@@ -30,11 +30,12 @@ ONE = mesh_of(1, 1, 1)
 EPOCH = SETTINGS.model_copy(update={"num_epochs": 1, "save_every": 1})
 
 
-def broken_model() -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+def broken_model(mesh: Mesh) -> Model:
     """A model that gives NaN wherever token 1 is read."""
     model = Decoder(CONFIG, jax.random.key(0))
     model.embed[...] = model.embed[...].at[1].set(jnp.nan)
-    return split(model)
+    graphdef, params = split(model)
+    return Model(CONFIG, graphdef, params, mesh)
 
 
 def poisoned(tokenized: list[TokenizedExample], indices: set[int]) -> list[TokenizedExample]:
@@ -55,13 +56,11 @@ def fine_tune(
     settings: TrainSettings,
     seen: list[StepMetrics] | None = None,
     mesh: Mesh = ONE,
-) -> nnx.State:
-    graphdef, params = broken_model()
+) -> Params:
     told = None if seen is None else seen.append
     sizes = {"pack_length": PACK_LENGTH, "chunk": CHUNK}
-    return sft.train(
-        graphdef, params, tokenized, settings, seed=3, mesh=mesh, out_dir=out_dir, on_step=told, **sizes
-    )
+    model = broken_model(mesh)
+    return sft.train(model, tokenized, settings, seed=3, out_dir=out_dir, on_step=told, **sizes).params
 
 
 def test_a_bad_step_is_left_out_and_the_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_training
-from flax import nnx
 from processes import run_together
 from tiny_model import FAMILIES, VOCAB_SIZE, write_tiny_model
 from tiny_training import CHUNK, PACK_LENGTH, SETTINGS, Killed, examples, fine_tune, kill_at, mesh_of
@@ -19,6 +18,7 @@ from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models import hf
 from middo_jax.models.config import DecoderConfig
+from middo_jax.models.model import Params
 from middo_jax.run import read_jsonl
 from middo_jax.train.feed import feed, plan_training
 from middo_jax.train.optimizer import make_optimizer
@@ -28,7 +28,7 @@ from middo_jax.train.stopping import EXIT_PREEMPTED
 ONE = mesh_of(1, 1, 1)
 
 
-def assert_close(got: nnx.State, want: nnx.State, relative: float) -> None:
+def assert_close(got: Params, want: Params, relative: float) -> None:
     """Largest difference of each parameter, relative to its largest entry."""
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         error = float(np.abs(jax.device_get(a) - jax.device_get(b)).max())
@@ -45,7 +45,7 @@ def assert_same_metrics(directory: Path, other: Path, relative: float) -> None:
         assert [r[name] for r in mine] == pytest.approx([r[name] for r in theirs], rel=relative), name
 
 
-def by_name(params: nnx.State, config: DecoderConfig) -> dict[str, np.ndarray]:
+def by_name(params: Params, config: DecoderConfig) -> dict[str, np.ndarray]:
     """Arrays of the parameters' structure, by Hugging Face name and in its layout."""
     arrays = {path: np.asarray(value[...]) for path, value in params.flat_state()}
     found = {}
@@ -82,12 +82,13 @@ def torch_model(directory: Path) -> Any:
 def test_a_packed_batch_has_the_loss_and_gradient_of_torch_unpacked(family: str, tmp_path: Path):
     pytest.importorskip("torch")
     directory = write_tiny_model(tmp_path, seed=7, **FAMILIES[family])
-    graphdef, params, config = hf.load(directory)
+    loaded = hf.load(directory)
+    graphdef, params, config = loaded.graphdef, loaded.params, loaded.config
     # Two micro-batches of two rows; the last holds a third of the others' targets.
     rows, tokenized = [[0, 3, 4], [1, 5], [2], [6]], examples(7, VOCAB_SIZE)
     batch = put_batch(pack(tokenized, rows, 4, 48, max_segments=4), 2, ONE)
     step = jax.jit(batch_gradient, static_argnums=(0, 4, 5))
-    loss, n_targets, gradient = step(graphdef, params, nnx.State({}), batch, CHUNK, "layer")
+    loss, n_targets, gradient = step(graphdef, params, Params({}), batch, CHUNK, "layer")
 
     model = torch_model(directory)
     wanted = torch_loss(model, tokenized)
@@ -105,7 +106,8 @@ def test_steps_are_those_of_torch_adamw(tmp_path: Path):
     """Clipping, decay of matrices alone, schedule and moments: the losses of the steps tell them all."""
     torch = pytest.importorskip("torch")
     directory = write_tiny_model(tmp_path, seed=7, **FAMILIES["llama3"])
-    graphdef, params, _ = hf.load(directory, mesh=ONE)
+    loaded = hf.load(directory, mesh=ONE)
+    graphdef, params = loaded.graphdef, loaded.params
     tokenized = examples(40, VOCAB_SIZE)
     plan = plan_training(tokenized, SETTINGS, 0, PACK_LENGTH)[:8]
     optimizer = make_optimizer(SETTINGS, len(plan))
@@ -113,7 +115,7 @@ def test_steps_are_those_of_torch_adamw(tmp_path: Path):
     step = make_train_step(graphdef, optimizer, SETTINGS, len(plan), chunk=CHUNK, state=state)
     losses, rates = [], []
     for batch, _ in feed(tokenized, plan, SETTINGS, PACK_LENGTH, ONE):
-        *state, outputs = step(*state, nnx.State({}), batch)
+        *state, outputs = step(*state, Params({}), batch)
         losses.append(float(outputs.loss))
         rates.append(float(outputs.learning_rate))
 
@@ -139,7 +141,7 @@ def test_steps_are_those_of_torch_adamw(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[nnx.State, Path]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Path]:
     """(parameters, folder) of 20 steps and more on one device."""
     directory = tmp_path_factory.mktemp("uninterrupted")
     params = jax.device_get(fine_tune(directory, examples(40), ONE))
@@ -149,7 +151,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[nnx.State, 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2)])
 def test_twenty_steps_on_any_mesh_are_those_of_one_device(
-    shape: tuple[int, int, int], uninterrupted: tuple[nnx.State, Path], tmp_path: Path
+    shape: tuple[int, int, int], uninterrupted: tuple[Params, Path], tmp_path: Path
 ):
     params = fine_tune(tmp_path, examples(40), mesh_of(*shape))
     assert_same_metrics(tmp_path, uninterrupted[1], 1e-4)
@@ -158,7 +160,7 @@ def test_twenty_steps_on_any_mesh_are_those_of_one_device(
 
 @pytest.mark.parametrize("stop", [2, 11, 20])
 def test_killed_on_one_mesh_and_resumed_on_another(
-    stop: int, uninterrupted: tuple[nnx.State, Path], tmp_path: Path
+    stop: int, uninterrupted: tuple[Params, Path], tmp_path: Path
 ):
     first, second = (mesh_of(1, 4, 2), mesh_of(8, 1, 1)) if stop % 2 else (mesh_of(2, 4, 1), ONE)
     with pytest.raises(Killed):
@@ -176,7 +178,7 @@ def two_processes(tmp_path: Path, directory: Path, stop: str = "0", code: int = 
 
 
 @pytest.mark.multiprocess
-def test_two_processes_train_like_one(uninterrupted: tuple[nnx.State, Path], tmp_path: Path):
+def test_two_processes_train_like_one(uninterrupted: tuple[Params, Path], tmp_path: Path):
     wanted, directory = uninterrupted
     for out in two_processes(tmp_path, tmp_path / "two"):
         params = jax.tree.unflatten(jax.tree.structure(wanted), np.load(out).values())
@@ -185,7 +187,7 @@ def test_two_processes_train_like_one(uninterrupted: tuple[nnx.State, Path], tmp
 
 
 @pytest.mark.multiprocess
-def test_killed_on_two_processes_and_resumed_on_one(uninterrupted: tuple[nnx.State, Path], tmp_path: Path):
+def test_killed_on_two_processes_and_resumed_on_one(uninterrupted: tuple[Params, Path], tmp_path: Path):
     two_processes(tmp_path, tmp_path / "cut", "kill:11")
     assert not (tmp_path / "cut" / "checkpoint" / "metadata.json").exists()
     seen: list[int] = []
@@ -197,7 +199,7 @@ def test_killed_on_two_processes_and_resumed_on_one(uninterrupted: tuple[nnx.Sta
 
 @pytest.mark.multiprocess
 def test_a_sigterm_to_one_of_two_processes_stops_both_at_one_step(
-    uninterrupted: tuple[nnx.State, Path], tmp_path: Path
+    uninterrupted: tuple[Params, Path], tmp_path: Path
 ):
     two_processes(tmp_path, tmp_path / "cut", "term:5", EXIT_PREEMPTED)
     stopped = len(read_jsonl(tmp_path / "cut" / "metrics.jsonl"))

@@ -11,12 +11,21 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
-from tiny_training import CHUNK, CONFIG, PACK_LENGTH, SETTINGS, Killed, examples, kill_at, mesh_of
+from tiny_training import (
+    CHUNK,
+    CONFIG,
+    PACK_LENGTH,
+    SETTINGS,
+    Killed,
+    examples,
+    fresh_model,
+    kill_at,
+    mesh_of,
+)
 
 from middo_jax.config import TrainSettings
-from middo_jax.models.checkpoint import abstract_params
 from middo_jax.models.config import DecoderConfig
-from middo_jax.models.decoder import Decoder, split
+from middo_jax.models.model import Params, abstract_model
 from middo_jax.parallel.mesh import named_sharding
 from middo_jax.train.metrics import StepMetrics
 from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
@@ -34,15 +43,16 @@ def fine_tune(
     config: DecoderConfig = CONFIG,
     mesh: jax.sharding.Mesh = ONE,
     **more: object,
-) -> nnx.State:
-    graphdef, params = split(Decoder(config, jax.random.key(0)))
+) -> Params:
+    model = fresh_model(mesh, config)
     # All start from numbers that bfloat16 holds too.
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
-    sizes = {"seed": 3, "mesh": mesh, "pack_length": PACK_LENGTH, "chunk": CHUNK}
-    return train(graphdef, params, examples(40), settings, out_dir=out_dir, **sizes, **more)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), model.params)
+    sizes = {"seed": 3, "pack_length": PACK_LENGTH, "chunk": CHUNK}
+    model = model.with_params(params)
+    return train(model, examples(40), settings, out_dir=out_dir, **sizes, **more).params
 
 
-def flat(params: nnx.State) -> np.ndarray:
+def flat(params: Params) -> np.ndarray:
     return np.concatenate([np.asarray(x, np.float32).ravel() for x in jax.tree.leaves(params)])
 
 
@@ -92,7 +102,7 @@ def test_small_steps_add_up_in_bfloat16_if_rounded_by_chance(tmp_path: Path) -> 
         }
     )
     halves = slow.model_copy(update={"param_dtype": "bfloat16"})
-    _, start = split(Decoder(CONFIG, jax.random.key(0)))
+    start = fresh_model(ONE).params
     began = flat(jax.tree.map(lambda x: x.astype(jnp.bfloat16), start))
     # Norms start at 1, where a place is 1/128: nothing but chance could move them.
     moved = flat(fine_tune(tmp_path / "float32", slow)) - began
@@ -100,7 +110,7 @@ def test_small_steps_add_up_in_bfloat16_if_rounded_by_chance(tmp_path: Path) -> 
     assert {x.dtype for x in jax.tree.leaves(by_chance)} == {jnp.dtype(jnp.bfloat16)}
     to_nearest = fine_tune(tmp_path / "to_nearest", halves.model_copy(update={"stochastic_rounding": False}))
 
-    def share(params: nnx.State) -> float:
+    def share(params: Params) -> float:
         """How far along the way of the float32 training."""
         return float((flat(params) - began) @ moved / (moved @ moved))
 
@@ -122,7 +132,7 @@ def test_in_bfloat16_killed_and_resumed_is_uninterrupted(optimizer: str, tmp_pat
 def test_adafactor_keeps_next_to_nothing_and_learns(tmp_path: Path) -> None:
     mesh = mesh_of(2, 2, 2)
     settings = SETTINGS.model_copy(update={"optimizer": "adafactor", "learning_rate": 3e-3, "num_epochs": 3})
-    _, params = abstract_params(WIDE, mesh)
+    params = abstract_model(WIDE, mesh).params
     state = abstract_opt_state(make_optimizer(settings, 10), params, mesh)
     size = sum(x.size for x in jax.tree.leaves(params))
     assert sum(x.size for x in jax.tree.leaves(state)) < size / 40
@@ -141,7 +151,7 @@ def test_adafactor_keeps_next_to_nothing_and_learns(tmp_path: Path) -> None:
 
 
 def test_moments_are_float32_whatever_is_trained() -> None:
-    _, params = abstract_params(CONFIG, ONE, "bfloat16")
+    params = abstract_model(CONFIG, ONE, "bfloat16").params
     for name in ("adamw", "adafactor"):
         optimizer = make_optimizer(SETTINGS.model_copy(update={"optimizer": name}), 10)
         state = abstract_opt_state(optimizer, params, ONE)

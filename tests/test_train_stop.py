@@ -52,9 +52,7 @@ def learnt(out: Path) -> list[dict[str, object]]:
 def weights(root: Path, name: str) -> list[np.ndarray]:
     mesh = make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     config = read_config(root / "model")
-    return [
-        np.asarray(x) for x in jax.tree.leaves(restore_params(root / name / "checkpoint", config, mesh)[1])
-    ]
+    return [np.asarray(x) for x in jax.tree.leaves(restore_params(root / name / "checkpoint", config, mesh))]
 
 
 @pytest.mark.multiprocess

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from middo_jax.data.trees import Rows, Tree, common_prefix, trie
+from middo_jax.data.trees import PackedTrees, Tree, common_prefix, trie
 
 # A token of its own at the end: no text begins with all of another.
 TEXTS = st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=6).map(
@@ -51,7 +51,7 @@ def test_rows_keep_trees_apart_and_share_the_prefix(forest: list[list[np.ndarray
     grown = [trie(tree) for tree in texts]
     trees = [tree for tree, _ in grown]
     length = prefix + sum(len(tree.tokens_n) - prefix for tree in trees) + 3
-    rows = Rows(trees, [list(range(len(trees))), [0]], 3, length, prefix)
+    rows = PackedTrees(trees, [list(range(len(trees))), [0]], 3, length, prefix)
     tokens, positions = rows.fill(lambda i: trees[i].tokens_n), rows.fill(lambda i: trees[i].positions_n)
     until, number = rows.until_bt(), rows.tree_bt()
     for b, row in enumerate(rows.rows):

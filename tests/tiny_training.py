@@ -19,15 +19,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from middo_jax.config import MeshSettings, TrainSettings
 from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.evaluate.heldout import HeldoutLoss, row_losses, total
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, split
+from middo_jax.models.model import Model, Params
 from middo_jax.parallel.hosts import to_host
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.passes.losses import score_examples
 from middo_jax.train.metrics import StepMetrics
 from middo_jax.train.sft import train
 
@@ -69,19 +71,29 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
     return make_mesh(settings, jax.devices()[: data * fsdp * tensor])
 
 
+def fresh_model(mesh: Mesh, config: DecoderConfig = CONFIG, seed: int = 0) -> Model:
+    """A decoder of random parameters, which a training on `mesh` puts there."""
+    graphdef, params = split(Decoder(config, jax.random.key(seed)))
+    return Model(config, graphdef, params, mesh)
+
+
+def heldout(model: Model, tokenized: Sequence[TokenizedExample], sources: Sequence[str] = ()) -> HeldoutLoss:
+    """The model's loss on some examples, through the scoring pass."""
+    scores, _ = score_examples(model, tokenized, batch_tokens=128, chunk=CHUNK)
+    return total(row_losses([e.id for e in tokenized], scores.loss_n, scores.n_targets_n), sources)
+
+
 def fine_tune(
     out_dir: Path,
     tokenized: Sequence[TokenizedExample],
     mesh: Mesh,
     settings: TrainSettings = SETTINGS,
     on_step: Callable[[StepMetrics], None] | None = None,
-) -> nnx.State:
+) -> Params:
     """Trains the tiny decoder, always from the same start."""
-    graphdef, start = split(Decoder(CONFIG, jax.random.key(0)))
     sizes = {"pack_length": PACK_LENGTH, "chunk": CHUNK}
-    return train(
-        graphdef, start, tokenized, settings, seed=3, mesh=mesh, out_dir=out_dir, on_step=on_step, **sizes
-    )
+    model = fresh_model(mesh)
+    return train(model, tokenized, settings, seed=3, out_dir=out_dir, on_step=on_step, **sizes).params
 
 
 def kill_at(step: int) -> Callable[[StepMetrics], None]:

@@ -30,7 +30,6 @@ from jax.sharding import Mesh
 from benchmarks.gpu import shapes
 from middo_jax.config import MeshSettings, TrainSettings
 from middo_jax.data.packing import pack
-from middo_jax.diagnose.score import ExampleScores, score_examples
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.sampling import Request
 from middo_jax.models.attention import cached_attention
@@ -39,7 +38,9 @@ from middo_jax.models.attention.triton_cached import triton_cached_attention
 from middo_jax.models.attention.xla import xla_attention
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import abstract
+from middo_jax.models.model import Model
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.passes.losses import ExampleScores, score_examples
 from middo_jax.train.feed import plan_epoch
 from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
 from middo_jax.train.step import make_train_step, put_batch
@@ -190,9 +191,8 @@ def scores(config: DecoderConfig, mesh: Mesh, examples: list[Any], batch_tokens:
     params = jax.tree.map_with_path(
         lambda path, x: jax.device_put(np.asarray(x), specs[_keys(path)].sharding(mesh)), params
     )
-    found, _ = score_examples(
-        abstract(config)[0], params, examples, mesh=mesh, batch_tokens=batch_tokens, chunk=256
-    )
+    model = Model.of(config, params, mesh)
+    found, _ = score_examples(model, examples, batch_tokens=batch_tokens, chunk=256)
     return found
 
 

@@ -23,12 +23,12 @@ from jax.sharding import Mesh
 
 from benchmarks.gpu import shapes
 from middo_jax.config import MeshSettings, TrainSettings
-from middo_jax.diagnose.score import MIN_LENGTH, score_batch
 from middo_jax.models.config import DecoderConfig, Lora
 from middo_jax.models.decoder import abstract
 from middo_jax.models.lora import partition
 from middo_jax.models.parameters import LORA_TARGETS, adapters, parameters
 from middo_jax.parallel.mesh import make_mesh, named_sharding
+from middo_jax.passes.losses import MIN_LENGTH, score_batch
 from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
 from middo_jax.train.step import abstract_batch, make_train_step
 

@@ -31,6 +31,7 @@ from middo_jax.data.packing import pack
 from middo_jax.models.config import Lora
 from middo_jax.models.decoder import abstract
 from middo_jax.models.lora import partition, with_fresh_adapters
+from middo_jax.models.model import Model
 from middo_jax.models.parameters import LORA_TARGETS
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.train.feed import plan_epoch
@@ -59,10 +60,10 @@ def one_device() -> Mesh:
 
 def scoring(model: str, out: Path) -> Figures:
     """`score_examples` of Alpaca- and Dolly-like examples; the first also with a template's head shared."""
-    from middo_jax.diagnose.score import score_examples
+    from middo_jax.passes.losses import score_examples
 
     config, mesh = shapes.MODELS[model], one_device()
-    params = shapes.random_params(config, mesh)
+    loaded = Model.of(config, shapes.random_params(config, mesh), mesh)
     tokens = {"8b": 120_000, "1b": 500_000}.get(model, 4_000)
     batch_tokens, chunk = (32_768, 4096) if model != "tiny" else (1024, 256)
     figures: Figures = {"batch_tokens": batch_tokens, "unembed_chunk": chunk}
@@ -71,9 +72,7 @@ def scoring(model: str, out: Path) -> Figures:
         made = shapes.examples(tokens_n, targets_n, config.vocab_size, prefix)
 
         def run(made: list[Any] = made) -> Any:
-            return score_examples(
-                abstract(config)[0], params, made, mesh=mesh, batch_tokens=batch_tokens, chunk=chunk
-            )
+            return score_examples(loaded, made, batch_tokens=batch_tokens, chunk=chunk)
 
         again = [run()[1] for _ in range(3)]  # each compiles before its clock starts
         first, seconds = again[0], statistics.median(facts.seconds for facts in again)
@@ -97,13 +96,13 @@ def ratings(model: str, out: Path) -> Figures:
     """`judge` of the quickstart's rows, whose six questions are one tree each."""
     from middo_jax.data.sources import read
     from middo_jax.data.tokenize import load_tokenizer
-    from middo_jax.diagnose.quality import judge
+    from middo_jax.stages.ratings import judge
 
     config, mesh = shapes.MODELS[model], one_device()
     rows, _ = read("configs/quickstart_data.jsonl", "alpaca")
     tokenizer = load_tokenizer(TOKENIZER)
     config = dataclasses.replace(config, vocab_size=max(config.vocab_size, len(tokenizer)))
-    params = shapes.random_params(config, mesh)
+    judging = Model.of(config, shapes.random_params(config, mesh), mesh)
     rows = (
         rows[:8] if TINY else [dataclasses.replace(row, id=f"{row.id}{i}") for i in range(3) for row in rows]
     )
@@ -111,11 +110,9 @@ def ratings(model: str, out: Path) -> Figures:
     def run() -> Any:
         began = time.perf_counter()
         rating_n6, facts = judge(
-            abstract(config)[0],
-            params,
+            judging,
             rows,
             tokenizer,
-            mesh=mesh,
             max_length=2048,
             batch_tokens=32_768 if not TINY else 2048,
         )
@@ -151,15 +148,14 @@ def training(model: str, lora: bool, out: Path) -> Figures:
     config, mesh = shapes.MODELS[model], one_device()
     length, rows, steps = (4096, 4, 6) if not TINY else (512, 2, 2)
     params = shapes.random_params(config, mesh, "bfloat16" if lora else "float32")
-    graphdef = abstract(config)[0]
+    trainee = Model.of(config, params, mesh)
     if lora:
-        adapters = Lora(16, 32.0, tuple(LORA_TARGETS))
-        graphdef, params = with_fresh_adapters(graphdef, params, adapters, mesh, 0)
-        config = dataclasses.replace(config, lora=adapters)
+        trainee = with_fresh_adapters(trainee, Lora(16, 32.0, tuple(LORA_TARGETS)), 0)
+        config = trainee.config
     made = shapes.examples(*shapes.lengths("alpaca", 2 * (steps + 3) * rows * length), config.vocab_size)
     settings = TrainSettings(batch_size=rows, remat="dots", pack_length=length)
     plan = plan_epoch(made, settings, 0, 0, length)[: steps + 2]
-    trained, frozen = partition(params, config)
+    trained, frozen = partition(trainee.params, config)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(settings, 100)
         target = abstract_opt_state(optimizer, trained, mesh)
@@ -168,7 +164,7 @@ def training(model: str, lora: bool, out: Path) -> Figures:
             jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(trained),
         )
         step = make_train_step(
-            graphdef, optimizer, settings, 100, chunk=2048, state=state, longest=shapes.LONGEST
+            trainee.graphdef, optimizer, settings, 100, chunk=2048, state=state, longest=shapes.LONGEST
         )
         batches = [put_batch(pack(made, rows_, rows, length, length), 1, mesh) for rows_ in plan]
         began = time.perf_counter()
@@ -211,7 +207,7 @@ def training(model: str, lora: bool, out: Path) -> Figures:
 
 def neighbours(out: Path) -> Figures:
     """`nearest_neighbours` of 200,000 x 4,096, two neighbours; and its products' share of float32's peak."""
-    from middo_jax.diagnose.diversity import nearest_neighbours
+    from middo_jax.signals.neighbours.search import nearest_neighbours
 
     n, width = (200_000, 4096) if not TINY else (2_000, 64)
     rng = np.random.default_rng(0)

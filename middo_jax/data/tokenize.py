@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Enough for all cores of a host, few enough that their offsets, which are Python tuples, stay small.
 _TEXTS_AT_A_TIME = 1024
+NO_LIMIT = 1 << 30  # tokens of a conversation that is not cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def eos_token_ids(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
 def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The control token that the template puts right after an answer, if it puts one."""
     probe = Example((Message("user", "Hi"), Message("assistant", "Hello")))
-    tokens = tokenize(probe, tokenizer, max_length=1 << 30)
+    tokens = tokenize(probe, tokenizer, NO_LIMIT)
     last = int(tokens.tokens_n[tokens.is_target_n][-1])
     return last if last in control_tokens(tokenizer).values() else None
 
@@ -98,6 +99,19 @@ def steering_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """
     rendered = f"{tokenizer.chat_template}{tokenizer.eos_token}{tokenizer.bos_token}"
     return frozenset(text for text in control_tokens(tokenizer) if text in rendered)
+
+
+def refusal(example: Example, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why the model cannot read an example, or None if it can. The text is rendered, not tokenized."""
+    for token in sorted(steering_tokens(tokenizer)):
+        if any(token in message.content for message in example.messages):
+            return f"its text holds the model's control token {token}"
+    try:
+        layout = _layout(tokenizer, tuple(m.role for m in example.messages))
+        layout.locate(_render(tokenizer, example.messages), example)
+    except TemplateError as e:
+        return str(e)
+    return None
 
 
 def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenizedExample:
@@ -118,7 +132,7 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
 
 
 def tokenize_all(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int = NO_LIMIT
 ) -> list[TokenizedExample]:
     """As `tokenize`, many examples at a time: the tokenizer spreads them over the host's cores.
 

@@ -87,8 +87,8 @@ def common_prefix(texts: Sequence[np.ndarray]) -> int:
     return shortest
 
 
-class Rows(NamedTuple):
-    """A planned batch: rows of trees, by their numbers, whose first `prefix` tokens all are the same."""
+class PackedTrees(NamedTuple):
+    """A batch: rows of trees, by their numbers, whose first `prefix` tokens all are the same."""
 
     trees: Sequence[Tree]
     rows: Sequence[Sequence[int]]

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import pydantic
 import uvicorn
-from flax import nnx
 from jax.sharding import Mesh
 from pydantic import Field
 from starlette.applications import Starlette
@@ -368,9 +367,9 @@ def load_engine(
     """
     source = locate(Path(model_dir))
     tokenizer = load_tokenizer(source.base, template)
-    graphdef, params = load(source, dtype, mesh=None if mesh is None else local(mesh))
-    max_context = min(settings.max_context, nnx.merge(graphdef, params).config.max_position_embeddings)
-    engine = Engine(graphdef, params, settings.max_batch, max_context)
+    model = load(source, dtype, mesh=None if mesh is None else local(mesh))
+    max_context = min(settings.max_context, model.config.max_position_embeddings)
+    engine = Engine(model.graphdef, model.params, settings.max_batch, max_context)
     return engine, tokenizer, eos_token_ids(source.base, tokenizer)
 
 

@@ -18,43 +18,19 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 from jax.sharding import Mesh
 
 from middo_jax.config import ConfigError
 from middo_jax.models.config import DecoderConfig
-from middo_jax.models.decoder import Decoder, abstract
 from middo_jax.models.lora import partition
-from middo_jax.models.parameters import adapters, parameters
+from middo_jax.models.model import Params, abstract_model, as_dict, of_dict
 from middo_jax.run import RunError, write_json
 
 # The machine's trouble: a checkpoint that cannot be read for it is a good one.
 NOT_THE_FILES = (MemoryError, jax.errors.JaxRuntimeError)
 
 
-def abstract_params(
-    config: DecoderConfig, mesh: Mesh, dtype: str = "float32"
-) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
-    """(static structure, shapes with dtypes and shardings) of a decoder's parameters on a mesh.
-
-    Raises:
-      ConfigError: a parameter does not divide by the mesh.
-    """
-    graphdef, shapes = abstract(config)
-    targets = {}
-    for spec in (*parameters(config), *adapters(config)):
-        shape, sharding = spec.shape(config), spec.sharding(mesh)
-        try:
-            sharding.shard_shape(shape)
-        except ValueError as error:
-            sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items())
-            name = ".".join(spec.path)
-            raise ConfigError(f"config: {sizes} does not divide parameter {name} {list(shape)}") from error
-        targets[spec.path] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    return graphdef, nnx.map_state(lambda path, param: param.replace(targets[path]), shapes)
-
-
-def save_params(directory: str | Path, params: nnx.State, metadata: Mapping[str, Any]) -> None:
+def save_params(directory: str | Path, params: Params, metadata: Mapping[str, Any]) -> None:
     """Writes DIRECTORY/params and then DIRECTORY/metadata.json, which says that the former is complete.
 
     Args:
@@ -67,7 +43,7 @@ def save_params(directory: str | Path, params: nnx.State, metadata: Mapping[str,
     directory = Path(directory).absolute()
     (directory / "metadata.json").unlink(missing_ok=True)
     with ocp.Checkpointer(arrays_handler()) as checkpointer:
-        arrays = ocp.args.PyTreeSave(nnx.to_pure_dict(params))
+        arrays = ocp.args.PyTreeSave(as_dict(params))
         checkpointer.save(directory / "params", args=arrays, force=True)
     write_json(directory / "metadata.json", dict(metadata))
 
@@ -80,7 +56,7 @@ def read_metadata(directory: str | Path) -> dict[str, Any] | None:
 
 def restore_params(
     directory: str | Path, config: DecoderConfig, mesh: Mesh, dtype: str | None = None
-) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+) -> Params:
     """Reads what `save_params` wrote, each device its part only, on whatever mesh it was saved.
 
     Args:
@@ -90,7 +66,7 @@ def restore_params(
       dtype: what they are cast to; None keeps what is stored.
 
     Returns:
-      (static structure of the model, its parameters; where the config has adapters, these alone).
+      The model's parameters; where the config has adapters, these alone.
 
     Raises:
       RunError: no finished checkpoint is there, it is of another model, or its files are damaged.
@@ -105,17 +81,15 @@ def restore_params(
         try:
             stored = checkpointer.metadata(directory / "params").item_metadata.tree
             wanted = dtype or str(jax.tree.leaves(stored)[0].dtype)
-            graphdef, target = abstract_params(config, mesh, wanted)
-            target, _ = partition(target, config)
-            restored = checkpointer.restore(directory / "params", args=arrays_into(nnx.to_pure_dict(target)))
+            target, _ = partition(abstract_model(config, mesh, wanted).params, config)
+            restored = checkpointer.restore(directory / "params", args=arrays_into(as_dict(target)))
         except (ConfigError, *NOT_THE_FILES):
             raise
         except Exception as error:  # Orbax raises even plain `Exception` on a damaged file
             raise RunError(
                 f"{directory} is damaged or of another model than its config describes: {reason(error)}"
             ) from error
-    nnx.replace_by_pure_dict(target, restored)
-    return graphdef, target
+    return of_dict(target, restored)
 
 
 def arrays_handler() -> ocp.PyTreeCheckpointHandler:

@@ -1,7 +1,7 @@
 """The one dense decoder: Flax NNX declares it, plain JAX runs it.
 
-    graphdef, params = split(Decoder(config, key))        # once, at the boundary
-    hidden_btd = forward(graphdef, params, tokens_bt, segment_ids_bt, positions_bt)
+    graphdef, params = split(Decoder(config, key))        # once, at the boundary: see models/model.py
+    hidden_btd = bound(graphdef, params).hidden(tokens_bt, segment_ids_bt, positions_bt)
 
 Loss, embedding, judge, training and generation all stand on `hidden()`, and on what `unembed()` is made of.
 Axes: b batch, t position, d model width, h query heads, k key/value heads, f MLP width, v vocabulary,
@@ -247,17 +247,6 @@ def split(model: Decoder) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
 def abstract(config: DecoderConfig) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
     """The same without any array: the parameters are shapes and dtypes."""
     return split(nnx.eval_shape(lambda: Decoder(config, jax.random.key(0))))
-
-
-def forward(
-    graphdef: nnx.GraphDef[Decoder],
-    params: nnx.State,
-    tokens_bt: jax.Array,
-    segment_ids_bt: jax.Array,
-    positions_bt: jax.Array,
-) -> jax.Array:
-    """`Decoder.hidden` as a pure function of its parameters."""
-    return nnx.merge(graphdef, params).hidden(tokens_bt, segment_ids_bt, positions_bt)
 
 
 def empty_cache(config: DecoderConfig, batch: int, length: int) -> KVCache:

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): adapters and the base that they stand on, as two parts of one parameter tree.
 
-    base = without_adapters(graphdef, params)            # the same arrays, for the model without adapters
-    model = with_adapters(*base, lora, adapters)         # and back
-    trained, frozen = partition(params, config)
+    base = without_adapters(model)                       # the same arrays, for the model without adapters
+    model = with_adapters(base, lora, adapters)          # and back
+    trained, frozen = partition(model.params, model.config)
 
 The base is never copied: any number of adapters, and the base model itself, can share its arrays.
 """
@@ -14,15 +14,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 
 from middo_jax.config import LoraSettings
 from middo_jax.models.config import DecoderConfig, Lora
-from middo_jax.models.decoder import Decoder, abstract
+from middo_jax.models.decoder import abstract
+from middo_jax.models.model import Model, Params, by_path, joined, parted, with_values
 from middo_jax.models.parameters import ParameterSpec, adapters, parameters
-
-Model = tuple[nnx.GraphDef[Decoder], nnx.State]
 
 
 def from_settings(settings: LoraSettings) -> Lora | None:
@@ -37,44 +34,39 @@ def trained_parameters(config: DecoderConfig) -> tuple[ParameterSpec, ...]:
     return adapters(config) or parameters(config)
 
 
-def partition(params: nnx.State, config: DecoderConfig) -> tuple[nnx.State, nnx.State]:
+def partition(params: Params, config: DecoderConfig) -> tuple[Params, Params]:
     """(what training changes, what it leaves alone); the latter is empty without adapters."""
-    paths = {spec.path for spec in trained_parameters(config)}
-    trained, frozen = nnx.split_state(params, lambda path, _: path in paths, ...)
-    return trained, frozen
+    return parted(params, {spec.path for spec in trained_parameters(config)})
 
 
-def with_adapters(graphdef: nnx.GraphDef[Decoder], base: nnx.State, lora: Lora, adapters: nnx.State) -> Model:
+def with_adapters(base: Model, lora: Lora, adapters: Params) -> Model:
     """The model that has these adapters on this base."""
-    config = dataclasses.replace(nnx.merge(graphdef, base).config, lora=lora)
-    return abstract(config)[0], nnx.merge_state(base, adapters)
+    config = dataclasses.replace(base.config, lora=lora)
+    return Model.of(config, joined(base.params, adapters), base.mesh)
 
 
-def without_adapters(graphdef: nnx.GraphDef[Decoder], params: nnx.State) -> Model:
+def without_adapters(model: Model) -> Model:
     """The model that the adapters stand on: the same arrays. One without adapters is given back as it is."""
-    config = nnx.merge(graphdef, params).config
-    if config.lora is None:
-        return graphdef, params
-    return abstract(dataclasses.replace(config, lora=None))[0], partition(params, config)[1]
+    if model.config.lora is None:
+        return model
+    config = dataclasses.replace(model.config, lora=None)
+    return Model.of(config, partition(model.params, model.config)[1], model.mesh)
 
 
-def with_fresh_adapters(
-    graphdef: nnx.GraphDef[Decoder], base: nnx.State, lora: Lora, mesh: Mesh, seed: int
-) -> Model:
+def with_fresh_adapters(base: Model, lora: Lora, seed: int) -> Model:
     """The model with adapters on this base that change nothing yet: A is random, B is 0.
 
     They are float32 whatever the base is stored in: a step of the size of the learning rate would be lost in
     bfloat16. The same seed gives the same adapters on any mesh.
     """
-    config = dataclasses.replace(nnx.merge(graphdef, base).config, lora=lora)
+    config = dataclasses.replace(base.config, lora=lora)
     specs = adapters(config)
     values = jax.jit(
-        functools.partial(_initial, specs, config), out_shardings=[spec.sharding(mesh) for spec in specs]
+        functools.partial(_initial, specs, config), out_shardings=[spec.sharding(base.mesh) for spec in specs]
     )(jax.random.key(seed))
     of_path = {spec.path: value for spec, value in zip(specs, values, strict=True)}
     shapes, _ = partition(abstract(config)[1], config)
-    fresh = nnx.map_state(lambda path, param: param.replace(of_path[path]), shapes)
-    return with_adapters(graphdef, base, lora, fresh)
+    return with_adapters(base, lora, with_values(shapes, of_path))
 
 
 def _initial(specs: tuple[ParameterSpec, ...], config: DecoderConfig, key: jax.Array) -> list[jax.Array]:
@@ -82,24 +74,22 @@ def _initial(specs: tuple[ParameterSpec, ...], config: DecoderConfig, key: jax.A
     return [spec.initial(key, config) for spec, key in zip(specs, keys, strict=True)]
 
 
-def merge_adapters(graphdef: nnx.GraphDef[Decoder], params: nnx.State) -> Model:
+def merge_adapters(model: Model) -> Model:
     """The model without adapters that computes the same: W + scale * A B, in float32, then as W is stored.
 
     One parameter after another takes the place of its base, of which only one layer is ever held in float32.
 
     Args:
-      graphdef: of the model with adapters.
-      params: its parameters. The base's are consumed: their memory is reused, the arrays are gone.
+      model: with adapters. Its base is consumed: the memory is reused, the arrays are gone.
     """
-    config = nnx.merge(graphdef, params).config
-    graphdef, base = without_adapters(graphdef, params)
+    config, base = model.config, without_adapters(model)
     if config.lora is None:
-        return graphdef, base
-    values = {path: param[...] for path, param in params.flat_state()}
+        return base
+    values = by_path(model.params)
     for path in [spec.path for spec in parameters(config) if spec.path[-1] in config.lora.target_modules]:
         a, b = (values[*path[:-1], f"{path[-1]}_lora_{part}"] for part in "ab")
         values[path] = _merged(values[path], a, b, config.lora.scale)
-    return graphdef, nnx.map_state(lambda path, param: param.replace(values[path]), base)
+    return base.with_params(with_values(base.params, values))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

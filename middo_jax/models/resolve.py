@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -9,12 +10,21 @@ from pathlib import Path
 from middo_jax.models.hf import CheckpointError
 from middo_jax.run import file_hash
 
+# Holds a GGUF file's metadata, the vocabulary and its merges among them, whatever follows.
+_HEAD_BYTES = 64 << 20
+_TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model", "adapter_model.safetensors"]
 
-def resolve(path: str) -> Path:
+
+def resolve(path: str, *, weights: bool = True) -> Path:
     """Turns what a user calls a model into a Hugging Face directory on this machine.
 
     A directory is itself. A .gguf file is converted, once, into $XDG_CACHE_HOME/middo-jax/gguf/HASH. Anything
     else is taken for a hub repo id and downloaded (safetensors, JSON and tokenizer files only).
+
+    Args:
+      path: what the user calls it.
+      weights: whether the weights are needed. Without them nothing is dequantized and no weights are
+        downloaded; the directory may lack them.
 
     Raises:
       CheckpointError: there is no such file, and no such repo within reach.
@@ -26,10 +36,11 @@ def resolve(path: str) -> Path:
         from middo_jax.models.gguf import convert
 
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        converted = cache / "middo-jax" / "gguf" / file_hash(local)
+        name = file_hash(local) if weights else f"tokenizer-{_head_hash(local)}"
+        converted = cache / "middo-jax" / "gguf" / name
         if not converted.exists():
             try:
-                convert(local, converted)
+                convert(local, converted, weights=weights)
             except OSError:
                 if not converted.exists():  # else another process was faster
                     raise
@@ -43,13 +54,7 @@ def resolve(path: str) -> Path:
     try:
         snapshot = snapshot_download(
             path,
-            allow_patterns=[
-                "model*.safetensors",
-                "adapter_model.safetensors",
-                "*.json",
-                "*.jinja",
-                "tokenizer.model",
-            ],
+            allow_patterns=[*_TOKENIZER_FILES, *(["model*.safetensors"] if weights else [])],
             ignore_patterns=["*/*"],
         )
     except Exception as error:  # the hub's client raises a dozen unrelated classes
@@ -58,3 +63,10 @@ def resolve(path: str) -> Path:
             f"repo failed: {type(error).__name__}: {error}"
         ) from error
     return Path(snapshot)
+
+
+def _head_hash(file: Path) -> str:
+    """SHA-256 of a file's size and beginning, without reading gigabytes of weights."""
+    with file.open("rb") as stream:
+        head = stream.read(_HEAD_BYTES)
+    return hashlib.sha256(f"{file.stat().st_size} ".encode() + head).hexdigest()

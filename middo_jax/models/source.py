@@ -1,7 +1,7 @@
 """What a model is made of, and loading it: a Hugging Face directory, and perhaps what was trained on it.
 
 source = locate(path)                                # a directory, a checkpoint of ours, a PEFT adapter
-graphdef, params = load(source, "bfloat16", mesh=mesh)
+model = load(source, "bfloat16", mesh=mesh)
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import jax
-from flax import nnx
 from jax.sharding import Mesh
 
-from middo_jax.config import MeshSettings
 from middo_jax.models import hf
 from middo_jax.models.checkpoint import read_metadata, restore_params
 from middo_jax.models.config import DecoderConfig, Lora, read_config
-from middo_jax.models.lora import Model, with_adapters
+from middo_jax.models.lora import with_adapters
+from middo_jax.models.model import Model, Params
 from middo_jax.models.resolve import resolve
-from middo_jax.parallel.mesh import make_mesh
+from middo_jax.parallel.mesh import one_device
 from middo_jax.run import RunError
 
 
@@ -43,8 +41,8 @@ class Source:
         return (self.base if self.trained is None or self.lora else self.trained).resolve()
 
 
-def locate(path: Path) -> Source:
-    """What a directory that `resolve` gives is made of.
+def locate(path: Path, *, weights: bool = True) -> Source:
+    """What a directory that `resolve` gives is made of; see there for `weights`, of an adapter's base.
 
     Raises:
       CheckpointError: it is an adapter that cannot be used, or whose base is not to be found.
@@ -55,8 +53,17 @@ def locate(path: Path) -> Source:
         return Source(Path(metadata["base"]), path, shape)
     if hf.is_adapter(path):
         base, lora = hf.read_adapter_config(path)
-        return Source(resolve(base), path, lora)
+        return Source(resolve(base, weights=weights), path, lora)
     return Source(path)
+
+
+def tokenizer_directory(path: str) -> Path:
+    """The directory whose tokenizer belongs to what a user calls a model; it may lack the weights.
+
+    Raises:
+      CheckpointError: there is no such model within reach.
+    """
+    return locate(resolve(path, weights=False), weights=False).base
 
 
 def load(
@@ -72,24 +79,21 @@ def load(
       source: of `locate`.
       dtype: what forward passes compute in.
       param_dtype: what weights are stored in; None is `dtype`. Adapters are float32 in any case.
-      mesh: where the parameters lie; None is the default device.
+      mesh: where the parameters lie; None is the first device alone. With a `base`, the base's.
       base: the model at `source.weights`, if it is loaded already: its arrays become part of this one.
 
     Raises:
       CheckpointError, UnsupportedModel, RunError: a part is missing, damaged or not what it should be.
       ConfigError: a parameter does not divide by the mesh.
     """
-    if mesh is None:
-        mesh = make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     if base is None:
-        base = _load_weights(source, dtype, param_dtype or dtype, mesh)
+        base = _load_weights(source, dtype, param_dtype or dtype, mesh or one_device())
     if source.lora is None:
         return base
-    adapters = load_adapters(source, nnx.merge(*base).config, mesh)
-    return with_adapters(*base, source.lora, adapters)
+    return with_adapters(base, source.lora, load_adapters(source, base.config, base.mesh))
 
 
-def load_adapters(source: Source, config: DecoderConfig, mesh: Mesh) -> nnx.State:
+def load_adapters(source: Source, config: DecoderConfig, mesh: Mesh) -> Params:
     """Loads the adapters of a model alone, in float32; `config` is the base's.
 
     Raises:
@@ -99,10 +103,11 @@ def load_adapters(source: Source, config: DecoderConfig, mesh: Mesh) -> nnx.Stat
     if source.lora is None or source.trained is None:
         raise RunError(f"{source.trained or source.base} holds no LoRA adapters, but a whole model")
     restore = hf.load_adapters if hf.is_adapter(source.trained) else restore_params
-    return restore(source.trained, dataclasses.replace(config, lora=source.lora), mesh, "float32")[1]
+    return restore(source.trained, dataclasses.replace(config, lora=source.lora), mesh, "float32")
 
 
 def _load_weights(source: Source, dtype: str, param_dtype: str, mesh: Mesh) -> Model:
     if source.trained is None or source.lora is not None:
-        return hf.load(source.base, dtype, param_dtype, mesh)[:2]
-    return restore_params(source.trained, read_config(source.base, dtype), mesh, param_dtype)
+        return hf.load(source.base, dtype, param_dtype, mesh)
+    config = read_config(source.base, dtype)
+    return Model.of(config, restore_params(source.trained, config, mesh, param_dtype), mesh)

@@ -63,6 +63,11 @@ def make_mesh(settings: MeshSettings | None = None, devices: Sequence[Any] | Non
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def one_device() -> Mesh:
+    """A mesh of the first device alone."""
+    return make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+
+
 def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
     """Where an array with these logical axes lies on the mesh."""
     return NamedSharding(mesh, RULES.spec(*logical_axes))
@@ -100,10 +105,10 @@ def fitting_spec(mesh: Mesh | AbstractMesh, shape: Sequence[int], *logical_axes:
 def batch_shards(batch: int) -> int:
     """Into how many parts the mesh that is set by `jax.set_mesh` splits so many rows; 1 if it does not."""
     mesh = jax.sharding.get_abstract_mesh()
-    shards = math.prod(mesh.shape[axis] for axis in RULES.batch or () if not mesh.empty)
-    return 1 if batch % shards else shards
+    ways = 1 if mesh.empty else batch_divisor(mesh)
+    return 1 if batch % ways else ways
 
 
-def batch_divisor(mesh: Mesh) -> int:
-    """A global batch must be a multiple of this: the devices along `data` and `fsdp`."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def batch_divisor(mesh: Mesh | AbstractMesh) -> int:
+    """How many ways a batch is split, along `data` and `fsdp`: its rows must be a multiple of this."""
+    return math.prod(mesh.shape[axis] for axis in RULES.batch or ())

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from middo_jax.data.example import Example
-from middo_jax.data.packing import first_fit, plan_buckets
+from middo_jax.data.packing import first_fit
 from middo_jax.data.sources import Rejection
 from middo_jax.data.templates import starts_with_bos
-from middo_jax.data.tokenize import TokenizedExample, end_of_turn_token, tokenize, truncate
+from middo_jax.data.tokenize import TokenizedExample, end_of_turn_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,6 @@ QUANTILES = {
     "99 %": 0.99,
     "max": 1,
 }
-NO_LIMIT = 1 << 30
 
 
 def inspect_rows(examples: Sequence[Example], rejections: Sequence[Rejection]) -> dict[str, Any]:
@@ -36,34 +35,33 @@ def inspect_rows(examples: Sequence[Example], rejections: Sequence[Rejection]) -
 
 
 def inspect_tokens(
-    examples: Sequence[Example],
+    whole: Sequence[TokenizedExample],
+    cut: Sequence[TokenizedExample],
     tokenizer: PreTrainedTokenizerBase,
+    *,
     max_length: int,
-    batch_tokens: int,
     pack_length: int,
+    scoring: Mapping[str, Any],
 ) -> dict[str, Any]:
     """How long conversations are, what is cut and learnt, how full packs are; the first sample as it is read.
 
     Args:
-      examples: at least one; all can be rendered.
-      tokenizer: with the template that is to be used.
-      max_length: tokens, longer conversations are cut.
-      batch_tokens: tokens of a batch that is scored.
+      whole: at least one conversation.
+      cut: the same conversations, the longer ones cut to `max_length`.
+      tokenizer: with the template that they were rendered with.
+      max_length: tokens.
       pack_length: tokens of a row that is trained on.
+      scoring: `fill` and `shapes` of the pass that would score them, from its plan.
 
     Returns:
       tokens: `quantiles` and `histogram` of the lengths before anything is cut; `truncated` conversations and
-        how many tokens that takes away; `total` and `target_share` of what is left; how full rows are when
-        they are scored (and in which shapes) and trained on.
+        how many tokens that takes away; `total` and `target_share` of what is left; `scoring`, and how full
+        rows are when they are trained on.
       sample: the first one's `id`, whether it is cut, and its text in parts, each of a kind: `target`,
         `prompt` or `template`.
       warnings: what is odd about the template, in words.
     """
-    whole = [tokenize(e, tokenizer, NO_LIMIT) for e in examples]
-    tokenized = [truncate(t, max_length) for t in whole]
-    lengths = [len(t) for t in tokenized]
-    buckets = plan_buckets(lengths, batch_tokens)
-    computed = sum(b.length * b.batch * -(-len(b.rows) // b.batch) for b in buckets)
+    lengths = [len(t) for t in cut]
     rows = first_fit(lengths, pack_length, max_segments=pack_length)
     return {
         "tokens": {
@@ -73,23 +71,20 @@ def inspect_tokens(
             },
             "histogram": length_histogram([len(t) for t in whole], max_length),
             "max_length": max_length,
-            "truncated": sum(t.truncated for t in tokenized),
+            "truncated": sum(t.truncated for t in cut),
             "tokens_cut": sum(map(len, whole)) - sum(lengths),
             "total": sum(lengths),
-            "target_share": sum(int(t.is_target_n.sum()) for t in tokenized) / sum(lengths),
-            "scoring": {
-                "fill": sum(lengths) / computed,
-                "shapes": [[b.batch, b.length, b.longest] for b in buckets],
-            },
+            "target_share": sum(int(t.is_target_n.sum()) for t in cut) / sum(lengths),
+            "scoring": dict(scoring),
             "training": {"fill": sum(lengths) / (len(rows) * pack_length), "rows": len(rows)},
             "pack_length": pack_length,
         },
         "sample": {
-            "id": tokenized[0].id,
-            "truncated": tokenized[0].truncated,
-            "parts": sample_parts(tokenized[0], tokenizer),
+            "id": cut[0].id,
+            "truncated": cut[0].truncated,
+            "parts": sample_parts(cut[0], tokenizer),
         },
-        "warnings": _warnings(tokenized[0], tokenizer),
+        "warnings": _warnings(cut[0], tokenizer),
     }
 
 

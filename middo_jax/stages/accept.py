@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from middo_jax.config.gates import Needs
 from middo_jax.data.example import Example
 from middo_jax.run import RoundDir, read_jsonl, write_jsonl
+from middo_jax.session import Session, read_dataset
 from middo_jax.stages.measure import UnderTraining, scored_as, scored_model
-from middo_jax.workshop import Workshop, read_dataset
 
 if TYPE_CHECKING:
     from middo_jax.refine import Outcome, Task
@@ -56,12 +56,12 @@ class Acceptance:
     """
 
     def __init__(
-        self, workshop: Workshop, directory: RoundDir, heldout: Sequence[Example], model: Path | None
+        self, session: Session, directory: RoundDir, heldout: Sequence[Example], model: Path | None
     ) -> None:
         """Reads what the gates compare with.
 
         Args:
-          workshop: settings and all that loads a model.
+          session: settings and all that loads a model.
           directory: contains the round's dataset, scores, embeddings and selection.
           heldout: what no candidate may repeat.
           model: M_t; None takes the one that the folder's manifest names.
@@ -73,8 +73,8 @@ class Acceptance:
         from middo_jax.refine.acceptance.duplicates import Known
         from middo_jax.refine.acceptance.language import load_identifier
 
-        self._workshop, self._directory = workshop, directory
-        self._settings = workshop.config.refine
+        self._session, self._directory = session, directory
+        self._settings = session.config.refine
         gates, by_text = self._settings.gates, self._settings.accept != "none"
         self._examples = read_dataset(directory)
         self._model = (model or scored_model(directory)) if self._settings.accept == "measured" else None
@@ -126,14 +126,14 @@ class Acceptance:
         from middo_jax.refine.acceptance.table import asked
 
         wanted = [case for case in cases if asked("dataset", case.outcome.task.axes, self._settings)]
-        for case, tokenized in zip(wanted, self._workshop.tokenize([c.child for c in wanted]), strict=True):
+        for case, tokenized in zip(wanted, self._session.tokenize([c.child for c in wanted]), strict=True):
             case.learn(truncated=tokenized.truncated)
         self._ask(cases, "dataset")
 
     def _ask_model(self, cases: Sequence[_Case], path: Path) -> None:
         from middo_jax.refine.acceptance.table import asked
 
-        model = UnderTraining(self._workshop, self._directory, path)
+        model = UnderTraining(self._session, self._directory, path)
         still = [case for case in cases if case.is_open]
         new = [case for case in still if case.key not in self._stored]
         # Within an attempt a task has one candidate, so that no key is measured twice.
@@ -169,9 +169,9 @@ class Acceptance:
     def _read_limits(self) -> Limits:
         import numpy as np
 
-        from middo_jax.diagnose.table import read_scores
         from middo_jax.refine.acceptance.candidate import Limits
         from middo_jax.refine.acceptance.measured import length_bounds, pair_similarity
+        from middo_jax.signals.table import read_scores
 
         gates, limits = self._settings.gates, Limits()
         length, context, novelty = (gates.value(name) for name in ("length", "context", "novelty"))

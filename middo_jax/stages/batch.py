@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from middo_jax.run import RoundDir, RunError
+from middo_jax.session import Session
 from middo_jax.stages.refine import refine_stage
 from middo_jax.stages.surroundings import heldout_of, model_of
-from middo_jax.workshop import Workshop
 
 if TYPE_CHECKING:
     from middo_jax.refine import AnswerCache
@@ -34,7 +34,7 @@ class BatchState:
 
 
 def batch_stage(
-    workshop: Workshop,
+    session: Session,
     directory: RoundDir,
     cache: AnswerCache,
     read: Sequence[Path] = (),
@@ -43,7 +43,7 @@ def batch_stage(
     """Takes results in, finishes the stage if that was all, else writes the next requests.
 
     Args:
-      workshop: settings, tokenizer, mesh; `refine.model` must be set.
+      session: settings, tokenizer, mesh; `refine.model` must be set.
       directory: holds dataset, scores and selection.
       cache: of the refiner's answers.
       read: result files. A request that was refused in one of them is not asked again, and its sample keeps
@@ -55,7 +55,7 @@ def batch_stage(
     """
     from middo_jax.refine import BatchClient, Ledger, NotAnswered, prompts, read_results
 
-    config = workshop.config
+    config = session.config
     if config.refine.model is None:
         raise RunError("config: refine.model is missing: the name of the model that the batch is for")
     results = read_results(read)
@@ -66,7 +66,7 @@ def batch_stage(
     while True:
         client.start_over()
         try:
-            refine_stage(workshop, directory, index, cache, heldout, model_of(directory), client)
+            refine_stage(session, directory, index, cache, heldout, model_of(directory), client)
             return BatchState(len(taken), 0, 0, None)
         except NotAnswered:
             settled = client.take(results)

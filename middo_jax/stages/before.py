@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from middo_jax.config import affecting
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.run import RoundDir, fingerprint
-from middo_jax.workshop import Workshop
+from middo_jax.session import Session
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from middo_jax.diagnose.incremental import Earlier
-    from middo_jax.diagnose.score import ExampleScores
-    from middo_jax.models.lora import Model
+    from middo_jax.models.model import Model
+    from middo_jax.passes.losses import ExampleScores
+    from middo_jax.signals.neighbours.incremental import Earlier
 
     Scored = Callable[[str, Model, Sequence[TokenizedExample]], ExampleScores]
 
@@ -47,7 +47,7 @@ class Before(NamedTuple):
 
 
 def measure_before(
-    workshop: Workshop,
+    session: Session,
     path: Path,
     model: Model,
     tokenized: Sequence[TokenizedExample],
@@ -65,7 +65,7 @@ def measure_before(
     earlier round counts only if its manifest names the same identity, and its files are those it names.
 
     Args:
-      workshop: settings, tokenizer.
+      session: settings, tokenizer.
       path: of the model before training.
       model: that model, loaded.
       tokenized: the samples.
@@ -78,11 +78,11 @@ def measure_before(
     """
     import numpy as np
 
-    from middo_jax.diagnose.incremental import Earlier, rows_before
-    from middo_jax.diagnose.table import as_floats, neighbours_of
+    from middo_jax.signals.neighbours.incremental import Earlier, rows_before
+    from middo_jax.signals.table import as_floats, neighbours_of
 
-    k, ids = workshop.config.diversity.k, [example.id for example in tokenized]
-    digest = _identity(workshop, path, model, with_loss, with_embeddings)
+    k, ids = session.config.diversity.k, [example.id for example in tokenized]
+    digest = _identity(session, path, model, with_loss, with_embeddings)
     found = None if earlier is None else _measured_under(earlier, digest)
     table, embedding_ed = found or (None, None)
     known, row_n = Earlier.nothing(len(ids), k), np.full(len(ids), -1)
@@ -93,7 +93,7 @@ def measure_before(
     new, old = np.flatnonzero(row_n < 0), np.flatnonzero(row_n >= 0)
     if earlier is not None:
         stands = "nothing stands" if table is None else f"{len(old):,} of {len(ids):,} samples stand"
-        workshop.progress.say(f"under the model before training: of {earlier.path.name} {stands}")
+        session.progress.say(f"under the model before training: of {earlier.path.name} {stands}")
 
     def of_all(of_new: np.ndarray, of_earlier: np.ndarray | None) -> np.ndarray:
         """[n, ...] of what was measured now, and what was before."""
@@ -116,26 +116,25 @@ def measure_before(
     return Before(loss_n, embedding_nd if with_embeddings else None, known, len(old), digest)
 
 
-def _identity(workshop: Workshop, path: Path, model: Model, with_loss: bool, with_embeddings: bool) -> str:
+def _identity(session: Session, path: Path, model: Model, with_loss: bool, with_embeddings: bool) -> str:
     """SHA-256 of all but the samples that the losses, embeddings and neighbours depend on.
 
     The model's place, shape and weights; the tokenizer, the template, how rows become text; what is
     embedded and which neighbours are sought. The mesh and the attention kernel change rounding alone.
     """
     import numpy as np
-    from flax import nnx
     from transformers import PreTrainedTokenizerFast
 
     from middo_jax.parallel.hosts import to_host
     from middo_jax.train.identity import checksums
 
-    config, tokenizer = workshop.config, workshop.tokenizer
+    config, tokenizer = session.config, session.tokenizer
     assert isinstance(tokenizer, PreTrainedTokenizerFast)  # `load_tokenizer` gives no other
     neighbours = affecting(config.diversity, {"scores"})
     decisive = [
         str(path.resolve()),
-        repr(dataclasses.replace(nnx.merge(*model).config, attention="auto")),
-        np.stack(to_host(checksums(model[1]))).tolist(),
+        repr(dataclasses.replace(model.config, attention="auto")),
+        np.stack(to_host(checksums(model.params))).tolist(),
         tokenizer.chat_template,
         tokenizer.backend_tokenizer.to_str(),
         affecting(config, {"text"}),
@@ -149,7 +148,7 @@ def _measured_under(earlier: RoundDir, identity: str) -> tuple[pa.Table, np.ndar
     """A round's scores and embeddings; None if they are another model's, or not what its manifest names."""
     import numpy as np
 
-    from middo_jax.diagnose.table import read_scores
+    from middo_jax.signals.table import read_scores
 
     stages = earlier.stages()
     if stages.get("score", {}).get("pre_identity") != identity:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from middo_jax.config import Config
 from middo_jax.data.example import Example
 from middo_jax.run import RunError
+from middo_jax.session import Session
 from middo_jax.stages.train import check_evaluations
-from middo_jax.workshop import Workshop
 
 
-def check_training(workshop: Workshop, examples: Sequence[Example], heldout: Sequence[Example]) -> None:
+def check_training(session: Session, examples: Sequence[Example], heldout: Sequence[Example]) -> None:
     """Checks that a dataset can be trained on, under these settings and on these devices.
 
     Raises:
@@ -21,21 +21,21 @@ def check_training(workshop: Workshop, examples: Sequence[Example], heldout: Seq
         fit its rows; nothing is held out, and losses on it are asked for; or a package is missing.
       TrainingDataError: there is nothing to learn in the examples.
     """
-    from middo_jax.models.checkpoint import abstract_params
     from middo_jax.models.config import read_config
     from middo_jax.models.lora import from_settings
+    from middo_jax.models.model import abstract_model
     from middo_jax.train.checks import check_batch, check_examples, check_fill
     from middo_jax.train.feed import plan_training
     from middo_jax.train.trackers import require_trackers
 
-    config, mesh = workshop.config, workshop.mesh
+    config, mesh = session.config, session.mesh
     settings, pack_length = config.train, config.train.pack_length or config.model.max_length
     check_evaluations(config, heldout)
     check_batch(settings, mesh)
     require_trackers(settings)
-    decoder = dataclasses.replace(read_config(workshop.base), lora=from_settings(config.lora))
-    abstract_params(decoder, mesh)
-    tokenized = workshop.tokenize(examples)
+    decoder = dataclasses.replace(read_config(session.base), lora=from_settings(config.lora))
+    abstract_model(decoder, mesh)
+    tokenized = session.tokenize(examples)
     check_examples(tokenized, pack_length, decoder.vocab_size)
     once = settings.model_copy(update={"num_epochs": 1})
     rows = sum(len(rows) for _, rows in plan_training(tokenized, once, config.seed, pack_length))

@@ -8,18 +8,54 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
-from middo_jax.progress import Progress
+from middo_jax.progress import Progress, Silent
 from middo_jax.run import RunDir, RunError, atomic, write_json
-from middo_jax.workshop import Workshop
+from middo_jax.session import Session
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from middo_jax.evaluate.heldout import RowLosses
+    from middo_jax.evaluate.heldout import HeldoutLoss, RowLosses
+    from middo_jax.models.model import Model
+    from middo_jax.passes.losses import LossPass
+
+
+class HeldOut:
+    """Held-out examples, tokenized once, and the loss of one model after another on them."""
+
+    def __init__(self, session: Session, examples: Sequence[Example]) -> None:
+        """Examples of several sources (`data.source_column`) are told apart."""
+        self._session = session
+        self._tokenized = session.tokenize(examples)
+        column = session.config.data.source_column
+        self._sources = [str(example.extra.get(column, "")) for example in examples]
+        self._pass: LossPass | None = None
+
+    def rows(self, model: Model) -> RowLosses:
+        """The loss of each example under a loaded model. Models that are alike share what is compiled."""
+        from middo_jax.evaluate.heldout import row_losses
+        from middo_jax.passes.losses import LossPass
+
+        if self._pass is None:
+            scoring = self._session.config.scoring
+            self._pass = LossPass(self._tokenized, model, scoring.batch_tokens, scoring.unembed_chunk)
+        scores, _ = self._pass(model, Silent(), "held-out loss")
+        return row_losses([e.id for e in self._tokenized], scores.loss_n, scores.n_targets_n)
+
+    def loss(self, model: Model) -> HeldoutLoss:
+        """The loss of a loaded model over all examples, and over those of each source."""
+        from middo_jax.evaluate.heldout import total
+
+        return total(self.rows(model), self._sources)
+
+    def loss_of(self, path: Path) -> dict[str, Any]:
+        """{"loss", "n_target_tokens"} of the model at a path."""
+        found = self.loss(self._session.load_model(path))
+        return {"loss": found.loss, "n_target_tokens": found.n_target_tokens}
 
 
 def measure_heldout(
-    workshop: Workshop, run: RunDir, models: Mapping[str, Path], heldout: Sequence[Example]
+    session: Session, run: RunDir, models: Mapping[str, Path], heldout: Sequence[Example]
 ) -> dict[str, float]:
     """Writes heldout_losses.json and heldout_rows.parquet; returns the loss of each model by its name.
 
@@ -27,12 +63,16 @@ def measure_heldout(
     `nll` (sum over the target tokens, in nats) and `n_target_tokens`. Without held-out examples both files
     are empty.
     """
+    from middo_jax.evaluate.heldout import total
+
     losses: list[dict[str, Any]] = []
     rows: dict[str, RowLosses] = {}
-    with workshop.progress.task("held-out loss", "models") as advance:
+    held_out = HeldOut(session, heldout)
+    with session.progress.task("held-out loss", "models") as advance:
         for done, (name, path) in enumerate(models.items() if heldout else (), 1):
-            rows[name] = _row_losses(workshop, path, heldout)
-            losses.append({"name": name} | _facts(rows[name]))
+            rows[name] = held_out.rows(session.load_model(path))
+            found = total(rows[name])
+            losses.append({"name": name, "loss": found.loss, "n_target_tokens": found.n_target_tokens})
             advance(done, len(models), f"{name} {losses[-1]['loss']:.4f}")
     _write_rows(run.heldout_rows, rows)
     write_json(run.heldout_losses, {"n": len(heldout), "models": losses})
@@ -51,34 +91,6 @@ def _write_rows(path: Path, rows: Mapping[str, RowLosses]) -> None:
     }
     with atomic(path, "wb") as file:
         pq.write_table(pa.table(columns), file)
-
-
-def heldout_loss(workshop: Workshop, model: Path, examples: Sequence[Example]) -> dict[str, Any]:
-    """{"loss", "n_target_tokens"} of a model on examples that it was not trained on."""
-    return _facts(_row_losses(workshop, model, examples))
-
-
-def _facts(rows: RowLosses) -> dict[str, Any]:
-    from middo_jax.evaluate.heldout import total
-
-    result = total(rows)
-    return {"loss": result.loss, "n_target_tokens": result.n_target_tokens}
-
-
-def _row_losses(workshop: Workshop, model: Path, examples: Sequence[Example]) -> RowLosses:
-    from middo_jax.evaluate.heldout import row_losses
-
-    config = workshop.config
-    graphdef, params = workshop.load_model(model)
-    return row_losses(
-        graphdef,
-        params,
-        workshop.tokenize(examples),
-        mesh=workshop.mesh,
-        batch_tokens=config.scoring.batch_tokens,
-        chunk=config.scoring.unembed_chunk,
-        pack_length=config.model.max_length,
-    )
 
 
 def export_checkpoint(
@@ -125,20 +137,19 @@ def export_checkpoint(
         raise RunError(f"{checkpoint}: no finished checkpoint there; a round's is at round_XX/checkpoint")
     hf.require_vacant(out)  # rather now than when all is computed
     config, mesh = read_config(source.base), mesh or make_mesh()
-    _, params = merge_adapters(*load(source, mesh=mesh))
+    model = merge_adapters(load(source, mesh=mesh))
     tokenizer = load_tokenizer(source.base)
     if template := (read_metadata(checkpoint) or {}).get("chat_template"):
         tokenizer.chat_template = template
     reason = hf.obstacle(config) if verify else "switched off"
     verification = hf.export(
-        params,
-        config,
+        model,
         source.base,
         out,
         dtype,
         chat_template=tokenizer.chat_template,
         eos_token_ids=eos_token_ids(source.base, tokenizer),
-        expectation=None if reason else hf.expect(params, config, tokenizer, dtype, mesh),
+        expectation=None if reason else hf.expect(model, tokenizer, dtype),
     )
     if reason is not None:
         progress.say(f"not verified: {reason}")

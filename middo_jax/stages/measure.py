@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
 from middo_jax.run import RoundDir, RunError
-from middo_jax.stages.score import Passes, ratings, raw_prompt
-from middo_jax.workshop import Workshop
+from middo_jax.session import Session
+from middo_jax.stages.ratings import ratings
+from middo_jax.stages.score import Passes, raw_prompts
 
 if TYPE_CHECKING:
-    from middo_jax.models.lora import Model
+    from middo_jax.models.model import Model
     from middo_jax.refine import Outcome
     from middo_jax.refine.acceptance.candidate import Measurement
 
@@ -57,49 +58,49 @@ def scored_as(directory: RoundDir) -> str:
 class UnderTraining:
     """The round's model, M_t, loaded when it is first asked; drop the object to give its memory back."""
 
-    def __init__(self, workshop: Workshop, directory: RoundDir, model: Path) -> None:
+    def __init__(self, session: Session, directory: RoundDir, model: Path) -> None:
         """`directory` holds scores and embeddings of the round's dataset under `model`."""
-        self._workshop, self._directory, self._model = workshop, directory, model
-        self._scored = Passes(workshop)
+        self._session, self._directory, self._model = session, directory, model
+        self._scored = Passes(session)
 
     @functools.cached_property
     def _loaded(self) -> Model:
-        return self._workshop.load_model(self._model)
+        return self._session.load_model(self._model)
 
     @functools.cached_property
     def _embedder(self) -> Model | None:
         """The model that made the dataset's embeddings, if it is another."""
         record = self._directory.stages()["score"]
         named = record.get("embedder", record["model"])
-        return None if named == record["model"] else self._workshop.load_model(Path(named))
+        return None if named == record["model"] else self._session.load_model(Path(named))
 
     def measure(self, outcomes: Sequence[Outcome]) -> list[Measurement]:
         """All but the rating of each outcome's child: losses and embeddings in one pass, then neighbours."""
         import numpy as np
 
-        from middo_jax.diagnose.diversity import nearest_neighbours
-        from middo_jax.diagnose.table import read_scores
         from middo_jax.refine.acceptance.candidate import Measurement
         from middo_jax.refine.acceptance.measured import cosines
+        from middo_jax.signals.neighbours.search import nearest_neighbours
+        from middo_jax.signals.table import read_scores
 
         children = [outcome.example for outcome in outcomes if outcome.example is not None]
         rows = {row["id"]: row for row in read_scores(self._directory.scores).to_pylist()}
         place = {id_: i for i, id_ in enumerate(rows)}
         k = max(len(row["knn_ids"] or ()) for row in rows.values())
-        tokenized = self._workshop.tokenize(children)
+        tokenized = self._session.tokenize(children)
         scores = self._scored("rewrites measured", self._loaded, tokenized)
         embedding_md = scores.embedding_nd
-        is_raw = self._workshop.config.diversity.text == "raw"
+        is_raw = self._session.config.diversity.text == "raw"
         if k and (is_raw or self._embedder):  # as the dataset's own embeddings were made
-            embedded = [raw_prompt(self._workshop, child) for child in children] if is_raw else tokenized
+            embedded = raw_prompts(self._session, children) if is_raw else tokenized
             model = self._embedder or self._loaded
             embedding_md = self._scored("embeddings of rewrites", model, embedded).embedding_nd
-        k = k or self._workshop.config.diversity.k
+        k = k or self._session.config.diversity.k
         dataset_nd = np.load(self._directory.embeddings, mmap_mode="r", allow_pickle=False)
         source_m = np.array([place[outcome.task.source.id] for outcome in outcomes])
         similarity_m = cosines(embedding_md, dataset_nd[source_m])
         # One more than k: a rewrite's own original, which it replaces, is no neighbour of it.
-        found = nearest_neighbours(dataset_nd, k + 1, self._workshop.mesh, query_md=embedding_md)
+        found = nearest_neighbours(dataset_nd, k + 1, self._session.mesh, query_md=embedding_md)
         measured = []
         for i, outcome in enumerate(outcomes):
             replaces, core = outcome.task.op != "synthesize", rows[outcome.task.source.id]
@@ -119,9 +120,9 @@ class UnderTraining:
 
     def rate(self, examples: list[Example]) -> list[float | None]:
         """The judge's q of each, None where it could not be read."""
-        from middo_jax.diagnose.quality import quality
+        from middo_jax.signals.judge.rubrics import quality
 
-        return [_finite(q) for q in quality(ratings(self._workshop, *self._loaded, examples)[0])]
+        return [_finite(q) for q in quality(ratings(self._session, self._loaded, examples)[0])]
 
 
 def _raised(core: dict[str, Any], similarity: float | None) -> float | None:

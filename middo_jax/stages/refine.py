@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
 from middo_jax.run import RoundDir, RunError, chain, read_jsonl, write_jsonl
+from middo_jax.session import Session, endpoint, read_dataset
 from middo_jax.stages.accept import Acceptance
 from middo_jax.stages.measure import scored_model
 from middo_jax.stages.score import AXES
 from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
-from middo_jax.workshop import Workshop, endpoint, read_dataset
 
 if TYPE_CHECKING:
     from middo_jax.refine import AnswerCache, BatchClient, Ledger, Outcome, Task
@@ -30,8 +30,8 @@ LINEAGE_SCORES = ("loss_pre", "loss_post", "knn_mean_sim", "quality")  # what a 
 
 def plan_refinement(directory: RoundDir) -> list[Task]:
     """What the refiner would be asked to do, from the folder's dataset, scores and selection."""
-    from middo_jax.diagnose.table import read_scores
     from middo_jax.refine import plan_tasks
+    from middo_jax.signals.table import read_scores
 
     if not directory.is_done("select"):
         raise RunError(f"{directory.path}: no selection from its scores there; run `middo select` first")
@@ -45,16 +45,16 @@ def plan_refinement(directory: RoundDir) -> list[Task]:
     )
 
 
-def refine_round(workshop: Workshop, directory: RoundDir) -> Ledger:
+def refine_round(session: Session, directory: RoundDir) -> Ledger:
     """`refine_stage` with what surrounds the folder: its run's held-out rows, cache and round."""
-    with answer_cache(workshop, directory) as cache:
+    with answer_cache(session, directory) as cache:
         return refine_stage(
-            workshop, directory, directory.index, cache, heldout_of(directory), model_of(directory)
+            session, directory, directory.index, cache, heldout_of(directory), model_of(directory)
         )
 
 
 def refine_stage(
-    workshop: Workshop,
+    session: Session,
     directory: RoundDir,
     round_index: int,
     cache: AnswerCache,
@@ -69,7 +69,7 @@ def refine_stage(
     start pays for nothing twice.
 
     Args:
-      workshop: settings, tokenizer, mesh.
+      session: settings, tokenizer, mesh.
       directory: holds dataset, scores and selection.
       round_index: counted from 0.
       cache: of the refiner's answers.
@@ -83,13 +83,13 @@ def refine_stage(
     """
     from middo_jax.refine import Ledger
 
-    config, began = workshop.config, time.monotonic()
+    config, began = session.config, time.monotonic()
     tasks = plan_refinement(directory)
     measuring = (model or scored_model(directory)) if config.refine.accept == "measured" else None
     begun = chain.refine(directory, heldout_file(directory), measuring).begin()
-    acceptance = Acceptance(workshop, directory, heldout, model)
+    acceptance = Acceptance(session, directory, heldout, model)
     ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
-    refiner = _refiner(workshop, round_index, cache, ledger, batch)
+    refiner = _refiner(session, round_index, cache, ledger, batch)
     outcomes = _attempts(tasks, refiner, acceptance, config.refine.max_attempts)
     write_jsonl(directory.requests, (row for o in outcomes for row in o.request_rows()))
     write_jsonl(directory.refined, (o.to_json() for o in outcomes))
@@ -133,13 +133,13 @@ def _attempts(
 
 @contextlib.contextmanager
 def _refiner(
-    workshop: Workshop, round_index: int, cache: AnswerCache, ledger: Ledger, batch: BatchClient | None
+    session: Session, round_index: int, cache: AnswerCache, ledger: Ledger, batch: BatchClient | None
 ) -> Iterator[Ask]:
     """Asks for one attempt at each of some tasks. The embedded endpoint serves all attempts."""
     from middo_jax.refine import ChatClient, prompts, run
     from middo_jax.refine.meter import Meter
 
-    config, steering = workshop.config, steering_tokens(workshop.tokenizer)
+    config, steering = session.config, steering_tokens(session.tokenizer)
 
     def take(tasks: Sequence[Task]) -> list[Outcome]:
         assert batch is not None
@@ -148,14 +148,14 @@ def _refiner(
     if batch is not None:
         yield take
         return
-    with endpoint(workshop) as served:
+    with endpoint(session) as served:
         requests = prompts.requests(served.model, config.refine, config.seed)
 
         def ask(tasks: Sequence[Task]) -> list[Outcome]:
             attempt = tasks[0].attempt + 1
             name = "rewrites" if attempt == 1 else f"rewrites, attempt {attempt}"
             client = ChatClient(requests, served.url, cache, sends_key=served.sends_key, ledger=ledger)
-            with workshop.progress.task(name) as advance:
+            with session.progress.task(name) as advance:
                 meter = Meter(ledger, len(tasks), client.endpoints.all)
 
                 def on_done(outcome: Outcome) -> None:
@@ -167,14 +167,14 @@ def _refiner(
         yield ask
 
 
-def merge_stage(workshop: Workshop, directory: RoundDir) -> list[Example]:
+def merge_stage(session: Session, directory: RoundDir) -> list[Example]:
     """The next dataset, see `merged`; what makes room, or finds none, is in dropped.jsonl."""
-    kept, dropped = merged(workshop, directory)
+    kept, dropped = merged(session, directory)
     write_jsonl(directory.dropped, (d.to_json() for d in dropped))
     return kept
 
 
-def merged(workshop: Workshop, directory: RoundDir) -> tuple[list[Example], list[Dropped]]:
+def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[Dropped]]:
     """(D_{t+1}: the folder's dataset with its accepted rewrites, within `refine.growth`; what was dropped).
 
     Each survivor of an earlier round gets its present scores, unless it was measured when it was accepted.
@@ -182,9 +182,9 @@ def merged(workshop: Workshop, directory: RoundDir) -> tuple[list[Example], list
     Raises:
       RunError: room is to be made, and the folder's scores know no neighbours.
     """
-    from middo_jax.diagnose.table import read_scores
     from middo_jax.refine import Outcome, merge
     from middo_jax.refine.growth import fit, room_for
+    from middo_jax.signals.table import read_scores
 
     examples = read_dataset(directory)
     rows = read_scores(directory.scores).to_pylist()
@@ -200,14 +200,14 @@ def merged(workshop: Workshop, directory: RoundDir) -> tuple[list[Example], list
     by_id = {e.id: e for e in examples}
     outcomes = [Outcome.from_json(row, by_id) for row in read_jsonl(directory.refined)]
     together = merge([with_scores(e) for e in examples], outcomes)
-    room = room_for(len(examples), workshop.config.refine.growth)
+    room = room_for(len(examples), session.config.refine.growth)
     neighbours = {
         row["id"]: list(zip(row["knn_ids"], row["knn_sims"], strict=True)) for row in rows if row["knn_ids"]
     }
     if room is not None and room < len(together) and not neighbours:
         raise RunError(
             f"{directory.path}: the scores there know no neighbours, and refine.growth="
-            f"{workshop.config.refine.growth} drops by them: score the diversity axis too, or set it to free"
+            f"{session.config.refine.growth} drops by them: score the diversity axis too, or set it to free"
         )
     axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
     selected = {id_ for axis in axes.values() for id_ in axis["ids"]}

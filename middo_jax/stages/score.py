@@ -11,26 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
-from middo_jax.data.tokenize import TokenizedExample, eos_token_ids, response_header
+from middo_jax.data.tokenize import TokenizedExample, response_header
 from middo_jax.run import RoundDir, RunError, chain, write_json
+from middo_jax.session import Session, read_dataset
 from middo_jax.stages.before import measure_before
-from middo_jax.workshop import Workshop, read_dataset
+from middo_jax.stages.ratings import ratings
 
 if TYPE_CHECKING:
     import numpy as np
-    from flax import nnx
 
-    from middo_jax.diagnose.diversity import Neighbours
-    from middo_jax.diagnose.incremental import Earlier
-    from middo_jax.diagnose.score import ExampleScores
-    from middo_jax.diagnose.sweep import PassFacts
-    from middo_jax.models.lora import Model
+    from middo_jax.models.model import Model
+    from middo_jax.passes.losses import ExampleScores
+    from middo_jax.passes.runner import PassFacts
+    from middo_jax.signals.neighbours.incremental import Earlier
+    from middo_jax.signals.neighbours.search import Neighbours
 
 AXES = ("complexity", "diversity", "quality")
 
 
 def score_stage(
-    workshop: Workshop,
+    session: Session,
     directory: RoundDir,
     model: Path,
     pre_model: Path | None,
@@ -41,7 +41,7 @@ def score_stage(
     """Measures the folder's dataset: scores.parquet and embeddings.npy.
 
     Args:
-      workshop: settings, tokenizer, mesh.
+      session: settings, tokenizer, mesh.
       directory: holds dataset.jsonl.
       model: M_t, whose loss after training, embeddings and ratings are taken.
       pre_model: whose loss is loss_pre; None leaves it null.
@@ -51,12 +51,12 @@ def score_stage(
     """
     import numpy as np
 
-    from middo_jax.diagnose.duplicates import count_duplicates, prompt_hash
-    from middo_jax.diagnose.incremental import Earlier
-    from middo_jax.diagnose.table import Measured, write_scores
     from middo_jax.run import atomic
+    from middo_jax.signals.duplicates import count_duplicates, prompt_hash
+    from middo_jax.signals.neighbours.incremental import Earlier
+    from middo_jax.signals.table import Measured, write_scores
 
-    config, began, scored = workshop.config, time.monotonic(), Passes(workshop)
+    config, began, scored = session.config, time.monotonic(), Passes(session)
     diversity, with_diversity = config.diversity, "diversity" in axes
     embeds_before = with_diversity and diversity.embedder == "pre"
     if embeds_before and pre_model is None:
@@ -66,14 +66,14 @@ def score_stage(
         )
     begun = chain.score(directory, model, pre_model).begin()
     examples = read_dataset(directory)
-    tokenized = workshop.tokenize(examples)
-    raw = [raw_prompt(workshop, example) for example in examples] if diversity.text == "raw" else None
+    tokenized = session.tokenize(examples)
+    raw = raw_prompts(session, examples) if diversity.text == "raw" else None
     hashes = [prompt_hash(e) for e in raw or tokenized]
     before = base = None
     if pre_model is not None and ("complexity" in axes or embeds_before):
-        pre = workshop.load_model(pre_model)
+        pre = session.load_model(pre_model)
         before = measure_before(
-            workshop,
+            session,
             pre_model,
             pre,
             tokenized,
@@ -87,18 +87,18 @@ def score_stage(
         base = _shared_base(pre, pre_model, model)
         del pre
         gc.collect()
-    loaded = workshop.load_model(model, base=base)
+    loaded = session.load_model(model, base=base)
     after = scored("loss and embeddings", loaded, tokenized)
     known, embedding_nd = Earlier.nothing(len(examples), diversity.k), after.embedding_nd
     if before is not None and before.embedding_nd is not None:
         known, embedding_nd = before.earlier, before.embedding_nd
     elif with_diversity and raw is not None:
         embedding_nd = scored("embeddings of raw prompts", loaded, raw).embedding_nd
-    neighbours = _neighbours(workshop, embedding_nd, known, hashes) if with_diversity else None
-    unconditional_n = _loss_of_responses(workshop, scored, loaded, tokenized) if config.scoring.ifd else None
+    neighbours = _neighbours(session, embedding_nd, known, hashes) if with_diversity else None
+    unconditional_n = _loss_of_responses(session, scored, loaded, tokenized) if config.scoring.ifd else None
     rated = None
     if "quality" in axes:
-        rated, facts = ratings(workshop, *loaded, examples)
+        rated, facts = ratings(session, loaded, examples)
         scored.facts |= {"ratings": facts} if facts else {}
     measured = Measured(
         ids=[e.id for e in examples],
@@ -116,7 +116,7 @@ def score_stage(
     with atomic(directory.embeddings, "wb") as file:
         np.save(file, embedding_nd, allow_pickle=False)
     for name, facts in scored.facts.items():
-        workshop.progress.say(f"  {describe(name, facts)}")
+        session.progress.say(f"  {describe(name, facts)}")
     begun.finish(
         config,
         time.monotonic() - began,
@@ -133,22 +133,21 @@ def score_stage(
 class Passes:
     """Scores examples as the settings say, and keeps what each pass took."""
 
-    def __init__(self, workshop: Workshop) -> None:
-        self._workshop = workshop
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self.facts: dict[str, PassFacts] = {}
 
     def __call__(self, name: str, model: Model, of: Sequence[TokenizedExample]) -> ExampleScores:
         """One pass of a model over some examples; `name` is what the user sees."""
-        from middo_jax.diagnose.score import score_examples
+        from middo_jax.passes.losses import score_examples
 
-        scoring = self._workshop.config.scoring
+        scoring = self._session.config.scoring
         scores, self.facts[name] = score_examples(
-            *model,
+            model,
             of,
-            mesh=self._workshop.mesh,
             batch_tokens=scoring.batch_tokens,
             chunk=scoring.unembed_chunk,
-            progress=self._workshop.progress,
+            progress=self._session.progress,
             name=name,
         )
         return scores
@@ -159,21 +158,19 @@ def _shared_base(pre: Model, pre_model: Path, model: Path) -> Model | None:
     from middo_jax.models.lora import without_adapters
     from middo_jax.models.source import locate
 
-    return without_adapters(*pre) if locate(pre_model).weights == locate(model).weights else None
+    return without_adapters(pre) if locate(pre_model).weights == locate(model).weights else None
 
 
-def _neighbours(
-    workshop: Workshop, embedding_nd: np.ndarray, known: Earlier, hashes: list[str]
-) -> Neighbours:
-    from middo_jax.diagnose.duplicates import groups
-    from middo_jax.diagnose.incremental import updated_neighbours
+def _neighbours(session: Session, embedding_nd: np.ndarray, known: Earlier, hashes: list[str]) -> Neighbours:
+    from middo_jax.signals.duplicates import groups
+    from middo_jax.signals.neighbours.incremental import updated_neighbours
 
-    diversity = workshop.config.diversity
-    with workshop.progress.task("neighbours") as advance:
+    diversity = session.config.diversity
+    with session.progress.task("neighbours") as advance:
         return updated_neighbours(
             embedding_nd,
             diversity.k,
-            workshop.mesh,
+            session.mesh,
             known,
             group_n=groups(hashes) if diversity.ignore_duplicates else None,
             on_progress=advance,
@@ -181,12 +178,12 @@ def _neighbours(
 
 
 def _loss_of_responses(
-    workshop: Workshop, scored: Passes, model: Model, tokenized: list[TokenizedExample]
+    session: Session, scored: Passes, model: Model, tokenized: list[TokenizedExample]
 ) -> np.ndarray:
     """[n] loss of the responses without what they answer, for IFD."""
-    from middo_jax.diagnose.ifd import mean_by_example, responses_alone
+    from middo_jax.signals.ifd import mean_by_example, responses_alone
 
-    header_n = response_header(workshop.tokenizer)
+    header_n = response_header(session.tokenizer)
     alone = [responses_alone(example, header_n) for example in tokenized]
     scores = scored("loss of responses alone", model, list(itertools.chain(*alone)))
     return mean_by_example(list(map(len, alone)), scores.loss_n, scores.n_targets_n)
@@ -202,68 +199,36 @@ def describe(name: str, facts: PassFacts) -> str:
     )
 
 
-def ratings(
-    workshop: Workshop, graphdef: nnx.GraphDef, params: nnx.State, examples: list[Example]
-) -> tuple[np.ndarray, PassFacts | None]:
-    """The model's six ratings of every example, [n, 6] as `rubrics.COLUMNS`, by `quality.method`.
-
-    And what the pass took, if it was one: sampling decodes.
-    """
-    from middo_jax.diagnose.quality import judge
-    from middo_jax.diagnose.readout import Readout
-    from middo_jax.diagnose.sampled import judge_by_sampling
-
-    config = workshop.config
-    if config.quality.method == "sample":
-        with workshop.progress.task("ratings") as advance:
-            sampled = judge_by_sampling(
-                graphdef,
-                params,
-                examples,
-                workshop.tokenizer,
-                config.quality,
-                stop_ids=eos_token_ids(workshop.base, workshop.tokenizer),
-                max_batch=config.serve.max_batch,
-                max_context=config.serve.max_context,
-                seed=config.seed,
-                on_progress=advance,
-            )
-        return sampled, None
-    return judge(
-        graphdef,
-        params,
-        examples,
-        workshop.tokenizer,
-        mesh=workshop.mesh,
-        max_length=config.model.max_length,
-        batch_tokens=config.scoring.batch_tokens,
-        readout=Readout(config.quality.score, config.quality.score_temperature),
-        progress=workshop.progress,
-    )
-
-
-def raw_prompt(workshop: Workshop, example: Example) -> TokenizedExample:
-    """A prompt alone, without the template, all of it a prompt."""
+def raw_prompts(session: Session, examples: Sequence[Example]) -> list[TokenizedExample]:
+    """The prompts alone, without the template, all of each a prompt."""
     import numpy as np
 
-    ids = workshop.tokenizer(example.prompt, add_special_tokens=False, verbose=False).input_ids
-    tokens_n = np.asarray(ids[-workshop.config.model.max_length :], np.int32)
-    nothing, everything = np.zeros(len(tokens_n), bool), np.ones(len(tokens_n), bool)
-    return TokenizedExample(example.id, tokens_n, nothing, everything, len(tokens_n) < len(ids))
+    if not examples:
+        return []
+    texts, longest = [example.prompt for example in examples], session.config.model.max_length
+    encoded = session.tokenizer(texts, add_special_tokens=False, verbose=False)
+    tokenized = []
+    for example, ids in zip(examples, encoded["input_ids"], strict=True):
+        tokens_n = np.asarray(ids[-longest:], np.int32)
+        nothing, everything = np.zeros(len(tokens_n), bool), np.ones(len(tokens_n), bool)
+        tokenized.append(
+            TokenizedExample(example.id, tokens_n, nothing, everything, len(tokens_n) < len(ids))
+        )
+    return tokenized
 
 
-def select_stage(workshop: Workshop, directory: RoundDir) -> dict[str, Any]:
+def select_stage(session: Session, directory: RoundDir) -> dict[str, Any]:
     """Chooses the three sets: selection.parquet and selection.json. Returns selection.json."""
-    from middo_jax.diagnose.select import select
-    from middo_jax.diagnose.table import read_scores, write_scores
+    from middo_jax.signals.select import select
+    from middo_jax.signals.table import read_scores, write_scores
 
     began = time.monotonic()
     if not directory.scores.exists():
         raise RunError(f"{directory.path}: no scores.parquet there; run `middo score` first")
     begun = chain.select(directory).begin()
-    table, selection = select(read_scores(directory.scores), workshop.config)
+    table, selection = select(read_scores(directory.scores), session.config)
     write_scores(directory.selected, table)
     write_json(directory.selection, selection)
     counts = {axis: facts["n_selected"] for axis, facts in selection["axes"].items()}
-    begun.finish(workshop.config, time.monotonic() - began, **counts)
+    begun.finish(session.config, time.monotonic() - began, **counts)
     return selection

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from middo_jax.data.example import Example
 from middo_jax.run import RoundDir, read_jsonl
-from middo_jax.workshop import Workshop
+from middo_jax.session import Session
 
 if TYPE_CHECKING:
     from middo_jax.refine import AnswerCache
@@ -37,13 +37,13 @@ def model_of(directory: RoundDir) -> Path | None:
 
 
 @contextlib.contextmanager
-def answer_cache(workshop: Workshop, directory: RoundDir) -> Iterator[AnswerCache]:
+def answer_cache(session: Session, directory: RoundDir) -> Iterator[AnswerCache]:
     """The refiner's answers: the file of `refine.cache`, the run's, or the folder's own."""
     from middo_jax.refine import AnswerCache
 
     run = directory.run
     own = directory / "llm_cache.sqlite" if run is None else run.llm_cache
-    cache = AnswerCache(workshop.config.refine.cache or own)
+    cache = AnswerCache(session.config.refine.cache or own)
     try:
         yield cache
     finally:

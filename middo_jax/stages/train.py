@@ -13,18 +13,16 @@ from typing import TYPE_CHECKING, Any
 from middo_jax.config import Config, ConfigError
 from middo_jax.data.example import Example
 from middo_jax.run import RoundDir, RunError, chain
-from middo_jax.workshop import Workshop, read_dataset
+from middo_jax.session import Session, read_dataset
+from middo_jax.stages.evaluate import HeldOut
 
 if TYPE_CHECKING:
-    from flax import nnx
-
-    from middo_jax.models.decoder import Decoder
-    from middo_jax.models.lora import Model
+    from middo_jax.models.model import Model
     from middo_jax.train.evaluations import Evaluate
 
 
 def train_stage(
-    workshop: Workshop,
+    session: Session,
     directory: RoundDir,
     start: Path,
     heldout: Sequence[Example] = (),
@@ -36,7 +34,7 @@ def train_stage(
     With `train.eval_every` the loss on `heldout` is measured on the way: evaluations.jsonl.
 
     Args:
-      workshop: settings, tokenizer, mesh.
+      session: settings, tokenizer, mesh.
       directory: holds the dataset.
       start: the model that training starts from.
       heldout: what losses are measured on meanwhile.
@@ -49,18 +47,18 @@ def train_stage(
     from middo_jax.train.checkpoint import AnotherTraining
 
     began = time.monotonic()
-    check_evaluations(workshop.config, heldout)
+    check_evaluations(session.config, heldout)
     begun = chain.train(directory, start).begin()
     try:
-        _train(workshop, directory, start, heldout)
+        _train(session, directory, start, heldout)
     except AnotherTraining:
         if not restart:
             raise
-        workshop.progress.say(f"{directory.checkpoint} is of another training; it is trained anew")
+        session.progress.say(f"{directory.checkpoint} is of another training; it is trained anew")
         remove_training(directory)
-        _train(workshop, directory, start, heldout)
+        _train(session, directory, start, heldout)
     gc.collect()
-    begun.finish(workshop.config, time.monotonic() - began)
+    begun.finish(session.config, time.monotonic() - began)
 
 
 def remove_training(directory: RoundDir) -> None:
@@ -78,55 +76,42 @@ def check_evaluations(config: Config, heldout: Sequence[Example]) -> None:
         )
 
 
-def _train(workshop: Workshop, directory: RoundDir, start: Path, heldout: Sequence[Example]) -> None:
+def _train(session: Session, directory: RoundDir, start: Path, heldout: Sequence[Example]) -> None:
     from middo_jax.train.metrics import StepMetrics
     from middo_jax.train.sft import train
 
-    config = workshop.config
-    (graphdef, params), metadata = load_start(workshop, start)
-    tokenized = workshop.tokenize(read_dataset(directory))
-    with workshop.progress.task("train", "steps") as advance:
+    config = session.config
+    model, metadata = load_start(session, start)
+    tokenized = session.tokenize(read_dataset(directory))
+    with session.progress.task("train", "steps") as advance:
 
         def on_step(metrics: StepMetrics) -> None:
             advance(metrics.step, metrics.total_steps, metrics.note())
 
         train(
-            graphdef,
-            params,
+            model,
             tokenized,
             config.train,
             seed=config.seed,
-            mesh=workshop.mesh,
             pack_length=config.train.pack_length or config.model.max_length,
             out_dir=directory.path,
             chunk=config.scoring.unembed_chunk,
             metadata=metadata,
             on_step=on_step,
-            evaluate=_evaluate(workshop, graphdef, heldout) if config.train.eval_every else None,
+            evaluate=_evaluate(session, heldout) if config.train.eval_every else None,
         )
 
 
-def _evaluate(workshop: Workshop, graphdef: nnx.GraphDef[Decoder], heldout: Sequence[Example]) -> Evaluate:
-    """All parameters -> loss on the held-out examples, as a whole and by their source."""
-    from middo_jax.evaluate.heldout import heldout_loss
+def _evaluate(session: Session, heldout: Sequence[Example]) -> Evaluate:
+    """Model -> loss on the held-out examples, as a whole and by their source."""
     from middo_jax.train.evaluations import Evaluation
 
-    config, tokenized = workshop.config, workshop.tokenize(heldout)
-    sources = [str(example.extra.get(config.data.source_column, "")) for example in heldout]
+    held_out = HeldOut(session, heldout)
 
-    def evaluate(params: nnx.State) -> Evaluation:
-        found = heldout_loss(
-            graphdef,
-            params,
-            tokenized,
-            mesh=workshop.mesh,
-            batch_tokens=config.scoring.batch_tokens,
-            chunk=config.scoring.unembed_chunk,
-            pack_length=config.model.max_length,
-            sources=sources,
-        )
+    def evaluate(model: Model) -> Evaluation:
+        found = held_out.loss(model)
         by_source = {name: of._asdict() for name, of in found.by_source.items()}
-        workshop.progress.say(
+        session.progress.say(
             f"held-out loss {found.loss:.4f}"
             + "".join(f", {name or 'no source'} {of.loss:.4f}" for name, of in found.by_source.items())
         )
@@ -135,7 +120,7 @@ def _evaluate(workshop: Workshop, graphdef: nnx.GraphDef[Decoder], heldout: Sequ
     return evaluate
 
 
-def load_start(workshop: Workshop, path: Path) -> tuple[Model, dict[str, Any]]:
+def load_start(session: Session, path: Path) -> tuple[Model, dict[str, Any]]:
     """(the model that a training starts from, what its checkpoint will say about itself).
 
     Without `lora.rank` all parameters are loaded in `train.param_dtype`, to be trained. With it they are
@@ -147,10 +132,10 @@ def load_start(workshop: Workshop, path: Path) -> tuple[Model, dict[str, Any]]:
     from middo_jax.models.lora import from_settings, with_fresh_adapters
     from middo_jax.models.source import locate
 
-    source, lora = locate(path), from_settings(workshop.config.lora)
+    source, lora = locate(path), from_settings(session.config.lora)
     metadata: dict[str, Any] = {
         "base": str(source.base.resolve()),
-        "chat_template": workshop.tokenizer.chat_template,  # an export that carries another one would mislead
+        "chat_template": session.tokenizer.chat_template,  # an export that carries another one would mislead
     }
     if source.lora != lora and source.trained is not None:
         held = source.lora or "all of a model's weights"
@@ -159,9 +144,9 @@ def load_start(workshop: Workshop, path: Path) -> tuple[Model, dict[str, Any]]:
             f"write it as a model of its own with `middo export {path} DIR` and start from that"
         )
     if lora is None:
-        return workshop.load_model(path, workshop.config.train.param_dtype), metadata
+        return session.load_model(path, session.config.train.param_dtype), metadata
     metadata["lora"] = dataclasses.asdict(lora)
-    model = workshop.load_model(path)
+    model = session.load_model(path)
     if source.lora is None:
-        model = with_fresh_adapters(*model, lora, workshop.mesh, workshop.config.seed)
+        model = with_fresh_adapters(model, lora, session.config.seed)
     return model, metadata

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 import orbax.checkpoint as ocp
-from flax import nnx
 
 from middo_jax.models.checkpoint import NOT_THE_FILES, arrays_handler, arrays_into, reason, save_params
+from middo_jax.models.model import Params
 from middo_jax.run import RunError
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
     """What a training needs to go on: after `step` optimizer steps."""
 
     step: int
-    trained: nnx.State
+    trained: Params
     opt_state: optax.OptState
 
 
@@ -103,7 +103,7 @@ class TrainingCheckpoints:
             ),
         )
 
-    def restore(self, trained: nnx.State, opt_state: optax.OptState) -> TrainState | None:
+    def restore(self, trained: Params, opt_state: optax.OptState) -> TrainState | None:
         """The newest readable state, or None.
 
         What cannot be read is set aside with a warning: training is deterministic, so that costs only time.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 
+from middo_jax.models.model import Model
 from middo_jax.run import read_jsonl, write_jsonl
 from middo_jax.train.trackers import Track
 
@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
     by_source: Mapping[str, Mapping[str, float]]
 
 
-Evaluate = Callable[[nnx.State], Evaluation]
+Evaluate = Callable[[Model], Evaluation]
 
 
 class Evaluations:
@@ -59,10 +59,10 @@ class Evaluations:
         is_known = any(row["step"] == step for row in self._rows)
         return not is_known and (step % self._every == 0 or step == self._total_steps)
 
-    def run(self, step: int, params: nnx.State) -> None:
-        """Evaluates the parameters after `step`."""
+    def run(self, step: int, model: Model) -> None:
+        """Evaluates the model after `step`."""
         assert self._evaluate is not None
-        found = self._evaluate(params)
+        found = self._evaluate(model)
         self._rows.append({"step": step, **found._asdict()})
         if jax.process_index() == 0:
             write_jsonl(self._path, self._rows)

@@ -11,17 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from middo_jax.config import TrainSettings, affecting
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.config import DecoderConfig
+from middo_jax.models.model import Params
 from middo_jax.parallel.hosts import to_host
 
 
 def identity(
     config: DecoderConfig,
-    params: nnx.State,
+    params: Params,
     tokenized: Sequence[TokenizedExample],
     settings: TrainSettings,
     seed: int,
@@ -44,7 +44,7 @@ def identity(
 
 
 @jax.jit
-def checksums(params: nnx.State) -> list[jax.Array]:
+def checksums(params: Params) -> list[jax.Array]:
     """32 bits of each parameter: each value's bits, mixed with its place, added up modulo 2**32.
 
     Such a sum does not depend on the order in which devices and processes add, as a sum of floats would. The

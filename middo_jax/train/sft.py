@@ -12,14 +12,12 @@ from typing import Any
 
 import jax
 import optax
-from flax import nnx
-from jax.sharding import Mesh
 
 from middo_jax.config import TrainSettings
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.models.checkpoint import abstract_params, read_metadata, restore_params
-from middo_jax.models.decoder import Decoder
+from middo_jax.models.checkpoint import read_metadata, restore_params
 from middo_jax.models.lora import partition
+from middo_jax.models.model import Model, Params, abstract_model, joined
 from middo_jax.train.checkpoint import TrainingCheckpoints, TrainState, another_training, remove_steps
 from middo_jax.train.checks import check_batch, check_examples, check_fill
 from middo_jax.train.evaluations import Evaluate, Evaluations
@@ -34,20 +32,18 @@ from middo_jax.train.trackers import require_trackers, trackers
 
 
 def train(
-    graphdef: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    model: Model,
     tokenized: Sequence[TokenizedExample],
     settings: TrainSettings,
     *,
     seed: int,
-    mesh: Mesh,
     pack_length: int,
     out_dir: str | Path,
     chunk: int,
     metadata: Mapping[str, Any] | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     evaluate: Evaluate | None = None,
-) -> nnx.State:
+) -> Model:
     """Fine-tunes, and goes on where an earlier call with the same arguments was stopped.
 
     All parameters are trained, or the adapters alone if the decoder has some: then no other has a gradient or
@@ -58,23 +54,22 @@ def train(
     saves and raises, see `stopping`. Called again when done, it returns what was saved.
 
     Args:
-      graphdef: the decoder's structure; its config's dtype is what forward passes compute in.
-      params: where training starts; what is trained is cast to `settings.param_dtype`, adapters to float32.
-        That is consumed: its memory is reused, the arrays are gone.
+      model: where training starts, and on which mesh; its config's dtype is what forward passes compute in.
+        What is trained is cast to `settings.param_dtype`, adapters to float32. That is consumed: its memory
+        is reused, the arrays are gone.
       tokenized: the examples.
       settings: see TrainSettings.
       seed: of the order of the examples, and of stochastic rounding.
-      mesh: where to train.
       pack_length: tokens of a packed sequence.
       out_dir: gets checkpoint/, metrics.jsonl and, if anything is evaluated, evaluations.jsonl.
       chunk: target positions of a device whose logits exist at one time.
       metadata: small JSON values to keep beside the final parameters, such as {"base": path of the model};
         a checkpoint with other ones is of another training.
       on_step: told of every finished step.
-      evaluate: all parameters -> held-out loss; asked every `settings.eval_every` steps and after the last.
+      evaluate: model -> held-out loss; asked every `settings.eval_every` steps and after the last.
 
     Returns:
-      The parameters after training, on the mesh; what was not trained is what came in.
+      The model after training; what was not trained is what came in.
 
     Raises:
       TrainingDataError: no examples, nothing to learn in them, or tokens that the model does not know.
@@ -85,27 +80,27 @@ def train(
       RunError: `out_dir` holds a checkpoint of another training.
       KeyboardInterrupt, Preempted: told to stop; all is saved.
     """
-    config, out_dir = nnx.merge(graphdef, params).config, Path(out_dir)
+    config, mesh, out_dir = model.config, model.mesh, Path(out_dir)
     check_examples(tokenized, pack_length, config.vocab_size)
     check_batch(settings, mesh)
     require_trackers(settings)
     checkpoint = out_dir / "checkpoint"
     metadata = metadata or {}
-    identity = training_identity(config, params, tokenized, settings, seed, pack_length, metadata)
-    trained, frozen = partition(params, config)
+    identity = training_identity(config, model.params, tokenized, settings, seed, pack_length, metadata)
+    trained, frozen = partition(model.params, config)
     finished = read_metadata(checkpoint)
     if finished is not None:
         if finished.get("identity") != identity:
             raise another_training(checkpoint)
         remove_steps(checkpoint)
         _consume(trained)
-        return nnx.merge_state(restore_params(checkpoint, config, mesh)[1], frozen)
+        return model.with_params(joined(restore_params(checkpoint, config, mesh), frozen))
 
     plan = plan_training(tokenized, settings, seed, pack_length)
     check_fill(len(tokenized), sum(len(rows) for epoch, rows in plan if epoch == 0), settings, mesh)
     optimizer = make_optimizer(settings, len(plan))
     param_dtype = settings.param_dtype if config.lora is None else "float32"
-    target, frozen_target = partition(abstract_params(config, mesh, param_dtype)[1], config)
+    target, frozen_target = partition(abstract_model(config, mesh, param_dtype).params, config)
     frozen = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), frozen, frozen_target)
     opt_target = abstract_opt_state(optimizer, target, mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -123,7 +118,14 @@ def train(
                 _consume(trained)
             whole, longest = (target, opt_target), longest_example(tokenized, pack_length)
             step = make_train_step(
-                graphdef, optimizer, settings, len(plan), chunk=chunk, state=whole, longest=longest, seed=seed
+                model.graphdef,
+                optimizer,
+                settings,
+                len(plan),
+                chunk=chunk,
+                state=whole,
+                longest=longest,
+                seed=seed,
             )
             compiled = step.lower(*whole, frozen, abstract_batch(settings, pack_length, mesh)).compile()
         track = stack.enter_context(trackers(settings, out_dir, state.step, identity))
@@ -144,7 +146,7 @@ def train(
             is_due = state.step % settings.save_every == 0 and 0 < state.step < len(plan)
             if evaluations.is_due(state.step):
                 log.catch_up()
-                evaluations.run(state.step, nnx.merge_state(state.trained, frozen))
+                evaluations.run(state.step, model.with_params(joined(state.trained, frozen)))
             if settings.keep_best:
                 checkpoints.keep_best(evaluations.best_step)
                 is_due |= evaluations.best_step == state.step
@@ -169,12 +171,12 @@ def train(
             raise
         checkpoints.finish(state, metadata)
         stop_if_told()
-    return nnx.merge_state(state.trained, frozen)
+    return model.with_params(joined(state.trained, frozen))
 
 
 def _beginning(
-    trained: nnx.State,
-    target: nnx.State,
+    trained: Params,
+    target: Params,
     optimizer: optax.GradientTransformationExtraArgs,
     opt_target: optax.OptState,
 ) -> TrainState:
@@ -184,7 +186,7 @@ def _beginning(
     return TrainState(0, trained, init(trained))
 
 
-def _consume(params: nnx.State) -> None:
+def _consume(params: Params) -> None:
     # As donation would have done: callers see one behaviour, and the memory is free before it is needed.
     for x in jax.tree.leaves(params):
         x.delete()

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from middo_jax.config import TrainSettings
 from middo_jax.data.packing import PackedBatch
-from middo_jax.models.decoder import Decoder, Remat
+from middo_jax.models.decoder import Remat
+from middo_jax.models.model import Params, Structure, bound
 from middo_jax.models.nll import target_nll_sum
+from middo_jax.parallel.hosts import to_mesh
 from middo_jax.parallel.mesh import named_sharding
 from middo_jax.train.guard import GuardState, usual_loss
 from middo_jax.train.optimizer import learning_rate_schedule, steps_taken
@@ -56,9 +57,9 @@ class StepOutputs(NamedTuple):
 
 
 def batch_nll(
-    graphdef: nnx.GraphDef[Decoder],
-    trained: nnx.State,
-    frozen: nnx.State,
+    graphdef: Structure,
+    trained: Params,
+    frozen: Params,
     batch: Batch,
     chunk: int,
     remat: Remat,
@@ -75,7 +76,7 @@ def batch_nll(
       remat: what is kept of a layer for the backward pass.
       longest: no example is longer; attention passes over what lies further back.
     """
-    model = nnx.merge(graphdef, trained, frozen)
+    model = bound(graphdef, trained, frozen)
     places = batch.segment_ids_bt, batch.positions_bt
     hidden_btd = model.hidden(batch.tokens_bt, *places, longest=longest, remat=remat)
     next_bt = jnp.roll(batch.tokens_bt, -1, axis=1)
@@ -83,14 +84,14 @@ def batch_nll(
 
 
 def batch_gradient(
-    graphdef: nnx.GraphDef[Decoder],
-    trained: nnx.State,
-    frozen: nnx.State,
+    graphdef: Structure,
+    trained: Params,
+    frozen: Params,
     batch: Batch,
     chunk: int,
     remat: Remat,
     longest: int | None = None,
-) -> tuple[jax.Array, jax.Array, nnx.State]:
+) -> tuple[jax.Array, jax.Array, Params]:
     """(loss, number of targets, float32 gradient by `trained`) of the micro-batches [a, b, t] as one batch.
 
     A target weighs the same in whichever micro-batch it stands: each is divided by the number of all.
@@ -99,15 +100,13 @@ def batch_gradient(
     divisor = jnp.maximum(n_targets, 1)
 
     @jax.value_and_grad
-    def share(trained: nnx.State, micro_batch: Batch) -> jax.Array:
+    def share(trained: Params, micro_batch: Batch) -> jax.Array:
         return batch_nll(graphdef, trained, frozen, micro_batch, chunk, remat, longest) / divisor
 
-    def share_in_float32(micro_batch: Batch) -> tuple[jax.Array, nnx.State]:
+    def share_in_float32(micro_batch: Batch) -> tuple[jax.Array, Params]:
         return jax.tree.map(lambda x: x.astype(jnp.float32), share(trained, micro_batch))
 
-    def add(
-        sums: tuple[jax.Array, nnx.State], micro_batch: Batch
-    ) -> tuple[tuple[jax.Array, nnx.State], None]:
+    def add(sums: tuple[jax.Array, Params], micro_batch: Batch) -> tuple[tuple[jax.Array, Params], None]:
         return jax.tree.map(jnp.add, sums, share_in_float32(micro_batch)), None
 
     if len(batch.tokens_bt) == 1:  # nothing to add up: a loop would hold the gradient twice
@@ -119,13 +118,13 @@ def batch_gradient(
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef[Decoder],
+    graphdef: Structure,
     optimizer: optax.GradientTransformationExtraArgs,
     settings: TrainSettings,
     total_steps: int,
     *,
     chunk: int,
-    state: tuple[nnx.State, optax.OptState],
+    state: tuple[Params, optax.OptState],
     longest: int | None = None,
     seed: int = 0,
 ) -> jax.stages.Wrapped:
@@ -147,8 +146,8 @@ def make_train_step(
     schedule = learning_rate_schedule(settings, total_steps)
 
     def train_step(
-        trained: nnx.State, opt_state: GuardState, frozen: nnx.State, batch: Batch
-    ) -> tuple[nnx.State, GuardState, StepOutputs]:
+        trained: Params, opt_state: GuardState, frozen: Params, batch: Batch
+    ) -> tuple[Params, GuardState, StepOutputs]:
         loss, n_targets, gradient = batch_gradient(
             graphdef, trained, frozen, batch, chunk, settings.remat, longest
         )
@@ -170,7 +169,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
 
 
-def _stored_as(like: nnx.State, wide: nnx.State, key: jax.Array | None) -> nnx.State:
+def _stored_as(like: Params, wide: Params, key: jax.Array | None) -> Params:
     """float32 values in the dtypes of `like`: by chance where a key is given, else to nearest."""
     leaves, structure = jax.tree.flatten(wide)
     stored = [
@@ -198,10 +197,8 @@ def put_batch(batch: PackedBatch, micro_batches: int, mesh: Mesh) -> Batch:
 
     Every process is given the whole batch and sends its own devices their part.
     """
-    sharding = named_sharding(mesh, None, "batch")
 
     def put(x_bt: np.ndarray) -> jax.Array:
-        x_abt = x_bt.reshape(micro_batches, -1, x_bt.shape[1])
-        return jax.make_array_from_process_local_data(sharding, x_abt, x_abt.shape)
+        return to_mesh(mesh, x_bt.reshape(micro_batches, -1, x_bt.shape[1]), None, "batch")
 
     return Batch(*(put(getattr(batch, name)) for name in Batch._fields))

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def convert(gguf_path: str | Path, out_dir: str | Path) -> Path:
+def convert(gguf_path: str | Path, out_dir: str | Path, *, weights: bool = True) -> Path:
     """Writes a GGUF model as a Hugging Face directory and returns it.
 
     Args:
       gguf_path: any quantization that the `gguf` package can undo.
       out_dir: must not exist, or be empty; it appears only once it is complete.
+      weights: whether the weights are written too; without them it is the tokenizer's and the config's files.
 
     Raises:
       CheckpointError: not a GGUF file, or an architecture, tensor or tokenizer that is not supported.
@@ -51,7 +52,8 @@ def convert(gguf_path: str | Path, out_dir: str | Path) -> Path:
         write_json(directory / "generation_config.json", _generation_config(config, metadata))
         write_json(directory / "tokenizer_config.json", tokenizer_fields)
         tokenizer.save(str(directory / "tokenizer.json"))
-        write_weights(directory, tensors, max_shard_bytes=5_000_000_000)
+        if weights:
+            write_weights(directory, tensors, max_shard_bytes=5_000_000_000)
     return out_dir
 
 

@@ -8,20 +8,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 
-from middo_jax.models.config import DecoderConfig
 from middo_jax.models.hf.companions import write_companions
 from middo_jax.models.hf.files import DTYPES, LazyTensor, new_directory, write_weights
 from middo_jax.models.hf.layout import TensorRow, tensor_table, turned
 from middo_jax.models.hf.verifying import Expectation, Verification, compare
+from middo_jax.models.model import Model, by_path
 from middo_jax.parallel.hosts import to_host
 
 
 def export(
-    params: nnx.State,
-    config: DecoderConfig,
+    model: Model,
     source_dir: str | Path,
     out_dir: str | Path,
     dtype: str | None = None,
@@ -31,13 +29,12 @@ def export(
     eos_token_ids: Collection[int] = (),
     expectation: Expectation | None = None,
 ) -> Verification | None:
-    """Writes parameters as a Hugging Face directory that transformers, vLLM and `load` read.
+    """Writes a model without adapters as a Hugging Face directory that transformers, vLLM and `load` read.
 
     In a program of several processes all must call it; the first one writes.
 
     Args:
-      params: what `load` returned, or what became of it by training; sharded or not.
-      config: of the same model.
+      model: what `load` returned, or what became of it by training; sharded or not.
       source_dir: the directory it was loaded from; config.json and the tokenizer's files are copied.
       out_dir: must not exist, or be empty; it appears only once it is complete, and as expected.
       dtype: float32, bfloat16 or float16; None keeps each parameter's own.
@@ -57,8 +54,8 @@ def export(
     if dtype not in (None, *(names := list(map(str, DTYPES.values())))):
         raise ValueError(f"dtype {dtype!r} cannot be exported, only {', '.join(names)}")
     source_dir, out_dir = Path(source_dir), Path(out_dir)
-    values = {path: param[...] for path, param in params.flat_state()}
-    tensors = [_lazy(row, values, dtype) for row in tensor_table(config)]
+    values = by_path(model.params)
+    tensors = [_lazy(row, values, dtype) for row in tensor_table(model.config)]
     verification = None
     if jax.process_index() == 0:
         with new_directory(out_dir) as directory:

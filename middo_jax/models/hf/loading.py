@@ -17,21 +17,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from middo_jax.config import ConfigError
 from middo_jax.models.config import DecoderConfig, read_config
-from middo_jax.models.decoder import Decoder, abstract
+from middo_jax.models.decoder import abstract
 from middo_jax.models.hf.files import DTYPES, CheckpointError, Weights
 from middo_jax.models.hf.layout import TensorRow, tensor_table, turned
+from middo_jax.models.model import Model, with_values
 from middo_jax.models.parameters import parameters
-from middo_jax.parallel.mesh import RULES, named_sharding
+from middo_jax.parallel.mesh import RULES, named_sharding, one_device
 
 
 def load(
     directory: str | Path, dtype: str = "float32", param_dtype: str | None = None, mesh: Mesh | None = None
-) -> tuple[nnx.GraphDef[Decoder], nnx.State, DecoderConfig]:
+) -> Model:
     """Loads a Hugging Face directory.
 
     In a program of several processes all must call it.
@@ -40,7 +40,7 @@ def load(
       directory: holds config.json and safetensors in float32, float16 or bfloat16, one file or several.
       dtype: what forward passes compute in.
       param_dtype: what the parameters are stored in; None is `dtype`.
-      mesh: where the parameters lie, each device holding its part only; None is the default device.
+      mesh: where the parameters lie, each device holding its part only; None is the first device alone.
 
     Raises:
       CheckpointError: a file or tensor is missing, surplus, damaged or of the wrong shape or dtype.
@@ -50,14 +50,13 @@ def load(
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: no config.json there; it is not a Hugging Face model directory")
-    config = read_config(directory, dtype)
-    if mesh is not None:
-        _check_divisible(config, mesh)
+    config, mesh = read_config(directory, dtype), mesh or one_device()
+    _check_divisible(config, mesh)
     weights = Weights(directory)
     _check(weights, config)
     stored = np.dtype(param_dtype or dtype)
     values = {
-        spec.path: _zeros(spec.shape(config), stored, spec.sharding(mesh) if mesh else None)
+        spec.path: _zeros(spec.shape(config), stored, spec.sharding(mesh))
         for spec in parameters(config)
         if spec.is_stacked
     }
@@ -68,7 +67,7 @@ def load(
         # Before the next one is read: else the host would hold as many as reading is faster than the devices.
         values[path].block_until_ready()
     graphdef, shapes = abstract(config)
-    return graphdef, nnx.map_state(lambda path, param: param.replace(values[path]), shapes), config
+    return Model(config, graphdef, with_values(shapes, values), mesh)
 
 
 def _check_divisible(config: DecoderConfig, mesh: Mesh) -> None:
@@ -130,10 +129,8 @@ def _place(weights: Weights, row: TensorRow) -> tuple[Path, int]:
     return tensor.file, tensor.start
 
 
-def _put(weights: Weights, row: TensorRow, mesh: Mesh | None) -> jax.Array:
+def _put(weights: Weights, row: TensorRow, mesh: Mesh) -> jax.Array:
     """A tensor on the devices as it is in the file, each device's part where its parameter's part will be."""
-    if mesh is None:
-        return jax.device_put(weights.read(row.name, [tuple(map(range, row.shape))])[0])
     axes = row.spec.axes[row.spec.is_stacked :]
     sharding = named_sharding(mesh, *(axes[::-1] if row.spec.transposed else axes))
 
@@ -147,9 +144,8 @@ def _put(weights: Weights, row: TensorRow, mesh: Mesh | None) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
-    zeros = jnp.zeros(shape, dtype)
-    return zeros if sharding is None else jax.lax.with_sharding_constraint(zeros, sharding)
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
 # Not one program with `turned`: fused into the update, a CPU's transposition takes four times as long.

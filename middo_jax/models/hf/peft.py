@@ -13,12 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from middo_jax.models.config import DecoderConfig, Lora, UnsupportedModel
-from middo_jax.models.decoder import Decoder, abstract
+from middo_jax.models.decoder import abstract
 from middo_jax.models.hf.companions import write_tokenizer
 from middo_jax.models.hf.files import (
     DTYPES,
@@ -30,6 +29,7 @@ from middo_jax.models.hf.files import (
 )
 from middo_jax.models.hf.layout import TensorRow, turned
 from middo_jax.models.lora import partition
+from middo_jax.models.model import Params, by_path, with_values
 from middo_jax.models.parameters import LORA_TARGETS, adapters
 from middo_jax.parallel.hosts import to_host, to_mesh
 from middo_jax.run import write_json
@@ -84,9 +84,7 @@ def read_adapter_config(directory: Path) -> tuple[str, Lora]:
     return base, Lora(rank, alpha * rank**0.5 if fields.get("use_rslora") else alpha, targets)
 
 
-def load_adapters(
-    directory: Path, config: DecoderConfig, mesh: Mesh, dtype: str = "float32"
-) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+def load_adapters(directory: Path, config: DecoderConfig, mesh: Mesh, dtype: str = "float32") -> Params:
     """Reads the adapters of a PEFT directory onto a mesh.
 
     Args:
@@ -96,7 +94,7 @@ def load_adapters(
       dtype: what they are stored in.
 
     Returns:
-      (static structure of the model with adapters, the adapters alone).
+      The adapters alone.
 
     Raises:
       CheckpointError: a tensor is missing, surplus, or does not fit the base.
@@ -107,14 +105,13 @@ def load_adapters(
     for row in table:
         [tensor] = weights.read(row.name, [tuple(map(range, row.shape))])
         tensors.setdefault(row.spec.path, []).append(tensor.T.astype(dtype))
-    graphdef, shapes = abstract(config)
     values = {spec.path: to_mesh(mesh, np.stack(tensors[spec.path]), *spec.axes) for spec in adapters(config)}
-    targets, _ = partition(shapes, config)
-    return graphdef, nnx.map_state(lambda path, param: param.replace(values[path]), targets)
+    targets, _ = partition(abstract(config)[1], config)
+    return with_values(targets, values)
 
 
 def export_adapters(
-    params: nnx.State,
+    params: Params,
     config: DecoderConfig,
     base: Path,
     out_dir: Path,
@@ -138,7 +135,7 @@ def export_adapters(
       FileExistsError: out_dir holds something.
     """
     assert config.lora is not None
-    values = {path: param[...] for path, param in params.flat_state()}
+    values = by_path(params)
     tensors = [_lazy(row, values[row.spec.path], dtype) for row in _adapter_table(config)]
     if jax.process_index() == 0:
         with new_directory(out_dir) as directory:

@@ -16,17 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
 from middo_jax.data.example import Message
 from middo_jax.data.tokenize import tokenize_prompt
 from middo_jax.models.config import DecoderConfig
-from middo_jax.models.decoder import Decoder, abstract
 from middo_jax.models.hf.files import CheckpointError
+from middo_jax.models.model import Model, Params, Structure, bound, structure
 from middo_jax.models.parameters import num_params
-from middo_jax.parallel.hosts import to_host
-from middo_jax.parallel.mesh import batch_divisor, named_sharding
+from middo_jax.parallel.hosts import to_host, to_mesh
+from middo_jax.parallel.mesh import batch_divisor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,28 +94,19 @@ def _available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def expect(
-    params: nnx.State,
-    config: DecoderConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: str | None,
-    mesh: Mesh,
-) -> Expectation:
-    """What an export of these parameters shall compute.
+def expect(model: Model, tokenizer: PreTrainedTokenizerBase, dtype: str | None) -> Expectation:
+    """What an export of this model shall compute.
 
     In a program of several processes all must call it.
 
     Args:
-      params: on the mesh.
-      config: of the same model.
+      model: without adapters.
       tokenizer: with the chat template of the training.
       dtype: of the export; None keeps each parameter's own.
-      mesh: where the parameters lie.
     """
-    if dtype is not None:
-        params = _rounded(params, dtype)
+    params = model.params if dtype is None else _rounded(model.params, dtype)
     tokens = _probes(tokenizer)
-    n, divisor = len(tokens), batch_divisor(mesh)
+    n, divisor = len(tokens), batch_divisor(model.mesh)
     # Whole tiles of 128, as some attention kernels want them.
     length = -(-max(map(len, tokens)) // 128) * 128
     tokens_bt = np.zeros((-(-n // divisor) * divisor, length), np.int32)
@@ -125,34 +114,31 @@ def expect(
     for row, prompt in enumerate(tokens):
         tokens_bt[row, : len(prompt)], segment_ids_bt[row, : len(prompt)] = prompt, 0
     positions_bt = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_bt.shape)
-    graphdef = abstract(dataclasses.replace(config, dtype="float32"))[0]
-    inputs = (
-        jax.make_array_from_process_local_data(named_sharding(mesh, "batch"), x, x.shape)
-        for x in (tokens_bt, segment_ids_bt, positions_bt)
-    )
+    graphdef = structure(dataclasses.replace(model.config, dtype="float32"))
+    inputs = (to_mesh(model.mesh, x, "batch") for x in (tokens_bt, segment_ids_bt, positions_bt))
     # highest: accelerators would multiply float32 in bfloat16 or TF32.
-    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+    with jax.set_mesh(model.mesh), jax.default_matmul_precision("highest"):
         logits_ntv = to_host(_logits(graphdef, params, *inputs, n))
     logits = tuple(logits[: len(prompt)] for logits, prompt in zip(logits_ntv, tokens, strict=True))
     return Expectation(tuple(tokens), logits)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _rounded(params: nnx.State, dtype: str) -> nnx.State:
+def _rounded(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda value: value.astype(dtype), params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _logits(
-    graphdef: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    graphdef: Structure,
+    params: Params,
     tokens_bt: jax.Array,
     segment_ids_bt: jax.Array,
     positions_bt: jax.Array,
     n: int,
 ) -> jax.Array:
     """[n, t, v] float32 of the first n rows."""
-    model = nnx.merge(graphdef, params)
+    model = bound(graphdef, params)
     hidden_btd = model.hidden(tokens_bt, segment_ids_bt, positions_bt)[:n]
     return model.unembed(hidden_btd.reshape(-1, hidden_btd.shape[-1])).reshape(*hidden_btd.shape[:2], -1)
 

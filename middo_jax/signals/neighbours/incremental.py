@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from middo_jax.diagnose.diversity import BLOCK, Neighbours, nearest_neighbours, neighbours_through
+from middo_jax.signals.neighbours.search import BLOCK, Neighbours, nearest_neighbours, neighbours_through
 
 
 class Earlier(NamedTuple):

@@ -135,18 +135,18 @@ def _nothing(k: int, shares: Shares, mesh: Mesh) -> Best:
     )
 
 
-Tree = TypeVar("Tree", Rows, Best)
+Arrays = TypeVar("Arrays", Rows, Best)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "spec", "by"))
-def _rotate(tree: Tree, *, mesh: Mesh, spec: PartitionSpec, by: int) -> Tree:
+def _rotate(arrays: Arrays, *, mesh: Mesh, spec: PartitionSpec, by: int) -> Arrays:
     """Each device's share goes `by` devices on."""
     ring = [(device, (device + by) % mesh.size) for device in range(mesh.size)]
 
-    def send(tree: Tree) -> Tree:
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, MESH_AXES, ring), tree)
+    def send(arrays: Arrays) -> Arrays:
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, MESH_AXES, ring), arrays)
 
-    return jax.shard_map(send, mesh=mesh, in_specs=spec, out_specs=spec)(tree)
+    return jax.shard_map(send, mesh=mesh, in_specs=spec, out_specs=spec)(arrays)
 
 
 @functools.partial(
@@ -220,8 +220,8 @@ def _are_apart(group_q: jax.Array, group_c: jax.Array) -> jax.Array:
     return no_padding & ((group_q.max() < group_c.min()) | (group_c.max() < group_q.min()))
 
 
-def _block(tree: Tree, number: jax.Array, block: int, axis: int) -> Tree:
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * block, block, axis), tree)
+def _block(arrays: Arrays, number: jax.Array, block: int, axis: int) -> Arrays:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * block, block, axis), arrays)
 
 
 def _replaced(best: Best, part: Best, start: jax.Array) -> Best:

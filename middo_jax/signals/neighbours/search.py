@@ -12,8 +12,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from middo_jax.diagnose.ring import CHUNK, PADDING, ROWS, Best, Rows, Shares, k_nearest, k_nearest_both_ways
 from middo_jax.parallel.hosts import to_host
+from middo_jax.signals.neighbours.ring import (
+    CHUNK,
+    PADDING,
+    ROWS,
+    Best,
+    Rows,
+    Shares,
+    k_nearest,
+    k_nearest_both_ways,
+)
 
 BLOCK = 1024  # samples by samples whose similarities exist at a time: 4 MB, which a CPU's cache holds
 STRANGER = -2  # group of a query that is none of the samples

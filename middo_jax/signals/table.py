@@ -10,11 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from middo_jax.diagnose.diversity import Neighbours
-from middo_jax.diagnose.ifd import ifd
-from middo_jax.diagnose.quality import quality
-from middo_jax.diagnose.rubrics import COLUMNS
 from middo_jax.run import atomic
+from middo_jax.signals.ifd import ifd
+from middo_jax.signals.judge.rubrics import COLUMNS, quality
+from middo_jax.signals.neighbours.search import Neighbours
 
 SCHEMA = pa.schema(
     [

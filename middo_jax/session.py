@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from middo_jax.config import Config
 from middo_jax.data.example import Example
 from middo_jax.data.sources import DataError, Rejection, read, split_heldout
-from middo_jax.data.tokenize import (
-    TemplateError,
-    TokenizedExample,
-    load_tokenizer,
-    steering_tokens,
-    tokenize,
-    tokenize_all,
-)
+from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, refusal, tokenize_all
 from middo_jax.progress import Progress
 from middo_jax.run import RoundDir, RunError, read_jsonl, write_jsonl
 
@@ -29,11 +22,12 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerBase
 
-    from middo_jax.models.lora import Model
+    from middo_jax.models.model import Model
+    from middo_jax.passes.runner import Plan
 
 
 @dataclasses.dataclass(frozen=True)
-class Workshop:
+class Session:
     """What all stages share: the settings, where to say how far one is, and, made when first needed, the
     base model's directory, its tokenizer and the mesh.
     """
@@ -73,41 +67,50 @@ class Workshop:
 
         See `models.source.load`, also for `base`.
         """
-        from flax import nnx
-
-        from middo_jax.models.decoder import abstract
         from middo_jax.models.source import load, locate
 
         settings = self.config.model
-        graphdef, params = load(locate(path), settings.dtype, param_dtype, self.mesh, base)
-        config = dataclasses.replace(nnx.merge(graphdef, params).config, attention=settings.attention)
-        return abstract(config)[0], params
+        model = load(locate(path), settings.dtype, param_dtype, self.mesh, base)
+        return model.with_config(dataclasses.replace(model.config, attention=settings.attention))
 
     def tokenize(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """All examples; those that cannot be rendered were refused when the data was read."""
         return tokenize_all(examples, self.tokenizer, self.config.model.max_length)
 
+    def plan_losses(self, tokenized: Sequence[TokenizedExample]) -> Plan:
+        """The batches of a scoring pass over these examples, on this mesh and with these settings."""
+        import jax
 
-def prepare(workshop: Workshop) -> tuple[list[Example], list[Example], list[Rejection]]:
+        from middo_jax.models.attention import shares_prefixes
+        from middo_jax.parallel.mesh import batch_divisor
+        from middo_jax.passes.losses import plan_losses
+
+        with jax.set_mesh(self.mesh):
+            share_prefix = shares_prefixes(self.config.model.attention)
+        ways = batch_divisor(self.mesh)
+        return plan_losses(tokenized, share_prefix, ways, self.config.scoring.batch_tokens)
+
+
+def prepare(session: Session) -> tuple[list[Example], list[Example], list[Rejection]]:
     """Reads the user's data: (to train on, held out, refused with the reason).
 
     Raises:
       DataError: the data cannot be read, or nothing of it can be used.
     """
-    settings = workshop.config.data
+    settings = session.config.data
     examples, rejections = read(settings.path, settings.format, settings.limit)
-    examples, refused = usable(workshop, examples)
+    examples, refused = usable(session, examples)
     rejections += refused
     kept, heldout = split_heldout(
-        examples, settings.eval_fraction, workshop.config.seed, settings.source_column
+        examples, settings.eval_fraction, session.config.seed, settings.source_column
     )
-    workshop.progress.say(
+    session.progress.say(
         f"{settings.path}: {len(kept)} samples, {len(heldout)} held out, {len(rejections)} rows refused"
     )
     return kept, heldout, rejections
 
 
-def usable(workshop: Workshop, examples: Sequence[Example]) -> tuple[list[Example], list[Rejection]]:
+def usable(session: Session, examples: Sequence[Example]) -> tuple[list[Example], list[Rejection]]:
     """The examples that the model can read, and those that its template or tokenizer forbids.
 
     Raises:
@@ -115,27 +118,16 @@ def usable(workshop: Workshop, examples: Sequence[Example]) -> tuple[list[Exampl
     """
     kept, refused = [], []
     for example in examples:
-        reason = _unusable(workshop, example)
+        reason = refusal(example, session.tokenizer)
         if reason is None:
             kept.append(example)
         else:
             refused.append(Rejection(f"sample {example.id}", reason, example.to_json()))
     if not kept:
         raise DataError(
-            f"{workshop.config.data.path}: no usable row; the first was refused: {refused[0].reason}"
+            f"{session.config.data.path}: no usable row; the first was refused: {refused[0].reason}"
         )
     return kept, refused
-
-
-def _unusable(workshop: Workshop, example: Example) -> str | None:
-    for token in sorted(steering_tokens(workshop.tokenizer)):
-        if any(token in message.content for message in example.messages):
-            return f"its text holds the model's control token {token}"
-    try:
-        tokenize(example, workshop.tokenizer, workshop.config.model.max_length)
-    except TemplateError as e:
-        return str(e)
-    return None
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:
@@ -168,9 +160,9 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def endpoint(workshop: Workshop) -> Iterator[Served]:
+def endpoint(session: Session) -> Iterator[Served]:
     """The refiner's endpoint; if none is set, the embedded one serves on loopback while the block runs."""
-    config = workshop.config
+    config = session.config
     url = config.refine.base_url or os.environ.get("OPENAI_BASE_URL")
     if url is not None:
         if config.refine.model is None:
@@ -184,8 +176,8 @@ def endpoint(workshop: Workshop) -> Iterator[Served]:
     if config.refine.model:
         path, template = resolve(config.refine.model), None
     else:
-        path, template = workshop.base, config.model.template
-    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, template, workshop.mesh)
+        path, template = session.base, config.model.template
+    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, template, session.mesh)
     name = path.resolve().name
     with engine, serve_in_background(build_app(engine, tokenizer, name, eos_ids), port=0) as url:
         yield Served(url, name, sends_key=False)

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from middo_jax.config import Config, Threshold
-from middo_jax.diagnose.duplicates import count_duplicates
-from middo_jax.diagnose.table import as_floats
+from middo_jax.signals.duplicates import count_duplicates
+from middo_jax.signals.table import as_floats
 
 SWEEP = tuple(round(0.25 * i, 2) for i in range(13))  # m from 0 to 3
 SETS = {"complexity": "hard", "diversity": "sparse", "quality": "low_quality"}

@@ -14,7 +14,7 @@ import numpy as np
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import tokenize_prompt
 from middo_jax.data.trees import Tree, common_prefix, trie
-from middo_jax.diagnose.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, Part, judge_message
+from middo_jax.signals.judge.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, Part, judge_message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+import numpy as np
+
 RUBRIC_VERSION = "1"
 
 Dimension = Literal["clarity", "completeness", "factuality"]
@@ -48,3 +50,8 @@ def judge_message(dimension: Dimension, part: Part, prompt: str, response: str) 
     pieces = re.split(r"(\{prompt\}|\{response\})", _TEXT[part])
     sample = "".join(values.get(piece, piece) for piece in pieces)
     return f"{_OPENING}{sample}### Question\n{_QUESTION[dimension, part]}"
+
+
+def quality(ratings_n6: np.ndarray) -> np.ndarray:
+    """q_n: mean over the dimensions of (prompt + response) / 2, hence the mean of all six."""
+    return ratings_n6.mean(axis=1)

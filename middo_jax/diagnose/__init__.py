@@ -1,1 +1,0 @@
-"""The three signals: complexity, diversity, quality; and what they select."""

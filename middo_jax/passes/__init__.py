@@ -1,0 +1,1 @@
+"""A model over many examples, once: losses and embeddings, and ratings."""

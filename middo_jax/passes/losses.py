@@ -1,0 +1,204 @@
+"""The fused pass: each example's loss and the embedding of its prompt, from one forward of packed batches.
+
+What all examples begin with, such as a template's system turn, is read once per row where attention can share
+it; what no loss and no embedding needs, such as the end of the last turn, is not read at all.
+Axes: b row, t position, s segment, d model width, n example.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from middo_jax.data.packing import Bucket
+from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.data.trees import PackedTrees, Tree, common_prefix
+from middo_jax.models.attention import shares_prefixes
+from middo_jax.models.model import Model, Params, Structure, bound
+from middo_jax.models.nll import target_nll
+from middo_jax.parallel.mesh import batch_divisor
+from middo_jax.passes.runner import Inputs, Pass, PassFacts, Plan
+from middo_jax.progress import Progress, Silent
+
+MIN_LENGTH = 8  # tokens an example takes in the plan: a row of 1,024 holds at most 128
+MIN_PREFIX = 8  # tokens: a shorter one is not worth its place in every row
+
+
+class SegmentScores(NamedTuple):
+    """What a batch gives for each of its segments, in float32; 0 where a row has no such segment."""
+
+    nll_sum_bs: jax.Array
+    n_targets_bs: jax.Array
+    embedding_bsd: jax.Array
+
+
+class ExampleScores(NamedTuple):
+    """What a pass gives for each example, in the order in which they came.
+
+    Attributes:
+      loss_n: mean NLL of the targets in nats, float32 sums; NaN where there is no target.
+      n_targets_n: int32.
+      embedding_nd: float32, mean of the last hidden state over the prompt; NaN where there is no prompt.
+    """
+
+    loss_n: np.ndarray
+    n_targets_n: np.ndarray
+    embedding_nd: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_segments", "chunk", "prefix", "longest"))
+def score_batch(
+    graphdef: Structure,
+    params: Params,
+    tokens_bt: jax.Array,
+    segment_ids_bt: jax.Array,
+    positions_bt: jax.Array,
+    next_bt: jax.Array,
+    is_target_bt: jax.Array,
+    in_prompt_bt: jax.Array,
+    until_bt: jax.Array | None = None,
+    *,
+    max_segments: int,
+    chunk: int,
+    prefix: int = 0,
+    longest: int | None = None,
+) -> SegmentScores:
+    """Loss sums and prompt embeddings of all segments of a packed batch; -1 is in no segment."""
+    model = bound(graphdef, params)
+    hidden_btd = model.hidden(
+        tokens_bt, segment_ids_bt, positions_bt, until_bt, prefix=prefix, longest=longest
+    )
+    nll_bt = target_nll(model, hidden_btd, next_bt, is_target_bt, chunk)
+    in_segment_bts = (segment_ids_bt[..., None] == jnp.arange(max_segments)).astype(jnp.float32)
+    prompt_bts = in_segment_bts * in_prompt_bt[..., None]
+    # HIGHEST: on accelerators a float32 product is otherwise rounded to bfloat16 or TF32.
+    total_bsd = jnp.einsum(
+        "bts,btd->bsd", prompt_bts, hidden_btd.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    return SegmentScores(
+        nll_sum_bs=jnp.einsum("bt,bts->bs", nll_bt, in_segment_bts, precision=jax.lax.Precision.HIGHEST),
+        n_targets_bs=(is_target_bt[..., None] * in_segment_bts).sum(axis=1),
+        embedding_bsd=total_bsd / prompt_bts.sum(axis=1)[..., None],
+    )
+
+
+def score_examples(
+    model: Model,
+    examples: Sequence[TokenizedExample],
+    *,
+    batch_tokens: int,
+    chunk: int,
+    progress: Progress | None = None,
+    name: str = "scores",
+) -> tuple[ExampleScores, PassFacts]:
+    """Scores every example; the result depends on neither the packing nor the mesh.
+
+    Args:
+      model: whose losses and embeddings are wanted, on its mesh.
+      examples: what to score.
+      batch_tokens: tokens of a batch, all devices together.
+      chunk: target positions of a device whose logits exist at one time.
+      progress: is told how far the pass is, under this name.
+      name: of the pass.
+    """
+    return LossPass(examples, model, batch_tokens, chunk)(model, progress or Silent(), name)
+
+
+class LossPass:
+    """The pass over some examples, to run for one model or several of a size on one mesh.
+
+    What is compiled for one model is used again for the next whose parameters are alike, as those of a
+    training are from step to step.
+    """
+
+    def __init__(
+        self, examples: Sequence[TokenizedExample], model: Model, batch_tokens: int, chunk: int
+    ) -> None:
+        """Plans the batches for the mesh and the attention of `model`; see `score_examples`."""
+        self._width, self._n = model.config.hidden_size, len(examples)
+        with jax.set_mesh(model.mesh):
+            share_prefix = shares_prefixes(model.config.attention)
+        self.plan = plan_losses(examples, share_prefix, batch_divisor(model.mesh), batch_tokens)
+
+        def static(bucket: Bucket) -> dict[str, Any]:
+            return {
+                "max_segments": bucket.length // MIN_LENGTH,
+                "chunk": chunk,
+                "prefix": self.plan.prefix,
+                "longest": bucket.longest,
+            }
+
+        self._pass = Pass(score_batch, self.plan, functools.partial(loss_inputs, examples), static)
+
+    def __call__(self, model: Model, progress: Progress, name: str) -> tuple[ExampleScores, PassFacts]:
+        """The scores of all examples under a model; `name` is what the user sees."""
+        loss_n = np.full(self._n, np.nan, np.float32)
+        n_targets_n = np.zeros(self._n, np.int32)
+        embedding_nd = np.full((self._n, self._width), np.nan, np.float32)
+
+        def keep(index_m: np.ndarray, scores: SegmentScores) -> None:
+            n_targets_n[index_m] = scores.n_targets_bs
+            with np.errstate(invalid="ignore", divide="ignore"):  # no target: 0/0 is NaN, as promised
+                loss_n[index_m] = scores.nll_sum_bs / scores.n_targets_bs
+            embedding_nd[index_m] = scores.embedding_bsd
+
+        facts = self._pass.run(model, keep, progress, name)
+        return ExampleScores(loss_n, n_targets_n, embedding_nd), facts
+
+
+def plan_losses(
+    examples: Sequence[TokenizedExample], share_prefix: bool, ways: int, batch_tokens: int
+) -> Plan:
+    """The batches that a pass computes. Tokens that no loss and no embedding needs are left out.
+
+    Args:
+      examples: what to score.
+      share_prefix: whether attention can share what all examples begin with, so that a row reads it once.
+      ways: into how many parts the mesh splits a batch, see `batch_divisor`.
+      batch_tokens: tokens of a batch, all devices together.
+    """
+    trees = [Tree.line(e.tokens_n[: _needed(e)]) for e in examples]
+    prefix = _shared_prefix(examples, trees) if share_prefix else 0
+    return Plan.of(trees, prefix, batch_tokens, ways, MIN_LENGTH)
+
+
+def _shared_prefix(examples: Sequence[TokenizedExample], trees: Sequence[Tree]) -> int:
+    if len(examples) < 2:
+        return 0
+    # Every example keeps a token of its own, and all whose hidden state counts.
+    own = min(int(np.r_[_counts(e), True].argmax()) for e in examples)
+    shortest = min(len(tree.tokens_n) for tree in trees)
+    prefix = min(common_prefix([tree.tokens_n for tree in trees]), own, shortest - 1)
+    return prefix if prefix >= MIN_PREFIX else 0
+
+
+def loss_inputs(examples: Sequence[TokenizedExample], packed: PackedTrees) -> Inputs:
+    """What `score_batch` reads of a batch."""
+
+    def fill(values: Callable[[TokenizedExample], np.ndarray]) -> np.ndarray:
+        return packed.fill(lambda i: values(examples[i])[: len(packed.trees[i].tokens_n)])
+
+    inputs = {
+        "tokens_bt": fill(lambda e: e.tokens_n),
+        "segment_ids_bt": packed.tree_bt(),
+        "positions_bt": packed.fill(lambda i: packed.trees[i].positions_n),
+        "next_bt": fill(lambda e: np.append(e.tokens_n[1:], np.int32(0))),
+        "is_target_bt": fill(lambda e: np.append(e.is_target_n[1:], False)),
+        "in_prompt_bt": fill(lambda e: e.in_prompt_n),
+    }
+    return inputs | {"until_bt": packed.until_bt()} if packed.prefix else inputs
+
+
+def _counts(example: TokenizedExample) -> np.ndarray:
+    """bool [n]: its hidden state is read: the next token is a target, or it is of the prompt itself."""
+    return example.in_prompt_n | np.append(example.is_target_n[1:], False)
+
+
+def _needed(example: TokenizedExample) -> int:
+    """Tokens up to the last position whose hidden state is read; all if none is."""
+    return len(example) - int(_counts(example)[::-1].argmax()) if len(example) else 0

@@ -1,0 +1,164 @@
+"""The pass of ratings: a model's number for each question about an example, in one prefill, nothing decoded.
+
+The questions about an example are one tree of tokens (see `signals.judge.questions`): what they share is read
+once, and what all examples' trees begin with is read once per row.
+Axes: b row, t position, s tree within a row, r reading (position whose next token is looked at), c column
+(a rating of an example), n example, m example of a batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from middo_jax.data.packing import Bucket
+from middo_jax.data.trees import PackedTrees, Tree, common_prefix
+from middo_jax.models.decoder import Decoder
+from middo_jax.models.model import Model, Params, Structure, bound
+from middo_jax.parallel.mesh import batch_divisor
+from middo_jax.passes.runner import Inputs, Pass, PassFacts, Plan
+from middo_jax.progress import Progress, Silent
+
+MIN_TREE = 128  # tokens a tree takes in the plan: its questions alone are longer
+
+# [..., 11] float32 log-probabilities of the ratings 0..10, up to a constant -> [...] float32.
+Readout = Callable[[jax.Array], jax.Array]
+
+
+class Spelling(Protocol):
+    """How a tokenizer spells the ratings; hashable, as `signals.judge.questions.RatingTokens` is."""
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        """[11] the token of each rating; "10" has that of "1" where it is two tokens."""
+        ...
+
+    @property
+    def ten_second(self) -> int | None:
+        """The second token of "10" where it has one."""
+        ...
+
+
+class Asked(Protocol):
+    """The questions about one example, such as a `signals.judge.questions.RatingTree`."""
+
+    @property
+    def tree(self) -> Tree:
+        """Of the questions and of what each answer begins with."""
+        ...
+
+    @property
+    def readings(self) -> tuple[int, ...]:
+        """Per column the place whose next token is its rating; then, with a two-token "10", of its "1"."""
+        ...
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "ratings", "readout", "prefix", "longest"))
+def judge_batch(
+    graphdef: Structure,
+    params: Params,
+    tokens_bt: jax.Array,
+    segment_ids_bt: jax.Array,
+    positions_bt: jax.Array,
+    until_bt: jax.Array,
+    reading_bsr: jax.Array,
+    *,
+    ratings: Spelling,
+    readout: Readout,
+    prefix: int,
+    longest: int,
+) -> jax.Array:
+    """Ratings [b, s, c] in float32 of every tree; meaningless where there is none."""
+    model = bound(graphdef, params)
+    hidden_btd = model.hidden(
+        tokens_bt, segment_ids_bt, positions_bt, until_bt, prefix=prefix, longest=longest
+    )
+
+    def one_tree(reading_br: jax.Array) -> jax.Array:
+        hidden_brd = jnp.take_along_axis(hidden_btd, reading_br[..., None], axis=1)
+        return readout(rating_log_p(model, hidden_brd, ratings))
+
+    return jax.lax.map(one_tree, reading_bsr.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def rating_log_p(model: Decoder, hidden_brd: jax.Array, ratings: Spelling) -> jax.Array:
+    """The model's own log-probabilities of the ratings 0..10, up to a constant that these eleven share.
+
+    Where "10" is the token of "1" and one more, P(10) = P("1") P(second | "1") and
+    P(1) = P("1") (1 - P(second | "1")): exact, and all in one prefill, since the "1" was read too.
+
+    Args:
+      model: whose `unembed` is used.
+      hidden_brd: of the readings: [b, c, d], or with a two-token "10" [b, 2 c, d].
+      ratings: the tokens.
+
+    Returns:
+      [b, c, 11] float32.
+    """
+    b, r, d = hidden_brd.shape
+    logits_brv = model.unembed(hidden_brd.reshape(b * r, d)).reshape(b, r, -1)
+    count = r if ratings.ten_second is None else r // 2
+    log_p = logits_brv[:, :count, jnp.asarray(ratings.first)]
+    if ratings.ten_second is not None:
+        after_one = jax.nn.log_softmax(logits_brv[:, count:], axis=-1)[..., ratings.ten_second]
+        log_p = log_p.at[..., 1].add(jnp.log1p(-jnp.exp(after_one))).at[..., 10].add(after_one)
+    return log_p
+
+
+def rate(
+    model: Model,
+    asked: Sequence[Asked],
+    ratings: Spelling,
+    readout: Readout,
+    *,
+    columns: int,
+    batch_tokens: int,
+    progress: Progress | None = None,
+    name: str = "ratings",
+) -> tuple[np.ndarray, PassFacts]:
+    """The ratings of every example, [n, c] float32.
+
+    Args:
+      model: that rates, on its mesh.
+      asked: the questions about each example.
+      ratings: how the tokenizer spells the answers.
+      readout: from the ratings' log-probabilities to one number; hashable.
+      columns: ratings of an example.
+      batch_tokens: tokens of a batch, all devices together.
+      progress: is told how far the pass is, under this name.
+      name: of the pass.
+    """
+    trees = [one.tree for one in asked]
+    prefix = (
+        min(common_prefix([tree.tokens_n for tree in trees]), *(tree.stem for tree in trees)) if trees else 0
+    )
+    readings = columns if ratings.ten_second is None else 2 * columns
+    rating_nc = np.full((len(asked), columns), np.nan, np.float32)
+
+    def inputs(packed: PackedTrees) -> Inputs:
+        reading_bsr = np.zeros((packed.batch, packed.length // MIN_TREE, readings), np.int32)
+        for b, row in enumerate(packed.rows):
+            for s, (i, start) in enumerate(zip(row, packed.starts(row), strict=True)):
+                reading_bsr[b, s] = start + np.asarray(asked[i].readings)
+        return {
+            "tokens_bt": packed.fill(lambda i: trees[i].tokens_n),
+            "segment_ids_bt": packed.tree_bt(),
+            "positions_bt": packed.fill(lambda i: trees[i].positions_n),
+            "until_bt": packed.until_bt(),
+            "reading_bsr": reading_bsr,
+        }
+
+    def keep(index_m: np.ndarray, rating_mc: np.ndarray) -> None:
+        rating_nc[index_m] = rating_mc
+
+    def static(bucket: Bucket) -> dict[str, Any]:
+        return {"ratings": ratings, "readout": readout, "prefix": prefix, "longest": bucket.longest}
+
+    plan = Plan.of(trees, prefix, batch_tokens, batch_divisor(model.mesh), MIN_TREE)
+    facts = Pass(judge_batch, plan, inputs, static).run(model, keep, progress or Silent(), name)
+    return rating_nc, facts

@@ -1,0 +1,1 @@
+"""What a dataset's numbers say of its samples: neighbours, questions to the judge, table, selection."""

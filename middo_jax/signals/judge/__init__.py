@@ -1,0 +1,1 @@
+"""What the model is asked about its own training data, and how its answers are read."""

@@ -1,0 +1,59 @@
+"""Quality by generation, as published: the model writes its rating, and the number is read from the text.
+
+Dearer than the expected rating by all the tokens that are decoded, and it can fail to be read; what cannot be
+read is missing, never 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from middo_jax.data.example import Example, Message
+from middo_jax.data.tokenize import tokenize_prompt
+from middo_jax.signals.judge.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, judge_message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Neither a part of another number, nor an end of a range such as "0-10", nor out of anything but 10.
+_NUMBER = (
+    r"(?<![\d.−-])(10(?:\.0+)?|[0-9](?:\.[0-9]+)?)"
+    r"(?![\d%]|\.\d|\s*(?:-|–|to)\s*\d|\s*/\s*(?!10\b)\d)"
+)
+_LABELLED = re.compile(rf"(?:rating|score)\W{{0,5}}(?:is|of|:|=)?\W{{0,5}}{_NUMBER}", re.IGNORECASE)
+_OUT_OF = re.compile(rf"{_NUMBER}\s*(?:/|out of)\s*10\b", re.IGNORECASE)
+_FIRST = re.compile(rf"\W{{0,5}}{_NUMBER}")
+
+
+def parse_rating(text: str) -> float | None:
+    """The rating that an answer gives, or None.
+
+    A labelled number counts first, then one "out of 10", then one that the answer starts with; the last of
+    its kind where there are several. "On a scale of 0 to 10 I give it a 9" says none of these clearly: None.
+    """
+    for pattern in (_LABELLED, _OUT_OF):
+        if found := pattern.findall(text):
+            return float(found[-1])
+    first = _FIRST.match(text)
+    return float(first.group(1)) if first else None
+
+
+def rating_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """The tokens of the questions about each example, `rubrics.COLUMNS` one after the other.
+
+    Each ends with the first words of the answer, so that the rating is what a model writes next.
+    """
+    questions = [
+        judge_message(dimension, part, example.prompt, example.response)
+        for example in examples
+        for dimension in DIMENSIONS
+        for part in PARTS
+    ]
+    return [
+        tokenize_prompt([Message("user", text)], tokenizer, continue_with=ANSWER_STEM.rstrip())
+        for text in questions
+    ]

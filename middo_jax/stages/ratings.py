@@ -1,0 +1,118 @@
+"""The model's ratings of examples, by either method: expected from one prefill, or sampled and read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from middo_jax.data.example import Example
+from middo_jax.data.tokenize import eos_token_ids
+from middo_jax.session import Session
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from middo_jax.models.model import Model
+    from middo_jax.passes.runner import PassFacts
+    from middo_jax.progress import Progress
+    from middo_jax.signals.judge.readout import Readout
+
+
+def ratings(
+    session: Session, model: Model, examples: Sequence[Example]
+) -> tuple[np.ndarray, PassFacts | None]:
+    """The model's six ratings of every example, [n, 6] as `rubrics.COLUMNS`, by `quality.method`.
+
+    And what the pass took, if it was one: sampling decodes.
+    """
+    from middo_jax.signals.judge.readout import Readout
+
+    config = session.config
+    if config.quality.method == "sample":
+        return sampled_ratings(session, model, examples), None
+    return judge(
+        model,
+        examples,
+        session.tokenizer,
+        max_length=config.model.max_length,
+        batch_tokens=config.scoring.batch_tokens,
+        readout=Readout(config.quality.score, config.quality.score_temperature),
+        progress=session.progress,
+    )
+
+
+def judge(
+    model: Model,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    batch_tokens: int,
+    readout: Readout | None = None,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, PassFacts]:
+    """The six ratings from the probabilities of all answers, [n, 6] float32 as `rubrics.COLUMNS`.
+
+    Raises:
+      JudgeError: the tokenizer's spelling of the ratings cannot be read in one prefill, or a question alone
+        is over `max_length`.
+    """
+    from middo_jax.passes.ratings import rate
+    from middo_jax.signals.judge.questions import RatingTokens, rating_tree
+    from middo_jax.signals.judge.readout import EXPECTED
+    from middo_jax.signals.judge.rubrics import COLUMNS
+
+    spelling = RatingTokens.of(tokenizer)
+    return rate(
+        model,
+        [rating_tree(example, tokenizer, spelling, max_length) for example in examples],
+        spelling,
+        readout or EXPECTED,
+        columns=len(COLUMNS),
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )
+
+
+def sampled_ratings(session: Session, model: Model, examples: Sequence[Example]) -> np.ndarray:
+    """The six ratings that the model writes, [n, 6] float32; NaN where none can be read.
+
+    A prompt that leaves no room for an answer in `serve.max_context` has none either.
+    """
+    import numpy as np
+
+    from middo_jax.inference.engine import Engine
+    from middo_jax.inference.sampling import Request
+    from middo_jax.signals.judge.rubrics import COLUMNS
+    from middo_jax.signals.judge.sampled import parse_rating, rating_prompts
+
+    config, tokenizer = session.config, session.tokenizer
+    quality, context = config.quality, config.serve.max_context
+    stop_ids = eos_token_ids(session.base, tokenizer)
+    prompts = rating_prompts(examples, tokenizer)
+    rating_q = np.full(len(prompts), np.nan, np.float32)
+    with (
+        session.progress.task("ratings") as advance,
+        Engine(model.graphdef, model.params, config.serve.max_batch, context) as engine,
+    ):
+        futures = {
+            q: engine.submit(
+                Request(
+                    tokens_n.tolist(),
+                    quality.max_new_tokens,
+                    quality.temperature,
+                    quality.top_p,
+                    quality.top_k,
+                    seed=config.seed + q,
+                    stop_ids=stop_ids,
+                )
+            )
+            for q, tokens_n in enumerate(prompts)
+            if len(tokens_n) < context
+        }
+        for q, future in futures.items():
+            rating = parse_rating(str(tokenizer.decode(future.result().tokens)))
+            rating_q[q] = np.nan if rating is None else rating
+            advance((q + 1) // len(COLUMNS), len(examples))
+    return rating_q.reshape(len(examples), len(COLUMNS))

@@ -36,7 +36,7 @@ from middo_jax.models.model import Model
 from middo_jax.passes.losses import LossPass
 from middo_jax.progress import Silent
 from middo_jax.report.plots import Line, lines
-from middo_jax.run_dir import read_jsonl
+from middo_jax.run import read_jsonl
 from middo_jax.train.evaluations import Evaluation
 from middo_jax.train.feed import plan_training
 from middo_jax.train.optimizer import learning_rate_schedule

@@ -6,17 +6,21 @@ import inspect
 import sys
 import typing
 from pathlib import Path
+from typing import get_args
 
 import pydantic
 
-from middo_jax.config import Config
+from middo_jax.config import RESULTLESS, Config, Effect, marks
 
 
 def page() -> str:
-    """The page: a table a group, in the order of config.py."""
+    """The page: one table per group, in the order of a round."""
+    resultless = ", ".join(f"`{effect}`" for effect in get_args(Effect) if effect in RESULTLESS)
     parts = [
         "# Settings\n\nGiven in YAML, or last on the command line as `group.name=value`.\n"
-        "Made from `middo_jax/config.py` by `python docs/make_settings.py`.\n"
+        "Made from `middo_jax/config/` by `python docs/make_settings.py`.\n\n"
+        "The third column says what a setting affects. After a change, `middo run` redoes the stages that "
+        f"depend on it, and no others. {resultless} affect no result: nothing is redone.\n"
     ]
     plain = {n: f for n, f in Config.model_fields.items() if not _is_group(f)}
     parts.append("## At the top\n\n" + _table("", plain))
@@ -39,7 +43,7 @@ def _is_group(field: typing.Any) -> bool:
 
 
 def _table(prefix: str, fields: dict[str, typing.Any]) -> str:
-    rows = ["| setting | default | |", "|---|---|---|"]
+    rows = ["| setting | default | affects | |", "|---|---|---|---|"]
     for name, field in fields.items():
         default = "*required*" if field.is_required() else f"`{_yaml(field.default)}`"
         choices = (
@@ -48,8 +52,13 @@ def _table(prefix: str, fields: dict[str, typing.Any]) -> str:
         text = field.description or ""
         if choices and not all(str(choice) in text for choice in choices):
             text = f"{', '.join(f'`{choice}`' for choice in choices)}. {text}"
-        rows.append(f"| `{prefix}{name}` | {default} | {text.strip()} |")
+        rows.append(f"| `{prefix}{name}` | {default} | {_effects(prefix + name)} | {text.strip()} |")
     return "\n".join(rows) + "\n"
+
+
+def _effects(name: str) -> str:
+    mark = dict(marks())[name]
+    return ", ".join(e for e in get_args(Effect) if mark and e in mark.effects)
 
 
 def _yaml(value: object) -> str:

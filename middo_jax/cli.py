@@ -36,7 +36,7 @@ def main() -> None:
     # transformers and TFDS talk at import; a user asked neither.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from middo_jax.run_dir import RunError
+    from middo_jax.run import RunError
     from middo_jax.train.stopping import EXIT_PREEMPTED
 
     try:
@@ -86,7 +86,7 @@ def score(
 ) -> None:
     """Losses, neighbours and ratings of a dataset, without the loop."""
     from middo_jax import stages
-    from middo_jax.run_dir import RoundDir, write_jsonl, write_text
+    from middo_jax.run import RoundDir, write_jsonl, write_text
     from middo_jax.session import prepare, write_dataset
 
     wanted = [axis.strip() for axis in axes.split(",") if axis.strip()]
@@ -111,7 +111,7 @@ def select(directory: Path, overrides: Overrides = None, as_json: AsJson = False
     """The hard, sparse and low-quality samples of DIRECTORY/scores.parquet, and how many each m selects."""
     from middo_jax import stages
     from middo_jax.report.terminal import render_selection
-    from middo_jax.run_dir import RoundDir
+    from middo_jax.run import RoundDir
 
     selection = stages.select_stage(_session_of(directory, overrides), RoundDir(directory))
     _show(as_json, selection, render_selection(selection))
@@ -138,7 +138,7 @@ def refine(
     from middo_jax import refine as wing
     from middo_jax import stages
     from middo_jax.report.terminal import render_batch, render_dry_run
-    from middo_jax.run_dir import RoundDir, read_jsonl, write_jsonl
+    from middo_jax.run import RoundDir, read_jsonl, write_jsonl
 
     session, here = _session_of(directory, overrides), RoundDir(directory)
     settings = session.config.refine
@@ -148,19 +148,16 @@ def refine(
         facts = dataclasses.asdict(plan)
         _show(as_json, facts, render_dry_run(facts))
         return
-    cache = wing.AnswerCache(settings.cache or directory / "llm_cache.sqlite")
-    try:
-        if write_batch or read_batch:
+    if write_batch or read_batch:
+        with stages.answer_cache(session, here) as cache:
             state = stages.batch_stage(session, here, cache, read_batch or (), write_batch)
-            if not state.is_finished:
-                facts = dataclasses.asdict(state)
-                command = shlex.join(["middo", "refine", str(directory), *(overrides or ())])
-                _show(as_json, facts, render_batch(facts, command, write_batch))
-                return
-        else:
-            stages.refine_stage(session, here, 0, cache)
-    finally:
-        cache.close()
+        if not state.is_finished:
+            facts = dataclasses.asdict(state)
+            command = shlex.join(["middo", "refine", str(directory), *(overrides or ())])
+            _show(as_json, facts, render_batch(facts, command, write_batch))
+            return
+    else:
+        stages.refine_round(session, here)
     merged = directory / "merged.jsonl"
     write_jsonl(merged, (e.to_json() for e in stages.merge_stage(session, here)))
     rows = read_jsonl(here.refined)
@@ -180,12 +177,13 @@ def train(
 ) -> None:
     """Supervised fine-tuning: OUT/checkpoint and OUT/metrics.jsonl; goes on where it was stopped."""
     from middo_jax import stages
-    from middo_jax.run_dir import RoundDir, read_jsonl, write_jsonl, write_text
+    from middo_jax.run import RoundDir, read_jsonl, write_jsonl, write_text
     from middo_jax.session import prepare, write_dataset
 
     model_path, directory = _model(model), RoundDir(out)
     session = _session_with(model_path, data, overrides)
     kept, heldout, rejections = prepare(session)
+    stages.check_training(session, kept, heldout)
     write_text(out / "config.yaml", session.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)
@@ -230,8 +228,10 @@ def export(
 ) -> None:
     """A checkpoint of ours, or a LoRA adapter merged, as a Hugging Face directory."""
     from middo_jax.progress import for_stderr
+    from middo_jax.run import local
     from middo_jax.stages import export_adapter, export_checkpoint
 
+    out = local(out)
     if adapter:
         export_adapter(checkpoint, out, dtype)
         _show(as_json, {"out": str(out)}, str(out))
@@ -250,10 +250,10 @@ def convert(
 ) -> None:
     """A dataset in another format; rows that cannot be used are counted and written beside it."""
     from middo_jax.data.sources import read, write
-    from middo_jax.run_dir import write_jsonl
+    from middo_jax.run import local, write_jsonl
 
     examples, rejections = read(data)
-    write(examples, out, to)
+    write(examples, local(out), to)
     if rejections:
         beside = out.with_name(f"{out.name}.rejected.jsonl")
         write_jsonl(beside, (r.to_json() for r in rejections))
@@ -284,7 +284,7 @@ def serve(
 def report(run: Path) -> None:
     """Writes RUN/report.html anew, of what there is by now."""
     from middo_jax.report.build import build
-    from middo_jax.run_dir import RunDir
+    from middo_jax.run import RunDir
 
     print(build(RunDir(run)))
 
@@ -292,10 +292,11 @@ def report(run: Path) -> None:
 @app.command(epilog="Example: middo status runs/quickstart")
 def status(run: Path, as_json: AsJson = False) -> None:
     """What a run has done, and what comes next."""
-    from middo_jax.report.status import render_status
+    from middo_jax.report.status import render_status, require_run
     from middo_jax.report.status import status as of
-    from middo_jax.run_dir import RunDir
+    from middo_jax.run import RunDir
 
+    require_run(RunDir(run))
     facts = of(RunDir(run))
     _show(as_json, facts, render_status(facts))
 
@@ -308,9 +309,11 @@ def trace(
 ) -> None:
     """A sample's ancestors and descendants over the rounds, with their scores."""
     from middo_jax.report.lineage import trace as of
+    from middo_jax.report.status import require_run
     from middo_jax.report.terminal import render_trace
-    from middo_jax.run_dir import RunDir
+    from middo_jax.run import RunDir
 
+    require_run(RunDir(run))
     chain = of(RunDir(run), sample)
     _show(as_json, chain, render_trace(chain))
 
@@ -373,7 +376,7 @@ def _session_with(model: Path, data: str, overrides: Sequence[str] | None) -> An
 
 
 def _session_of(directory: Path, overrides: Sequence[str] | None) -> Any:
-    from middo_jax.run_dir import RunError
+    from middo_jax.run import RunError
 
     for path in (directory / "config.yaml", directory.parent / "config.yaml"):
         if path.exists():

@@ -1,195 +1,227 @@
 """The closed loop: train, score, select, refine, merge, round after round; then a last training, judged.
 
-Every step asks the manifests whether it is done already, so that an interrupted run goes on where it stopped.
+Before anything is done, the chain says which stages are stale and why. Those and what follows from them are
+redone, so that an interrupted run continues where it stopped, and a changed setting costs what depends on it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from middo_jax import stages
 from middo_jax.config import Config
 from middo_jax.data.example import Example
+from middo_jax.data.sources import Rejection
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
-from middo_jax.report.status import load_settings
-from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl, write_jsonl, write_text
-from middo_jax.session import Session, prepare, write_dataset
+from middo_jax.run import RunDir, RunError, read_jsonl, write_jsonl, write_text
+from middo_jax.run.chain import Begun, Link, State, assess, chain
+from middo_jax.session import Session, prepare, read_dataset
 
-# Settings that may change between two starts of a run: they touch speed, cost and place, not the result.
-MAY_CHANGE = (
-    "runs_dir",
-    "mesh",
-    "model.attention",
-    "scoring",
-    "serve.host",
-    "serve.port",
-    "serve.max_batch",
-    "train.save_every",
-    "train.keep",
-    "train.eval_every",
-    "train.keep_best",
-    "train.tensorboard",
-    "train.wandb_project",
-    "train.remat",
-    "refine.base_url",
-    "refine.api_key_env",
-    "refine.concurrency",
-    "refine.max_retries",
-    "refine.timeout",
-    "refine.budget_usd",
-    "refine.budget_tokens",
-    "refine.requests_per_minute",
-    "refine.tokens_per_minute",
-    "refine.prices",
-)
+PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
+
+
+class FreshData(NamedTuple):
+    """The user's data, newly read.
+
+    Attributes:
+      begun: the stage that read it.
+      kept: examples to train on.
+      rejections: rows that cannot be used.
+    """
+
+    begun: Begun
+    kept: Sequence[Example]
+    rejections: Sequence[Rejection]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known before a run's folder is touched.
+
+    Attributes:
+      run: the run.
+      session: settings and all that loads a model.
+      heldout: examples that are never trained on.
+      links: all stages, in order.
+      fresh: the user's data, if it had to be read.
+    """
+
+    run: RunDir
+    session: Session
+    heldout: Sequence[Example]
+    links: Sequence[Link]
+    fresh: FreshData | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage as a value: what it reads, writes and depends on, and the function that does it."""
+
+    link: Link
+    function: Callable[[Plan, Link], None]
+
+    def is_done(self, config: Config) -> bool:
+        """Whether it is done, and nothing has to be redone."""
+        return self.link.name in self.link.folder.stages() and self.link.why_stale(config) is None
+
+    def do(self, plan: Plan) -> None:
+        """Does it. Earlier results go first, where they would be taken for new ones."""
+        folder, name = self.link.folder, self.link.name
+        if name in folder.stages():
+            if name == "train":
+                stages.remove_training(folder)
+            folder.forget(name)
+        self.function(plan, self.link)
 
 
 def run_loop(config: Config, progress: Progress) -> RunDir:
     """Runs all rounds, or what is left of them; returns the run's folder with its report.
 
     Raises:
-      RunError: the folder holds a run with other settings.
-      ValueError, RuntimeError: whatever stage fails says what to do; what was done stays done.
+      RunError: the folder holds a run of the previous version.
+      ValueError, RuntimeError: whatever stage fails says what to do; what was done stays done. What can be
+        known before the first stage is raised before the folder is made or changed.
     """
-    run = RunDir(Path(config.runs_dir) / config.name)
-    open_run(run, config)
-    session = Session(config, progress)
-    heldout = _prepare(run, session)
-    steps = [*_round_steps(run, session, heldout), *_final_steps(run, session, heldout)]
-    began = time.monotonic()
-    for number, (directory, stage, work) in enumerate(steps, 1):
-        where = f"[{number}/{len(steps)}] {directory.path.name} {stage}"
-        if directory.is_done(stage):
+    run, began = RunDir(Path(config.runs_dir) / config.name), time.monotonic()
+    plan = _checked(run, Session(config, progress))
+    if run.config.exists() and run.round(0).stages():
+        run.log("resume")
+    write_text(run.config, config.to_yaml())
+    numbered, number = sum(link.name != PREPARE for link in plan.links), 0
+    for stage in (Stage(link, FUNCTIONS[link.name]) for link in plan.links):
+        is_done = stage.is_done(config)
+        if stage.link.name == PREPARE:
+            if not is_done:
+                stage.do(plan)
+            continue
+        number += 1
+        where = f"[{number}/{numbered}] {stage.link.where}"
+        if is_done:
             progress.say(f"{where}: done before")
             continue
         progress.say(where)
-        run.log("start", round=directory.path.name, stage=stage)
-        work()
-        run.log("done", round=directory.path.name, stage=stage)
+        event = {"round": stage.link.folder.path.name, "stage": stage.link.name}
+        run.log("start", **event)
+        stage.do(plan)
+        run.log("done", **event)
     build(run)
     run.log("report")
     progress.say(f"done in {duration(time.monotonic() - began)}")
     return run
 
 
-def open_run(run: RunDir, config: Config) -> None:
-    """Writes config.yaml, or checks that the folder's run has the same settings.
-
-    Raises:
-      RunError: it has others; the message names them. Or config.yaml cannot be read.
-    """
-    if run.config.exists() and run.round(0).stages():  # before the first, nothing depends on the settings
-        before = _flat(load_settings(run))
-        now = _flat(config.model_dump(mode="json"))
-        differing = [k for k in sorted(before | now) if before.get(k) != now.get(k) and not _may_change(k)]
-        if differing:
-            shown = ", ".join(f"{k} ({before.get(k)} there, {now.get(k)} now)" for k in differing)
-            raise RunError(
-                f"{run.path} holds a run with other settings: {shown}. Give this run another name "
-                f"(name=...), or delete that folder."
-            )
-        run.log("resume")
-    write_text(run.config, config.to_yaml())
-
-
-Step = tuple[RoundDir, str, Callable[[], Any]]
-
-
-def _prepare(run: RunDir, session: Session) -> list[Example]:
-    first = run.round(0)
-    if not first.is_done("prepare"):
+def _checked(run: RunDir, session: Session) -> Plan:
+    """Says what will be redone, and checks what can be checked before the folder is made or changed."""
+    config, first = session.config, run.round(0)
+    _refuse_previous_version(run)
+    data = Path(config.data.path).expanduser()
+    links = chain(run, config, session.base, data if data.exists() else None)
+    states = assess(links, config)
+    fresh = None
+    if states[0][1].is_fresh:
+        heldout = [Example.from_json(row) for row in read_jsonl(run.heldout)]
+    else:
+        begun = links[0].begin()
         kept, heldout, rejections = prepare(session)
-        write_jsonl(run.rejected, (r.to_json() for r in rejections))
-        write_jsonl(run.heldout, (e.to_json() for e in heldout))
-        write_dataset(first, kept)
-    return [Example.from_json(row) for row in read_jsonl(run.heldout)]
+        fresh = FreshData(begun, kept, rejections)
+    pending = {link.name for link, state in states if not state.is_fresh}
+    if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
+        stages.check_training(session, read_dataset(first) if fresh is None else fresh.kept, heldout)
+    if "refine" in pending:
+        stages.check_refiner(config)
+    for line in redone(states):
+        session.progress.say(line)
+    return Plan(run, session, heldout, links, fresh)
 
 
-def _round_steps(run: RunDir, session: Session, heldout: list[Example]) -> list[Step]:
-    config, steps = session.config, []
-    for t in range(config.rounds):
-        here = run.round(t)
-        following = run.round(t + 1) if t + 1 < config.rounds else run.final
-        earlier = run.round(t - 1) if t else None
-        previous = earlier.checkpoint if earlier else None
-        start = _start(session, previous, config.train.start_from)
-        pre_model = _start(session, previous, config.complexity.pre_model)
-
-        def score(
-            here: RoundDir = here,
-            pre_model: Callable[[], Path] = pre_model,
-            earlier: RoundDir | None = earlier,
-        ) -> None:
-            stages.score_stage(session, here, here.checkpoint, pre_model(), earlier=earlier)
-
-        def refine(here: RoundDir = here, t: int = t) -> None:
-            from middo_jax.refine import AnswerCache
-
-            cache = AnswerCache(config.refine.cache or run.llm_cache)
-            try:
-                stages.refine_stage(session, here, t, cache, heldout, here.checkpoint)
-            finally:
-                cache.close()
-
-        def merge(here: RoundDir = here, following: RoundDir = following) -> None:
-            began = time.monotonic()
-            write_dataset(following, stages.merge_stage(session, here))
-            here.finish("merge", [here.dropped], time.monotonic() - began)
-
-        steps += [
-            (here, "train", lambda h=here, s=start: stages.train_stage(session, h, s(), heldout)),
-            (here, "score", score),
-            (here, "select", lambda h=here: stages.select_stage(session, h)),
-            (here, "refine", refine),
-            (here, "merge", merge),
-        ]
-    return steps
+def redone(states: Sequence[tuple[Link, State]]) -> list[str]:
+    """What was done and will be redone, with the reasons, one line each; what follows from it in one more."""
+    stale = [(link, state.why) for link, state in states if state.is_done and state.why is not None]
+    lines = [f"{link.where} will be redone: {why}" for link, why in stale if not why.startswith("follows ")]
+    following = [link.where for link, why in stale if why.startswith("follows ")]
+    if following:
+        lines.append(f"redone as well where that changes what they read: {', '.join(following)}")
+    return lines
 
 
-def _start(session: Session, previous: Path | None, which: str) -> Callable[[], Path]:
-    if which == "previous" and previous is not None:
-        return lambda: previous
-    return lambda: session.base
+def _refuse_previous_version(run: RunDir) -> None:
+    for directory in (*run.rounds(), run.final):
+        for name, record in directory.stages().items():
+            if "settings" not in record:
+                raise RunError(
+                    f"{run.path} was made by an earlier version of middo-jax: its record of "
+                    f"{directory.path.name} {name} does not say what was read. `middo report`, `status` and "
+                    "`trace` still read it; give this run another name (name=...)"
+                )
 
 
-def _final_steps(run: RunDir, session: Session, heldout: list[Example]) -> list[Step]:
-    final, config = run.final, session.config
-    last = run.round(config.rounds - 1).checkpoint
-    start = _start(session, last, config.train.start_from)
-
-    def evaluate() -> None:
-        began = time.monotonic()
-        models = {"base": session.base} | {d.path.name: d.checkpoint for d in [*run.rounds(), final]}
-        losses = stages.measure_heldout(session, run, models, heldout)
-        final.finish("evaluate", [], time.monotonic() - began, losses=losses)
-
-    def export() -> None:
-        began = time.monotonic()
-        out = final / "huggingface"
-        shutil.rmtree(out, ignore_errors=True)  # of a run that ended before the manifest could name it
-        facts = stages.export_checkpoint(
-            final.checkpoint, out, config.model.dtype, session.progress, mesh=session.mesh
-        )
-        final.finish("export", [out], time.monotonic() - began, **facts)
-
-    return [
-        (final, "train", lambda: stages.train_stage(session, final, start(), heldout)),
-        (final, "evaluate", evaluate),
-        (final, "export", export),
-    ]
+def _prepare(plan: Plan, link: Link) -> None:
+    began = time.monotonic()
+    if link.earlier is not None:
+        begun = link.begin()
+        kept, _ = stages.merged(plan.session, link.earlier)
+    else:
+        assert plan.fresh is not None  # `_checked` read it, since this stage was not done
+        begun, kept, rejections = plan.fresh
+        write_jsonl(plan.run.rejected, (r.to_json() for r in rejections))
+        write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
+    write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
+    begun.finish(plan.session.config, time.monotonic() - began, n=len(kept))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def _train(plan: Plan, link: Link) -> None:
+    model = link.models["start"]
+    assert model is not None  # `chain` was given the base
+    stages.train_stage(plan.session, link.folder, model, plan.heldout, restart=True)
 
 
-def _may_change(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
+def _score(plan: Plan, link: Link) -> None:
+    folder, pre_model = link.folder, link.models["pre_model"]
+    stages.score_stage(plan.session, folder, folder.checkpoint, pre_model, earlier=link.earlier)
+
+
+def _select(plan: Plan, link: Link) -> None:
+    stages.select_stage(plan.session, link.folder)
+
+
+def _refine(plan: Plan, link: Link) -> None:
+    stages.refine_round(plan.session, link.folder)
+
+
+def _merge(plan: Plan, link: Link) -> None:
+    began, begun = time.monotonic(), link.begin()
+    stages.merge_stage(plan.session, link.folder)
+    begun.finish(plan.session.config, time.monotonic() - began)
+
+
+def _evaluate(plan: Plan, link: Link) -> None:
+    began, begun = time.monotonic(), link.begin()
+    models = {name: path for name, path in link.models.items() if path is not None}
+    losses = stages.measure_heldout(plan.session, plan.run, models, plan.heldout)
+    begun.finish(plan.session.config, time.monotonic() - began, losses=losses)
+
+
+def _export(plan: Plan, link: Link) -> None:
+    began, begun, session = time.monotonic(), link.begin(), plan.session
+    out, checkpoint, dtype = link.writes[0], link.folder.checkpoint, session.config.model.dtype
+    shutil.rmtree(out, ignore_errors=True)  # of a run that ended before the manifest could name it
+    facts = stages.export_checkpoint(checkpoint, out, dtype, session.progress, mesh=session.mesh)
+    begun.finish(session.config, time.monotonic() - began, **facts)
+
+
+FUNCTIONS: dict[str, Callable[[Plan, Link], None]] = {
+    PREPARE: _prepare,
+    "train": _train,
+    "score": _score,
+    "select": _select,
+    "refine": _refine,
+    "merge": _merge,
+    "evaluate": _evaluate,
+    "export": _export,
+}

@@ -16,7 +16,7 @@ from middo_jax.data.example import Example
 from middo_jax.data.sources import DataError, Rejection, read, split_heldout
 from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, refusal, tokenize_all
 from middo_jax.progress import Progress
-from middo_jax.run_dir import RoundDir, RunError, read_jsonl, write_jsonl
+from middo_jax.run import RoundDir, RunError, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -30,7 +30,7 @@ from middo_jax.config import load
 from middo_jax.inference.server import serve_in_background
 from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
-from middo_jax.run_dir import RunDir, read_jsonl
+from middo_jax.run import RunDir, read_jsonl
 
 KEY = "sk-marker-5f0e9d1c7a"  # what must be written nowhere
 _TOPICS = ("the sea", "a cat", "fractions", "Paris", "rain", "bread", "the moon", "a train")

@@ -19,11 +19,10 @@ import yaml
 
 from middo_jax.data.example import Example, Lineage, Message, Op
 from middo_jax.refine.endpoint.usage import Usage
-from middo_jax.run_dir import RoundDir, RunDir, read_jsonl, write_json, write_jsonl, write_text
+from middo_jax.run import RoundDir, RunDir, read_jsonl, write_json, write_jsonl, write_text
 
 AXES = {"complexity": ("loss_pre", "loss_post"), "diversity": ("knn_mean_sim",), "quality": ("quality",)}
 OPS: dict[str, Op] = {"complexity": "simplify", "diversity": "synthesize", "quality": "rewrite"}
-FLAGS = {"complexity": "hard", "diversity": "sparse", "quality": "low_quality"}
 JUDGED = [f"{d}_{part}" for d in ("clarity", "completeness", "factuality") for part in ("prompt", "response")]
 VERDICTS = (
     ("sane", "unchanged"),
@@ -121,7 +120,7 @@ def _write_round(
     folder.finish("train", [folder.metrics], 58.4)
     table = _score(examples, rng)
     selection = _select(table)
-    _write_scores(folder, table, selection)
+    _write_scores(folder, table)
     folder.finish("score", [folder.scores], 21.75)
     write_json(folder.selection, selection)
     folder.finish("select", [folder.selection], 0.21)
@@ -221,10 +220,8 @@ def _select(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"n": len(table), "axes": axes, "overlap": overlap, "sweep": sweep}
 
 
-def _write_scores(folder: RoundDir, table: dict[str, dict[str, Any]], selection: dict[str, Any]) -> None:
-    chosen = {FLAGS[a]: set(selection["axes"][a]["ids"]) for a in AXES}
-    rows = [{"id": i, **r, **{flag: i in ids for flag, ids in chosen.items()}} for i, r in table.items()]
-    pq.write_table(pa.Table.from_pylist(rows), folder.scores)
+def _write_scores(folder: RoundDir, table: dict[str, dict[str, Any]]) -> None:
+    pq.write_table(pa.Table.from_pylist([{"id": i, **row} for i, row in table.items()]), folder.scores)
 
 
 def _refine(

@@ -26,7 +26,7 @@ from middo_jax.models.decoder import Decoder, split
 from middo_jax.models.model import Params, abstract_model, structure
 from middo_jax.models.parameters import parameters
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.run_dir import RunError
+from middo_jax.run import RunError
 from middo_jax.train.checkpoint import TrainingCheckpoints, TrainState
 from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
 

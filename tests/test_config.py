@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from middo_jax.config import Config, ConfigError, Settings, load, setting_names
+from middo_jax.config import (
+    RESULTLESS,
+    Affects,
+    Config,
+    ConfigError,
+    Effect,
+    Settings,
+    affecting,
+    flat,
+    load,
+    marks,
+    setting_names,
+)
+from middo_jax.run.chain import AFFECTED_BY
 
 NEEDED = ["model.path=m", "data.path=d.jsonl"]
 
@@ -156,3 +169,72 @@ def test_every_group_says_what_it_is() -> None:
         assert group.__doc__, group
         assert group.model_config.get("extra") == "forbid"
         assert group.model_config.get("frozen") is True
+
+
+def test_every_setting_says_what_it_affects() -> None:
+    """By its own mark or by its group's, never by both, and never by a name that does not exist."""
+    found = dict(marks())
+    assert found.keys() == set(setting_names())
+    assert [name for name, mark in found.items() if mark is None or not mark.effects] == []
+    for group in groups(Config):
+        own = [n for n, f in group.model_fields.items() if any(isinstance(m, Affects) for m in f.metadata)]
+        assert not (group.affects and own), group
+    values = flat(load(None, NEEDED).model_dump(mode="json"))
+    conditions = [mark.only_if for mark in found.values() if mark and mark.only_if]
+    assert {name for name, _ in conditions} == {"quality.method"}
+    assert {name for name, _ in conditions} <= values.keys()
+
+
+def test_every_effect_but_the_resultless_is_one_that_a_stage_depends_on() -> None:
+    depended_on = frozenset[str]().union(*AFFECTED_BY.values())
+    assert depended_on == set(get_args(Effect)) - RESULTLESS
+    used = frozenset[str]().union(*(mark.effects for _, mark in marks() if mark))
+    assert used == set(get_args(Effect))
+
+
+def test_a_setting_affects_only_where_its_condition_holds() -> None:
+    expected = affecting(load(None, NEEDED), {"scores"})
+    sampled = affecting(load(None, [*NEEDED, "quality.method=sample"]), {"scores"})
+    assert {"quality.score"} <= expected.keys() - sampled.keys()
+    assert {"quality.temperature", "quality.top_k"} <= sampled.keys() - expected.keys()
+    assert {"diversity.k", "quality.method"} <= expected.keys() & sampled.keys()
+    assert not [name for name in expected if name.startswith("train.")]
+
+
+@pytest.mark.parametrize(
+    ("stored", "overrides", "m", "fraction"),
+    [
+        ("{m: 1.5}", ["complexity.fraction=0.2"], None, 0.2),
+        ("{fraction: 0.2}", ["complexity.m=1.5"], 1.5, None),
+        ("{m: 1.5}", ["complexity.fraction=0.2", "complexity.m=null"], None, 0.2),
+        ("{m: 1.5}", ["complexity.m=null"], 1.0, None),
+        ("{m: 1.5}", ["complexity.fraction=0.2", "complexity.fraction=0.3"], None, 0.3),
+        ("{m: 1.5}", ["more.yaml"], None, 0.4),
+        ("{m: 1.5}", ["more.yaml", "complexity.m=2"], 2.0, None),
+    ],
+)
+def test_a_fraction_takes_the_place_of_m_and_the_other_way_round(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stored: str,
+    overrides: list[str],
+    m: float | None,
+    fraction: float | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(load(None, [*NEEDED, f"complexity={stored}"]).to_yaml(), encoding="utf-8")
+    Path("more.yaml").write_text("complexity: {fraction: 0.4}\n", encoding="utf-8")
+    complexity = load("c.yaml", overrides).complexity
+    assert (complexity.m, complexity.fraction) == (m, fraction)
+
+
+def test_both_at_one_place_are_still_an_error(tmp_path: Path) -> None:
+    for overrides in (["quality.m=1", "quality.fraction=0.1"], ["quality={m: 1, fraction: 0.1}"]):
+        with pytest.raises(ConfigError, match="quality: give either m or fraction, not both"):
+            load(None, [*NEEDED, *overrides])
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/runs", "s3://bucket", "file:///tmp/runs"])
+def test_runs_lie_on_this_machine(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"runs_dir: .* is a URL; buckets are not supported yet"):
+        load(None, [*NEEDED, f"runs_dir={url}"])

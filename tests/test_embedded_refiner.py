@@ -16,7 +16,7 @@ from middo_jax.config import load
 from middo_jax.inference import server
 from middo_jax.progress import Silent
 from middo_jax.refine import AnswerCache
-from middo_jax.run_dir import RoundDir, read_jsonl
+from middo_jax.run import RoundDir, read_jsonl
 from middo_jax.session import Session
 
 pytest_plugins = ["loop_fixture"]

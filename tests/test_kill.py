@@ -20,7 +20,7 @@ import pytest
 from loop_fixture import contents, fake_refiner, settings
 
 from middo_jax.config import load
-from middo_jax.run_dir import RunDir
+from middo_jax.run import RunDir
 
 CONCURRENCY = 2
 STEPS = [

@@ -16,10 +16,10 @@ from loop_fixture import KEY, Finished, contents, rows_by_id, settings
 from tiny_model import CHAT_TEMPLATE
 
 from middo_jax.config import load
-from middo_jax.loop import open_run, run_loop
+from middo_jax.loop import run_loop
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.progress import Silent
-from middo_jax.run_dir import RoundDir, RunDir, RunError, file_hash, read_jsonl
+from middo_jax.run import RoundDir, RunDir, file_hash, read_jsonl
 from middo_jax.signals.table import SCHEMA
 
 pytest_plugins = ["loop_fixture"]
@@ -53,7 +53,7 @@ def test_every_artefact_is_where_the_contract_says(finished: Finished) -> None:
     whole |= {"heldout_losses.json", "heldout_rows.parquet", "report.html", "round_00", "round_01", "final"}
     assert {p.name for p in run.path.iterdir()} == whole
     a_round = {"dataset.jsonl", "scores.parquet", "embeddings.npy", "selection.json", "requests.jsonl"}
-    a_round |= {"refined.jsonl", "candidates.jsonl", "dropped.jsonl"}
+    a_round |= {"selection.parquet", "refined.jsonl", "candidates.jsonl", "dropped.jsonl"}
     a_round |= {"checkpoint", "metrics.jsonl", "manifest.json"}
     for directory in run.rounds():
         assert {p.name for p in directory.path.iterdir()} == a_round
@@ -71,11 +71,8 @@ def test_manifests_name_every_stage_and_the_files_as_they_are(finished: Finished
     assert exported["verified"] is (importlib.util.find_spec("torch") is not None)
     for directory in rounds_and_final(finished.run):
         for stage, record in directory.stages().items():
-            # Selecting fills in columns of scores.parquet, so that only its own record knows the last bytes.
-            own = {name for name in record["files"] if (stage, name) != ("score", "scores.parquet")}
-            assert {name: file_hash(directory / name) for name in own} == {
-                name: record["files"][name] for name in own
-            }
+            named = record["files"] | record["reads"]
+            assert {name: file_hash(directory / name) for name in named} == named, stage
 
 
 def test_every_stage_is_logged_once_and_in_order(finished: Finished) -> None:
@@ -89,6 +86,8 @@ def test_every_stage_is_logged_once_and_in_order(finished: Finished) -> None:
 def test_scores_have_every_column_and_a_row_a_sample(finished: Finished) -> None:
     for directory in finished.run.rounds():
         table, ids = pq.read_table(directory.scores), list(rows_by_id(directory.dataset))
+        selected = pq.read_table(directory.selected)
+        assert selected["id"].to_pylist() == ids
         assert table.column_names == SCHEMA.names
         assert table["id"].to_pylist() == ids
         empty = {"error", "loss_unconditional", "ifd"}
@@ -99,7 +98,7 @@ def test_scores_have_every_column_and_a_row_a_sample(finished: Finished) -> None
         assert embedding_nd.dtype == np.float32
         axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
         for axis, flag in (("complexity", "hard"), ("diversity", "sparse"), ("quality", "low_quality")):
-            flagged = [i for i, yes in zip(ids, table[flag].to_pylist(), strict=True) if yes]
+            flagged = [i for i, yes in zip(ids, selected[flag].to_pylist(), strict=True) if yes]
             assert flagged == axes[axis]["ids"]
             assert flagged
 
@@ -219,46 +218,6 @@ def test_a_missing_file_is_made_again_with_the_same_bytes(
     run_loop(config, Silent())
     assert contents(directory.path, *before) == before
     assert len(finished.requests) == asked  # every answer was in the cache
-
-
-def test_other_settings_are_refused_by_name(finished: Finished, tmp_path: Path) -> None:
-    runs_dir = finished.copy(tmp_path)
-    changed = load(None, finished.settings(runs_dir=runs_dir, seed=4, train__learning_rate=0.02))
-    before = contents(tmp_path)
-    with pytest.raises(RunError, match=r"seed \(3 there, 4 now\), train\.learning_rate \(0\.01 there, 0\.02"):
-        run_loop(changed, Silent())
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", ["serve__max_context", "refine__max_tokens", "train__pack_length", "rounds"])
-def test_settings_of_the_result_may_not(finished: Finished, tmp_path: Path, name: str) -> None:
-    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path), **{name: 777}))
-    with pytest.raises(RunError, match=f"{name.replace('__', '.')} .* 777 now"):
-        open_run(RunDir(tmp_path / "run"), config)
-
-
-def test_settings_of_speed_may_change(finished: Finished, tmp_path: Path) -> None:
-    faster = {"refine__concurrency": 2, "scoring__batch_tokens": 4096, "serve__max_batch": 2}
-    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path), **faster))
-    open_run(RunDir(tmp_path / "run"), config)
-    assert load(tmp_path / "run" / "config.yaml") == config
-
-
-def test_a_spoilt_config_is_an_error_that_names_it(finished: Finished, tmp_path: Path) -> None:
-    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path)))
-    (tmp_path / "run" / "config.yaml").write_text("seed: [", encoding="utf-8")
-    with pytest.raises(RunError, match=r"config\.yaml: not valid YAML"):
-        run_loop(config, Silent())
-
-
-def test_settings_may_still_be_mended_while_nothing_is_done(finished: Finished, tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
-    wrong = load(None, finished.settings(runs_dir=tmp_path, data__path=tmp_path / "dta.json"))
-    with pytest.raises(ValueError, match=r"there is no file .*dta\.json"):
-        run_loop(wrong, Silent())
-    right = load(None, finished.settings(runs_dir=tmp_path))
-    open_run(run, right)
-    assert load(run.config) == right
 
 
 def test_previous_models_are_started_from_and_measured(finished: Finished, tmp_path: Path) -> None:

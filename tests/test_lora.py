@@ -34,7 +34,7 @@ from middo_jax.models.lora import (
 from middo_jax.models.model import Model, Params, Structure, abstract_model, bound
 from middo_jax.models.parameters import LORA_TARGETS, adapters
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.run_dir import RunError, read_jsonl
+from middo_jax.run import RunError, read_jsonl
 from middo_jax.train.identity import identity
 from middo_jax.train.metrics import StepMetrics
 from middo_jax.train.optimizer import abstract_opt_state, decayed, make_optimizer

@@ -26,7 +26,7 @@ from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.lora import partition
 from middo_jax.models.model import Model, Params, Structure
 from middo_jax.progress import Silent
-from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl
+from middo_jax.run import RoundDir, RunDir, RunError, read_jsonl
 from middo_jax.session import Session, prepare, write_dataset
 from middo_jax.stages.train import load_start
 

@@ -16,7 +16,7 @@ from synthetic_run import write_run
 
 from middo_jax.report.effects import effect_lines
 from middo_jax.report.status import FINAL_STAGES, ROUND_STAGES
-from middo_jax.run_dir import RunDir
+from middo_jax.run import RunDir
 
 ROOT = Path(__file__).parent.parent
 LOG = """\

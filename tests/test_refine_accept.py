@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from loop_fixture import contents, fake_refiner, rows_by_id, settings
 
@@ -28,7 +29,7 @@ from middo_jax.progress import Silent
 from middo_jax.refine import AnswerCache, Outcome
 from middo_jax.refine.acceptance import table
 from middo_jax.refine.acceptance.candidate import Candidate, Check, Finding
-from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
+from middo_jax.run import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
 from middo_jax.session import Session
 from middo_jax.signals.table import SCHEMA, read_scores, write_scores
 from middo_jax.stages.measure import UnderTraining
@@ -256,6 +257,22 @@ def test_a_stage_asks_each_gate_once_in_the_tables_order_and_none_after_the_one_
     assert {row["gate"] for row in rows} > {None, "coverage"}
 
 
+def test_a_round_of_a_run_is_measured_as_the_loop_measured_it(measured: Measured, tmp_path: Path) -> None:
+    """By its own checkpoint and among the run's held-out rows, wherever the run lies by now."""
+    shutil.copytree(measured.run.path, tmp_path / "run")
+    directory = RunDir(tmp_path / "run").round(0)
+    record = directory.stages()["refine"]
+    directory.forget("refine")
+    directory.candidates.unlink()  # all is measured again
+    stages.refine_round(Session(measured.config, Silent()), directory)
+    names = ("candidates.jsonl", "requests.jsonl", "refined.jsonl")
+    assert contents(directory.path, *names) == contents(measured.round.path, *names)
+    again = directory.stages()["refine"]
+    for name in ("reads", "inputs", "settings", "limits"):
+        assert again[name] == record[name]
+    assert {"checkpoint/metadata.json", "embeddings.npy", "../heldout.jsonl"} <= again["reads"].keys()
+
+
 def test_accept_none_takes_whatever_can_be_trained_on(measured: Measured, tmp_path: Path) -> None:
     directory = measured.again(tmp_path, accept="none", max_attempts=1)
     rows = read_jsonl(directory.refined)
@@ -289,11 +306,8 @@ def test_growth_holds_the_size_and_names_what_goes(measured: Measured, tmp_path:
     assert dropped
     for id_ in before:
         assert (id_ in merged) + (id_ in dropped) + (id_ in replaced) == 1
-    flagged = {
-        row["id"]
-        for row in read_scores(directory.scores).to_pylist()
-        if row["hard"] or row["sparse"] or row["low_quality"]
-    }
+    table = pq.read_table(directory.selected).to_pylist()
+    flagged = {row["id"] for row in table if row["hard"] or row["sparse"] or row["low_quality"]}
     for id_, row in dropped.items():
         assert row["reason"].startswith("redundant: " if id_ in before else "no room: ")
         assert id_ not in flagged

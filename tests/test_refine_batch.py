@@ -24,7 +24,7 @@ from middo_jax.refine.endpoint.ledger import Ledger
 from middo_jax.refine.endpoint.request import Answer
 from middo_jax.refine.prompts import requests
 from middo_jax.refine.rewrite import find_form
-from middo_jax.run_dir import RoundDir, RunError, read_jsonl, write_jsonl
+from middo_jax.run import RoundDir, RunError, read_jsonl, write_jsonl
 
 pytest_plugins = ["loop_fixture", "scripted_server"]
 

@@ -20,7 +20,7 @@ from middo_jax.report import plots
 from middo_jax.report.build import build, page, word_diff
 from middo_jax.report.lineage import read_scores, trace
 from middo_jax.report.status import duration, render_status, status
-from middo_jax.run_dir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
+from middo_jax.run import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
 
 VOID = {"meta", "br", "input", "link", "img", "hr"}
 

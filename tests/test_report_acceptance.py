@@ -14,7 +14,7 @@ from middo_jax.config.gates import gates
 from middo_jax.report.acceptance import ANSWERED, acceptance
 from middo_jax.report.build import page
 from middo_jax.report.lineage import trace
-from middo_jax.run_dir import RunDir, read_jsonl, write_jsonl
+from middo_jax.run import RunDir, read_jsonl, write_jsonl
 
 TITLES = {"answered": ANSWERED} | {row.name: row.title for row in gates()}
 COLOURS = {"complexity": "c-complexity", "diversity": "c-diversity", "quality": "c-quality"}

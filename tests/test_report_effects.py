@@ -17,7 +17,7 @@ from middo_jax.report import effects
 from middo_jax.report.build import page
 from middo_jax.report.effects import bootstrap, effect_lines
 from middo_jax.report.status import render_status, status
-from middo_jax.run_dir import RunDir, RunError, write_json
+from middo_jax.run import RunDir, RunError, write_json
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from synthetic_run import write_run
 from test_report import Page
 
 from middo_jax.report.build import page
-from middo_jax.run_dir import RunDir, write_json
+from middo_jax.run import RunDir, write_json
 
 WIDTHS = (390, 1440)
 NARROW_COLUMNS = 5  # a table of more columns is laid out as one block per row on a narrow page

@@ -226,7 +226,7 @@ def test_a_broken_model_gives_nulls_and_says_so(model: Model, tmp_path: Path) ->
     table = read_scores(tmp_path / "scores.parquet").to_pydict()
     assert table["loss_post"] == [None] * 3
     assert table["error"] == ["loss_post is not finite"] * 3
-    assert table["loss_pre"] == table["knn_ids"] == table["quality"] == table["hard"] == [None] * 3
+    assert table["loss_pre"] == table["knn_ids"] == table["quality"] == [None] * 3
 
 
 def test_meshes() -> None:

@@ -21,7 +21,7 @@ from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.progress import Silent
 from middo_jax.report.terminal import render_selection
-from middo_jax.run_dir import RoundDir, RunError
+from middo_jax.run import RoundDir, RunError
 from middo_jax.session import Session, prepare, write_dataset
 from middo_jax.signals.duplicates import count_duplicates, prompt_hash
 from middo_jax.signals.select import select

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from middo_jax.config import Config, load
 from middo_jax.report.terminal import render_selection
 from middo_jax.signals.neighbours.search import Neighbours
-from middo_jax.signals.select import SWEEP, Standardised, m_of_fraction, select
-from middo_jax.signals.table import SCHEMA, Measured
+from middo_jax.signals.select import SCHEMA, SWEEP, Standardised, m_of_fraction, select
+from middo_jax.signals.table import Measured
 
 NAN = float("nan")
 
@@ -55,6 +55,8 @@ def test_by_hand() -> None:
     assert table["hard"].to_pylist() == [False, False, False, False, True]
     assert table["sparse"].to_pylist() == [False, False, False, False, True]
     assert table["low_quality"].to_pylist() == [True, False, False, False, False]
+    assert table["complexity_z"].to_pylist() == pytest.approx([-0.5, *[-2 / 6**0.5] * 3, 3 / 6**0.5])
+    assert table["diversity_z"].to_pylist() == [-0.5, -0.5, -0.5, -0.5, 2]
     complexity = facts["axes"]["complexity"]
     assert complexity["mean"] == {"loss_pre": 1.0, "loss_post": 2.0}
     assert complexity["std"] == {"loss_pre": 2.0, "loss_post": pytest.approx(6**0.5)}
@@ -80,6 +82,7 @@ def test_hard_needs_both_losses() -> None:
 def test_missing_scores_are_neither_selected_nor_in_a_mean() -> None:
     table, facts = select(table_of(similarity=[NAN, 5, 5, NAN, 5, 5, 0, float("inf")]), config())
     assert table["sparse"].to_pylist() == [False] * 6 + [True, False]
+    assert table["diversity_z"].null_count == 3
     assert facts["axes"]["diversity"]["mean"] == {"knn_mean_sim": 4.0}
     assert facts["axes"]["diversity"]["std"] == {"knn_mean_sim": 2.0}
     assert (facts["axes"]["diversity"]["n_scored"], facts["axes"]["diversity"]["n_null"]) == (5, 3)
@@ -92,6 +95,7 @@ def test_missing_scores_are_neither_selected_nor_in_a_mean() -> None:
 def test_an_axis_that_was_not_computed_is_left_out() -> None:
     table, facts = select(table_of(quality=[5, 5, 5, 5, 0]), config())
     assert table["hard"].to_pylist() == table["sparse"].to_pylist() == [None] * 5
+    assert table["complexity_z"].null_count == 5
     assert list(facts["axes"]) == list(facts["sweep"]) == ["quality"]
     assert facts["overlap"] == {}
     # Half of complexity is none of it.

@@ -118,7 +118,7 @@ def test_dataset_jsonl_reads_back_exactly(examples: list[Example]) -> None:
     examples = [Example(e.messages, e.id, lineage, e.extra) for e in examples]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dataset.jsonl"
-        sources.run_dir.write_jsonl(path, (e.to_json() for e in examples))
+        sources.write_jsonl(path, (e.to_json() for e in examples))
         assert read(str(path)) == (examples, [])
 
 
@@ -279,7 +279,7 @@ def test_unusable_rows_say_why(tmp_path: Path, row: object, reason: str) -> None
     assert len(examples) == 1
     assert rejected.where.endswith("rows.jsonl:2")
     assert reason in rejected.reason
-    sources.run_dir.write_jsonl(tmp_path / "rejected.jsonl", [rejected.to_json()])  # also with surrogates
+    sources.write_jsonl(tmp_path / "rejected.jsonl", [rejected.to_json()])  # also with surrogates
     with pytest.raises(DataError, match="none of its 1 rows") as error:
         read(jsonl(tmp_path, row), form)
     assert reason in str(error.value)
@@ -314,7 +314,7 @@ def test_no_row_vanishes(lines: list[str], limit: int | None) -> None:
         path = Path(folder) / "rows.jsonl"
         path.write_text("\n".join([good, "", *lines]), encoding="utf-8")
         examples, rejected = read(str(path), "prompt_completion", limit)
-        sources.run_dir.write_jsonl(Path(folder) / "rejected.jsonl", [r.to_json() for r in rejected])
+        sources.write_jsonl(Path(folder) / "rejected.jsonl", [r.to_json() for r in rejected])
     assert len(examples) + len(rejected) == min(len(lines) + 1, limit or 99)
     assert len({e.id for e in examples}) == len(examples)
 

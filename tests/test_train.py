@@ -28,7 +28,7 @@ from middo_jax.models.decoder import Decoder, Remat, split
 from middo_jax.models.model import Model, Params, Structure, abstract_model
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import score_examples
-from middo_jax.run_dir import RunError, read_jsonl
+from middo_jax.run import RunError, read_jsonl
 from middo_jax.train.checks import TrainingDataError
 from middo_jax.train.feed import plan_epoch
 from middo_jax.train.metrics import StepMetrics, TrainingDiverged

@@ -28,7 +28,7 @@ from middo_jax.models.model import Model, Params
 from middo_jax.passes import runner
 from middo_jax.passes.losses import LossPass, score_examples
 from middo_jax.progress import Silent
-from middo_jax.run_dir import read_jsonl
+from middo_jax.run import read_jsonl
 from middo_jax.train.evaluations import Evaluation
 from middo_jax.train.metrics import StepMetrics
 from middo_jax.train.sft import train

@@ -17,7 +17,7 @@ from middo_jax.config import ConfigError, TrainSettings
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.decoder import Decoder, split
 from middo_jax.models.model import Model, Params
-from middo_jax.run_dir import read_jsonl
+from middo_jax.run import read_jsonl
 from middo_jax.train import sft
 from middo_jax.train.checks import TrainingDataError
 from middo_jax.train.feed import plan_epoch

@@ -19,7 +19,7 @@ from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models import hf
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.model import Params
-from middo_jax.run_dir import read_jsonl
+from middo_jax.run import read_jsonl
 from middo_jax.train.feed import feed, plan_training
 from middo_jax.train.optimizer import make_optimizer
 from middo_jax.train.step import batch_gradient, make_train_step, put_batch

@@ -14,7 +14,7 @@ from tiny_training import CONFIG, SETTINGS, Killed, examples, fine_tune, kill_at
 
 from middo_jax.config import ConfigError
 from middo_jax.models.config import LayerKind, Lora
-from middo_jax.run_dir import read_jsonl
+from middo_jax.run import read_jsonl
 from middo_jax.train.flops import peak_flops, training_flops
 from middo_jax.train.metrics import Speed, StepMetrics
 

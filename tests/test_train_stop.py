@@ -19,7 +19,7 @@ from middo_jax.config import MeshSettings
 from middo_jax.models.checkpoint import read_metadata, restore_params
 from middo_jax.models.config import read_config
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.run_dir import read_jsonl
+from middo_jax.run import read_jsonl
 from middo_jax.train.stopping import EXIT_PREEMPTED, Preempted, deferred_stops
 
 TIMEOUT_S = 300

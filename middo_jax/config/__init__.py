@@ -1,11 +1,12 @@
 """Every setting of the program: one frozen tree of small classes, validated when it is read.
 
-A setting's unit and reason stand in its description. `load()` reads YAML, applies `a.b=c` overrides and
-answers an unknown key with the nearest valid name.
+A setting's description gives its unit and reason; its mark, `Affects`, gives what changes with it. `load()`
+reads YAML, applies `a.b=c` overrides and answers an unknown key with the nearest valid name.
 """
 
-from middo_jax.config.base import ConfigError, Settings
-from middo_jax.config.reading import load, setting_names
+from middo_jax.config.base import RESULTLESS, Affects, ConfigError, Effect, Settings
+from middo_jax.config.effects import affecting, default_of, flat, marks
+from middo_jax.config.reading import load, setting_names, stored
 from middo_jax.config.refine import GateSettings, Prices, RefineSettings
 from middo_jax.config.settings import (
     AdaptedMatrix,
@@ -24,12 +25,15 @@ from middo_jax.config.settings import (
 )
 
 __all__ = [
+    "RESULTLESS",
     "AdaptedMatrix",
+    "Affects",
     "ComplexitySettings",
     "Config",
     "ConfigError",
     "DataSettings",
     "DiversitySettings",
+    "Effect",
     "GateSettings",
     "LoraSettings",
     "MeshSettings",
@@ -42,6 +46,11 @@ __all__ = [
     "Settings",
     "Threshold",
     "TrainSettings",
+    "affecting",
+    "default_of",
+    "flat",
     "load",
+    "marks",
     "setting_names",
+    "stored",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import yaml
 
 from middo_jax.config.base import ConfigError
 from middo_jax.config.settings import Config
+
+_ALTERNATIVE = {"m": "fraction", "fraction": "m"}  # settings of a threshold that exclude each other
 
 
 def setting_names(settings: type[pydantic.BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -37,15 +39,25 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         the wrong type or range.
     """
     tree: dict[str, Any] = {} if path is None else _read(path)
-    for override in overrides:
-        if "=" not in override and override.endswith((".yaml", ".yml")):
-            _lay_over(tree, _read(override))
+    layers = [_parse(override) for override in overrides]
+    given = {key for key, value in layers if key is not None and value is not None}
+    for key, value in layers:
+        if key is None:
+            _lay_over(tree, value)
         else:
-            _override(tree, override)
+            _override(tree, key, value, given)
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as e:
         raise ConfigError("\n".join(_explain(error) for error in e.errors())) from e
+
+
+def stored(tree: Mapping[str, Any]) -> Config | None:
+    """The settings of a stored config.yaml, or None if they are another version's."""
+    try:
+        return Config.model_validate(tree)
+    except pydantic.ValidationError:
+        return None
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -61,15 +73,22 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def _lay_over(tree: dict[str, Any], other: dict[str, Any]) -> None:
+    """Lays settings over others; one of two alternatives takes the place of the other."""
     for key, value in other.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             _lay_over(tree[key], value)
-        else:
-            tree[key] = value
+            continue
+        alternative = _ALTERNATIVE.get(key)
+        if alternative and value is not None and other.get(alternative) is None:
+            tree.pop(alternative, None)
+        tree[key] = value
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def _parse(override: str) -> tuple[str | None, Any]:
+    """(dotted name, value) of `a.b=value`; (None, settings) of a YAML file."""
     key, equals, text = override.partition("=")
+    if not equals and override.endswith((".yaml", ".yml")):
+        return None, _read(override)
     if not equals or not key:
         raise ConfigError(f"config: {override!r} is not of the form a.b=value")
     try:
@@ -79,11 +98,19 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text.
         with contextlib.suppress(ValueError):
             value = float(value)
+    return key, value
+
+
+def _override(tree: dict[str, Any], key: str, value: Any, given: Collection[str]) -> None:
+    """Sets one setting; its alternative goes, unless it is among the names that are `given` too."""
     *groups, last = key.split(".")
     for group in groups:
         tree = tree.setdefault(group, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"config: {key} is not a setting: {group} holds no settings of its own")
+    alternative = _ALTERNATIVE.get(last)
+    if alternative and value is not None and ".".join([*groups, alternative]) not in given:
+        tree.pop(alternative, None)
     tree[last] = value
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.fields import FieldInfo
 
-from middo_jax.config.base import Settings
+from middo_jax.config.base import Affects, Settings
 from middo_jax.config.gates import Gate, Switch, gates
 
 
 class Prices(Settings):
     """What the endpoint charges, in US dollars a million tokens."""
+
+    affects: ClassVar[Affects | None] = Affects("cost")
 
     prompt: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
     cached: NonNegativeFloat | None = Field(
@@ -31,6 +33,8 @@ class GateSettings(Settings):
     by the dataset's own similarities: cosines of mean states are high even between unrelated prompts, and how
     high differs from model to model.
     """
+
+    affects: ClassVar[Affects | None] = Affects("acceptance")
 
     if TYPE_CHECKING:  # the fields are those of the table of gates, see `declare`
 
@@ -74,75 +78,81 @@ declare(gates())
 class RefineSettings(Settings):
     """The refiner: a chat model behind an OpenAI-compatible endpoint."""
 
-    base_url: str | tuple[str, ...] | None = Field(
+    base_url: Annotated[str | tuple[str, ...] | None, Affects("place")] = Field(
         default=None,
         description="One URL, or a list of servers of the same model that share the load. "
         "None: $OPENAI_BASE_URL, else the embedded endpoint is started.",
     )
-    model: str | None = Field(
+    model: Annotated[str | None, Affects("rewrites")] = Field(
         default=None,
         description="Model to ask for, or to serve with the embedded endpoint. None: the base model.",
     )
-    model_revision: str | None = Field(
+    model_revision: Annotated[str | None, Affects("rewrites")] = Field(
         default=None,
         description="Part of the cache's key: change it when the served weights change and not their name.",
     )
-    api_key_env: str = Field(
+    api_key_env: Annotated[str, Affects("place")] = Field(
         default="OPENAI_API_KEY", description="NAME of the environment variable that holds the key."
     )
-    temperature: NonNegativeFloat = Field(default=1.0, description="0: greedy, hence repeatable.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Sample from this share of the probability.")
-    max_tokens: PositiveInt = Field(
+    temperature: Annotated[NonNegativeFloat, Affects("rewrites")] = Field(
+        default=1.0, description="0: greedy, hence repeatable."
+    )
+    top_p: Annotated[float, Affects("rewrites")] = Field(
+        default=1.0, gt=0, le=1, description="Sample from this share of the probability."
+    )
+    max_tokens: Annotated[PositiveInt, Affects("rewrites")] = Field(
         default=1024,
         description="Completion tokens a request; an answer cut there is asked once more for twice.",
     )
-    response_format: Literal["auto", "text", "json"] = Field(
+    response_format: Annotated[Literal["auto", "text", "json"], Affects("rewrites")] = Field(
         default="auto",
         description="How new prompts are asked for. json: by a schema that the server enforces; text: "
         "between tags; auto: json if the server honours a schema, found out once and kept in the cache.",
     )
-    concurrency: PositiveInt = Field(
+    concurrency: Annotated[PositiveInt, Affects("speed")] = Field(
         default=64,
         description="Most requests in flight. It starts at 4, grows while answers come, and shrinks by a "
         "quarter when the server refuses or slows down.",
     )
-    requests_per_minute: PositiveInt | None = Field(
+    requests_per_minute: Annotated[PositiveInt | None, Affects("speed")] = Field(
         default=None, description="An account's limit, retries included. None: as fast as concurrency allows."
     )
-    tokens_per_minute: PositiveInt | None = Field(
+    tokens_per_minute: Annotated[PositiveInt | None, Affects("speed")] = Field(
         default=None, description="An account's limit, of prompts and completions together. None: no limit."
     )
-    max_retries: NonNegativeInt = Field(
+    max_retries: Annotated[NonNegativeInt, Affects("speed")] = Field(
         default=5, description="Tries after the first, of what can succeed only."
     )
-    timeout: PositiveFloat = Field(default=300.0, description="Seconds a request.")
-    max_corrections: NonNegativeInt = Field(
+    timeout: Annotated[PositiveFloat, Affects("speed")] = Field(
+        default=300.0, description="Seconds a request."
+    )
+    max_corrections: Annotated[NonNegativeInt, Affects("rewrites")] = Field(
         default=2, description="Turns that ask again when an answer cannot be read."
     )
-    budget_usd: PositiveFloat | None = Field(
+    budget_usd: Annotated[PositiveFloat | None, Affects("cost")] = Field(
         default=None, description="Stop refining before a run, all its rounds and starts, passes this."
     )
-    budget_tokens: PositiveInt | None = Field(
+    budget_tokens: Annotated[PositiveInt | None, Affects("cost")] = Field(
         default=None, description="The same in tokens, prompts and completions together."
     )
-    cache: str | None = Field(
+    cache: Annotated[str | None, Affects("place")] = Field(
         default=None,
         description="SQLite file of all answers. None: in the run's folder; runs may share one elsewhere.",
     )
-    show_response: bool = Field(
+    show_response: Annotated[bool, Affects("rewrites")] = Field(
         default=True, description="Whether the refiner also sees the original response."
     )
-    accept: Literal["measured", "sane", "none"] = Field(
+    accept: Annotated[Literal["measured", "sane", "none"], Affects("acceptance")] = Field(
         default="measured",
         description="measured: sane, and better on its axis under the model under training; sane: the text "
         "alone is looked at; none: readable is enough, the published way.",
     )
-    max_attempts: PositiveInt = Field(
+    max_attempts: Annotated[PositiveInt, Affects("acceptance")] = Field(
         default=2,
         description="Times that a sample is tried, told why the last rewrite was not accepted; then the "
         "original stays. 1 is the published way.",
     )
-    growth: Literal["free", "keep"] | NonNegativeFloat = Field(
+    growth: Annotated[Literal["free", "keep"] | NonNegativeFloat, Affects("growth")] = Field(
         default="free",
         description="free: additions come on top, the published way; keep, or a share to grow by at most: "
         "the most redundant samples that were never selected make room.",

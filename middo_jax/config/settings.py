@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import typing
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from middo_jax.config.base import Settings
+from middo_jax.config.base import Affects, Settings
 from middo_jax.config.refine import RefineSettings
 
 # The matrices of a layer, by the names that PEFT knows them by too.
@@ -19,27 +19,31 @@ AdaptedMatrix = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up
 class ModelSettings(Settings):
     """Which model is fine-tuned and how its text is rendered."""
 
-    path: str = Field(description="A Hugging Face directory, a .gguf file, or a hub repo id.")
-    dtype: Literal["bfloat16", "float32"] = Field(
+    path: Annotated[str, Affects("model")] = Field(
+        description="A Hugging Face directory, a .gguf file, or a hub repo id."
+    )
+    dtype: Annotated[Literal["bfloat16", "float32"], Affects("model")] = Field(
         default="bfloat16", description="Compute dtype of forward passes. float32 is the fast one on a CPU."
     )
-    attention: Literal["auto", "xla", "tiled", "splash", "triton"] = Field(
+    attention: Annotated[Literal["auto", "xla", "tiled", "splash", "triton"], Affects("speed")] = Field(
         default="auto",
         description="auto: splash on TPUs, triton on GPUs, tiled on CPUs, and xla where these cannot do what "
         "is asked. By name: that one, or an error.",
     )
-    template: str | None = Field(
+    template: Annotated[str | None, Affects("text")] = Field(
         default=None,
         description="chatml, llama3, mistral, gemma, default (Human/Assistant) or a Jinja file. None: the "
         "tokenizer's own, default if it has none.",
     )
-    max_length: PositiveInt = Field(
+    max_length: Annotated[PositiveInt, Affects("text")] = Field(
         default=2048, description="Tokens of a rendered conversation; longer ones are cut."
     )
 
 
 class DataSettings(Settings):
     """The user's dataset, D_0."""
+
+    affects: ClassVar[Affects | None] = Affects("data")
 
     path: str = Field(
         description="A .json/.jsonl/.parquet file, a dataset directory, tfds:NAME:SPLIT or hf:NAME:SPLIT."
@@ -62,6 +66,8 @@ class DataSettings(Settings):
 class MeshSettings(Settings):
     """Devices along each mesh axis, -1: what is left. `data` spans slices, the others stay inside one."""
 
+    affects: ClassVar[Affects | None] = Affects("place")
+
     data: int = Field(default=1, ge=-1, description="Data parallel, parameters replicated.")
     fsdp: int = Field(default=-1, ge=-1, description="Data parallel, parameters split.")
     tensor: int = Field(default=1, ge=-1, description="Heads, MLP and vocabulary split.")
@@ -70,80 +76,94 @@ class MeshSettings(Settings):
 class TrainSettings(Settings):
     """Supervised fine-tuning."""
 
-    learning_rate: PositiveFloat = Field(default=2e-5, description="Peak of the schedule.")
-    num_epochs: PositiveInt = Field(default=1, description="Passes over the dataset.")
-    batch_size: PositiveInt = Field(default=32, description="Packed sequences an optimizer step.")
-    examples_per_step: PositiveInt | None = Field(
+    learning_rate: Annotated[PositiveFloat, Affects("training")] = Field(
+        default=2e-5, description="Peak of the schedule."
+    )
+    num_epochs: Annotated[PositiveInt, Affects("training")] = Field(
+        default=1, description="Passes over the dataset."
+    )
+    batch_size: Annotated[PositiveInt, Affects("training")] = Field(
+        default=32, description="Packed sequences an optimizer step."
+    )
+    examples_per_step: Annotated[PositiveInt | None, Affects("training")] = Field(
         default=None,
         description="Examples an optimizer step, as far as batch_size sequences hold them: the global batch "
         "size of a trainer that does not pack. None: as many as they hold.",
     )
-    gradient_accumulation: PositiveInt = Field(
+    gradient_accumulation: Annotated[PositiveInt, Affects("speed")] = Field(
         default=1,
         description="Micro-batches a step; each holds batch_size / gradient_accumulation sequences.",
     )
-    pack_length: PositiveInt | None = Field(
+    pack_length: Annotated[PositiveInt | None, Affects("training")] = Field(
         default=None, description="Tokens of a packed sequence. None: model.max_length."
     )
-    warmup_ratio: float = Field(
+    warmup_ratio: Annotated[float, Affects("training")] = Field(
         default=0.03, ge=0, lt=1, description="Share of all steps with rising learning rate."
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
+    schedule: Annotated[Literal["cosine", "linear", "constant"], Affects("training")] = Field(
         default="cosine", description="Of the learning rate after warm-up; cosine and linear end at 0."
     )
-    optimizer: Literal["adamw", "adafactor"] = Field(
+    optimizer: Annotated[Literal["adamw", "adafactor"], Affects("training")] = Field(
         default="adamw",
         description="adafactor: a factored second moment and no first, hence next to no state.",
     )
-    param_dtype: Literal["float32", "bfloat16"] = Field(
+    param_dtype: Annotated[Literal["float32", "bfloat16"], Affects("training")] = Field(
         default="float32",
         description="What trained weights are kept in, whatever model.dtype computes in; adapters are "
         "float32 in any case.",
     )
-    stochastic_rounding: bool = Field(
+    stochastic_rounding: Annotated[bool, Affects("training")] = Field(
         default=True,
         description="param_dtype: bfloat16 only. Round updated weights by chance, so that small updates add "
         "up instead of being lost.",
     )
-    weight_decay: NonNegativeFloat = Field(default=0.0, description="On matrices only, times the rate.")
-    max_grad_norm: PositiveFloat = Field(default=1.0, description="Global-norm clipping.")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's.")
-    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's.")
-    remat: Literal["none", "dots", "layer"] = Field(
+    weight_decay: Annotated[NonNegativeFloat, Affects("training")] = Field(
+        default=0.0, description="On matrices only, times the rate."
+    )
+    max_grad_norm: Annotated[PositiveFloat, Affects("training")] = Field(
+        default=1.0, description="Global-norm clipping."
+    )
+    beta1: Annotated[float, Affects("training")] = Field(default=0.9, ge=0, lt=1, description="AdamW's.")
+    beta2: Annotated[float, Affects("training")] = Field(default=0.999, ge=0, lt=1, description="AdamW's.")
+    remat: Annotated[Literal["none", "dots", "layer"], Affects("speed")] = Field(
         default="layer",
         description="What the backward pass finds of a layer: all; its input, its products with weights and "
         "what attention gave (dots); its input alone (layer). It computes the rest again: less memory, more "
         "time.",
     )
-    start_from: Literal["base", "previous"] = Field(
+    start_from: Annotated[Literal["base", "previous"], Affects("training")] = Field(
         default="base", description="What every round fine-tunes from."
     )
-    save_every: PositiveInt = Field(default=50, description="Steps between checkpoints within a training.")
-    keep: PositiveInt = Field(default=1, description="Newest checkpoints that are kept while training.")
-    eval_every: PositiveInt | None = Field(
+    save_every: Annotated[PositiveInt, Affects("speed")] = Field(
+        default=50, description="Steps between checkpoints within a training."
+    )
+    keep: Annotated[PositiveInt, Affects("speed")] = Field(
+        default=1, description="Newest checkpoints that are kept while training."
+    )
+    eval_every: Annotated[PositiveInt | None, Affects("shown")] = Field(
         default=None,
         description="Steps between held-out losses, also by data.source_column; once more after the last. "
         "None: none while training.",
     )
-    keep_best: bool = Field(
+    keep_best: Annotated[bool, Affects("shown")] = Field(
         default=False,
         description="Keep the state with the lowest held-out loss too, as checkpoint/best.",
     )
-    on_bad_step: Literal["stop", "skip"] = Field(
+    on_bad_step: Annotated[Literal["stop", "skip"], Affects("training")] = Field(
         default="stop",
         description="When loss or gradient is no finite number, or spikes: stop with an error, or skip that "
         "update and go on.",
     )
-    spike_factor: float | None = Field(
+    spike_factor: Annotated[float | None, Affects("training")] = Field(
         default=None,
         gt=1,
         description="A loss over this many times the median of the last 64 steps' makes a bad step. None: "
         "none does.",
     )
-    tensorboard: bool = Field(
+    tensorboard: Annotated[bool, Affects("shown")] = Field(
         default=False, description="Write TensorBoard events too; needs the extra `tensorboard`."
     )
-    wandb_project: str | None = Field(
+    wandb_project: Annotated[str | None, Affects("shown")] = Field(
         default=None,
         description="Show the training in this Weights & Biases project; needs the extra `wandb`.",
     )
@@ -154,6 +174,8 @@ class LoraSettings(Settings):
 
     They want about ten times the learning rate of full fine-tuning, such as train.learning_rate=2e-4.
     """
+
+    affects: ClassVar[Affects | None] = Affects("training")
 
     rank: PositiveInt | None = Field(
         default=None, description="Inner width of an adapter. None: no adapters, all weights are trained."
@@ -174,13 +196,13 @@ class LoraSettings(Settings):
 class ScoringSettings(Settings):
     """The forward passes that score: their speed and memory, and one more column. No selection changes."""
 
-    batch_tokens: PositiveInt = Field(
+    batch_tokens: Annotated[PositiveInt, Affects("speed")] = Field(
         default=2048, description="Tokens of a packed batch, all devices together."
     )
-    unembed_chunk: PositiveInt = Field(
+    unembed_chunk: Annotated[PositiveInt, Affects("speed")] = Field(
         default=512, description="Target positions of a device whose logits exist at one time."
     )
-    ifd: bool = Field(
+    ifd: Annotated[bool, Affects("scores")] = Field(
         default=False,
         description="Also score each response without its prompt, for the column `ifd`. Takes one more pass.",
     )
@@ -189,10 +211,10 @@ class ScoringSettings(Settings):
 class Threshold(Settings):
     """Where an axis selects: m population standard deviations from the mean, or a wanted fraction."""
 
-    m: float | None = Field(
+    m: Annotated[float | None, Affects("selection")] = Field(
         default=None, description="Standard deviations from the mean; 1 if no fraction is given either."
     )
-    fraction: float | None = Field(
+    fraction: Annotated[float | None, Affects("selection")] = Field(
         default=None, gt=0, lt=1, description="Wanted share of samples; the threshold follows."
     )
 
@@ -213,8 +235,10 @@ class Threshold(Settings):
 class ComplexitySettings(Threshold):
     """Hard samples: high loss both before and after training."""
 
-    pre_model: Literal["base", "previous"] = Field(default="base", description="Whose loss is loss_pre.")
-    normalise: Literal["none", "length"] = Field(
+    pre_model: Annotated[Literal["base", "previous"], Affects("scores")] = Field(
+        default="base", description="Whose loss is loss_pre."
+    )
+    normalise: Annotated[Literal["none", "length"], Affects("selection")] = Field(
         default="none",
         description="none: the losses as they are, as published; length: less what their dependence on log "
         "answer length explains, so that short answers are not hard for being short.",
@@ -224,66 +248,84 @@ class ComplexitySettings(Threshold):
 class DiversitySettings(Threshold):
     """Sparse samples: far from their nearest neighbours."""
 
-    k: PositiveInt = Field(default=2, description="Nearest neighbours.")
-    text: Literal["templated", "raw"] = Field(
+    k: Annotated[PositiveInt, Affects("scores")] = Field(default=2, description="Nearest neighbours.")
+    text: Annotated[Literal["templated", "raw"], Affects("scores")] = Field(
         default="templated",
         description="templated: the prompt's span of the rendered conversation; raw: the prompt alone.",
     )
-    embedder: Literal["post", "pre"] = Field(
+    embedder: Annotated[Literal["post", "pre"], Affects("scores")] = Field(
         default="post",
         description="Whose embeddings. post: of the model under training, as published; pre: of "
         "complexity.pre_model. base is frozen, so that a later round compares only what changed.",
     )
-    ignore_duplicates: bool = Field(
+    ignore_duplicates: Annotated[bool, Affects("scores")] = Field(
         default=False,
         description="Samples with exactly the same prompt are not each other's neighbours. They are reported "
         "either way.",
     )
 
 
+_IF_EXPECTED = Affects("scores", only_if=("quality.method", "expected"))
+_IF_SAMPLED = Affects("scores", only_if=("quality.method", "sample"))
+
+
 class QualitySettings(Threshold):
     """Low-quality samples: rated low by the model itself."""
 
-    method: Literal["expected", "sample"] = Field(
+    method: Annotated[Literal["expected", "sample"], Affects("scores")] = Field(
         default="expected",
         description="expected: mean score under the model's own probabilities; sample: generate and parse.",
     )
-    score: Literal["expected", "log_odds"] = Field(
+    score: Annotated[Literal["expected", "log_odds"], _IF_EXPECTED] = Field(
         default="expected",
         description="method: expected only. expected: the mean of the eleven ratings, 0 to 10; log_odds: of "
         "a rating above 5 against one below, in nats.",
     )
-    score_temperature: PositiveFloat = Field(
+    score_temperature: Annotated[PositiveFloat, _IF_EXPECTED] = Field(
         default=1.0,
         description="method: expected only. Divides the ratings' log-probabilities before `score` is taken "
         "of them; under 1 the likeliest rating counts for more.",
     )
-    max_new_tokens: PositiveInt = Field(default=1024, description="method: sample only.")
-    temperature: PositiveFloat = Field(default=0.1, description="method: sample only.")
-    top_p: float = Field(default=0.7, gt=0, le=1, description="method: sample only.")
-    top_k: PositiveInt = Field(default=50, description="method: sample only.")
+    max_new_tokens: Annotated[PositiveInt, _IF_SAMPLED] = Field(
+        default=1024, description="method: sample only."
+    )
+    temperature: Annotated[PositiveFloat, _IF_SAMPLED] = Field(
+        default=0.1, description="method: sample only."
+    )
+    top_p: Annotated[float, _IF_SAMPLED] = Field(default=0.7, gt=0, le=1, description="method: sample only.")
+    top_k: Annotated[PositiveInt, _IF_SAMPLED] = Field(default=50, description="method: sample only.")
 
 
 class ServeSettings(Settings):
     """The embedded endpoint."""
 
-    host: str = Field(default="127.0.0.1", description="Loopback unless told otherwise.")
-    port: NonNegativeInt = Field(default=0, description="0: a free one.")
-    max_batch: PositiveInt = Field(default=8, description="Requests decoded together.")
-    max_context: PositiveInt = Field(default=2048, description="Tokens of prompt and answer together.")
+    host: Annotated[str, Affects("place")] = Field(
+        default="127.0.0.1", description="Loopback unless told otherwise."
+    )
+    port: Annotated[NonNegativeInt, Affects("place")] = Field(default=0, description="0: a free one.")
+    max_batch: Annotated[PositiveInt, Affects("speed")] = Field(
+        default=8, description="Requests decoded together."
+    )
+    max_context: Annotated[PositiveInt, Affects("scores", "rewrites")] = Field(
+        default=2048, description="Tokens of prompt and answer together."
+    )
 
 
 class Config(Settings):
     """A run. Groups are in the order in which a round uses them."""
 
-    name: str = Field(
+    name: Annotated[str, Affects("place")] = Field(
         default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The run's folder under runs_dir."
     )
-    runs_dir: str = Field(default="runs", description="Where runs lie.")
-    seed: NonNegativeInt = Field(
+    runs_dir: Annotated[str, Affects("place")] = Field(
+        default="runs", description="Folder on this machine that holds the runs."
+    )
+    seed: Annotated[NonNegativeInt, Affects("data", "training", "scores", "rewrites")] = Field(
         default=0, description="Of the held-out split, the order of training, sampling."
     )
-    rounds: PositiveInt = Field(default=1, description="Times that the dataset is diagnosed and improved.")
+    rounds: Annotated[PositiveInt, Affects("rounds")] = Field(
+        default=1, description="Times that the dataset is diagnosed and improved."
+    )
     model: ModelSettings
     data: DataSettings
     mesh: MeshSettings = MeshSettings()
@@ -295,6 +337,13 @@ class Config(Settings):
     quality: QualitySettings = QualitySettings()
     refine: RefineSettings = RefineSettings()
     serve: ServeSettings = ServeSettings()
+
+    @pydantic.field_validator("runs_dir")
+    @classmethod
+    def _on_this_machine(cls, path: str) -> str:
+        if "://" in path:
+            raise ValueError(f"{path} is a URL; buckets are not supported yet, give a folder on this machine")
+        return path
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Config:

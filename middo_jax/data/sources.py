@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from middo_jax import run_dir
 from middo_jax.data.example import Example
 from middo_jax.data.formats import FORMATS, DataError, RowError, detect, plain, to_example, to_rows
+from middo_jax.run import atomic, write_json, write_jsonl
 
 _log = logging.getLogger(__name__)
 _NAMED = re.compile(
@@ -141,7 +141,7 @@ def write(examples: Sequence[Example], path: str | Path, format: str) -> None:
             tfds_format.write(examples, path)
             return
         rows = to_rows(examples, "messages" if format == "parquet" else format)
-        write_rows = {".json": run_dir.write_json, ".jsonl": run_dir.write_jsonl, ".parquet": _write_parquet}
+        write_rows = {".json": write_json, ".jsonl": write_jsonl, ".parquet": _write_parquet}
         write_rows[path.suffix.lower()](path, rows)
     except OSError as e:
         raise DataError(f"cannot write {path}: {e.strerror or e}") from e
@@ -336,7 +336,7 @@ def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             column, metadata = array(texts, pa.string()), {"middo": "json"}
         fields.append(pa.field(name, column.type, metadata=metadata))
         arrays.append(column)
-    with run_dir.atomic(path, "wb") as file:
+    with atomic(path, "wb") as file:
         pq.write_table(pa.table(arrays, schema=pa.schema(fields)), file)
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from middo_jax.models.hf import CheckpointError
-from middo_jax.run_dir import file_hash
+from middo_jax.run import file_hash
 
 # Holds a GGUF file's metadata, the vocabulary and its merges among them, whatever follows.
 _HEAD_BYTES = 64 << 20

@@ -39,10 +39,11 @@ from middo_jax.report.status import (
     load_json,
     load_jsonl,
     load_settings,
+    require_run,
     status,
 )
 from middo_jax.report.verdicts import refusals
-from middo_jax.run_dir import RoundDir, RunDir, write_text
+from middo_jax.run import RoundDir, RunDir, write_text
 
 AXES = {  # axis: (name of its set, CSS class, columns of scores.parquet that decide)
     "complexity": ("hard", "c-complexity", ("loss_pre", "loss_post")),
@@ -65,8 +66,9 @@ def build(run: RunDir) -> Path:
     """Writes report.html, whole or not at all, and returns its path.
 
     Raises:
-      RunError: the run's folder does not exist, or a file in it cannot be read.
+      RunError: the folder does not exist or is no run's, or a file in it cannot be read.
     """
+    require_run(run)
     write_text(run.report, page(run))
     return run.report
 

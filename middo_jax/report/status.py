@@ -14,8 +14,10 @@ from typing import Any
 
 import yaml
 
+from middo_jax.config import stored
 from middo_jax.report.effects import effect_lines, effects
-from middo_jax.run_dir import RoundDir, RunDir, RunError
+from middo_jax.run import Manifest, RoundDir, RunDir, RunError
+from middo_jax.run.chain import assess, chain
 
 ROUND_STAGES = ("train", "score", "select", "refine", "merge")
 FINAL_STAGES = ("train", "evaluate", "export")
@@ -85,6 +87,16 @@ def require(run: RunDir) -> None:
     raise RunError(f"{run.path}: no such run; {hint}")
 
 
+def require_run(run: RunDir) -> None:
+    """Raises RunError unless the folder exists and is a run's."""
+    require(run)
+    if not run.is_begun:
+        raise RunError(
+            f"{run.path}: not a run: neither round_00 nor config.yaml of a run there; a run's folder is "
+            "RUNS_DIR/NAME, and `middo run CONFIG` makes one"
+        )
+
+
 def planned_rounds(run: RunDir) -> list[RoundDir]:
     """The rounds that config.yaml asks for, then any further ones that exist."""
     count = load_settings(run).get("rounds")
@@ -97,8 +109,9 @@ def status(run: RunDir) -> dict[str, Any]:
     """The state of the run, as JSON values.
 
     Returns:
-      run, path; rounds and final, each {name, rows, stages: {stage: seconds | None where not done}, next,
-      selected: {axis: n} | None, n_selected (distinct samples) | None, accepted, rejected | None};
+      run, path; rounds and final, each {name, rows, stages: {stage: seconds | None where not done or stale},
+      stale: {stage: why}, next, selected: {axis: n} | None, n_selected (distinct samples) | None, accepted,
+      rejected | None};
       next: {round, stage} | None once all is done; complete; heldout: [{name, loss, n_target_tokens}];
       n_heldout; effects: {rounds, fine_tuning: see `effects.Effect`, None if not known yet}; last_event.
 
@@ -106,8 +119,9 @@ def status(run: RunDir) -> dict[str, Any]:
       RunError: the folder does not exist, or a file in it cannot be read.
     """
     require(run)
-    rounds = [_round(r, ROUND_STAGES) for r in planned_rounds(run)]
-    final = _round(run.final, FINAL_STAGES)
+    stale = _stale(run)
+    rounds = [_round(r, ROUND_STAGES, stale) for r in planned_rounds(run)]
+    final = _round(run.final, FINAL_STAGES, stale)
     pending = next(({"round": r["name"], "stage": r["next"]} for r in [*rounds, final] if r["next"]), None)
     heldout = load_json(run.heldout_losses) or {}
     models = heldout.get("models", [])
@@ -134,19 +148,28 @@ def count_rows(path: Path) -> int | None:
         return sum(1 for line in file if line.strip())
 
 
-def stage_seconds(round_dir: RoundDir, stages: tuple[str, ...]) -> dict[str, float | None]:
-    """Seconds of each stage, None where it is not done (or a file that it wrote has gone)."""
-    try:
-        records = round_dir.stages()
-        return {s: float(records[s]["seconds"]) if round_dir.is_done(s) else None for s in stages}
-    except (ValueError, KeyError, TypeError) as e:
-        raise RunError(
-            f"{round_dir.manifest}: not a manifest ({e!r}); delete it to run the round again"
-        ) from e
+def _stale(run: RunDir) -> dict[tuple[str, str], str]:
+    """Why stages are stale that were done, by folder and stage."""
+    config = stored(load_settings(run))
+    found: dict[tuple[str, str], str] = {}
+    if config is not None:
+        for link, state in assess(chain(run, config), config):
+            if state.is_done and state.why is not None:
+                found[link.folder.path.name, link.name] = state.why
+    for folder in (*run.rounds(), run.final):  # those that the settings no longer ask for, or cannot say
+        manifest = Manifest(folder.path)
+        for stage in manifest.records():
+            if (why := manifest.why_stale(stage)) is not None:
+                found.setdefault((folder.path.name, stage), why)
+    return found
 
 
-def _round(round_dir: RoundDir, stages: tuple[str, ...]) -> dict[str, Any]:
-    seconds = stage_seconds(round_dir, stages)
+def _round(
+    round_dir: RoundDir, stages: tuple[str, ...], all_stale: dict[tuple[str, str], str]
+) -> dict[str, Any]:
+    records, name = round_dir.stages(), round_dir.path.name
+    stale = {stage: why for (folder, stage), why in all_stale.items() if folder == name}
+    seconds = {s: float(records[s]["seconds"]) if s in records and s not in stale else None for s in stages}
     selection = load_json(round_dir.selection)
     chosen = {axis: record["ids"] for axis, record in selection["axes"].items()} if selection else None
     refined = load_jsonl(round_dir.refined)
@@ -155,6 +178,7 @@ def _round(round_dir: RoundDir, stages: tuple[str, ...]) -> dict[str, Any]:
         "name": round_dir.path.name,
         "rows": count_rows(round_dir.dataset),
         "stages": seconds,
+        "stale": stale,
         "next": next((stage for stage in stages if seconds[stage] is None), None),
         "selected": {axis: len(ids) for axis, ids in chosen.items()} if chosen is not None else None,
         "n_selected": len(set().union(*chosen.values())) if chosen is not None else None,
@@ -175,7 +199,7 @@ def render_status(d: dict[str, Any]) -> str:
     for heading in ("", "rows", *stages, "selected", "accepted"):
         table.add_column(heading, justify="left" if not heading else "right")
     for row in [*d["rounds"], d["final"]]:
-        cells = [_cell(row["stages"], stage, row["next"]) for stage in stages]
+        cells = [_cell(row, stage) for stage in stages]
         tried = None if row["accepted"] is None else row["accepted"] + row["rejected"]
         kept = f"{row['accepted']:,} of {tried:,}" if tried is not None else "-"
         counts = (_count(row["rows"]), *cells, _count(row["n_selected"]), kept)
@@ -185,6 +209,8 @@ def render_status(d: dict[str, Any]) -> str:
     step = "complete" if d["complete"] else f"next: {d['next']['stage']} of {d['next']['round']}"
     console.print(_plain(f"{d['run']}: {step}"))
     console.print(table)
+    for line in _reasons([*d["rounds"], d["final"]]):
+        console.print(_plain(line))
     losses = ", ".join(
         f"{m['name']} {m['loss']:.4f}" if m["loss"] is not None else f"{m['name']} -" for m in d["heldout"]
     )
@@ -197,13 +223,23 @@ def render_status(d: dict[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def _cell(seconds: dict[str, float | None], stage: str, pending: str | None) -> str:
-    if stage not in seconds:
+def _cell(row: dict[str, Any], stage: str) -> str:
+    if stage not in row["stages"]:
         return ""
-    done = seconds[stage]
+    done = row["stages"][stage]
     if done is None:
-        return "next" if stage == pending else "-"
+        return "stale" if stage in row["stale"] else "next" if stage == row["next"] else "-"
     return duration(done)
+
+
+def _reasons(rows: list[dict[str, Any]]) -> list[str]:
+    """Why stages are stale, one line each; what only follows from them is in the table."""
+    return [
+        f"{row['name']} {stage} is stale: {why}"
+        for row in rows
+        for stage, why in row["stale"].items()
+        if not why.startswith("follows ")
+    ]
 
 
 def duration(seconds: float) -> str:

@@ -20,10 +20,19 @@ import pyarrow as pa
 
 from middo_jax.config import Config, Threshold
 from middo_jax.signals.duplicates import count_duplicates
-from middo_jax.signals.table import as_floats, set_flags
+from middo_jax.signals.table import as_floats
 
 SWEEP = tuple(round(0.25 * i, 2) for i in range(13))  # m from 0 to 3
 SETS = {"complexity": "hard", "diversity": "sparse", "quality": "low_quality"}
+# selection.parquet, one row per sample: which sets it is in, and by how many standard deviations it is worse
+# than the mean on each axis. Null where an axis has no scores.
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        *((name, pa.bool_()) for name in SETS.values()),
+        *((f"{axis}_z", pa.float32()) for axis in SETS),
+    ]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +62,16 @@ class Standardised:
 
 @dataclasses.dataclass(frozen=True)
 class AxisSelection:
-    """What one axis selects: `selected` [n] bool, and what selection.json says of it."""
+    """What one axis selects.
+
+    Attributes:
+      selected: [n] bool.
+      badness: [n] standard deviations by which a sample is worse than the mean, NaN where a score is missing.
+      facts: the axis's part of selection.json.
+    """
 
     selected: np.ndarray
+    badness: np.ndarray
     facts: dict[str, Any]
 
 
@@ -75,6 +91,7 @@ def select_axis(columns: dict[str, np.ndarray], sign: int, threshold: Threshold)
     selected = known & (badness > m)
     return AxisSelection(
         selected,
+        badness,
         {
             "n_scored": int(known.sum()),
             "n_null": int((~known).sum()),
@@ -123,9 +140,8 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
     """The three sets.
 
     Returns:
-      The table with `hard`, `sparse`, `low_quality` filled in for the axes that have scores, and
-      selection.json: thresholds, counts, ids, overlap, how many each m would select, and how many samples
-      have the same prompt as another (None where that was not looked at).
+      selection.parquet, see SCHEMA, and selection.json: thresholds, counts, ids, overlap, how many samples
+      each m would select, and how many have the same prompt as another (None where that was not looked at).
     """
     axes = {
         "complexity": (("loss_pre", "loss_post"), 1, config.complexity),
@@ -135,7 +151,8 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
     ids = np.asarray(table["id"].to_pylist(), object)
     facts: dict[str, Any] = {}
     sweep: dict[str, Any] = {}
-    flags: dict[str, np.ndarray | None] = dict.fromkeys(SETS.values())
+    flags: dict[str, np.ndarray] = {}
+    columns_of: dict[str, pa.Array] = {"id": pa.array(ids, pa.string())}
     for axis, (names, sign, threshold) in axes.items():
         columns = {name: as_floats(table, name) for name in names}
         if any(np.isnan(values).all() for values in columns.values()):
@@ -145,18 +162,20 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
             columns = {name: at_mean_length(values, n_tokens) for name, values in columns.items()}
         chosen = select_axis(columns, sign, threshold)
         flags[SETS[axis]] = chosen.selected
+        missing = ~np.isfinite(chosen.badness)
+        columns_of[SETS[axis]] = pa.array(chosen.selected, pa.bool_())
+        columns_of[f"{axis}_z"] = pa.array(chosen.badness, pa.float32(), mask=missing)
         facts[axis] = chosen.facts | {"ids": ids[chosen.selected].tolist()}
         sweep[axis] = [
             {"m": m, "n": int(select_axis(columns, sign, Threshold(m=m)).selected.sum())} for m in SWEEP
         ]
-    known = {name: values for name, values in flags.items() if values is not None}
     overlap = {
-        f"{a}&{b}": int((known[a] & known[b]).sum())
+        f"{a}&{b}": int((flags[a] & flags[b]).sum())
         for a, b in itertools.combinations(SETS.values(), 2)
-        if {a, b} <= set(known)
+        if {a, b} <= set(flags)
     }
-    if len(known) == len(SETS):
-        overlap["all"] = int(np.logical_and.reduce(list(known.values())).sum())
+    if len(flags) == len(SETS):
+        overlap["all"] = int(np.logical_and.reduce(list(flags.values())).sum())
     hashes = table["prompt_hash"].drop_null().to_pylist()
     duplicates = count_duplicates(hashes) if hashes else None
     selection = {
@@ -166,7 +185,8 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
         "sweep": sweep,
         "duplicates": duplicates,
     }
-    return set_flags(table, flags), selection
+    none = {f.name: pa.nulls(len(table), f.type) for f in SCHEMA}
+    return pa.table([(none | columns_of)[f.name] for f in SCHEMA], schema=SCHEMA), selection
 
 
 def _finite(x: float) -> float | None:

@@ -1,4 +1,4 @@
-"""scores.parquet: one row a sample, keyed by id, null where a column was not computed."""
+"""scores.parquet: one row per sample, keyed by id, null where a column was not computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from middo_jax.run_dir import atomic
+from middo_jax.run import atomic
 from middo_jax.signals.ifd import ifd
 from middo_jax.signals.judge.rubrics import COLUMNS, quality
 from middo_jax.signals.neighbours.search import Neighbours
@@ -30,9 +30,6 @@ SCHEMA = pa.schema(
         ("ifd", pa.float32()),
         *((column, pa.float32()) for column in COLUMNS),
         ("quality", pa.float32()),
-        ("hard", pa.bool_()),
-        ("sparse", pa.bool_()),
-        ("low_quality", pa.bool_()),
         ("error", pa.string()),
     ]
 )
@@ -136,15 +133,6 @@ def neighbours_of(table: pa.Table, k: int) -> Neighbours:
 def as_floats(table: pa.Table, column: str) -> np.ndarray:
     """A column as float64 [n], null as NaN."""
     return table[column].cast(pa.float64()).to_numpy(zero_copy_only=False)
-
-
-def set_flags(table: pa.Table, flags: dict[str, np.ndarray | None]) -> pa.Table:
-    """The table with its `hard`, `sparse`, `low_quality` columns replaced; None leaves them null."""
-    for name, values in flags.items():
-        at = table.schema.get_field_index(name)
-        column = pa.nulls(len(table), pa.bool_()) if values is None else pa.array(values, pa.bool_())
-        table = table.set_column(at, SCHEMA.field(name), column)
-    return table
 
 
 def _nullable(values: np.ndarray) -> pa.Array:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.config.gates import Needs
 from middo_jax.data.example import Example
-from middo_jax.run_dir import RoundDir, read_jsonl, write_jsonl
+from middo_jax.run import RoundDir, read_jsonl, write_jsonl
 from middo_jax.session import Session, read_dataset
-from middo_jax.stages.measure import UnderTraining, scored_model
+from middo_jax.stages.measure import UnderTraining, scored_as, scored_model
 
 if TYPE_CHECKING:
     from middo_jax.refine import Outcome, Task
@@ -51,8 +51,8 @@ class _Case:
 class Acceptance:
     """Decides a round's candidates, attempt after attempt.
 
-    A measurement is kept as soon as its attempt is decided, under the hash of the embeddings it was compared
-    with: a second start measures nothing twice, and a dataset that was scored anew invalidates all of them.
+    A measurement is kept as soon as its attempt is decided, under the name of what the dataset was scored
+    with: a second start measures nothing twice, and other scores invalidate all measurements.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Acceptance:
             load_identifier()  # that it is missing should be known before anything is paid for
         self._known = Known(self._examples, heldout, gates.value("duplicate") if by_text else None)
         self.limits = self._read_limits()
-        self._under = directory.stages()["score"]["files"][directory.embeddings.name][:16]
+        self._under = scored_as(directory)
         self._stored = self._read_stored()
         self._rows: list[dict[str, Any]] = []
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from middo_jax.run_dir import RoundDir, RunError
+from middo_jax.run import RoundDir, RunError
 from middo_jax.session import Session
 from middo_jax.stages.refine import refine_stage
+from middo_jax.stages.surroundings import heldout_of, model_of
 
 if TYPE_CHECKING:
     from middo_jax.refine import AnswerCache
@@ -58,13 +59,14 @@ def batch_stage(
     if config.refine.model is None:
         raise RunError("config: refine.model is missing: the name of the model that the batch is for")
     results = read_results(read)
+    index, heldout = directory.index, heldout_of(directory)
     requests = prompts.requests(config.refine.model, config.refine, config.seed)
-    client = BatchClient(requests, cache, Ledger(cache, config.name))
+    client = BatchClient(requests, cache, Ledger(cache, config.name, index))
     taken: set[str] = set()
     while True:
         client.start_over()
         try:
-            refine_stage(session, directory, 0, cache, batch=client)
+            refine_stage(session, directory, index, cache, heldout, model_of(directory), client)
             return BatchState(len(taken), 0, 0, None)
         except NotAnswered:
             settled = client.take(results)

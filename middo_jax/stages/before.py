@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from middo_jax.config import affecting
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.run_dir import RoundDir, file_hash
+from middo_jax.run import RoundDir, fingerprint
 from middo_jax.session import Session
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def measure_before(
 def _identity(session: Session, path: Path, model: Model, with_loss: bool, with_embeddings: bool) -> str:
     """SHA-256 of all but the samples that the losses, embeddings and neighbours depend on.
 
-    The model's place, shape and weights; the tokenizer, the template, how long a text may be; what is
+    The model's place, shape and weights; the tokenizer, the template, how rows become text; what is
     embedded and which neighbours are sought. The mesh and the attention kernel change rounding alone.
     """
     import numpy as np
@@ -129,14 +130,14 @@ def _identity(session: Session, path: Path, model: Model, with_loss: bool, with_
 
     config, tokenizer = session.config, session.tokenizer
     assert isinstance(tokenizer, PreTrainedTokenizerFast)  # `load_tokenizer` gives no other
-    neighbours = config.diversity.model_dump(mode="json", exclude={"m", "fraction"})
+    neighbours = affecting(config.diversity, {"scores"})
     decisive = [
         str(path.resolve()),
         repr(dataclasses.replace(model.config, attention="auto")),
         np.stack(to_host(checksums(model.params))).tolist(),
         tokenizer.chat_template,
         tokenizer.backend_tokenizer.to_str(),
-        config.model.max_length,
+        affecting(config, {"text"}),
         with_loss,
         neighbours if with_embeddings else config.diversity.text,
     ]
@@ -152,8 +153,8 @@ def _measured_under(earlier: RoundDir, identity: str) -> tuple[pa.Table, np.ndar
     stages = earlier.stages()
     if stages.get("score", {}).get("pre_identity") != identity:
         return None
-    files = stages["score"]["files"] | stages.get("select", {}).get("files", {})
+    files = stages["score"]["files"]
     for path in (earlier.scores, earlier.embeddings):
-        if not path.exists() or file_hash(path) != files[path.name]:
+        if not path.exists() or fingerprint(path) != files[path.name]:
             return None
     return read_scores(earlier.scores), np.load(earlier.embeddings, mmap_mode="r", allow_pickle=False)

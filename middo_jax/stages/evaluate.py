@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
 from middo_jax.progress import Progress, Silent
-from middo_jax.run_dir import RunDir, RunError, atomic, write_json
+from middo_jax.run import RunDir, RunError, atomic, write_json
 from middo_jax.session import Session
 
 if TYPE_CHECKING:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
-from middo_jax.run_dir import RoundDir, RunError
+from middo_jax.run import RoundDir, RunError
 from middo_jax.session import Session
 from middo_jax.stages.ratings import ratings
 from middo_jax.stages.score import Passes, raw_prompts
@@ -34,6 +36,23 @@ def scored_model(directory: RoundDir) -> Path:
         f"{directory.path}: {missing}, and refine.accept=measured asks that model: run `middo score` again, "
         "or set refine.accept=sane"
     )
+
+
+def scored_as(directory: RoundDir) -> str:
+    """16 hex digits that name what a folder was scored with: its rows, the models, the settings.
+
+    A measurement of a rewrite is of use only to scores that have the same name. The embeddings alone would
+    not tell: with diversity.embedder=pre they are the same under every model that is trained.
+    """
+    record = directory.stages()["score"]
+    inputs = {role: known["hash"] for role, known in record.get("inputs", {}).items()}
+    decisive = [
+        record["files"][directory.embeddings.name],
+        record.get("reads", {}),
+        inputs,
+        record.get("settings", {}),
+    ]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class UnderTraining:

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
-from middo_jax.run_dir import RoundDir, RunError, read_jsonl, write_jsonl
+from middo_jax.run import RoundDir, RunError, chain, read_jsonl, write_jsonl
 from middo_jax.session import Session, endpoint, read_dataset
 from middo_jax.stages.accept import Acceptance
+from middo_jax.stages.measure import scored_model
 from middo_jax.stages.score import AXES
+from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
 
 if TYPE_CHECKING:
     from middo_jax.refine import AnswerCache, BatchClient, Ledger, Outcome, Task
+    from middo_jax.refine.growth import Dropped
 
     Ask = Callable[[Sequence[Task]], list[Outcome]]
 
@@ -40,6 +43,14 @@ def plan_refinement(directory: RoundDir) -> list[Task]:
         knn_ids={row["id"]: row["knn_ids"] or () for row in rows},
         scores={row["id"]: {name: row[name] for name in LINEAGE_SCORES} for row in rows},
     )
+
+
+def refine_round(session: Session, directory: RoundDir) -> Ledger:
+    """`refine_stage` with what surrounds the folder: its run's held-out rows, cache and round."""
+    with answer_cache(session, directory) as cache:
+        return refine_stage(
+            session, directory, directory.index, cache, heldout_of(directory), model_of(directory)
+        )
 
 
 def refine_stage(
@@ -74,15 +85,16 @@ def refine_stage(
 
     config, began = session.config, time.monotonic()
     tasks = plan_refinement(directory)
+    measuring = (model or scored_model(directory)) if config.refine.accept == "measured" else None
+    begun = chain.refine(directory, heldout_file(directory), measuring).begin()
     acceptance = Acceptance(session, directory, heldout, model)
     ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
     refiner = _refiner(session, round_index, cache, ledger, batch)
     outcomes = _attempts(tasks, refiner, acceptance, config.refine.max_attempts)
     write_jsonl(directory.requests, (row for o in outcomes for row in o.request_rows()))
     write_jsonl(directory.refined, (o.to_json() for o in outcomes))
-    directory.finish(
-        "refine",
-        [directory.requests, directory.refined, directory.candidates],
+    begun.finish(
+        config,
         time.monotonic() - began,
         n=len(outcomes),
         accepted=sum(o.example is not None for o in outcomes),
@@ -156,10 +168,16 @@ def _refiner(
 
 
 def merge_stage(session: Session, directory: RoundDir) -> list[Example]:
-    """D_{t+1}: the folder's dataset with its accepted rewrites, within `refine.growth`.
+    """The next dataset, see `merged`; what makes room, or finds none, is in dropped.jsonl."""
+    kept, dropped = merged(session, directory)
+    write_jsonl(directory.dropped, (d.to_json() for d in dropped))
+    return kept
 
-    Each survivor of an earlier round is told what it now scores, unless it was measured when it was accepted.
-    What makes room, or finds none, is in dropped.jsonl.
+
+def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[Dropped]]:
+    """(D_{t+1}: the folder's dataset with its accepted rewrites, within `refine.growth`; what was dropped).
+
+    Each survivor of an earlier round gets its present scores, unless it was measured when it was accepted.
 
     Raises:
       RunError: room is to be made, and the folder's scores know no neighbours.
@@ -181,17 +199,16 @@ def merge_stage(session: Session, directory: RoundDir) -> list[Example]:
 
     by_id = {e.id: e for e in examples}
     outcomes = [Outcome.from_json(row, by_id) for row in read_jsonl(directory.refined)]
-    merged = merge([with_scores(e) for e in examples], outcomes)
+    together = merge([with_scores(e) for e in examples], outcomes)
     room = room_for(len(examples), session.config.refine.growth)
     neighbours = {
         row["id"]: list(zip(row["knn_ids"], row["knn_sims"], strict=True)) for row in rows if row["knn_ids"]
     }
-    if room is not None and room < len(merged) and not neighbours:
+    if room is not None and room < len(together) and not neighbours:
         raise RunError(
             f"{directory.path}: the scores there know no neighbours, and refine.growth="
             f"{session.config.refine.growth} drops by them: score the diversity axis too, or set it to free"
         )
-    selected = {row["id"] for row in rows if row["hard"] or row["sparse"] or row["low_quality"]}
-    kept, dropped = fit(examples, merged, room, selected, neighbours)
-    write_jsonl(directory.dropped, (d.to_json() for d in dropped))
-    return kept
+    axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
+    selected = {id_ for axis in axes.values() for id_ in axis["ids"]}
+    return fit(examples, together, room, selected, neighbours)

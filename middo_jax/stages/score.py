@@ -1,4 +1,4 @@
-"""The diagnosing stages: a round's dataset -> scores.parquet, embeddings.npy, selection.json."""
+"""The diagnosing stages: a round's dataset -> scores and embeddings -> the selection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import TokenizedExample, response_header
-from middo_jax.run_dir import RoundDir, RunError, write_json
+from middo_jax.run import RoundDir, RunError, chain, write_json
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.before import measure_before
 from middo_jax.stages.ratings import ratings
@@ -51,7 +51,7 @@ def score_stage(
     """
     import numpy as np
 
-    from middo_jax.run_dir import atomic
+    from middo_jax.run import atomic
     from middo_jax.signals.duplicates import count_duplicates, prompt_hash
     from middo_jax.signals.neighbours.incremental import Earlier
     from middo_jax.signals.table import Measured, write_scores
@@ -64,6 +64,7 @@ def score_stage(
             "config: diversity.embedder=pre, and there is no model before training: give --pre-model, or set "
             "diversity.embedder=post"
         )
+    begun = chain.score(directory, model, pre_model).begin()
     examples = read_dataset(directory)
     tokenized = session.tokenize(examples)
     raw = raw_prompts(session, examples) if diversity.text == "raw" else None
@@ -110,17 +111,15 @@ def score_stage(
         prompt_hashes=hashes,
         loss_unconditional=unconditional_n,
     )
-    directory.forget("select")  # its flags are in the table that is replaced now
+    directory.forget("select")  # it is of the scores that are replaced now
     write_scores(directory.scores, measured.to_table())
     with atomic(directory.embeddings, "wb") as file:
         np.save(file, embedding_nd, allow_pickle=False)
     for name, facts in scored.facts.items():
         session.progress.say(f"  {describe(name, facts)}")
-    files, seconds = [directory.scores, directory.embeddings], time.monotonic() - began
-    directory.finish(
-        "score",
-        files,
-        seconds,
+    begun.finish(
+        config,
+        time.monotonic() - began,
         n=len(examples),
         model=str(model.absolute()),
         embedder=str((pre_model if pre_model and embeds_before else model).absolute()),
@@ -219,16 +218,17 @@ def raw_prompts(session: Session, examples: Sequence[Example]) -> list[Tokenized
 
 
 def select_stage(session: Session, directory: RoundDir) -> dict[str, Any]:
-    """Chooses the three sets: selection.json, and the flags in scores.parquet. Returns selection.json."""
+    """Chooses the three sets: selection.parquet and selection.json. Returns selection.json."""
     from middo_jax.signals.select import select
     from middo_jax.signals.table import read_scores, write_scores
 
     began = time.monotonic()
     if not directory.scores.exists():
         raise RunError(f"{directory.path}: no scores.parquet there; run `middo score` first")
+    begun = chain.select(directory).begin()
     table, selection = select(read_scores(directory.scores), session.config)
-    write_scores(directory.scores, table)
+    write_scores(directory.selected, table)
     write_json(directory.selection, selection)
     counts = {axis: facts["n_selected"] for axis, facts in selection["axes"].items()}
-    directory.finish("select", [directory.scores, directory.selection], time.monotonic() - began, **counts)
+    begun.finish(session.config, time.monotonic() - began, **counts)
     return selection

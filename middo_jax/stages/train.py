@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from middo_jax.config import ConfigError
+from middo_jax.config import Config, ConfigError
 from middo_jax.data.example import Example
-from middo_jax.run_dir import RoundDir, RunError
+from middo_jax.run import RoundDir, RunError, chain
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.evaluate import HeldOut
 
@@ -20,22 +21,66 @@ if TYPE_CHECKING:
     from middo_jax.train.evaluations import Evaluate
 
 
-def train_stage(session: Session, directory: RoundDir, start: Path, heldout: Sequence[Example] = ()) -> None:
+def train_stage(
+    session: Session,
+    directory: RoundDir,
+    start: Path,
+    heldout: Sequence[Example] = (),
+    *,
+    restart: bool = False,
+) -> None:
     """Fine-tunes `start` on the folder's dataset: checkpoint/ and metrics.jsonl.
 
     With `train.eval_every` the loss on `heldout` is measured on the way: evaluations.jsonl.
 
-    Raises:
-      ConfigError: that is asked for, and nothing is held out.
-    """
-    from middo_jax.train.metrics import StepMetrics
-    from middo_jax.train.sft import train
+    Args:
+      session: settings, tokenizer, mesh.
+      directory: holds the dataset.
+      start: the model that training starts from.
+      heldout: what losses are measured on meanwhile.
+      restart: whether the checkpoint of another training makes room for this one; else it is an error.
 
-    config, began = session.config, time.monotonic()
+    Raises:
+      ConfigError: losses are asked for, and nothing is held out.
+      AnotherTraining: the folder holds the checkpoint of another training.
+    """
+    from middo_jax.train.checkpoint import AnotherTraining
+
+    began = time.monotonic()
+    check_evaluations(session.config, heldout)
+    begun = chain.train(directory, start).begin()
+    try:
+        _train(session, directory, start, heldout)
+    except AnotherTraining:
+        if not restart:
+            raise
+        session.progress.say(f"{directory.checkpoint} is of another training; it is trained anew")
+        remove_training(directory)
+        _train(session, directory, start, heldout)
+    gc.collect()
+    begun.finish(session.config, time.monotonic() - began)
+
+
+def remove_training(directory: RoundDir) -> None:
+    """Removes a folder's checkpoint and what was recorded while it was trained."""
+    shutil.rmtree(directory.checkpoint, ignore_errors=True)
+    for path in (directory.metrics, directory.evaluations):
+        path.unlink(missing_ok=True)
+
+
+def check_evaluations(config: Config, heldout: Sequence[Example]) -> None:
+    """Raises ConfigError if held-out losses are asked for while training, and nothing is held out."""
     if config.train.eval_every is not None and not heldout:
         raise ConfigError(
             "config: train.eval_every needs examples that are held out; set data.eval_fraction, such as 0.05"
         )
+
+
+def _train(session: Session, directory: RoundDir, start: Path, heldout: Sequence[Example]) -> None:
+    from middo_jax.train.metrics import StepMetrics
+    from middo_jax.train.sft import train
+
+    config = session.config
     model, metadata = load_start(session, start)
     tokenized = session.tokenize(read_dataset(directory))
     with session.progress.task("train", "steps") as advance:
@@ -43,7 +88,7 @@ def train_stage(session: Session, directory: RoundDir, start: Path, heldout: Seq
         def on_step(metrics: StepMetrics) -> None:
             advance(metrics.step, metrics.total_steps, metrics.note())
 
-        model = train(
+        train(
             model,
             tokenized,
             config.train,
@@ -55,11 +100,6 @@ def train_stage(session: Session, directory: RoundDir, start: Path, heldout: Seq
             on_step=on_step,
             evaluate=_evaluate(session, heldout) if config.train.eval_every else None,
         )
-    del model
-    gc.collect()
-    directory.finish(
-        "train", [directory.checkpoint / "metadata.json", directory.metrics], time.monotonic() - began
-    )
 
 
 def _evaluate(session: Session, heldout: Sequence[Example]) -> Evaluate:

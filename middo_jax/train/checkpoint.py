@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from middo_jax.models.checkpoint import NOT_THE_FILES, arrays_handler, arrays_into, reason, save_params
 from middo_jax.models.model import Params
-from middo_jax.run_dir import RunError
+from middo_jax.run import RunError
 
 _log = logging.getLogger(__name__)
 
@@ -165,9 +165,13 @@ def remove_steps(directory: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def another_training(directory: Path) -> RunError:
+class AnotherTraining(RunError):
+    """A checkpoint is not to be continued: other data, settings, model or seed."""
+
+
+def another_training(directory: Path) -> AnotherTraining:
     """The error that says that a checkpoint is not to be continued."""
-    return RunError(
+    return AnotherTraining(
         f"{directory} holds a checkpoint of another training (its data, settings, model or seed differ); "
         "delete that folder or write to another one"
     )

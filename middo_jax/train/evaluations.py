@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from middo_jax.models.model import Model
-from middo_jax.run_dir import read_jsonl, write_jsonl
+from middo_jax.run import read_jsonl, write_jsonl
 from middo_jax.train.trackers import Track
 
 

@@ -12,23 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from middo_jax.config import TrainSettings
+from middo_jax.config import TrainSettings, affecting
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.model import Params
 from middo_jax.parallel.hosts import to_host
-
-# Settings that change speed, memory and what one sees, but nothing that is learnt, beyond rounding.
-_SPEED_ONLY = {
-    "gradient_accumulation",
-    "remat",
-    "save_every",
-    "keep",
-    "eval_every",
-    "keep_best",
-    "tensorboard",
-    "wandb_project",
-}
 
 
 def identity(
@@ -42,9 +30,9 @@ def identity(
 ) -> str:
     """SHA-256 of model, parameters before training, examples and settings.
 
-    The mesh, the attention kernel, and whatever else changes speed alone, do not enter it.
+    The mesh, the attention kernel and settings that do not affect training do not enter it.
     """
-    learnt = settings.model_dump(mode="json", exclude=_SPEED_ONLY)
+    learnt = affecting(settings, {"training"})
     start = np.stack(to_host(checksums(params))).tolist()
     model = repr(dataclasses.replace(config, attention="auto"))
     decisive = [model, start, learnt, seed, pack_length, dict(metadata)]

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from middo_jax.config import TrainSettings
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.config import DecoderConfig
-from middo_jax.run_dir import write_text
+from middo_jax.run import write_text
 from middo_jax.train.feed import PlannedStep
 from middo_jax.train.flops import peak_flops, training_flops
 from middo_jax.train.step import StepOutputs

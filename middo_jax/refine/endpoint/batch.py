@@ -19,7 +19,7 @@ from middo_jax.refine.endpoint.ledger import Ledger
 from middo_jax.refine.endpoint.probe import JSON, TEXT, Probe
 from middo_jax.refine.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
 from middo_jax.refine.endpoint.usage import Ceiling, ceiling
-from middo_jax.run_dir import RunError, write_jsonl
+from middo_jax.run import RunError, write_jsonl
 
 URL = "/v1/chat/completions"
 

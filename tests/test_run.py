@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from middo_jax.progress import Lines, Silent, duration
-from middo_jax.run_dir import (
+from middo_jax.run import (
     RoundDir,
     RunDir,
     atomic,

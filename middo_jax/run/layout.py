@@ -1,93 +1,41 @@
-"""A run's folder: where each artefact lies, atomic writes, and manifests that say when a stage is done.
+"""Where each file of a run's folder lies.
 
-Everything is written to a temporary name and renamed. A stage counts as done only when its round's
-`manifest.json` says so, with the hash of every file it wrote; a stage found half-written is done again.
+runs/NAME/   config.yaml  events.jsonl  heldout.jsonl ...
+  round_00/  dataset.jsonl  scores.parquet  checkpoint/  manifest.json ...
+  final/
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import tempfile
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
+
+from middo_jax.run.manifest import Manifest, RunError
+
+_ROUND = re.compile(r"round_(\d{2,})")
 
 
-class RunError(RuntimeError):
-    """The run's folder does not fit what is asked of it; the message says what to do."""
-
-
-@contextlib.contextmanager
-def atomic(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path` and renames it over `path` once the block has ended well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        binary = mode == "wb"
-        with open(handle, "wb") if binary else open(handle, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes 0600, which would surprise who shares a run
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    with atomic(path) as file:
-        file.write(text)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Writes one JSON value a line, whole or not at all."""
-    with atomic(path) as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_jsonl(path: Path) -> list[Any]:
-    """Reads one JSON value a line; a missing file is an error, as everywhere."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, or of a folder's sorted file names and bytes.
+def local(path: str | Path) -> Path:
+    """The path, if it is one on this machine.
 
     Raises:
-      FileNotFoundError: there is neither.
+      RunError: it is a URL, such as gs://bucket/runs.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} was to be hashed and is not there")
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        if path.is_dir():
-            digest.update(file.relative_to(path).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    # Path() makes gs:/bucket of gs://bucket; a drive letter is one letter.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise RunError(f"{path}: buckets and other URLs are not supported yet; give a folder on this machine")
+    return Path(path)
 
 
 class RoundDir:
     """One round's folder, `round_00` or `final`; also what `middo score --out DIR` writes."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = local(path)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -99,7 +47,7 @@ class RoundDir:
 
     @property
     def scores(self) -> Path:
-        """One row a sample, see `signals.table`."""
+        """One row per sample: what was measured of it."""
         return self.path / "scores.parquet"
 
     @property
@@ -113,13 +61,18 @@ class RoundDir:
         return self.path / "selection.json"
 
     @property
+    def selected(self) -> Path:
+        """One row per sample: which sets it is in, and its standardised scores."""
+        return self.path / "selection.parquet"
+
+    @property
     def requests(self) -> Path:
         """What the refiner was asked and what it answered."""
         return self.path / "requests.jsonl"
 
     @property
     def refined(self) -> Path:
-        """One row a task of the refiner."""
+        """One row per task of the refiner."""
         return self.path / "refined.jsonl"
 
     @property
@@ -144,53 +97,54 @@ class RoundDir:
 
     @property
     def metrics(self) -> Path:
-        """One row a training step."""
+        """One row per training step."""
         return self.path / "metrics.jsonl"
 
     @property
     def evaluations(self) -> Path:
-        """One row a held-out loss that was measured while training."""
+        """One row per held-out loss that was measured during training."""
         return self.path / "evaluations.jsonl"
 
     @property
     def manifest(self) -> Path:
         """Which stages are done."""
-        return self.path / "manifest.json"
+        return Manifest(self.path).path
+
+    @property
+    def run(self) -> RunDir | None:
+        """The run that this is a round of; None for a folder that `middo score --out DIR` wrote."""
+        run = RunDir(self.path.absolute().parent)
+        return run if _ROUND.fullmatch(self.path.absolute().name) and run.config.exists() else None
+
+    @property
+    def index(self) -> int:
+        """The round's number, counted from 0; 0 for a folder that belongs to no run."""
+        match = _ROUND.fullmatch(self.path.absolute().name)
+        return int(match[1]) if match and self.run else 0
 
     def stages(self) -> dict[str, Any]:
-        """Finished stages by name: when, how long, which files with which hashes."""
-        if not self.manifest.exists():
-            return {}
-        return json.loads(self.manifest.read_text(encoding="utf-8"))["stages"]
+        """Records of the finished stages by name, see `run.manifest`."""
+        return Manifest(self.path).records()
 
     def is_done(self, stage: str) -> bool:
-        """Whether the manifest names the stage and every file it wrote is still there."""
-        record = self.stages().get(stage)
-        return record is not None and all((self.path / name).exists() for name in record["files"])
+        """Whether the stage has a record, and what it read and wrote is still the same."""
+        manifest = Manifest(self.path)
+        return stage in manifest.records() and manifest.why_stale(stage) is None
 
-    def finish(self, stage: str, files: Iterable[Path], seconds: float, **facts: Any) -> None:
-        """Records a stage as done. `facts` are small JSON values worth keeping (counts, losses)."""
-        stages = self.stages()
-        stages[stage] = {
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "seconds": round(seconds, 3),
-            "files": {f.relative_to(self.path).as_posix(): file_hash(f) for f in files},
-            **facts,
-        }
-        write_json(self.manifest, {"stages": stages})
+    def finish(self, stage: str, files: Iterable[Path], seconds: float, **record: Any) -> None:
+        """Records a stage as done, see `Manifest.finish`."""
+        Manifest(self.path).finish(stage, files, seconds, **record)
 
     def forget(self, stage: str) -> None:
-        """Takes a stage back from the manifest: what it wrote is about to be overwritten."""
-        stages = self.stages()
-        if stages.pop(stage, None) is not None:
-            write_json(self.manifest, {"stages": stages})
+        """Removes a stage's record: what it wrote is about to be overwritten."""
+        Manifest(self.path).forget(stage)
 
 
 class RunDir:
     """A run's folder: config.yaml, events.jsonl, llm_cache.sqlite, round_00 ... final, report.html."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = local(path)
 
     @property
     def config(self) -> Path:
@@ -244,6 +198,12 @@ class RunDir:
     def rounds(self) -> list[RoundDir]:
         """Existing rounds in order, without `final`."""
         return [RoundDir(p) for p in sorted(self.path.glob("round_[0-9][0-9]*")) if p.is_dir()]
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the folder is a run's: it holds a round, or settings without the files of a round."""
+        holds_settings = self.config.exists() and not RoundDir(self.path).manifest.exists()
+        return bool(self.rounds()) or self.final.path.is_dir() or holds_settings
 
     def log(self, event: str, **facts: Any) -> None:
         """Appends one line to events.jsonl: when, what, and its facts."""

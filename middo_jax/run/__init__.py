@@ -1,0 +1,31 @@
+"""A run's folder: where each file lies, how it is written, and which stages are done, stale, and why.
+
+layout.py: paths. files.py: writing. manifest.py: what is done, stale, and why. chain.py: which stage
+reads and writes which files, and which settings it depends on.
+"""
+
+from middo_jax.run.files import (
+    atomic,
+    file_hash,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from middo_jax.run.layout import RoundDir, RunDir, local
+from middo_jax.run.manifest import Manifest, RunError, fingerprint
+
+__all__ = [
+    "Manifest",
+    "RoundDir",
+    "RunDir",
+    "RunError",
+    "atomic",
+    "file_hash",
+    "fingerprint",
+    "local",
+    "read_jsonl",
+    "write_json",
+    "write_jsonl",
+    "write_text",
+]

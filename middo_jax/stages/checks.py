@@ -1,0 +1,58 @@
+"""What would stop a run later and can be known before its folder exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from middo_jax.config import Config
+from middo_jax.data.example import Example
+from middo_jax.run import RunError
+from middo_jax.session import Session
+from middo_jax.stages.train import check_evaluations
+
+
+def check_training(session: Session, examples: Sequence[Example], heldout: Sequence[Example]) -> None:
+    """Checks that a dataset can be trained on, under these settings and on these devices.
+
+    Raises:
+      ConfigError: the mesh fits neither devices, model nor batch; the examples do not fill a batch or do not
+        fit its rows; nothing is held out, and losses on it are asked for; or a package is missing.
+      TrainingDataError: there is nothing to learn in the examples.
+    """
+    from middo_jax.models.config import read_config
+    from middo_jax.models.lora import from_settings
+    from middo_jax.models.model import abstract_model
+    from middo_jax.train.checks import check_batch, check_examples, check_fill
+    from middo_jax.train.feed import plan_training
+    from middo_jax.train.trackers import require_trackers
+
+    config, mesh = session.config, session.mesh
+    settings, pack_length = config.train, config.train.pack_length or config.model.max_length
+    check_evaluations(config, heldout)
+    check_batch(settings, mesh)
+    require_trackers(settings)
+    decoder = dataclasses.replace(read_config(session.base), lora=from_settings(config.lora))
+    abstract_model(decoder, mesh)
+    tokenized = session.tokenize(examples)
+    check_examples(tokenized, pack_length, decoder.vocab_size)
+    once = settings.model_copy(update={"num_epochs": 1})
+    rows = sum(len(rows) for _, rows in plan_training(tokenized, once, config.seed, pack_length))
+    check_fill(len(tokenized), rows, settings, mesh)
+
+
+def check_refiner(config: Config) -> None:
+    """Checks what can be known of the refiner without asking it.
+
+    Raises:
+      RunError: a server is named and the model is not.
+      ConfigError: a gate needs a package that is not installed.
+    """
+    from middo_jax.refine.acceptance.language import load_identifier
+
+    if config.refine.model is None and (config.refine.base_url or os.environ.get("OPENAI_BASE_URL")):
+        served = "refine.base_url" if config.refine.base_url else "$OPENAI_BASE_URL"
+        raise RunError(f"config: refine.model is missing: the name of a model that {served} serves")
+    if config.refine.accept != "none" and config.refine.gates.value("language"):
+        load_identifier()

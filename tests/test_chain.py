@@ -1,0 +1,574 @@
+"""Laws of the chain: a change makes stale what depends on it, and nothing else; redone, it is as before."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loop_fixture import Finished, contents, fake_refiner, settings
+
+from middo_jax import cli
+from middo_jax.config import ConfigError, load
+from middo_jax.loop import run_loop
+from middo_jax.progress import Silent
+from middo_jax.report.lineage import trace
+from middo_jax.report.status import render_status, status
+from middo_jax.run import Manifest, RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
+from middo_jax.run.chain import assess, chain
+from middo_jax.stages.measure import scored_as
+
+pytest_plugins = ["loop_fixture"]
+
+ROUND = ("train", "score", "select", "refine", "merge")
+ALL = [("round_00", s) for s in ROUND] + [("round_01", s) for s in ROUND]
+ALL += [("final", s) for s in ("train", "evaluate", "export")]
+# What says when, where and how fast.
+OF_THIS_RUN = ("config.yaml", "events.jsonl", "manifest.json", "report.html", "llm_cache.sqlite")
+
+
+class Said(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def reasons(run: RunDir, settings: list[str]) -> dict[tuple[str, str], str]:
+    """Why stages of a finished run are stale under these settings."""
+    config = load(None, settings)
+    states = assess(chain(run, config), config)
+    return {(link.folder.path.name, link.name): state.why for link, state in states if state.why}
+
+
+def own(stale: dict[tuple[str, str], str]) -> set[tuple[str, str]]:
+    """The stale ones but those that only follow."""
+    return {key for key, why in stale.items() if not why.startswith("follows ")}
+
+
+def begun(run: RunDir, skip: int = 0) -> list[tuple[str, str]]:
+    events = read_jsonl(run.events)[skip:]
+    return [(e["round"], e["stage"]) for e in events if e["event"] == "start"]
+
+
+def results(run: RunDir) -> dict[str, bytes]:
+    """Bytes of a run's results; of a training's metrics all but its speeds, which are the machine's."""
+    found = {}
+    for name, data in contents(run.path).items():
+        if Path(name).name in OF_THIS_RUN or "/checkpoint/" in name:
+            continue
+        if name.endswith("metrics.jsonl"):
+            rows = [json.loads(line) for line in data.splitlines()]
+            data = json.dumps([{k: v for k, v in row.items() if k != "speed"} for row in rows]).encode()
+        found[name] = data
+    return found
+
+
+@contextlib.contextmanager
+def replaced(path: Path, text: str) -> Iterator[None]:
+    before = path.read_bytes()
+    path.write_text(text, encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train__gradient_accumulation", 8),  # as the advice for a step that does not fit the memory says
+        ("train__remat", "none"),
+        ("train__eval_every", 2),
+        ("train__save_every", 7),
+        ("model__attention", "xla"),
+        ("mesh__fsdp", 1),
+        ("scoring__batch_tokens", 4096),
+        ("scoring__unembed_chunk", 64),
+        ("serve__max_batch", 2),
+        ("refine__concurrency", 2),
+        ("refine__budget_usd", 3),
+        ("refine__base_url", "http://127.0.0.1:9/v1"),
+        ("quality__top_k", 7),  # of a method that is not in use
+    ],
+)
+def test_speed_place_and_cost_make_nothing_stale(finished: Finished, name: str, value: object) -> None:
+    assert reasons(finished.run, finished.settings(**{name: value})) == {}
+
+
+def of_every(*stages: str) -> set[tuple[str, str]]:
+    return {(folder, stage) for folder, stage in ALL if stage in stages}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stale"),
+    [
+        ("train__learning_rate", 0.02, of_every("train")),
+        ("train__pack_length", 777, of_every("train")),
+        ("lora__rank", 2, of_every("train")),
+        ("diversity__k", 3, of_every("score")),
+        ("scoring__ifd", True, of_every("score")),
+        ("serve__max_context", 777, of_every("score", "refine")),
+        ("complexity__fraction", 0.3, of_every("select")),
+        ("complexity__normalise", "length", of_every("select")),
+        ("refine__max_tokens", 777, of_every("refine")),
+        ("refine__gates__duplicate", 0.7, of_every("refine")),
+        ("refine__growth", "keep", of_every("merge") | {("round_01", "prepare"), ("final", "prepare")}),
+        ("data__limit", 20, {("round_00", "prepare")}),
+        ("model__dtype", "bfloat16", {("round_00", "prepare"), *of_every("train", "score", "refine"),
+                                      *of_every("evaluate", "export")}),
+        ("model__max_length", 500, {("round_00", "prepare"), *of_every("train", "score", "refine"),
+                                    *of_every("evaluate")}),
+        ("rounds", 3, {("final", "prepare"), ("final", "evaluate")}),
+    ],
+)  # fmt: skip
+def test_a_setting_makes_stale_what_depends_on_it_and_what_follows(
+    finished: Finished, name: str, value: object, stale: set[tuple[str, str]]
+) -> None:
+    found = reasons(finished.run, finished.settings(**{name: value}))
+    assert own(found) == stale
+    dotted = name.replace("__", ".")
+    assert all(dotted in why for key, why in found.items() if key in own(found)) or name == "rounds"
+    # Everything after the first stale stage follows from it, here where each stage reads the one before.
+    order = [("round_00", "prepare"), *ALL]
+    order.insert(order.index(("round_01", "train")), ("round_01", "prepare"))
+    order.insert(order.index(("final", "train")), ("final", "prepare"))
+    first = min(order.index(key) for key in found)
+    assert set(found) == set(order[first:])
+
+
+def test_one_more_round_continues_and_ends_like_a_run_of_two(finished: Finished, tmp_path: Path) -> None:
+    def of(rounds: int) -> list[str]:
+        return finished.settings(rounds=rounds, runs_dir=tmp_path)
+
+    run = run_loop(load(None, of(1)), Silent())
+    first, events = contents(run.round(0).path), len(read_jsonl(run.events))
+    said = Said()
+    run_loop(load(None, of(2)), said)
+    assert begun(run, events) == [key for key in ALL if key[0] != "round_00"]
+    assert contents(run.round(0).path) == first  # the manifest too
+    assert results(run) == results(finished.run)
+    assert "final prepare will be redone: it reads ../round_01/dataset.jsonl now" in said.lines
+
+
+def flip(path: Path) -> None:
+    """Changes one byte in the middle, and neither name nor size."""
+    data = bytearray(path.read_bytes())
+    at = data.find(b" a ")  # within a text, where there is any: what is damaged must be seen by its hash
+    data[at + 1 if at >= 0 else len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def weights(directory: RoundDir) -> Path:
+    files = [p for p in (directory.checkpoint / "params").rglob("*") if p.is_file()]
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "redone", "why"),
+    [
+        (lambda run: run.round(1).dataset.unlink(), [], "dataset.jsonl is missing"),
+        (lambda run: flip(run.round(1).scores), [("round_01", "score"), ("round_01", "select")],
+         "scores.parquet is not as it was written"),
+        (lambda run: flip(run.round(1).refined), [("round_01", "refine")],
+         "refined.jsonl is not as it was written"),
+        (lambda run: flip(weights(run.round(1))), [("round_01", "train")], "is not as it was written"),
+        (lambda run: run.heldout_losses.unlink(), [("final", "evaluate")], "heldout_losses.json is missing"),
+        (lambda run: flip(run.final / "huggingface" / "model.safetensors"), [("final", "export")],
+         "huggingface/model.safetensors is not as it was written"),
+    ],
+)  # fmt: skip
+def test_what_is_damaged_is_made_again_with_the_same_bytes_and_nothing_else(
+    finished: Finished,
+    tmp_path: Path,
+    damage: Callable[[RunDir], None],
+    redone: list[tuple[str, str]],
+    why: str,
+) -> None:
+    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path)))
+    run, asked = RunDir(tmp_path / "run"), len(finished.requests)
+    before, events = results(run), len(read_jsonl(run.events))
+    damage(run)
+    state = status(run)
+    told = {(r["name"], s): w for r in [*state["rounds"], state["final"]] for s, w in r["stale"].items()}
+    assert not state["complete"]
+    assert [w for w in told.values() if why in w]
+    shown = render_status(state)
+    assert "stale" in shown
+    said = Said()
+    run_loop(config, said)
+    assert any("will be redone: " in line and why in line for line in said.lines)
+    # A stage that follows is spared where what it reads came out the same.
+    assert begun(run, events) == redone
+    assert results(run) == before
+    assert len(finished.requests) == asked
+    assert status(run)["complete"]
+
+
+def test_changed_data_makes_all_stale_and_missing_data_nothing(finished: Finished) -> None:
+    data, given = finished.root / "data.json", finished.settings()
+    with replaced(data, data.read_text(encoding="utf-8").replace("bread", "toast")):
+        found = reasons(finished.run, given)
+        assert own(found) == {("round_00", "prepare")}
+        assert found["round_00", "prepare"] == f"data has changed: {data.resolve()}"
+        assert {("round_00", "train"), ("final", "export")} <= found.keys()
+    assert reasons(finished.run, given) == {}  # the same bytes at another time
+    data.rename(data.with_name("away.json"))
+    try:
+        assert reasons(finished.run, given) == {}
+    finally:
+        data.with_name("away.json").rename(data)
+
+
+def test_a_changed_base_model_makes_stale_what_reads_it(finished: Finished) -> None:
+    config = finished.root / "model" / "config.json"
+    with replaced(config, config.read_text(encoding="utf-8").replace("{", "{ ", 1)):
+        found = reasons(finished.run, finished.settings())
+        assert own(found) == {*of_every("train", "score", "evaluate")}
+    assert reasons(finished.run, finished.settings()) == {}
+
+
+def test_a_touched_file_is_hashed_and_an_untouched_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RoundDir(tmp_path / "round_00")
+    write_jsonl(folder.dataset, [1])
+    write_jsonl(folder.selection, [2])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows").write_text("rows")
+    manifest = Manifest(folder.path)
+    seen = manifest.see([folder.dataset], {"data": tmp_path / "data"})
+    manifest.finish("select", [folder.selection], 1.0, seen=seen)
+    hashed: list[Path] = []
+    fingerprint = sys.modules["middo_jax.run.manifest"].fingerprint
+    monkeypatch.setattr(
+        "middo_jax.run.manifest.fingerprint", lambda path: hashed.append(path) or fingerprint(path)
+    )
+    assert manifest.why_stale("select") is None
+    assert hashed == []
+    folder.dataset.touch()
+    assert manifest.why_stale("select") is None
+    assert [path.name for path in hashed] == ["dataset.jsonl"]
+    write_jsonl(folder.dataset, [3])
+    assert manifest.why_stale("select") == "dataset.jsonl has changed"
+    write_jsonl(folder.dataset, [1])
+    (tmp_path / "data" / "rows").write_text("other")
+    assert manifest.why_stale("select") == f"data has changed: {tmp_path / 'data'}"
+
+
+def test_an_edit_while_a_stage_runs_makes_it_stale(tmp_path: Path) -> None:
+    config = load(None, settings(tmp_path))
+    link = chain(RunDir(tmp_path / "run"), config)[3]
+    write_jsonl(link.folder.scores, [1])
+    begun = link.begin()
+    write_jsonl(link.folder.scores, [2])
+    for path in link.writes:
+        write_jsonl(path, [3])
+    begun.finish(config, 1.0)
+    assert link.where == "round_00 select"
+    assert link.why_stale(config) == "scores.parquet has changed"
+
+
+def test_a_large_file_is_known_by_its_size_and_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("middo_jax.run.manifest._WHOLE", 1 << 16)
+    folder = RoundDir(tmp_path)
+    weights = tmp_path / "weights"
+    weights.write_bytes(bytes(range(256)) * 20_000)
+    folder.finish("train", [weights], 1.0)
+    assert folder.stages()["train"]["files"]["weights"].startswith("sampled:")
+    assert folder.is_done("train")
+    weights.touch()
+    assert folder.is_done("train")
+    with weights.open("ab") as file:
+        file.write(b"x")
+    assert not folder.is_done("train")
+    weights.write_bytes(bytes(range(255, -1, -1)) * 20_000)
+    assert not folder.is_done("train")
+
+
+def test_a_setting_back_to_its_old_value_is_no_change(finished: Finished, tmp_path: Path) -> None:
+    """The settings of a start that was broken off bind nothing that was done under others."""
+    runs_dir = finished.copy(tmp_path)
+    run = RunDir(tmp_path / "run")
+    stale = status_under(run, finished.settings(runs_dir=runs_dir, train__num_epochs=2))
+    assert stale
+    assert status_under(run, finished.settings(runs_dir=runs_dir)) == set()
+
+
+def status_under(run: RunDir, settings: list[str]) -> set[str]:
+    """What `middo status` calls stale once config.yaml holds these settings."""
+    run.config.write_text(load(None, settings).to_yaml(), encoding="utf-8")
+    state = status(run)
+    return {f"{r['name']} {s}" for r in [*state["rounds"], state["final"]] for s in r["stale"]}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"train__batch_size": 512}, r"the dataset fills \d+ of the 512 rows of a batch"),
+        ({"train__eval_every": 2, "data__eval_fraction": 0}, "train.eval_every needs examples"),
+        ({"model__max_length": 4}, "were cut"),
+        ({"refine__model": "null"}, "refine.model is missing"),
+        ({"mesh__fsdp": 3}, "does not fit"),
+        ({"data__path": "none.json"}, "there is no file none.json"),
+        ({"model__path": "./none"}, "no such file or directory"),
+    ],
+)
+def test_a_refused_start_leaves_no_folder(
+    finished: Finished, tmp_path: Path, wrong: dict[str, Any], message: str
+) -> None:
+    config = load(None, finished.settings(runs_dir=tmp_path / "runs", **wrong))
+    with pytest.raises((ConfigError, RunError, ValueError), match=message):
+        run_loop(config, Silent())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_start_changes_nothing_of_a_finished_run(finished: Finished, tmp_path: Path) -> None:
+    runs_dir = finished.copy(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="rows of a batch"):
+        run_loop(load(None, finished.settings(runs_dir=runs_dir, train__batch_size=512)), Silent())
+    assert contents(tmp_path) == before
+
+
+def test_a_training_under_way_with_other_settings_is_begun_anew(finished: Finished, tmp_path: Path) -> None:
+    more = {"runs_dir": finished.copy(tmp_path), "rounds": 2}
+    run = RunDir(tmp_path / "run")
+    run.final.forget("train")  # as if it had been killed before its record was written
+    said = Said()
+    run_loop(load(None, finished.settings(**more, train__learning_rate=0.02)), said)
+    assert (
+        read_jsonl(run.final.metrics)[-1]["learning_rate"]
+        != read_jsonl(finished.run.final.metrics)[-1]["learning_rate"]
+    )
+    assert any("is of another training; it is trained anew" in line for line in said.lines)
+    assert status(run)["complete"]
+
+
+Middo = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def middo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Middo:
+    """Runs a command in this process: (exit code, stdout, stderr)."""
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "MIDDO_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["middo", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+REFINED = ("requests.jsonl", "refined.jsonl", "candidates.jsonl", "dropped.jsonl")
+
+
+def test_refining_a_round_by_hand_is_the_loops_stage(
+    finished: Finished, middo: Middo, tmp_path: Path
+) -> None:
+    """Same rows, same round in their lineage, out of the run's own cache; and the run finds it done."""
+    runs_dir = finished.copy(tmp_path)
+    run, asked = RunDir(tmp_path / "run"), len(finished.requests)
+    here = run.round(1)
+    before, record = contents(here.path, *REFINED), here.stages()["refine"]
+    here.forget("refine")
+    for name in REFINED[:3]:
+        (here / name).unlink()
+    code, _, err = middo("refine", here.path)
+    assert code == 0, err
+    assert contents(here.path, *REFINED) == before
+    assert len(finished.requests) == asked
+    assert not (here / "llm_cache.sqlite").exists()
+    again = here.stages()["refine"]
+    assert {r["example"]["lineage"]["round"] for r in read_jsonl(here.refined) if r["accepted"]} == {2}
+    for name in ("reads", "settings", "files", "limits"):
+        assert again[name] == record[name]
+    counts = ("requests", "answers", "prompt_tokens", "completion_tokens")  # of all starts together
+    for axis, usage in record["usage"].items():
+        assert {n: again["usage"][axis][n] for n in counts} == {n: usage[n] for n in counts}
+    assert "../heldout.jsonl" in again["reads"]
+    events = len(read_jsonl(run.events))
+    run_loop(load(None, finished.settings(runs_dir=runs_dir)), Silent())
+    assert begun(run, events) == []
+
+
+def test_a_held_out_prompt_is_not_repeated_by_hand_either(
+    finished: Finished, middo: Middo, tmp_path: Path
+) -> None:
+    """Also by batch files: a rewrite that equals a held-out prompt is rejected."""
+    finished.copy(tmp_path)
+    run = RunDir(tmp_path / "run")
+    here = run.round(0)
+    prompt = read_jsonl(run.heldout)[0]["messages"][0]["content"]
+
+    def answer(text: str) -> str:
+        return f"<prompt>{prompt}</prompt>" if "<prompt>" in text else "It is for all of them, as is known."
+
+    with fake_refiner(answer=answer) as (url, _):
+        code, _, err = middo("refine", here.path, f"refine.base_url={url}", "refine.model_revision=other")
+    assert code == 0, err
+    rows = read_jsonl(here.refined)
+    assert rows
+    assert not [row for row in rows if row["accepted"]]
+
+    ask, got = tmp_path / "ask.jsonl", tmp_path / "got.jsonl"
+    set_ = ("refine.model_revision=batch", "refine.response_format=text")
+    middo("refine", here.path, "--write-batch", ask, *set_)
+    for _ in range(9):
+        rows = [{"custom_id": row["custom_id"], "error": None, "response": answered(row, answer)}
+                for row in read_jsonl(ask)]  # fmt: skip
+        write_jsonl(got, rows)
+        code, out, err = middo("refine", here.path, "--read-batch", got, "--write-batch", ask, *set_)
+        assert code == 0, err
+        if "rewrites accepted" in out:
+            break
+    rows = read_jsonl(here.refined)
+    assert rows
+    assert not [row for row in rows if row["accepted"]]
+    assert not (here / "llm_cache.sqlite").exists()
+
+
+def answered(row: dict[str, Any], answer: Callable[[str], str]) -> dict[str, Any]:
+    message = {"role": "assistant", "content": answer(row["body"]["messages"][-1]["content"])}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return {"status_code": 200, "body": {"choices": [choice], "usage": {}}}
+
+
+def test_select_takes_a_fraction_after_m(finished: Finished, middo: Middo, tmp_path: Path) -> None:
+    shutil.copytree(finished.run.round(0).path, tmp_path / "scored")
+    stored = load(None, finished.settings(complexity__fraction="null", complexity__m=1.5))
+    (tmp_path / "scored" / "config.yaml").write_text(stored.to_yaml(), encoding="utf-8")
+    code, out, err = middo("select", tmp_path / "scored", "complexity.fraction=0.2", "--json")
+    assert code == 0, err
+    assert json.loads(out)["axes"]["complexity"]["fraction"] == 0.2
+
+
+def test_folders_that_are_no_run_are_refused(
+    finished: Finished, middo: Middo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("not a run")
+    shutil.copytree(finished.run.round(0).path, tmp_path / "scored")
+    shutil.copyfile(finished.run.config, tmp_path / "scored" / "config.yaml")
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "scored"):
+        for command in (("status", folder), ("report", folder), ("trace", folder, "a")):
+            code, out, err = middo(*command)
+            assert (code, out) == (1, "")
+            assert "not a run" in err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "c.yaml", "runs_dir=gs://bucket/runs"),
+        ("status", "gs://bucket/runs/run"),
+        ("score", "--data", "{data}", "--model", "{model}", "--out", "s3://bucket/scored"),
+        ("train", "--data", "{data}", "--model", "{model}", "--out", "gs://bucket/tuned"),
+        ("export", "checkpoint", "gs://bucket/hf"),
+    ],
+)
+def test_urls_are_refused_and_make_no_folder(
+    finished: Finished,
+    middo: Middo,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(finished.run.config, "c.yaml")
+    places = {"data": finished.root / "data.json", "model": finished.root / "model"}
+    code, out, err = middo(*(part.format(**places) for part in command))
+    assert (code, out) == (1, "")
+    assert "not supported yet" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def previous_version(run: RunDir) -> None:
+    """Turns manifests into those of the version before: files with hashes, the last training's without."""
+    for directory in (*run.rounds(), run.final):
+        records = directory.stages()
+        for record in records.values():
+            for name in ("reads", "inputs", "settings", "stats"):
+                del record[name]
+        for name in [n for n in records["train"]["files"] if "params" in n]:
+            del records["train"]["files"][name]
+        write_json(directory.manifest, {"stages": records})
+
+
+def test_a_run_of_the_previous_version_is_read_and_not_continued(
+    finished: Finished, middo: Middo, tmp_path: Path
+) -> None:
+    runs_dir = finished.copy(tmp_path)
+    run = RunDir(tmp_path / "run")
+    previous_version(run)
+    assert status(run)["complete"]
+    assert middo("report", run.path)[0] == 0
+    sample = read_jsonl(run.final.dataset)[0]["id"]
+    assert trace(run, sample)[0]["id"]
+    before = contents(tmp_path)
+    with pytest.raises(RunError, match=r"was made by an earlier version .*another name \(name="):
+        run_loop(load(None, finished.settings(runs_dir=runs_dir)), Silent())
+    assert contents(tmp_path) == before
+    # What it promised is kept: a file that is gone makes its stage stale.
+    run.round(1).refined.unlink()
+    assert status(run)["next"] == {"round": "round_01", "stage": "refine"}
+
+
+def test_a_spoilt_config_is_told_by_status_and_written_anew_by_run(
+    finished: Finished, tmp_path: Path
+) -> None:
+    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path)))
+    run = RunDir(tmp_path / "run")
+    run.config.write_text("seed: [", encoding="utf-8")
+    with pytest.raises(RunError, match=r"config\.yaml: not valid YAML"):
+        status(run)
+    run_loop(config, Silent())
+    assert load(run.config) == config
+
+
+def scored(folder: Path, overrides: list[str]) -> RoundDir:
+    """A round with a record of scoring, and no more in its files than a letter."""
+    config = load(None, overrides)
+    link = chain(RunDir(folder), config)[2]
+    assert link.where == "round_00 score"
+    (link.folder.checkpoint).mkdir(parents=True)
+    for path in (*link.files, *link.writes, link.folder.checkpoint / "metadata.json"):
+        path.write_text("x")
+    link.begin().finish(config, 1.0)
+    return link.folder
+
+
+def test_a_record_names_the_settings_that_its_stage_depends_on_and_no_others(tmp_path: Path) -> None:
+    named = scored(tmp_path / "run", settings(tmp_path)).stages()["score"]["settings"]
+    assert {"diversity.k", "quality.method", "model.max_length"} <= named.keys()
+    assert not [n for n in named if n.startswith(("train.", "refine.", "mesh.")) or n.endswith(".fraction")]
+
+
+def test_measurements_are_of_no_use_to_other_scores(tmp_path: Path) -> None:
+    """Embeddings before training are the same under every model: the name must tell models apart."""
+    first = scored(tmp_path / "a", settings(tmp_path))
+    same = scored(tmp_path / "b", settings(tmp_path, train__num_epochs=2))
+    other = scored(tmp_path / "c", settings(tmp_path, quality__score="log_odds"))
+    assert scored_as(first) == scored_as(same) != scored_as(other)
+    (same.checkpoint / "metadata.json").write_text("another training")
+    config = load(None, settings(tmp_path))
+    chain(RunDir(tmp_path / "b"), config)[2].begin().finish(config, 1.0)
+    assert scored_as(same) not in (scored_as(first), scored_as(other))

@@ -165,6 +165,11 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def tear(path: Path) -> None:
+    """Leaves a file that cannot be parsed."""
+    path.write_bytes(path.read_bytes()[:-20] + b"{")
+
+
 def weights(directory: RoundDir) -> Path:
     files = [p for p in (directory.checkpoint / "params").rglob("*") if p.is_file()]
     return max(files, key=lambda p: p.stat().st_size)
@@ -180,6 +185,12 @@ def weights(directory: RoundDir) -> Path:
          "refined.jsonl is not as it was written"),
         (lambda run: flip(weights(run.round(1))), [("round_01", "train")], "is not as it was written"),
         (lambda run: run.heldout_losses.unlink(), [("final", "evaluate")], "heldout_losses.json is missing"),
+        (lambda run: tear(run.round(1).selection), [("round_01", "select")],
+         "selection.json is not as it was written"),
+        (lambda run: tear(run.round(1).refined), [("round_01", "refine")],
+         "refined.jsonl is not as it was written"),
+        (lambda run: tear(run.heldout_losses), [("final", "evaluate")],
+         "heldout_losses.json is not as it was written"),
         (lambda run: flip(run.final / "huggingface" / "model.safetensors"), [("final", "export")],
          "huggingface/model.safetensors is not as it was written"),
     ],

@@ -123,7 +123,8 @@ def status(run: RunDir) -> dict[str, Any]:
     rounds = [_round(r, ROUND_STAGES, stale) for r in planned_rounds(run)]
     final = _round(run.final, FINAL_STAGES, stale)
     pending = next(({"round": r["name"], "stage": r["next"]} for r in [*rounds, final] if r["next"]), None)
-    heldout = load_json(run.heldout_losses) or {}
+    is_evaluated = (run.final.path.name, "evaluate") not in stale
+    heldout = (load_json(run.heldout_losses) if is_evaluated else None) or {}
     models = heldout.get("models", [])
     events = load_jsonl(run.events, torn_end=True) or []
     return {
@@ -170,9 +171,10 @@ def _round(
     records, name = round_dir.stages(), round_dir.path.name
     stale = {stage: why for (folder, stage), why in all_stale.items() if folder == name}
     seconds = {s: float(records[s]["seconds"]) if s in records and s not in stale else None for s in stages}
-    selection = load_json(round_dir.selection)
+    # What a stale stage has written is not counted: it may be damaged, and will be written anew.
+    selection = None if "select" in stale else load_json(round_dir.selection)
     chosen = {axis: record["ids"] for axis, record in selection["axes"].items()} if selection else None
-    refined = load_jsonl(round_dir.refined)
+    refined = None if "refine" in stale else load_jsonl(round_dir.refined)
     verdicts = Counter(bool(row["accepted"]) for row in refined) if refined is not None else None
     return {
         "name": round_dir.path.name,

@@ -20,7 +20,8 @@ from middo_jax.models.source import locate
 from middo_jax.passes.losses import score_examples
 from middo_jax.progress import for_stderr
 from middo_jax.session import Session, prepare
-from middo_jax.signals.neighbours.search import Neighbours, nearest_neighbours
+from middo_jax.signals.neighbours.nearest import Neighbours
+from middo_jax.signals.neighbours.search import nearest_neighbours
 from middo_jax.signals.select import select_axis
 from middo_jax.stages.score import raw_prompts
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.signals.neighbours.incremental import Earlier, updated_neighbours
-from middo_jax.signals.neighbours.search import Neighbours, nearest_neighbours
+from middo_jax.signals.neighbours.nearest import Neighbours
+from middo_jax.signals.neighbours.search import nearest_neighbours
 
 
 def main() -> None:

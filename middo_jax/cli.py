@@ -7,15 +7,17 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from middo_jax.evaluate.heldout import HeldoutLoss
+    from middo_jax.results import Run
+
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Closed-loop data optimisation for LLM fine-tuning. Any setting can be given last, as a.b=value.",
@@ -29,6 +31,24 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Data = Annotated[str, typer.Option(help="A file, a dataset directory, tfds:NAME:SPLIT or hf:NAME:SPLIT.")]
 MODEL_HELP = "A Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf, a repo id."
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from middo_jax.version import __version__
+
+        print(f"middo-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    """Options of the program itself, which need no command."""
 
 
 def main() -> None:
@@ -62,16 +82,17 @@ def run_command(
     as_json: AsJson = False,
 ) -> None:
     """The closed loop: train, score, select, refine, merge, again; resumed where it stopped."""
-    from middo_jax.config import load
-    from middo_jax.loop import run_loop
-    from middo_jax.progress import for_stderr
-    from middo_jax.report.effects import effect_lines
-    from middo_jax.report.status import status
+    from middo_jax import api
 
-    run = run_loop(load(config, overrides or ()), for_stderr())
-    facts = status(run)
-    text = "\n".join([*effect_lines(facts["effects"]), str(run.report)])
-    _show(as_json, {"report": str(run.report), **facts}, text)
+    _show_run(api.run(config, overrides), as_json)
+
+
+@app.command(epilog="Example: middo quickstart train.num_epochs=2")
+def quickstart(overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """The loop on a small model and the rows that ship with the program, into runs/quickstart."""
+    from middo_jax import api
+
+    _show_run(api.run(*api.quickstart(overrides)), as_json)
 
 
 @app.command(epilog="Example: middo score --data alpaca.json --model ./tuned --pre-model ./base --out scored")
@@ -81,39 +102,35 @@ def score(
     out: Annotated[Path, typer.Option(help="Gets dataset.jsonl, scores.parquet, embeddings.npy.")],
     pre_model: Annotated[str | None, typer.Option(help="The model before training, for loss_pre.")] = None,
     axes: Annotated[str, typer.Option(help="Comma-separated.")] = "complexity,diversity,quality",
+    keep_columns: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns of the data to write beside the scores, comma-separated. All scalar ones."
+        ),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Losses, neighbours and ratings of a dataset, without the loop."""
-    from middo_jax import stages
-    from middo_jax.run import RoundDir, write_jsonl, write_text
-    from middo_jax.session import prepare, write_dataset
+    from middo_jax import api
+    from middo_jax.run import RoundDir
 
-    wanted = [axis.strip() for axis in axes.split(",") if axis.strip()]
-    if unknown := [axis for axis in wanted if axis not in stages.AXES]:
-        raise ValueError(f"--axes: {unknown[0]!r} is none of {', '.join(stages.AXES)}")
-    model_path = _model(model)
-    session = _session_with(model_path, data, overrides)
-    directory = RoundDir(out)
-    kept, _, rejections = prepare(session)
-    write_text(out / "config.yaml", session.config.to_yaml())
-    write_jsonl(directory.rejected, (r.to_json() for r in rejections))
-    write_dataset(directory, kept)
-    if pre_model is None and "complexity" in wanted:
-        session.progress.say("no --pre-model: loss_pre stays empty, and no sample can be called hard")
-    stages.score_stage(session, directory, model_path, _model(pre_model) if pre_model else None, wanted)
-    result = {"out": str(out), "n": len(kept), "rejected": len(rejections), "scores": str(directory.scores)}
-    _show(as_json, result, str(directory.scores))
+    wanted = _names(axes)
+    api.require_axes(wanted, "--axes")
+    kept = None if keep_columns is None else _names(keep_columns)
+    scores = api.score(data, model, pre_model, wanted, keep_columns=kept, out=out, settings=overrides)
+    path = str(RoundDir(out).scores)
+    result = {"out": str(out), "n": len(scores.table), "rejected": len(scores.rejected), "scores": path}
+    _show(as_json, result, path)
 
 
 @app.command(epilog="Example: middo select scored complexity.m=1.5 quality.fraction=0.05 quality.m=null")
 def select(directory: Path, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The hard, sparse and low-quality samples of DIRECTORY/scores.parquet, and how many each m selects."""
-    from middo_jax import stages
+    from middo_jax import api
     from middo_jax.report.terminal import render_selection
-    from middo_jax.run import RoundDir
 
-    selection = stages.select_stage(_session_of(directory, overrides), RoundDir(directory))
+    selection = api.select(directory, settings=overrides).facts
     _show(as_json, selection, render_selection(selection))
 
 
@@ -135,12 +152,13 @@ def refine(
     as_json: AsJson = False,
 ) -> None:
     """The selected samples of DIRECTORY through a served LLM; writes refined.jsonl and merged.jsonl."""
+    from middo_jax import api, stages
     from middo_jax import refine as wing
-    from middo_jax import stages
     from middo_jax.report.terminal import render_batch, render_dry_run
-    from middo_jax.run import RoundDir, read_jsonl, write_jsonl
+    from middo_jax.run import RoundDir
+    from middo_jax.session import session_of
 
-    session, here = _session_of(directory, overrides), RoundDir(directory)
+    session, here = session_of(directory, overrides), RoundDir(directory)
     settings = session.config.refine
     if dry_run:
         form = "json" if settings.response_format == "json" else "text"
@@ -156,15 +174,13 @@ def refine(
             command = shlex.join(["middo", "refine", str(directory), *(overrides or ())])
             _show(as_json, facts, render_batch(facts, command, write_batch))
             return
+        refined = api.merged(session, here)
     else:
-        stages.refine_round(session, here)
-    merged = directory / "merged.jsonl"
-    write_jsonl(merged, (e.to_json() for e in stages.merge_stage(session, here)))
-    rows = read_jsonl(here.refined)
-    accepted = sum(row["accepted"] for row in rows)
-    spent = here.stages()["refine"]["usage"]
-    result = {"tasks": len(rows), "accepted": accepted, "merged": str(merged), "usage": spent}
-    _show(as_json, result, f"{accepted} of {len(rows)} rewrites accepted\n{merged}")
+        refined = api.refine(directory, settings=overrides)
+    counts = {"tasks": len(refined.rows), "accepted": refined.n_accepted}
+    result = {**counts, "merged": str(refined.merged), "usage": refined.usage}
+    text = f"{refined.n_accepted} of {len(refined.rows)} rewrites accepted\n{refined.merged}"
+    _show(as_json, result, text)
 
 
 @app.command(epilog="Example: middo train --data alpaca.json --model ./base --out tuned train.num_epochs=3")
@@ -176,23 +192,14 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Supervised fine-tuning: OUT/checkpoint and OUT/metrics.jsonl; goes on where it was stopped."""
-    from middo_jax import stages
-    from middo_jax.run import RoundDir, read_jsonl, write_jsonl, write_text
-    from middo_jax.session import prepare, write_dataset
+    from middo_jax import api
 
-    model_path, directory = _model(model), RoundDir(out)
-    session = _session_with(model_path, data, overrides)
-    kept, heldout, rejections = prepare(session)
-    stages.check_training(session, kept, heldout)
-    write_text(out / "config.yaml", session.config.to_yaml())
-    write_jsonl(directory.rejected, (r.to_json() for r in rejections))
-    write_dataset(directory, kept)
-    stages.train_stage(session, directory, model_path, heldout)
-    last = read_jsonl(directory.metrics)[-1]
-    result: dict[str, Any] = {"checkpoint": str(directory.checkpoint), "last": last}
-    if heldout:
-        result["heldout"] = stages.HeldOut(session, heldout).loss_of(directory.checkpoint)
-    _show(as_json, result, str(directory.checkpoint))
+    trained = api.train(data, model, out, settings=overrides)
+    checkpoint = str(trained.checkpoint)
+    result: dict[str, Any] = {"checkpoint": checkpoint, "last": trained.metrics[-1]}
+    if trained.heldout is not None:
+        result["heldout"] = _loss(trained.heldout)
+    _show(as_json, result, checkpoint)
 
 
 @app.command(
@@ -200,13 +207,9 @@ def train(
 )
 def evaluate(data: Data, model: Model, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Loss per target token of a model on a dataset."""
-    from middo_jax import stages
-    from middo_jax.session import prepare
+    from middo_jax import api
 
-    path = _model(model)
-    session = _session_with(path, data, overrides)
-    examples, _, _ = prepare(session)
-    result = stages.HeldOut(session, examples).loss_of(path)
+    result = _loss(api.evaluate(data, model, settings=overrides))
     _show(as_json, result, f"{result['loss']:.6f} nats a token over {result['n_target_tokens']:,} tokens")
 
 
@@ -227,17 +230,10 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """A checkpoint of ours, or a LoRA adapter merged, as a Hugging Face directory."""
-    from middo_jax.progress import for_stderr
-    from middo_jax.run import local
-    from middo_jax.stages import export_adapter, export_checkpoint
+    from middo_jax import api
 
-    out = local(out)
-    if adapter:
-        export_adapter(checkpoint, out, dtype)
-        _show(as_json, {"out": str(out)}, str(out))
-        return
-    facts = export_checkpoint(checkpoint, out, dtype, for_stderr(), verify=verify)
-    _show(as_json, {"out": str(out), **facts}, str(out))
+    exported = api.export(checkpoint, out, dtype=dtype, verify=verify, adapter=adapter)
+    _show(as_json, {"out": str(exported.path), **(exported.verification or {})}, str(exported.path))
 
 
 @app.command(epilog="Example: middo convert alpaca.json chat.jsonl --format messages")
@@ -269,9 +265,12 @@ def serve(
 ) -> None:
     """An OpenAI-compatible endpoint on loopback, unless serve.host says otherwise."""
     from middo_jax.inference.server import build_app, load_engine, serve_forever
+    from middo_jax.models.resolve import resolve
+    from middo_jax.session import new_session
 
-    path = _model(model)
-    session = _session([f"model.path={path}", "data.path=none", f"serve.port={port}", *(overrides or ())])
+    path = resolve(model)
+    named = {"model.path": str(path), "data.path": "none", "serve.port": port}
+    session = new_session([named, *(overrides or ())])
     config = session.config
     engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, mesh=session.mesh)
     with engine:
@@ -357,39 +356,19 @@ def inspect(
     _show(as_json, facts, render_inspection(facts, color=color))
 
 
-def _session(settings: Sequence[str], path: Path | None = None) -> Any:
-    import jax
+def _show_run(done: Run, as_json: bool) -> None:
+    from middo_jax.report.effects import effect_lines
 
-    from middo_jax.config import load
-    from middo_jax.progress import for_stderr
-    from middo_jax.session import Session
-
-    # float32 is the fast dtype on a CPU, and what one compares with there.
-    dtype = [] if path or jax.default_backend() != "cpu" else ["model.dtype=float32"]
-    return Session(load(path, [*dtype, *settings]), for_stderr())
+    text = "\n".join([*effect_lines(done.facts["effects"]), str(done.report)])
+    _show(as_json, {"report": str(done.report), **done.facts}, text)
 
 
-def _session_with(model: Path, data: str, overrides: Sequence[str] | None) -> Any:
-    """For one model and one dataset, of which nothing is held out unless asked for."""
-    named = [f"model.path={_base(model)}", f"data.path={data}", "data.eval_fraction=0"]
-    return _session([*named, *(overrides or ())])
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _session_of(directory: Path, overrides: Sequence[str] | None) -> Any:
-    from middo_jax.run import RunError
-
-    for path in (directory / "config.yaml", directory.parent / "config.yaml"):
-        if path.exists():
-            return _session(overrides or (), path)
-    raise RunError(
-        f"{directory}: no config.yaml there or above; `middo score --data F --model M --out DIR` makes one"
-    )
-
-
-def _model(path: str) -> Path:
-    from middo_jax.models.resolve import resolve
-
-    return resolve(path)
+def _loss(of: HeldoutLoss) -> dict[str, Any]:
+    return {"loss": of.loss, "n_target_tokens": of.n_target_tokens}
 
 
 def _tokenizer_directory(model: str) -> Path:
@@ -397,13 +376,6 @@ def _tokenizer_directory(model: str) -> Path:
     from middo_jax.models.source import tokenizer_directory
 
     return tokenizer_directory(model)
-
-
-def _base(path: Path) -> Path:
-    """The Hugging Face directory whose tokenizer a model uses: its own, or that which it was trained from."""
-    from middo_jax.models.source import locate
-
-    return locate(path).base
 
 
 def _show(as_json: bool, value: Any, text: str) -> None:

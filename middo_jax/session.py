@@ -7,15 +7,17 @@ import dataclasses
 import functools
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from middo_jax.config import Config
+from middo_jax.config import Config, SettingsLike, layers_of
+from middo_jax.config import load as load_config
 from middo_jax.data.example import Example
-from middo_jax.data.sources import DataError, Rejection, read, split_heldout
+from middo_jax.data.in_memory import IN_MEMORY
+from middo_jax.data.sources import DataError, Rejection, UserRows, read_rows, split_heldout
 from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, refusal, tokenize_all
-from middo_jax.progress import Progress
+from middo_jax.progress import Progress, for_stderr
 from middo_jax.run import RoundDir, RunError, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
@@ -91,16 +93,63 @@ class Session:
         return plan_losses(tokenized, share_prefix, ways, self.config.scoring.batch_tokens)
 
 
-def prepare(session: Session) -> tuple[list[Example], list[Example], list[Rejection]]:
-    """Reads the user's data: (to train on, held out, refused with the reason).
+def new_session(settings: Sequence[str | Mapping[str, Any]]) -> Session:
+    """A session with these settings, that reports on stderr.
+
+    Unless they say otherwise it computes in float32 on a CPU, where that is the fast dtype.
+    """
+    import jax
+
+    dtype = [{"model.dtype": "float32"}] if jax.default_backend() == "cpu" else []
+    return Session(load_config(None, [*dtype, *settings]), for_stderr())
+
+
+def session_for(model: Path, data: str | None, settings: SettingsLike = None) -> Session:
+    """A session for one model and one dataset, of which nothing is held out unless `settings` say so.
+
+    Args:
+      model: as `resolve` gives it; its base and tokenizer become the session's.
+      data: what `data.path` takes; None is for rows in memory.
+      settings: laid over these; a whole tree lies under them.
+    """
+    from middo_jax.models.source import locate
+
+    named = {
+        "model": {"path": str(locate(model).base)},
+        "data": {"path": data or IN_MEMORY, "eval_fraction": 0},
+    }
+    layers = layers_of(settings)
+    return new_session([*layers, named] if isinstance(settings, Config) else [named, *layers])
+
+
+def session_of(directory: Path, settings: SettingsLike = None) -> Session:
+    """A session with the settings of a folder, or of the run that it is a round of, and others over them.
+
+    Raises:
+      RunError: there is no config.yaml.
+    """
+    for path in (directory / "config.yaml", directory.parent / "config.yaml"):
+        if path.exists():
+            return Session(load_config(path, layers_of(settings)), for_stderr())
+    raise RunError(
+        f"{directory}: no config.yaml there or above; `middo score --data F --model M --out DIR` makes one"
+    )
+
+
+def prepare(
+    session: Session, data: UserRows | None = None
+) -> tuple[list[Example], list[Example], list[Rejection]]:
+    """The user's data: (to train on, held out, refused with the reason).
+
+    Args:
+      session: settings, tokenizer.
+      data: as `read_data` gives it, if it was read already.
 
     Raises:
       DataError: the data cannot be read, or nothing of it can be used.
     """
     settings = session.config.data
-    examples, rejections = read(settings.path, settings.format, settings.limit)
-    examples, refused = usable(session, examples)
-    rejections += refused
+    examples, _, rejections = data or read_data(session)
     kept, heldout = split_heldout(
         examples, settings.eval_fraction, session.config.seed, settings.source_column
     )
@@ -108,6 +157,24 @@ def prepare(session: Session) -> tuple[list[Example], list[Example], list[Reject
         f"{settings.path}: {len(kept)} samples, {len(heldout)} held out, {len(rejections)} rows refused"
     )
     return kept, heldout, rejections
+
+
+def read_data(session: Session, rows: Any = None) -> UserRows:
+    """Reads the user's data, and refuses what the model cannot read.
+
+    Args:
+      session: settings, tokenizer.
+      rows: in memory, see `rows_in_memory`; None reads `data.path`.
+
+    Raises:
+      DataError: the data cannot be read, or nothing of it can be used.
+    """
+    settings = session.config.data
+    data = read_rows(settings.path if rows is None else rows, settings.format, settings.limit)
+    examples, refused = usable(session, data.examples)
+    ids = {example.id for example in examples}
+    kept = [row for example, row in zip(data.examples, data.rows, strict=True) if example.id in ids]
+    return UserRows(examples, kept, data.rejections + refused)
 
 
 def usable(session: Session, examples: Sequence[Example]) -> tuple[list[Example], list[Rejection]]:

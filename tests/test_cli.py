@@ -20,6 +20,8 @@ from middo_jax import cli
 from middo_jax.data.sources import read
 from middo_jax.progress import Bars, Lines, duration
 from middo_jax.run import read_jsonl
+from middo_jax.signals.table import SCHEMA
+from middo_jax.version import __version__
 
 pytest_plugins = ["loop_fixture"]
 
@@ -85,6 +87,11 @@ def test_help_is_answered_without_heavy_imports() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
     assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_the_version_and_the_completion(middo: Middo) -> None:
+    assert middo("--version") == Ended(0, f"middo-jax {__version__}\n", "")
+    assert "--install-completion" in middo("--help").out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -207,6 +214,21 @@ def test_score_select_refine_by_hand(middo: Middo, finished: Finished, place: Pa
     for axis, used in again["usage"].items():
         assert used["requests"] == done["usage"][axis]["requests"]  # of all starts together
     assert rows_by_id(Path(again["merged"])) == merged
+
+
+def test_columns_of_the_data_stand_beside_the_scores(middo: Middo, place: Path, tmp_path: Path) -> None:
+    call = ("score", "--data", place / "data.json", "--model", place / "model", "--axes", "diversity", *SMALL)
+    assert middo(*call, "--out", tmp_path / "a").code == 0
+    assert middo(*call, "--out", tmp_path / "b", "--keep-columns", "source").code == 0
+    names = [pq.read_table(tmp_path / name / "scores.parquet").column_names for name in "ab"]
+    assert names[0] == [*SCHEMA.names, "instruction", "input", "output", "source"]
+    assert names[1] == [*SCHEMA.names, "source"]
+    assert middo("select", tmp_path / "b").code == 0
+    assert pq.read_table(tmp_path / "b" / "scores.parquet").column_names[-1] == "source"
+    wrong = middo(*call, "--out", tmp_path / "c", "--keep-columns", "sauce")
+    assert (wrong.code, wrong.out) == (1, "")
+    assert "no column 'sauce' to keep; there are: instruction, input, output, source" in wrong.err
+    assert not (tmp_path / "c").exists()
 
 
 def test_one_axis_alone_leaves_the_others_null(middo: Middo, place: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tiny_model import write_tiny_model
 
 from middo_jax.cli import app
 from middo_jax.config import load, setting_names
@@ -47,6 +48,33 @@ def test_the_gate_that_the_docs_register_is_asked_and_is_a_setting() -> None:
         )
     finally:
         unregister("polite")
+
+
+def test_the_python_page_runs_and_prints_as_much_as_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In order, on a tiny model; numbers differ from those shown, words and lines do not."""
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    write_tiny_model(tmp_path / "base")
+    lines = (ROOT / "configs" / "quickstart_data.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "data.jsonl").write_text("\n".join(lines[:24]), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", text, re.DOTALL)
+    assert len(blocks) == 7
+    space: dict[str, object] = {}
+    for code, shown in blocks:
+        capsys.readouterr()
+        exec(code, space)
+        printed = capsys.readouterr().out
+        assert shape_of(printed) == shape_of(shown), code
+
+
+def shape_of(output: str) -> list[str]:
+    """Lines without their numbers, the names of rows, and how many of something there are."""
+    return [
+        re.sub(r"[-+]?\d[\d.e+-]*|^\w+ +(?=similarity)|(?:True|False)$", "#", line)
+        for line in output.splitlines()
+    ]
 
 
 def test_the_settings_page_names_every_setting() -> None:

@@ -11,7 +11,8 @@ from middo_jax.config import MeshSettings
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.signals.neighbours import incremental
 from middo_jax.signals.neighbours.incremental import Earlier, rows_before, updated_neighbours
-from middo_jax.signals.neighbours.search import Neighbours, nearest_neighbours, neighbours_through
+from middo_jax.signals.neighbours.nearest import Neighbours
+from middo_jax.signals.neighbours.search import nearest_neighbours, neighbours_through
 
 N, K, BLOCK = 60, 3, 7
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from middo_jax.config import Config, load
 from middo_jax.report.terminal import render_selection
-from middo_jax.signals.neighbours.search import Neighbours
+from middo_jax.signals.neighbours.nearest import Neighbours
 from middo_jax.signals.select import SCHEMA, SWEEP, Standardised, m_of_fraction, select
 from middo_jax.signals.table import Measured
 

@@ -6,7 +6,7 @@ reads YAML, applies `a.b=c` overrides and answers an unknown key with the neares
 
 from middo_jax.config.base import RESULTLESS, Affects, ConfigError, Effect, Settings
 from middo_jax.config.effects import affecting, default_of, flat, marks
-from middo_jax.config.reading import load, setting_names, stored
+from middo_jax.config.reading import SettingsLike, layers_of, load, setting_names, stored
 from middo_jax.config.refine import GateSettings, Prices, RefineSettings
 from middo_jax.config.settings import (
     AdaptedMatrix,
@@ -44,11 +44,13 @@ __all__ = [
     "ScoringSettings",
     "ServeSettings",
     "Settings",
+    "SettingsLike",
     "Threshold",
     "TrainSettings",
     "affecting",
     "default_of",
     "flat",
+    "layers_of",
     "load",
     "marks",
     "setting_names",

@@ -1,4 +1,4 @@
-"""YAML files and `a.b=c` overrides -> settings; what is wrong with them, in words."""
+"""YAML files, `a.b=c` overrides and mappings -> settings; what is wrong with them, in words."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from middo_jax.config.base import ConfigError
 from middo_jax.config.settings import Config
 
 _ALTERNATIVE = {"m": "fraction", "fraction": "m"}  # settings of a threshold that exclude each other
+# Settings as a caller gives them: {"train.learning_rate": 1e-4, "complexity": {"fraction": 0.05}}, texts as a
+# command takes them, or a whole tree.
+SettingsLike = Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | Config | None
 
 
 def setting_names(settings: type[pydantic.BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -26,13 +29,22 @@ def setting_names(settings: type[pydantic.BaseModel] = Config, prefix: str = "")
             yield prefix + name
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def layers_of(settings: SettingsLike) -> list[str | Mapping[str, Any]]:
+    """What `load` takes as overrides; of a whole tree, the settings that were given when it was made."""
+    if settings is None:
+        return []
+    if isinstance(settings, Config):
+        return [settings.model_dump(mode="json", exclude_unset=True)]
+    return [settings] if isinstance(settings, str | Mapping) else list(settings)
+
+
+def load(path: str | Path | None, overrides: Sequence[str | Mapping[str, Any]] = ()) -> Config:
     """Reads a YAML file and applies what follows, the last one winning.
 
     Args:
       path: the YAML file; None starts from the defaults alone.
-      overrides: `train.learning_rate=1e-4`, values read as YAML; or further YAML files, whose settings are
-        laid over those before, such as `hardware/v5e-64.yaml`.
+      overrides: `train.learning_rate=1e-4`, values read as YAML; further YAML files, whose settings are laid
+        over those before, such as `hardware/v5e-64.yaml`; or mappings of dotted names or groups.
 
     Raises:
       ConfigError: a file is missing or no mapping, a key is unknown (with the nearest valid one), a value has
@@ -72,6 +84,28 @@ def _read(path: str | Path) -> dict[str, Any]:
     return tree
 
 
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"train.seed": 2, "train": {"keep": 4}}  ->  {"train": {"seed": 2, "keep": 4}}"""
+    tree: dict[str, Any] = {}
+    for name, value in _leaves(settings):
+        *groups, last = name.split(".")
+        inside: Any = tree
+        for group in groups:
+            inside = inside.setdefault(group, {})
+            if not isinstance(inside, dict):
+                raise ConfigError(f"config: {name} is not a setting: {group} holds no settings of its own")
+        inside[last] = value
+    return tree
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def _lay_over(tree: dict[str, Any], other: dict[str, Any]) -> None:
     """Lays settings over others; one of two alternatives takes the place of the other."""
     for key, value in other.items():
@@ -84,8 +118,10 @@ def _lay_over(tree: dict[str, Any], other: dict[str, Any]) -> None:
         tree[key] = value
 
 
-def _parse(override: str) -> tuple[str | None, Any]:
-    """(dotted name, value) of `a.b=value`; (None, settings) of a YAML file."""
+def _parse(override: str | Mapping[str, Any]) -> tuple[str | None, Any]:
+    """(dotted name, value) of `a.b=value`; (None, settings) of a YAML file or a mapping."""
+    if isinstance(override, Mapping):
+        return None, _nested(override)
     key, equals, text = override.partition("=")
     if not equals and override.endswith((".yaml", ".yml")):
         return None, _read(override)

@@ -14,10 +14,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from middo_jax.data.example import Example
 from middo_jax.data.formats import FORMATS, DataError, RowError, detect, plain, to_example, to_rows
+from middo_jax.data.in_memory import IN_MEMORY, arrow_rows, rows_in_memory
 from middo_jax.run import atomic, write_json, write_jsonl
 
 _log = logging.getLogger(__name__)
@@ -45,27 +46,48 @@ class Rejection:
         return json.loads(text.encode("utf-8", "xmlcharrefreplace"))
 
 
+class UserRows(NamedTuple):
+    """A dataset as it was read. Examples and rejections together are all of its rows, each in their order.
+
+    Attributes:
+      examples: the usable rows, as conversations.
+      rows: of each example the row as its source gave it.
+      rejections: all other rows.
+    """
+
+    examples: list[Example]
+    rows: list[Any]
+    rejections: list[Rejection]
+
+
 def read(path: str, format: str = "auto", limit: int | None = None) -> tuple[list[Example], list[Rejection]]:
-    """Reads a dataset; of rows with the same id the first one counts.
+    """(examples, rejections) of a dataset, see `read_rows`."""
+    examples, _, rejections = read_rows(path, format, limit)
+    return examples, rejections
+
+
+def read_rows(source: Any, format: str = "auto", limit: int | None = None) -> UserRows:
+    """Reads a dataset; if several rows have the same id, the first one counts.
 
     Args:
-      path: a .json, .jsonl or .parquet file; tfds:NAME:SPLIT or hf:NAME:SPLIT, where NAME may be a directory;
-        or a directory that TFDS or `datasets` wrote, whose `train` split is meant.
+      source: a .json, .jsonl or .parquet file; tfds:NAME:SPLIT or hf:NAME:SPLIT, where NAME may be a
+        directory; a directory that TFDS or `datasets` wrote, whose `train` split is read; or what
+        `rows_in_memory` takes.
       format: auto, alpaca, sharegpt, messages or prompt_completion.
       limit: take only the first rows, usable or not.
-
-    Returns:
-      Examples and rejections in the rows' order; together they are all rows that were read.
 
     Raises:
       DataError: nothing usable is there, or the format cannot be told.
     """
+    is_path = isinstance(source, str | Path)
+    path = str(source) if is_path else IN_MEMORY
     if format not in ("auto", *FORMATS):
         raise DataError(f"unknown format {format!r}; there are: auto, {', '.join(FORMATS)}")
     if limit is not None and limit < 1:
         raise DataError(f"the limit must be at least 1 row, not {limit}")
     try:
-        found = list(itertools.islice(_rows(path), limit))
+        numbered = _rows(path) if is_path else _numbered(rows_in_memory(source))
+        found = list(itertools.islice(numbered, limit))
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror or e}") from e
     if not found:
@@ -79,14 +101,16 @@ def read(path: str, format: str = "auto", limit: int | None = None) -> tuple[lis
 
     rejections: list[Rejection] = []
     first: dict[str, tuple[Example, str]] = {}
+    usable: list[Any] = []
     unkept: set[str] = set()
     for item in found:
         if isinstance(item, Rejection):
             rejections.append(item)
             continue
-        where, row = item
+        where, given = item
+        row = given
         try:
-            row = plain(row)
+            row = plain(given)
             example, fields = to_example(row, format)
         except RowError as e:
             rejections.append(Rejection(where, str(e), row))
@@ -101,13 +125,14 @@ def read(path: str, format: str = "auto", limit: int | None = None) -> tuple[lis
             rejections.append(Rejection(where, reason, row))
             continue
         first[example.id] = (example, where)
+        usable.append(given)
         unkept |= fields
     if not first:
         reasons = "".join(f"\n  {r.where}: {r.reason}" for r in rejections[:3])
         raise DataError(f"{path}: none of its {len(found)} rows can be used. The first reasons:{reasons}")
     if unkept:
         _log.warning("%s: fields inside turns are not kept: %s", path, ", ".join(sorted(unkept)))
-    return [example for example, _ in first.values()], rejections
+    return UserRows([example for example, _ in first.values()], usable, rejections)
 
 
 def write(examples: Sequence[Example], path: str | Path, format: str) -> None:
@@ -297,15 +322,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
 
     try:
         with pq.ParquetFile(file) as stream:
-            encoded = [
-                field.name for field in stream.schema_arrow if (field.metadata or {}).get(b"middo") == b"json"
-            ]
-            for batch in stream.iter_batches(batch_size=4096):
-                for row in batch.to_pylist():
-                    yield {
-                        **row,
-                        **{name: json.loads(row[name]) for name in encoded if row[name] is not None},
-                    }
+            yield from arrow_rows(stream.iter_batches(batch_size=4096), stream.schema_arrow)
     except pa.ArrowException as e:
         raise DataError(f"{file}: not a readable Parquet file: {e}") from e
 

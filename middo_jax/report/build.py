@@ -23,7 +23,6 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
-import middo_jax
 from middo_jax.data.example import Example
 from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
@@ -44,6 +43,7 @@ from middo_jax.report.status import (
 )
 from middo_jax.report.verdicts import refusals
 from middo_jax.run import RoundDir, RunDir, write_text
+from middo_jax.version import __version__
 
 AXES = {  # axis: (name of its set, CSS class, columns of scores.parquet that decide)
     "complexity": ("hard", "c-complexity", ("loss_pre", "loss_post")),
@@ -84,7 +84,7 @@ def page(run: RunDir) -> str:
     ]
     refined = [r for r in rounds if r["accepted"] is not None]
     return _environment().get_template("page.html.j2").render(
-        version=middo_jax.__version__,
+        version=__version__,
         state=state,
         rounds=rounds,
         stages=STAGES,

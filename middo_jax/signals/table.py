@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from middo_jax.run import atomic
 from middo_jax.signals.ifd import ifd
 from middo_jax.signals.judge.rubrics import COLUMNS, quality
-from middo_jax.signals.neighbours.search import Neighbours
+from middo_jax.signals.neighbours.nearest import Neighbours
 
 SCHEMA = pa.schema(
     [
@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
+NO_MORE = frozenset({"hard", "sparse", "low_quality"})  # older tables have them; now in selection.parquet
 ADDED = frozenset(
     {"prompt_hash", "loss_unconditional", "ifd"}
 )  # tables that are older than these are read too
@@ -102,20 +103,36 @@ def write_scores(path: Path, table: pa.Table) -> None:
 
 
 def read_scores(path: Path) -> pa.Table:
-    """Reads scores.parquet back; columns that it is too old to have are null.
+    """Reads scores.parquet back, the user's columns last; columns that it is too old to have are null.
 
     Raises:
       ValueError: the file is not one of ours.
     """
-    table = pq.read_table(path)
+    return as_scores(pq.read_table(path), str(path))
+
+
+def as_scores(table: pa.Table, where: str) -> pa.Table:
+    """A table with the columns of SCHEMA first and all others behind them; see `read_scores`.
+
+    Raises:
+      ValueError: a column is missing; `where` names the table.
+    """
     for name in sorted(ADDED.difference(table.column_names)):
         table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         raise ValueError(
-            f"{path}: not a score table: no column {', '.join(missing)}; run `middo score` again"
+            f"{where}: not a score table: no column {', '.join(missing)}; run `middo score` again"
         )
-    return table.select(SCHEMA.names).cast(SCHEMA)
+    own = table.drop_columns([name for name in table.column_names if name in {*SCHEMA.names, *NO_MORE}])
+    return with_columns(table.select(SCHEMA.names).cast(SCHEMA), own)
+
+
+def with_columns(table: pa.Table, others: pa.Table) -> pa.Table:
+    """A table with the columns of another one behind its own; the rows are the same."""
+    for name in others.column_names:
+        table = table.append_column(others.schema.field(name), others[name])
+    return table
 
 
 def neighbours_of(table: pa.Table, k: int) -> Neighbours:

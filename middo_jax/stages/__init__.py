@@ -8,7 +8,7 @@ from middo_jax.stages.batch import BatchState, batch_stage
 from middo_jax.stages.checks import check_refiner, check_training
 from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
 from middo_jax.stages.refine import merge_stage, merged, plan_refinement, refine_round, refine_stage
-from middo_jax.stages.score import AXES, score_stage, select_stage
+from middo_jax.stages.score import AXES, Scored, measure, score_stage, select_stage
 from middo_jax.stages.surroundings import answer_cache, heldout_of
 from middo_jax.stages.train import remove_training, train_stage
 
@@ -16,6 +16,7 @@ __all__ = [
     "AXES",
     "BatchState",
     "HeldOut",
+    "Scored",
     "answer_cache",
     "batch_stage",
     "check_refiner",
@@ -23,6 +24,7 @@ __all__ = [
     "export_adapter",
     "export_checkpoint",
     "heldout_of",
+    "measure",
     "measure_heldout",
     "merge_stage",
     "merged",

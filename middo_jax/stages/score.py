@@ -8,7 +8,7 @@ import itertools
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import TokenizedExample, response_header
@@ -19,14 +19,29 @@ from middo_jax.stages.ratings import ratings
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
     from middo_jax.models.model import Model
     from middo_jax.passes.losses import ExampleScores
     from middo_jax.passes.runner import PassFacts
     from middo_jax.signals.neighbours.incremental import Earlier
-    from middo_jax.signals.neighbours.search import Neighbours
+    from middo_jax.signals.neighbours.nearest import Neighbours
 
 AXES = ("complexity", "diversity", "quality")
+
+
+class Scored(NamedTuple):
+    """What was measured of a dataset.
+
+    Attributes:
+      table: one row per sample, of `signals.table.SCHEMA`.
+      embedding_nd: float32, the same rows.
+      facts: of the measuring, for the manifest.
+    """
+
+    table: pa.Table
+    embedding_nd: np.ndarray
+    facts: dict[str, Any]
 
 
 def score_stage(
@@ -37,7 +52,8 @@ def score_stage(
     axes: Collection[str] = AXES,
     *,
     earlier: RoundDir | None = None,
-) -> None:
+    own: pa.Table | None = None,
+) -> Scored:
     """Measures the folder's dataset: scores.parquet and embeddings.npy.
 
     Args:
@@ -48,24 +64,60 @@ def score_stage(
       axes: what to measure; the loss under `model` comes with any of them.
       earlier: an earlier round's folder. Its samples that are still the same are not measured again under
         `pre_model`, if that is the same too.
+      own: the user's columns of the same samples, to be written beside the scores.
     """
     import numpy as np
 
     from middo_jax.run import atomic
-    from middo_jax.signals.duplicates import count_duplicates, prompt_hash
-    from middo_jax.signals.neighbours.incremental import Earlier
-    from middo_jax.signals.table import Measured, write_scores
+    from middo_jax.signals.table import with_columns, write_scores
 
-    config, began, scored = session.config, time.monotonic(), Passes(session)
-    diversity, with_diversity = config.diversity, "diversity" in axes
-    embeds_before = with_diversity and diversity.embedder == "pre"
-    if embeds_before and pre_model is None:
+    began = time.monotonic()
+    check_embedder(session, pre_model, axes)
+    begun = chain.score(directory, model, pre_model).begin()
+    scored = measure(session, read_dataset(directory), model, pre_model, axes, earlier=earlier)
+    if own is not None:
+        scored = scored._replace(table=with_columns(scored.table, own))
+    directory.forget("select")  # it is of the scores that are replaced now
+    write_scores(directory.scores, scored.table)
+    with atomic(directory.embeddings, "wb") as file:
+        np.save(file, scored.embedding_nd, allow_pickle=False)
+    begun.finish(session.config, time.monotonic() - began, **scored.facts)
+    return scored
+
+
+def check_embedder(session: Session, pre_model: Path | None, axes: Collection[str]) -> None:
+    """Raises RunError if the model before training is to embed, and there is none."""
+    if "diversity" in axes and session.config.diversity.embedder == "pre" and pre_model is None:
         raise RunError(
             "config: diversity.embedder=pre, and there is no model before training: give --pre-model, or set "
             "diversity.embedder=post"
         )
-    begun = chain.score(directory, model, pre_model).begin()
-    examples = read_dataset(directory)
+
+
+def measure(
+    session: Session,
+    examples: Sequence[Example],
+    model: Path,
+    pre_model: Path | None,
+    axes: Collection[str] = AXES,
+    *,
+    earlier: RoundDir | None = None,
+) -> Scored:
+    """Measures samples and writes nothing; the arguments are those of `score_stage`.
+
+    Raises:
+      RunError: the model before training is to embed, and there is none.
+    """
+    import numpy as np
+
+    from middo_jax.signals.duplicates import count_duplicates, prompt_hash
+    from middo_jax.signals.neighbours.incremental import Earlier
+    from middo_jax.signals.table import Measured
+
+    config, scored = session.config, Passes(session)
+    diversity, with_diversity = config.diversity, "diversity" in axes
+    embeds_before = with_diversity and diversity.embedder == "pre"
+    check_embedder(session, pre_model, axes)
     tokenized = session.tokenize(examples)
     raw = raw_prompts(session, examples) if diversity.text == "raw" else None
     hashes = [prompt_hash(e) for e in raw or tokenized]
@@ -111,23 +163,18 @@ def score_stage(
         prompt_hashes=hashes,
         loss_unconditional=unconditional_n,
     )
-    directory.forget("select")  # it is of the scores that are replaced now
-    write_scores(directory.scores, measured.to_table())
-    with atomic(directory.embeddings, "wb") as file:
-        np.save(file, embedding_nd, allow_pickle=False)
     for name, facts in scored.facts.items():
         session.progress.say(f"  {describe(name, facts)}")
-    begun.finish(
-        config,
-        time.monotonic() - began,
-        n=len(examples),
-        model=str(model.absolute()),
-        embedder=str((pre_model if pre_model and embeds_before else model).absolute()),
-        n_searched=int(known.to_search().sum()) if with_diversity else 0,
-        duplicates=count_duplicates(hashes),
+    of_measuring = {
+        "n": len(examples),
+        "model": str(model.absolute()),
+        "embedder": str((pre_model if pre_model and embeds_before else model).absolute()),
+        "n_searched": int(known.to_search().sum()) if with_diversity else 0,
+        "duplicates": count_duplicates(hashes),
         **({} if before is None else {"pre_identity": before.identity, "n_kept": before.n_kept}),
-        passes={name: dataclasses.asdict(facts) for name, facts in scored.facts.items()},
-    )
+        "passes": {name: dataclasses.asdict(facts) for name, facts in scored.facts.items()},
+    }
+    return Scored(measured.to_table(), embedding_nd, of_measuring)
 
 
 class Passes:

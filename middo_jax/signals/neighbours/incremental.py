@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from middo_jax.signals.neighbours.search import BLOCK, Neighbours, nearest_neighbours, neighbours_through
+from middo_jax.signals.neighbours.nearest import Neighbours
+from middo_jax.signals.neighbours.search import BLOCK, nearest_neighbours, neighbours_through
 
 
 class Earlier(NamedTuple):

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from middo_jax.parallel.hosts import to_host
+from middo_jax.signals.neighbours.nearest import Neighbours
 from middo_jax.signals.neighbours.ring import (
     CHUNK,
     PADDING,
@@ -26,22 +27,6 @@ from middo_jax.signals.neighbours.ring import (
 
 BLOCK = 1024  # samples by samples whose similarities exist at a time: 4 MB, which a CPU's cache holds
 STRANGER = -2  # group of a query that is none of the samples
-
-
-class Neighbours(NamedTuple):
-    """The k nearest other samples of each sample, nearest first; ties go to the lower index.
-
-    Attributes:
-      index_nk: int32, -1 where there is no k-th neighbour.
-      similarity_nk: float32 cosine similarity, NaN where there is none.
-    """
-
-    index_nk: np.ndarray
-    similarity_nk: np.ndarray
-
-    def mean_similarity(self) -> np.ndarray:
-        """s_i [n]: mean over the k neighbours, NaN where one is missing."""
-        return self.similarity_nk.mean(axis=1)
 
 
 def nearest_neighbours(

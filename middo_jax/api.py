@@ -1,0 +1,310 @@
+"""The verbs behind both the commands and Python: each takes values, returns values and prints nothing.
+
+Progress goes to stderr. `import middo_jax` has these functions without importing this module; this module
+imports nothing of JAX before a function needs it, so that `select` works without.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from middo_jax import stages
+from middo_jax.config import Config, SettingsLike, layers_of, load
+from middo_jax.data.sources import Rejection, UserRows
+from middo_jax.progress import for_stderr
+from middo_jax.results import Exported, Refined, Run, Scores, Selection, Trained
+from middo_jax.run import RoundDir, local, read_jsonl, write_jsonl, write_text
+from middo_jax.session import Session, prepare, read_data, session_for, session_of, write_dataset
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from middo_jax.data.example import Example
+    from middo_jax.evaluate.heldout import HeldoutLoss
+
+AXES = stages.AXES
+PathLike = str | os.PathLike[str]
+
+
+def load_config(path: PathLike | None = None, settings: SettingsLike = None) -> Config:
+    """Reads a YAML file of settings and lays others over it; see docs/settings.md for all of them.
+
+    Args:
+      path: the file; None starts from the defaults.
+      settings: {"train.learning_rate": 1e-4, "complexity": {"fraction": 0.05}}, or texts as a command takes
+        them: ["train.learning_rate=1e-4"].
+
+    Raises:
+      ConfigError: an unknown setting (with the nearest valid name), a wrong type or range, no such file.
+    """
+    return load(None if path is None else Path(path), layers_of(settings))
+
+
+def run(config: Config | PathLike, settings: SettingsLike = None) -> Run:
+    """The closed loop: train, score, select, refine, merge, again; resumed where it stopped.
+
+    Args:
+      config: of `load_config`, or a YAML file.
+      settings: laid over a YAML file, see `load_config`.
+
+    Raises:
+      ValueError: a wrong setting, or data that cannot be used.
+      RunError: the folder holds a run that these settings do not fit.
+    """
+    from middo_jax.loop import run_loop
+    from middo_jax.report.status import status
+
+    if isinstance(config, Config):
+        config = load(None, [*layers_of(config), *layers_of(settings)])
+    else:
+        config = load_config(config, settings)
+    done = run_loop(config, for_stderr())
+    return Run(done.path, done.report, status(done))
+
+
+def quickstart(settings: SettingsLike = None) -> tuple[Path, list[str | Mapping[str, Any]]]:
+    """What `run` takes for the loop on a small model and the rows that ship with the package."""
+    from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
+
+    here = {"model.path": demo_model(), "data.path": str(shipped() / DATA)}
+    return shipped() / CONFIG, [here, *layers_of(settings)]
+
+
+def score(
+    rows: Any,
+    model: PathLike,
+    pre_model: PathLike | None = None,
+    axes: Collection[str] = AXES,
+    *,
+    keep_columns: Collection[str] | None = None,
+    out: PathLike | None = None,
+    settings: SettingsLike = None,
+) -> Scores:
+    """Losses, neighbours and ratings of a dataset under a model.
+
+    Args:
+      rows: a path, tfds:NAME:SPLIT or hf:NAME:SPLIT; or a list of dicts, a pyarrow Table, a pandas DataFrame
+        or a Hugging Face Dataset. The columns tell the format (`data.format`).
+      model: a Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf file or a hub repo id.
+      pre_model: the model before training, for `loss_pre`. None leaves that empty, and no sample can be hard.
+      axes: what to measure, of complexity, diversity and quality.
+      keep_columns: which of the user's columns come back; None is all that hold scalars only.
+      out: a folder that gets dataset.jsonl, scores.parquet, embeddings.npy and the manifest, for `select` and
+        `middo refine`. None writes nothing.
+      settings: see `load_config`; or a Config, of which the model and the data are replaced.
+
+    Raises:
+      ValueError: an unknown axis, a wrong setting, or data that cannot be used; the message says which.
+    """
+    from middo_jax.models.resolve import resolve
+    from middo_jax.signals.table import with_columns
+
+    require_axes(axes)
+    model_path = resolve(os.fspath(model))
+    session = session_for(model_path, _path(rows), settings)
+    data = read_data(session, None if _path(rows) else rows)
+    kept, _, rejections = prepare(session, data)
+    own = _own_columns(data, kept, keep_columns)
+    if pre_model is None and "complexity" in axes:
+        session.progress.say(
+            "no --pre-model (pre_model in Python): loss_pre stays empty, and no sample can be called hard"
+        )
+    pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
+    if out is None:
+        scored = stages.measure(session, kept, model_path, pre_path, axes)
+        table = with_columns(scored.table, own)
+    else:
+        directory = _begin(session, Path(out), kept, rejections)
+        scored = stages.score_stage(session, directory, model_path, pre_path, axes, own=own)
+        table = scored.table
+    return Scores(table, scored.embedding_nd, rejections, scored.facts["passes"])
+
+
+def select(
+    scores: Scores | pa.Table | PathLike,
+    *,
+    complexity: Mapping[str, Any] | None = None,
+    diversity: Mapping[str, Any] | None = None,
+    quality: Mapping[str, Any] | None = None,
+    settings: SettingsLike = None,
+) -> Selection:
+    """The hard, sparse and low-quality samples of scores. Needs neither a model nor JAX.
+
+    Args:
+      scores: of `score`, or their table; or the folder that `score` or a round of a run wrote, whose
+        config.yaml then holds what is not given here, and which gets selection.json.
+      complexity: {"m": 1.5}, standard deviations from the mean, or {"fraction": 0.05}, the share of the
+        samples; without either, m is 1.
+      diversity: the same.
+      quality: the same.
+      settings: others, see `load_config`.
+
+    Raises:
+      ValueError: a wrong setting, or a table that holds no scores.
+      RunError: the folder holds no scores.
+    """
+    from middo_jax.signals.select import select as select_of
+    from middo_jax.signals.table import as_scores, read_scores
+
+    given = {"complexity": complexity, "diversity": diversity, "quality": quality}
+    layers = [{axis: dict(of) for axis, of in given.items() if of is not None}, *layers_of(settings)]
+    if isinstance(scores, str | os.PathLike):
+        directory = RoundDir(Path(scores))
+        facts = stages.select_stage(session_of(directory.path, layers), directory)
+        table = read_scores(directory.scores)
+    else:
+        table = as_scores(scores.table if isinstance(scores, Scores) else scores, "the table of scores")
+        _, facts = select_of(table, load(None, [{"model.path": "none", "data.path": "none"}, *layers]))
+    return Selection(_flagged(table, facts), facts)
+
+
+def refine(folder: PathLike, *, settings: SettingsLike = None) -> Refined:
+    """Has the selected samples of a folder rewritten by a served LLM, and accepts what helps.
+
+    Every answer is in a cache as soon as it comes: called again, it pays for nothing twice.
+
+    Args:
+      folder: that `score` and `select` wrote, or a round of a run.
+      settings: laid over its config.yaml, such as {"refine.base_url": URL, "refine.model": NAME}.
+
+    Raises:
+      RunError: the folder holds no selection.
+      RefinerError: the endpoint fails for all requests alike; what it answered is kept.
+    """
+    session, directory = session_of(Path(folder), settings), RoundDir(Path(folder))
+    stages.refine_round(session, directory)
+    return merged(session, directory)
+
+
+def merged(session: Session, directory: RoundDir) -> Refined:
+    """Writes the next dataset of a folder whose samples were refined: merged.jsonl."""
+    path = directory / "merged.jsonl"
+    write_jsonl(path, (example.to_json() for example in stages.merge_stage(session, directory)))
+    return Refined(path, read_jsonl(directory.refined), directory.stages()["refine"]["usage"])
+
+
+def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike = None) -> Trained:
+    """Supervised fine-tuning; called again with the same arguments, it goes on where it was stopped.
+
+    Args:
+      rows: see `score`.
+      model: where training starts, see `score`.
+      out: a folder that gets checkpoint/, metrics.jsonl, dataset.jsonl and the manifest.
+      settings: see `load_config`, such as {"train.num_epochs": 3, "lora.rank": 16}.
+
+    Raises:
+      ValueError: a wrong setting, or data that cannot be used.
+      RunError: the folder holds another training.
+      TrainingDiverged, OutOfMemory: the message says what to do.
+    """
+    from middo_jax.models.resolve import resolve
+
+    model_path = resolve(os.fspath(model))
+    session = session_for(model_path, _path(rows), settings)
+    data = read_data(session, None if _path(rows) else rows)
+    kept, heldout, rejections = prepare(session, data)
+    stages.check_training(session, kept, heldout)
+    directory = _begin(session, Path(out), kept, rejections)
+    stages.train_stage(session, directory, model_path, heldout)
+    loss = None
+    if heldout:
+        loss = stages.HeldOut(session, heldout).loss(session.load_model(directory.checkpoint))
+    return Trained(directory.checkpoint, read_jsonl(directory.metrics), loss)
+
+
+def evaluate(rows: Any, model: PathLike, *, settings: SettingsLike = None) -> HeldoutLoss:
+    """The loss per target token of a model on a dataset, in nats, and on each of its sources.
+
+    Args:
+      rows: see `score`.
+      model: see `score`.
+      settings: see `load_config`.
+
+    Raises:
+      ValueError: a wrong setting, or data that cannot be used.
+    """
+    from middo_jax.models.resolve import resolve
+
+    path = resolve(os.fspath(model))
+    session = session_for(path, _path(rows), settings)
+    examples, _, _ = prepare(session, read_data(session, None if _path(rows) else rows))
+    return stages.HeldOut(session, examples).loss(session.load_model(path))
+
+
+def export(
+    checkpoint: PathLike,
+    out: PathLike,
+    *,
+    dtype: str | None = None,
+    verify: bool = True,
+    adapter: bool = False,
+) -> Exported:
+    """Writes a trained model as a Hugging Face directory, adapters merged into their base.
+
+    Args:
+      checkpoint: of `train` or of a run, or a PEFT adapter.
+      out: must not exist, or be empty.
+      dtype: float32, bfloat16 or float16; None is float32, in which training keeps its weights.
+      verify: whether transformers, if torch is installed, has to compute the same logits.
+      adapter: write the LoRA adapter alone, as a PEFT directory.
+
+    Raises:
+      RunError: there is no finished checkpoint, or no adapter in it.
+      FileExistsError: `out` holds something.
+      CheckpointError: the export computes something else; nothing is left of it.
+    """
+    source, directory = Path(checkpoint), local(Path(out))
+    if adapter:
+        stages.export_adapter(source, directory, dtype)
+        return Exported(directory, None)
+    facts = stages.export_checkpoint(source, directory, dtype, for_stderr(), verify=verify)
+    return Exported(directory, facts)
+
+
+def require_axes(axes: Collection[str], name: str = "axes") -> None:
+    """Raises ValueError if one of them is unknown; `name` is what the user calls them."""
+    if unknown := [axis for axis in axes if axis not in AXES]:
+        raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(AXES)}")
+
+
+def _path(rows: Any) -> str | None:
+    """The path that `rows` is; None if it is a table."""
+    return os.fspath(rows) if isinstance(rows, str | os.PathLike) else None
+
+
+def _own_columns(data: UserRows, kept: list[Example], wanted: Collection[str] | None) -> pa.Table:
+    from middo_jax.data.own_columns import own_columns
+    from middo_jax.signals.select import SETS
+    from middo_jax.signals.table import SCHEMA
+
+    row_of = {example.id: row for example, row in zip(data.examples, data.rows, strict=True)}
+    taken = {*SCHEMA.names, *SETS.values()}
+    return own_columns(kept, [row_of[example.id] for example in kept], wanted, taken)
+
+
+def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Rejection]) -> RoundDir:
+    """A folder with the settings, the dataset, and the rows that could not be used."""
+    directory = RoundDir(local(out))
+    write_text(out / "config.yaml", session.config.to_yaml())
+    write_jsonl(directory.rejected, (r.to_json() for r in rejections))
+    write_dataset(directory, kept)
+    return directory
+
+
+def _flagged(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:
+    """The table with a column for each of the three sets; joined by id."""
+    import pyarrow as pa
+
+    from middo_jax.signals.select import SETS
+
+    for axis, name in SETS.items():
+        column = pa.nulls(len(table), pa.bool_())
+        if axis in facts["axes"]:
+            chosen = set(facts["axes"][axis]["ids"])
+            column = pa.array([id_ in chosen for id_ in table["id"].to_pylist()], pa.bool_())
+        at = table.schema.get_field_index(name)
+        table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
+    return table

@@ -1,0 +1,78 @@
+"""The user's own columns as a table, to stand beside what was measured of the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from middo_jax.data.example import Example
+from middo_jax.data.formats import DataError
+
+SUFFIX = "_user"
+
+
+def own_columns(
+    examples: Sequence[Example],
+    rows: Sequence[Mapping[Any, Any]],
+    wanted: Collection[str] | None,
+    taken: Collection[str],
+) -> pa.Table:
+    """The user's columns of each example, in the examples' order.
+
+    rows [{"instruction": "Add.", "output": "5", "quality": 3}], taken {"quality"}
+      ->  instruction "Add.", output "5", quality_user 3
+
+    An `id` that is the example's own is left out. A column of several types becomes text.
+
+    Args:
+      examples: usable rows as conversations.
+      rows: the same rows as their source gave them.
+      wanted: names of columns; None is all that hold scalars only.
+      taken: names that other columns have. A column of the user's with such a name gets the suffix `_user`.
+
+    Raises:
+      DataError: there is no such column.
+    """
+    own = [_own(example, row) for example, row in zip(examples, rows, strict=True)]
+    names = list(dict.fromkeys(name for row in own for name in row))
+    if wanted is None:
+        names = [name for name in names if all(_is_scalar(row.get(name)) for row in own)]
+    else:
+        if missing := [name for name in wanted if name not in names]:
+            raise DataError(f"there is no column {missing[0]!r} to keep; there are: {', '.join(names)}")
+        names = [name for name in names if name in wanted]
+    columns: dict[str, pa.Array] = {}
+    for name in names:
+        columns[_free(name, {*taken, *columns}, names)] = _array([row.get(name) for row in own])
+    # Without any column a table has no number of rows: 0 columns are no obstacle for who appends them.
+    return pa.table(columns)
+
+
+def _own(example: Example, row: Mapping[Any, Any]) -> dict[str, Any]:
+    own = {str(name): value for name, value in row.items()}
+    # Rows of dataset.jsonl keep the user's columns in `extra`.
+    own |= {name: value for name, value in example.extra.items() if name not in own}
+    if own.get("id") == example.id:
+        del own["id"]
+    return own
+
+
+def _free(name: str, taken: Collection[str], others: Collection[str]) -> str:
+    free = name
+    while free in taken or (free != name and free in others):
+        free += SUFFIX
+    return free
+
+
+def _is_scalar(value: Any) -> bool:
+    is_nested = isinstance(value, Mapping | list | tuple | set) or getattr(value, "ndim", 0) > 0
+    return not is_nested
+
+
+def _array(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values, from_pandas=True)  # NaN and NaT are missing values
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
+        return pa.array([None if value is None else str(value) for value in values], pa.string())

@@ -1,0 +1,326 @@
+"""Laws of the Python interface: the numbers are those of the commands, whatever the rows come in."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from loop_fixture import contents, write_data
+from tiny_model import write_tiny_model
+
+import middo_jax as middo
+from middo_jax import api
+from middo_jax.data.example import Example
+from middo_jax.data.formats import DataError
+from middo_jax.data.in_memory import IN_MEMORY, rows_in_memory
+from middo_jax.data.own_columns import own_columns
+from middo_jax.data.sources import read, write
+from middo_jax.signals.table import SCHEMA
+
+SMALL = {"model.max_length": 512, "train": {"batch_size": 8, "learning_rate": 0.01}}
+AXES = ("complexity", "diversity")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with base/, tuned/ and data.json."""
+    root = tmp_path_factory.mktemp("api")
+    write_tiny_model(root / "base")
+    write_tiny_model(root / "tuned", seed=1)
+    write_data(root / "data.json")
+    return root
+
+
+@pytest.fixture(scope="module")
+def rows(place: Path) -> list[dict[str, Any]]:
+    return json.loads((place / "data.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def scores(place: Path, rows: list[dict[str, Any]]) -> middo.Scores:
+    return middo.score(rows, place / "tuned", place / "base", AXES, settings=SMALL)
+
+
+def python(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Import
+
+
+def test_importing_the_package_takes_no_time_and_no_jax() -> None:
+    script = (  # time of this process alone: a busy machine is no failure
+        "import time; began = time.process_time()\n"
+        "import middo_jax as middo\n"
+        "took = time.process_time() - began\n"
+        "import json, sys\n"
+        "heavy = {'jax', 'flax', 'numpy', 'pyarrow', 'pydantic', 'transformers'}\n"
+        "print(json.dumps([took, sorted(heavy & sys.modules.keys()), dir(middo)]))"
+    )
+    took, loaded, names = json.loads(python(script))
+    assert loaded == []
+    assert took < 0.3
+    assert set(middo.__all__) <= set(names)
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    for name in middo.__all__:
+        assert getattr(middo, name) is not None
+        if name != "__version__":
+            assert getattr(middo, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'scoer'"):
+        middo.scoer  # type: ignore[attr-defined]  # noqa: B018
+    # What type checkers see is what is resolved on first use.
+    block = next(
+        node
+        for node in ast.parse(Path(middo.__file__).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.If)
+    )
+    seen = [alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(["__version__", *seen]) == sorted(middo.__all__)
+
+
+def test_select_works_without_jax(scores: middo.Scores, tmp_path: Path) -> None:
+    pq.write_table(scores.table, tmp_path / "scores.parquet")
+    script = (
+        "import sys, pyarrow.parquet as pq, middo_jax as middo\n"
+        f"chosen = middo.select(pq.read_table({str(tmp_path / 'scores.parquet')!r}), diversity={{'m': 1}})\n"
+        "print(chosen.ids('diversity'), 'jax' in sys.modules, 'transformers' in sys.modules)"
+    )
+    expected = middo.select(scores, diversity={"m": 1}).ids("diversity")
+    assert python(script).strip() == f"{expected} False False"
+
+
+def test_the_command_select_does_not_load_jax(place: Path, tmp_path: Path) -> None:
+    middo.score(
+        place / "data.json", place / "tuned", None, ("diversity",), out=tmp_path / "s", settings=SMALL
+    )
+    script = (
+        f"import sys; sys.argv = ['middo', 'select', {str(tmp_path / 's')!r}]\n"
+        "from middo_jax.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print('jax' in sys.modules)"
+    )
+    assert python(script).splitlines()[-1] == "False"
+    assert (tmp_path / "s" / "selection.json").exists()
+
+
+# Score
+
+
+def test_scores_hold_the_columns_of_the_file_and_the_users_own(
+    scores: middo.Scores, rows: list[dict[str, Any]]
+) -> None:
+    names = [*SCHEMA.names, "instruction", "input", "output", "source"]
+    assert scores.table.column_names == names
+    assert scores.table["source"].to_pylist() == [row["source"] for row in rows]
+    assert scores.table["output"].to_pylist() == [row["output"] for row in rows]
+    assert scores.embeddings.shape == (24, 32)
+    assert scores.embeddings.dtype == np.float32
+    assert scores.rejected == []
+    assert scores.passes.keys() == {"loss before training", "loss and embeddings"}
+    for name in ("loss_pre", "loss_post", "knn_mean_sim"):
+        assert scores.table[name].null_count == 0
+    assert scores.table["quality"].null_count == 24
+
+
+def test_rows_of_the_table_and_of_the_embeddings_are_the_same(scores: middo.Scores) -> None:
+    """The nearest neighbour by the embeddings is the one that the table names."""
+    unit = scores.embeddings / np.linalg.norm(scores.embeddings, axis=1, keepdims=True)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -2)
+    ids = scores.table["id"].to_pylist()
+    nearest = [near[0] for near in scores.table["knn_sims"].to_pylist()]
+    np.testing.assert_allclose(similarity.max(axis=1), nearest, atol=1e-5)
+    named = [ids.index(near[0]) for near in scores.table["knn_ids"].to_pylist()]
+    np.testing.assert_allclose(similarity[range(24), named], nearest, atol=1e-5)
+
+
+def test_nothing_is_written_unless_asked_and_the_folder_holds_the_same(
+    place: Path,
+    rows: list[dict[str, Any]],
+    scores: middo.Scores,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = contents(place)
+    again = middo.score(rows, place / "tuned", place / "base", AXES, settings=SMALL)
+    assert contents(place) == before
+    assert list(tmp_path.iterdir()) == []
+    assert again.table.equals(scores.table)
+
+    written = middo.score(rows, place / "tuned", place / "base", AXES, out="o", settings=SMALL)
+    assert written.table.equals(scores.table)
+    assert pq.read_table("o/scores.parquet").equals(scores.table)
+    np.testing.assert_array_equal(np.load("o/embeddings.npy"), scores.embeddings)
+    # Selecting from the folder is selecting from the values, and keeps the user's columns.
+    of_folder = middo.select("o", complexity={"m": 0.5}, diversity={"m": 1.5})
+    of_values = middo.select(scores, complexity={"m": 0.5}, diversity={"m": 1.5})
+    assert of_folder.facts == of_values.facts == json.loads(Path("o/selection.json").read_text())
+    assert of_folder.table.equals(of_values.table)
+
+
+@pytest.mark.parametrize("kind", ["path", "arrow", "pandas", "datasets"])
+def test_rows_may_come_in_any_table(place: Path, rows: list[dict[str, Any]], kind: str) -> None:
+    source: Any = place / "data.json"
+    if kind == "arrow":
+        source = pa.Table.from_pylist(rows)
+    elif kind == "pandas":
+        source = pytest.importorskip("pandas").DataFrame(rows)
+    elif kind == "datasets":
+        source = pytest.importorskip("datasets").Dataset.from_list(rows)
+    settings = {**SMALL, "data.limit": 6}
+    listed = middo.score(rows, place / "tuned", axes=(), settings=settings)
+    other = middo.score(source, place / "tuned", axes=(), settings=settings)
+    assert len(listed.table) == 6
+    assert other.table.equals(listed.table)
+    np.testing.assert_array_equal(other.embeddings, listed.embeddings)
+
+
+def test_no_package_of_tables_is_imported_to_tell_them() -> None:
+    script = (
+        "import sys\n"
+        "from middo_jax.data.in_memory import rows_in_memory\n"
+        "print(list(rows_in_memory([{'a': 1}])), {'pandas', 'datasets'} & sys.modules.keys())"
+    )
+    assert python(script).strip() == "[{'a': 1}] set()"
+
+
+def test_what_is_no_table_is_refused_with_a_hint(rows: list[dict[str, Any]]) -> None:
+    with pytest.raises(DataError, match="one split of it"):
+        rows_in_memory({"train": rows})
+    with pytest.raises(DataError, match="int is no table; give a path, a list of dicts"):
+        rows_in_memory(7)
+
+
+def test_a_table_of_ours_is_read_back_from_memory(tmp_path: Path) -> None:
+    """A column of several types is JSON in Parquet; in memory it is decoded too."""
+    rows = [
+        {"prompt": "a", "completion": "b", "tag": [1]},
+        {"prompt": "c", "completion": "d", "tag": "x"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    write(read(str(tmp_path / "a.json"))[0], tmp_path / "a.parquet", "parquet")
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert [row["tag"] for row in rows_in_memory(table)] == [[1], "x"]
+
+
+def test_rows_that_cannot_be_used_are_told_by_their_number(
+    place: Path, rows: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [rows[0], {"instruction": "no output"}, rows[1], rows[0]]
+    scores = middo.score(given, place / "tuned", axes=(), settings=SMALL)
+    assert [(r.where, r.reason.split(" ")[0]) for r in scores.rejected] == [
+        ("row 2", "column"),
+        ("row 4", "duplicate"),
+    ]
+    assert scores.table["output"].to_pylist() == [rows[0]["output"], rows[1]["output"]]
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert f"{IN_MEMORY}: 2 samples, 0 held out, 2 rows refused" in err
+    with pytest.raises(DataError, match=f"{IN_MEMORY}: none of its 1 rows can be used"):
+        middo.score(given[1:2], place / "tuned", settings={**SMALL, "data.format": "alpaca"})
+
+
+def test_an_axis_that_is_none_is_refused(rows: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match="axes: 'beauty' is none of complexity, diversity, quality"):
+        middo.score(rows, "nowhere", axes=("beauty",))
+
+
+# The user's columns
+
+
+def examples_of(rows: list[dict[str, Any]], tmp_path: Path) -> list[Example]:
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    return read(str(tmp_path / "rows.json"))[0]
+
+
+def test_a_name_that_is_taken_gets_a_suffix_and_nested_columns_stay_out(tmp_path: Path) -> None:
+    rows = [
+        {"id": "u1", "prompt": "a", "completion": "b", "quality": 3, "quality_user": "x", "tags": ["p"]},
+        {"id": "u2", "prompt": "c", "completion": "d", "quality": 4, "quality_user": "y", "tags": []},
+    ]
+    examples = examples_of(rows, tmp_path)
+    own = own_columns(examples, rows, None, SCHEMA.names)
+    assert own.to_pydict() == {
+        "id_user": ["u1", "u2"],
+        "prompt": ["a", "c"],
+        "completion": ["b", "d"],
+        "quality_user_user": [3, 4],
+        "quality_user": ["x", "y"],
+    }
+    assert own_columns(examples, rows, ["tags"], SCHEMA.names).to_pydict() == {"tags": [["p"], []]}
+    assert own_columns(examples, rows, [], SCHEMA.names).num_columns == 0
+    with pytest.raises(DataError, match="no column 'lable' to keep; there are: id, prompt, completion"):
+        own_columns(examples, rows, ["lable"], SCHEMA.names)
+
+
+def test_columns_keep_their_type_or_become_text(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "completion": "b", "n": 1, "mixed": 1, "gap": float("nan")},
+        {"prompt": "c", "completion": "d", "mixed": "x", "gap": 0.5},
+    ]
+    own = own_columns(examples_of([{**row, "gap": None} for row in rows], tmp_path), rows, None, ())
+    assert own["n"].to_pylist() == [1, None]
+    assert own["mixed"].to_pylist() == ["1", "x"]
+    assert own["gap"].to_pylist() == [None, 0.5]
+
+
+def test_columns_that_a_dataset_of_ours_carries_are_the_users(tmp_path: Path) -> None:
+    example = examples_of([{"prompt": "a", "completion": "b", "source": "s"}], tmp_path)[0]
+    own = own_columns([example], [example.to_json()], None, SCHEMA.names)
+    assert own.to_pydict() == {"source": ["s"]}
+
+
+# Select
+
+
+def test_select_takes_thresholds_and_says_what_is_wrong_with_them(scores: middo.Scores) -> None:
+    chosen = middo.select(scores, diversity={"fraction": 0.25})
+    assert len(chosen.ids("diversity")) == round(0.25 * 24)
+    assert chosen.table.column_names[: len(scores.table.column_names)] == scores.table.column_names
+    assert sum(chosen.table["sparse"].to_pylist()) == round(0.25 * 24)
+    assert chosen.table["low_quality"].null_count == 24
+    assert chosen.ids("quality") == []
+    with pytest.raises(ValueError, match="'beauty' is none of complexity, diversity, quality"):
+        chosen.ids("beauty")
+    assert middo.select(scores.table, settings=["diversity.fraction=0.25"]).facts == chosen.facts
+    with pytest.raises(middo.ConfigError, match="fracton is not a setting"):
+        middo.select(scores, diversity={"fracton": 0.25})
+    with pytest.raises(middo.ConfigError, match="give either m or fraction, not both"):
+        middo.select(scores, diversity={"m": 1, "fraction": 0.25})
+    with pytest.raises(ValueError, match="not a score table: no column id"):
+        middo.select(pa.table({"x": [1]}))
+    with pytest.raises(middo.RunError, match="there or above"):
+        middo.select("nowhere")
+
+
+# Settings
+
+
+def test_settings_may_be_a_mapping_texts_or_a_whole_tree(place: Path, tmp_path: Path) -> None:
+    given = {"model.path": "m", "data": {"path": "1e5"}, "train.num_epochs": 2, "train": {"batch_size": 4}}
+    config = middo.load_config(settings=given)
+    assert (config.data.path, config.train.num_epochs, config.train.batch_size) == ("1e5", 2, 4)
+    (tmp_path / "c.yaml").write_text("model: {path: m}\ndata: {path: d}\n", encoding="utf-8")
+    assert middo.load_config(tmp_path / "c.yaml", ["train.num_epochs=3"]).train.num_epochs == 3
+    assert middo.load_config(tmp_path / "c.yaml", "train.num_epochs=3").train.num_epochs == 3
+    with pytest.raises(middo.ConfigError, match="Did you mean"):
+        middo.load_config(settings={**given, "train.learing_rate": 1})
+    # A whole tree is laid under the model and the data of a call.
+    tree = middo.load_config(settings={**given, "data.eval_fraction": 0.5, "model.max_length": 512})
+    loss = api.evaluate(place / "data.json", place / "base", settings=tree)
+    assert loss == api.evaluate(place / "data.json", place / "base", settings={"model.max_length": 512})
+    assert loss.n == 24

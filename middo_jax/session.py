@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from middo_jax.config import Config
 from middo_jax.data.example import Example
 from middo_jax.data.sources import DataError, Rejection, read, split_heldout
-from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, refusal, tokenize_all
+from middo_jax.data.tokenize import (
+    TokenizedExample,
+    eos_token_ids,
+    learnt_controls,
+    load_tokenizer,
+    refusal,
+    tokenize,
+    tokenize_all,
+)
 from middo_jax.progress import Progress
 from middo_jax.run import RoundDir, RunError, read_jsonl, write_jsonl
 
@@ -127,7 +135,27 @@ def usable(session: Session, examples: Sequence[Example]) -> tuple[list[Example]
         raise DataError(
             f"{session.config.data.path}: no usable row; the first was refused: {refused[0].reason}"
         )
+    _warn_of_no_end(session, kept)
     return kept, refused
+
+
+def _warn_of_no_end(session: Session, examples: Sequence[Example]) -> None:
+    tokenizer, max_length = session.tokenizer, session.config.model.max_length
+    ends, all_cut = eos_token_ids(session.base, tokenizer), True
+    for example in examples:  # as a rule the first one learns an end
+        tokenized = tokenize(example, tokenizer, max_length)
+        if not ends.isdisjoint(learnt_controls(tokenized, tokenizer)):
+            return
+        all_cut = all_cut and tokenized.truncated
+    if ends:
+        session.progress.say(
+            "no sample learns where an answer ends, so the trained model will not stop: "
+            + (
+                f"every conversation is cut at model.max_length={max_length}"
+                if all_cut
+                else "the chat template puts no control token behind an answer; set model.template"
+            )
+        )
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:

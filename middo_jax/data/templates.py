@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,8 +65,28 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> No
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Text -> id of the tokens that steer the model, and that no sample's own text may contain."""
-    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    ends = declared_ends(tokenizer.name_or_path)
+    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special or i in ends}
     return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def declared_ends(directory: str | Path) -> frozenset[int]:
+    """The tokens at which servers end an answer: of generation_config.json, without it of config.json.
+
+    An empty name, that of a tokenizer which was not read from a directory, declares none.
+
+    Raises:
+      TemplateError: the file is no JSON object.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = Path(directory) / name
+        if str(directory) and path.is_file():
+            try:
+                named = dict(json.loads(path.read_text(encoding="utf-8"))).get("eos_token_id")
+            except (ValueError, TypeError) as e:
+                raise TemplateError(f"{path}: not a JSON object: {e}") from e
+            return frozenset(i for i in (named if isinstance(named, list) else [named]) if type(i) is int)
+    return frozenset()
 
 
 def _check_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -106,7 +106,7 @@ def read(path: str, format: str = "auto", limit: int | None = None) -> tuple[lis
         reasons = "".join(f"\n  {r.where}: {r.reason}" for r in rejections[:3])
         raise DataError(f"{path}: none of its {len(found)} rows can be used. The first reasons:{reasons}")
     if unkept:
-        _log.warning("%s: fields inside turns are not kept: %s", path, ", ".join(sorted(unkept)))
+        _log.warning("%s: not trained on, though some rows have it: %s", path, ", ".join(sorted(unkept)))
     return [example for example, _ in first.values()], rejections
 
 

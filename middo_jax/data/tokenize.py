@@ -124,7 +124,7 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
       in_prompt    .    .  1     .        .       .           .      .    .       .     .
       is_target    .    .  .     .        .       .           .      .    1       1     .
 
-    Every assistant turn is a target. Too long a conversation is cut: see `truncate`.
+    Every assistant turn that is to be `learnt` is a target. Too long a conversation is cut: see `truncate`.
 
     Raises:
       TemplateError: a turn cannot be found again in what the template rendered.
@@ -169,7 +169,7 @@ def _mark(
     for message, span in zip(example.messages, spans, strict=True):
         if message.role == "user":
             in_prompt_n |= (stops_n > span.start) & (starts_n < span.stop)
-        elif message.role == "assistant":
+        elif message.role == "assistant" and message.learnt:
             # Tokenizers may leave spaces out of the offsets: a space's token then is empty, [stop, stop).
             first = int(np.searchsorted(stops_n, span.start - span.opening, "right"))
             behind = int(np.searchsorted(stops_n, span.stop, "right"))
@@ -371,7 +371,7 @@ def _render(
 
     try:
         text = tokenizer.apply_chat_template(
-            [dataclasses.asdict(m) for m in messages],
+            [{"role": m.role, "content": m.content} for m in messages],
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )

@@ -93,7 +93,7 @@ def score(
     if unknown := [axis for axis in wanted if axis not in stages.AXES]:
         raise ValueError(f"--axes: {unknown[0]!r} is none of {', '.join(stages.AXES)}")
     model_path = _model(model)
-    session = _session_with(model_path, data, overrides)
+    session = _session_with(model_path, data, overrides, out)
     directory = RoundDir(out)
     kept, _, rejections = prepare(session)
     write_text(out / "config.yaml", session.config.to_yaml())
@@ -181,7 +181,7 @@ def train(
     from middo_jax.session import prepare, write_dataset
 
     model_path, directory = _model(model), RoundDir(out)
-    session = _session_with(model_path, data, overrides)
+    session = _session_with(model_path, data, overrides, out)
     kept, heldout, rejections = prepare(session)
     stages.check_training(session, kept, heldout)
     write_text(out / "config.yaml", session.config.to_yaml())
@@ -369,10 +369,20 @@ def _session(settings: Sequence[str], path: Path | None = None) -> Any:
     return Session(load(path, [*dtype, *settings]), for_stderr())
 
 
-def _session_with(model: Path, data: str, overrides: Sequence[str] | None) -> Any:
-    """For one model and one dataset, of which nothing is held out unless asked for."""
-    named = [f"model.path={_base(model)}", f"data.path={data}", "data.eval_fraction=0"]
-    return _session([*named, *(overrides or ())])
+def _session_with(model: Path, data: str, overrides: Sequence[str] | None, out: Path | None = None) -> Any:
+    """For one model and one dataset, of which nothing is held out unless asked for.
+
+    A template's date is that of an earlier start in `out`, or of the training that made the model.
+    """
+    from middo_jax import template_date
+    from middo_jax.models.checkpoint import read_metadata
+
+    base = _base(model)
+    named = [f"model.path={base}", f"data.path={data}", "data.eval_fraction=0"]
+    session = _session([*named, *(overrides or ())])
+    made_in = [model.parent, model.parent.parent] if read_metadata(model) is not None else []
+    recorded = [folder / "config.yaml" for folder in ([out] if out else []) + made_in]
+    return dataclasses.replace(session, config=template_date.pin(session.config, recorded))
 
 
 def _session_of(directory: Path, overrides: Sequence[str] | None) -> Any:

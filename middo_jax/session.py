@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import gc
 import os
@@ -55,8 +56,9 @@ class Session:
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's, with the template that the settings ask for."""
-        return load_tokenizer(self.base, self.config.model.template)
+        """The base model's, with the template and its date that the settings ask for."""
+        date = self.config.model.template_date or datetime.date.today()
+        return load_tokenizer(self.base, self.config.model.template, date)
 
     @functools.cached_property
     def mesh(self) -> Mesh:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import itertools
 import re
@@ -13,7 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from middo_jax.data.example import Example, Message, Role
-from middo_jax.data.templates import TemplateError, control_tokens, declared_ends, set_template
+from middo_jax.data.templates import (
+    TemplateError,
+    control_tokens,
+    declared_ends,
+    pin_date,
+    set_template,
+    template_arguments,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,12 +53,15 @@ class TokenizedExample:
         return len(self.tokens_n)
 
 
-def load_tokenizer(directory: str | Path, template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    directory: str | Path, template: str | None = None, date: datetime.date | None = None
+) -> PreTrainedTokenizerBase:
     """A fast tokenizer that surely has a chat template.
 
     Args:
       directory: a Hugging Face directory; nothing in it is executed.
       template: overrides the tokenizer's own, see `set_template`.
+      date: the day that the template prints, if it prints one; None is the day of each rendering.
 
     Raises:
       TemplateError: see `set_template`; or the tokenizer is not a fast one (no character offsets).
@@ -63,6 +74,8 @@ def load_tokenizer(directory: str | Path, template: str | None = None) -> PreTra
             f"{directory}: a fast tokenizer (tokenizer.json) is needed to find where answers start"
         )
     set_template(tokenizer, template)
+    if date is not None:
+        pin_date(tokenizer, date)
     return tokenizer
 
 
@@ -108,8 +121,7 @@ def refusal(example: Example, tokenizer: PreTrainedTokenizerBase) -> str | None:
         if any(token in message.content for message in example.messages):
             return f"its text holds the model's control token {token}"
     try:
-        layout = _layout(tokenizer, tuple(m.role for m in example.messages))
-        layout.locate(_render(tokenizer, example.messages), example)
+        _locate(tokenizer, _render(tokenizer, example.messages), example)
     except TemplateError as e:
         return str(e)
     return None
@@ -374,6 +386,7 @@ def _render(
             [{"role": m.role, "content": m.content} for m in messages],
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
+            **template_arguments(tokenizer),
         )
     except jinja2.TemplateError as e:
         raise TemplateError(f"the chat template refuses a conversation of {len(messages)} turns: {e}") from e

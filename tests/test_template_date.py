@@ -150,9 +150,10 @@ def test_a_date_is_recorded_only_where_a_template_prints_it(
 
 
 def test_a_runs_day_is_that_of_its_first_start(tmp_path: Path, today: Any) -> None:
+    from middo_jax.run_dir import RunDir
+
     from middo_jax.config import load
     from middo_jax.loop import open_run
-    from middo_jax.run_dir import RunDir
 
     model, run = directory_with(tmp_path / "model", ASKS), RunDir(tmp_path / "run")
     config = load(None, [f"model.path={model}", "data.path=none"])

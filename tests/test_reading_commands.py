@@ -88,3 +88,49 @@ def test_a_row_with_another_stop_token_is_refused(middo: Middo, model: Path, tmp
     assert [r["reason"] for r in found["rejected"]] == [
         "its text holds the model's control token <|endoftext|>"
     ]
+
+
+def test_convert_reads_the_format_that_is_named(middo: Middo, tmp_path: Path) -> None:
+    row = chat("Name a sea.", "North") | {"instruction": "Name a lake.", "output": "Wener"}
+    data, out = write_rows(tmp_path / "d.jsonl", row), tmp_path / "out.jsonl"
+    refused = middo("convert", data, out, "--format", "messages")
+    assert refused.code == 1
+    assert "--from NAME" in refused.err
+    for form, answer in (("messages", "North"), ("alpaca", "Wener")):
+        assert middo("convert", data, out, "--format", "messages", "--from", form).code == 0
+        assert json.loads(out.read_text())["messages"][-1]["content"] == answer
+    assert (
+        "unknown format 'chat'" in middo("convert", data, out, "--format", "messages", "--from", "chat").err
+    )
+
+
+def test_convert_counts_the_reasons(middo: Middo, tmp_path: Path) -> None:
+    empty = [chat(f"Name sea {n}.", " ") for n in range(3)]
+    data = write_rows(tmp_path / "d.jsonl", *empty, chat("q"), chat("Name a sea.", "North"))
+    err = middo("convert", data, tmp_path / "out.jsonl", "--format", "alpaca").err
+    assert "4 rows could not be used" in err
+    assert f"  3 of 4: empty response ({data}:1)" in err
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["merges.txt", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "chat_template.jinja"],
+)
+def test_every_file_of_a_tokenizer_is_downloaded(
+    file: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fnmatch
+
+    import huggingface_hub
+
+    from middo_jax.models.resolve import resolve
+
+    def download(repo: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)
+        assert not any(fnmatch.fnmatch(file, pattern) for pattern in ignore_patterns)
+        assert not any(fnmatch.fnmatch("pytorch_model.bin", pattern) for pattern in allow_patterns)
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("org/tiny") == model

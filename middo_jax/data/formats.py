@@ -107,7 +107,8 @@ def detect(rows: Iterable[Any]) -> str:
     expected = "; ".join(f"{name} ({', '.join(sorted(form.required))})" for name, form in FORMATS.items())
     trouble = f"fit several formats, {' and '.join(fitting)}" if fitting else "fit no format"
     raise DataError(
-        f"the columns ({found}) {trouble}. Name the format, or rename columns; there are: {expected}"
+        f"the columns ({found}) {trouble}. Name the format (data.format=NAME; middo convert: --from NAME), "
+        f"or rename columns; there are: {expected}"
     )
 
 

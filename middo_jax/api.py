@@ -104,7 +104,7 @@ def score(
 
     require_axes(axes)
     model_path = resolve(os.fspath(model))
-    session = session_for(model_path, _path(rows), settings)
+    session = session_for(model_path, _path(rows), settings, None if out is None else Path(out))
     data = read_data(session, None if _path(rows) else rows)
     kept, _, rejections = prepare(session, data)
     own = _own_columns(data, kept, keep_columns)
@@ -203,7 +203,7 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
     from middo_jax.models.resolve import resolve
 
     model_path = resolve(os.fspath(model))
-    session = session_for(model_path, _path(rows), settings)
+    session = session_for(model_path, _path(rows), settings, Path(out))
     data = read_data(session, None if _path(rows) else rows)
     kept, heldout, rejections = prepare(session, data)
     stages.check_training(session, kept, heldout)

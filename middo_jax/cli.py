@@ -243,17 +243,21 @@ def convert(
     to: Annotated[
         str, typer.Option("--format", help="alpaca messages sharegpt prompt_completion parquet tfds")
     ],
+    from_: Annotated[
+        str, typer.Option("--from", help="DATA's: auto alpaca messages sharegpt prompt_completion")
+    ] = "auto",
 ) -> None:
     """A dataset in another format; rows that cannot be used are counted and written beside it."""
-    from middo_jax.data.sources import read, write
+    from middo_jax.data.sources import commonest_reasons, read, write
     from middo_jax.run import local, write_jsonl
 
-    examples, rejections = read(data)
+    examples, rejections = read(data, from_)
     write(examples, local(out), to)
     if rejections:
         beside = out.with_name(f"{out.name}.rejected.jsonl")
         write_jsonl(beside, (r.to_json() for r in rejections))
         print(f"{len(rejections)} rows could not be used, see {beside}", file=sys.stderr)
+        print("\n".join(commonest_reasons(rejections)), file=sys.stderr)
     print(out)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from middo_jax import stages
+from middo_jax import stages, template_date
 from middo_jax.config import Config
 from middo_jax.data.example import Example
 from middo_jax.data.sources import Rejection
@@ -89,6 +89,7 @@ def run_loop(config: Config, progress: Progress) -> RunDir:
         known before the first stage is raised before the folder is made or changed.
     """
     run, began = RunDir(Path(config.runs_dir) / config.name), time.monotonic()
+    config = template_date.pin(config, [run.config])
     plan = _checked(run, Session(config, progress))
     if run.config.exists() and run.round(0).stages():
         run.log("resume")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import gc
 import os
@@ -16,7 +17,15 @@ from middo_jax.config import load as load_config
 from middo_jax.data.example import Example
 from middo_jax.data.in_memory import IN_MEMORY
 from middo_jax.data.sources import DataError, Rejection, UserRows, read_rows, split_heldout
-from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, refusal, tokenize_all
+from middo_jax.data.tokenize import (
+    TokenizedExample,
+    eos_token_ids,
+    learnt_controls,
+    load_tokenizer,
+    refusal,
+    tokenize,
+    tokenize_all,
+)
 from middo_jax.progress import Progress, for_stderr
 from middo_jax.run import RoundDir, RunError, read_jsonl, write_jsonl
 
@@ -49,8 +58,9 @@ class Session:
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's, with the template that the settings ask for."""
-        return load_tokenizer(self.base, self.config.model.template)
+        """The base model's, with the template and its date that the settings ask for."""
+        date = self.config.model.template_date or datetime.date.today()
+        return load_tokenizer(self.base, self.config.model.template, date)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -104,14 +114,21 @@ def new_session(settings: Sequence[str | Mapping[str, Any]]) -> Session:
     return Session(load_config(None, [*dtype, *settings]), for_stderr())
 
 
-def session_for(model: Path, data: str | None, settings: SettingsLike = None) -> Session:
+def session_for(
+    model: Path, data: str | None, settings: SettingsLike = None, out: Path | None = None
+) -> Session:
     """A session for one model and one dataset, of which nothing is held out unless `settings` say so.
+
+    A template's date is that of an earlier start in `out`, or of the training that made the model.
 
     Args:
       model: as `resolve` gives it; its base and tokenizer become the session's.
       data: what `data.path` takes; None is for rows in memory.
       settings: laid over these; a whole tree lies under them.
+      out: the folder that gets the results, if there is one.
     """
+    from middo_jax import template_date
+    from middo_jax.models.checkpoint import read_metadata
     from middo_jax.models.source import locate
 
     named = {
@@ -119,7 +136,10 @@ def session_for(model: Path, data: str | None, settings: SettingsLike = None) ->
         "data": {"path": data or IN_MEMORY, "eval_fraction": 0},
     }
     layers = layers_of(settings)
-    return new_session([*layers, named] if isinstance(settings, Config) else [named, *layers])
+    session = new_session([*layers, named] if isinstance(settings, Config) else [named, *layers])
+    made_in = [model.parent, model.parent.parent] if read_metadata(model) is not None else []
+    recorded = [folder / "config.yaml" for folder in ([out] if out else []) + made_in]
+    return dataclasses.replace(session, config=template_date.pin(session.config, recorded))
 
 
 def session_of(directory: Path, settings: SettingsLike = None) -> Session:
@@ -194,7 +214,27 @@ def usable(session: Session, examples: Sequence[Example]) -> tuple[list[Example]
         raise DataError(
             f"{session.config.data.path}: no usable row; the first was refused: {refused[0].reason}"
         )
+    _warn_of_no_end(session, kept)
     return kept, refused
+
+
+def _warn_of_no_end(session: Session, examples: Sequence[Example]) -> None:
+    tokenizer, max_length = session.tokenizer, session.config.model.max_length
+    ends, all_cut = eos_token_ids(session.base, tokenizer), True
+    for example in examples:  # as a rule the first one learns an end
+        tokenized = tokenize(example, tokenizer, max_length)
+        if not ends.isdisjoint(learnt_controls(tokenized, tokenizer)):
+            return
+        all_cut = all_cut and tokenized.truncated
+    if ends:
+        session.progress.say(
+            "no sample learns where an answer ends, so the trained model will not stop: "
+            + (
+                f"every conversation is cut at model.max_length={max_length}"
+                if all_cut
+                else "the chat template puts no control token behind an answer; set model.template"
+            )
+        )
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:

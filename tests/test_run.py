@@ -64,6 +64,21 @@ def test_jsonl_round_trip(tmp_path: Path) -> None:
         read_jsonl(tmp_path / "missing.jsonl")
 
 
+@pytest.mark.parametrize(
+    "separator", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1e", "\r", "\r\n"]
+)
+def test_a_line_of_jsonl_is_one_line_to_every_reader(tmp_path: Path, separator: str) -> None:
+    row = {"a": f"one{separator}two", f"b{separator}c": [separator, "é漢🦙"]}
+    write_jsonl(tmp_path / "rows.jsonl", [row, row])
+    text = (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == 2
+    assert "é漢🦙" in text
+    assert read_jsonl(tmp_path / "rows.jsonl") == [row, row]
+    run = RunDir(tmp_path)
+    run.log("start", **row)
+    assert len(run.events.read_text(encoding="utf-8").splitlines()) == 1
+
+
 def test_a_stage_is_done_while_its_files_are_there(tmp_path: Path) -> None:
     round_dir = RoundDir(tmp_path / "round_00")
     assert not round_dir.is_done("score")

@@ -50,7 +50,7 @@ def load(path: str | Path | None, overrides: Sequence[str | Mapping[str, Any]] =
       ConfigError: a file is missing or no mapping, a key is unknown (with the nearest valid one), a value has
         the wrong type or range.
     """
-    tree: dict[str, Any] = {} if path is None else _read(path)
+    tree: dict[str, Any] = {} if path is None else read_tree(path)
     layers = [_parse(override) for override in overrides]
     given = {key for key, value in layers if key is not None and value is not None}
     for key, value in layers:
@@ -72,7 +72,12 @@ def stored(tree: Mapping[str, Any]) -> Config | None:
         return None
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """A YAML file of settings as a plain tree, not validated.
+
+    Raises:
+      ConfigError: it cannot be read, or holds no mapping.
+    """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as e:
@@ -124,7 +129,7 @@ def _parse(override: str | Mapping[str, Any]) -> tuple[str | None, Any]:
         return None, _nested(override)
     key, equals, text = override.partition("=")
     if not equals and override.endswith((".yaml", ".yml")):
-        return None, _read(override)
+        return None, read_tree(override)
     if not equals or not key:
         raise ConfigError(f"config: {override!r} is not of the form a.b=value")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import typing
 from typing import Annotated, ClassVar, Literal
 
@@ -34,6 +35,11 @@ class ModelSettings(Settings):
         default=None,
         description="chatml, llama3, mistral, gemma, default (Human/Assistant) or a Jinja file. None: the "
         "tokenizer's own, default if it has none.",
+    )
+    template_date: Annotated[datetime.date | None, Affects("text")] = Field(
+        default=None,
+        description="The day that templates print which print today's, as 2026-11-27. None: the day of the "
+        "first start, which is recorded in the run's config.yaml.",
     )
     max_length: Annotated[PositiveInt, Affects("text")] = Field(
         default=2048, description="Tokens of a rendered conversation; longer ones are cut."

@@ -13,10 +13,15 @@ Op = Literal["seed", "simplify", "rewrite", "synthesize"]
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn."""
+    """One turn. An answer that is not `learnt` is context for what follows: no token of it is a target."""
 
     role: Role
     content: str
+    learnt: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """A turn of dataset.jsonl: role, content, and weight 0 if it is not learnt."""
+        return {"role": self.role, "content": self.content, **({} if self.learnt else {"weight": 0})}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Example:
         """A row of dataset.jsonl; `from_json` reads it back to an equal Example."""
         return {
             "id": self.id,
-            "messages": [dataclasses.asdict(m) for m in self.messages],
+            "messages": [m.to_json() for m in self.messages],
             **({"extra": self.extra} if self.extra else {}),
             "lineage": dataclasses.asdict(self.lineage),
         }
@@ -91,14 +96,17 @@ class Example:
         lineage = {k: v for k, v in row["lineage"].items() if k not in ("accepted", "reject_reason")}
         for name in ("parent_ids", "hint_ids"):
             lineage[name] = tuple(lineage[name])
-        messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
+        messages = tuple(
+            Message(m["role"], m["content"], m.get("weight") in (None, 1)) for m in row["messages"]
+        )
         return cls(messages, row["id"], Lineage(**lineage), row.get("extra", {}))
 
 
 def content_id(messages: tuple[Message, ...]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of roles and contents: 64 bits.
+    """The first 16 hexadecimal digits of the SHA-256 of roles, contents and what is not learnt: 64 bits.
 
     Two of a hundred million rows share one with probability 3e-4 (birthday bound); equal rows always do.
     """
-    text = json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False, separators=(",", ":"))
+    turns = [[m.role, m.content, *([] if m.learnt else [0])] for m in messages]
+    text = json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

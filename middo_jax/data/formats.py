@@ -1,12 +1,14 @@
 """Rows of the four formats <-> conversations, as pure functions: what a column means, which row is unusable.
 
-    alpaca             instruction, output [, input, system, history]
+    alpaca             instruction, output [, input, context, history]
     sharegpt           conversations: [{from, value}, ...]
     messages           messages: [{role, content}, ...]; rows of dataset.jsonl are read back exactly
-    prompt_completion  prompt, completion: text, or lists of {role, content}
+    prompt_completion  prompt, completion [, context]: text, or lists of {role, content}
 
 All four mean the same thing inside: an optional system turn, then user and assistant in turn, the assistant
-last. `FORMATS` is the one table of columns, reading and writing.
+last. Each may have its system turn in a column, SYSTEM_COLUMNS. A turn's content is text or a list of text
+parts; `weight: 0` marks an answer that is not to be learnt. `FORMATS` is the one table of columns, reading
+and writing.
 """
 
 from __future__ import annotations
@@ -18,46 +20,38 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import pydantic
 
 from middo_jax.data.example import Example, Lineage, Message, content_id
-
-Row = dict[str, Any]
-Role = Literal["system", "user", "assistant"]
+from middo_jax.data.turns import (
+    SYSTEM_COLUMNS,
+    Role,
+    Row,
+    RowError,
+    Turn,
+    content_of,
+    kind_of,
+    text_of,
+    turn_list,
+    with_system,
+)
 
 _log = logging.getLogger(__name__)
-_KINDS = {
-    dict: "an object",
-    list: "a list",
-    str: "text",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-}
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-_SHAREGPT_ROLES: dict[str, Role] = {**_ROLES, "human": "user", "gpt": "assistant"}
-_TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython"}
-_TOOL_FIELDS = {"tool_calls", "function_call", "tool_call_id"}
+# Columns whose text answers depend on; where the conversation does not show it, that is said.
+PROMPT_COLUMNS = frozenset(
+    (
+        *("background", "context", "contexts", "document", "documents", "functions", "input", "instruction"),
+        *("instructions", "knowledge", "passage", "passages", "prompt", "query", "question", "tools"),
+    )
+)
 _OUR_COLUMNS = {"id", "messages", "lineage", "extra"}
 _LINEAGE = pydantic.TypeAdapter(Lineage)
 
 
 class DataError(ValueError):
     """A dataset cannot be read or written at all; the message says where, why, and what to do."""
-
-
-class RowError(ValueError):
-    """One row cannot be used; the message is the reason that stands in its rejection."""
-
-
-class Turn(NamedTuple):
-    """A turn as its row tells it; `unkept` names its fields that a `Message` has no place for."""
-
-    role: Role
-    content: str
-    unkept: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +107,8 @@ def detect(rows: Iterable[Any]) -> str:
     expected = "; ".join(f"{name} ({', '.join(sorted(form.required))})" for name, form in FORMATS.items())
     trouble = f"fit several formats, {' and '.join(fitting)}" if fitting else "fit no format"
     raise DataError(
-        f"the columns ({found}) {trouble}. Name the format, or rename columns; there are: {expected}"
+        f"the columns ({found}) {trouble}. Name the format (data.format=NAME; middo convert: --from NAME), "
+        f"or rename columns; there are: {expected}"
     )
 
 
@@ -126,27 +121,42 @@ def to_example(row: Any, form: str) -> tuple[Example, frozenset[str]]:
     An `id` column that is the row's own content hash (as `to_rows` writes it) is not kept in `extra`.
 
     Returns:
-      The example, and the names of fields inside its turns that could not be kept (`weight`, ...).
+      The example, and what of the row is not trained on though it may be meant to be: fields inside its turns
+      (`name`, ...), columns whose text a prompt usually holds (`tools`, ...).
 
     Raises:
       RowError: the row cannot be used.
     """
     if not isinstance(row, dict):
-        raise RowError(f"a row must be an object with named columns, not {_kind(row)}")
+        raise RowError(f"a row must be an object with named columns, not {kind_of(row)}")
     for column, value in row.items():
         try:
             json.dumps({column: value}, ensure_ascii=False).encode()
         except UnicodeEncodeError as e:
             raise RowError(f"column {column!r} holds a lone surrogate, which UTF-8 cannot encode") from e
+    is_ours = form == "messages" and _is_ours(row)
     turns = FORMATS[form].turns(row)
     unkept = frozenset().union(*(turn.unkept for turn in turns))
-    messages = _checked(turns)
-    if form == "messages" and _is_ours(row):
+    messages = _checked(turns if is_ours else with_system(row, turns))
+    if is_ours:
         return _our_example(row), unkept
+    while not messages[-1].learnt:  # nothing that is learnt sees these turns
+        messages, unkept = messages[:-2], unkept | {"turns behind the last answer that is learnt"}
     extra = {column: value for column, value in row.items() if column not in FORMATS[form].columns}
+    shown = " ".join(" ".join(m.content.split()) for m in messages)
+    unkept |= {f"column {c!r}" for c in PROMPT_COLUMNS.intersection(extra) if not _is_shown(extra[c], shown)}
     if extra.get("id") == content_id(messages):
         del extra["id"]
     return Example(messages, extra=extra), unkept
+
+
+def _is_shown(value: Any, shown: str) -> bool:
+    """Whether an extra column adds no text to what the conversation shows."""
+    if isinstance(value, str):
+        return " ".join(value.split()) in shown
+    if isinstance(value, list | dict):
+        return all(_is_shown(item, shown) for item in (value.values() if isinstance(value, dict) else value))
+    return True
 
 
 def to_rows(examples: Sequence[Example], form: str) -> list[Row]:
@@ -156,6 +166,9 @@ def to_rows(examples: Sequence[Example], form: str) -> list[Row]:
     extra column whose name the format needs is written as `extra_NAME`, and logged. Lineage stays in
     dataset.jsonl. prompt_completion is conversational for all rows if one needs it: readers want one type
     a column.
+
+    Raises:
+      DataError: the format cannot say that an answer is not to be learnt.
     """
     chosen = FORMATS[form]
     to_row = chosen.row
@@ -171,7 +184,7 @@ def to_rows(examples: Sequence[Example], form: str) -> list[Row]:
     renamed = [f"{column} -> {name}" for column, name in names.items() if column != name]
     if renamed:
         _log.warning("%s needs the names of extra columns, which are renamed: %s", form, ", ".join(renamed))
-    return [
+    rows = [
         {
             **({} if "id" in columns else {"id": example.id}),
             **to_row(example.messages),
@@ -179,6 +192,18 @@ def to_rows(examples: Sequence[Example], form: str) -> list[Row]:
         }
         for example in examples
     ]
+    if not all(message.learnt for example in examples for message in example.messages):
+        if form == "alpaca":
+            raise DataError(
+                "alpaca has no place for answers of weight 0, which are not learnt; write messages"
+            )
+        for turn in (turn for row in rows for column in chosen.required for turn in _turns_in(row[column])):
+            turn.setdefault("weight", 1)  # readers want the same fields in all rows
+    return rows
+
+
+def _turns_in(value: Any) -> list[Row]:
+    return value if isinstance(value, list) else []
 
 
 def _checked(turns: Sequence[Turn]) -> tuple[Message, ...]:
@@ -200,61 +225,25 @@ def _checked(turns: Sequence[Turn]) -> tuple[Message, ...]:
             raise RowError(
                 {1: "empty response", 2: "empty prompt"}.get(left, f"turn {n} ({turn.role}) is empty")
             )
-    return tuple(Message(turn.role, turn.content) for _, turn in numbered)
-
-
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), "null" if value is None else f"a {type(value).__name__}")
-
-
-def _text(row: Row, column: str, default: str | None = None) -> str:
-    value = row.get(column)
-    if value is None:
-        if default is not None:
-            return default
-        raise RowError(f"column {column!r} is missing or null")
-    if not isinstance(value, str):
-        raise RowError(f"column {column!r} must be text, not {_kind(value)}")
-    return value
-
-
-def _turn_list(row: Row, column: str, role_key: str, text_key: str, roles: dict[str, Role]) -> list[Turn]:
-    value = row.get(column)
-    if value is None:
-        raise RowError(f"column {column!r} is missing or null")
-    if not isinstance(value, list):
-        raise RowError(f"column {column!r} must be a list of turns, not {_kind(value)}")
-    turns = []
-    for n, turn in enumerate(value, 1):
-        if not isinstance(turn, dict):
-            raise RowError(f"turn {n} must be an object, not {_kind(turn)}")
-        # Columnar files give every turn every field that any turn has, as null.
-        fields = {key: item for key, item in turn.items() if item is not None and item != []}
-        role, text = fields.pop(role_key, None), fields.pop(text_key, None)
-        if not isinstance(role, str):
-            raise RowError(f"turn {n}: {role_key!r} must be text, not {_kind(role)}")
-        if role in _TOOL_ROLES or not _TOOL_FIELDS.isdisjoint(fields):
-            raise RowError(f"turn {n} uses a tool ({role!r}), which is not supported")
-        if role not in roles:
-            raise RowError(f"turn {n} has the unknown role {role[:40]!r}; known: {', '.join(roles)}")
-        if not isinstance(text, str):
-            raise RowError(f"turn {n}: {text_key!r} must be text, not {_kind(text)}")
-        turns.append(Turn(roles[role], text, frozenset(fields)))
-    return turns
+    if not any(turn.role == "assistant" and turn.learnt for _, turn in numbered):
+        raise RowError("nothing is learnt: every answer has weight 0")
+    return tuple(
+        Message(turn.role, turn.content, turn.learnt or turn.role != "assistant") for _, turn in numbered
+    )
 
 
 def _alpaca_turns(row: Row) -> list[Turn]:
-    turns = [Turn("system", _text(row, "system", ""))]
+    turns = [Turn("system", "")]
     history = row.get("history")
     if history is not None and not isinstance(history, list):
-        raise RowError(f"column 'history' must be a list of [user, assistant] pairs, not {_kind(history)}")
+        raise RowError(f"column 'history' must be a list of [user, assistant] pairs, not {kind_of(history)}")
     for n, pair in enumerate(history or [], 1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise RowError(f"column 'history': pair {n} is not a list of two texts, [user, assistant]")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    instruction, given = _text(row, "instruction"), _text(row, "input", "")
-    prompt = "\n".join(text for text in (instruction, given) if text.strip())
-    return [*turns, Turn("user", prompt), Turn("assistant", _text(row, "output"))]
+    parts = (text_of(row, "instruction"), text_of(row, "context", ""), text_of(row, "input", ""))
+    prompt = "\n".join(dict.fromkeys(text for text in parts if text.strip()))
+    return [*turns, Turn("user", prompt), Turn("assistant", text_of(row, "output"))]
 
 
 def _alpaca_row(messages: Sequence[Message]) -> Row:
@@ -270,21 +259,33 @@ def _alpaca_row(messages: Sequence[Message]) -> Row:
 
 def _sharegpt_row(messages: Sequence[Message]) -> Row:
     names = {"system": "system", "user": "human", "assistant": "gpt"}
-    return {"conversations": [{"from": names[m.role], "value": m.content} for m in messages]}
+    return {
+        "conversations": [
+            {"from": names[m.role], "value": m.content, **({} if m.learnt else {"weight": 0})}
+            for m in messages
+        ]
+    }
 
 
 def _messages_row(messages: Sequence[Message]) -> Row:
-    return {"messages": [dataclasses.asdict(m) for m in messages]}
+    return {"messages": [m.to_json() for m in messages]}
 
 
 def _prompt_completion_turns(row: Row) -> list[Turn]:
     turns = []
     sides: dict[str, Role] = {"prompt": "user", "completion": "assistant"}
     for column, role in sides.items():
-        if isinstance(row.get(column), list):
-            turns += _turn_list(row, column, "role", "content", _ROLES)
+        value = row.get(column)
+        if isinstance(value, list) and any(isinstance(turn, dict) and "role" in turn for turn in value):
+            turns += turn_list(row, column, "role", "content")
+        elif isinstance(value, list | dict):
+            turns.append(Turn(role, content_of(value, f"column {column!r}")))
         else:
-            turns.append(Turn(role, _text(row, column)))
+            turns.append(Turn(role, text_of(row, column)))
+    if context := text_of(row, "context", "").strip():
+        asked = max((n for n, turn in enumerate(turns) if turn.role == "user"), default=None)
+        if asked is not None and context not in turns[asked].content:
+            turns[asked] = turns[asked]._replace(content=f"{turns[asked].content}\n{row['context']}")
     return turns
 
 
@@ -294,7 +295,7 @@ def _prompt_completion_row(messages: Sequence[Message]) -> Row:
 
 
 def _conversational_row(messages: Sequence[Message]) -> Row:
-    turns = [dataclasses.asdict(m) for m in messages]
+    turns = [m.to_json() for m in messages]
     return {"prompt": turns[:-1], "completion": turns[-1:]}
 
 
@@ -306,9 +307,9 @@ def _is_ours(row: Row) -> bool:
 
 def _our_example(row: Row) -> Example:
     if not isinstance(row["id"], str) or not row["id"]:
-        raise RowError(f"column 'id' must be text, not {_kind(row['id'])}")
+        raise RowError(f"column 'id' must be text, not {kind_of(row['id'])}")
     if not isinstance(row.get("extra", {}), dict):
-        raise RowError(f"column 'extra' must be an object, not {_kind(row['extra'])}")
+        raise RowError(f"column 'extra' must be an object, not {kind_of(row['extra'])}")
     try:
         _LINEAGE.validate_json(json.dumps(row["lineage"]), strict=True)
         example = Example.from_json(row)
@@ -324,23 +325,26 @@ def _our_example(row: Row) -> Example:
 FORMATS: dict[str, RowFormat] = {
     "alpaca": RowFormat(
         frozenset({"instruction", "output"}),
-        frozenset({"input", "system", "history"}),
+        SYSTEM_COLUMNS | {"input", "context", "history"},
         _alpaca_turns,
         _alpaca_row,
     ),
     "sharegpt": RowFormat(
         frozenset({"conversations"}),
-        frozenset(),
-        lambda row: _turn_list(row, "conversations", "from", "value", _SHAREGPT_ROLES),
+        SYSTEM_COLUMNS,
+        lambda row: turn_list(row, "conversations", "from", "value"),
         _sharegpt_row,
     ),
     "messages": RowFormat(
         frozenset({"messages"}),
-        frozenset(),
-        lambda row: _turn_list(row, "messages", "role", "content", _ROLES),
+        SYSTEM_COLUMNS,
+        lambda row: turn_list(row, "messages", "role", "content"),
         _messages_row,
     ),
     "prompt_completion": RowFormat(
-        frozenset({"prompt", "completion"}), frozenset(), _prompt_completion_turns, _prompt_completion_row
+        frozenset({"prompt", "completion"}),
+        SYSTEM_COLUMNS | {"context"},
+        _prompt_completion_turns,
+        _prompt_completion_row,
     ),
 }

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from middo_jax.data import hf_format
 from middo_jax.data.example import Example
 from middo_jax.data.formats import FORMATS, DataError, RowError, detect, plain, to_example, to_rows
 from middo_jax.data.in_memory import IN_MEMORY, arrow_rows, rows_in_memory
@@ -25,6 +26,7 @@ _log = logging.getLogger(__name__)
 _NAMED = re.compile(
     r"(tfds|hf):(.+):([\w.+-]+(?:\[[^\]]*\])?)"
 )  # tfds:NAME:SPLIT, SPLIT as train or train[:10%]
+_VARYING = re.compile(r"'[^']*'|\b[0-9a-f]{16}\b|\([^()]*:\d+\)|\d+")  # parts of a reason
 _ENDINGS = (".json", ".jsonl", ".parquet")
 
 
@@ -70,9 +72,9 @@ def read_rows(source: Any, format: str = "auto", limit: int | None = None) -> Us
     """Reads a dataset; if several rows have the same id, the first one counts.
 
     Args:
-      source: a .json, .jsonl or .parquet file; tfds:NAME:SPLIT or hf:NAME:SPLIT, where NAME may be a
-        directory; a directory that TFDS or `datasets` wrote, whose `train` split is read; or what
-        `rows_in_memory` takes.
+      source: a .json, .jsonl or .parquet file; tfds:NAME:SPLIT, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, where
+        NAME may be a directory; a directory that TFDS or `datasets` wrote, whose `train` split is read; or
+        what `rows_in_memory` takes.
       format: auto, alpaca, sharegpt, messages or prompt_completion.
       limit: take only the first rows, usable or not.
 
@@ -128,11 +130,26 @@ def read_rows(source: Any, format: str = "auto", limit: int | None = None) -> Us
         usable.append(given)
         unkept |= fields
     if not first:
-        reasons = "".join(f"\n  {r.where}: {r.reason}" for r in rejections[:3])
-        raise DataError(f"{path}: none of its {len(found)} rows can be used. The first reasons:{reasons}")
+        reasons = "".join(f"\n{line}" for line in commonest_reasons(rejections))
+        raise DataError(f"{path}: none of its {len(found)} rows can be used. The commonest reasons:{reasons}")
     if unkept:
-        _log.warning("%s: fields inside turns are not kept: %s", path, ", ".join(sorted(unkept)))
+        _log.warning("%s: not trained on, though some rows have it: %s", path, ", ".join(sorted(unkept)))
     return UserRows([example for example, _ in first.values()], usable, rejections)
+
+
+def commonest_reasons(rejections: Sequence[Rejection], limit: int = 3) -> list[str]:
+    """Lines with the commonest reasons, each counted and with its first place, the largest count first.
+
+    Reasons that differ only in numbers, ids or quoted words are one; the first is shown.
+    """
+    groups: dict[str, list[Rejection]] = {}
+    for rejection in rejections:
+        groups.setdefault(_VARYING.sub("*", rejection.reason), []).append(rejection)
+    largest = sorted(groups.values(), key=len, reverse=True)
+    lines = [f"  {len(g)} of {len(rejections)}: {g[0].reason} ({g[0].where})" for g in largest[:limit]]
+    if rest := sum(map(len, largest[limit:])):
+        lines.append(f"  {rest} of {len(rejections)}: other reasons")
+    return lines
 
 
 def write(examples: Sequence[Example], path: str | Path, format: str) -> None:
@@ -242,16 +259,17 @@ def _rows(path: str) -> Iterator[tuple[str, Any] | Rejection]:
     """All rows with their places, as their source gives them; a line that is no JSON comes as a Rejection."""
     if named := _NAMED.fullmatch(path):
         kind, name, split = named.groups()
-        yield from _numbered(_tfds_rows(name, split) if kind == "tfds" else _hf_rows(name, split))
+        yield from _numbered(_tfds_rows(name, split) if kind == "tfds" else hf_format.rows(name, split))
         return
     if path.startswith(("tfds:", "hf:")):
         kind = path.partition(":")[0]
-        raise DataError(f"{path} names no split; write {kind}:NAME:SPLIT, as in {path}:train")
+        form = "tfds:NAME:SPLIT" if kind == "tfds" else "hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"
+        raise DataError(f"{path} names no split; write {form}, as in {path}:train")
     file = Path(path)
     ending = file.suffix.lower()
     if file.is_dir():
         is_tfds = (file / "features.json").is_file()
-        yield from _numbered(_tfds_rows(path, "train") if is_tfds else _hf_rows(path, "train"))
+        yield from _numbered(_tfds_rows(path, "train") if is_tfds else hf_format.rows(path, "train"))
     elif not file.exists():
         raise DataError(
             f"there is no file {path}; give a {', '.join(_ENDINGS)}, tfds:NAME:SPLIT or hf:NAME:SPLIT"
@@ -365,34 +383,3 @@ def _tfds_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
             f"tfds: cannot be read without tensorflow-datasets ({e}); pip install middo-jax"
         ) from e
     return tfds_format.rows(name, split)
-
-
-def _hf_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
-    table: Any  # `datasets` types its loaders as unions of everything they may return
-    try:
-        import datasets
-    except ImportError as e:
-        raise DataError(
-            "hf: needs the `datasets` package; install the extra: pip install 'middo-jax[hub]'"
-        ) from e
-    folder = Path(name).expanduser()
-    try:
-        if not folder.is_dir():
-            if name.startswith(("/", ".", "~")):
-                raise DataError(f"hf: there is no directory {folder}")
-            table = datasets.load_dataset(name, split=split)
-        elif (folder / "dataset_dict.json").is_file():
-            table = datasets.load_from_disk(str(folder))[split]
-        elif (folder / "state.json").is_file():
-            table = datasets.load_from_disk(str(folder))
-            if table.split is not None and str(table.split) != split:
-                raise DataError(f"hf: {folder} holds the split {str(table.split)!r}, not {split!r}")
-        else:
-            table = datasets.load_dataset(str(folder), split=split)
-    except DataError:
-        raise
-    except Exception as e:  # loaders of many kinds run here, and network errors of several libraries
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise DataError(f"hf: cannot read split {split!r} of {name}: {reason}") from e
-    for batch in table.with_format("arrow").iter(batch_size=4096):
-        yield from batch.to_pylist()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.resources
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,10 +64,62 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> No
         raise TemplateError(f"model.template: {name} is not a text file in UTF-8: {e}") from e
 
 
+# Before a template: `strftime_now` as a macro of our own, so that it prints the pinned day.
+_PINNED = (
+    "{%- macro strftime_now(format) -%}{%- set pinned = namespace(text=format) -%}"
+    "{%- for code, value in pinned_day.items() -%}"
+    "{%- set pinned.text = pinned.text.replace(code, value) -%}"
+    "{%- endfor -%}{{- pinned.text -}}{%- endmacro -%}{{- '' }}"
+)
+# What `strftime` knows in the C library; a template may ask for any of it. `-` leaves out leading zeros.
+_CODES = [f"%{pad}{letter}" for pad in ("-", "") for letter in "aAbBcCdDeFgGhHIjklmMnpPrRsSTtuUVwWxXyYzZ"]
+
+
+def asks_for_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template prints the day on which it is rendered."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def pin_date(tokenizer: PreTrainedTokenizerBase, day: datetime.date) -> None:
+    """Makes `template_arguments` render the chat template as on that day, whatever the clock says."""
+    noon = datetime.datetime.combine(day, datetime.time(12))
+    # %% is an escaped percent sign: it is put aside while the codes are replaced.
+    codes = {"%%": "\0"} | {code: noon.strftime(code) for code in _CODES} | {"\0": "%"}
+    tokenizer.init_kwargs["pinned_day"] = codes
+
+
+def template_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What `apply_chat_template` needs so that a template that asks for the date gets the pinned one."""
+    codes = tokenizer.init_kwargs.get("pinned_day")
+    if codes is None or not asks_for_date(tokenizer):
+        return {}
+    return {"chat_template": f"{_PINNED}{tokenizer.chat_template}", "pinned_day": codes}
+
+
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Text -> id of the tokens that steer the model, and that no sample's own text may contain."""
-    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    ends = declared_ends(tokenizer.name_or_path)
+    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special or i in ends}
     return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def declared_ends(directory: str | Path) -> frozenset[int]:
+    """The tokens at which servers end an answer: of generation_config.json, without it of config.json.
+
+    An empty name, that of a tokenizer which was not read from a directory, declares none.
+
+    Raises:
+      TemplateError: the file is no JSON object.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = Path(directory) / name
+        if str(directory) and path.is_file():
+            try:
+                named = dict(json.loads(path.read_text(encoding="utf-8"))).get("eos_token_id")
+            except (ValueError, TypeError) as e:
+                raise TemplateError(f"{path}: not a JSON object: {e}") from e
+            return frozenset(i for i in (named if isinstance(named, list) else [named]) if type(i) is int)
+    return frozenset()
 
 
 def _check_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

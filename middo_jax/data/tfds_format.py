@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from middo_jax.data.example import Example
@@ -34,7 +35,7 @@ class MiddoExport(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
-        turns = tfds.features.Sequence({"role": text, "content": text})
+        turns = tfds.features.Sequence({"role": text, "content": text, "weight": np.int32})
         features = tfds.features.FeaturesDict({"id": text, "messages": turns, "extra": text})
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
@@ -90,7 +91,7 @@ def write(examples: Sequence[Example], path: Path) -> None:
     """
     records = []
     for example, row in zip(examples, to_rows(examples, "messages"), strict=True):
-        messages = row.pop("messages")
+        messages = [{"weight": 1, **turn} for turn in row.pop("messages")]
         records.append({"id": example.id, "messages": messages, "extra": json.dumps(row)})
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:

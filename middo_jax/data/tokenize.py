@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
-import json
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from middo_jax.data.example import Example, Message, Role
-from middo_jax.data.templates import TemplateError, control_tokens, set_template
+from middo_jax.data.templates import (
+    TemplateError,
+    control_tokens,
+    declared_ends,
+    pin_date,
+    set_template,
+    template_arguments,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,12 +53,15 @@ class TokenizedExample:
         return len(self.tokens_n)
 
 
-def load_tokenizer(directory: str | Path, template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    directory: str | Path, template: str | None = None, date: datetime.date | None = None
+) -> PreTrainedTokenizerBase:
     """A fast tokenizer that surely has a chat template.
 
     Args:
       directory: a Hugging Face directory; nothing in it is executed.
       template: overrides the tokenizer's own, see `set_template`.
+      date: the day that the template prints, if it prints one; None is the day of each rendering.
 
     Raises:
       TemplateError: see `set_template`; or the tokenizer is not a fast one (no character offsets).
@@ -62,20 +74,15 @@ def load_tokenizer(directory: str | Path, template: str | None = None) -> PreTra
             f"{directory}: a fast tokenizer (tokenizer.json) is needed to find where answers start"
         )
     set_template(tokenizer, template)
+    if date is not None:
+        pin_date(tokenizer, date)
     return tokenizer
 
 
 def eos_token_ids(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's, the generation config's and the template's own."""
-    ids: list[Any] = [tokenizer.eos_token_id]
-    generation = Path(directory) / "generation_config.json"
-    if generation.exists():
-        named = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-        ids.extend(named if isinstance(named, list) else [named])
-    end_of_turn = end_of_turn_token(tokenizer)
-    if end_of_turn is not None:
-        ids.append(end_of_turn)
-    return frozenset(i for i in ids if i is not None)
+    ids = (tokenizer.eos_token_id, end_of_turn_token(tokenizer), *declared_ends(directory))
+    return frozenset(i for i in ids if isinstance(i, int))
 
 
 def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -86,6 +93,11 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return last if last in control_tokens(tokenizer).values() else None
 
 
+def learnt_controls(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The control tokens that are learnt."""
+    return frozenset(np.intersect1d(example.tokens_n[example.is_target_n], _control_ids(tokenizer)).tolist())
+
+
 @functools.lru_cache(maxsize=16)
 def _control_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     return np.array(sorted(control_tokens(tokenizer).values()), np.int32)
@@ -93,12 +105,14 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def steering_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The control tokens conversations are rendered with: in a sample's own text they would end its turn.
+    """The control tokens conversations are rendered with, or that end an answer: in a sample's own text they
+    would end its turn.
 
     Others, such as a code model's `<filename>`, are rare but honest text.
     """
     rendered = f"{tokenizer.chat_template}{tokenizer.eos_token}{tokenizer.bos_token}"
-    return frozenset(text for text in control_tokens(tokenizer) if text in rendered)
+    ends = declared_ends(tokenizer.name_or_path)
+    return frozenset(text for text, i in control_tokens(tokenizer).items() if text in rendered or i in ends)
 
 
 def refusal(example: Example, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -107,8 +121,7 @@ def refusal(example: Example, tokenizer: PreTrainedTokenizerBase) -> str | None:
         if any(token in message.content for message in example.messages):
             return f"its text holds the model's control token {token}"
     try:
-        layout = _layout(tokenizer, tuple(m.role for m in example.messages))
-        layout.locate(_render(tokenizer, example.messages), example)
+        _locate(tokenizer, _render(tokenizer, example.messages), example)
     except TemplateError as e:
         return str(e)
     return None
@@ -123,7 +136,7 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
       in_prompt    .    .  1     .        .       .           .      .    .       .     .
       is_target    .    .  .     .        .       .           .      .    1       1     .
 
-    Every assistant turn is a target. Too long a conversation is cut: see `truncate`.
+    Every assistant turn that is to be `learnt` is a target. Too long a conversation is cut: see `truncate`.
 
     Raises:
       TemplateError: a turn cannot be found again in what the template rendered.
@@ -159,33 +172,48 @@ def _mark(
     tokenizer: PreTrainedTokenizerBase,
 ) -> TokenizedExample:
     """The tokens of a rendered conversation with targets and prompt, not yet cut."""
-    layout = _layout(tokenizer, tuple(m.role for m in example.messages))
-    spans = layout.locate(text, example)
+    spans = _locate(tokenizer, text, example)
     tokens_n = np.asarray(tokens, np.int32)
     starts_n, stops_n = np.asarray(offsets, np.int64).reshape(-1, 2).T
     is_control_n = np.isin(tokens_n, _control_ids(tokenizer))
     is_target_n = np.zeros(len(tokens_n), bool)
     in_prompt_n = np.zeros(len(tokens_n), bool)
-    for turn, message in enumerate(example.messages):
-        start, stop = spans[turn]
-        if message.role == "assistant":
-            first = _first_token(starts_n, stops_n, start - layout.openings[turn])
-            after = _first_token(starts_n, stops_n, stop)
-            if after < len(tokens_n) and is_control_n[after]:
-                after += 1  # the end of the turn
-            is_target_n[first:after] = True
-        elif message.role == "user":
-            in_prompt_n |= (stops_n > start) & (starts_n < stop)
-    return TokenizedExample(example.id, tokens_n, is_target_n, in_prompt_n, False)
+    for message, span in zip(example.messages, spans, strict=True):
+        if message.role == "user":
+            in_prompt_n |= (stops_n > span.start) & (starts_n < span.stop)
+        elif message.role == "assistant" and message.learnt:
+            # Tokenizers may leave spaces out of the offsets: a space's token then is empty, [stop, stop).
+            first = int(np.searchsorted(stops_n, span.start - span.opening, "right"))
+            behind = int(np.searchsorted(stops_n, span.stop, "right"))
+            after = max(first, behind, int(np.searchsorted(starts_n, span.stop)))
+            end = int(np.searchsorted(starts_n, span.stop + span.closing))
+            controls = np.flatnonzero(is_control_n[behind:end])
+            is_target_n[first : behind + int(controls[0]) + 1 if len(controls) else after] = True
+    return TokenizedExample(example.id, tokens_n, is_target_n, in_prompt_n & ~is_target_n, False)
 
 
-def _first_token(starts_n: np.ndarray, stops_n: np.ndarray, character: int) -> int:
-    """Index of the first token at or behind a character of the text.
+class _Span(NamedTuple):
+    """Where a turn's text is in a rendered conversation, [start, stop), in characters.
 
-    Tokenizers may leave spaces out of the offsets: the token of a space then is empty, [stop, stop), and one
-    that ends where the character stands lies before it.
+    Attributes:
+      opening: of an assistant's turn, how many characters before `start` follow the generation prompt. The
+        template writes them, but the model has to produce them.
+      closing: of an assistant's turn, how many characters behind `stop` may hold the start of the control
+        token that ends the turn.
     """
-    return max(int(np.searchsorted(starts_n, character)), int(np.searchsorted(stops_n, character, "right")))
+
+    start: int
+    stop: int
+    opening: int = 0
+    closing: int = 0
+
+
+def _locate(tokenizer: PreTrainedTokenizerBase, text: str, example: Example) -> list[_Span]:
+    """The span of each turn: by the template's constant pieces, or by rendering where they vary."""
+    try:
+        return _layout(tokenizer, tuple(m.role for m in example.messages)).locate(text, example)
+    except TemplateError:
+        return _by_rendering(tokenizer, text, example)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,33 +222,39 @@ class _Layout:
 
     Attributes:
       pieces: the template's own text before each turn, and after the last.
-      openings: for an assistant's turn, how many characters of the piece before it stand after the
-        generation prompt: they are the template's, but the model has to produce them.
+      openings: see `_Span`, one per turn.
+      closings: see `_Span`, one per turn.
     """
 
     pieces: tuple[str, ...]
     openings: tuple[int, ...]
+    closings: tuple[int, ...]
 
-    def locate(self, text: str, example: Example) -> list[tuple[int, int]]:
-        """Each turn's [start, stop) in the rendered text, of which nothing is left over."""
-        spans: list[tuple[int, int]] = []
+    def locate(self, text: str, example: Example) -> list[_Span]:
+        """Each turn's span in the rendered text, of which nothing is left over."""
+        spans: list[_Span] = []
         start = len(self.pieces[0])
-        for message, following in zip(example.messages, self.pieces[1:], strict=True):
+        for turn, message in enumerate(example.messages):
+            following = self.pieces[turn + 1]
             for content in _as_rendered(message.content):
                 stop = start + len(content)
                 if text.startswith(content, start) and text.startswith(following, stop):
                     break
             else:
-                raise _changed(example, f"the {message.role}'s text")
-            spans.append((start, stop))
+                raise _changed(example, turn)
+            spans.append(_Span(start, stop, self.openings[turn], self.closings[turn]))
             start = stop + len(following)
         if not text.startswith(self.pieces[0]) or start != len(text):
-            raise _changed(example, "its own words")
+            raise _changed(example, 0)
         return spans
 
 
-def _changed(example: Example, what: str) -> TemplateError:
-    return TemplateError(f"sample {example.id}: the chat template changes {what}; set model.template")
+def _changed(example: Example, turn: int) -> TemplateError:
+    role = example.messages[turn].role
+    return TemplateError(
+        f"sample {example.id}: the chat template does not show the text of turn {turn + 1} (the {role}'s) as "
+        "it is; set model.template"
+    )
 
 
 def _as_rendered(content: str) -> list[str]:
@@ -235,7 +269,7 @@ def _layout(tokenizer: PreTrainedTokenizerBase, roles: tuple[Role, ...]) -> _Lay
     marks = [f"\ue000{turn}\ue001" for turn in range(len(roles))]
     messages = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
     text = _render(tokenizer, messages)
-    pieces, openings, rest = [], [], text
+    pieces, openings, closings, rest = [], [], [], text
     for turn, (role, mark) in enumerate(zip(roles, marks, strict=True)):
         piece, found, rest = rest.partition(mark)
         if not found or mark in rest:
@@ -244,16 +278,77 @@ def _layout(tokenizer: PreTrainedTokenizerBase, roles: tuple[Role, ...]) -> _Lay
                 "set model.template"
             )
         pieces.append(piece)
-        opening = 0
-        if role == "assistant":
-            prompt = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-            if not text.startswith(prompt):
-                raise TemplateError(
-                    "the chat template's generation prompt is not what stands before an answer"
-                )
-            opening = text.index(mark) - len(prompt)
-        openings.append(opening)
-    return _Layout((*pieces, rest), tuple(openings))
+        is_answer = role == "assistant"
+        openings.append(
+            text.index(mark) - _generation_prompt(tokenizer, text, messages[:turn]) if is_answer else 0
+        )
+        closings.append(_closing(tokenizer, rest, messages[: turn + 1], mark) if is_answer else 0)
+    return _Layout((*pieces, rest), tuple(openings), tuple(closings))
+
+
+def _generation_prompt(tokenizer: PreTrainedTokenizerBase, text: str, messages: Sequence[Message]) -> int:
+    """The number of characters that ask for the answer to some messages, with which `text` begins."""
+    prompt = _render(tokenizer, messages, add_generation_prompt=True)
+    if not text.startswith(prompt):
+        raise TemplateError("the chat template's generation prompt is not what stands before an answer")
+    return len(prompt)
+
+
+def _closing(
+    tokenizer: PreTrainedTokenizerBase, following: str, messages: Sequence[Message], mark: str
+) -> int:
+    """See `_Span.closing`; `following` is all that follows the answer, the last of the marked messages.
+
+    What the template also writes where the conversation ends with this answer is of this turn. The next
+    turn's opening is not, unless it is the first thing behind the answer but white space.
+    """
+    own = _render(tokenizer, messages).rpartition(mark)[2]
+    shared = sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, following, strict=False))
+    )
+    return max(shared, len(following) - len(following.lstrip()) + 1)
+
+
+# Reasoning that a template leaves out of earlier answers ends with one of these.
+_END_OF_REASONING = re.compile(r"(</[\w:]+>|\[/\w+\])$")
+
+
+def _by_rendering(tokenizer: PreTrainedTokenizerBase, text: str, example: Example) -> list[_Span]:
+    """As `_Layout.locate` where the template's own words depend on the text, as those around reasoning do.
+
+    Each turn is rendered once more with a mark behind it, and a user's or system turn with one before it. An
+    answer begins where the generation prompt ends. White space may differ within a turn, and an answer before
+    the last may lack its reasoning; all else of the text must be there.
+    """
+    everything = "".join(m.content for m in example.messages)
+    mark = next(m for n in itertools.count() if (m := f"\ue000{n}\ue001") not in everything)
+    spans = []
+    for turn, message in enumerate(example.messages):
+        ahead, later = example.messages[:turn], example.messages[turn + 1 :]
+        ended = Message(message.role, message.content + mark)
+        _, found, tail = _render(tokenizer, [*ahead, ended, *later]).partition(mark)
+        stop = len(text) - len(tail)
+        if not found or mark in tail or not text.endswith(tail):
+            raise _changed(example, turn)
+        wanted = "".join(message.content.split())
+        if message.role == "assistant":
+            start = _generation_prompt(tokenizer, text, ahead)
+            shown = "".join(text[start:stop].split())
+            kept = shown.endswith(wanted) or (
+                bool(later)
+                and wanted.endswith(shown)
+                and _END_OF_REASONING.search(wanted.removesuffix(shown)) is not None
+            )
+            closing = _closing(tokenizer, text[stop:], [*ahead, ended], mark)
+        else:
+            begun = Message(message.role, mark + message.content)
+            head, found, _ = _render(tokenizer, [*ahead, begun, *later]).partition(mark)
+            start, closing = len(head), 0
+            kept = bool(found) and text.startswith(head) and "".join(text[start:stop].split()) == wanted
+        if start > stop or not kept:
+            raise _changed(example, turn)
+        spans.append(_Span(start, stop, closing=closing))
+    return spans
 
 
 def tokenize_prompt(
@@ -288,9 +383,10 @@ def _render(
 
     try:
         text = tokenizer.apply_chat_template(
-            [dataclasses.asdict(m) for m in messages],
+            [{"role": m.role, "content": m.content} for m in messages],
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
+            **template_arguments(tokenizer),
         )
     except jinja2.TemplateError as e:
         raise TemplateError(f"the chat template refuses a conversation of {len(messages)} turns: {e}") from e

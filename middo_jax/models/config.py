@@ -28,6 +28,32 @@ _ONLY: tuple[tuple[str, Any], ...] = (
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
+_INT, _NUMBER, _BOOL, _TEXT = (int,), (int, float), (bool,), (str,)
+# What fields must hold, and whether they may be null; a field that is missing has transformers' default.
+_FIELDS: dict[str, tuple[tuple[type, ...], str, bool]] = {
+    **dict.fromkeys(
+        (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("max_position_embeddings", "max_window_layers", "sliding_window_pattern"),
+        ),
+        (_INT, "a whole number", False),
+    ),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"), (_INT, "a whole number", True)),
+    **dict.fromkeys(
+        ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"),
+        (_NUMBER, "a number", False),
+    ),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (_NUMBER, "a number", True)),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window"), (_BOOL, "a boolean", False)),
+    **dict.fromkeys(
+        ("attention_bias", "mlp_bias", "use_bidirectional_attention"), (_BOOL, "a boolean", True)
+    ),
+    **dict.fromkeys(("hidden_act", "hidden_activation"), (_TEXT, "text", True)),
+    **dict.fromkeys(("layer_types", "architectures"), ((list,), "a list", True)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), ((dict,), "an object", True)),
+}
+
+
 class UnsupportedModel(ValueError):
     """The checkpoint's config asks for something that the decoder does not compute; names the field."""
 
@@ -259,6 +285,28 @@ def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": scaling}
 
 
+def read_fields(directory: str | Path) -> dict[str, Any]:
+    """The fields of DIRECTORY/config.json, each of the type that it must have.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      UnsupportedModel: it is no JSON object, or a field has another type; names file and field.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UnsupportedModel(f"{path}: not valid JSON: {e}") from e
+    if not isinstance(fields, dict):
+        raise UnsupportedModel(f"{path}: must be a JSON object")
+    for name in fields.keys() & _FIELDS.keys():
+        value, (types, wanted, nullable) = fields[name], _FIELDS[name]
+        of_type = isinstance(value, types) and (types is _BOOL or not isinstance(value, bool))
+        if not of_type and not (value is None and nullable):
+            raise UnsupportedModel(f"{path}: {name} must be {wanted}, not {json.dumps(value)}")
+    return fields
+
+
 def read_config(directory: str | Path, dtype: str = "float32") -> DecoderConfig:
     """Reads DIRECTORY/config.json.
 
@@ -266,8 +314,4 @@ def read_config(directory: str | Path, dtype: str = "float32") -> DecoderConfig:
       FileNotFoundError: it is not there.
       UnsupportedModel: see `from_hugging_face`.
     """
-    path = Path(directory) / "config.json"
-    try:
-        return from_hugging_face(json.loads(path.read_text(encoding="utf-8")), dtype)
-    except json.JSONDecodeError as e:
-        raise UnsupportedModel(f"{path}: not valid JSON: {e}") from e
+    return from_hugging_face(read_fields(directory), dtype)

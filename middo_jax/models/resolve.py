@@ -7,12 +7,17 @@ import os
 import re
 from pathlib import Path
 
+from middo_jax.models.config import read_fields
 from middo_jax.models.hf import CheckpointError
 from middo_jax.run import file_hash
 
 # Holds a GGUF file's metadata, the vocabulary and its merges among them, whatever follows.
 _HEAD_BYTES = 64 << 20
-_TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model", "adapter_model.safetensors"]
+# *.model: tokenizer.model, spiece.model, sentencepiece.bpe.model.
+_TOKENIZER_FILES = [
+    *("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"),
+    "adapter_model.safetensors",
+]
 
 
 def resolve(path: str, *, weights: bool = True) -> Path:
@@ -28,9 +33,12 @@ def resolve(path: str, *, weights: bool = True) -> Path:
 
     Raises:
       CheckpointError: there is no such file, and no such repo within reach.
+      UnsupportedModel: a field of its config.json has another type than it must have.
     """
     local = Path(path).expanduser()
     if local.is_dir():
+        if (local / "config.json").is_file():
+            read_fields(local)  # else transformers trips over a field of another type, in many lines
         return local
     if local.suffix == ".gguf" and local.is_file():
         from middo_jax.models.gguf import convert
@@ -62,7 +70,7 @@ def resolve(path: str, *, weights: bool = True) -> Path:
             f"model {path}: no such directory here (looked in {Path.cwd()}), and downloading it as a hub "
             f"repo failed: {type(error).__name__}: {error}"
         ) from error
-    return Path(snapshot)
+    return resolve(snapshot)
 
 
 def _head_hash(file: Path) -> str:

@@ -7,6 +7,7 @@ reads and writes which files, and which settings it depends on.
 from middo_jax.run.files import (
     atomic,
     file_hash,
+    json_line,
     read_jsonl,
     write_json,
     write_jsonl,
@@ -23,6 +24,7 @@ __all__ = [
     "atomic",
     "file_hash",
     "fingerprint",
+    "json_line",
     "local",
     "read_jsonl",
     "write_json",

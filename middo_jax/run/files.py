@@ -42,11 +42,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+# Characters that JSON may hold as they are, but that readers of lines, such as `str.splitlines`, split at.
+_LINE_SEPARATORS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\u0085\u2028\u2029"})
+
+
+def json_line(value: Any) -> str:
+    """A value as one line of JSON, its end included; no reader finds another line's end within."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text.translate(_LINE_SEPARATORS) + "\n"
+
+
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Writes one JSON value per line, whole or not at all."""
     with atomic(path) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(json_line(row))
 
 
 def read_jsonl(path: Path) -> list[Any]:

@@ -7,13 +7,13 @@ runs/NAME/   config.yaml  events.jsonl  heldout.jsonl ...
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from middo_jax.run.files import json_line
 from middo_jax.run.manifest import Manifest, RunError
 
 _ROUND = re.compile(r"round_(\d{2,})")
@@ -210,4 +210,4 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
         with self.events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_line(line))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 from middo_jax.config import TrainSettings
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.config import DecoderConfig
-from middo_jax.run import write_text
+from middo_jax.run import json_line, write_text
 from middo_jax.train.feed import PlannedStep
 from middo_jax.train.flops import peak_flops, training_flops
 from middo_jax.train.step import StepOutputs
@@ -223,7 +222,7 @@ class MetricsLog:
             skipped=ids if is_bad else (),
             speed=speed,
         )
-        self._file.write(json.dumps(metrics.row(), allow_nan=False) + "\n")
+        self._file.write(json_line(metrics.row()))
         self._file.flush()
         self._track(metrics.step, metrics.scalars())
         if self._on_step is not None and not quietly:

@@ -13,7 +13,8 @@ from middo_jax.run import write_json, write_text
 
 _GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+_TOKENS_MAP = "special_tokens_map.json"
+_TOKENIZER = ("tokenizer*", _TOKENS_MAP, "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 _CHAT_TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
 
 
@@ -48,7 +49,11 @@ def write_companions(
 
 
 def write_tokenizer(source: Path, directory: Path, chat_template: str | None = None) -> None:
-    """Copies the tokenizer's files and the chat template, or `chat_template` in its place."""
+    """Copies the tokenizer's files and the chat template, or `chat_template` in its place.
+
+    The written tokenizer's `eos_token` is the end of turn that the template teaches: some servers stop at no
+    other token.
+    """
     _copy(source, directory, _TOKENIZER)
     if chat_template is None or chat_template == _own_template(source):
         _copy(source, directory, _CHAT_TEMPLATES)
@@ -57,6 +62,33 @@ def write_tokenizer(source: Path, directory: Path, chat_template: str | None = N
         write_text(directory / "chat_template.jinja", chat_template)
         tokenizer = _read_json(directory / _TOKENIZER_CONFIG)
         write_json(directory / _TOKENIZER_CONFIG, tokenizer | {"chat_template": chat_template})
+    _name_end_of_turn(directory)
+
+
+def _name_end_of_turn(directory: Path) -> None:
+    from middo_jax.data.templates import TemplateError
+    from middo_jax.data.tokenize import end_of_turn_token, load_tokenizer
+
+    if not (directory / _TOKENIZER_CONFIG).is_file():
+        return
+    tokenizer = load_tokenizer(directory)
+    try:
+        end = end_of_turn_token(tokenizer)
+    except TemplateError:  # nothing can be trained with a template that does not show answers
+        return
+    if end is None or end == tokenizer.eos_token_id:
+        return
+    # A template that writes `eos_token` elsewhere would write another token there.
+    if "eos_token" in str(tokenizer.chat_template):
+        return
+    eos_token = tokenizer.convert_ids_to_tokens(end)
+    for name in (_TOKENIZER_CONFIG, _TOKENS_MAP):
+        path = directory / name
+        settings = _read_json(path) if path.is_file() else {}
+        if "eos_token" in settings or name == _TOKENIZER_CONFIG:
+            old = settings.get("eos_token")
+            new = old | {"content": eos_token} if isinstance(old, dict) else eos_token
+            write_json(path, settings | {"eos_token": new})
 
 
 def _own_template(source: Path) -> Any:

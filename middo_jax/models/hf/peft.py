@@ -51,6 +51,22 @@ _ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
     # PiSSA and its like change the base's weights too.
     ("init_lora_weights", (True, False, "gaussian", "orthogonal", "eva")),
 )
+# Fields that do not change what is computed from the tensors: how it was trained, or where it comes from.
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
+        *(
+            "layers_to_transform",
+            "lora_alpha",
+            "lora_dropout",
+            "megatron_core",
+            "peft_version",
+            "qalora_group_size",
+        ),
+        *("r", "revision", "runtime_config", "target_modules", "task_type", "use_rslora"),
+        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # with the fields of _ONLY, unused
+    }
+)
 
 
 def is_adapter(directory: Path) -> bool:
@@ -76,6 +92,9 @@ def read_adapter_config(directory: Path) -> tuple[str, Lora]:
     for field, values in _ONLY:
         if fields.get(field, values[0]) not in values:
             raise UnsupportedModel(f"{path}: {field}={fields[field]!r} is not supported, only {values[0]!r}")
+    for field in sorted(fields.keys() - _WITHOUT_EFFECT - {name for name, _ in _ONLY}):
+        if fields[field] not in (None, False, "", [], {}):
+            raise UnsupportedModel(f"{path}: {field}={fields[field]!r} is not supported")
     if not base:
         raise CheckpointError(f"{path}: base_model_name_or_path is empty; say there which model it adapts")
     found = {name.rsplit(".", 3)[-3] for name in Weights(directory, _STEM).tensors}

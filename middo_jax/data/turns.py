@@ -1,0 +1,147 @@
+"""Reading the turns of a row: roles under their many names, content in parts, weights, system columns."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+Row = dict[str, Any]
+Role = Literal["system", "user", "assistant"]
+
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+}
+# In lower case. Each format takes the names of all.
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
+}
+_TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython"}
+_TOOL_FIELDS = {"tool_calls", "function_call", "tool_call_id"}
+# Fields of a turn that say with 0 or false that its answer is not to be learnt.
+_WEIGHTS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
+SYSTEM_COLUMNS = frozenset({"system", "system_prompt", "system_message"})
+
+
+class RowError(ValueError):
+    """One row cannot be used; the message is the reason that stands in its rejection."""
+
+
+class Turn(NamedTuple):
+    """A turn as its row tells it; `unkept` names its fields that a `Message` has no place for."""
+
+    role: Role
+    content: str
+    unkept: frozenset[str] = frozenset()
+    learnt: bool = True
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value, for messages."""
+    return _KINDS.get(type(value), "null" if value is None else f"a {type(value).__name__}")
+
+
+def text_of(row: Row, column: str, default: str | None = None) -> str:
+    """A column's text, or `default` where it is missing or null.
+
+    Raises:
+      RowError: it holds something else, or nothing and there is no default.
+    """
+    value = row.get(column)
+    if value is None:
+        if default is not None:
+            return default
+        raise RowError(f"column {column!r} is missing or null")
+    if not isinstance(value, str):
+        raise RowError(f"column {column!r} must be text, not {kind_of(value)}")
+    return value
+
+
+def turn_list(row: Row, column: str, role_key: str, text_key: str) -> list[Turn]:
+    """The turns of a column that holds a list of objects.
+
+    Raises:
+      RowError: a turn cannot be read; the message says which.
+    """
+    value = row.get(column)
+    if value is None:
+        raise RowError(f"column {column!r} is missing or null")
+    if not isinstance(value, list):
+        raise RowError(f"column {column!r} must be a list of turns, not {kind_of(value)}")
+    turns = []
+    for n, turn in enumerate(value, 1):
+        if not isinstance(turn, dict):
+            raise RowError(f"turn {n} must be an object, not {kind_of(turn)}")
+        # Columnar files give every turn every field that any turn has, as null.
+        fields = {key: item for key, item in turn.items() if item is not None and item != []}
+        named, text = fields.pop(role_key, None), fields.pop(text_key, None)
+        if not isinstance(named, str):
+            raise RowError(f"turn {n}: {role_key!r} must be text, not {kind_of(named)}")
+        role = named.strip().lower()
+        if role in _TOOL_ROLES or not _TOOL_FIELDS.isdisjoint(fields):
+            raise RowError(f"turn {n} uses a tool ({named!r}), which is not supported")
+        if role not in _ROLES:
+            raise RowError(f"turn {n} has the unknown role {named[:40]!r}; known: {', '.join(_ROLES)}")
+        weights = {key: weight for key in _WEIGHTS if (weight := _weight(fields.get(key))) is not None}
+        # Of other turns nothing is learnt anyway, so a weight of 0 there may be meant for another turn.
+        kept = {key for key, weight in weights.items() if weight or _ROLES[role] == "assistant"}
+        unkept = frozenset(fields.keys() - kept)
+        content = content_of(text, f"turn {n}: {text_key!r}")
+        turns.append(Turn(_ROLES[role], content, unkept, all(weights.values())))
+    return turns
+
+
+def _weight(value: Any) -> bool | None:
+    """Whether a turn is learnt by one of its fields; None if the value is neither all nor nothing."""
+    if isinstance(value, str):
+        value = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}.get(value.strip().lower())
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
+
+def content_of(value: Any, what: str) -> str:
+    """A turn's text, or its text parts joined: [{"type": "text", "text": "Hi "}, "there"] -> "Hi there".
+
+    Raises:
+      RowError: there is another part than text.
+    """
+    if isinstance(value, str):
+        return value
+    parts = [value] if isinstance(value, dict) else value
+    if not isinstance(parts, list):
+        raise RowError(f"{what} must be text, not {kind_of(value)}")
+    texts = []
+    for part in parts:
+        # Columnar files give every part every field that any part has, as null.
+        fields = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part
+        if isinstance(fields, dict):
+            kind = fields.get("type", "text")
+            if kind not in ("text", "input_text", "output_text"):
+                raise RowError(f"{what} has a part of type {str(kind)[:40]!r}; only text is supported")
+            fields = fields.get("text")
+        if not isinstance(fields, str):
+            raise RowError(f"{what} has a part without text")
+        texts.append(fields)
+    return "".join(texts)
+
+
+def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
+    """The turns, behind the system turn that a column holds.
+
+    Raises:
+      RowError: columns and the first turn hold different ones.
+    """
+    texts = {column: text for column in sorted(SYSTEM_COLUMNS) if (text := text_of(row, column, "")).strip()}
+    own = [turn.content for turn in turns[:1] if turn.role == "system" and turn.content.strip()]
+    different = dict.fromkeys(text.strip() for text in (*own, *texts.values()))
+    if len(different) > 1:
+        where = " and ".join((*(["its first turn"] if own else []), *(f"column {c!r}" for c in texts)))
+        raise RowError(f"several different system turns: {where}")
+    if own or not texts:
+        return turns
+    blank = turns[:1] and turns[0].role == "system"
+    return [Turn("system", next(iter(texts.values()))), *(turns[1:] if blank else turns)]

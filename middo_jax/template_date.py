@@ -1,0 +1,42 @@
+"""The day that chat templates print, if they print one: pinned for a run, and recorded in its settings."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from pathlib import Path
+
+from middo_jax.config import Config
+from middo_jax.config.reading import read_tree
+from middo_jax.data.templates import asks_for_date
+from middo_jax.data.tokenize import load_tokenizer
+from middo_jax.models.resolve import resolve
+
+
+def pin(config: Config, recorded: Iterable[Path]) -> Config:
+    """The settings with `model.template_date`, where the chat template asks for a date.
+
+    Args:
+      config: if it names a date already, it is returned as it is.
+      recorded: files of settings, such as the run's own of an earlier start; the first that names a date
+        counts. Without one it is today.
+
+    Raises:
+      ConfigError: a recorded file cannot be read.
+      CheckpointError, TemplateError: see `resolve` and `load_tokenizer`.
+    """
+    if config.model.template_date is not None or not _is_asked(config):
+        return config
+    trees = (read_tree(path) for path in recorded if path.is_file())
+    dates = ((tree.get("model") or {}).get("template_date") for tree in trees)
+    date = next((date for date in dates if date), datetime.date.today())
+    model = config.model.model_dump() | {"template_date": date}
+    return Config.model_validate(config.model_dump() | {"model": model})
+
+
+def _is_asked(config: Config) -> bool:
+    base, template = resolve(config.model.path), config.model.template
+    files = [Path(template)] if template else [*base.glob("*.jinja"), *base.glob("*.json")]
+    # A tokenizer takes long to load: first whether any file has the word.
+    texts = (file.read_bytes() for file in files if file.is_file() and file.name != "tokenizer.json")
+    return any(b"strftime_now" in text for text in texts) and asks_for_date(load_tokenizer(base, template))

@@ -1,0 +1,136 @@
+"""What a user sees of data and templates that are read: through the commands, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from tiny_model import CHAT_TEMPLATE, write_tiny_model
+
+from middo_jax import cli
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Middo = Callable[..., Ended]
+
+
+@pytest.fixture
+def middo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Middo:
+    """Runs a command in this process, through the program's own entry."""
+    monkeypatch.delenv("MIDDO_TRACEBACK", raising=False)
+
+    def call(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["middo", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return Ended(code, str(out), str(err))
+
+    return call
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "model")
+
+
+def write_rows(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chat(*texts: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(texts)
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
+
+
+NO_END = "no sample learns where an answer ends"
+
+
+def test_that_no_row_learns_where_to_stop_is_said(middo: Middo, model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "d.jsonl", chat("Name a sea.", "North"), chat("Name a lake.", "Wener " * 40))
+    assert NO_END not in middo("inspect", data, "--model", model).err
+    endless = tmp_path / "endless.jinja"
+    endless.write_text(CHAT_TEMPLATE.replace("'<|im_end|>' + ", ""))
+    found = middo("inspect", data, "--model", model, f"model.template={endless}")
+    assert found.code == 0
+    assert f"{NO_END}, so the trained model will not stop: the chat template puts no control" in found.err
+    long = write_rows(tmp_path / "long.jsonl", chat("Name a lake.", "Wener " * 40))
+    found = middo("inspect", long, "--model", model, "model.max_length=32")
+    assert "every conversation is cut at model.max_length=32" in found.err
+    many = write_rows(tmp_path / "many.jsonl", chat("Name a sea.", "North", "And?", "East"))
+    found = middo("eval", "--data", many, "--model", model, f"model.template={endless}")
+    assert found.code == 0, found.err
+    assert NO_END in found.err
+
+
+def test_a_row_with_another_stop_token_is_refused(middo: Middo, model: Path, tmp_path: Path) -> None:
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    rows = (chat("Name a sea.", "North"), chat("What is it?", "It is <|endoftext|>, a token."))
+    data = write_rows(tmp_path / "d.jsonl", *rows)
+    found = json.loads(middo("inspect", data, "--model", model, "--json").out)
+    assert found["n"] == 1
+    assert [r["reason"] for r in found["rejected"]] == [
+        "its text holds the model's control token <|endoftext|>"
+    ]
+
+
+def test_convert_reads_the_format_that_is_named(middo: Middo, tmp_path: Path) -> None:
+    row = chat("Name a sea.", "North") | {"instruction": "Name a lake.", "output": "Wener"}
+    data, out = write_rows(tmp_path / "d.jsonl", row), tmp_path / "out.jsonl"
+    refused = middo("convert", data, out, "--format", "messages")
+    assert refused.code == 1
+    assert "--from NAME" in refused.err
+    for form, answer in (("messages", "North"), ("alpaca", "Wener")):
+        assert middo("convert", data, out, "--format", "messages", "--from", form).code == 0
+        assert json.loads(out.read_text())["messages"][-1]["content"] == answer
+    assert (
+        "unknown format 'chat'" in middo("convert", data, out, "--format", "messages", "--from", "chat").err
+    )
+
+
+def test_convert_counts_the_reasons(middo: Middo, tmp_path: Path) -> None:
+    empty = [chat(f"Name sea {n}.", " ") for n in range(3)]
+    data = write_rows(tmp_path / "d.jsonl", *empty, chat("q"), chat("Name a sea.", "North"))
+    err = middo("convert", data, tmp_path / "out.jsonl", "--format", "alpaca").err
+    assert "4 rows could not be used" in err
+    assert f"  3 of 4: empty response ({data}:1)" in err
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["merges.txt", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "chat_template.jinja"],
+)
+def test_every_file_of_a_tokenizer_is_downloaded(
+    file: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fnmatch
+
+    import huggingface_hub
+
+    from middo_jax.models.resolve import resolve
+
+    def download(repo: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)
+        assert not any(fnmatch.fnmatch(file, pattern) for pattern in ignore_patterns)
+        assert not any(fnmatch.fnmatch("pytorch_model.bin", pattern) for pattern in allow_patterns)
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("org/tiny") == model

@@ -81,7 +81,7 @@ def load_tokenizer(
 
 def eos_token_ids(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's, the generation config's and the template's own."""
-    ids = {tokenizer.eos_token_id, end_of_turn_token(tokenizer), *declared_ends(directory)}
+    ids = (tokenizer.eos_token_id, end_of_turn_token(tokenizer), *declared_ends(directory))
     return frozenset(i for i in ids if isinstance(i, int))
 
 

@@ -8,32 +8,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from middo_jax.refine.endpoint.budget import NOTHING, Budget
 from middo_jax.refine.endpoint.cache import AnswerCache
+from middo_jax.refine.endpoint.dialect import Dialect, refused_field
 from middo_jax.refine.endpoint.faults import RETRIED, BudgetReached, NotAnswered, RequestRefused, words
 from middo_jax.refine.endpoint.ledger import Ledger
-from middo_jax.refine.endpoint.probe import JSON, TEXT, Probe
+from middo_jax.refine.endpoint.probe import JSON, TEXT, Probe, schema_refusal
 from middo_jax.refine.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
+from middo_jax.refine.endpoint.room import watch_context
 from middo_jax.refine.endpoint.usage import Ceiling, ceiling
 from middo_jax.run import RunError, write_jsonl
 
 URL = "/v1/chat/completions"
+_OF_SCHEMA = re.compile(r"schema|grammar|response_format|json|structured|guided", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
     """One line of a result file: an answer, or what the server said instead.
 
-    `is_final` says that the same request would fail again.
+    `is_final` says that the same request would fail again; `field` that the server refuses this field of it.
     """
 
     answer: Answer | None
     said: str = ""
     is_final: bool = False
+    field: str | None = None
 
 
 class BatchClient:
@@ -51,10 +56,15 @@ class BatchClient:
         self._cache = cache
         self._requests = requests
         self._refused: dict[str, Result] = {}
+        self._dialect = Dialect(cache, requests.served)
 
     async def honours(self, probe: Probe) -> bool:
         """As was found out before; no server can be asked, so that it counts as no from then on."""
         return self._cache.learn(self._requests.form_fact, TEXT) == JSON
+
+    async def refuse_schema(self, reason: str) -> None:
+        """Keeps that the server refuses schemas: no request with one is written any more."""
+        self._cache.learn(self._requests.schema_fact, reason)
 
     async def complete(
         self,
@@ -78,6 +88,8 @@ class BatchClient:
         if stored := self._cache.get(request.key):
             self.ledger.hit(account)
             return stored
+        if response_format is not None and (refusal := schema_refusal(self._cache, self._requests)):
+            raise refusal
         if refused := self._refused.get(request.key):
             raise RequestRefused(f"refused in the batch: {refused.said}", f"request refused: {refused.said}")
         if request.key not in self.waiting:
@@ -100,20 +112,28 @@ class BatchClient:
         """Settles the waiting requests that `results` has something final about; their keys.
 
         Answers go into the cache and the ledger; failures go nowhere, and refusals are known to this object
-        only.
+        only. A request of which the server refused a field waits on, to be written without it.
         """
         settled = set()
         for key, (request, account) in list(self.waiting.items()):
             result = results.get(key)
             if result is None or not (result.answer or result.is_final):
                 continue
+            if result.field and (
+                self._dialect.adapt(result.field, self._dialect.sent(request.body))
+                or result.field not in self._dialect.sent(request.body)
+            ):
+                continue
             settled.add(key)
             if result.answer:
+                watch_context(self._cache, request.body["messages"], result.answer)
                 prices = self._settings.prices
                 most = ceiling(prices, request.body["messages"], request.body["max_tokens"])
                 self.ledger.begin(account, most, retry=False)
                 self.ledger.answered(account, most, 0.0, result.answer, request.canonical, prices)
             else:
+                if "response_format" in request.body and _OF_SCHEMA.search(result.said):
+                    self._cache.learn(self._requests.schema_fact, f"request refused: {result.said}")
                 self._refused[key] = result
                 self.ledger.failed(account)
             del self.waiting[key]
@@ -122,7 +142,7 @@ class BatchClient:
     def write(self, path: Path) -> None:
         """Writes the waiting requests, one a line, whole or not at all."""
         rows = (
-            {"custom_id": key, "method": "POST", "url": URL, "body": request.body}
+            {"custom_id": key, "method": "POST", "url": URL, "body": self._dialect.sent(request.body)}
             for key, (request, _) in self.waiting.items()
         )
         write_jsonl(path, rows)
@@ -163,4 +183,5 @@ def _read_result(row: dict[str, Any], key: str) -> Result:
             return Result(None, words(e, None))
     said = words(row.get("error") or (body or {}).get("error") or body, None)
     is_final = isinstance(status, int) and 400 <= status < 500 and status not in RETRIED
-    return Result(None, f"({status}) {said}" if status else said, is_final)
+    field = refused_field(body) if is_final else None
+    return Result(None, f"({status}) {said}" if status else said, is_final, field)

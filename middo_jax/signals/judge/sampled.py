@@ -20,26 +20,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Neither a part of another number, nor an end of a range such as "0-10", nor out of anything but 10.
+_SCALE = r"(?:/|out of|of|von|sur|de|su|из)"
 _NUMBER = (
-    r"(?<![\d.−-])(10(?:\.0+)?|[0-9](?:\.[0-9]+)?)"
-    r"(?![\d%]|\.\d|\s*(?:-|–|to)\s*\d|\s*/\s*(?!10\b)\d)"
+    r"(?<![\d.,−-])(10(?:[.,]0+)?|[0-9](?:[.,][0-9]+)?)"
+    r"(?![\d%]|[.,]\d|\s*(?:-|–|to)\s*\d|\s*(?:percent|per cent)\b"
+    rf"|\s*(?:stars?|points?)?\s*{_SCALE}\s*(?!(?:10|ten)\b)(?:\d|one\b|two\b|three\b|four\b|five\b|six\b|seven\b"
+    r"|twenty\b|hundred\b))"
 )
 _LABELLED = re.compile(rf"(?:rating|score)\W{{0,5}}(?:is|of|:|=)?\W{{0,5}}{_NUMBER}", re.IGNORECASE)
-_OUT_OF = re.compile(rf"{_NUMBER}\s*(?:/|out of)\s*10\b", re.IGNORECASE)
-_FIRST = re.compile(rf"\W{{0,5}}{_NUMBER}")
+_OUT_OF = re.compile(rf"{_NUMBER}\s*(?:stars?|points?)?\s*{_SCALE}\s*(?:10|ten)\b", re.IGNORECASE)
+_FIRST = re.compile(rf"\W{{0,5}}{_NUMBER}", re.IGNORECASE)
+_STARTS = re.compile(r"[^\w−-]{0,5}[−-]?\d")
 
 
 def parse_rating(text: str) -> float | None:
     """The rating that an answer gives, or None.
 
-    A labelled number counts first, then one "out of 10", then one that the answer starts with; the last of
-    its kind where there are several. "On a scale of 0 to 10 I give it a 9" says none of these clearly: None.
+    The question ends in "Rating:", so that a number at the very start is the rating, and whatever follows it
+    explains; a number there that is none of 0 to 10 is no rating. Elsewhere a labelled number counts first,
+    then one "out of 10"; the last of its kind where there are several. "On a scale of 0 to 10 I give it a 9"
+    says none of these clearly: None.
     """
+    if _STARTS.match(text):
+        first = _FIRST.match(text)
+        return _value(first.group(1)) if first else None
     for pattern in (_LABELLED, _OUT_OF):
         if found := pattern.findall(text):
-            return float(found[-1])
-    first = _FIRST.match(text)
-    return float(first.group(1)) if first else None
+            return _value(found[-1])
+    return None
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", "."))
 
 
 def rating_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:

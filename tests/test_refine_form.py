@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def test_read(reply: str, prompt: str | None) -> None:
     assert parse_prompt(reply) == prompt
 
 
-@given(st.text())
+# A control character before a letter is read as the backslash of a command, see test_refine_replies.py.
+@given(st.text().filter(lambda text: re.search("[\b\f\r\t\n][A-Za-z]", f"{text} b") is None))
 def test_what_was_written_as_json_is_read_back(prompt: str) -> None:
     read = parse_prompt(json.dumps({"prompt": f"a {prompt} b"}))
     assert read == f"a {prompt} b".strip()
@@ -266,5 +268,5 @@ def test_a_cut_answer_stays_cut_where_there_is_no_more_room(
 
     server.script = script
     [outcome], _ = refine(server, cache, settings=AUTO.model_copy(update={"response_format": "text"}))
-    assert outcome.verdict == Verdict("answer_sane", "truncated answer")
+    assert outcome.verdict == Verdict("answer_readable", "truncated answer")
     assert server.requests == 3

@@ -304,10 +304,10 @@ def test_one_correction_turn_then_rejected() -> None:
         (["<prompt>Easy?</prompt>", " \n"], "answer_readable", "empty answer"),
         (
             ["<prompt>Easy?</prompt>", ("It is", "length"), ("It is beca", "length")],
-            "answer_sane",
+            "answer_readable",
             "truncated answer",
         ),
-        (["<prompt>Easy?</prompt>", ("It is", "content_filter")], "answer_sane", "refused"),
+        (["<prompt>Easy?</prompt>", ("It is", "content_filter")], "answer_readable", "refused"),
         (["<prompt>Easy?</prompt>", "As an AI language model, I cannot do it."], "answer_sane", "refused"),
         (
             ["<prompt>Easy?</prompt>", "Ok <|im_end|>"],
@@ -315,7 +315,7 @@ def test_one_correction_turn_then_rejected() -> None:
             "control token <|im_end|> in the answer",
         ),
         (["<prompt>Easy?</prompt>", "<prompt>Ok</prompt>"], "answer_sane", "echo of <prompt> in the answer"),
-        (["<prompt>Easy?</prompt>", "<think>Hm</think>Ok"], "answer_sane", "echo of <think> in the answer"),
+        (["<prompt>Easy?</prompt>", "Ok <think>Hm</think>"], "answer_sane", "echo of <think> in the answer"),
         (["<prompt> prove  IT.</prompt>"], "sane", "unchanged"),
         (["<prompt>Boil.</prompt>", "boil. "], "answer_sane", "answer repeats the prompt"),
     ],
@@ -360,7 +360,9 @@ def test_accept_none_asks_only_for_a_row_that_can_be_trained_on() -> None:
         return text_verdict(HARD, prompt, response, reason, RefineSettings(accept="none"), ["</s>"])
 
     assert check("Prove it.", "Yes.") is None
-    assert check("<prompt>", "I'm sorry, but I can't", "length") is None
+    assert check("<prompt>", "I'm sorry, but I can't") is None
+    cut = check("<prompt>", "I'm sorry, but I can't", "length")
+    assert cut == Verdict("answer_readable", "truncated answer")
     assert check(" ", "Yes.") == Verdict("readable", "empty prompt")
     assert check("Prove it.", "") == Verdict("answer_readable", "empty answer")
     assert check("Prove it.</s>", "Yes.") == Verdict("readable", "control token </s> in the prompt")

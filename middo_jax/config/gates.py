@@ -101,6 +101,7 @@ class Gate:
 
 
 _CONTROL = "It held a control token. Write plain text."
+_CHARACTER = "It held a control character. Write plain text, and write each backslash of JSON twice."
 _REFUSED = "It was declined. Ask for something that can be answered."
 _ECHO = "It repeated the instructions. Write only a new prompt."
 _UNCHANGED = "It changed nothing. Make a real change."
@@ -113,12 +114,14 @@ _TABLE = [
         accept="none",
         of="all",
         title="its prompt can be read and trained on",
-        rule="The new prompt can be read from the reply, is not empty and holds no control token.",
+        rule="The new prompt can be read from the reply, is not empty, and contains no control token of any "
+        "model and no control character.",
         feedback={
             "unparsable": "It could not be read. Keep to the form that is asked for at the end.",
             "truncated prompt": "It was too long. Write a short prompt.",
             "empty prompt": "It was empty.",
             "control token": _CONTROL,
+            "control character": _CHARACTER,
             "refused": _REFUSED,
         },
     ),
@@ -168,11 +171,16 @@ _TABLE = [
         needs="answer",
         accept="none",
         of="all",
-        title="its answer can be trained on",
-        rule="The answer is not empty and holds no control token.",
+        title="its answer is whole and can be trained on",
+        rule="The answer is whole, is not empty, and contains no control token of any model and no control "
+        "character.",
         feedback={
+            "truncated answer": "The answer to its prompt was too long. Ask for a shorter one.",
+            "broken off": "Its prompt got no whole answer. Ask for something that can be answered in words.",
+            "refused": _REFUSED,
             "empty answer": "Its prompt got no answer. Ask for something that can be answered in words.",
             "control token": _CONTROL,
+            "control character": _CHARACTER,
         },
     ),
     Gate(
@@ -180,11 +188,10 @@ _TABLE = [
         needs="answer",
         accept="sane",
         of="all",
-        title="answer: whole, no refusal, echo or copy",
-        rule="The answer is not cut off, is no refusal, no echo of the request and no copy of the prompt. "
+        title="answer: no refusal, echo or copy",
+        rule="The answer is no refusal, no echo of the request and no copy of the prompt. "
         "Prompt or answer differ from the original's.",
         feedback={
-            "truncated answer": "The answer to its prompt was too long. Ask for a shorter one.",
             "refused": _REFUSED,
             "echo": _ECHO,
             "answer repeats the prompt": "Its prompt asked for nothing. Ask a question or set a task.",

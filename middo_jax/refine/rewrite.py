@@ -15,11 +15,13 @@ from middo_jax.data.example import Lineage
 from middo_jax.refine import prompts
 from middo_jax.refine.acceptance.candidate import Candidate
 from middo_jax.refine.acceptance.table import first_verdict
+from middo_jax.refine.endpoint.ending import ending
 from middo_jax.refine.endpoint.faults import NotAnswered, RefinerError, RequestRefused
 from middo_jax.refine.endpoint.probe import Probe
 from middo_jax.refine.endpoint.request import Answer, Messages
 from middo_jax.refine.parse import parse_prompt
 from middo_jax.refine.prompts import Form
+from middo_jax.refine.reply import plain_lines, without_end_tokens, without_reasoning
 from middo_jax.refine.tasks import Exchange, Outcome, Step, Task, Verdict
 
 
@@ -62,7 +64,8 @@ async def find_form(client: Refiner, settings: RefineSettings) -> Form:
 
 
 def _is_json_prompt(text: str) -> bool:
-    return text.lstrip().startswith("{") and parse_prompt(text) is not None
+    said = without_reasoning(text)
+    return said is not None and said.lstrip().startswith("{") and parse_prompt(said) is not None
 
 
 def first_request(task: Task, settings: RefineSettings, form: Form = "text") -> Messages:
@@ -166,7 +169,8 @@ class _Dialogue:
         for _ in range(self.settings.max_corrections):
             if parse_prompt(reply.text) is not None:
                 break
-            messages = prompts.correction(messages, reply.text, self.form)
+            said = without_reasoning(reply.text) or ""
+            messages = prompts.correction(messages, said, self.form)
             reply = await self._ask("correction", messages)
         return reply
 
@@ -178,7 +182,7 @@ class _Dialogue:
     async def _ask(self, step: Step, messages: Messages) -> Answer:
         answer = await self._complete(step, messages)
         is_whole = step != "answer" and parse_prompt(answer.text) is not None
-        if answer.finish_reason == "length" and not is_whole:
+        if ending(answer.finish_reason) == "cut" and not is_whole:
             try:
                 return await self._complete(step, messages, 2 * self.settings.max_tokens)
             except RequestRefused as error:  # its context may have no more room
@@ -214,7 +218,10 @@ async def _refine(
     try:
         reply = await dialogue.new_prompt()
         prompt = parse_prompt(reply.text)
-        candidate = Candidate(task, special_tokens, reply.text, prompt, reply.finish_reason)
+        if prompt is not None:
+            prompt = without_end_tokens(plain_lines(prompt), special_tokens)
+        said = without_reasoning(reply.text) or ""
+        candidate = Candidate(task, special_tokens, said, prompt, reply.finish_reason)
         if verdict := first_verdict(candidate, "prompt", settings):
             return rejected(verdict)
         assert prompt is not None  # else `readable`, which is always asked, has rejected it
@@ -223,13 +230,19 @@ async def _refine(
         if error.stops_stage:
             raise
         return rejected(Verdict(None, error.reason))
-    response = reply.text.strip()
+    response = _answer_text(reply.text, task, prompt, special_tokens)
     candidate = dataclasses.replace(candidate, response=response, finish_reason=reply.finish_reason)
     if verdict := first_verdict(candidate, "answer", settings):
         return rejected(verdict)
     lineage = _lineage(task, client.model, round_index)
     child = task.source.replace_text(prompt, response, lineage)
     return Outcome(task, child, None, tuple(dialogue.exchanges))
+
+
+def _answer_text(reply: str, task: Task, prompt: str, special_tokens: Collection[str]) -> str:
+    """The answer in a reply: without reasoning and end tokens. Reasoning that never ends leaves nothing."""
+    text = without_reasoning(reply, f"{task.given} {prompt}") or ""
+    return without_end_tokens(plain_lines(text), special_tokens)
 
 
 def _lineage(task: Task, refiner: str, round_index: int) -> Lineage:

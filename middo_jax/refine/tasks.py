@@ -35,6 +35,11 @@ class Task:
     feedback: tuple[str, ...] = ()
 
     @property
+    def given(self) -> str:
+        """The texts that the refiner is given: those of the sample and of its hints."""
+        return " ".join(message.content for e in (self.source, *self.hints) for message in e.messages)
+
+    @property
     def task_id(self) -> str:
         """Unique within a round: a sample is replaced at most once and extended at most once."""
         return f"{self.op}:{self.source.id}"

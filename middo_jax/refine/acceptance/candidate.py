@@ -67,7 +67,7 @@ class Candidate:
       special_tokens: the tokenizer's control tokens, which as text would end a turn or start another.
       reply: from phase `prompt` on: what the refiner said.
       prompt: the new prompt in it; None if none can be read.
-      finish_reason: the server's, of the reply or of the answer; `length` and `content_filter`: not whole.
+      finish_reason: the server's word for how the reply or the answer ended; see `endpoint.ending`.
       response: from phase `answer` on: the answer to the new prompt.
       example: from phase `dataset` on: both as a conversation.
       truncated: whether that is over model.max_length.

@@ -9,11 +9,13 @@ from typing import Any
 from middo_jax.refine.acceptance.candidate import Candidate, Finding
 from middo_jax.refine.acceptance.context import changed_numbers, lost_code
 from middo_jax.refine.acceptance.language import changed_language, languages
+from middo_jax.refine.endpoint.ending import ending
 from middo_jax.refine.prompts import EXAMPLES, MATERIAL
+from middo_jax.refine.reply import control_character, control_token, reasoning_mark
 from middo_jax.refine.tasks import Task
 
-# Texts of our own requests that mark a candidate as an echo of them, or as reasoning that was left in.
-LEFTOVERS = ("<prompt>", "</prompt>", *EXAMPLES, MATERIAL, "<think>", "</think>")
+# Texts of our own requests that mark a candidate as an echo of them.
+LEFTOVERS = ("<prompt>", "</prompt>", *EXAMPLES, MATERIAL)
 
 # Openings only, and with the verb of a refusal where the start alone would also open an honest letter or
 # story: "I cannot attend the meeting" is an answer, "I cannot assist with that" is not.
@@ -60,15 +62,14 @@ def readable(candidate: Candidate, _: Any) -> Finding | None:
     """Whether the reply contains a prompt that can be trained on."""
     prompt = candidate.prompt
     if prompt is None:
-        if candidate.finish_reason == "content_filter" or is_refusal(candidate.reply):
+        how = ending(candidate.finish_reason)
+        if how == "filtered" or is_refusal(candidate.reply):
             return Finding("refused", "refused")
-        fault = "truncated prompt" if candidate.finish_reason == "length" else "unparsable"
+        fault = "truncated prompt" if how == "cut" else "unparsable"
         return Finding(fault, fault)
     if not any(c.isalnum() for c in prompt):
         return Finding("empty prompt", "empty prompt")
-    if token := _first_in(prompt, candidate.special_tokens):
-        return Finding(f"control token {token} in the prompt", "control token")
-    return None
+    return _control(candidate, prompt, "prompt")
 
 
 def sane(candidate: Candidate, _: Any) -> Finding | None:
@@ -107,20 +108,23 @@ def language(candidate: Candidate, _: Any) -> Finding | None:
 
 
 def answer_readable(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the answer can be trained on."""
+    """Whether the answer is whole and can be trained on."""
+    how = ending(candidate.finish_reason)
+    if how == "cut":
+        return Finding("truncated answer", "truncated answer")
+    if how == "filtered":
+        return Finding("refused", "refused")
+    if how == "broken":
+        return Finding(f"answer broken off ({candidate.finish_reason})", "broken off")
     if not candidate.response.strip():
         return Finding("empty answer", "empty answer")
-    if token := _first_in(candidate.response, candidate.special_tokens):
-        return Finding(f"control token {token} in the answer", "control token")
-    return None
+    return _control(candidate, candidate.response, "answer")
 
 
 def answer_sane(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the answer is whole, no refusal, no echo, and something changed."""
+    """Whether the answer is no refusal, no echo, and something changed."""
     task, prompt, response = candidate.task, candidate.prompt or "", candidate.response
-    if candidate.finish_reason == "length":
-        return Finding("truncated answer", "truncated answer")
-    if candidate.finish_reason == "content_filter" or is_refusal(response):
+    if is_refusal(response):
         return Finding("refused", "refused")
     if left := _leftover(task, response):
         return Finding(f"echo of {left} in the answer", "echo")
@@ -155,12 +159,20 @@ def _found(fault: str | None) -> Finding | None:
 
 
 def _leftover(task: Task, text: str) -> str | None:
-    """A piece of our own request in a candidate, unless the samples themselves speak of such things."""
-    lowered = text.lower()
-    given = " ".join(f"{e.prompt} {e.response}" for e in (task.source, *task.hints)).lower()
-    return next(
-        (piece for piece in LEFTOVERS if piece.lower() in lowered and piece.lower() not in given), None
-    )
+    """A piece of our own request or a mark of reasoning, unless the samples contain it."""
+    lowered, given = text.lower(), task.given.lower()
+    pieces = (piece for piece in LEFTOVERS if piece.lower() in lowered and piece.lower() not in given)
+    return next(pieces, None) or reasoning_mark(text, given)
+
+
+def _control(candidate: Candidate, text: str, name: str) -> Finding | None:
+    """What no text of a dataset contains: control tokens, of any model, and control characters."""
+    own = _first_in(text, candidate.special_tokens)
+    if token := own or control_token(text, candidate.task.given):
+        return Finding(f"control token {token} in the {name}", "control token")
+    if character := control_character(text):
+        return Finding(f"control character {character} in the {name}", "control character")
+    return None
 
 
 def _first_in(text: str, tokens: Collection[str]) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from middo_jax.config import RefineSettings
+from middo_jax.refine.endpoint.ending import ending
 
 Messages = list[dict[str, str]]
 
@@ -115,27 +116,64 @@ def request_key(request: Mapping[str, Any]) -> str:
 def read_answer(body: Any, key: str) -> Answer:
     """The first choice of a chat completion's JSON.
 
+    Content may be a text or a list of parts, of which the text is taken. A reply that a limit or a filter
+    ended may have no text. Any other reply without text is unreadable: the same request may be answered yet.
+
     Raises:
-      ValueError: there is no choice in it.
+      ValueError: there is no choice in it, no text, or the server broke it off.
     """
     try:
         choice = body["choices"][0]
         message = choice["message"]
-        content = message.get("content") or message.get("refusal")
+        content, refusal = _content(message.get("content")), message.get("refusal")
     except (TypeError, LookupError, AttributeError):
         said = body.get("error", body) if isinstance(body, dict) else body
         raise ValueError(f"a reply without choices: {said}") from None
+    reason = str(choice.get("finish_reason") or "stop")
+    if not content and isinstance(refusal, str) and refusal:
+        content, reason = refusal, "content_filter"
+    how = ending(reason)
+    if how == "broken":
+        raise ValueError(f"the server broke the answer off (finish_reason {reason!r})")
+    if content is None and how == "whole":
+        called = " but tool calls" if message.get("tool_calls") or message.get("function_call") else ""
+        raise ValueError(f"a reply without text{called} (finish_reason {reason!r})")
     usage = body.get("usage")
     prompt_tokens = _count(usage, "prompt_tokens")
     details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
     return Answer(
-        text=encodable(content) if isinstance(content, str) else "",
-        finish_reason=str(choice.get("finish_reason") or "stop"),
+        text=encodable(content or ""),
+        finish_reason=reason,
         prompt_tokens=prompt_tokens,
         completion_tokens=_count(usage, "completion_tokens"),
         cached_tokens=min(_count(details, "cached_tokens"), prompt_tokens),
         key=key,
     )
+
+
+def _content(content: Any) -> str | None:
+    """The text of a message's content; None where there is none.
+
+    [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "A bird."}]  ->  "A bird."
+    """
+    if isinstance(content, str):
+        return content
+    parts = [content] if isinstance(content, dict) else content
+    if not isinstance(parts, list):
+        return None
+    texts = [text for part in parts if (text := _part_text(part)) is not None]
+    return "".join(texts) if texts else None
+
+
+def _part_text(part: Any) -> str | None:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or part.get("type", "text") not in ("text", "output_text"):
+        return None
+    text = part.get("text", part.get("content"))
+    if isinstance(text, dict):  # {"text": {"value": "..."}}
+        text = text.get("value")
+    return text if isinstance(text, str) else None
 
 
 def _count(usage: Any, name: str) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from middo_jax.refine.endpoint.budget import NOTHING, Budget
 from middo_jax.refine.endpoint.cache import AnswerCache
+from middo_jax.refine.endpoint.dialect import Dialect, refused_field
 from middo_jax.refine.endpoint.faults import RETRIED, BudgetReached, NotAnswered, RequestRefused, words
 from middo_jax.refine.endpoint.ledger import Ledger
 from middo_jax.refine.endpoint.probe import JSON, TEXT, Probe
@@ -28,12 +29,13 @@ URL = "/v1/chat/completions"
 class Result:
     """One line of a result file: an answer, or what the server said instead.
 
-    `is_final` says that the same request would fail again.
+    `is_final` says that the same request would fail again; `field` that the server refuses this field of it.
     """
 
     answer: Answer | None
     said: str = ""
     is_final: bool = False
+    field: str | None = None
 
 
 class BatchClient:
@@ -51,6 +53,7 @@ class BatchClient:
         self._cache = cache
         self._requests = requests
         self._refused: dict[str, Result] = {}
+        self._dialect = Dialect(cache, requests.served)
 
     async def honours(self, probe: Probe) -> bool:
         """As was found out before; no server can be asked, so that it counts as no from then on."""
@@ -100,12 +103,17 @@ class BatchClient:
         """Settles the waiting requests that `results` has something final about; their keys.
 
         Answers go into the cache and the ledger; failures go nowhere, and refusals are known to this object
-        only.
+        only. A request of which the server refused a field waits on, to be written without it.
         """
         settled = set()
         for key, (request, account) in list(self.waiting.items()):
             result = results.get(key)
             if result is None or not (result.answer or result.is_final):
+                continue
+            if result.field and (
+                self._dialect.adapt(result.field, self._dialect.sent(request.body))
+                or result.field not in self._dialect.sent(request.body)
+            ):
                 continue
             settled.add(key)
             if result.answer:
@@ -122,7 +130,7 @@ class BatchClient:
     def write(self, path: Path) -> None:
         """Writes the waiting requests, one a line, whole or not at all."""
         rows = (
-            {"custom_id": key, "method": "POST", "url": URL, "body": request.body}
+            {"custom_id": key, "method": "POST", "url": URL, "body": self._dialect.sent(request.body)}
             for key, (request, _) in self.waiting.items()
         )
         write_jsonl(path, rows)
@@ -163,4 +171,5 @@ def _read_result(row: dict[str, Any], key: str) -> Result:
             return Result(None, words(e, None))
     said = words(row.get("error") or (body or {}).get("error") or body, None)
     is_final = isinstance(status, int) and 400 <= status < 500 and status not in RETRIED
-    return Result(None, f"({status}) {said}" if status else said, is_final)
+    field = refused_field(body) if is_final else None
+    return Result(None, f"({status}) {said}" if status else said, is_final, field)

@@ -114,10 +114,11 @@ class AnswerCache:
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return row[0] if row else None
 
-    def learn(self, name: str, value: str) -> str:
-        """Keeps a fact and returns it; one that is known already stays, for answers were asked by it."""
+    def learn(self, name: str, value: str, replace: bool = False) -> str:
+        """Keeps a fact and returns it; a known one stays, for answers were asked by it, unless `replace`."""
+        conflict = "REPLACE" if replace else "IGNORE"
         with self._explained(), self._db:
-            self._db.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (name, value))
+            self._db.execute(f"INSERT OR {conflict} INTO facts VALUES (?, ?)", (name, value))
         return self.fact(name) or value
 
     def __len__(self) -> int:

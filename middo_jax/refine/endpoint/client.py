@@ -21,6 +21,7 @@ from typing import Any
 from middo_jax.config import ConfigError, RefineSettings
 from middo_jax.refine.endpoint.budget import Budget
 from middo_jax.refine.endpoint.cache import AnswerCache
+from middo_jax.refine.endpoint.dialect import Dialect
 from middo_jax.refine.endpoint.faults import (
     OVERLOAD,
     BudgetReached,
@@ -85,6 +86,7 @@ class ChatClient:
         self._settings = settings
         self._cache = cache
         self._backoff_s = backoff_s
+        self._dialect = Dialect(cache, requests.served)
         self._key = _read_key(settings.api_key_env) if sends_key else None
         urls = (base_url,) if isinstance(base_url, str) else tuple(base_url)
         self.endpoints = Endpoints(
@@ -187,12 +189,15 @@ class ChatClient:
         tries, sent = 0.0, 0
         while True:
             endpoint = await self.endpoints.take()
-            delay = 0.0
+            delay, body = 0.0, self._dialect.sent(request.body)
             try:
-                outcome = await self._try(endpoint, request, account, most, retry=sent > 0)
+                outcome = await self._try(endpoint, request, body, account, most, retry=sent > 0)
                 if isinstance(outcome, Answer):
                     return outcome
                 sent += 1
+                if self._dialect.adapt(outcome.field, body):
+                    endpoint.answered()
+                    continue
                 if self._is_away(endpoint, outcome, request.key):
                     if self.endpoints.hopeless:
                         raise self._gave_up(outcome, endpoint.trials, stops=True)
@@ -216,9 +221,19 @@ class ChatClient:
                 await self._sleep(delay)
 
     async def _try(
-        self, endpoint: Endpoint, request: ChatRequest, account: str, most: Ceiling, retry: bool
+        self,
+        endpoint: Endpoint,
+        request: ChatRequest,
+        body: dict[str, Any],
+        account: str,
+        most: Ceiling,
+        *,
+        retry: bool,
     ) -> Answer | Fault:
-        """Sends once. A failure is returned and not raised, so that no traceback drags the request along."""
+        """Sends `body` once, for the request.
+
+        A failure is returned and not raised, so that no traceback drags the request along.
+        """
         import openai
 
         taken = await self._rates.take(
@@ -231,7 +246,7 @@ class ChatClient:
                 # The package's own limit is one between two bytes; this one is for the whole answer.
                 async with asyncio.timeout(self._settings.timeout):
                     # Not by the typed method, which would take the body apart twice and check nothing of it.
-                    reply = await endpoint.api.post("/chat/completions", body=request.body, cast_to=object)
+                    reply = await endpoint.api.post("/chat/completions", body=body, cast_to=object)
                 answer = self._without_key(read_answer(reply, request.key))
             except (
                 openai.OpenAIError,

@@ -14,8 +14,11 @@ import math
 import time
 from collections.abc import Mapping
 
+from middo_jax.refine.endpoint.dialect import refused_field
+
 RETRIED = {408, 409, 425, 429}  # and every 5xx
 OVERLOAD = {429, 503}
+UNREAD = {400, 422}  # the server could not take the request as it was written
 ENDPOINT_WIDE = {401, 402, 403, 404, 405, 429, 502, 503, 504}  # would meet any other request as well
 LONGEST_WAIT_S = 600.0  # that a server may ask for, or be away
 WORDS = 300  # characters kept of what a server says
@@ -55,7 +58,7 @@ class Fault:
 
     `retry_after` is in seconds; `retried` says that the same request may succeed later; `endpoint_wide` that
     any other would have met the same; `away` that nobody listens; `overload` that there is too much at once;
-    `charged` that the server may ask money for it.
+    `charged` that the server may ask money for it; `field` that it refuses this field of the request.
     """
 
     words: str
@@ -66,6 +69,7 @@ class Fault:
     away: bool = False
     overload: bool = False
     charged: bool = False
+    field: str | None = None
 
     @property
     def worth_waiting(self) -> bool:
@@ -92,6 +96,7 @@ def read_fault(error: Exception, timeout: float, key: str | None) -> Fault:
             retried=(status in RETRIED or status >= 500) and not empty_quota,
             endpoint_wide=status in ENDPOINT_WIDE,
             overload=status in OVERLOAD and not empty_quota,
+            field=refused_field(error.body) if status in UNREAD else None,
         )
     cause = error.__cause__ or error
     if type(cause).__name__ in {"ConnectError", "ConnectTimeout"}:

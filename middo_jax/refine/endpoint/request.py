@@ -100,7 +100,12 @@ class Requests:
     @property
     def form_fact(self) -> str:
         """The name under which the cache keeps whether this model's server honours schemas."""
-        return f"form of {self.model} {self.settings.model_revision or ''}".rstrip()
+        return f"form of {self.served}"
+
+    @property
+    def served(self) -> str:
+        """The model and its revision, by which the cache tells what is known of its servers."""
+        return f"{self.model} {self.settings.model_revision or ''}".rstrip()
 
 
 def canonical(request: Mapping[str, Any]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-import unicodedata
 from collections.abc import Sequence
 
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-_GROUPED = re.compile(r"\d{1,3}(?:[.,]\d{3})+")  # 1,000 and 1.000: both are read as a thousand
-_LIST_MARK = re.compile(r"^[ \t]*\d{1,3}[.)][ \t]", re.MULTILINE)  # they number the text, they are not in it
+from middo_jax.refine.acceptance.figures import Figure, decimal_mark, figures
+
 _WORD = re.compile(r"[^\W\d_]+")
 _SPELT = _WORD.findall("zero one two three four five six seven eight nine ten eleven twelve")
 _FENCED = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*\n(?P<code>.*?)^[ \t]*(?P=fence)", re.DOTALL | re.M)
@@ -20,8 +19,7 @@ def numbers(text: str) -> list[str]:
 
     "1. Add 1,000 and 2,50 to ٣." -> ["1000", "2.5", "3"]
     """
-    plain = _LIST_MARK.sub("", text)
-    return list(dict.fromkeys(_plain(match.group()) for match in _NUMBER.finditer(plain)))
+    return list(dict.fromkeys(number for figure in figures(text) for number in figure.plain))
 
 
 def changed_numbers(original: str, rewrite: str, exchanged_only: bool = False) -> str | None:
@@ -35,15 +33,21 @@ def changed_numbers(original: str, rewrite: str, exchanged_only: bool = False) -
       exchanged_only: for a task that was to become easier: numbers may go with the steps that needed them,
         and others may come, but some may not go and others come instead.
     """
-    before, after = numbers(original), numbers(rewrite)
-    kept = {*after, *(str(_SPELT.index(word)) for word in _WORD.findall(rewrite.lower()) if word in _SPELT)}
-    gone = [number for number in before if number not in kept]
+    mark = decimal_mark(f"{original}\n{rewrite}")
+    before, after = figures(original, mark), figures(rewrite, mark)
+    kept = {
+        *_all_of(after),
+        *(str(_SPELT.index(word)) for word in _WORD.findall(rewrite.lower()) if word in _SPELT),
+    }
+    lost = [figure.plain for figure in before if not any(kept.issuperset(r) for r in figure.readings)]
+    gone = [number for number in dict.fromkeys(itertools.chain(*lost)) if number not in kept]
     if not gone:
         return None
     if not exchanged_only:
         return f"{_listed(gone)} not kept"
-    come = [number for number in after if number not in before]
-    return f"{_listed(come)} instead of {_listed(gone)}" if come else None
+    known = _all_of(before)
+    come = dict.fromkeys(number for figure in after for number in figure.plain if number not in known)
+    return f"{_listed([*come])} instead of {_listed(gone)}" if come else None
 
 
 def code_blocks(text: str) -> list[str]:
@@ -63,14 +67,9 @@ def without_code(text: str) -> str:
     return _FENCED.sub("", text)
 
 
-def _plain(number: str) -> str:
-    digits = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in number)
-    if _GROUPED.fullmatch(digits):
-        digits = re.sub("[.,]", "", digits)
-    digits = digits.replace(",", ".")
-    if digits.count(".") == 1:
-        digits = digits.rstrip("0").rstrip(".")
-    return digits.lstrip("0") or "0"
+def _all_of(found: Sequence[Figure]) -> set[str]:
+    """Every number that some reading contains."""
+    return {number for figure in found for reading in figure.readings for number in reading}
 
 
 def _listed(values: Sequence[str]) -> str:

@@ -1,0 +1,144 @@
+"""Numbers as texts write them: 10,000.50 and 10000.5, .5 and 0,5, 1 000 and 1000. Pure functions.
+
+A separator groups digits or ends the whole part. Where a number alone does not say which, the language of the
+text does, then its other numbers. What is still open has both readings.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_SPACES = "\u00a0\u2009\u202f"  # that are used within numbers
+_NUMBER = re.compile(rf"(?:(?<![\w.,)\]])\.)?\d+(?:[.,'’_\u066b\u066c{_SPACES}]\d+|[ ]\d{{3}}(?!\d))*")
+_SEPARATOR = re.compile(rf"[.,'’_\u066b\u066c{_SPACES} ]")
+_LIST_MARK = re.compile(r"^[ \t]*\d{1,3}[.)][ \t]", re.MULTILINE)  # they number the text, they are not in it
+_WORD = re.compile(r"[^\W\d_]+")
+# Frequent words by which a text tells whether a comma or a point ends the whole part of its numbers.
+_WORDS = {
+    ",": set(
+        _WORD.findall(
+            "der die das und ist ein eine einen mit für von wie le la les des et est une un du pour el los "
+            "las y es del por con il lo gli di che per een het och att är med na się jest и на по из что"
+        )
+    ),
+    ".": set(_WORD.findall("the of to is are what how with from find has have if for by between")),
+}
+
+
+class Figure(NamedTuple):
+    """One number of a text.
+
+    Attributes:
+      plain: the likeliest reading; several numbers where the text turns out to list them without spaces.
+      readings: all of them.
+    """
+
+    plain: tuple[str, ...]
+    readings: tuple[tuple[str, ...], ...]
+
+
+def figures(text: str, mark: str | None = None) -> list[Figure]:
+    """The numbers of a text in their order.
+
+    "1. Add 10,000.50 to 2,50." -> 10000.5 and 2.5: the first number only numbers the text.
+
+    Args:
+      text: any text.
+      mark: the decimal mark, if known; see `decimal_mark`.
+    """
+    plain = _LIST_MARK.sub("", text)
+    found = (_readings(match.group(), mark) for match in _NUMBER.finditer(plain))
+    return [Figure(readings[0], tuple(readings)) for readings in found]
+
+
+def decimal_mark(text: str) -> str | None:
+    """Whether a comma or a point ends the whole part of a text's numbers; None if nothing tells."""
+    words = _WORD.findall(text.lower())
+    votes = {mark: sum(word in known for word in words) for mark, known in _WORDS.items()}
+    if votes[","] != votes["."]:
+        return max(votes, key=lambda mark: votes[mark])
+    told = {mark for match in _NUMBER.finditer(text) if (mark := _told_by(match.group()))}
+    return told.pop() if len(told) == 1 else None
+
+
+def _told_by(number: str) -> str | None:
+    """The decimal mark that a number of several parts has, if only one reading is possible."""
+    parts, marks = _split(number)
+    as_group, as_decimal = _grouped(parts, marks), _decimal(parts, marks)
+    if as_group is None and as_decimal is not None and marks[-1] in ".,":
+        return marks[-1]
+    if as_group is not None and as_decimal is None and marks and marks[0] in ".,":
+        return "," if marks[0] == "." else "."
+    return None
+
+
+def _readings(number: str, mark: str | None) -> list[tuple[str, ...]]:
+    """All ways to read a number, the likeliest first."""
+    parts, marks = _split(number)
+    if not marks:
+        return [(_whole(parts[0]),)]
+    as_group, as_decimal = _grouped(parts, marks), _decimal(parts, marks)
+    if as_group is not None and as_decimal is not None:
+        if marks[-1] == mark:
+            as_group = None
+        elif mark is not None:
+            as_decimal = None
+        elif marks[-1] == "." and parts[-1] != "000":
+            return [(as_decimal,), (as_group,)]
+    found = [(value,) for value in (as_group, as_decimal) if value is not None]
+    pieces = _pieces(number, mark)
+    return [*found, pieces] if not found or set(marks) & {" "} or _may_list(parts, marks) else found
+
+
+def _may_list(parts: list[str], marks: list[str]) -> bool:
+    """Whether commas may part numbers: "1,2" is a decimal or two numbers, "1,200" one."""
+    return set(marks) == {","} and not all(len(part) == 3 for part in parts[1:])
+
+
+def _split(number: str) -> tuple[list[str], list[str]]:
+    """("10,000.50") -> (["10", "000", "50"], [",", "."]), in ASCII digits; ".5" begins with "0"."""
+    digits = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in number)
+    digits = f"0{digits}" if digits.startswith(".") else digits
+    return _SEPARATOR.split(digits), _SEPARATOR.findall(digits)
+
+
+def _grouped(parts: list[str], marks: list[str]) -> str | None:
+    """As a whole number whose digits are grouped, by threes or as in 1,00,000; None if it is none."""
+    first, *rest = parts
+    if not rest or len(set(marks)) != 1 or marks[0] == "\u066b" or first.startswith("0") or len(first) > 3:
+        return None
+    by_twos = len(first) <= 2 and marks[0] == "," and all(len(part) == 2 for part in rest[:-1])
+    if len(rest[-1]) != 3 or not (by_twos or all(len(part) == 3 for part in rest)):
+        return None
+    return _whole("".join(parts))
+
+
+def _decimal(parts: list[str], marks: list[str]) -> str | None:
+    """As a number with a fraction; None if it is none."""
+    if not marks or marks[-1] not in ".,\u066b" or marks[-1] in marks[:-1]:
+        return None
+    whole = _whole(parts[0]) if len(parts) == 2 else _grouped(parts[:-1], marks[:-1])
+    if whole is None:
+        return None
+    fraction = parts[-1].rstrip("0")
+    return f"{whole}.{fraction}" if fraction else whole
+
+
+def _pieces(number: str, mark: str | None) -> tuple[str, ...]:
+    """As several numbers; what points alone part stays one: a version, a date."""
+    if set(_split(number)[1]) == {"."}:
+        return (".".join(part.lstrip("0") or "0" for part in _split(number)[0]),)
+
+    def each() -> Iterator[str]:
+        for piece in re.split(rf"[,'’_\u066c{_SPACES} ]", number):
+            if piece.strip("."):
+                yield from _readings(piece, mark)[0] if piece != number else (piece,)
+
+    return tuple(each())
+
+
+def _whole(digits: str) -> str:
+    return digits.lstrip("0") or "0"

@@ -270,3 +270,78 @@ def test_a_cut_answer_stays_cut_where_there_is_no_more_room(
     [outcome], _ = refine(server, cache, settings=AUTO.model_copy(update={"response_format": "text"}))
     assert outcome.verdict == Verdict("answer_readable", "truncated answer")
     assert server.requests == 3
+
+
+# A schema that is refused later ----------------------------------------------------------------------
+
+
+def refuses_grammars(server: ScriptedServer, status: int = 400, probe_passes: bool = True) -> Any:
+    """Honours the probe's schema, or not even that, and refuses each later one."""
+
+    def script(text: str, n: int) -> Response:
+        if "response_format" not in server.bodies[-1]:
+            return ignores_the_schema(text, n)
+        if text == PROBE and probe_passes:
+            return good('{"prompt": "red"}')
+        return fault(status, "failed to parse grammar")
+
+    return script
+
+
+@pytest.mark.parametrize("form", ["auto", "json"])
+@pytest.mark.parametrize("status", [400, 422, 500])
+def test_a_schema_that_is_refused_later_is_given_up_once(
+    server: ScriptedServer,
+    cache: AnswerCache,
+    caplog: pytest.LogCaptureFixture,
+    form: str,
+    status: int,
+) -> None:
+    server.script = refuses_grammars(server, status)
+    settings = AUTO.model_copy(update={"response_format": form, "concurrency": 16})
+    outcomes, _ = refine(server, cache, *(task(i) for i in range(12)), settings=settings)
+    assert all(outcome.example for outcome in outcomes)
+    refused = [b for b in server.bodies if "response_format" in b and b["messages"] != prompts.PROBE]
+    assert len(refused) == (1 if status < 500 else SETTINGS.max_retries + 1)
+    assert sum("failed to parse grammar" in record.message for record in caplog.records) == 1
+    # Kept: a second start sends no schema, and asks nothing again.
+    asked = server.requests
+    again, _ = refine(server, cache, *(task(i) for i in range(12)), settings=settings)
+    assert [o.to_json() for o in again] == [o.to_json() for o in outcomes]
+    assert server.requests == asked
+
+
+def test_a_sample_that_is_refused_in_any_form_says_nothing_of_schemas(
+    server: ScriptedServer, cache: AnswerCache
+) -> None:
+    honours = honours_the_schema(server)
+
+    def script(text: str, n: int) -> Response:
+        return fault(400, "context length") if "<original>\na is" in text else honours(text, n)
+
+    server.script = script
+    outcomes, _ = refine(server, cache, task(0), task(1), task(2))
+    assert [bool(outcome.example) for outcome in outcomes] == [False, True, True]
+    assert outcomes[0].verdict == Verdict(None, "request refused (400): context length")
+    asked_by_schema = [b for b in server.bodies if "response_format" in b]
+    assert len(asked_by_schema) == 4  # the probe and each sample
+
+
+def test_once_a_schema_was_answered_only_the_sample_falls_back(
+    server: ScriptedServer, cache: AnswerCache
+) -> None:
+    honours = honours_the_schema(server)
+
+    def script(text: str, n: int) -> Response:
+        if "<original>\nb is" in text:
+            return refuses_grammars(server)(text, n)
+        return honours(text, n)
+
+    server.script = script
+    settings = AUTO.model_copy(update={"concurrency": 1})
+    outcomes, _ = refine(server, cache, task(0), task(1), task(2), settings=settings)
+    assert all(outcome.example for outcome in outcomes)
+    by_schema = [
+        "response_format" in b for b in server.bodies if "<original>" in b["messages"][-1]["content"]
+    ]
+    assert by_schema == [True, True, False, True]

@@ -6,8 +6,10 @@ Every task ends in exactly one Outcome: with a child, or with a verdict.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from middo_jax.config import RefineSettings
@@ -16,13 +18,15 @@ from middo_jax.refine import prompts
 from middo_jax.refine.acceptance.candidate import Candidate
 from middo_jax.refine.acceptance.table import first_verdict
 from middo_jax.refine.endpoint.ending import ending
-from middo_jax.refine.endpoint.faults import NotAnswered, RefinerError, RequestRefused
+from middo_jax.refine.endpoint.faults import EndpointFailed, NotAnswered, RefinerError, RequestRefused
 from middo_jax.refine.endpoint.probe import Probe
 from middo_jax.refine.endpoint.request import Answer, Messages
 from middo_jax.refine.parse import parse_prompt
 from middo_jax.refine.prompts import Form
 from middo_jax.refine.reply import plain_lines, without_end_tokens, without_reasoning
 from middo_jax.refine.tasks import Exchange, Outcome, Step, Task, Verdict
+
+_log = logging.getLogger(__name__)
 
 
 class Refiner(Protocol):
@@ -44,6 +48,10 @@ class Refiner(Protocol):
 
     async def honours(self, probe: Probe) -> bool:
         """Whether replies are held to a schema."""
+        ...
+
+    async def refuse_schema(self, reason: str) -> None:
+        """Keeps that requests with a schema are refused, and refuses them from then on."""
         ...
 
     async def close(self) -> None:
@@ -105,6 +113,7 @@ async def refine_tasks(
     failures: list[RefinerError] = []
     unanswered: list[NotAnswered] = []
     form = await find_form(client, settings) if tasks else "text"
+    schema = _Schema(client)
     waiting = iter(enumerate(tasks))
 
     async def work() -> None:
@@ -112,7 +121,9 @@ async def refine_tasks(
             if failures:
                 return
             try:
-                outcomes[index] = await _refine(task, client, form, settings, round_index, special_tokens)
+                outcomes[index] = await _refine(
+                    _Dialogue(task, client, form, schema, settings), round_index, special_tokens
+                )
             except NotAnswered as error:
                 unanswered.append(error)
                 continue
@@ -152,6 +163,39 @@ def run(
     return asyncio.run(stage())
 
 
+class _Schema:
+    """What became of requests with a schema. Some servers honour a short one and refuse all that follow.
+
+    Until one was answered they are asked one by one, so that a refusal costs one request.
+    """
+
+    def __init__(self, client: Refiner) -> None:
+        self.was_answered = False
+        self._client = client
+        self._one_by_one = asyncio.Lock()
+        self._is_refused = False
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """The time of one request with a schema."""
+        if self.was_answered or self._is_refused:
+            yield
+            return
+        async with self._one_by_one:
+            yield
+
+    async def was_refused(self, error: RefinerError) -> None:
+        """Takes in that a request was refused with the schema and answered without it."""
+        if self.was_answered or self._is_refused:
+            return
+        self._is_refused = True
+        await self._client.refuse_schema(error.reason)
+        _log.warning(
+            "the refiner refuses the schema of new prompts (%s): from now on they are asked for between tags",
+            error.reason,
+        )
+
+
 @dataclasses.dataclass
 class _Dialogue:
     """What is asked and answered for one task."""
@@ -159,13 +203,13 @@ class _Dialogue:
     task: Task
     client: Refiner
     form: Form
+    schema: _Schema
     settings: RefineSettings
     exchanges: list[Exchange] = dataclasses.field(default_factory=list)
 
     async def new_prompt(self) -> Answer:
         """The reply with the new prompt; what cannot be read is asked for again."""
-        messages = first_request(self.task, self.settings, self.form)
-        reply = await self._ask("prompt", messages)
+        messages, reply = await self._first_reply()
         for _ in range(self.settings.max_corrections):
             if parse_prompt(reply.text) is not None:
                 break
@@ -173,6 +217,34 @@ class _Dialogue:
             messages = prompts.correction(messages, said, self.form)
             reply = await self._ask("correction", messages)
         return reply
+
+    async def _first_reply(self) -> tuple[Messages, Answer]:
+        """The first request and its reply: between tags if the schema is refused and tags are not."""
+
+        async def asked() -> tuple[Messages, Answer]:
+            messages = first_request(self.task, self.settings, self.form)
+            return messages, await self._ask("prompt", messages)
+
+        if self.form == "text":
+            return await asked()
+        async with self.schema.turn():
+            try:
+                replied = await asked()
+                self.schema.was_answered = True
+                return replied
+            except (RequestRefused, EndpointFailed) as error:
+                if error.stops_stage:
+                    raise
+                refused = error
+            self.form = "text"
+            try:
+                replied = await asked()
+            except (RequestRefused, EndpointFailed) as error:
+                if error.stops_stage:
+                    raise
+                raise refused from None  # it was not the schema
+            await self.schema.was_refused(refused)
+            return replied
 
     async def answer(self, prompt: str) -> Answer:
         """The answer to the new prompt, under the sample's own system turns."""
@@ -202,15 +274,8 @@ class _Dialogue:
         return answer
 
 
-async def _refine(
-    task: Task,
-    client: Refiner,
-    form: Form,
-    settings: RefineSettings,
-    round_index: int,
-    special_tokens: Collection[str],
-) -> Outcome:
-    dialogue = _Dialogue(task, client, form, settings)
+async def _refine(dialogue: _Dialogue, round_index: int, special_tokens: Collection[str]) -> Outcome:
+    task, settings = dialogue.task, dialogue.settings
 
     def rejected(verdict: Verdict) -> Outcome:
         return Outcome(task, None, verdict, tuple(dialogue.exchanges))
@@ -234,7 +299,7 @@ async def _refine(
     candidate = dataclasses.replace(candidate, response=response, finish_reason=reply.finish_reason)
     if verdict := first_verdict(candidate, "answer", settings):
         return rejected(verdict)
-    lineage = _lineage(task, client.model, round_index)
+    lineage = _lineage(task, dialogue.client.model, round_index)
     child = task.source.replace_text(prompt, response, lineage)
     return Outcome(task, child, None, tuple(dialogue.exchanges))
 

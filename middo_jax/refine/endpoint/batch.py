@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from middo_jax.refine.endpoint.cache import AnswerCache
 from middo_jax.refine.endpoint.dialect import Dialect, refused_field
 from middo_jax.refine.endpoint.faults import RETRIED, BudgetReached, NotAnswered, RequestRefused, words
 from middo_jax.refine.endpoint.ledger import Ledger
-from middo_jax.refine.endpoint.probe import JSON, TEXT, Probe
+from middo_jax.refine.endpoint.probe import JSON, TEXT, Probe, schema_refusal
 from middo_jax.refine.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
+from middo_jax.refine.endpoint.room import watch_context
 from middo_jax.refine.endpoint.usage import Ceiling, ceiling
 from middo_jax.run import RunError, write_jsonl
 
 URL = "/v1/chat/completions"
+_OF_SCHEMA = re.compile(r"schema|grammar|response_format|json|structured|guided", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,10 @@ class BatchClient:
         """As was found out before; no server can be asked, so that it counts as no from then on."""
         return self._cache.learn(self._requests.form_fact, TEXT) == JSON
 
+    async def refuse_schema(self, reason: str) -> None:
+        """Keeps that the server refuses schemas: no request with one is written any more."""
+        self._cache.learn(self._requests.schema_fact, reason)
+
     async def complete(
         self,
         messages: Messages,
@@ -81,6 +88,8 @@ class BatchClient:
         if stored := self._cache.get(request.key):
             self.ledger.hit(account)
             return stored
+        if response_format is not None and (refusal := schema_refusal(self._cache, self._requests)):
+            raise refusal
         if refused := self._refused.get(request.key):
             raise RequestRefused(f"refused in the batch: {refused.said}", f"request refused: {refused.said}")
         if request.key not in self.waiting:
@@ -117,11 +126,14 @@ class BatchClient:
                 continue
             settled.add(key)
             if result.answer:
+                watch_context(self._cache, request.body["messages"], result.answer)
                 prices = self._settings.prices
                 most = ceiling(prices, request.body["messages"], request.body["max_tokens"])
                 self.ledger.begin(account, most, retry=False)
                 self.ledger.answered(account, most, 0.0, result.answer, request.canonical, prices)
             else:
+                if "response_format" in request.body and _OF_SCHEMA.search(result.said):
+                    self._cache.learn(self._requests.schema_fact, f"request refused: {result.said}")
                 self._refused[key] = result
                 self.ledger.failed(account)
             del self.waiting[key]

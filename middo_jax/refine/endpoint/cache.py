@@ -49,6 +49,7 @@ class AnswerCache:
           CacheError: the file is no cache, or its folder cannot be written.
         """
         self.path = Path(path)
+        self.said = set[str]()  # warnings given since: each is given once
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=30.0)  # seconds to wait for another run's write

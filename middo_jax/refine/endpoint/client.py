@@ -33,8 +33,9 @@ from middo_jax.refine.endpoint.faults import (
     read_fault,
 )
 from middo_jax.refine.endpoint.ledger import Ledger
-from middo_jax.refine.endpoint.probe import JSON, TEXT, Probe
+from middo_jax.refine.endpoint.probe import JSON, TEXT, Probe, schema_refusal
 from middo_jax.refine.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
+from middo_jax.refine.endpoint.room import watch_context
 from middo_jax.refine.endpoint.servers import (
     FAILURES_IN_A_ROW,
     Endpoint,
@@ -142,6 +143,10 @@ class ChatClient:
             return self._cache.learn(name, TEXT) == JSON
         return self._cache.learn(name, JSON if probe.is_held(answer.text) else TEXT) == JSON
 
+    async def refuse_schema(self, reason: str) -> None:
+        """Keeps that the server refuses schemas: no request with one is sent any more."""
+        self._cache.learn(self._requests.schema_fact, reason)
+
     async def complete(
         self,
         messages: Messages,
@@ -169,6 +174,8 @@ class ChatClient:
             if stored := self._cache.get(request.key):
                 self.ledger.hit(account)
                 return stored
+            if response_format is not None and (refusal := schema_refusal(self._cache, self._requests)):
+                raise refusal
             if request.key in self._final:
                 # Without its old traceback, which would grow with every raise and hold all those frames.
                 raise self._final[request.key].with_traceback(None)
@@ -265,6 +272,7 @@ class ChatClient:
             self.ledger.answered(account, most, seconds, answer, request.canonical, self._settings.prices)
         finally:
             await self._budget.end()
+        watch_context(self._cache, request.body["messages"], answer)
         tokens = answer.completion_tokens or len(answer.text) // CHARACTERS_A_TOKEN
         endpoint.throttle.answered(began, tokens)
         endpoint.answered()

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from middo_jax.refine.endpoint.request import Messages
+from middo_jax.refine.endpoint.cache import AnswerCache
+from middo_jax.refine.endpoint.faults import RequestRefused
+from middo_jax.refine.endpoint.request import Messages, Requests
 
 JSON, TEXT = "json", "text"  # as the cache keeps the finding
 
@@ -28,3 +30,9 @@ class Probe:
     max_tokens: int
     is_held: Callable[[str], bool]
     account: str = "probe"
+
+
+def schema_refusal(cache: AnswerCache, requests: Requests) -> RequestRefused | None:
+    """The refusal that any request with a schema met, as the cache keeps it; None if none did."""
+    reason = cache.fact(requests.schema_fact)
+    return None if reason is None else RequestRefused(f"the refiner refuses schemas: {reason}", reason)

@@ -103,6 +103,11 @@ class Requests:
         return f"form of {self.served}"
 
     @property
+    def schema_fact(self) -> str:
+        """The name under which the cache keeps why this model's server refuses schemas, if it does."""
+        return f"schema refused by {self.served}"
+
+    @property
     def served(self) -> str:
         """The model and its revision, by which the cache tells what is known of its servers."""
         return f"{self.model} {self.settings.model_revision or ''}".rstrip()

@@ -271,6 +271,26 @@ def test_a_message_holds_both_texts_as_they_are(prompt: str, response: str) -> N
         ("-3", None),
         ("In 2024 it was", None),
         ("8/100", None),
+        # The number at the start is the rating; what follows explains.
+        (" 7. For a rating of 10 it would need examples.", 7),
+        (" 6\n\nA score of 9 would need more.", 6),
+        ("**4** - rating: 10 is for perfect answers", 4),
+        (" 6,5", 6.5),
+        (" 8, because it is right", 8),
+        ("The score is 7,5.", 7.5),
+        (" 7.5/10", 7.5),
+        (" 9 out of ten", 9),
+        (" 8 points out of 10", 8),
+        (" 10 von 10", 10),
+        # Another scale.
+        (" 3 out of 5", None),
+        (" 4/5", None),
+        (" 4 stars out of 5", None),
+        (" 3 of 4. Rating: 8", None),
+        (" 85/100, a rating of 9", None),
+        (" 80 percent", None),
+        ("9 percent", None),
+        ("The rating is 4 out of 5.", None),
     ],
 )
 def test_parse_rating(text: str, rating: float | None) -> None:

@@ -18,8 +18,8 @@ from middo_jax.refine.acceptance.candidate import Candidate, Limits, Measurement
 from middo_jax.refine.acceptance.context import changed_numbers, code_blocks, lost_code, numbers
 from middo_jax.refine.acceptance.language import changed_language, languages, load_identifier
 from middo_jax.refine.acceptance.measured import length_bounds, pair_similarity
+from middo_jax.refine.acceptance.refusal import is_refusal
 from middo_jax.refine.acceptance.table import asked, first_verdict
-from middo_jax.refine.acceptance.text import is_refusal
 from middo_jax.refine.tasks import Task, Verdict
 
 GATES = GateSettings()

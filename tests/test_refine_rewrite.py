@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from middo_jax.config import Prices, RefineSettings
 from middo_jax.data.example import Example, Lineage, Message
 from middo_jax.refine import prompts
-from middo_jax.refine.acceptance.text import is_refusal
+from middo_jax.refine.acceptance.refusal import is_refusal
 from middo_jax.refine.endpoint.request import Answer, Messages, request_key
 from middo_jax.refine.estimate import dry_run
 from middo_jax.refine.merge import merge

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from typing import Any
 
 from middo_jax.refine.acceptance.candidate import Candidate, Finding
 from middo_jax.refine.acceptance.context import changed_numbers, lost_code
 from middo_jax.refine.acceptance.language import changed_language, languages
+from middo_jax.refine.acceptance.refusal import is_refusal
 from middo_jax.refine.endpoint.ending import ending
 from middo_jax.refine.prompts import EXAMPLES, MATERIAL
 from middo_jax.refine.reply import control_character, control_token, reasoning_mark
@@ -16,46 +16,6 @@ from middo_jax.refine.tasks import Task
 
 # Texts of our own requests that mark a candidate as an echo of them.
 LEFTOVERS = ("<prompt>", "</prompt>", *EXAMPLES, MATERIAL)
-
-# Openings only, and with the verb of a refusal where the start alone would also open an honest letter or
-# story: "I cannot attend the meeting" is an answer, "I cannot assist with that" is not.
-_CANNOT = (
-    r"i(?: (?:can't|cannot|can not|won't|will not)|(?:'m| am) (?:unable|not able) to|(?:'m| am) not going to)"
-)
-_TO_SERVE = (
-    r"(?: (?:help|assist|comply|fulfil|fulfill|proceed)\b"
-    r"| (?:answer|complete|do|process|provide|respond to|support|write|generate|create) "
-    r"(?:that|this|your|such|any|the (?:requested|request|task|prompt))\b)"
-)
-_REFUSALS = re.compile(
-    r"(?:"
-    rf"(?:(?:i'm|i am)(?: (?:very|really|so|truly))? )?sorry,?(?: but)? {_CANNOT}\b"
-    rf"|(?:i apologi[sz]e|my apologies|apologies|unfortunately),?(?: but)?,? {_CANNOT}{_TO_SERVE}"
-    rf"|as an (?:ai|artificial intelligence)(?: (?:language )?(?:model|assistant))?,? "
-    rf"(?:{_CANNOT}\b|i (?:do not|don't) have\b)"
-    rf"|{_CANNOT}{_TO_SERVE}"
-    # "I'm sorry for the confusion, but as a chatbot made for recipes, I don't have ..."
-    r"|(?:i'm sorry|i am sorry|sorry|i apologi[sz]e|my apologies)\b[^.!?]{0,80}"
-    r"\bas an? (?:[\w-]+ ){0,2}(?:ai|chatbot|language model|virtual assistant)\b[^.!?]{0,120}"
-    r"\bi(?:'m not| am not|'m unable| am unable| don't| do not| can't| cannot)\b"
-    r")",
-    re.IGNORECASE,
-)
-
-# "I'm sorry, but I cannot" in German, French, Spanish, Portuguese, Italian, Chinese, Japanese and Korean.
-_REFUSALS_ELSEWHERE = re.compile(
-    r"(?:"
-    r"(?:es )?tut mir (?:sehr )?leid,? (?:aber )?(?:ich kann\b[^.!?]{0,60}\bnicht\b|das kann ich nicht\b)"
-    r"|(?:je suis |je )?(?:désolée?|regrette),? (?:mais )?je ne (?:peux|suis pas en mesure)\b"
-    r"|lo siento,? (?:pero )?no (?:puedo|me es posible)\b"
-    r"|(?:sinto muito|desculpe|lamento),? (?:mas )?não (?:posso|consigo)\b"
-    r"|mi dispiace,? (?:ma )?non (?:posso|sono in grado)\b"
-    r"|(?:很?抱歉|对不起)[,, ]*(?:但是?)?我(?:无法|不能|没有?办法)"
-    r"|(?:申し訳(?:ありません|ございません)|すみません)[^。]{0,40}(?:できません|できかねます)"
-    r"|죄송(?:합니다|하지만)[^.]{0,40}(?:수 없|없습니다)"
-    r")",
-    re.IGNORECASE,
-)
 
 
 def readable(candidate: Candidate, _: Any) -> Finding | None:
@@ -146,12 +106,6 @@ def answer_language(candidate: Candidate, _: Any) -> Finding | None:
         return None
     fault = changed_language(candidate.response, [original, candidate.prompt or ""])
     return Finding(f"answer in {fault}") if fault else None
-
-
-def is_refusal(text: str) -> bool:
-    """Whether a text opens as a model does that will not do what it was asked; best told in English."""
-    opening = " ".join(text.replace("’", "'").split())
-    return bool(_REFUSALS.match(opening) or _REFUSALS_ELSEWHERE.match(opening))
 
 
 def _found(fault: str | None) -> Finding | None:

@@ -103,8 +103,9 @@ def score(
     from middo_jax.signals.table import with_columns
 
     require_axes(axes)
+    place = None if out is None else local(Path(out))
     model_path = resolve(os.fspath(model))
-    session = session_for(model_path, _path(rows), settings, None if out is None else Path(out))
+    session = session_for(model_path, _path(rows), settings, place)
     data = read_data(session, None if _path(rows) else rows)
     kept, _, rejections = prepare(session, data)
     own = _own_columns(data, kept, keep_columns)
@@ -113,11 +114,11 @@ def score(
             "no --pre-model (pre_model in Python): loss_pre stays empty, and no sample can be called hard"
         )
     pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
-    if out is None:
+    if place is None:
         scored = stages.measure(session, kept, model_path, pre_path, axes)
         table = with_columns(scored.table, own)
     else:
-        directory = _begin(session, Path(out), kept, rejections)
+        directory = _begin(session, place, kept, rejections)
         scored = stages.score_stage(session, directory, model_path, pre_path, axes, own=own)
         table = scored.table
     return Scores(table, scored.embedding_nd, rejections, scored.facts["passes"])
@@ -202,12 +203,12 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
     """
     from middo_jax.models.resolve import resolve
 
-    model_path = resolve(os.fspath(model))
-    session = session_for(model_path, _path(rows), settings, Path(out))
+    place, model_path = local(Path(out)), resolve(os.fspath(model))
+    session = session_for(model_path, _path(rows), settings, place)
     data = read_data(session, None if _path(rows) else rows)
     kept, heldout, rejections = prepare(session, data)
     stages.check_training(session, kept, heldout)
-    directory = _begin(session, Path(out), kept, rejections)
+    directory = _begin(session, place, kept, rejections)
     stages.train_stage(session, directory, model_path, heldout)
     loss = None
     if heldout:

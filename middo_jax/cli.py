@@ -348,6 +348,7 @@ def inspect(
         examples, refused = usable(session, examples)
         whole = tokenize_all(examples, session.tokenizer)
         cut = [truncate(tokenized, max_length) for tokenized in whole]
+        session.tell_of_no_end(cut)
         facts = inspect_rows(examples, [*rejections, *refused]) | inspect_tokens(
             whole,
             cut,

@@ -23,7 +23,6 @@ from middo_jax.data.tokenize import (
     learnt_controls,
     load_tokenizer,
     refusal,
-    tokenize,
     tokenize_all,
 )
 from middo_jax.progress import Progress, for_stderr
@@ -87,7 +86,30 @@ class Session:
 
     def tokenize(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """All examples; those that cannot be rendered were refused when the data was read."""
-        return tokenize_all(examples, self.tokenizer, self.config.model.max_length)
+        tokenized = tokenize_all(examples, self.tokenizer, self.config.model.max_length)
+        self.tell_of_no_end(tokenized)
+        return tokenized
+
+    def tell_of_no_end(self, tokenized: Sequence[TokenizedExample]) -> None:
+        """Says, once per session, that none of these examples learns where an answer ends, if that is so."""
+        if tokenized and not self._told and (reason := self._why_no_end(tokenized)) is not None:
+            self._told.add(reason)
+            self.progress.say(
+                f"no sample learns where an answer ends, so the trained model will not stop: {reason}"
+            )
+
+    @functools.cached_property
+    def _told(self) -> set[str]:
+        return set()
+
+    def _why_no_end(self, tokenized: Sequence[TokenizedExample]) -> str | None:
+        """Why no example's targets hold a token that ends an answer; None if some do, as a rule the first."""
+        ends = eos_token_ids(self.base, self.tokenizer)
+        if not ends or any(not ends.isdisjoint(learnt_controls(t, self.tokenizer)) for t in tokenized):
+            return None
+        if all(t.truncated for t in tokenized):
+            return f"every conversation is cut at model.max_length={self.config.model.max_length}"
+        return "the chat template puts no control token behind an answer; set model.template"
 
     def plan_losses(self, tokenized: Sequence[TokenizedExample]) -> Plan:
         """The batches of a scoring pass over these examples, on this mesh and with these settings."""
@@ -214,27 +236,7 @@ def usable(session: Session, examples: Sequence[Example]) -> tuple[list[Example]
         raise DataError(
             f"{session.config.data.path}: no usable row; the first was refused: {refused[0].reason}"
         )
-    _warn_of_no_end(session, kept)
     return kept, refused
-
-
-def _warn_of_no_end(session: Session, examples: Sequence[Example]) -> None:
-    tokenizer, max_length = session.tokenizer, session.config.model.max_length
-    ends, all_cut = eos_token_ids(session.base, tokenizer), True
-    for example in examples:  # as a rule the first one learns an end
-        tokenized = tokenize(example, tokenizer, max_length)
-        if not ends.isdisjoint(learnt_controls(tokenized, tokenizer)):
-            return
-        all_cut = all_cut and tokenized.truncated
-    if ends:
-        session.progress.say(
-            "no sample learns where an answer ends, so the trained model will not stop: "
-            + (
-                f"every conversation is cut at model.max_length={max_length}"
-                if all_cut
-                else "the chat template puts no control token behind an answer; set model.template"
-            )
-        )
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:

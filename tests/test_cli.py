@@ -115,7 +115,10 @@ def test_every_command_explains_itself_with_an_example(middo: Middo, command: st
         ("train --data {data} --model {model} --out o train.batch_size=512", "of the 512 rows of a batch"),
         ("train --data {data} --model {model} --out o rounds", "'rounds' is not of the form a.b=value"),
         ("eval --data broken.json --model {model}", "broken.json: broken JSON at line 2, column"),
-        ("eval --data broken.jsonl --model {model}", "broken.jsonl:1: broken JSON"),
+        (
+            "eval --data broken.jsonl --model {model}",
+            "1 of 1: broken JSON: Expecting value (column 1) (broken.jsonl:1)",
+        ),
         ("eval --data empty.jsonl --model {model}", "empty.jsonl holds no rows"),
         ("eval --data {data} --model .", "no config.json there"),
         (

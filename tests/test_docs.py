@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,22 +53,27 @@ def test_the_gate_that_the_docs_register_is_asked_and_is_a_setting() -> None:
         unregister("polite")
 
 
-def test_the_python_page_runs_and_prints_as_much_as_it_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In order, on a tiny model; numbers differ from those shown, words and lines do not."""
+def test_the_python_page_runs_and_prints_as_much_as_it_shows(tmp_path: Path) -> None:
+    """In order, on a tiny model and one device; numbers differ from those shown, words and lines do not."""
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     write_tiny_model(tmp_path / "base")
     lines = (ROOT / "configs" / "quickstart_data.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "data.jsonl").write_text("\n".join(lines[:24]), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", text, re.DOTALL)
     assert len(blocks) == 7
-    space: dict[str, object] = {}
-    for code, shown in blocks:
-        capsys.readouterr()
-        exec(code, space)
-        printed = capsys.readouterr().out
+    end = "-- end of a block --"
+    script = "".join(f"{code}\nprint({end!r})\n" for code, _ in blocks)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    for (code, shown), printed in zip(blocks, ran.stdout.split(f"{end}\n"), strict=False):
         assert shape_of(printed) == shape_of(shown), code
 
 

@@ -80,6 +80,6 @@ def test_what_is_refused_is_what_cannot_be_tokenized(tmp_path: Path) -> None:
     session.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     reason = refusal(example, session.tokenizer)
     assert reason is not None
-    with pytest.raises(ValueError, match="the chat template changes") as raised:
+    with pytest.raises(ValueError, match="does not show the text of turn 1") as raised:
         tokenize(example, session.tokenizer, 64)
     assert str(raised.value) == reason

@@ -1,6 +1,6 @@
 # make quickstart   sets everything up, closes the loop once on a small real model, ends with report.html
 # make test         sets everything up, runs the tests
-# make lint         format, lint, types, and the floors of the house
+# make lint         format, lint, types, and the layers of the package
 .PHONY: quickstart test lint clean
 
 PYTHON ?= python3

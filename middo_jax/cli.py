@@ -153,7 +153,7 @@ def refine(
 ) -> None:
     """The selected samples of DIRECTORY through a served LLM; writes refined.jsonl and merged.jsonl."""
     from middo_jax import api, stages
-    from middo_jax import refine as wing
+    from middo_jax import refine as refinement
     from middo_jax.report.terminal import render_batch, render_dry_run
     from middo_jax.run import RoundDir
     from middo_jax.session import session_of
@@ -162,7 +162,7 @@ def refine(
     settings = session.config.refine
     if dry_run:
         form = "json" if settings.response_format == "json" else "text"
-        plan = wing.dry_run(stages.plan_refinement(here), settings, form)
+        plan = refinement.dry_run(stages.plan_refinement(here), settings, form)
         facts = dataclasses.asdict(plan)
         _show(as_json, facts, render_dry_run(facts))
         return
@@ -210,7 +210,7 @@ def evaluate(data: Data, model: Model, overrides: Overrides = None, as_json: AsJ
     from middo_jax import api
 
     result = _loss(api.evaluate(data, model, settings=overrides))
-    _show(as_json, result, f"{result['loss']:.6f} nats a token over {result['n_target_tokens']:,} tokens")
+    _show(as_json, result, f"{result['loss']:.6f} nats per token over {result['n_target_tokens']:,} tokens")
 
 
 @app.command(epilog="Example: middo export runs/quickstart/final/checkpoint ./tuned --dtype bfloat16")

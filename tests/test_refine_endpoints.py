@@ -161,7 +161,7 @@ def test_tokens_a_minute_are_a_ceiling_that_knows_what_answers_took(
 ) -> None:
     monkeypatch.setattr("middo_jax.refine.endpoint.throttle.MINUTE_S", 0.5)
     server.script = lambda text, n: good("fine", 10, 15)
-    # By its ceiling of 101 tokens a minute holds two requests; by the 25 that it took, eight.
+    # By its ceiling of 101 tokens per minute holds two requests; by the 25 that it took, eight.
     settings = SETTINGS.model_copy(update={"tokens_per_minute": 225, "concurrency": 1})
     began = time.monotonic()
     ask(server.url, cache, *texts(24), settings=settings)

@@ -70,7 +70,7 @@ def distance(ours: Any, reference: Any) -> float:
 
 
 class Rows(NamedTuple):
-    """Where positions stand: segments of random lengths with a tail of padding, or trees with a prefix."""
+    """The places of positions: segments of random lengths with a tail of padding, or trees with a prefix."""
 
     segment_ids: np.ndarray
     positions: np.ndarray

@@ -118,9 +118,10 @@ def main() -> None:
             lowered = training_program(config, arguments.rows, arguments.remat, mesh)
         memory = lowered.compile().memory_analysis()
     assert memory is not None
+    what = f"{arguments.program} {arguments.model}, {arguments.gpus} GPUs, {arguments.rows} rows of {LENGTH}"
+    kept = "" if arguments.program == "scoring" else f", remat {arguments.remat}"
     print(
-        f"{arguments.program} {arguments.model}, {arguments.gpus} GPUs, {arguments.rows} rows of {LENGTH}: "
-        f"arguments {memory.argument_size_in_bytes / 1e9:.1f} GB, "
+        f"{what}{kept}: arguments {memory.argument_size_in_bytes / 1e9:.1f} GB, "
         f"temporaries {memory.temp_size_in_bytes / 1e9:.1f} GB per GPU; "
         f"compiled in {time.monotonic() - began:.0f} s"
     )

@@ -58,7 +58,7 @@ def one_device() -> Mesh:
     return make_mesh(MeshSettings(), jax.devices()[:1])
 
 
-def scoring(model: str, out: Path) -> Figures:
+def scoring(model: str) -> Figures:
     """`score_examples` of Alpaca- and Dolly-like examples; the first also with a template's head shared."""
     from middo_jax.passes.losses import score_examples
 
@@ -88,11 +88,11 @@ def scoring(model: str, out: Path) -> Figures:
             "compile_s": first.compile_seconds,
         }
         if name == "dolly":
-            figures["kernels"] = kernel_times(run, out)
+            figures["kernels"] = kernel_times(run)
     return figures | {"peak_gb": peak_gigabytes()}
 
 
-def ratings(model: str, out: Path) -> Figures:
+def ratings(model: str) -> Figures:
     """`judge` of the quickstart's rows, whose six questions are one tree each."""
     from middo_jax.data.sources import read
     from middo_jax.data.tokenize import load_tokenizer
@@ -135,12 +135,12 @@ def ratings(model: str, out: Path) -> Figures:
         "fill": first.fill,
         "shapes": first.shapes,
         "compile_s": first.compile_seconds,
-        "kernels": kernel_times(run, out),
+        "kernels": kernel_times(run),
         "peak_gb": peak_gigabytes(),
     }
 
 
-def training(model: str, lora: bool, out: Path) -> Figures:
+def training(model: str, lora: bool) -> Figures:
     """A training step of packed Alpaca-like examples, AdamW; with adapters of rank 16, or all weights."""
     from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
     from middo_jax.train.step import make_train_step, put_batch
@@ -183,7 +183,7 @@ def training(model: str, lora: bool, out: Path) -> Figures:
             *held[0], outputs = compiled(*held[0], frozen, batches[-1])
             return outputs
 
-        profile = kernel_times(again, out)
+        profile = kernel_times(again)
     of_steps = [[i for row in rows_ for i in row] for rows_ in plan[2:]]
     tokens = [sum(len(made[i]) for i in step) for step in of_steps]
     flops = [
@@ -205,7 +205,7 @@ def training(model: str, lora: bool, out: Path) -> Figures:
     }
 
 
-def neighbours(out: Path) -> Figures:
+def neighbours() -> Figures:
     """`nearest_neighbours` of 200,000 x 4,096, two neighbours; and its products' share of float32's peak."""
     from middo_jax.signals.neighbours.search import nearest_neighbours
 
@@ -228,7 +228,7 @@ def neighbours(out: Path) -> Figures:
     return figures | {"flops_of_each_pair_once": n * n * width, "peak_gb": peak_gigabytes()}
 
 
-def decoding(model: str, out: Path) -> Figures:
+def decoding(model: str) -> Figures:
     """The embedded engine with 256 slots: prompts of 64 tokens, answers of 128, so many requests at once."""
     from middo_jax.inference.engine import Engine
     from middo_jax.inference.sampling import Request
@@ -250,30 +250,30 @@ def decoding(model: str, out: Path) -> Figures:
                 assert all(len(a.tokens) == answer for a in answers)
             figures[f"{count} requests"] = {
                 "seconds": seconds,
-                "tokens_per_s": count * answer / min(seconds[1:]),
-                "ms_per_token_of_a_request": 1000 * min(seconds[1:]) / answer,
+                "tokens_per_s": count * answer / statistics.median(seconds[1:]),
+                "ms_per_token_of_a_request": 1000 * statistics.median(seconds[1:]) / answer,
             }
         requests = [Request(tokens, 4) for tokens in prompts]
-        figures["kernels"] = kernel_times(lambda: len(engine.generate(requests)), out)
+        figures["kernels"] = kernel_times(lambda: len(engine.generate(requests)))
     return figures | {"peak_gb": peak_gigabytes()}
 
 
 TOKENIZER = "benchmarks/gpu/tokenizer"
-JOBS: dict[str, Callable[[Path], Figures]] = {
-    "scoring-8b": lambda out: scoring("8b", out),
-    "scoring-1b": lambda out: scoring("1b", out),
-    "ratings-8b": lambda out: ratings("8b", out),
-    "lora-8b": lambda out: training("8b", True, out),
-    "full-1b": lambda out: training("1b", False, out),
+JOBS: dict[str, Callable[[], Figures]] = {
+    "scoring-8b": lambda: scoring("8b"),
+    "scoring-1b": lambda: scoring("1b"),
+    "ratings-8b": lambda: ratings("8b"),
+    "lora-8b": lambda: training("8b", True),
+    "full-1b": lambda: training("1b", False),
     "neighbours": neighbours,
-    "decoding-1b": lambda out: decoding("1b", out),
-    "kernels": lambda out: kernels(TINY),
-    "blocks": lambda out: blocks(),
-    "scoring-tiny": lambda out: scoring("tiny", out),
-    "ratings-tiny": lambda out: ratings("tiny", out),
-    "lora-tiny": lambda out: training("tiny", True, out),
-    "full-tiny": lambda out: training("tiny", False, out),
-    "decoding-tiny": lambda out: decoding("tiny", out),
+    "decoding-1b": lambda: decoding("1b"),
+    "kernels": lambda: kernels(TINY),
+    "blocks": blocks,
+    "scoring-tiny": lambda: scoring("tiny"),
+    "ratings-tiny": lambda: ratings("tiny"),
+    "lora-tiny": lambda: training("tiny", True),
+    "full-tiny": lambda: training("tiny", False),
+    "decoding-tiny": lambda: decoding("tiny"),
 }
 
 
@@ -288,7 +288,7 @@ def main() -> None:
     arguments = parser.parse_args()
     global TINY
     TINY = arguments.tiny or arguments.job.endswith("-tiny")
-    figures = JOBS[arguments.job](arguments.out.parent)
+    figures = JOBS[arguments.job]()
     device = jax.devices()[0].device_kind
     arguments.out.write_text(
         json.dumps({"device": device, "jax": jax.__version__, **figures}, indent=1) + "\n"

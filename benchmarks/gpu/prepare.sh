@@ -4,7 +4,7 @@
 #     benchmarks/gpu/prepare.sh [MODEL]
 #
 # MODEL is a Hugging Face directory whose tokenizer is taken; by default the demo model that `make` installs.
-# What is fetched lies in benchmarks/gpu/wheels and benchmarks/gpu/tokenizer, which git ignores.
+# It fills benchmarks/gpu/wheels and benchmarks/gpu/tokenizer, which git ignores.
 set -euo pipefail
 cd "$(dirname "$0")"
 model="${1:-../../models/SmolLM2-135M-Instruct}"

@@ -14,7 +14,7 @@ import jax
 SHOWN = 25
 
 
-def kernel_times(call: Callable[[], Any], keep: Path | None = None) -> list[dict[str, Any]]:
+def kernel_times(call: Callable[[], Any]) -> list[dict[str, Any]]:
     """The kernels of one call that take most time: name, number of launches, milliseconds; longest first.
 
     Empty where the device leaves no trace of its kernels, as a CPU does. Numbers in names are left out, so

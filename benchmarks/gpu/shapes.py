@@ -5,6 +5,7 @@ Axes: n example, token of an example.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 from typing import Any
@@ -72,7 +73,15 @@ def _initial(
     specs: tuple[ParameterSpec, ...], config: DecoderConfig, dtype: str, key: jax.Array
 ) -> list[jax.Array]:
     keys = jax.random.split(key, len(specs))
-    return [spec.initial(key, config, dtype) for spec, key in zip(specs, keys, strict=True)]
+    return [_value(spec, config, dtype, key) for spec, key in zip(specs, keys, strict=True)]
+
+
+def _value(spec: ParameterSpec, config: DecoderConfig, dtype: str, key: jax.Array) -> jax.Array:
+    if not spec.is_stacked:
+        return spec.initial(key, config, dtype)
+    # One layer after the other: random numbers are made in float32, and a stack would set the peak memory.
+    one = dataclasses.replace(spec, axes=spec.axes[1:])
+    return jax.lax.map(lambda key: one.initial(key, config, dtype), jax.random.split(key, config.num_layers))
 
 
 def lengths(name: str, tokens: int) -> tuple[np.ndarray, np.ndarray]:

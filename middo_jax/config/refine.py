@@ -14,15 +14,15 @@ from middo_jax.config.gates import Gate, Switch, gates
 
 
 class Prices(Settings):
-    """What the endpoint charges, in US dollars a million tokens."""
+    """What the endpoint charges, in US dollars per million tokens."""
 
     affects: ClassVar[Affects | None] = Affects("cost")
 
-    prompt: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
+    prompt: NonNegativeFloat = Field(default=0.0, description="US dollars per million tokens.")
     cached: NonNegativeFloat | None = Field(
         default=None, description="Of prompt tokens that the server had cached. None: as `prompt`."
     )
-    completion: NonNegativeFloat = Field(default=0.0, description="US dollars a million tokens.")
+    completion: NonNegativeFloat = Field(default=0.0, description="US dollars per million tokens.")
 
 
 class GateSettings(Settings):
@@ -102,7 +102,7 @@ class RefineSettings(Settings):
     )
     max_tokens: Annotated[PositiveInt, Affects("rewrites")] = Field(
         default=1024,
-        description="Completion tokens a request; an answer cut there is asked once more for twice.",
+        description="Completion tokens per request; an answer cut there is asked once more for twice.",
     )
     response_format: Annotated[Literal["auto", "text", "json"], Affects("rewrites")] = Field(
         default="auto",

@@ -51,7 +51,7 @@ def first_fit(
     Args:
       lengths: tokens of each example; none may exceed the capacity.
       capacity: tokens of a row.
-      max_segments: examples a row may hold.
+      max_segments: most examples of a row.
       open_rows: rows looked at; the oldest is closed when there are more, which keeps the plan O(N) and
         an example near where the order put it.
 

@@ -5,7 +5,7 @@
         future.result().tokens
 
 One cache holds `max_batch` slots. A prompt is read into a free slot in chunks; between the chunks all slots
-that are being answered are decoded together, one token a step, so that nobody's answer waits for a long
+that are being answered are decoded together, one token per step, so that nobody's answer waits for a long
 prompt. A slot that ends is refilled before the next step. Whole chunks of a prompt that still lie in some
 slot are copied instead of read: requests that begin alike, as a refiner's do, share that work.
 

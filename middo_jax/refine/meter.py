@@ -1,4 +1,4 @@
-"""The line that a running stage shows: done, from the cache, failed, tokens a minute, spent, projected."""
+"""The line that a running stage shows: done, from the cache, failed, tokens per minute, spent, projected."""
 
 from __future__ import annotations
 

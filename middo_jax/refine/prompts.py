@@ -70,7 +70,7 @@ RESPONSE_FORMAT: dict[str, Any] = {
 
 _AGAIN = "An earlier reply to this was not accepted."
 
-# One worked example a request: what is given, and the prompt that is made of it. The response is part of an
+# One worked example per request: what is given, and the prompt that is made of it. The response is part of an
 # example only where the real request shows one too.
 _VAGUE = ("tell about plants", "Plants are green.")
 _INVOLVED = ("Derive and prove the formula for the sum of the first n cubes.", "It is (n(n + 1)/2)^2.")

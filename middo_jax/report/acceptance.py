@@ -19,7 +19,7 @@ from middo_jax.report import plots
 ANSWERED = "the refiner answered"  # no gate: what a failed request or a spent budget leaves is no candidate
 
 CHANGES = {  # axis: (score of the sample, number of the measurement, what to call it, more is better)
-    "complexity": ("loss_post", "loss", "loss under the model, nats a token", False),
+    "complexity": ("loss_post", "loss", "loss under the model, nats per token", False),
     "diversity": ("knn_mean_sim", "core_similarity", "the core's similarity to its neighbours", True),
     "quality": ("quality", "quality", "the model's rating, 0 to 10", True),
 }

@@ -114,7 +114,7 @@ def at_mean_length(loss: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
     loss [4, 3, 2, 2], n_tokens [1, 2, 4, 4]  ->  the line falls by 1 for every doubling; all are 2.75
 
     Args:
-      loss: [n] nats a token, NaN where missing; these stay so.
+      loss: [n] nats per token, NaN where missing; these stay so.
       n_tokens: [n] targets.
     """
     known = np.isfinite(loss) & (n_tokens > 0)

@@ -65,7 +65,7 @@ def remedies(settings: TrainSettings, mesh: Mesh) -> list[str]:
     if settings.remat != "layer":
         found.append("train.remat=layer")
     if rows > divisor:
-        # The most micro-batches that still divide the batch: one row a device.
+        # The most micro-batches that still divide the batch: one row per device.
         found.append(
             f"a larger train.gradient_accumulation ({settings.gradient_accumulation} now, up to "
             f"{settings.batch_size // divisor})"

@@ -20,33 +20,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from middo_jax.models.attention.placement import over_mesh
+from middo_jax.models.attention.triton_kernels import (
+    Asked,
+    Blocks,
+    dkv_kernel,
+    dq_kernel,
+    forward_kernel,
+    pallas,
+)
 from middo_jax.models.attention.workload import Workload
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 # The name of what a layer may save for its backward pass: the output and the log-sum-exp of the scores.
 ATTENDED = "attended"
-LOG2_E = math.log2(math.e)
-UNSEEN = -1e30  # finite: the difference of two such scores is 0 and not NaN
-
-
-class Blocks(NamedTuple):
-    """Sizes of one kernel: queries and keys per block, warps per block, and loads in flight."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-class _Asked(NamedTuple):
-    """What is known when the kernel is compiled; the fields are those of `packed_attention`."""
-
-    scale: float
-    window: int | None
-    soft_cap: float | None
-    prefix: int
-    has_trees: bool
-    interpret: bool
 
 
 class _Places(NamedTuple):
@@ -60,8 +46,8 @@ def refusal(workload: Workload) -> str | None:
     """The part of the workload that the kernel cannot compute; None if it computes all of it."""
     if workload.platform != "gpu":
         return f"a {workload.platform}: it is a GPU kernel"
-    if workload.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"{workload.dtype.name}: it computes in bfloat16, float16 or float32"
+    if workload.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"{workload.dtype.name}: it computes in bfloat16 or float32"
     d = workload.head_dim
     if d & (d - 1) or not MIN_HEAD_DIM <= d <= MAX_HEAD_DIM:
         return f"head_dim={d}: it takes powers of two from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
@@ -100,7 +86,7 @@ def triton_attention(
     Returns:
       [b, t, h, d] in q's dtype. A position that sees nothing gets a finite number without meaning.
     """
-    asked = _Asked(scale, window, soft_cap, prefix, until_bt is not None, interpret)
+    asked = Asked(scale, window, soft_cap, prefix, until_bt is not None, interpret)
     if until_bt is None:
         until_bt = segment_ends(segment_ids_bt)
     local = functools.partial(_one_device, asked)
@@ -108,7 +94,7 @@ def triton_attention(
 
 
 def _one_device(
-    asked: _Asked,
+    asked: Asked,
     q_bthd: jax.Array,
     k_btkd: jax.Array,
     v_btkd: jax.Array,
@@ -132,8 +118,8 @@ def blocks_of(head_dim: int, dtype: Any, kernel: str) -> Blocks:
     return BLOCKS[kernel][max(64, head_dim)]
 
 
-# 64 and 128: the fastest of those in benchmarks/gpu/attention.py on an H200, packed rows first. The sizes
-# of 256 were not tuned.
+# 64 and 128: of the sizes tried in benchmarks/gpu/attention.py on an H200, those that are fast both on packed
+# rows and on one text per row. The sizes of 256 were not tuned.
 BLOCKS = {
     "forward": {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 4, 3), 256: Blocks(64, 32, 8, 2)},
     "dq": {64: Blocks(64, 64, 4, 2), 128: Blocks(128, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
@@ -144,9 +130,6 @@ BLOCKS = {
 def _row_multiple(q_bthd: jax.Array) -> int:
     sizes = [blocks_of(q_bthd.shape[3], q_bthd.dtype, kernel) for kernel in BLOCKS]
     return math.lcm(*(n for size in sizes for n in (size.queries, size.keys)))
-
-
-# ---------------------------------------------------------------------------------------------------- ranges
 
 
 def segment_ends(segment_ids_bt: jax.Array) -> jax.Array:
@@ -163,7 +146,7 @@ def segment_ends(segment_ids_bt: jax.Array) -> jax.Array:
     return jax.lax.cummin(jnp.where(is_last_bt, behind_t, length), axis=1, reverse=True)
 
 
-def _first_key_bc(asked: _Asked, places: _Places, block: int) -> jax.Array:
+def _first_key_bc(asked: Asked, places: _Places, block: int) -> jax.Array:
     """[b, c] the first key behind the prefix that a block of `block` queries may see."""
     length = places.until.shape[1]
     start_c = jnp.arange(0, length, block, dtype=jnp.int32)
@@ -177,7 +160,7 @@ def _first_key_bc(asked: _Asked, places: _Places, block: int) -> jax.Array:
     return first_bc
 
 
-def _end_query_bc(asked: _Asked, places: _Places, block: int) -> jax.Array:
+def _end_query_bc(asked: Asked, places: _Places, block: int) -> jax.Array:
     """[b, c] the place behind the last query that may see any of a block of `block` keys."""
     b, length = places.until.shape
     end_bc = places.until.reshape(b, -1, block).max(axis=2)
@@ -187,205 +170,8 @@ def _end_query_bc(asked: _Asked, places: _Places, block: int) -> jax.Array:
     return end_bc.astype(jnp.int32)
 
 
-# ---------------------------------------------------------------------------------------------------- kernels
-
-
-def pallas() -> tuple[Any, Any]:
-    """(pallas, its Triton part)."""
-    # Pallas takes half a second to import, and only GPUs need it.
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
-
-    return pl, plgpu
-
-
-def dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x y in float32. HIGHEST: Triton otherwise rounds float32 operands to TF32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
-
-
-class _Scores(NamedTuple):
-    """Scores of a block of queries and a block of keys, in units of log 2, and their mask."""
-
-    scores_qs: jax.Array
-    visible_qs: jax.Array
-    slope_qs: jax.Array | float  # of the soft cap
-
-
-def _scores(
-    asked: _Asked,
-    q_qd: jax.Array,
-    k_sd: jax.Array,
-    i_q: jax.Array,
-    j_s: jax.Array,
-    until_s: jax.Array,
-    positions: tuple[jax.Array, jax.Array] | None,
-) -> _Scores:
-    scores_qs = dot(q_qd, k_sd.T) * asked.scale
-    slope_qs: jax.Array | float = 1.0
-    if asked.soft_cap is not None:
-        tanh_qs = jnp.tanh(scores_qs / asked.soft_cap)
-        scores_qs, slope_qs = asked.soft_cap * tanh_qs, 1.0 - tanh_qs * tanh_qs
-    visible_qs = (j_s[None, :] <= i_q[:, None]) & (i_q[:, None] < until_s[None, :])
-    if positions is not None and asked.window is not None:
-        at_q, at_s = positions
-        visible_qs &= at_q[:, None] - at_s[None, :] < asked.window
-    return _Scores(jnp.where(visible_qs, scores_qs * LOG2_E, UNSEEN), visible_qs, slope_qs)
-
-
-def _over_keys(asked: _Asked, sizes: Blocks, first: jax.Array, body: Any, carry: Any) -> Any:
-    """Runs `body` over the blocks of keys that this program's block of queries sees, in their order."""
-    pl, _ = pallas()
-    end = jax.lax.div((pl.program_id(0) + 1) * sizes.queries + sizes.keys - 1, sizes.keys)
-    near = jax.lax.div(first, sizes.keys)
-    if asked.prefix:
-        shared = -(-asked.prefix // sizes.keys)
-        carry = jax.lax.fori_loop(0, jnp.minimum(shared, end), body, carry)
-        near = jnp.maximum(near, shared)
-    return jax.lax.fori_loop(near, end, body, carry)
-
-
-def _forward_kernel(
-    asked: _Asked,
-    sizes: Blocks,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    positions_ref: Any,
-    until_ref: Any,
-    first_ref: Any,
-    out_ref: Any,
-    log_sum_ref: Any,
-) -> None:
-    pl, _ = pallas()
-    c = pl.program_id(0)
-    here = pl.ds(c * sizes.queries, sizes.queries)
-    q_qd = q_ref[...]
-    i_q = c * sizes.queries + jnp.arange(sizes.queries)
-    at_q = positions_ref[here] if asked.window is not None else None
-
-    def body(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        sum_qd, highest_q, total_q = carry
-        there = pl.ds(block * sizes.keys, sizes.keys)
-        j_s = block * sizes.keys + jnp.arange(sizes.keys)
-        positions = None if at_q is None else (at_q, positions_ref[there])
-        v_sd = v_ref[there, :]
-        found = _scores(asked, q_qd, k_ref[there, :], i_q, j_s, until_ref[there], positions)
-        new_highest_q = jnp.maximum(highest_q, found.scores_qs.max(axis=1))
-        # 0 at a query's first visible key: whatever the blocks before it have left is forgotten.
-        rescale_q = jnp.exp2(highest_q - new_highest_q)
-        weights_qs = jnp.exp2(found.scores_qs - new_highest_q[:, None])
-        return (
-            sum_qd * rescale_q[:, None] + dot(weights_qs.astype(v_sd.dtype), v_sd),
-            new_highest_q,
-            total_q * rescale_q + weights_qs.sum(axis=1),
-        )
-
-    carry = (
-        jnp.zeros(q_qd.shape, jnp.float32),
-        jnp.full((sizes.queries,), UNSEEN, jnp.float32),
-        jnp.zeros((sizes.queries,), jnp.float32),
-    )
-    sum_qd, highest_q, total_q = _over_keys(asked, sizes, first_ref[c], body, carry)
-    total_q = jnp.maximum(total_q, 1e-30)  # a query whose range is empty
-    out_ref[...] = (sum_qd / total_q[:, None]).astype(out_ref.dtype)
-    log_sum_ref[...] = highest_q + jnp.log2(total_q)
-
-
-def _dq_kernel(
-    asked: _Asked,
-    sizes: Blocks,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    positions_ref: Any,
-    until_ref: Any,
-    first_ref: Any,
-    by_out_ref: Any,
-    log_sum_ref: Any,
-    common_ref: Any,
-    dq_ref: Any,
-) -> None:
-    pl, _ = pallas()
-    c = pl.program_id(0)
-    here = pl.ds(c * sizes.queries, sizes.queries)
-    q_qd, by_out_qd = q_ref[...], by_out_ref[...]
-    log_sum_q, common_q = log_sum_ref[...], common_ref[...]
-    i_q = c * sizes.queries + jnp.arange(sizes.queries)
-    at_q = positions_ref[here] if asked.window is not None else None
-
-    def body(block: jax.Array, dq_qd: jax.Array) -> jax.Array:
-        there = pl.ds(block * sizes.keys, sizes.keys)
-        j_s = block * sizes.keys + jnp.arange(sizes.keys)
-        positions = None if at_q is None else (at_q, positions_ref[there])
-        k_sd = k_ref[there, :]
-        found = _scores(asked, q_qd, k_sd, i_q, j_s, until_ref[there], positions)
-        weights_qs = jnp.where(found.visible_qs, jnp.exp2(found.scores_qs - log_sum_q[:, None]), 0.0)
-        by_weights_qs = dot(by_out_qd, v_ref[there, :].T) - common_q[:, None]
-        by_scores_qs = weights_qs * by_weights_qs * found.slope_qs
-        return dq_qd + dot(by_scores_qs.astype(k_sd.dtype), k_sd)
-
-    dq_qd = _over_keys(asked, sizes, first_ref[c], body, jnp.zeros(q_qd.shape, jnp.float32))
-    dq_ref[...] = (dq_qd * asked.scale).astype(dq_ref.dtype)
-
-
-def _dkv_kernel(
-    asked: _Asked,
-    sizes: Blocks,
-    group: int,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    positions_ref: Any,
-    until_ref: Any,
-    end_ref: Any,
-    by_out_ref: Any,
-    log_sum_ref: Any,
-    common_ref: Any,
-    dk_ref: Any,
-    dv_ref: Any,
-) -> None:
-    pl, _ = pallas()
-    c = pl.program_id(0)
-    here = pl.ds(c * sizes.keys, sizes.keys)
-    k_sd, v_sd = k_ref[...], v_ref[...]
-    j_s, until_s = c * sizes.keys + jnp.arange(sizes.keys), until_ref[here]
-    at_s = positions_ref[here] if asked.window is not None else None
-    begin = jax.lax.div(c * sizes.keys, sizes.queries)
-    end = jax.lax.div(end_ref[c] + sizes.queries - 1, sizes.queries)
-
-    def of_head(g: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        def body(block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            dk_sd, dv_sd = carry
-            there = pl.ds(block * sizes.queries, sizes.queries)
-            i_q = block * sizes.queries + jnp.arange(sizes.queries)
-            positions = None if at_s is None else (positions_ref[there], at_s)
-            q_qd, by_out_qd = q_ref[there, g, :], by_out_ref[there, g, :]
-            found = _scores(asked, q_qd, k_sd, i_q, j_s, until_s, positions)
-            weights_qs = jnp.where(
-                found.visible_qs, jnp.exp2(found.scores_qs - log_sum_ref[g, there][:, None]), 0.0
-            )
-            by_weights_qs = dot(by_out_qd, v_sd.T) - common_ref[g, there][:, None]
-            by_scores_qs = weights_qs * by_weights_qs * found.slope_qs
-            return (
-                dk_sd + dot(by_scores_qs.astype(q_qd.dtype).T, q_qd),
-                dv_sd + dot(weights_qs.astype(by_out_qd.dtype).T, by_out_qd),
-            )
-
-        return jax.lax.fori_loop(begin, end, body, carry)
-
-    zeros = jnp.zeros(k_sd.shape, jnp.float32)
-    dk_sd, dv_sd = jax.lax.fori_loop(0, group, of_head, (zeros, zeros))
-    dk_ref[...] = (dk_sd * asked.scale).astype(dk_ref.dtype)
-    dv_ref[...] = dv_sd.astype(dv_ref.dtype)
-
-
-# ------------------------------------------------------------------------------------------------------ calls
-
-
 def _forward(
-    asked: _Asked, q_bthd: jax.Array, k_btkd: jax.Array, v_btkd: jax.Array, places: _Places
+    asked: Asked, q_bthd: jax.Array, k_btkd: jax.Array, v_btkd: jax.Array, places: _Places
 ) -> tuple[jax.Array, jax.Array]:
     """(attention [b, t, h, d], log2 of the sum of the scores' exponentials [b, h, t] float32)."""
     b, t, h, d = q_bthd.shape
@@ -396,7 +182,7 @@ def _forward(
     )
     specs = _QuerySpecs.of(q_bthd, k_btkd, sizes)
     return _call(
-        functools.partial(_forward_kernel, asked, sizes),
+        functools.partial(forward_kernel, asked, sizes),
         asked,
         sizes,
         grid=(t // sizes.queries, b, h),
@@ -430,7 +216,7 @@ class _QuerySpecs(NamedTuple):
         )
 
 
-def _call(kernel: Any, asked: _Asked, sizes: Blocks, **how: Any) -> Any:
+def _call(kernel: Any, asked: Asked, sizes: Blocks, **how: Any) -> Any:
     pl, plgpu = pallas()
     return pl.pallas_call(
         kernel,
@@ -442,13 +228,13 @@ def _call(kernel: Any, asked: _Asked, sizes: Blocks, **how: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    asked: _Asked, q_bthd: jax.Array, k_btkd: jax.Array, v_btkd: jax.Array, places: _Places
+    asked: Asked, q_bthd: jax.Array, k_btkd: jax.Array, v_btkd: jax.Array, places: _Places
 ) -> jax.Array:
     return _forward(asked, q_bthd, k_btkd, v_btkd, places)[0]
 
 
 def _attend_and_residuals(
-    asked: _Asked, q_bthd: jax.Array, k_btkd: jax.Array, v_btkd: jax.Array, places: _Places
+    asked: Asked, q_bthd: jax.Array, k_btkd: jax.Array, v_btkd: jax.Array, places: _Places
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     found = _forward(asked, q_bthd, k_btkd, v_btkd, places)
     # Named, so that a checkpointed layer can save them; unsaved, the backward pass runs the kernel again.
@@ -457,7 +243,7 @@ def _attend_and_residuals(
 
 
 def _gradient(
-    asked: _Asked, residuals: tuple[Any, ...], by_out_bthd: jax.Array
+    asked: Asked, residuals: tuple[Any, ...], by_out_bthd: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     pl, _ = pallas()
     q_bthd, k_btkd, v_btkd, places, out_bthd, log_sum_bht = residuals
@@ -470,7 +256,7 @@ def _gradient(
     sizes = blocks_of(d, q_bthd.dtype, "dq")
     specs = _QuerySpecs.of(q_bthd, k_btkd, sizes)
     dq_bthd = _call(
-        functools.partial(_dq_kernel, asked, sizes),
+        functools.partial(dq_kernel, asked, sizes),
         asked,
         sizes,
         grid=(t // sizes.queries, b, h),
@@ -493,7 +279,7 @@ def _gradient(
     ends = pl.BlockSpec((None, t // sizes.keys), lambda c, b, k: (b, 0))
     of_queries = pl.BlockSpec((None, group, t), lambda c, b, k: (b, k, 0))
     dk_btkd, dv_btkd = _call(
-        functools.partial(_dkv_kernel, asked, sizes, group),
+        functools.partial(dkv_kernel, asked, sizes, group),
         asked,
         sizes,
         grid=(t // sizes.keys, b, kv_heads),

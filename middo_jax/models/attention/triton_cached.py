@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from middo_jax.models.attention.placement import shards
-from middo_jax.models.attention.triton import LOG2_E, MAX_HEAD_DIM, MIN_HEAD_DIM, UNSEEN, dot, pallas
+from middo_jax.models.attention.triton import MAX_HEAD_DIM, MIN_HEAD_DIM
+from middo_jax.models.attention.triton_kernels import LOG2_E, UNSEEN, dot, pallas
 
 SLOTS = 64  # cache slots per block
 # Queries per program: a tensor core's product has at least 16 rows.

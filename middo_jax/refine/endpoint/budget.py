@@ -25,7 +25,7 @@ class Budget:
         if settings.budget_usd is not None and not (settings.prices.prompt or settings.prices.completion):
             raise ConfigError(
                 "config: refine.budget_usd is set, but nothing counts against it: set refine.prices.prompt "
-                "and refine.prices.completion, in US dollars a million tokens"
+                "and refine.prices.completion, in US dollars per million tokens"
             )
         self._usd, self._tokens = settings.budget_usd, settings.budget_tokens
         self._ledger = ledger

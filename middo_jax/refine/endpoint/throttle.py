@@ -7,7 +7,7 @@ time-outs, or when it is swamped. A few unlucky ones are no overload.
 A server that batches does not refuse when it has too much: it slows down. But it also slows down while more
 at once still pays, so latency alone does not tell. What does is Kleinrock's power, throughput over latency,
 which is greatest at the knee (Kleinrock 1979, "Power and deterministic rules of thumb for probabilistic
-problems in computer communications"). With n in flight and s seconds a token it is n / s^2. So s may grow
+problems in computer communications"). With n in flight and s seconds per token it is n / s^2. So s may grow
 with the root of n, from where the power was greatest, and a half more; twice as much is too much.
 """
 
@@ -107,7 +107,7 @@ class Strain:
 
     may_rise: bool = True
     falls: bool = False  # said once, by the answer that closes a round
-    _best: tuple[float, float] | None = None  # in flight and seconds a token, where the power was greatest
+    _best: tuple[float, float] | None = None  # in flight and seconds per token, where the power was greatest
     _first: float = math.inf  # strain before the first of the falls in a row
     _falls: int = 0
     _strained: int = 0  # rounds in a row
@@ -194,7 +194,7 @@ class PerMinute:
 
 
 class RateLimits:
-    """An account's limits of requests and tokens a minute, all endpoints together; in the order of asking."""
+    """An account's limits of requests and tokens per minute, for all endpoints, in the order of asking."""
 
     def __init__(
         self,

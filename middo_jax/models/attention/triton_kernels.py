@@ -1,0 +1,230 @@
+"""The kernels of attention on GPUs: forward, the queries' gradient, and that of keys and values.
+
+A program handles one block of queries of one head, or one block of keys of one key/value head. Axes: as in
+`triton`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LOG2_E = math.log2(math.e)
+UNSEEN = -1e30  # finite: the difference of two such scores is 0 and not NaN
+
+
+class Blocks(NamedTuple):
+    """Sizes of one kernel: queries and keys per block, warps per block, and loads in flight."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Asked(NamedTuple):
+    """What is known when the kernel is compiled; the fields are those of `packed_attention`."""
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    prefix: int
+    has_trees: bool
+    interpret: bool
+
+
+def pallas() -> tuple[Any, Any]:
+    """(pallas, its Triton part)."""
+    # Pallas takes half a second to import, and only GPUs need it.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    return pl, plgpu
+
+
+def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y in float32. HIGHEST: Triton otherwise rounds float32 operands to TF32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+class _Scores(NamedTuple):
+    """Scores of a block of queries and a block of keys, in units of log 2, and their mask."""
+
+    scores_qs: jax.Array
+    visible_qs: jax.Array
+    slope_qs: jax.Array | float  # of the soft cap
+
+
+def _scores(
+    asked: Asked,
+    q_qd: jax.Array,
+    k_sd: jax.Array,
+    i_q: jax.Array,
+    j_s: jax.Array,
+    until_s: jax.Array,
+    positions: tuple[jax.Array, jax.Array] | None,
+) -> _Scores:
+    scores_qs = dot(q_qd, k_sd.T) * asked.scale
+    slope_qs: jax.Array | float = 1.0
+    if asked.soft_cap is not None:
+        tanh_qs = jnp.tanh(scores_qs / asked.soft_cap)
+        scores_qs, slope_qs = asked.soft_cap * tanh_qs, 1.0 - tanh_qs * tanh_qs
+    visible_qs = (j_s[None, :] <= i_q[:, None]) & (i_q[:, None] < until_s[None, :])
+    if positions is not None and asked.window is not None:
+        at_q, at_s = positions
+        visible_qs &= at_q[:, None] - at_s[None, :] < asked.window
+    return _Scores(jnp.where(visible_qs, scores_qs * LOG2_E, UNSEEN), visible_qs, slope_qs)
+
+
+def _over_keys(asked: Asked, sizes: Blocks, first: jax.Array, body: Any, carry: Any) -> Any:
+    """Runs `body` over the blocks of keys that this program's block of queries sees, in their order."""
+    pl, _ = pallas()
+    end = jax.lax.div((pl.program_id(0) + 1) * sizes.queries + sizes.keys - 1, sizes.keys)
+    near = jax.lax.div(first, sizes.keys)
+    if asked.prefix:
+        shared = -(-asked.prefix // sizes.keys)
+        carry = jax.lax.fori_loop(0, jnp.minimum(shared, end), body, carry)
+        near = jnp.maximum(near, shared)
+    return jax.lax.fori_loop(near, end, body, carry)
+
+
+def forward_kernel(
+    asked: Asked,
+    sizes: Blocks,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    positions_ref: Any,
+    until_ref: Any,
+    first_ref: Any,
+    out_ref: Any,
+    log_sum_ref: Any,
+) -> None:
+    """Attention of a block of queries, and log2 of the sum of its scores' exponentials."""
+    pl, _ = pallas()
+    c = pl.program_id(0)
+    here = pl.ds(c * sizes.queries, sizes.queries)
+    q_qd = q_ref[...]
+    i_q = c * sizes.queries + jnp.arange(sizes.queries)
+    at_q = positions_ref[here] if asked.window is not None else None
+
+    def body(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        sum_qd, highest_q, total_q = carry
+        there = pl.ds(block * sizes.keys, sizes.keys)
+        j_s = block * sizes.keys + jnp.arange(sizes.keys)
+        positions = None if at_q is None else (at_q, positions_ref[there])
+        v_sd = v_ref[there, :]
+        found = _scores(asked, q_qd, k_ref[there, :], i_q, j_s, until_ref[there], positions)
+        new_highest_q = jnp.maximum(highest_q, found.scores_qs.max(axis=1))
+        # 0 at a query's first visible key: whatever the blocks before it have left is forgotten.
+        rescale_q = jnp.exp2(highest_q - new_highest_q)
+        weights_qs = jnp.exp2(found.scores_qs - new_highest_q[:, None])
+        return (
+            sum_qd * rescale_q[:, None] + dot(weights_qs.astype(v_sd.dtype), v_sd),
+            new_highest_q,
+            total_q * rescale_q + weights_qs.sum(axis=1),
+        )
+
+    carry = (
+        jnp.zeros(q_qd.shape, jnp.float32),
+        jnp.full((sizes.queries,), UNSEEN, jnp.float32),
+        jnp.zeros((sizes.queries,), jnp.float32),
+    )
+    sum_qd, highest_q, total_q = _over_keys(asked, sizes, first_ref[c], body, carry)
+    total_q = jnp.maximum(total_q, 1e-30)  # a query whose range is empty
+    out_ref[...] = (sum_qd / total_q[:, None]).astype(out_ref.dtype)
+    log_sum_ref[...] = highest_q + jnp.log2(total_q)
+
+
+def dq_kernel(
+    asked: Asked,
+    sizes: Blocks,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    positions_ref: Any,
+    until_ref: Any,
+    first_ref: Any,
+    by_out_ref: Any,
+    log_sum_ref: Any,
+    common_ref: Any,
+    dq_ref: Any,
+) -> None:
+    """The gradient of a block of queries; `common` is the sum over d of the output times its gradient."""
+    pl, _ = pallas()
+    c = pl.program_id(0)
+    here = pl.ds(c * sizes.queries, sizes.queries)
+    q_qd, by_out_qd = q_ref[...], by_out_ref[...]
+    log_sum_q, common_q = log_sum_ref[...], common_ref[...]
+    i_q = c * sizes.queries + jnp.arange(sizes.queries)
+    at_q = positions_ref[here] if asked.window is not None else None
+
+    def body(block: jax.Array, dq_qd: jax.Array) -> jax.Array:
+        there = pl.ds(block * sizes.keys, sizes.keys)
+        j_s = block * sizes.keys + jnp.arange(sizes.keys)
+        positions = None if at_q is None else (at_q, positions_ref[there])
+        k_sd = k_ref[there, :]
+        found = _scores(asked, q_qd, k_sd, i_q, j_s, until_ref[there], positions)
+        weights_qs = jnp.where(found.visible_qs, jnp.exp2(found.scores_qs - log_sum_q[:, None]), 0.0)
+        by_weights_qs = dot(by_out_qd, v_ref[there, :].T) - common_q[:, None]
+        by_scores_qs = weights_qs * by_weights_qs * found.slope_qs
+        return dq_qd + dot(by_scores_qs.astype(k_sd.dtype), k_sd)
+
+    dq_qd = _over_keys(asked, sizes, first_ref[c], body, jnp.zeros(q_qd.shape, jnp.float32))
+    dq_ref[...] = (dq_qd * asked.scale).astype(dq_ref.dtype)
+
+
+def dkv_kernel(
+    asked: Asked,
+    sizes: Blocks,
+    group: int,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    positions_ref: Any,
+    until_ref: Any,
+    end_ref: Any,
+    by_out_ref: Any,
+    log_sum_ref: Any,
+    common_ref: Any,
+    dk_ref: Any,
+    dv_ref: Any,
+) -> None:
+    """The gradients of a block of keys and values, summed over the `group` query heads that read them."""
+    pl, _ = pallas()
+    c = pl.program_id(0)
+    here = pl.ds(c * sizes.keys, sizes.keys)
+    k_sd, v_sd = k_ref[...], v_ref[...]
+    j_s, until_s = c * sizes.keys + jnp.arange(sizes.keys), until_ref[here]
+    at_s = positions_ref[here] if asked.window is not None else None
+    begin = jax.lax.div(c * sizes.keys, sizes.queries)
+    end = jax.lax.div(end_ref[c] + sizes.queries - 1, sizes.queries)
+
+    def of_head(g: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def body(block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            dk_sd, dv_sd = carry
+            there = pl.ds(block * sizes.queries, sizes.queries)
+            i_q = block * sizes.queries + jnp.arange(sizes.queries)
+            positions = None if at_s is None else (positions_ref[there], at_s)
+            q_qd, by_out_qd = q_ref[there, g, :], by_out_ref[there, g, :]
+            found = _scores(asked, q_qd, k_sd, i_q, j_s, until_s, positions)
+            weights_qs = jnp.where(
+                found.visible_qs, jnp.exp2(found.scores_qs - log_sum_ref[g, there][:, None]), 0.0
+            )
+            by_weights_qs = dot(by_out_qd, v_sd.T) - common_ref[g, there][:, None]
+            by_scores_qs = weights_qs * by_weights_qs * found.slope_qs
+            return (
+                dk_sd + dot(by_scores_qs.astype(q_qd.dtype).T, q_qd),
+                dv_sd + dot(weights_qs.astype(by_out_qd.dtype).T, by_out_qd),
+            )
+
+        return jax.lax.fori_loop(begin, end, body, carry)
+
+    zeros = jnp.zeros(k_sd.shape, jnp.float32)
+    dk_sd, dv_sd = jax.lax.fori_loop(0, group, of_head, (zeros, zeros))
+    dk_ref[...] = (dk_sd * asked.scale).astype(dk_ref.dtype)
+    dv_ref[...] = dv_sd.astype(dv_ref.dtype)

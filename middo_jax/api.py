@@ -16,7 +16,7 @@ from middo_jax.config import Config, SettingsLike, layers_of, load
 from middo_jax.data.sources import Rejection, UserRows
 from middo_jax.progress import for_stderr
 from middo_jax.results import Exported, Refined, Run, Scores, Selection, Trained
-from middo_jax.run import RoundDir, local, read_jsonl, write_jsonl, write_text
+from middo_jax.run import RoundDir, RunDir, RunError, local, read_jsonl, write_jsonl, write_text
 from middo_jax.session import Session, prepare, read_data, session_for, session_of, write_dataset
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run(config: Config | PathLike, settings: SettingsLike = None) -> Run:
 
     Raises:
       ValueError: a wrong setting, or data that cannot be used.
-      RunError: the folder holds a run that these settings do not fit.
+      RunError: the folder holds a run of an earlier version.
     """
     from middo_jax.loop import run_loop
     from middo_jax.report.status import status
@@ -118,6 +118,7 @@ def score(
         scored = stages.measure(session, kept, model_path, pre_path, axes)
         table = with_columns(scored.table, own)
     else:
+        stages.check_embedder(session, pre_path, axes)
         directory = _begin(session, place, kept, rejections)
         scored = stages.score_stage(session, directory, model_path, pre_path, axes, own=own)
         table = scored.table
@@ -136,7 +137,7 @@ def select(
 
     Args:
       scores: of `score`, or their table; or the folder that `score` or a round of a run wrote, whose
-        config.yaml then holds what is not given here, and which gets selection.json.
+        config.yaml then holds what is not given here, and which gets selection.json and selection.parquet.
       complexity: {"m": 1.5}, standard deviations from the mean, or {"fraction": 0.05}, the share of the
         samples; without either, m is 1.
       diversity: the same.
@@ -151,7 +152,8 @@ def select(
     from middo_jax.signals.table import as_scores, read_scores
 
     given = {"complexity": complexity, "diversity": diversity, "quality": quality}
-    layers = [{axis: dict(of) for axis, of in given.items() if of is not None}, *layers_of(settings)]
+    # The thresholds lie over the settings, which may hold others.
+    layers = [*layers_of(settings), {axis: dict(of) for axis, of in given.items() if of is not None}]
     if isinstance(scores, str | os.PathLike):
         directory = RoundDir(Path(scores))
         facts = stages.select_stage(session_of(directory.path, layers), directory)
@@ -198,7 +200,8 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
 
     Raises:
       ValueError: a wrong setting, or data that cannot be used.
-      RunError: the folder holds another training.
+      AnotherTraining: the folder holds another training; it stays as it was.
+      RunError: the folder is a run's.
       TrainingDiverged, OutOfMemory: the message says what to do.
     """
     from middo_jax.models.resolve import resolve
@@ -208,6 +211,7 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
     data = read_data(session, None if _path(rows) else rows)
     kept, heldout, rejections = prepare(session, data)
     stages.check_training(session, kept, heldout)
+    stages.check_continues(session, RoundDir(place), kept)
     directory = _begin(session, place, kept, rejections)
     stages.train_stage(session, directory, model_path, heldout)
     loss = None
@@ -287,8 +291,14 @@ def _own_columns(data: UserRows, kept: list[Example], wanted: Collection[str] | 
 
 
 def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Rejection]) -> RoundDir:
-    """A folder with the settings, the dataset, and the rows that could not be used."""
+    """A folder with the settings, the dataset, and the rows that could not be used.
+
+    Raises:
+      RunError: the folder is a run, or a round of one.
+    """
     directory = RoundDir(local(out))
+    if RunDir(out).rounds() or directory.run is not None:
+        raise RunError(f"{out}: holds a run, whose files this would replace; give another folder")
     write_text(out / "config.yaml", session.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)

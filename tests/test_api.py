@@ -324,3 +324,52 @@ def test_settings_may_be_a_mapping_texts_or_a_whole_tree(place: Path, tmp_path: 
     loss = api.evaluate(place / "data.json", place / "base", settings=tree)
     assert loss == api.evaluate(place / "data.json", place / "base", settings={"model.max_length": 512})
     assert loss.n == 24
+
+
+# Refused calls leave everything as it was
+
+
+def test_thresholds_lie_over_the_settings_that_hold_others(scores: middo.Scores) -> None:
+    settings = {"diversity.fraction": 0.5}
+    chosen = middo.select(scores, diversity={"fraction": 0.25}, settings=settings)
+    assert len(chosen.ids("diversity")) == round(0.25 * 24)
+    assert chosen.facts == middo.select(scores, diversity={"fraction": 0.25}).facts
+    by_m = middo.select(scores, diversity={"m": 1.5}, settings=settings)
+    assert by_m.facts == middo.select(scores, diversity={"m": 1.5}).facts
+
+
+def test_a_refused_training_leaves_the_other_one_as_it_was(
+    place: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    trained = api.train(rows, place / "base", tmp_path / "out", settings=SMALL)
+    before = contents(tmp_path)
+    other = {**SMALL, "train": {**SMALL["train"], "learning_rate": 0.02}}
+    for changed, settings in ((rows[:-1], SMALL), (rows, other)):
+        with pytest.raises(middo.RunError, match="another training"):
+            api.train(changed, place / "base", tmp_path / "out", settings=settings)
+        assert contents(tmp_path) == before
+    again = api.train(rows, place / "base", tmp_path / "out", settings=SMALL)
+    assert (again.checkpoint, again.metrics) == (trained.checkpoint, trained.metrics)
+
+
+def test_refused_scores_leave_no_folder(place: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    settings = {**SMALL, "diversity.embedder": "pre"}
+    with pytest.raises(middo.RunError, match="no model before training"):
+        middo.score(rows, place / "tuned", axes=("diversity",), out=tmp_path / "o", settings=settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("inside", [".", "round_00"])
+def test_a_run_is_not_overwritten_by_scores(
+    place: Path, rows: list[dict[str, Any]], tmp_path: Path, inside: str
+) -> None:
+    (tmp_path / "run" / "round_00").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("name: run\n", encoding="utf-8")
+    before = contents(tmp_path)
+    for call in (
+        lambda out: middo.score(rows, place / "tuned", axes=("diversity",), out=out, settings=SMALL),
+        lambda out: api.train(rows, place / "base", out, settings=SMALL),
+    ):
+        with pytest.raises(middo.RunError, match="holds a run"):
+            call(tmp_path / "run" / inside)
+        assert contents(tmp_path) == before

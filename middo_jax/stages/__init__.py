@@ -5,10 +5,10 @@ in the manifest. So any of them can be killed and started again.
 """
 
 from middo_jax.stages.batch import BatchState, batch_stage
-from middo_jax.stages.checks import check_refiner, check_training
+from middo_jax.stages.checks import check_continues, check_refiner, check_training
 from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
 from middo_jax.stages.refine import merge_stage, merged, plan_refinement, refine_round, refine_stage
-from middo_jax.stages.score import AXES, Scored, measure, score_stage, select_stage
+from middo_jax.stages.score import AXES, Scored, check_embedder, measure, score_stage, select_stage
 from middo_jax.stages.surroundings import answer_cache, heldout_of
 from middo_jax.stages.train import remove_training, train_stage
 
@@ -19,6 +19,8 @@ __all__ = [
     "Scored",
     "answer_cache",
     "batch_stage",
+    "check_continues",
+    "check_embedder",
     "check_refiner",
     "check_training",
     "export_adapter",

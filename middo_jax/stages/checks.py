@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 
-from middo_jax.config import Config
+from middo_jax.config import Config, affecting, load
 from middo_jax.data.example import Example
-from middo_jax.run import RunError
+from middo_jax.run import RoundDir, RunError, chain, read_jsonl
 from middo_jax.session import Session
 from middo_jax.stages.train import check_evaluations
+
+
+def check_continues(session: Session, directory: RoundDir, examples: Sequence[Example]) -> None:
+    """Checks that a checkpoint in a folder, if there is one, is of a training on these examples and settings.
+
+    Before anything is written there: a training that is refused leaves the folder as it was.
+
+    Raises:
+      AnotherTraining: it is of another one.
+    """
+    from middo_jax.train.checkpoint import another_training
+
+    settings = directory.path / "config.yaml"
+    if not all(path.exists() for path in (directory.checkpoint, settings, directory.dataset)):
+        return
+    before, now = (affecting(c, chain.AFFECTED_BY["train"]) for c in (load(settings), session.config))
+    rows = json.loads(json.dumps([example.to_json() for example in examples]))
+    if before != now or rows != read_jsonl(directory.dataset):
+        raise another_training(directory.checkpoint)
 
 
 def check_training(session: Session, examples: Sequence[Example], heldout: Sequence[Example]) -> None:

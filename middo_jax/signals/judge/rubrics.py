@@ -1,4 +1,4 @@
-"""What the model is asked about its own training data, versioned: three dimensions, of prompt and response.
+"""What the model is asked about its own training data: three dimensions, of prompt and response.
 
 The sample comes first and the question last: the three questions about one text share that text's keys and
 values, and a question that stands right before the answer is not forgotten over a long sample.
@@ -10,8 +10,6 @@ import re
 from typing import Literal
 
 import numpy as np
-
-RUBRIC_VERSION = "1"
 
 Dimension = Literal["clarity", "completeness", "factuality"]
 Part = Literal["prompt", "response"]

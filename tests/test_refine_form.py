@@ -85,11 +85,27 @@ def test_read(reply: str, prompt: str | None) -> None:
     assert parse_prompt(reply) == prompt
 
 
-# A control character before a letter is read as the backslash of a command, see test_refine_replies.py.
-@given(st.text().filter(lambda text: re.search("[\b\f\r\t\n][A-Za-z]", f"{text} b") is None))
+# Before a letter \r, \t and \n are read as the backslash of a command, \b and \f anywhere, which no text has:
+# see test_refine_replies.py.
+@given(st.text().filter(lambda text: re.search("[\b\f]|[\r\t\n][A-Za-z]", f"{text} b") is None))
 def test_what_was_written_as_json_is_read_back(prompt: str) -> None:
     read = parse_prompt(json.dumps({"prompt": f"a {prompt} b"}))
     assert read == f"a {prompt} b".strip()
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Q:\nName a bird.",
+        "Solve for x:\n2x = 4",
+        "A:\n1\nB:\n2",
+        "Note b:\n- item",
+        "x:\t5",
+        "See C:\\temp\\new",
+    ],
+)
+def test_a_line_break_behind_a_letter_and_a_colon_is_no_path(prompt: str) -> None:
+    assert parse_prompt(json.dumps({"prompt": prompt})) == prompt
 
 
 @given(st.text())

@@ -101,8 +101,14 @@ def _is_command(match: re.Match[str], source: str, in_mathematics: bool) -> bool
     """Whether `\\n` or another escape of a control character begins a command or a part of a path."""
     word = _WORD.match(source, match.end() - 1)
     name = word.group() if word else match[1]
-    if _PATH.search(source[max(0, match.start() - _LOOKED_BACK) : match.start()]):
-        return True
+    if path := _PATH.search(source[max(0, match.start() - _LOOKED_BACK) : match.start()]):
+        # Behind its colon a path may look like "Q:" and a line break, or "X:" and a tab: JSON is believed,
+        # but for such as "C:\\temp", which nobody means as a tab.
+        begins = path.group().partition(":")[2].lstrip("\\") or source[match.end() - 1 : match.end() + 1]
+        if in_mathematics or begins[0] not in "nrt":
+            return True
+        if begins[0] == "t" and begins[1:2].isalpha() and path.group().partition(":")[0][-1].isupper():
+            return True
     if name == match[1]:  # no letter follows; regular expressions have `\\b` at their end
         return in_mathematics and match[1] in "bf"
     if match[1] in "bfr":  # nobody means a backspace or a form feed; a carriage return is before a line feed

@@ -175,18 +175,23 @@ class _Schema:
         self._one_by_one = asyncio.Lock()
         self._is_refused = False
 
+    @property
+    def _is_known(self) -> bool:
+        return self.was_answered or self._is_refused
+
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """The time of one request with a schema."""
-        if self.was_answered or self._is_refused:
-            yield
-            return
-        async with self._one_by_one:
+        async with contextlib.AsyncExitStack() as stack:
+            if not self._is_known:
+                await stack.enter_async_context(self._one_by_one)
+                if self._is_known:  # found out by those before: nobody has to wait for this one
+                    await stack.aclose()
             yield
 
     async def was_refused(self, error: RefinerError) -> None:
         """Takes in that a request was refused with the schema and answered without it."""
-        if self.was_answered or self._is_refused:
+        if self._is_known:
             return
         self._is_refused = True
         await self._client.refuse_schema(error.reason)

@@ -52,7 +52,8 @@ def test_a_config_that_is_no_object_is_named(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_families_have_fields_of_the_right_types(tmp_path: Path, family: str) -> None:
-    read_config(resolve(str(write_tiny_model(tmp_path / "model", **FAMILIES[family]))))
+    config = read_config(resolve(str(write_tiny_model(tmp_path / "model", **FAMILIES[family]))))
+    assert config.num_layers == FAMILIES[family].get("num_hidden_layers", config.num_layers) > 0
 
 
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 8, "bias": "none"}

@@ -107,10 +107,9 @@ def packed_attention(
     workload = Workload.of(q_bthd, k_bskd, has_trees=until_bt is not None, soft_cap=soft_cap)
     arrays = q_bthd, k_bskd, v_bskd, segment_ids_bt, positions_bt, until_bt
     asked = {"scale": scale, "window": window, "soft_cap": soft_cap}
-    chosen = choose(workload, kernel)
-    if chosen == "triton":  # names what its backward pass reads, inside
-        return triton.triton_attention(*arrays, **asked, prefix=prefix)
-    match chosen:
+    match choose(workload, kernel):
+        case "triton":  # names what its backward pass reads, inside
+            return triton.triton_attention(*arrays, **asked, prefix=prefix)
         case "splash":
             # No segment is longer: as a window it masks nothing, but whole blocks are known to be unseen.
             near = min((n for n in (window, longest) if n is not None), default=None)

@@ -29,18 +29,18 @@ from transformers import AutoModelForCausalLM
 from middo_jax.config import LoraSettings, TrainSettings
 from middo_jax.data.sources import read
 from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, tokenize
-from middo_jax.evaluate.heldout import row_losses, total
+from middo_jax.evaluation.heldout import row_losses, total
 from middo_jax.models import hf
 from middo_jax.models.lora import from_settings, merge_adapters, partition, with_fresh_adapters
 from middo_jax.models.model import Model
 from middo_jax.passes.losses import LossPass
 from middo_jax.progress import Silent
 from middo_jax.report.plots import Line, lines
-from middo_jax.run import read_jsonl
-from middo_jax.train.evaluations import Evaluation
-from middo_jax.train.feed import plan_training
-from middo_jax.train.optimizer import learning_rate_schedule
-from middo_jax.train.sft import train
+from middo_jax.rundir import read_jsonl
+from middo_jax.training.evaluations import Evaluation
+from middo_jax.training.feed import plan_training
+from middo_jax.training.optimizer import learning_rate_schedule
+from middo_jax.training.sft import train
 
 CHUNK = 512
 SEED = 0

@@ -29,8 +29,8 @@ from middo_jax.config import Config, load
 from middo_jax.models.config import DecoderConfig, LayerKind, Llama3Rope
 from middo_jax.models.model import Params, abstract_model
 from middo_jax.parallel.mesh import MESH_AXES
-from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
-from middo_jax.train.step import abstract_batch, make_train_step
+from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
+from middo_jax.training.step import abstract_batch, make_train_step
 
 PAPER = Path(__file__).parent.parent / "configs" / "paper"
 # As their config.json, which is not at hand where this runs.

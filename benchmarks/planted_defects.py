@@ -39,7 +39,7 @@ from planting import FAULTS, SHARE, from_gsm8k, plant
 from middo_jax.data.example import Example, Message
 from middo_jax.data.sources import read
 from middo_jax.data.tokenize import load_tokenizer, tokenize, tokenize_prompt
-from middo_jax.run import RoundDir, RunError, read_jsonl, write_json, write_jsonl
+from middo_jax.rundir import RoundDir, RunError, read_jsonl, write_json, write_jsonl
 
 MAX_TOKENS = 256  # of a clean row, rendered: a longer one would take the time of several
 # LoRA without recomputation: two thirds of the work of full fine-tuning, and a little is enough.

@@ -20,7 +20,7 @@ from typing import Any
 
 from middo_jax.config.gates import gate
 from middo_jax.data.example import Example
-from middo_jax.run import RoundDir, read_jsonl
+from middo_jax.rundir import RoundDir, read_jsonl
 
 PAIRS = 10
 SHOWN = 700  # characters of a text

@@ -24,9 +24,9 @@ from middo_jax.config import TrainSettings
 from middo_jax.models.model import Params
 from middo_jax.models.source import load, locate
 from middo_jax.parallel.mesh import batch_divisor, make_mesh
-from middo_jax.train.checkpoint import TrainingCheckpoints, TrainState
-from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
-from middo_jax.train.step import Batch, abstract_batch, make_train_step
+from middo_jax.training.checkpoint import TrainingCheckpoints, TrainState
+from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
+from middo_jax.training.step import Batch, abstract_batch, make_train_step
 
 LENGTH = 256
 

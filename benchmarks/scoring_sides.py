@@ -20,7 +20,7 @@ import numpy as np
 
 from middo_jax.models.config import read_config
 from middo_jax.models.parameters import parameters
-from middo_jax.run import RoundDir
+from middo_jax.rundir import RoundDir
 from middo_jax.signals.table import as_floats, read_scores
 
 LONGEST = 2048  # tokens of a row

@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import openai
 
-from middo_jax.refine.endpoint.request import Messages
-from middo_jax.refine.prompts import rewrite
+from middo_jax.refinement.endpoint.request import Messages
+from middo_jax.refinement.prompts import rewrite
 
 DATA = Path(__file__).parent.parent / "configs" / "quickstart_data.jsonl"
 

@@ -19,7 +19,7 @@ Every turn of a side is a process of its own, as its user would have it: in one 
 idle threads and freed memory to contend with. Real tokens are those of examples, without padding. Seconds are
 medians over steps and turns, after one step of each turn that compiles or warms up. All sides start from the
 same weights, and the losses of their first steps must agree. The limit is the time that the FLOPs of the
-real tokens (train/flops.py: nothing for padding, logits of targets alone) take at the best rate that XLA
+real tokens (training/flops.py: nothing for padding, logits of targets alone) take at the best rate that XLA
 reaches in a float32 matrix product of the model's shapes.
 Needs torch (the `parity` extra).
 """
@@ -49,10 +49,10 @@ from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, tokenize
 from middo_jax.models import hf
 from middo_jax.models.model import Params
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.train.feed import PlannedStep, longest_example, plan_epoch
-from middo_jax.train.flops import training_flops
-from middo_jax.train.optimizer import make_optimizer
-from middo_jax.train.step import make_train_step, put_batch
+from middo_jax.training.feed import PlannedStep, longest_example, plan_epoch
+from middo_jax.training.flops import training_flops
+from middo_jax.training.optimizer import make_optimizer
+from middo_jax.training.step import make_train_step, put_batch
 
 # A step of a side: its number -> loss before the update.
 Step = Callable[[int], float]

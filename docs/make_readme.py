@@ -27,7 +27,7 @@ import yaml
 
 from middo_jax.report.build import build
 from middo_jax.report.status import duration, status
-from middo_jax.run import RunDir, write_json, write_text
+from middo_jax.rundir import RunDir, write_json, write_text
 
 ROOT = Path(__file__).parent.parent
 RECORD, PICTURE, README = ROOT / "docs/quickstart.json", ROOT / "docs/report.png", ROOT / "README.md"

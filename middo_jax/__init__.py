@@ -17,18 +17,20 @@ from typing import TYPE_CHECKING, Any
 from middo_jax.version import __version__
 
 if TYPE_CHECKING:
-    from middo_jax.api import export, load_config, score, select
+    from middo_jax.api import evaluate, export, load_config, refine, run, score, select, train
     from middo_jax.config import Config, ConfigError
     from middo_jax.data.sources import DataError, Rejection
-    from middo_jax.results import Exported, Scores, Selection
-    from middo_jax.run import RunError
+    from middo_jax.evaluation.heldout import HeldoutLoss
+    from middo_jax.results import Exported, Refined, Run, Scores, Selection, Trained
+    from middo_jax.rundir import RunError
 
 _MODULES = {
-    "middo_jax.api": "export load_config score select",
+    "middo_jax.api": "evaluate export load_config refine run score select train",
     "middo_jax.config": "Config ConfigError",
     "middo_jax.data.sources": "DataError Rejection",
-    "middo_jax.results": "Exported Scores Selection",
-    "middo_jax.run": "RunError",
+    "middo_jax.evaluation.heldout": "HeldoutLoss",
+    "middo_jax.results": "Exported Refined Run Scores Selection Trained",
+    "middo_jax.rundir": "RunError",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
@@ -37,15 +39,23 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Exported",
+    "HeldoutLoss",
+    "Refined",
     "Rejection",
+    "Run",
     "RunError",
     "Scores",
     "Selection",
+    "Trained",
     "__version__",
+    "evaluate",
     "export",
     "load_config",
+    "refine",
+    "run",
     "score",
     "select",
+    "train",
 ]
 
 

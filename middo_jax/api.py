@@ -16,14 +16,14 @@ from middo_jax.config import Config, SettingsLike, layers_of, load
 from middo_jax.data.sources import Rejection, UserRows
 from middo_jax.progress import for_stderr
 from middo_jax.results import Exported, Refined, Run, Scores, Selection, Trained
-from middo_jax.run import RoundDir, RunDir, RunError, local, read_jsonl, write_jsonl, write_text
+from middo_jax.rundir import RoundDir, RunDir, RunError, local, read_jsonl, write_jsonl, write_text
 from middo_jax.session import Session, prepare, read_data, session_for, session_of, write_dataset
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from middo_jax.data.example import Example
-    from middo_jax.evaluate.heldout import HeldoutLoss
+    from middo_jax.evaluation.heldout import HeldoutLoss
 
 AXES = stages.AXES
 PathLike = str | os.PathLike[str]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from middo_jax.evaluate.heldout import HeldoutLoss
+    from middo_jax.evaluation.heldout import HeldoutLoss
     from middo_jax.results import Run
 
 app = typer.Typer(
@@ -56,8 +56,8 @@ def main() -> None:
     # transformers and TFDS talk at import; a user asked neither.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from middo_jax.run import RunError
-    from middo_jax.train.stopping import EXIT_PREEMPTED
+    from middo_jax.rundir import RunError
+    from middo_jax.training.stopping import EXIT_PREEMPTED
 
     try:
         app()
@@ -113,7 +113,7 @@ def score(
 ) -> None:
     """Losses, neighbours and ratings of a dataset, without the loop."""
     from middo_jax import api
-    from middo_jax.run import RoundDir
+    from middo_jax.rundir import RoundDir
 
     wanted = _names(axes)
     api.require_axes(wanted, "--axes")
@@ -152,10 +152,9 @@ def refine(
     as_json: AsJson = False,
 ) -> None:
     """The selected samples of DIRECTORY through a served LLM; writes refined.jsonl and merged.jsonl."""
-    from middo_jax import api, stages
-    from middo_jax import refine as refinement
+    from middo_jax import api, refinement, stages
     from middo_jax.report.terminal import render_batch, render_dry_run
-    from middo_jax.run import RoundDir
+    from middo_jax.rundir import RoundDir
     from middo_jax.session import session_of
 
     session, here = session_of(directory, overrides), RoundDir(directory)
@@ -249,7 +248,7 @@ def convert(
 ) -> None:
     """A dataset in another format; rows that cannot be used are counted and written beside it."""
     from middo_jax.data.sources import commonest_reasons, read, write
-    from middo_jax.run import local, write_jsonl
+    from middo_jax.rundir import local, write_jsonl
 
     examples, rejections = read(data, from_)
     write(examples, local(out), to)
@@ -287,7 +286,7 @@ def serve(
 def report(run: Path) -> None:
     """Writes RUN/report.html anew, of what there is by now."""
     from middo_jax.report.build import build
-    from middo_jax.run import RunDir
+    from middo_jax.rundir import RunDir
 
     print(build(RunDir(run)))
 
@@ -297,7 +296,7 @@ def status(run: Path, as_json: AsJson = False) -> None:
     """What a run has done, and what comes next."""
     from middo_jax.report.status import render_status, require_run
     from middo_jax.report.status import status as of
-    from middo_jax.run import RunDir
+    from middo_jax.rundir import RunDir
 
     require_run(RunDir(run))
     facts = of(RunDir(run))
@@ -314,7 +313,7 @@ def trace(
     from middo_jax.report.lineage import trace as of
     from middo_jax.report.status import require_run
     from middo_jax.report.terminal import render_trace
-    from middo_jax.run import RunDir
+    from middo_jax.rundir import RunDir
 
     require_run(RunDir(run))
     chain = of(RunDir(run), sample)

@@ -19,8 +19,8 @@ from middo_jax.data.example import Example
 from middo_jax.data.sources import Rejection
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
-from middo_jax.run import RunDir, RunError, read_jsonl, write_jsonl, write_text
-from middo_jax.run.chain import Begun, Link, State, assess, chain
+from middo_jax.rundir import RunDir, RunError, read_jsonl, write_jsonl, write_text
+from middo_jax.rundir.chain import Begun, Link, State, assess, chain
 from middo_jax.session import Session, prepare, read_dataset
 
 PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from middo_jax.evaluate.heldout import HeldoutLoss
+    from middo_jax.evaluation.heldout import HeldoutLoss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from middo_jax.data.tokenize import (
     tokenize_all,
 )
 from middo_jax.progress import Progress, for_stderr
-from middo_jax.run import RoundDir, RunError, read_jsonl, write_jsonl
+from middo_jax.rundir import RoundDir, RunError, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

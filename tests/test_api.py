@@ -13,11 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from loop_fixture import contents, write_data
-from tiny_model import write_tiny_model
+from support.loop_fixture import contents, write_data
+from support.tiny_model import write_tiny_model
 
 import middo_jax as middo
-from middo_jax import api
 from middo_jax.data.example import Example
 from middo_jax.data.formats import DataError
 from middo_jax.data.in_memory import IN_MEMORY, rows_in_memory
@@ -321,8 +320,8 @@ def test_settings_may_be_a_mapping_texts_or_a_whole_tree(place: Path, tmp_path: 
         middo.load_config(settings={**given, "train.learing_rate": 1})
     # A whole tree is laid under the model and the data of a call.
     tree = middo.load_config(settings={**given, "data.eval_fraction": 0.5, "model.max_length": 512})
-    loss = api.evaluate(place / "data.json", place / "base", settings=tree)
-    assert loss == api.evaluate(place / "data.json", place / "base", settings={"model.max_length": 512})
+    loss = middo.evaluate(place / "data.json", place / "base", settings=tree)
+    assert loss == middo.evaluate(place / "data.json", place / "base", settings={"model.max_length": 512})
     assert loss.n == 24
 
 
@@ -341,14 +340,14 @@ def test_thresholds_lie_over_the_settings_that_hold_others(scores: middo.Scores)
 def test_a_refused_training_leaves_the_other_one_as_it_was(
     place: Path, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    trained = api.train(rows, place / "base", tmp_path / "out", settings=SMALL)
+    trained = middo.train(rows, place / "base", tmp_path / "out", settings=SMALL)
     before = contents(tmp_path)
     other = {**SMALL, "train": {**SMALL["train"], "learning_rate": 0.02}}
     for changed, settings in ((rows[:-1], SMALL), (rows, other)):
         with pytest.raises(middo.RunError, match="another training"):
-            api.train(changed, place / "base", tmp_path / "out", settings=settings)
+            middo.train(changed, place / "base", tmp_path / "out", settings=settings)
         assert contents(tmp_path) == before
-    again = api.train(rows, place / "base", tmp_path / "out", settings=SMALL)
+    again = middo.train(rows, place / "base", tmp_path / "out", settings=SMALL)
     assert (again.checkpoint, again.metrics) == (trained.checkpoint, trained.metrics)
 
 
@@ -368,7 +367,7 @@ def test_a_run_is_not_overwritten_by_scores(
     before = contents(tmp_path)
     for call in (
         lambda out: middo.score(rows, place / "tuned", axes=("diversity",), out=out, settings=SMALL),
-        lambda out: api.train(rows, place / "base", out, settings=SMALL),
+        lambda out: middo.train(rows, place / "base", out, settings=SMALL),
     ):
         with pytest.raises(middo.RunError, match="holds a run"):
             call(tmp_path / "run" / inside)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loop_fixture import Finished, contents, fake_refiner, settings
+from support.loop_fixture import Finished, contents, fake_refiner, settings
 
 from middo_jax import cli
 from middo_jax.config import ConfigError, load
@@ -19,11 +19,11 @@ from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
 from middo_jax.report.lineage import trace
 from middo_jax.report.status import render_status, status
-from middo_jax.run import Manifest, RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
-from middo_jax.run.chain import assess, chain
+from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
+from middo_jax.rundir.chain import assess, chain
 from middo_jax.stages.measure import scored_as
 
-pytest_plugins = ["loop_fixture"]
+pytest_plugins = ["support.loop_fixture"]
 
 ROUND = ("train", "score", "select", "refine", "merge")
 ALL = [("round_00", s) for s in ROUND] + [("round_01", s) for s in ROUND]
@@ -257,9 +257,9 @@ def test_a_touched_file_is_hashed_and_an_untouched_one_is_not(
     seen = manifest.see([folder.dataset], {"data": tmp_path / "data"})
     manifest.finish("select", [folder.selection], 1.0, seen=seen)
     hashed: list[Path] = []
-    fingerprint = sys.modules["middo_jax.run.manifest"].fingerprint
+    fingerprint = sys.modules["middo_jax.rundir.manifest"].fingerprint
     monkeypatch.setattr(
-        "middo_jax.run.manifest.fingerprint", lambda path: hashed.append(path) or fingerprint(path)
+        "middo_jax.rundir.manifest.fingerprint", lambda path: hashed.append(path) or fingerprint(path)
     )
     assert manifest.why_stale("select") is None
     assert hashed == []
@@ -289,7 +289,7 @@ def test_an_edit_while_a_stage_runs_makes_it_stale(tmp_path: Path) -> None:
 def test_a_large_file_is_known_by_its_size_and_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("middo_jax.run.manifest._WHOLE", 1 << 16)
+    monkeypatch.setattr("middo_jax.rundir.manifest._WHOLE", 1 << 16)
     folder = RoundDir(tmp_path)
     weights = tmp_path / "weights"
     weights.write_bytes(bytes(range(256)) * 20_000)

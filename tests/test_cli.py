@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from loop_fixture import Finished, contents, rows_by_id, write_data
-from tiny_model import write_tiny_model
+from support.loop_fixture import Finished, contents, rows_by_id, write_data
+from support.tiny_model import write_tiny_model
 
 from middo_jax import cli
 from middo_jax.data.sources import read
 from middo_jax.progress import Bars, Lines, duration
-from middo_jax.run import read_jsonl
+from middo_jax.rundir import read_jsonl
 from middo_jax.signals.table import SCHEMA
 from middo_jax.version import __version__
 
-pytest_plugins = ["loop_fixture"]
+pytest_plugins = ["support.loop_fixture"]
 
 COMMANDS = sorted(c.name or getattr(c.callback, "__name__", "") for c in cli.app.registered_commands)
 SMALL = ("model.max_length=512", "train.batch_size=8", "train.learning_rate=0.01")

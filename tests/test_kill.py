@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loop_fixture import contents, fake_refiner, settings
+from support.loop_fixture import contents, fake_refiner, settings
 
 from middo_jax.config import load
-from middo_jax.run import RunDir
+from middo_jax.rundir import RunDir
 
 CONCURRENCY = 2
 STEPS = [

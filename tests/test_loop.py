@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from loop_fixture import KEY, Finished, contents, rows_by_id, settings
-from tiny_model import CHAT_TEMPLATE
+from support.loop_fixture import KEY, Finished, contents, rows_by_id, settings
+from support.tiny_model import CHAT_TEMPLATE
 
 from middo_jax.config import load
 from middo_jax.loop import run_loop
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.progress import Silent
-from middo_jax.run import RoundDir, RunDir, file_hash, read_jsonl
+from middo_jax.rundir import RoundDir, RunDir, file_hash, read_jsonl
 from middo_jax.signals.table import SCHEMA
 
-pytest_plugins = ["loop_fixture"]
+pytest_plugins = ["support.loop_fixture"]
 
 SCORES = {"loss_pre", "loss_post", "knn_mean_sim", "quality"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from tiny_model import CHAT_TEMPLATE, write_tiny_model
+from support.tiny_model import CHAT_TEMPLATE, write_tiny_model
 
 from middo_jax import cli
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loop_fixture import settings
+from support.loop_fixture import settings
 from transformers import PreTrainedTokenizerBase
 
 from middo_jax import stages
@@ -16,7 +16,7 @@ from middo_jax.config import load
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import refusal, tokenize
 from middo_jax.progress import Silent
-from middo_jax.run import RoundDir
+from middo_jax.rundir import RoundDir
 from middo_jax.session import Session, prepare, write_dataset
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_model import CHAT_TEMPLATE, write_tiny_model
+from support.tiny_model import CHAT_TEMPLATE, write_tiny_model
 from transformers.utils import chat_template_utils
 
 from middo_jax import cli, session, template_date
@@ -19,7 +19,7 @@ from middo_jax.config import load
 from middo_jax.data.example import Example, Message
 from middo_jax.data.templates import template_arguments
 from middo_jax.data.tokenize import load_tokenizer, tokenize, tokenize_prompt
-from middo_jax.run import RunDir, write_text
+from middo_jax.rundir import RunDir, write_text
 
 DAY = datetime.date(2026, 3, 7)
 ASKS = "{{- '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHAT_TEMPLATE

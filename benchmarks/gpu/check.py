@@ -41,9 +41,9 @@ from middo_jax.models.decoder import abstract
 from middo_jax.models.model import Model
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import ExampleScores, score_examples
-from middo_jax.train.feed import plan_epoch
-from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
-from middo_jax.train.step import make_train_step, put_batch
+from middo_jax.training.feed import plan_epoch
+from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
+from middo_jax.training.step import make_train_step, put_batch
 
 # ||ours - reference|| / ||reference||, the reference in float32.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 1e-2}

@@ -29,8 +29,8 @@ from middo_jax.models.lora import partition
 from middo_jax.models.parameters import LORA_TARGETS, adapters, parameters
 from middo_jax.parallel.mesh import make_mesh, named_sharding
 from middo_jax.passes.losses import MIN_LENGTH, score_batch
-from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
-from middo_jax.train.step import abstract_batch, make_train_step
+from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
+from middo_jax.training.step import abstract_batch, make_train_step
 
 LENGTH = 4096
 # An H100 SXM as XLA describes it.

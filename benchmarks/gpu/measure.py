@@ -5,7 +5,7 @@
 Weights and tokens are random, shapes and lengths real (see `shapes`). Seconds are medians of several, after
 what is timed has run once; what is compiled before stands by itself. "of peak" is FLOPs that the figures' own
 definition counts, over the seconds and the dense bfloat16 rate that the maker publishes; the definitions are
-those of `shapes.forward_flops` and, for training, `middo_jax.train.flops`.
+those of `shapes.forward_flops` and, for training, `middo_jax.training.flops`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from middo_jax.models.lora import partition, with_fresh_adapters
 from middo_jax.models.model import Model
 from middo_jax.models.parameters import LORA_TARGETS
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.train.feed import plan_epoch
-from middo_jax.train.flops import peak_flops, training_flops
+from middo_jax.training.feed import plan_epoch
+from middo_jax.training.flops import peak_flops, training_flops
 
 Figures = dict[str, Any]
 TINY = False  # set by --tiny: everything on a model and a load that a CPU can bear
@@ -142,8 +142,8 @@ def ratings(model: str) -> Figures:
 
 def training(model: str, lora: bool) -> Figures:
     """A training step of packed Alpaca-like examples, AdamW; with adapters of rank 16, or all weights."""
-    from middo_jax.train.optimizer import abstract_opt_state, make_optimizer
-    from middo_jax.train.step import make_train_step, put_batch
+    from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
+    from middo_jax.training.step import make_train_step, put_batch
 
     config, mesh = shapes.MODELS[model], one_device()
     length, rows, steps = (4096, 4, 6) if not TINY else (512, 2, 2)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 import pydantic
 
 # What a setting affects. The first five change no result; each of the others makes the stages that depend on
-# it stale (run/chain.py says which do).
+# it stale (rundir/chain.py says which do).
 Effect = Literal[
     "place",  # where something lies, or who does it
     "speed",  # time and memory; results up to rounding

@@ -20,7 +20,7 @@ from middo_jax.data import hf_format
 from middo_jax.data.example import Example
 from middo_jax.data.formats import FORMATS, DataError, RowError, detect, plain, to_example, to_rows
 from middo_jax.data.in_memory import IN_MEMORY, arrow_rows, rows_in_memory
-from middo_jax.run import atomic, write_json, write_jsonl
+from middo_jax.rundir import atomic, write_json, write_jsonl
 
 _log = logging.getLogger(__name__)
 _NAMED = re.compile(

@@ -24,7 +24,7 @@ from middo_jax.config import ConfigError
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.lora import partition
 from middo_jax.models.model import Params, abstract_model, as_dict, of_dict
-from middo_jax.run import RunError, write_json
+from middo_jax.rundir import RunError, write_json
 
 # The machine's trouble: a checkpoint that cannot be read for it is a good one.
 NOT_THE_FILES = (MemoryError, jax.errors.JaxRuntimeError)

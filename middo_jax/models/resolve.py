@@ -9,7 +9,7 @@ from pathlib import Path
 
 from middo_jax.models.config import read_fields
 from middo_jax.models.hf import CheckpointError
-from middo_jax.run import file_hash
+from middo_jax.rundir import file_hash
 
 # Holds a GGUF file's metadata, the vocabulary and its merges among them, whatever follows.
 _HEAD_BYTES = 64 << 20

@@ -18,7 +18,7 @@ from middo_jax.models.lora import with_adapters
 from middo_jax.models.model import Model, Params
 from middo_jax.models.resolve import resolve
 from middo_jax.parallel.mesh import one_device
-from middo_jax.run import RunError
+from middo_jax.rundir import RunError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ from middo_jax.report.status import (
     status,
 )
 from middo_jax.report.verdicts import refusals
-from middo_jax.run import RoundDir, RunDir, write_text
+from middo_jax.rundir import RoundDir, RunDir, write_text
 from middo_jax.version import __version__
 
 AXES = {  # axis: (name of its set, CSS class, columns of scores.parquet that decide)

@@ -7,7 +7,7 @@ from typing import Any
 
 from middo_jax.report import plots
 from middo_jax.report.status import load_jsonl
-from middo_jax.run import RoundDir
+from middo_jax.rundir import RoundDir
 
 COLOURS = 7  # classes c-s0 ... of the page
 LABELS = ("optimizer step", "loss, nats per token")

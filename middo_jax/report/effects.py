@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.lib
 import pyarrow.parquet as pq
 
-from middo_jax.run import RunDir, RunError
+from middo_jax.rundir import RunDir, RunError
 
 EFFECTS = {"rounds": ("round_00", "final"), "fine_tuning": ("base", "round_00")}  # name: (before, after)
 RESAMPLES = 10_000

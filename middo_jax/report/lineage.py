@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from middo_jax.data.example import Example
 from middo_jax.report.status import load_jsonl, planned_rounds, require
 from middo_jax.report.verdicts import verdict
-from middo_jax.run import RoundDir, RunDir, RunError
+from middo_jax.rundir import RoundDir, RunDir, RunError
 
 
 def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:

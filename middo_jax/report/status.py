@@ -16,8 +16,8 @@ import yaml
 
 from middo_jax.config import stored
 from middo_jax.report.effects import effect_lines, effects
-from middo_jax.run import Manifest, RoundDir, RunDir, RunError
-from middo_jax.run.chain import assess, chain
+from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError
+from middo_jax.rundir.chain import assess, chain
 
 ROUND_STAGES = ("train", "score", "select", "refine", "merge")
 FINAL_STAGES = ("train", "evaluate", "export")

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from middo_jax.run import atomic
+from middo_jax.rundir import atomic
 from middo_jax.signals.ifd import ifd
 from middo_jax.signals.judge.rubrics import COLUMNS, quality
 from middo_jax.signals.neighbours.nearest import Neighbours

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.config.gates import Needs
 from middo_jax.data.example import Example
-from middo_jax.run import RoundDir, read_jsonl, write_jsonl
+from middo_jax.rundir import RoundDir, read_jsonl, write_jsonl
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.measure import UnderTraining, scored_as, scored_model
 
 if TYPE_CHECKING:
-    from middo_jax.refine import Outcome, Task
-    from middo_jax.refine.acceptance.candidate import Candidate, Limits, Measurement
+    from middo_jax.refinement import Outcome, Task
+    from middo_jax.refinement.acceptance.candidate import Candidate, Limits, Measurement
 
 
 @dataclasses.dataclass
@@ -70,8 +70,8 @@ class Acceptance:
           RunError: `refine.accept` is `measured` and that model cannot be found.
           ConfigError: a gate needs a package that is not installed.
         """
-        from middo_jax.refine.acceptance.duplicates import Known
-        from middo_jax.refine.acceptance.language import load_identifier
+        from middo_jax.refinement.acceptance.duplicates import Known
+        from middo_jax.refinement.acceptance.language import load_identifier
 
         self._session, self._directory = session, directory
         self._settings = session.config.refine
@@ -108,7 +108,7 @@ class Acceptance:
 
     def _candidate(self, task: Task, child: Example) -> Candidate:
         """What the gates see of a child that has passed those of its text."""
-        from middo_jax.refine.acceptance.candidate import Candidate
+        from middo_jax.refinement.acceptance.candidate import Candidate
 
         return Candidate(
             task, prompt=child.prompt, response=child.response, example=child, limits=self.limits
@@ -116,14 +116,14 @@ class Acceptance:
 
     def _ask(self, cases: Sequence[_Case], needs: Needs) -> None:
         """Asks the gates of one phase of all that are still open."""
-        from middo_jax.refine.acceptance.table import first_verdict
+        from middo_jax.refinement.acceptance.table import first_verdict
 
         for case in cases:
             if case.is_open and (verdict := first_verdict(case.candidate, needs, self._settings)):
                 case.outcome = case.outcome.rejected(verdict)
 
     def _ask_dataset(self, cases: Sequence[_Case]) -> None:
-        from middo_jax.refine.acceptance.table import asked
+        from middo_jax.refinement.acceptance.table import asked
 
         wanted = [case for case in cases if asked("dataset", case.outcome.task.axes, self._settings)]
         for case, tokenized in zip(wanted, self._session.tokenize([c.child for c in wanted]), strict=True):
@@ -131,7 +131,7 @@ class Acceptance:
         self._ask(cases, "dataset")
 
     def _ask_model(self, cases: Sequence[_Case], path: Path) -> None:
-        from middo_jax.refine.acceptance.table import asked
+        from middo_jax.refinement.acceptance.table import asked
 
         model = UnderTraining(self._session, self._directory, path)
         still = [case for case in cases if case.is_open]
@@ -169,8 +169,8 @@ class Acceptance:
     def _read_limits(self) -> Limits:
         import numpy as np
 
-        from middo_jax.refine.acceptance.candidate import Limits
-        from middo_jax.refine.acceptance.measured import length_bounds, pair_similarity
+        from middo_jax.refinement.acceptance.candidate import Limits
+        from middo_jax.refinement.acceptance.measured import length_bounds, pair_similarity
         from middo_jax.signals.table import read_scores
 
         gates, limits = self._settings.gates, Limits()
@@ -195,7 +195,7 @@ class Acceptance:
         )
 
     def _read_stored(self) -> dict[tuple[str, str], Measurement]:
-        from middo_jax.refine.acceptance.candidate import Measurement
+        from middo_jax.refinement.acceptance.candidate import Measurement
 
         if self._model is None or not self._directory.candidates.exists():
             return {}
@@ -227,7 +227,7 @@ class Acceptance:
 
 def _with_scores(outcome: Outcome, measured: Measurement | None) -> Outcome:
     """The outcome with what was measured of its child in the child's lineage."""
-    from middo_jax.refine.acceptance.measured import after_scores
+    from middo_jax.refinement.acceptance.measured import after_scores
 
     if outcome.example is None or measured is None:
         return outcome

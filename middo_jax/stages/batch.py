@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from middo_jax.run import RoundDir, RunError
+from middo_jax.rundir import RoundDir, RunError
 from middo_jax.session import Session
 from middo_jax.stages.refine import refine_stage
 from middo_jax.stages.surroundings import heldout_of, model_of
 
 if TYPE_CHECKING:
-    from middo_jax.refine import AnswerCache
+    from middo_jax.refinement import AnswerCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def batch_stage(
     Raises:
       RunError: `refine.model` is not set, a file holds no results, or results of other requests only.
     """
-    from middo_jax.refine import BatchClient, Ledger, NotAnswered, prompts, read_results
+    from middo_jax.refinement import BatchClient, Ledger, NotAnswered, prompts, read_results
 
     config = session.config
     if config.refine.model is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from middo_jax.config import affecting
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.run import RoundDir, fingerprint
+from middo_jax.rundir import RoundDir, fingerprint
 from middo_jax.session import Session
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _identity(session: Session, path: Path, model: Model, with_loss: bool, with_
     from transformers import PreTrainedTokenizerFast
 
     from middo_jax.parallel.hosts import to_host
-    from middo_jax.train.identity import checksums
+    from middo_jax.training.identity import checksums
 
     config, tokenizer = session.config, session.tokenizer
     assert isinstance(tokenizer, PreTrainedTokenizerFast)  # `load_tokenizer` gives no other

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
 from middo_jax.progress import Progress, Silent
-from middo_jax.run import RunDir, RunError, atomic, write_json
+from middo_jax.rundir import RunDir, RunError, atomic, write_json
 from middo_jax.session import Session
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from middo_jax.evaluate.heldout import HeldoutLoss, RowLosses
+    from middo_jax.evaluation.heldout import HeldoutLoss, RowLosses
     from middo_jax.models.model import Model
     from middo_jax.passes.losses import LossPass
 
@@ -33,7 +33,7 @@ class HeldOut:
 
     def rows(self, model: Model) -> RowLosses:
         """The loss of each example under a loaded model. Models that are alike share what is compiled."""
-        from middo_jax.evaluate.heldout import row_losses
+        from middo_jax.evaluation.heldout import row_losses
         from middo_jax.passes.losses import LossPass
 
         if self._pass is None:
@@ -44,7 +44,7 @@ class HeldOut:
 
     def loss(self, model: Model) -> HeldoutLoss:
         """The loss of a loaded model over all examples, and over those of each source."""
-        from middo_jax.evaluate.heldout import total
+        from middo_jax.evaluation.heldout import total
 
         return total(self.rows(model), self._sources)
 
@@ -63,7 +63,7 @@ def measure_heldout(
     `nll` (sum over the target tokens, in nats) and `n_target_tokens`. Without held-out examples both files
     are empty.
     """
-    from middo_jax.evaluate.heldout import total
+    from middo_jax.evaluation.heldout import total
 
     losses: list[dict[str, Any]] = []
     rows: dict[str, RowLosses] = {}

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.example import Example
-from middo_jax.run import RoundDir, RunError
+from middo_jax.rundir import RoundDir, RunError
 from middo_jax.session import Session
 from middo_jax.stages.ratings import ratings
 from middo_jax.stages.score import Passes, raw_prompts
 
 if TYPE_CHECKING:
     from middo_jax.models.model import Model
-    from middo_jax.refine import Outcome
-    from middo_jax.refine.acceptance.candidate import Measurement
+    from middo_jax.refinement import Outcome
+    from middo_jax.refinement.acceptance.candidate import Measurement
 
 
 def scored_model(directory: RoundDir) -> Path:
@@ -78,8 +78,8 @@ class UnderTraining:
         """All but the rating of each outcome's child: losses and embeddings in one pass, then neighbours."""
         import numpy as np
 
-        from middo_jax.refine.acceptance.candidate import Measurement
-        from middo_jax.refine.acceptance.measured import cosines
+        from middo_jax.refinement.acceptance.candidate import Measurement
+        from middo_jax.refinement.acceptance.measured import cosines
         from middo_jax.signals.neighbours.search import nearest_neighbours
         from middo_jax.signals.table import read_scores
 

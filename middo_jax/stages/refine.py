@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
-from middo_jax.run import RoundDir, RunError, chain, read_jsonl, write_jsonl
+from middo_jax.rundir import RoundDir, RunError, chain, read_jsonl, write_jsonl
 from middo_jax.session import Session, endpoint, read_dataset
 from middo_jax.stages.accept import Acceptance
 from middo_jax.stages.measure import scored_model
@@ -20,8 +20,8 @@ from middo_jax.stages.score import AXES
 from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
 
 if TYPE_CHECKING:
-    from middo_jax.refine import AnswerCache, BatchClient, Ledger, Outcome, Task
-    from middo_jax.refine.growth import Dropped
+    from middo_jax.refinement import AnswerCache, BatchClient, Ledger, Outcome, Task
+    from middo_jax.refinement.growth import Dropped
 
     Ask = Callable[[Sequence[Task]], list[Outcome]]
 
@@ -30,7 +30,7 @@ LINEAGE_SCORES = ("loss_pre", "loss_post", "knn_mean_sim", "quality")  # what a 
 
 def plan_refinement(directory: RoundDir) -> list[Task]:
     """What the refiner would be asked to do, from the folder's dataset, scores and selection."""
-    from middo_jax.refine import plan_tasks
+    from middo_jax.refinement import plan_tasks
     from middo_jax.signals.table import read_scores
 
     if not directory.is_done("select"):
@@ -81,7 +81,7 @@ def refine_stage(
       NotAnswered: `batch` has requests waiting; nothing is written.
       RefinerError: the endpoint fails for all alike; what it answered is kept.
     """
-    from middo_jax.refine import Ledger
+    from middo_jax.refinement import Ledger
 
     config, began = session.config, time.monotonic()
     tasks = plan_refinement(directory)
@@ -136,8 +136,8 @@ def _refiner(
     session: Session, round_index: int, cache: AnswerCache, ledger: Ledger, batch: BatchClient | None
 ) -> Iterator[Ask]:
     """Asks for one attempt at each of some tasks. The embedded endpoint serves all attempts."""
-    from middo_jax.refine import ChatClient, prompts, run
-    from middo_jax.refine.meter import Meter
+    from middo_jax.refinement import ChatClient, prompts, run
+    from middo_jax.refinement.meter import Meter
 
     config, steering = session.config, steering_tokens(session.tokenizer)
 
@@ -182,8 +182,8 @@ def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[D
     Raises:
       RunError: room is to be made, and the folder's scores know no neighbours.
     """
-    from middo_jax.refine import Outcome, merge
-    from middo_jax.refine.growth import fit, room_for
+    from middo_jax.refinement import Outcome, merge
+    from middo_jax.refinement.growth import fit, room_for
     from middo_jax.signals.table import read_scores
 
     examples = read_dataset(directory)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import TokenizedExample, response_header
-from middo_jax.run import RoundDir, RunError, chain, write_json
+from middo_jax.rundir import RoundDir, RunError, chain, write_json
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.before import measure_before
 from middo_jax.stages.ratings import ratings
@@ -68,7 +68,7 @@ def score_stage(
     """
     import numpy as np
 
-    from middo_jax.run import atomic
+    from middo_jax.rundir import atomic
     from middo_jax.signals.table import with_columns, write_scores
 
     began = time.monotonic()

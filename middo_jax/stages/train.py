@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.config import Config, ConfigError
 from middo_jax.data.example import Example
-from middo_jax.run import RoundDir, RunError, chain
+from middo_jax.rundir import RoundDir, RunError, chain
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.evaluate import HeldOut
 
 if TYPE_CHECKING:
     from middo_jax.models.model import Model
-    from middo_jax.train.evaluations import Evaluate
+    from middo_jax.training.evaluations import Evaluate
 
 
 def train_stage(
@@ -44,7 +44,7 @@ def train_stage(
       ConfigError: losses are asked for, and nothing is held out.
       AnotherTraining: the folder holds the checkpoint of another training.
     """
-    from middo_jax.train.checkpoint import AnotherTraining
+    from middo_jax.training.checkpoint import AnotherTraining
 
     began = time.monotonic()
     check_evaluations(session.config, heldout)
@@ -77,8 +77,8 @@ def check_evaluations(config: Config, heldout: Sequence[Example]) -> None:
 
 
 def _train(session: Session, directory: RoundDir, start: Path, heldout: Sequence[Example]) -> None:
-    from middo_jax.train.metrics import StepMetrics
-    from middo_jax.train.sft import train
+    from middo_jax.training.metrics import StepMetrics
+    from middo_jax.training.sft import train
 
     config = session.config
     model, metadata = load_start(session, start)
@@ -104,7 +104,7 @@ def _train(session: Session, directory: RoundDir, start: Path, heldout: Sequence
 
 def _evaluate(session: Session, heldout: Sequence[Example]) -> Evaluate:
     """Model -> loss on the held-out examples, as a whole and by their source."""
-    from middo_jax.train.evaluations import Evaluation
+    from middo_jax.training.evaluations import Evaluation
 
     held_out = HeldOut(session, heldout)
 

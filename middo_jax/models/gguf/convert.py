@@ -12,7 +12,7 @@ from middo_jax.models.gguf.architectures import TENSOR_NAMES, config_json, rotat
 from middo_jax.models.gguf.tokenizer import build_tokenizer, tokenizer_config
 from middo_jax.models.hf import CheckpointError, LazyTensor, new_directory, tensor_table, write_weights
 from middo_jax.models.parameters import ParameterSpec
-from middo_jax.run import write_json
+from middo_jax.rundir import write_json
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor

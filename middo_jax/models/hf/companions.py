@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from middo_jax.models.hf.files import CheckpointError
-from middo_jax.run import write_json, write_text
+from middo_jax.rundir import write_json, write_text
 
 _GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"

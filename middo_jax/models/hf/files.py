@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from middo_jax.run import write_json
+from middo_jax.rundir import write_json
 
 DTYPES = {
     "F32": np.dtype(np.float32),

@@ -32,7 +32,7 @@ from middo_jax.models.lora import partition
 from middo_jax.models.model import Params, by_path, with_values
 from middo_jax.models.parameters import LORA_TARGETS, adapters
 from middo_jax.parallel.hosts import to_host, to_mesh
-from middo_jax.run import write_json
+from middo_jax.rundir import write_json
 
 _CONFIG = "adapter_config.json"
 _STEM = "adapter_model"

@@ -1,0 +1,152 @@
+"""The gates that the dataset and the model under training decide, and the bars that they compare with.
+
+Pure functions over plain numbers; where these come from is not known here. All cosines are compared with
+similarities in the same dataset and never with a fixed number: the mean states of a language model lie in a
+narrow cone, so that even unrelated prompts reach 0.8 and more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from middo_jax.refinement.acceptance.candidate import Candidate, Finding, Measurement
+
+PAIRS = 100_000  # of samples stand for all: their 95th percentile is then known to 0.1 % of the pairs
+PAIR_BLOCK = 8192  # pairs whose embeddings are in memory at a time
+NOTHING = Measurement(None, None, None, None, None)
+
+
+def length(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether prompt and response are about as long as the dataset's, and fit into the model."""
+    example, limits = candidate.example, candidate.limits
+    if example is None:
+        return None
+    for name, text, bounds in (
+        ("prompt", example.prompt, limits.prompt_chars),
+        ("response", example.response, limits.response_chars),
+    ):
+        if bounds is not None and not bounds[0] <= len(text) <= bounds[1]:
+            return Finding(f"{name} of {len(text):,} characters, {bounds[0]:,.0f} to {bounds[1]:,.0f} wanted")
+    return Finding("over model.max_length") if candidate.truncated else None
+
+
+def context(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether the prompt is about its original's task."""
+    measured, limit = candidate.measured or NOTHING, candidate.limits.context
+    if limit is None or _at_least(measured.similarity, limit):
+        return None
+    return Finding(f"{_shown(measured.similarity)} similar to the original, {limit:.3f} wanted")
+
+
+def loss(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether the loss fell, to below the bar."""
+    measured, limit = candidate.measured or NOTHING, candidate.limits.loss
+    before = candidate.task.scores.get("loss_post")
+    if _above(before, measured.loss) and (limit is None or _at_most(measured.loss, limit)):
+        return None
+    wanted = "a fall wanted" if limit is None else f"at most {limit:.3f} wanted"
+    return Finding(f"{_change(before, measured.loss)}, {wanted}")
+
+
+def coverage(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether the sparse core has a nearer neighbour than before."""
+    measured = candidate.measured or NOTHING
+    if _above(measured.core_similarity, candidate.task.scores.get("knn_mean_sim")):
+        return None
+    return Finding(f"{_shown(measured.similarity)} similar to its core, no nearer than its neighbours")
+
+
+def novelty(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether it is no paraphrase of a sample."""
+    measured, limit = candidate.measured or NOTHING, candidate.limits.novelty
+    if limit is None or _at_most(measured.nearest, limit):
+        return None
+    return Finding(f"{_shown(measured.nearest)} similar to a sample, at most {limit:.3f} wanted")
+
+
+def distribution(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether a new sample stays within the dataset: no farther out than its core, and not hard."""
+    measured, limit = candidate.measured or NOTHING, candidate.limits.loss
+    before = candidate.task.scores.get("knn_mean_sim")
+    if before is not None and not _at_least(measured.knn_similarity, before):
+        return Finding(f"farther out than its core, {_change(before, measured.knn_similarity)}")
+    if limit is not None and not _at_most(measured.loss, limit):
+        return Finding(f"loss {_shown(measured.loss)}, hard from {limit:.3f} on")
+    return None
+
+
+def quality(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether the judge's rating rose."""
+    measured, before = candidate.measured or NOTHING, candidate.task.scores.get("quality")
+    if _above(measured.quality, before):
+        return None
+    return Finding(f"{_change(before, measured.quality)}, a rise wanted")
+
+
+def length_bounds(lengths_n: np.ndarray, factor: float) -> tuple[float, float]:
+    """From the 1st percentile over `factor` to the 99th times `factor`."""
+    low, high = np.percentile(lengths_n, [1, 99])
+    return float(low / factor), float(high * factor)
+
+
+def pair_similarity(embedding_nd: np.ndarray, quantile: float) -> float | None:
+    """The similarity that this share of all pairs of samples do not reach; None without two directions.
+
+    Some PAIRS pairs stand for all, evenly spread: i and i + shift (modulo n), for as many shifts as it takes.
+
+    Args:
+      embedding_nd: float32, any norm; may be a memory map.
+      quantile: 0..1.
+    """
+    n = len(embedding_nd)
+    if n < 2:
+        return None
+    shifts = np.unique(np.linspace(1, n - 1, min(n - 1, -(-PAIRS // n))).astype(int))
+    first = np.unique(np.linspace(0, n - 1, min(n, PAIRS)).astype(int))
+    one, other = (a.ravel() for a in np.broadcast_arrays(first, (first + shifts[:, None]) % n))
+    similarity = np.empty(len(one), np.float32)
+    for start in range(0, len(one), PAIR_BLOCK):
+        at = slice(start, start + PAIR_BLOCK)
+        similarity[at] = cosines(embedding_nd[one[at]], embedding_nd[other[at]])
+    known = similarity[np.isfinite(similarity)]
+    return float(np.quantile(known, quantile)) if known.size else None
+
+
+def cosines(one_nd: np.ndarray, other_nd: np.ndarray) -> np.ndarray:
+    """Cosine of each row with its fellow, [n] float32; NaN where one is zero or not finite."""
+    norms_n = np.linalg.norm(one_nd, axis=1) * np.linalg.norm(other_nd, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.einsum("nd,nd->n", one_nd, other_nd) / norms_n
+
+
+def after_scores(measured: Measurement) -> Mapping[str, float | None]:
+    """A measurement under the names that lineage and scores.parquet use."""
+    return {
+        "loss_pre": None,
+        "loss_post": measured.loss,
+        "knn_mean_sim": measured.knn_similarity,
+        "quality": measured.quality,
+    }
+
+
+def _above(one: float | None, other: float | None) -> bool:
+    return one is not None and other is not None and one > other
+
+
+def _at_least(value: float | None, limit: float) -> bool:
+    return value is not None and value >= limit
+
+
+def _at_most(value: float | None, limit: float) -> bool:
+    return value is not None and value <= limit
+
+
+def _shown(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return f"{_shown(before)} -> {_shown(after)}"

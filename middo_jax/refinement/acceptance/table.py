@@ -1,0 +1,94 @@
+"""The checks of the table of gates, and asking them in order.
+
+The rows are in `config.gates`, since settings and reports are read off them too. A gate of your own:
+
+    def polite(candidate: Candidate, minimum: float) -> Finding | None:
+        return None if candidate.response.count("please") >= minimum else Finding("not polite")
+
+    row = Gate("polite", needs="answer", accept="sane", of="all", title="polite", rule="...",
+               feedback={"": "It was rude."}, switch=Switch(1.0, ge=0))
+    register(row, polite)      # refine.gates.polite=2 is a setting from now on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from middo_jax.config import Config, GateSettings, RefineSettings
+from middo_jax.config import gates as rows
+from middo_jax.config.refine import declare, withdraw
+from middo_jax.refinement.acceptance import measured, text
+from middo_jax.refinement.acceptance.candidate import Candidate, Check, Finding
+from middo_jax.refinement.tasks import Verdict
+
+_USERS = (RefineSettings, Config)  # the groups that contain the gates' settings, the innermost first
+
+
+def _duplicate(candidate: Candidate, _: Any) -> Finding | None:
+    return None if candidate.repeats is None else Finding(candidate.repeats)
+
+
+_CHECKS: dict[str, Check] = {
+    "readable": text.readable,
+    "sane": text.sane,
+    "numbers": text.numbers,
+    "code": text.code,
+    "language": text.language,
+    "answer_readable": text.answer_readable,
+    "answer_sane": text.answer_sane,
+    "answer_language": text.answer_language,
+    "length": measured.length,
+    "context": measured.context,
+    "loss": measured.loss,
+    "coverage": measured.coverage,
+    "novelty": measured.novelty,
+    "distribution": measured.distribution,
+    "quality": measured.quality,
+    "duplicate": _duplicate,
+}
+
+
+def register(row: rows.Gate, check: Check) -> None:
+    """Adds a gate: its row behind those that need no more, its setting, and its check.
+
+    Raises:
+      ValueError: there is a gate of that name.
+    """
+    rows.enter(row)
+    _CHECKS[row.name] = check
+    declare([row], _USERS)
+
+
+def unregister(name: str) -> None:
+    """Takes a gate out again.
+
+    Raises:
+      KeyError: there is none of that name.
+    """
+    rows.strike(name)
+    del _CHECKS[name]
+    withdraw(name, _USERS)
+
+
+def asked(needs: rows.Needs, axes: Collection[str], settings: RefineSettings) -> list[rows.Gate]:
+    """The gates of one phase that a rewrite of these axes has to pass, in order."""
+    values = settings.gates.values()
+    return [
+        row
+        for row in rows.gates()
+        if row.needs == needs and row.concerns(axes) and row.is_shut(settings.accept, values)
+    ]
+
+
+def first_verdict(candidate: Candidate, needs: rows.Needs, settings: RefineSettings) -> Verdict | None:
+    """Asks the gates of one phase in order; the verdict of the first that the candidate does not pass."""
+    for row in asked(needs, candidate.task.axes, settings):
+        finding = _CHECKS[row.name](candidate, _value(row, settings.gates))
+        if finding is not None:
+            return Verdict(row.name, finding.detail, finding.fault)
+    return None
+
+
+def _value(row: rows.Gate, settings: GateSettings) -> Any:
+    return None if row.setting is None else settings.value(row.setting)

@@ -1,0 +1,187 @@
+"""Refining without an endpoint: requests into a file of OpenAI's batch format, and results out of one.
+
+A task asks several times, each time with what came before. So it goes back and forth: write what can be asked
+now, have it run, read the results into the cache, write again, until nothing is left to ask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from middo_jax.refinement.endpoint.budget import NOTHING, Budget
+from middo_jax.refinement.endpoint.cache import AnswerCache
+from middo_jax.refinement.endpoint.dialect import Dialect, refused_field
+from middo_jax.refinement.endpoint.faults import RETRIED, BudgetReached, NotAnswered, RequestRefused, words
+from middo_jax.refinement.endpoint.ledger import Ledger
+from middo_jax.refinement.endpoint.probe import JSON, TEXT, Probe, schema_refusal
+from middo_jax.refinement.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
+from middo_jax.refinement.endpoint.room import watch_context
+from middo_jax.refinement.endpoint.usage import Ceiling, ceiling
+from middo_jax.rundir import RunError, write_jsonl
+
+URL = "/v1/chat/completions"
+_OF_SCHEMA = re.compile(r"schema|grammar|response_format|json|structured|guided", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One line of a result file: an answer, or what the server said instead.
+
+    `is_final` says that the same request would fail again; `field` that the server refuses this field of it.
+    """
+
+    answer: Answer | None
+    said: str = ""
+    is_final: bool = False
+    field: str | None = None
+
+
+class BatchClient:
+    """Answers from the cache; what is not there waits in `waiting`, by key, in the order of asking."""
+
+    def __init__(self, requests: Requests, cache: AnswerCache, ledger: Ledger) -> None:
+        """As a ChatClient, without an endpoint. Raises ConfigError if a budget is set without prices."""
+        settings = requests.settings
+        self.model = requests.model
+        self.ledger = ledger
+        self.waiting: dict[str, tuple[ChatRequest, str]] = {}  # with the account
+        self._budget = Budget(settings, ledger)
+        self._planned = NOTHING
+        self._settings = settings
+        self._cache = cache
+        self._requests = requests
+        self._refused: dict[str, Result] = {}
+        self._dialect = Dialect(cache, requests.served)
+
+    async def honours(self, probe: Probe) -> bool:
+        """As was found out before; no server can be asked, so that it counts as no from then on."""
+        return self._cache.learn(self._requests.form_fact, TEXT) == JSON
+
+    async def refuse_schema(self, reason: str) -> None:
+        """Keeps that the server refuses schemas: no request with one is written any more."""
+        self._cache.learn(self._requests.schema_fact, reason)
+
+    async def complete(
+        self,
+        messages: Messages,
+        *,
+        attempt: int = 0,
+        account: str = "all",
+        response_format: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+    ) -> Answer:
+        """The answer that the cache has.
+
+        Raises:
+          NotAnswered: it has none.
+          RequestRefused: nor will it: a result says so.
+          BudgetReached: with what waits already, it could pass a budget.
+        """
+        request = self._requests.build(
+            messages, attempt=attempt, response_format=response_format, max_tokens=max_tokens
+        )
+        if stored := self._cache.get(request.key):
+            self.ledger.hit(account)
+            return stored
+        if response_format is not None and (refusal := schema_refusal(self._cache, self._requests)):
+            raise refusal
+        if refused := self._refused.get(request.key):
+            raise RequestRefused(f"refused in the batch: {refused.said}", f"request refused: {refused.said}")
+        if request.key not in self.waiting:
+            most = ceiling(self._settings.prices, request.body["messages"], request.body["max_tokens"])
+            if limit := self._budget.passed_by(most, self._planned):
+                raise BudgetReached(limit, "budget")
+            self._planned = Ceiling(self._planned.tokens + most.tokens, self._planned.usd + most.usd)
+            self.waiting[request.key] = (request, account)
+        raise NotAnswered("requests wait for a batch", "waits for a batch", stops_stage=True)
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+    def start_over(self) -> None:
+        """Nothing waits any more: all is about to be asked again."""
+        self.waiting.clear()
+        self._planned = NOTHING
+
+    def take(self, results: Mapping[str, Result]) -> set[str]:
+        """Settles the waiting requests that `results` has something final about; their keys.
+
+        Answers go into the cache and the ledger; failures go nowhere, and refusals are known to this object
+        only. A request of which the server refused a field waits on, to be written without it.
+        """
+        settled = set()
+        for key, (request, account) in list(self.waiting.items()):
+            result = results.get(key)
+            if result is None or not (result.answer or result.is_final):
+                continue
+            if result.field and (
+                self._dialect.adapt(result.field, self._dialect.sent(request.body))
+                or result.field not in self._dialect.sent(request.body)
+            ):
+                continue
+            settled.add(key)
+            if result.answer:
+                watch_context(self._cache, request.body["messages"], result.answer)
+                prices = self._settings.prices
+                most = ceiling(prices, request.body["messages"], request.body["max_tokens"])
+                self.ledger.begin(account, most, retry=False)
+                self.ledger.answered(account, most, 0.0, result.answer, request.canonical, prices)
+            else:
+                if "response_format" in request.body and _OF_SCHEMA.search(result.said):
+                    self._cache.learn(self._requests.schema_fact, f"request refused: {result.said}")
+                self._refused[key] = result
+                self.ledger.failed(account)
+            del self.waiting[key]
+        return settled
+
+    def write(self, path: Path) -> None:
+        """Writes the waiting requests, one a line, whole or not at all."""
+        rows = (
+            {"custom_id": key, "method": "POST", "url": URL, "body": self._dialect.sent(request.body)}
+            for key, (request, _) in self.waiting.items()
+        )
+        write_jsonl(path, rows)
+
+
+def read_results(paths: Iterable[Path]) -> dict[str, Result]:
+    """Result files by request key; of several results for one request an answer wins, else the last.
+
+    Raises:
+      RunError: a line is none of a batch's results; the message names file and line.
+    """
+    results: dict[str, Result] = {}
+    for path in paths:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    key = row["custom_id"]
+                except (ValueError, TypeError, LookupError) as e:
+                    raise RunError(
+                        f"{path}:{number}: no line of a batch's results ({e!r}); it must be the output file "
+                        "of a batch that `middo refine --write-batch` wrote"
+                    ) from e
+                if results.get(key) is None or results[key].answer is None:
+                    results[key] = _read_result(row, key)
+    return results
+
+
+def _read_result(row: dict[str, Any], key: str) -> Result:
+    response = row.get("response") or {}
+    status, body = response.get("status_code"), response.get("body")
+    if row.get("error") is None and status in (None, 200):
+        try:
+            return Result(read_answer(body, key))
+        except ValueError as e:
+            return Result(None, words(e, None))
+    said = words(row.get("error") or (body or {}).get("error") or body, None)
+    is_final = isinstance(status, int) and 400 <= status < 500 and status not in RETRIED
+    field = refused_field(body) if is_final else None
+    return Result(None, f"({status}) {said}" if status else said, is_final, field)

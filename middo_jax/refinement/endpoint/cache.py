@@ -1,0 +1,139 @@
+"""The refiner's answers and what they cost, in one SQLite file that rounds and runs may share.
+
+An answer is keyed by what was asked, not by whom: neither the endpoint's address nor its key is part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from middo_jax.refinement.endpoint.request import Answer
+from middo_jax.refinement.endpoint.usage import FIELDS, Usage
+
+
+class CacheError(RuntimeError):
+    """The cache file cannot be used; the message says what to do."""
+
+
+_KEPT = tuple(name for name in FIELDS if name != "from_cache")  # costs nothing, and every start counts anew
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT NOT NULL, text TEXT NOT NULL, "
+    "finish_reason TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, "
+    "cached_tokens INTEGER NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS spent (run TEXT NOT NULL, round INTEGER NOT NULL, axis TEXT NOT NULL, "
+    + "".join(f"{name} NUMERIC NOT NULL, " for name in _KEPT)
+    + "PRIMARY KEY (run, round, axis))",
+    "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+)
+_ENTER = (
+    f"INSERT INTO spent (run, round, axis, {', '.join(_KEPT)}) "
+    f"VALUES (?, ?, ?, {', '.join('?' * len(_KEPT))}) "
+    f"ON CONFLICT DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in _KEPT)}"
+)
+
+
+class AnswerCache:
+    """Answers by request key, spending by run, round and account, and facts about servers.
+
+    Only answers are stored as such, never failures. Every write is committed at once: what was paid for
+    survives the process. Several processes may have the file open; an object is used from one thread.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens or creates the file.
+
+        Raises:
+          CacheError: the file is no cache, or its folder cannot be written.
+        """
+        self.path = Path(path)
+        self.said = set[str]()  # warnings given since: each is given once
+        with self._explained():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(self.path, timeout=30.0)  # seconds to wait for another run's write
+            self._db.execute("PRAGMA journal_mode=WAL")
+            # In WAL mode NORMAL loses a commit only when the machine itself goes down, not the process.
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            for table in _TABLES:
+                self._db.execute(table)
+            self._db.commit()
+
+    def get(self, key: str) -> Answer | None:
+        """The stored answer with `from_cache` set, or None."""
+        row = self._db.execute(
+            "SELECT text, finish_reason, prompt_tokens, completion_tokens, cached_tokens FROM answers "
+            "WHERE key = ?",
+            (key,),
+        ).fetchone()
+        return Answer(*row, from_cache=True, key=key) if row else None
+
+    def enter(
+        self,
+        run: str,
+        round_index: int,
+        account: str,
+        change: Usage,
+        answer: tuple[str, Answer] | None = None,
+    ) -> None:
+        """Adds to what a run has spent and, in the same transaction, keeps an answer.
+
+        Args:
+          run: its name; `round_index` and `account` say where in it.
+          change: added to every counter.
+          answer: (canonical request, answer with its key). Of two for one request the first stays.
+
+        Raises:
+          CacheError: the file cannot be written any more.
+        """
+        with self._explained(), self._db:
+            values = (getattr(change, name) for name in _KEPT)
+            self._db.execute(_ENTER, (run, round_index, account, *values))
+            if answer is not None:
+                request_json, said = answer
+                self._db.execute(
+                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        said.key,
+                        request_json,
+                        said.text,
+                        said.finish_reason,
+                        said.prompt_tokens,
+                        said.completion_tokens,
+                        said.cached_tokens,
+                    ),
+                )
+
+    def spent(self, run: str) -> dict[tuple[int, str], Usage]:
+        """What a run has spent over all its starts, by (round, account)."""
+        rows = self._db.execute(f"SELECT round, axis, {', '.join(_KEPT)} FROM spent WHERE run = ?", (run,))
+        return {(row[0], row[1]): Usage(**dict(zip(_KEPT, row[2:], strict=True))) for row in rows}
+
+    def fact(self, name: str) -> str | None:
+        """What was found out once, or None."""
+        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return row[0] if row else None
+
+    def learn(self, name: str, value: str, replace: bool = False) -> str:
+        """Keeps a fact and returns it; a known one stays, for answers were asked by it, unless `replace`."""
+        conflict = "REPLACE" if replace else "IGNORE"
+        with self._explained(), self._db:
+            self._db.execute(f"INSERT OR {conflict} INTO facts VALUES (?, ?)", (name, value))
+        return self.fact(name) or value
+
+    def __len__(self) -> int:
+        return self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as e:
+            raise CacheError(
+                f"{self.path}: cannot be used as the refiner's cache ({e}); move it away or make it writable"
+            ) from e

@@ -1,0 +1,110 @@
+"""What a server calls the fields of a request: found out from its refusals, once, and kept in the cache.
+
+Newer OpenAI models refuse `max_tokens` and call it `max_completion_tokens`; they and others refuse any
+`temperature` but their own, `top_p` or `seed`. The keys of answers do not depend on any of this.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from middo_jax.refinement.endpoint.cache import AnswerCache
+
+LIMITS = ("max_tokens", "max_completion_tokens")  # two names of one field
+OPTIONAL = ("temperature", "top_p", "seed")
+LEFT_OUT = "left out"
+
+_log = logging.getLogger(__name__)
+
+_CODES = {"unsupported_parameter", "unsupported_value", "unknown_parameter", "extra_forbidden"}
+_UNSUPPORTED = re.compile(
+    r"unsupported|not supported|(?:not|n't) support|unrecogni[sz]ed|unknown (?:parameter|argument|field|name)"
+    r"|unexpected (?:keyword|argument|field|parameter)|not permitted|not allowed|extra (?:inputs|fields)"
+    r"|deprecated|cannot both|only[^.]{0,40}\b(?:allowed|supported)|use .?max_completion_tokens"
+    r"|invalid (?:parameter|argument)\b",
+    re.IGNORECASE,
+)
+_NAMED = re.compile(r"\b(?:max_tokens|max_completion_tokens|temperature|top_p|seed)\b")
+
+
+def refused_field(said: object) -> str | None:
+    """The field of a request that a server's refusal says it does not know, or None.
+
+    {"message": "Unsupported parameter: 'max_tokens' ...", "param": "max_tokens"}  ->  "max_tokens"
+    """
+    if isinstance(said, Mapping) and isinstance(said.get("error"), Mapping):
+        said = said["error"]
+    for text, code, field in _complaints(said):
+        named = [match.group() for match in _NAMED.finditer(f"{field} {text}")]
+        if not named or not (code in _CODES or _UNSUPPORTED.search(text)):
+            continue
+        # "`temperature` and `top_p` cannot both be specified": one of them says enough.
+        return "top_p" if "cannot both" in text and "top_p" in named else named[0]
+    return None
+
+
+def _complaints(said: object) -> Iterator[tuple[str, str, str]]:
+    """(message, code, field) of each thing that a refusal names, as OpenAI and as pydantic write them."""
+    if isinstance(said, str):
+        yield said, "", ""
+    if not isinstance(said, Mapping):
+        return
+    details = next((said[name] for name in ("detail", "errors", "message") if said.get(name)), "")
+    for detail in details if isinstance(details, list) else [details]:
+        if isinstance(detail, Mapping):
+            at = detail.get("loc") or [detail.get("param") or ""]
+            field = str(at[-1]) if isinstance(at, (list, tuple)) else str(at)
+            yield str(detail.get("msg") or detail.get("message") or ""), str(detail.get("type") or ""), field
+        else:
+            yield str(detail), str(said.get("code") or ""), str(said.get("param") or "")
+
+
+class Dialect:
+    """How the fields of requests are sent to the servers of one model."""
+
+    def __init__(self, cache: AnswerCache, served: str) -> None:
+        """Reads what is known.
+
+        Args:
+          cache: where findings are kept.
+          served: names the model and its revision.
+        """
+        self._cache, self._served = cache, served
+        self._names: dict[str, str] = {}  # a field -> its name for this server, or LEFT_OUT
+        for field in (LIMITS[0], *OPTIONAL):
+            if known := cache.fact(self._fact(field)):
+                self._names[field] = known
+        self._tried = {(field, name) for field, name in self._names.items()}
+
+    def sent(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A request's body with the names that the server knows."""
+        named = {self._names.get(field, field): value for field, value in body.items()}
+        named.pop(LEFT_OUT, None)
+        return named
+
+    def adapt(self, field: str | None, sent: Mapping[str, Any]) -> bool:
+        """Takes in that a server refused a field; says whether the request is worth sending once more.
+
+        Args:
+          field: of `refused_field`.
+          sent: the body that was refused.
+        """
+        if field is None or field not in sent:
+            return False
+        ours = LIMITS[0] if field in LIMITS else field
+        if self._names.get(ours, ours) != field:  # another request has found it out meanwhile
+            return True
+        other = LIMITS[field == LIMITS[0]] if field in LIMITS else LEFT_OUT
+        if (ours, other) in self._tried:
+            return False
+        self._tried |= {(ours, field), (ours, other)}
+        self._names[ours] = self._cache.learn(self._fact(ours), other, replace=True)
+        instead = "left out, and the server's own holds" if other == LEFT_OUT else f"sent as {other!r}"
+        _log.warning("the refiner refuses the field %r: from now on it is %s", field, instead)
+        return True
+
+    def _fact(self, field: str) -> str:
+        return f"{field} of {self._served}"

@@ -1,0 +1,89 @@
+"""The ledger: what a round of a run has spent, by account. It survives the process.
+
+A try is entered before it is sent, and the most that it can cost is set aside. Its answer, its counts and the
+end of that reserve are then written in one transaction. So a killed process leaves neither an answer without
+its cost nor a cost without its answer, and what was in flight stays set aside.
+"""
+
+from __future__ import annotations
+
+from middo_jax.config import Prices
+from middo_jax.refinement.endpoint.cache import AnswerCache
+from middo_jax.refinement.endpoint.request import Answer
+from middo_jax.refinement.endpoint.usage import Ceiling, Usage, cost_usd
+
+
+class Ledger:
+    """Entries of one round of a run by account, kept in the cache's file, so that a restart goes on counting.
+
+    `here` counts since this was opened, `by_account` the round over all starts, `run` all rounds and starts.
+    Runs that share a cache are told apart by name. Answers from the cache are counted but not kept: they cost
+    nothing, and every start gives them anew.
+    """
+
+    def __init__(self, cache: AnswerCache, run: str = "run", round_index: int = 0) -> None:
+        self._cache, self._run, self._round = cache, run, round_index
+        self.here, self.run = Usage(), Usage()
+        self.by_account: dict[str, Usage] = {}
+        for (entered, account), usage in cache.spent(run).items():
+            self.run.add(usage)
+            if entered == round_index:
+                self.by_account[account] = usage
+
+    @property
+    def round(self) -> Usage:
+        """The round's sum over its accounts."""
+        total = Usage()
+        for usage in self.by_account.values():
+            total.add(usage)
+        return total
+
+    def hit(self, account: str) -> None:
+        """Counts an answer that the cache had."""
+        self._count(account, Usage(from_cache=1))
+
+    def failed(self, account: str) -> None:
+        """Counts a request that was given up."""
+        self._enter(account, Usage(failed=1))
+
+    def begin(self, account: str, most: Ceiling, retry: bool) -> None:
+        """Enters a try that is about to be sent."""
+        change = Usage(requests=1, retries=int(retry), aside_tokens=most.tokens, aside_usd=most.usd)
+        self._enter(account, change)
+
+    def end(self, account: str, most: Ceiling, seconds: float, *, charged: bool) -> None:
+        """Enters a try's failure. One that may have been charged for stays set aside."""
+        if charged:
+            self._enter(account, Usage(seconds=seconds))
+        else:
+            self._enter(account, Usage(seconds=seconds, aside_tokens=-most.tokens, aside_usd=-most.usd))
+
+    def answered(
+        self, account: str, most: Ceiling, seconds: float, answer: Answer, request_json: str, prices: Prices
+    ) -> None:
+        """Enters an answer and keeps it, in one transaction."""
+        counts = (answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens)
+        counted = answer.prompt_tokens > 0
+        change = Usage(
+            answers=1,
+            prompt_tokens=counts[0],
+            completion_tokens=counts[1],
+            cached_tokens=counts[2],
+            aside_tokens=-most.tokens if counted else 0,
+            seconds=seconds,
+            usd=cost_usd(prices, *counts) if counted else 0.0,
+            aside_usd=-most.usd if counted else 0.0,
+        )
+        self._enter(account, change, (request_json, answer))
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        """The round's counters by account."""
+        return {account: self.by_account[account].to_json() for account in sorted(self.by_account)}
+
+    def _enter(self, account: str, change: Usage, answer: tuple[str, Answer] | None = None) -> None:
+        self._cache.enter(self._run, self._round, account, change, answer)
+        self._count(account, change)
+
+    def _count(self, account: str, change: Usage) -> None:
+        for usage in (self.here, self.run, self.by_account.setdefault(account, Usage())):
+            usage.add(change)

@@ -1,0 +1,329 @@
+"""A selected sample -> a candidate: ask for a new prompt, read it, have it answered, ask the text's gates.
+
+Every task ends in exactly one Outcome: with a child, or with a verdict.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+from middo_jax.config import RefineSettings
+from middo_jax.data.example import Lineage
+from middo_jax.refinement import prompts
+from middo_jax.refinement.acceptance.candidate import Candidate
+from middo_jax.refinement.acceptance.table import first_verdict
+from middo_jax.refinement.endpoint.ending import ending
+from middo_jax.refinement.endpoint.faults import EndpointFailed, NotAnswered, RefinerError, RequestRefused
+from middo_jax.refinement.endpoint.probe import Probe
+from middo_jax.refinement.endpoint.request import Answer, Messages
+from middo_jax.refinement.parse import parse_prompt
+from middo_jax.refinement.prompts import Form
+from middo_jax.refinement.reply import plain_lines, without_end_tokens, without_reasoning
+from middo_jax.refinement.tasks import Exchange, Outcome, Step, Task, Verdict
+
+_log = logging.getLogger(__name__)
+
+
+class Refiner(Protocol):
+    """Answers requests: a client of a served model, or of results that a batch brought back."""
+
+    model: str
+
+    async def complete(
+        self,
+        messages: Messages,
+        *,
+        attempt: int = 0,
+        account: str = "all",
+        response_format: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+    ) -> Answer:
+        """The answer to a conversation, or a RefinerError."""
+        ...
+
+    async def honours(self, probe: Probe) -> bool:
+        """Whether replies are held to a schema."""
+        ...
+
+    async def refuse_schema(self, reason: str) -> None:
+        """Keeps that requests with a schema are refused, and refuses them from then on."""
+        ...
+
+    async def close(self) -> None:
+        """Ends what it holds open."""
+        ...
+
+
+async def find_form(client: Refiner, settings: RefineSettings) -> Form:
+    """How new prompts are asked for: as set, or as JSON if the server honours a schema.
+
+    Raises:
+      RefinerError: the server does not answer.
+    """
+    if settings.response_format != "auto":
+        return settings.response_format
+    probe = Probe(prompts.PROBE, prompts.RESPONSE_FORMAT, prompts.PROBE_TOKENS, _is_json_prompt)
+    return "json" if await client.honours(probe) else "text"
+
+
+def _is_json_prompt(text: str) -> bool:
+    said = without_reasoning(text)
+    return said is not None and said.lstrip().startswith("{") and parse_prompt(said) is not None
+
+
+def first_request(task: Task, settings: RefineSettings, form: Form = "text") -> Messages:
+    """The request that asks for the new prompt, and says what was wrong with the last one."""
+    return prompts.again(_first_request(task, settings, form), task.feedback)
+
+
+def _first_request(task: Task, settings: RefineSettings, form: Form) -> Messages:
+    if task.op == "synthesize":
+        return prompts.synthesize(task.source.prompt, [hint.prompt for hint in task.hints], form)
+    response = task.source.response if settings.show_response else None
+    if len(task.axes) > 1:
+        return prompts.both(task.source.prompt, response, form)
+    revise = prompts.simplify if task.op == "simplify" else prompts.rewrite
+    return revise(task.source.prompt, response, form)
+
+
+async def refine_tasks(
+    tasks: Sequence[Task],
+    client: Refiner,
+    settings: RefineSettings,
+    round_index: int,
+    on_done: Callable[[Outcome], None] | None = None,
+    special_tokens: Collection[str] = (),
+) -> list[Outcome]:
+    """One outcome a task, in the order of the tasks; `on_done` hears of each as it ends.
+
+    A task is carried to its end before another is begun in its place, so that what was paid for stopping
+    early is as little as can be.
+
+    Raises:
+      NotAnswered: requests wait for a batch. All tasks have been taken as far as they go.
+      RefinerError: the endpoint fails for all alike. What was in flight is finished first, and every answer
+        is in the cache.
+    """
+    outcomes: dict[int, Outcome] = {}
+    failures: list[RefinerError] = []
+    unanswered: list[NotAnswered] = []
+    form = await find_form(client, settings) if tasks else "text"
+    schema = _Schema(client)
+    waiting = iter(enumerate(tasks))
+
+    async def work() -> None:
+        for index, task in waiting:
+            if failures:
+                return
+            try:
+                outcomes[index] = await _refine(
+                    _Dialogue(task, client, form, schema, settings), round_index, special_tokens
+                )
+            except NotAnswered as error:
+                unanswered.append(error)
+                continue
+            except RefinerError as error:
+                failures.append(error)
+                return
+            if on_done:
+                on_done(outcomes[index])
+
+    await asyncio.gather(*(work() for _ in range(min(settings.concurrency, len(tasks)))))
+    if failures or unanswered:
+        raise [*failures, *unanswered][0]
+    return [outcomes[index] for index in range(len(tasks))]
+
+
+def run(
+    tasks: Sequence[Task],
+    client: Refiner,
+    settings: RefineSettings,
+    round_index: int,
+    on_done: Callable[[Outcome], None] | None = None,
+    special_tokens: Collection[str] = (),
+) -> list[Outcome]:
+    """`refine_tasks` from code that is not asynchronous; closes the client at its end.
+
+    Raises:
+      RefinerError: as `refine_tasks`.
+      KeyboardInterrupt: requests in flight were cancelled and connections closed; answers are in the cache.
+    """
+
+    async def stage() -> list[Outcome]:
+        try:
+            return await refine_tasks(tasks, client, settings, round_index, on_done, special_tokens)
+        finally:
+            await client.close()
+
+    return asyncio.run(stage())
+
+
+class _Schema:
+    """What became of requests with a schema. Some servers honour a short one and refuse all that follow.
+
+    Until one was answered they are asked one by one, so that a refusal costs one request.
+    """
+
+    def __init__(self, client: Refiner) -> None:
+        self.was_answered = False
+        self._client = client
+        self._one_by_one = asyncio.Lock()
+        self._is_refused = False
+
+    @property
+    def _is_known(self) -> bool:
+        return self.was_answered or self._is_refused
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """The time of one request with a schema."""
+        async with contextlib.AsyncExitStack() as stack:
+            if not self._is_known:
+                await stack.enter_async_context(self._one_by_one)
+                if self._is_known:  # found out by those before: nobody has to wait for this one
+                    await stack.aclose()
+            yield
+
+    async def was_refused(self, error: RefinerError) -> None:
+        """Takes in that a request was refused with the schema and answered without it."""
+        if self._is_known:
+            return
+        self._is_refused = True
+        await self._client.refuse_schema(error.reason)
+        _log.warning(
+            "the refiner refuses the schema of new prompts (%s): from now on they are asked for between tags",
+            error.reason,
+        )
+
+
+@dataclasses.dataclass
+class _Dialogue:
+    """What is asked and answered for one task."""
+
+    task: Task
+    client: Refiner
+    form: Form
+    schema: _Schema
+    settings: RefineSettings
+    exchanges: list[Exchange] = dataclasses.field(default_factory=list)
+
+    async def new_prompt(self) -> Answer:
+        """The reply with the new prompt; what cannot be read is asked for again."""
+        messages, reply = await self._first_reply()
+        for _ in range(self.settings.max_corrections):
+            if parse_prompt(reply.text) is not None:
+                break
+            said = without_reasoning(reply.text) or ""
+            messages = prompts.correction(messages, said, self.form)
+            reply = await self._ask("correction", messages)
+        return reply
+
+    async def _first_reply(self) -> tuple[Messages, Answer]:
+        """The first request and its reply: between tags if the schema is refused and tags are not."""
+
+        async def asked() -> tuple[Messages, Answer]:
+            messages = first_request(self.task, self.settings, self.form)
+            return messages, await self._ask("prompt", messages)
+
+        if self.form == "text":
+            return await asked()
+        async with self.schema.turn():
+            try:
+                replied = await asked()
+                self.schema.was_answered = True
+                return replied
+            except (RequestRefused, EndpointFailed) as error:
+                if error.stops_stage:
+                    raise
+                refused = error
+            self.form = "text"
+            try:
+                replied = await asked()
+            except (RequestRefused, EndpointFailed) as error:
+                if error.stops_stage:
+                    raise
+                raise refused from None  # it was not the schema
+            await self.schema.was_refused(refused)
+            return replied
+
+    async def answer(self, prompt: str) -> Answer:
+        """The answer to the new prompt, under the sample's own system turns."""
+        system = [message.content for message in self.task.source.messages if message.role == "system"]
+        return await self._ask("answer", prompts.answer(prompt, system))
+
+    async def _ask(self, step: Step, messages: Messages) -> Answer:
+        answer = await self._complete(step, messages)
+        is_whole = step != "answer" and parse_prompt(answer.text) is not None
+        if ending(answer.finish_reason) == "cut" and not is_whole:
+            try:
+                return await self._complete(step, messages, 2 * self.settings.max_tokens)
+            except RequestRefused as error:  # its context may have no more room
+                if error.stops_stage:
+                    raise
+        return answer
+
+    async def _complete(self, step: Step, messages: Messages, max_tokens: int | None = None) -> Answer:
+        answer = await self.client.complete(
+            messages,
+            attempt=self.task.attempt,
+            account="+".join(self.task.axes),
+            response_format=prompts.RESPONSE_FORMAT if self.form == "json" and step != "answer" else None,
+            max_tokens=max_tokens,
+        )
+        self.exchanges.append(Exchange(step, self.client.model, messages, answer, self.task.attempt))
+        return answer
+
+
+async def _refine(dialogue: _Dialogue, round_index: int, special_tokens: Collection[str]) -> Outcome:
+    task, settings = dialogue.task, dialogue.settings
+
+    def rejected(verdict: Verdict) -> Outcome:
+        return Outcome(task, None, verdict, tuple(dialogue.exchanges))
+
+    try:
+        reply = await dialogue.new_prompt()
+        prompt = parse_prompt(reply.text)
+        if prompt is not None:
+            prompt = without_end_tokens(plain_lines(prompt), special_tokens)
+        said = without_reasoning(reply.text) or ""
+        candidate = Candidate(task, special_tokens, said, prompt, reply.finish_reason)
+        if verdict := first_verdict(candidate, "prompt", settings):
+            return rejected(verdict)
+        assert prompt is not None  # else `readable`, which is always asked, has rejected it
+        reply = await dialogue.answer(prompt)
+    except RefinerError as error:
+        if error.stops_stage:
+            raise
+        return rejected(Verdict(None, error.reason))
+    response = _answer_text(reply.text, task, prompt, special_tokens)
+    candidate = dataclasses.replace(candidate, response=response, finish_reason=reply.finish_reason)
+    if verdict := first_verdict(candidate, "answer", settings):
+        return rejected(verdict)
+    lineage = _lineage(task, dialogue.client.model, round_index)
+    child = task.source.replace_text(prompt, response, lineage)
+    return Outcome(task, child, None, tuple(dialogue.exchanges))
+
+
+def _answer_text(reply: str, task: Task, prompt: str, special_tokens: Collection[str]) -> str:
+    """The answer in a reply: without reasoning and end tokens. Reasoning that never ends leaves nothing."""
+    text = without_reasoning(reply, f"{task.given} {prompt}") or ""
+    return without_end_tokens(plain_lines(text), special_tokens)
+
+
+def _lineage(task: Task, refiner: str, round_index: int) -> Lineage:
+    return Lineage(
+        parent_ids=(task.source.id,),
+        root_id=task.source.lineage.root_id,
+        round=round_index + 1,
+        op=task.op,
+        axis="+".join(task.axes),
+        hint_ids=tuple(hint.id for hint in task.hints),
+        refiner=refiner,
+        prompt_version=prompts.PROMPT_VERSION,
+        scores_before=dict(task.scores),
+    )

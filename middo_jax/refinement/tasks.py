@@ -1,0 +1,212 @@
+"""What is to be done with which sample, and how that ended. Pure values and functions.
+
+Rows for files contain nothing that depends on when or how often a stage was started, so that a resumed run
+writes the same bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from middo_jax.config.gates import gate
+from middo_jax.data.example import Example
+from middo_jax.refinement.endpoint.request import Answer, Messages
+
+Scores = Mapping[str, float | None]
+Step = Literal["prompt", "correction", "answer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is to be done with one sample, and which axes asked for it.
+
+    `hints` are the neighbours of a sparse sample; `scores` those of the source that was found wanting.
+    `attempt` counts from 0; `feedback` says why the candidates of earlier ones were not accepted.
+    """
+
+    op: Literal["simplify", "rewrite", "synthesize"]
+    axes: tuple[str, ...]
+    source: Example
+    hints: tuple[Example, ...] = ()
+    scores: Scores = dataclasses.field(default_factory=dict)
+    attempt: int = 0
+    feedback: tuple[str, ...] = ()
+
+    @property
+    def given(self) -> str:
+        """The texts that the refiner is given: those of the sample and of its hints."""
+        return " ".join(message.content for e in (self.source, *self.hints) for message in e.messages)
+
+    @property
+    def task_id(self) -> str:
+        """Unique within a round: a sample is replaced at most once and extended at most once."""
+        return f"{self.op}:{self.source.id}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """One request and its answer."""
+
+    step: Step
+    model: str
+    messages: Messages
+    answer: Answer
+    attempt: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Why a task has no child.
+
+    Attributes:
+      gate: the gate that rejected the candidate; None where none was asked: a request failed, say.
+      detail: what was found, for people.
+      fault: which of the gate's faults it is; "" where it has one only.
+    """
+
+    gate: str | None
+    detail: str
+    fault: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def feedback(self) -> str | None:
+        """What the refiner is told to do better; None where no gate was the reason."""
+        return None if self.gate is None else gate(self.gate).feedback[self.fault]
+
+    def __str__(self) -> str:
+        return self.detail if self.gate is None else f"{self.gate}: {self.detail}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a task ended: with the child `example`, or with the verdict on why there is none."""
+
+    task: Task
+    example: Example | None
+    verdict: Verdict | None = None
+    exchanges: tuple[Exchange, ...] = ()
+
+    def rejected(self, verdict: Verdict) -> Outcome:
+        """The same outcome without its child."""
+        return dataclasses.replace(self, example=None, verdict=verdict)
+
+    def next_attempt(self) -> Task | None:
+        """The task once more, told why this candidate was not accepted.
+
+        None if it was, or if nothing is known to be done better: no gate rejected it, a request failed.
+        """
+        told = None if self.verdict is None else self.verdict.feedback
+        if self.example is not None or told is None:
+            return None
+        feedback = tuple(dict.fromkeys([*self.task.feedback, told]))
+        return dataclasses.replace(self.task, attempt=self.task.attempt + 1, feedback=feedback)
+
+    def after(self, earlier: Outcome) -> Outcome:
+        """The same outcome as the last of several attempts, with what was asked in all of them."""
+        return dataclasses.replace(self, exchanges=earlier.exchanges + self.exchanges)
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of refined.jsonl."""
+        answers = [exchange.answer for exchange in self.exchanges]
+        return {
+            "task_id": self.task.task_id,
+            "op": self.task.op,
+            "axes": list(self.task.axes),
+            "source_id": self.task.source.id,
+            "hint_ids": [hint.id for hint in self.task.hints],
+            "attempts": self.task.attempt + 1,
+            "accepted": self.example is not None,
+            "gate": None if self.verdict is None else self.verdict.gate,
+            "detail": None if self.verdict is None else self.verdict.detail,
+            "replaces": None if self.task.op == "synthesize" else self.task.source.id,
+            "scores_before": dict(self.task.scores),
+            "example": None if self.example is None else self.example.to_json(),
+            "original": self.task.source.to_json(),
+            "usage": {
+                "requests": len(answers),
+                "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
+                "completion_tokens": sum(answer.completion_tokens for answer in answers),
+            },
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], examples: Mapping[str, Example]) -> Outcome:
+        """Reads a row of refined.jsonl, without exchanges and fault; `examples` are the round's, by id."""
+        task = Task(
+            row["op"],
+            tuple(row["axes"]),
+            Example.from_json(row["original"]),
+            tuple(examples[hint] for hint in row["hint_ids"]),
+            row["scores_before"],
+            row["attempts"] - 1,
+        )
+        example = None if row["example"] is None else Example.from_json(row["example"])
+        # Version 0.1 wrote no gate, and `reject_reason` for `detail`.
+        verdict = Verdict(row.get("gate"), row.get("detail") or row.get("reject_reason", ""))
+        return cls(task, example, None if row["accepted"] else verdict)
+
+    def request_rows(self) -> Iterator[dict[str, Any]]:
+        """Rows of requests.jsonl, in the order of asking."""
+        for exchange in self.exchanges:
+            yield {
+                "task_id": self.task.task_id,
+                "attempt": exchange.attempt,
+                "step": exchange.step,
+                "key": exchange.answer.key,
+                "model": exchange.model,
+                "messages": exchange.messages,
+                "answer": exchange.answer.text,
+                "finish_reason": exchange.answer.finish_reason,
+                "prompt_tokens": exchange.answer.prompt_tokens,
+                "completion_tokens": exchange.answer.completion_tokens,
+            }
+
+
+def plan_tasks(
+    examples: Sequence[Example],
+    hard: Collection[str],
+    sparse: Collection[str],
+    low_quality: Collection[str],
+    knn_ids: Mapping[str, Sequence[str]],
+    scores: Mapping[str, Scores],
+) -> list[Task]:
+    """The three sets as tasks, in dataset order; of one sample the replacing task first, then the addition.
+
+    A sample in both replacing sets is rewritten once, told about both faults.
+
+    Args:
+      examples: the round's dataset.
+      hard: ids selected by complexity; `sparse` by diversity; `low_quality` by quality.
+      knn_ids: ids of the nearest neighbours, nearest first, of every sparse sample.
+      scores: what was measured, by id; kept in the child's lineage.
+
+    Raises:
+      ValueError: an id is not in the dataset, or a sparse sample has no neighbours: the selection belongs to
+        another dataset.
+    """
+    by_id = {example.id: example for example in examples}
+    hard, sparse, low_quality = set(hard), set(sparse), set(low_quality)
+    hint_ids = {hint for core in sparse for hint in knn_ids.get(core, ())}
+    if unknown := sorted((hard | sparse | low_quality | hint_ids) - by_id.keys()):
+        raise ValueError(
+            f"{len(unknown)} selected or neighbouring ids are not in the dataset, the first is {unknown[0]}: "
+            "score and select this dataset again"
+        )
+    if lonely := sorted(core for core in sparse if not knn_ids.get(core)):
+        raise ValueError(
+            f"sparse sample {lonely[0]} has no neighbours in the scores: score the dataset again"
+        )
+    tasks = []
+    for example in examples:
+        known = scores.get(example.id, {})
+        if example.id in low_quality:
+            axes = ("complexity", "quality") if example.id in hard else ("quality",)
+            tasks.append(Task("rewrite", axes, example, scores=known))
+        elif example.id in hard:
+            tasks.append(Task("simplify", ("complexity",), example, scores=known))
+        if example.id in sparse:
+            hints = tuple(by_id[hint] for hint in knn_ids[example.id])
+            tasks.append(Task("synthesize", ("diversity",), example, hints, known))
+    return tasks

@@ -1,0 +1,213 @@
+"""Where each file of a run's folder lies.
+
+runs/NAME/   config.yaml  events.jsonl  heldout.jsonl ...
+  round_00/  dataset.jsonl  scores.parquet  checkpoint/  manifest.json ...
+  final/
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from middo_jax.rundir.files import json_line
+from middo_jax.rundir.manifest import Manifest, RunError
+
+_ROUND = re.compile(r"round_(\d{2,})")
+
+
+def local(path: str | Path) -> Path:
+    """The path, if it is one on this machine.
+
+    Raises:
+      RunError: it is a URL, such as gs://bucket/runs.
+    """
+    # Path() makes gs:/bucket of gs://bucket; a drive letter is one letter.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise RunError(f"{path}: buckets and other URLs are not supported yet; give a folder on this machine")
+    return Path(path)
+
+
+class RoundDir:
+    """One round's folder, `round_00` or `final`; also what `middo score --out DIR` writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = local(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def dataset(self) -> Path:
+        """The examples that this round trains on and diagnoses."""
+        return self.path / "dataset.jsonl"
+
+    @property
+    def scores(self) -> Path:
+        """One row per sample: what was measured of it."""
+        return self.path / "scores.parquet"
+
+    @property
+    def embeddings(self) -> Path:
+        """float32 [N, D], rows as in scores.parquet."""
+        return self.path / "embeddings.npy"
+
+    @property
+    def selection(self) -> Path:
+        """Thresholds, the three sets, their overlap, the m-sweep."""
+        return self.path / "selection.json"
+
+    @property
+    def selected(self) -> Path:
+        """One row per sample: which sets it is in, and its standardised scores."""
+        return self.path / "selection.parquet"
+
+    @property
+    def requests(self) -> Path:
+        """What the refiner was asked and what it answered."""
+        return self.path / "requests.jsonl"
+
+    @property
+    def refined(self) -> Path:
+        """One row per task of the refiner."""
+        return self.path / "refined.jsonl"
+
+    @property
+    def rejected(self) -> Path:
+        """Input rows that could not be used, with the reason, where a command reads them into this folder."""
+        return self.path / "rejected.jsonl"
+
+    @property
+    def candidates(self) -> Path:
+        """One row per attempt of the refiner: the gate that rejected it, and what was measured of it."""
+        return self.path / "candidates.jsonl"
+
+    @property
+    def dropped(self) -> Path:
+        """Samples that made room for additions, and additions that found none, with the reason."""
+        return self.path / "dropped.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """This round's model."""
+        return self.path / "checkpoint"
+
+    @property
+    def metrics(self) -> Path:
+        """One row per training step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """One row per held-out loss that was measured during training."""
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def manifest(self) -> Path:
+        """Which stages are done."""
+        return Manifest(self.path).path
+
+    @property
+    def run(self) -> RunDir | None:
+        """The run that this is a round of; None for a folder that `middo score --out DIR` wrote."""
+        run = RunDir(self.path.absolute().parent)
+        return run if _ROUND.fullmatch(self.path.absolute().name) and run.config.exists() else None
+
+    @property
+    def index(self) -> int:
+        """The round's number, counted from 0; 0 for a folder that belongs to no run."""
+        match = _ROUND.fullmatch(self.path.absolute().name)
+        return int(match[1]) if match and self.run else 0
+
+    def stages(self) -> dict[str, Any]:
+        """Records of the finished stages by name, see `run.manifest`."""
+        return Manifest(self.path).records()
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage has a record, and what it read and wrote is still the same."""
+        manifest = Manifest(self.path)
+        return stage in manifest.records() and manifest.why_stale(stage) is None
+
+    def finish(self, stage: str, files: Iterable[Path], seconds: float, **record: Any) -> None:
+        """Records a stage as done, see `Manifest.finish`."""
+        Manifest(self.path).finish(stage, files, seconds, **record)
+
+    def forget(self, stage: str) -> None:
+        """Removes a stage's record: what it wrote is about to be overwritten."""
+        Manifest(self.path).forget(stage)
+
+
+class RunDir:
+    """A run's folder: config.yaml, events.jsonl, llm_cache.sqlite, round_00 ... final, report.html."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = local(path)
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings."""
+        return self.path / "config.yaml"
+
+    @property
+    def events(self) -> Path:
+        """What happened when, one line each."""
+        return self.path / "events.jsonl"
+
+    @property
+    def llm_cache(self) -> Path:
+        """Every answer of the refiner, keyed by request."""
+        return self.path / "llm_cache.sqlite"
+
+    @property
+    def rejected(self) -> Path:
+        """Input rows that could not be used, with the reason."""
+        return self.path / "rejected.jsonl"
+
+    @property
+    def heldout(self) -> Path:
+        """Examples that are never trained on and never rewritten."""
+        return self.path / "heldout.jsonl"
+
+    @property
+    def heldout_losses(self) -> Path:
+        """Held-out loss of the base model and of every round's model."""
+        return self.path / "heldout_losses.json"
+
+    @property
+    def heldout_rows(self) -> Path:
+        """Loss sum and number of target tokens of each held-out example under each of these models."""
+        return self.path / "heldout_rows.parquet"
+
+    @property
+    def report(self) -> Path:
+        """The page for people."""
+        return self.path / "report.html"
+
+    @property
+    def final(self) -> RoundDir:
+        """The last training: dataset, checkpoint, export."""
+        return RoundDir(self.path / "final")
+
+    def round(self, index: int) -> RoundDir:
+        """The folder of round `index`, counted from 0."""
+        return RoundDir(self.path / f"round_{index:02d}")
+
+    def rounds(self) -> list[RoundDir]:
+        """Existing rounds in order, without `final`."""
+        return [RoundDir(p) for p in sorted(self.path.glob("round_[0-9][0-9]*")) if p.is_dir()]
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the folder is a run's: it holds a round, or settings without the files of a round."""
+        holds_settings = self.config.exists() and not RoundDir(self.path).manifest.exists()
+        return bool(self.rounds()) or self.final.path.is_dir() or holds_settings
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Appends one line to events.jsonl: when, what, and its facts."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
+        with self.events.open("a", encoding="utf-8") as file:
+            file.write(json_line(line))

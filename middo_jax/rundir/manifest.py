@@ -1,0 +1,218 @@
+"""The manifest of a folder: which stages are done, of what they were made, and whether that still holds.
+
+A record of a stage, in `manifest.json`:
+
+    finished, seconds    when, and how long it took
+    files                {name: SHA-256} of what it wrote, a folder file by file
+    reads                {name: SHA-256} of what it read within the run
+    inputs               {role: {path, hash, stat}} of what it read outside: the user's data, models
+    stats                {name: [size, mtime in ns]} of files and reads when they were hashed
+    settings             {dotted name: value} of the settings that it depends on
+    ...                  facts worth keeping: counts, losses
+
+Names are relative to the folder. A file is hashed again only when its size or its mtime has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from middo_jax.rundir.files import file_hash, write_json
+
+_WHOLE = 1 << 30  # bytes up to which a file is hashed whole
+_SAMPLES, _SAMPLE = 64, 64 << 10  # of a larger one: so many blocks of so many bytes
+
+
+class RunError(RuntimeError):
+    """The run's folder does not fit what is asked of it; the message says what to do."""
+
+
+class Seen(NamedTuple):
+    """What a stage read, as its record will say: `reads`, `inputs` and `stats` of the former."""
+
+    reads: dict[str, str]
+    inputs: dict[str, dict[str, str]]
+    stats: dict[str, list[int]]
+
+
+class Manifest:
+    """The finished stages of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "manifest.json"
+
+    def records(self) -> dict[str, Any]:
+        """Records of the finished stages by name.
+
+        Raises:
+          RunError: the file is not a manifest.
+        """
+        try:
+            records = json.loads(self.path.read_text(encoding="utf-8"))["stages"]
+            if not all(isinstance(r["files"], dict) and float(r["seconds"]) >= 0 for r in records.values()):
+                raise ValueError("a stage without files or seconds")
+            return records
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise RunError(f"{self.path}: not a manifest ({e!r}); delete it to run the round again") from e
+
+    def see(self, reads: Iterable[Path], inputs: Mapping[str, Path]) -> Seen:
+        """Hashes what a stage is about to read, before it does: an edit while it runs makes it stale.
+
+        Args:
+          reads: files within the run.
+          inputs: files and folders outside of it, by role.
+
+        Raises:
+          FileNotFoundError: one of them is not there.
+        """
+        found = {self.name(path): path for path in reads}
+        return Seen(
+            {name: fingerprint(path) for name, path in found.items()},
+            {role: _input(path) for role, path in inputs.items()},
+            {name: _stat(path) for name, path in found.items()},
+        )
+
+    def finish(
+        self,
+        stage: str,
+        files: Iterable[Path],
+        seconds: float,
+        *,
+        seen: Seen | None = None,
+        settings: Mapping[str, Any] | None = None,
+        **facts: Any,
+    ) -> None:
+        """Records a stage as done.
+
+        Args:
+          stage: its name.
+          files: what it wrote; a folder stands for all files below it.
+          seconds: how long it took.
+          seen: what it read; None records nothing of that, so that only damage to its files makes it stale.
+          settings: the settings it depends on, by dotted name.
+          facts: small JSON values worth keeping (counts, losses).
+
+        Raises:
+          FileNotFoundError: a file that it wrote is not there.
+        """
+        written = {self.name(path): path for file in files for path in _files_below(file)}
+        stats = {name: _stat(path) for name, path in written.items()}
+        record: dict[str, Any] = {
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 3),
+            "files": {name: fingerprint(path) for name, path in written.items()},
+        }
+        if seen is not None:
+            record |= {"reads": seen.reads, "inputs": seen.inputs, "settings": dict(settings or {})}
+            stats = seen.stats | stats
+        record |= {"stats": stats, **facts}
+        write_json(self.path, {"stages": self.records() | {stage: record}})
+
+    def forget(self, stage: str) -> None:
+        """Removes a stage's record: what it wrote is about to be overwritten."""
+        records = self.records()
+        if records.pop(stage, None) is not None:
+            write_json(self.path, {"stages": records})
+
+    def why_stale(self, stage: str) -> str | None:
+        """Why a finished stage does not fit the files that are there; None if it does.
+
+        A missing file that was read is no reason: within the run its writer is stale, and outside of it
+        what was made of it stands.
+        """
+        record = self.records()[stage]
+        for name, known in record["files"].items():
+            if not (self.folder / name).exists():
+                return f"{name} is missing"
+            if self._has_changed(record, name, known):
+                return f"{name} is not as it was written"
+        for name, known in record.get("reads", {}).items():
+            if (self.folder / name).exists() and self._has_changed(record, name, known):
+                return f"{name} has changed"
+        return _changed_input(record.get("inputs", {}))
+
+    def name(self, path: Path) -> str:
+        """A path as records name it: relative to the folder."""
+        return Path(os.path.relpath(path, self.folder)).as_posix()
+
+    def _has_changed(self, record: Mapping[str, Any], name: str, known: str) -> bool:
+        path, stats = self.folder / name, record.get("stats")
+        if stats is None:  # the previous version's record: all it promised was that the file is there
+            return False
+        return _stat(path) != stats[name] and fingerprint(path) != known
+
+
+def fingerprint(path: Path) -> str:
+    """A hash of a file, or of all files of a folder with their names, hidden ones left out.
+
+    Files up to 1 GiB are hashed whole. Of larger ones, which are weights, the size and 64 blocks spread
+    evenly over the file: to read all of them would take minutes after every training and every copy.
+    """
+    if path.is_file():
+        return file_hash(path) if path.stat().st_size <= _WHOLE else _sampled_hash(path)
+    return _fingerprint_of_folder(path, _stat_of(path))
+
+
+@functools.lru_cache(maxsize=64)
+def _fingerprint_of_folder(folder: Path, stat: str) -> str:
+    # `stat` tells a changed folder from the one that was hashed before.
+    digest = hashlib.sha256()
+    for path in _visible_files(folder):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{fingerprint(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sampled_hash(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(_SAMPLES):
+            file.seek((size - _SAMPLE) * i // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
+    return f"sampled:{digest.hexdigest()}"
+
+
+def _stat(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _stat_of(path: Path) -> str:
+    """Sizes and mtimes of a file, or of all files of a folder, as one hash."""
+    files = [path] if path.is_file() else _visible_files(path)
+    rows = [f"{file.relative_to(path).as_posix()} {_stat(file)}" for file in files]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def _files_below(path: Path) -> list[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} was to be hashed and is not there")
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    found = (p for p in folder.rglob("*") if p.is_file())
+    return sorted(p for p in found if not any(part[0] == "." for part in p.relative_to(folder).parts))
+
+
+def _input(path: Path) -> dict[str, str]:
+    path = path.resolve()
+    return {"path": str(path), "hash": fingerprint(path), "stat": _stat_of(path)}
+
+
+def _changed_input(inputs: Mapping[str, Any]) -> str | None:
+    for role, known in inputs.items():
+        path = Path(known["path"])
+        if path.exists() and _stat_of(path) != known["stat"] and fingerprint(path) != known["hash"]:
+            return f"{role} has changed: {path}"
+    return None

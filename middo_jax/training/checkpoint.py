@@ -1,0 +1,177 @@
+"""Checkpoints of a training under way: the newest and perhaps the best, gone when training is done.
+
+checkpoint/
+  steps/50/       what is trained, optimizer state and whose they are
+  best/           a finished checkpoint of its own: the state with the lowest held-out loss
+  ...             see models/checkpoint.py
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import orbax.checkpoint as ocp
+
+from middo_jax.models.checkpoint import NOT_THE_FILES, arrays_handler, arrays_into, reason, save_params
+from middo_jax.models.model import Params
+from middo_jax.rundir import RunError
+
+_log = logging.getLogger(__name__)
+
+
+class TrainState(NamedTuple):
+    """What a training needs to go on: after `step` optimizer steps."""
+
+    step: int
+    trained: Params
+    opt_state: optax.OptState
+
+
+class _NewestAndBest:
+    """Orbax's question which checkpoints stay. The best is told by whoever knows the losses.
+
+    Orbax's own `BestN` wants the loss at the time of the save; a state saved in a hurry is evaluated later.
+    """
+
+    def __init__(self, newest: int) -> None:
+        self._newest = newest
+        self.best_step: int | None = None
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: ocp.checkpoint_managers.PreservationContext,
+    ) -> list[bool]:
+        newest = sorted(info.step for info in checkpoints)[-self._newest :]
+        return [info.step in newest or info.step == self.best_step for info in checkpoints]
+
+
+class TrainingCheckpoints:
+    """The newest checkpoints of a training under way, as a context; leaving it waits for a save under way.
+
+    An asynchronous `save` returns once the arrays are out of the next step's way. On a CPU they are written
+    from where they lie, and the next step would need as much memory again: better to wait the seconds.
+    """
+
+    def __init__(self, directory: str | Path, identity: str, *, asynchronous: bool, keep: int = 1) -> None:
+        """`identity` names the training: a checkpoint with another one is never continued."""
+        self._directory = Path(directory).absolute()
+        self._identity = identity
+        self._policy = _NewestAndBest(keep)
+        self._orbax = ocp.CheckpointManager(
+            self._directory / "steps",
+            item_handlers={
+                "trained": arrays_handler(),
+                "optimizer": arrays_handler(),
+                "about": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy, create=True, enable_async_checkpointing=asynchronous
+            ),
+        )
+
+    def __enter__(self) -> TrainingCheckpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._orbax.close()
+
+    def keep_best(self, step: int | None) -> None:
+        """Says which step is the best so far: its checkpoint stays until there is a better one."""
+        self._policy.best_step = step
+
+    def save(self, state: TrainState) -> None:
+        """Starts to save, unless this step is saved; older states go once this one is complete."""
+        if self._orbax.latest_step() == state.step:
+            return
+        self._orbax.save(
+            state.step,
+            args=ocp.args.Composite(
+                trained=ocp.args.PyTreeSave(state.trained),
+                optimizer=ocp.args.PyTreeSave(state.opt_state),
+                about=ocp.args.JsonSave({"identity": self._identity}),
+            ),
+        )
+
+    def restore(self, trained: Params, opt_state: optax.OptState) -> TrainState | None:
+        """The newest readable state, or None.
+
+        What cannot be read is set aside with a warning: training is deterministic, so that costs only time.
+
+        Args:
+          trained: shapes with the shardings that are wanted.
+          opt_state: likewise.
+
+        Raises:
+          RunError: the checkpoint is of another training.
+        """
+        for step in sorted(self._orbax.all_steps(), reverse=True):
+            try:
+                about = ocp.args.Composite(about=ocp.args.JsonRestore())
+                if self._orbax.restore(step, args=about)["about"] == {"identity": self._identity}:
+                    arrays = {"trained": arrays_into(trained), "optimizer": arrays_into(opt_state)}
+                    found = self._orbax.restore(step, args=ocp.args.Composite(**arrays))
+                    return TrainState(step, found["trained"], found["optimizer"])
+            except NOT_THE_FILES:
+                raise
+            except Exception as error:  # Orbax raises even plain `Exception` on a damaged file
+                self._set_aside(step, error)
+            else:
+                raise another_training(self._directory)
+        return None
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        found = self._directory / "steps" / str(step)
+        aside = self._directory / f"unreadable_step_{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        found.rename(aside)
+        self._orbax.reload()
+        _log.warning("checkpoint %s cannot be read; it is set aside as %s: %s", found, aside, reason(error))
+
+    def finish(self, state: TrainState, metadata: Mapping[str, Any]) -> None:
+        """Saves the parameters for good and removes all that only a continuation would need.
+
+        The best state, if one was kept, becomes best/, which is a checkpoint as the whole is one. The
+        optimizer's state is consumed: its memory is wanted for that.
+        """
+        self._orbax.wait_until_finished()
+        for x in jax.tree.leaves(state.opt_state):
+            x.delete()
+        about = {**metadata, "identity": self._identity}
+        best = self._policy.best_step
+        if best is not None and best in self._orbax.all_steps():
+            target = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.trained
+            )
+            found = self._orbax.restore(best, args=ocp.args.Composite(trained=arrays_into(target)))
+            save_params(self._directory / "best", found["trained"], about | {"step": best})
+        save_params(self._directory, state.trained, about | {"step": state.step})
+        remove_steps(self._directory)
+
+
+def remove_steps(directory: Path) -> None:
+    """Removes what only the continuation of a training would need."""
+    for leftover in (directory / "steps", *directory.glob("unreadable_step_*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+class AnotherTraining(RunError):
+    """A checkpoint is not to be continued: other data, settings, model or seed."""
+
+
+def another_training(directory: Path) -> AnotherTraining:
+    """The error that says that a checkpoint is not to be continued."""
+    return AnotherTraining(
+        f"{directory} holds a checkpoint of another training (its data, settings, model or seed differ); "
+        "delete that folder or write to another one"
+    )

@@ -1,0 +1,263 @@
+"""metrics.jsonl: each step once, in order, whatever happens in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+from jax.sharding import Mesh
+
+from middo_jax.config import TrainSettings
+from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.models.config import DecoderConfig
+from middo_jax.rundir import json_line, write_text
+from middo_jax.training.feed import PlannedStep
+from middo_jax.training.flops import peak_flops, training_flops
+from middo_jax.training.step import StepOutputs
+from middo_jax.training.trackers import Track
+
+_log = logging.getLogger(__name__)
+
+_MOST_SKIPPED = 10  # bad steps in a row: then it is not the data of one of them
+
+
+class TrainingDiverged(RuntimeError):
+    """A step is bad: its loss or gradient norm is no finite number, or the loss jumps; nothing of it is kept.
+
+    Attributes:
+      step: the step, counted from 1.
+      ids: the examples of its batch.
+    """
+
+    def __init__(self, step: int, why: str, ids: Sequence[str]) -> None:
+        super().__init__(
+            f"training diverged at step {step}: {why}; look at the examples of its batch ({_shown(ids)}), "
+            "lower train.learning_rate, or leave such steps out with train.on_bad_step=skip"
+        )
+        self.step = step
+        self.ids = tuple(ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What differs from machine to machine, and from one start to the next.
+
+    Attributes:
+      seconds: since the step before was read, everything included but compiling.
+      tokens_per_second: tokens of examples, without padding, all devices together.
+      tokens_per_second_device: the same, of one.
+      mfu: share of the devices' published FLOP/s, see `training_flops`; None where that is not known.
+      waited_for_data: share of `seconds` in which the device may have had nothing to do for want of a batch.
+      memory_bytes: most that the first device has held so far; None where it does not say.
+      memory_limit_bytes: that it has; likewise.
+      seconds_left: of the training, at the mean speed since its start.
+    """
+
+    seconds: float
+    tokens_per_second: float
+    tokens_per_second_device: float
+    mfu: float | None
+    waited_for_data: float
+    memory_bytes: int | None
+    memory_limit_bytes: int | None
+    seconds_left: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What is known of a finished step.
+
+    Attributes:
+      step: counted from 1.
+      total_steps: of the whole training.
+      epoch: counted from 0.
+      loss: mean negative log-likelihood of the batch's target tokens, before the update.
+      n_target_tokens: of the batch.
+      grad_norm: global norm before clipping.
+      learning_rate: of this step.
+      skipped: ids of the batch's examples if the step was bad and left out, else empty.
+      speed: on this machine.
+    """
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float
+    n_target_tokens: int
+    grad_norm: float
+    learning_rate: float
+    skipped: tuple[str, ...]
+    speed: Speed
+
+    def row(self) -> dict[str, Any]:
+        """The line of metrics.jsonl. What is the same in every run stands outside `speed`."""
+        values = dataclasses.asdict(self)
+        del values["total_steps"]
+        if not self.skipped:
+            del values["skipped"]
+        for name in ("loss", "grad_norm"):
+            values[name] = values[name] if math.isfinite(values[name]) else None
+        return values
+
+    def scalars(self) -> dict[str, float]:
+        """All numbers by a name that groups them, as TensorBoard and wandb show them: "train/loss"."""
+        row = self.row()
+        speed = {f"speed/{name}": value for name, value in row.pop("speed").items()}
+        learnt = {f"train/{name}": value for name, value in row.items() if name != "step"}
+        return {k: float(v) for k, v in (learnt | speed).items() if isinstance(v, int | float)}
+
+    def note(self) -> str:
+        """For a live line: "loss 1.234, grad norm 0.8, lr 2.00e-05, 3,210 tokens/s a device, MFU 41.0%"."""
+        speed = self.speed
+        parts = [
+            f"loss {self.loss:.3f}",
+            f"grad norm {self.grad_norm:.3g}",
+            f"lr {self.learning_rate:.2e}",
+            f"{speed.tokens_per_second_device:,.0f} tokens/s a device",
+            "MFU not known for this device" if speed.mfu is None else f"MFU {speed.mfu:.1%}",
+            f"data wait {speed.waited_for_data:.1%}",
+        ]
+        if speed.memory_bytes is not None:
+            limit = f" of {speed.memory_limit_bytes / 2**30:.1f}" if speed.memory_limit_bytes else ""
+            parts.append(f"memory {speed.memory_bytes / 2**30:.1f}{limit} GiB")
+        return ", ".join(["step left out", *parts] if self.skipped else parts)
+
+
+class MetricsLog:
+    """metrics.jsonl, as a context; reads a step's outputs when the next is under way."""
+
+    def __init__(
+        self,
+        path: Path,
+        done: int,
+        plan: Sequence[PlannedStep],
+        tokenized: Sequence[TokenizedExample],
+        settings: TrainSettings,
+        config: DecoderConfig,
+        mesh: Mesh,
+        track: Track,
+        on_step: Callable[[StepMetrics], None] | None = None,
+    ) -> None:
+        """`done` steps are behind us: their lines stay, those of steps that are done again go."""
+        self._path = path
+        self._step = self._first = done
+        self._plan = plan
+        self._tokenized = tokenized
+        self._settings = settings
+        self._config = config
+        self._devices = mesh.devices.size
+        self._device = mesh.local_devices[0]
+        self._peak = peak_flops(self._device.device_kind)
+        self._track = track
+        self._on_step = on_step
+        self._pending: StepOutputs | None = None
+        self._skipped_running = 0
+        self._waited = 0.0
+
+    def __enter__(self) -> MetricsLog:
+        # Line n is of step n. What stands behind the checkpoint is of steps that are done again.
+        lines = (
+            self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
+        )
+        if jax.process_index() == 0:
+            write_text(self._path, "".join(lines[: self._step]))
+        # Of several processes, which see one folder, the first writes.
+        path = self._path if jax.process_index() == 0 else Path(os.devnull)
+        self._file: IO[str] = path.open("a", encoding="utf-8", newline="\n")
+        self._started = self._last_read = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def fetched(self, seconds: float) -> None:
+        """A batch is there, for which the host waited so long.
+
+        Only if the device had finished all that it had been given has it waited too, at most as long.
+        """
+        if self._pending is not None:
+            loss: Any = self._pending.loss  # `is_ready` is public, and missing in the stub of jax.Array
+            self._waited += seconds if loss.is_ready() else 0.0
+
+    def dispatched(self, outputs: StepOutputs) -> None:
+        """Takes a new step's outputs, then reads those of the step before."""
+        before, self._pending = self._pending, outputs
+        if before is not None:
+            self._read(before, quietly=False)
+
+    def catch_up(self, *, quietly: bool = False) -> None:
+        """Reads the step under way too and brings the file to the disk: a checkpoint may follow."""
+        if self._pending is not None:
+            last, self._pending = self._pending, None
+            self._read(last, quietly)
+        self._file.flush()
+        if jax.process_index() == 0:
+            os.fsync(self._file.fileno())
+
+    def _read(self, outputs: StepOutputs, quietly: bool) -> None:
+        epoch, rows = self._plan[self._step]
+        loss, n_targets, grad_norm, learning_rate, is_bad, usual = (x.item() for x in jax.device_get(outputs))
+        self._step += 1
+        examples = [self._tokenized[i] for row in rows for i in row]
+        ids = tuple(example.id for example in examples)
+        self._skipped_running = self._skipped_running + 1 if is_bad else 0
+        if is_bad:
+            self._bad_step(loss, grad_norm, usual, ids)
+        speed = self._speed([len(example) for example in examples], n_targets)
+        metrics = StepMetrics(
+            step=self._step,
+            total_steps=len(self._plan),
+            epoch=epoch,
+            loss=loss,
+            n_target_tokens=n_targets,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            skipped=ids if is_bad else (),
+            speed=speed,
+        )
+        self._file.write(json_line(metrics.row()))
+        self._file.flush()
+        self._track(metrics.step, metrics.scalars())
+        if self._on_step is not None and not quietly:
+            self._on_step(metrics)
+
+    def _bad_step(self, loss: float, grad_norm: float, usual: float, ids: Sequence[str]) -> None:
+        why = f"loss {loss}, gradient norm {grad_norm}"
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            why += f", over train.spike_factor={self._settings.spike_factor} times the usual loss {usual:.4f}"
+        if self._settings.on_bad_step == "stop":
+            raise TrainingDiverged(self._step, why, ids)
+        if self._skipped_running > _MOST_SKIPPED:
+            raise TrainingDiverged(
+                self._step, f"{why}, and the {_MOST_SKIPPED} steps before it were left out", ids
+            )
+        _log.warning("step %d is left out: %s; its examples: %s", self._step, why, _shown(ids))
+
+    def _speed(self, lengths: Sequence[int], n_targets: int) -> Speed:
+        now = time.perf_counter()
+        seconds, self._last_read = now - self._last_read, now
+        waited, self._waited = min(self._waited, seconds), 0.0
+        rate, flops = sum(lengths) / seconds, training_flops(self._config, lengths, n_targets)
+        memory = self._device.memory_stats() or {}
+        mean = (now - self._started) / (self._step - self._first)
+        return Speed(
+            seconds=seconds,
+            tokens_per_second=rate,
+            tokens_per_second_device=rate / self._devices,
+            mfu=None if self._peak is None else flops / (seconds * self._devices * self._peak),
+            waited_for_data=waited / seconds,
+            memory_bytes=memory.get("peak_bytes_in_use"),
+            memory_limit_bytes=memory.get("bytes_limit"),
+            seconds_left=mean * (len(self._plan) - self._step),
+        )
+
+
+def _shown(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")

@@ -1,0 +1,121 @@
+"""The optimizers, global-norm clipping and the learning-rate schedule, from the settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from middo_jax.config import TrainSettings
+from middo_jax.parallel.mesh import named_sharding
+from middo_jax.training.guard import GuardState, guarded
+
+# Step, counted from 0 -> float32 learning rate.
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+
+
+def learning_rate_schedule(settings: TrainSettings, total_steps: int) -> Schedule:
+    """Step, counted from 0 -> learning rate.
+
+    Rises linearly over ceil(warmup_ratio * total_steps) steps to the peak, then stays (`constant`) or falls
+    towards 0, which it would reach one step after the last (`linear`, `cosine`). The first step already
+    learns: a rate of 0 there, as in transformers, would waste a good part of a short training.
+    """
+    warmup_steps = math.ceil(settings.warmup_ratio * total_steps)
+
+    def learning_rate(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rising = (step + 1) / max(1, warmup_steps)
+        done = jnp.clip((step - warmup_steps) / max(1, total_steps - warmup_steps), 0.0, 1.0)
+        match settings.schedule:
+            case "cosine":
+                falling = 0.5 * (1 + jnp.cos(jnp.pi * done))
+            case "linear":
+                falling = 1 - done
+            case "constant":
+                falling = jnp.ones_like(done)
+        return settings.learning_rate * jnp.where(step < warmup_steps, rising, falling)
+
+    return learning_rate
+
+
+def make_optimizer(settings: TrainSettings, total_steps: int) -> optax.GradientTransformationExtraArgs:
+    """The optimizer after global-norm clipping, guarded against bad steps; its last link counts the steps.
+
+    `adamw` (arXiv 1711.05101) keeps two float32 moments a parameter. `adafactor` (arXiv 1804.04235) keeps of
+    the second moment only the means over rows and over columns, and no first: next to nothing. It is taken
+    without the scaling by a parameter's own size and with AdamW's decay, so that learning rates mean much the
+    same; what is left of it is the factored moment and the clipping of an update whose root mean square is
+    over 1, a stack of layers at a time. (AdamW with moments in bfloat16 would only halve its state, and a
+    second moment that changes by a thousandth a step stands still in 8 bits.)
+
+    Parameters and gradients come in float32, whatever the model is stored in. Weight decay leaves norms and
+    embeddings alone: see `decayed`.
+    """
+    match settings.optimizer:
+        case "adamw":
+            scaling = (optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2),)
+        case "adafactor":
+            scaling = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    chain = optax.chain(
+        optax.clip_by_global_norm(settings.max_grad_norm),
+        *scaling,
+        optax.add_decayed_weights(settings.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(learning_rate_schedule(settings, total_steps)),
+    )
+    return guarded(chain, settings.spike_factor)
+
+
+def steps_taken(opt_state: optax.OptState) -> jax.Array:
+    """int32: steps that a state of `make_optimizer` has counted, which is the number of the step to come."""
+    assert isinstance(opt_state, GuardState)
+    scaling = opt_state.inner[-1]
+    assert isinstance(scaling, optax.ScaleByScheduleState)
+    return jnp.asarray(scaling.count)
+
+
+def decayed(params: nnx.State) -> nnx.State:
+    """True for each matrix that projects a hidden state, adapters too; False for norms, biases, embedding."""
+    return nnx.map_state(lambda path, _: "_proj" in str(path[-1]) or path[-1] == "lm_head", params)
+
+
+def abstract_opt_state(
+    optimizer: optax.GradientTransformation, params: nnx.State, mesh: Mesh
+) -> optax.OptState:
+    """Shapes, dtypes and shardings of the optimizer's state: moments lie where their parameters do.
+
+    A factored moment lacks one of its parameter's axes, and lies along the others as that does.
+
+    Args:
+      optimizer: of `make_optimizer`.
+      params: arrays, or shapes with shardings.
+      mesh: where everything else, which is small, is replicated.
+    """
+    of_path = {tuple(map(str, path)): param for path, param in jax.tree.leaves_with_path(params)}
+
+    def place(path: tuple[Any, ...], value: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A moment's path ends with that of its parameter.
+        names = tuple(map(str, path))
+        param = next((of_path[names[i:]] for i in range(len(names)) if names[i:] in of_path), None)
+        spec = None if param is None else _spec_of_moment(value.shape, param)
+        sharding = named_sharding(mesh) if spec is None else NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+
+    return jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, params))
+
+
+def _spec_of_moment(shape: tuple[int, ...], param: jax.Array) -> PartitionSpec | None:
+    assert isinstance(param.sharding, NamedSharding)
+    axes = [*param.sharding.spec, *[None] * (param.ndim - len(param.sharding.spec))]
+    if shape == param.shape:
+        return PartitionSpec(*axes)
+    for left_out in range(param.ndim):
+        if shape == param.shape[:left_out] + param.shape[left_out + 1 :]:
+            return PartitionSpec(*axes[:left_out], *axes[left_out + 1 :])
+    return None

@@ -1,0 +1,204 @@
+"""One optimizer step as a pure function. Axes: a micro-batch, b row, t position, d model width.
+
+The parameters come in two trees: `trained` ones, which alone have gradients and optimizer state, and `frozen`
+ones, which are read: the base of LoRA adapters, or none.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from middo_jax.config import TrainSettings
+from middo_jax.data.packing import PackedBatch
+from middo_jax.models.decoder import Remat
+from middo_jax.models.model import Params, Structure, bound
+from middo_jax.models.nll import target_nll_sum
+from middo_jax.parallel.hosts import to_mesh
+from middo_jax.parallel.mesh import named_sharding
+from middo_jax.training.guard import GuardState, usual_loss
+from middo_jax.training.optimizer import learning_rate_schedule, steps_taken
+from middo_jax.training.rounding import stochastic_round
+
+
+class Batch(NamedTuple):
+    """What the device needs of a `PackedBatch`: [b, t] each, or [a, b, t] in micro-batches."""
+
+    tokens_bt: jax.Array
+    segment_ids_bt: jax.Array
+    positions_bt: jax.Array
+    is_target_bt: jax.Array
+
+
+class StepOutputs(NamedTuple):
+    """What a step says of itself, on the device: scalars.
+
+    Attributes:
+      loss: float32, mean negative log-likelihood of the batch's target tokens, before the update.
+      n_target_tokens: int32.
+      grad_norm: float32, global norm before clipping.
+      learning_rate: float32, of this step.
+      is_bad: bool; the step was not taken, see `guard`.
+      usual_loss: float32, what `loss` is compared with; NaN while too little is known.
+    """
+
+    loss: jax.Array
+    n_target_tokens: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    is_bad: jax.Array
+    usual_loss: jax.Array
+
+
+def batch_nll(
+    graphdef: Structure,
+    trained: Params,
+    frozen: Params,
+    batch: Batch,
+    chunk: int,
+    remat: Remat,
+    longest: int | None = None,
+) -> jax.Array:
+    """Sum of the targets' negative log-likelihoods, in float32, of packed rows [b, t].
+
+    Args:
+      graphdef: the decoder's structure.
+      trained: some of its parameters.
+      frozen: the others.
+      batch: packed rows.
+      chunk: target positions of a device whose logits exist at one time.
+      remat: what is kept of a layer for the backward pass.
+      longest: no example is longer; attention passes over what lies further back.
+    """
+    model = bound(graphdef, trained, frozen)
+    places = batch.segment_ids_bt, batch.positions_bt
+    hidden_btd = model.hidden(batch.tokens_bt, *places, longest=longest, remat=remat)
+    next_bt = jnp.roll(batch.tokens_bt, -1, axis=1)
+    return target_nll_sum(model, hidden_btd, next_bt, batch.is_target_bt, chunk)
+
+
+def batch_gradient(
+    graphdef: Structure,
+    trained: Params,
+    frozen: Params,
+    batch: Batch,
+    chunk: int,
+    remat: Remat,
+    longest: int | None = None,
+) -> tuple[jax.Array, jax.Array, Params]:
+    """(loss, number of targets, float32 gradient by `trained`) of the micro-batches [a, b, t] as one batch.
+
+    A target weighs the same in whichever micro-batch it stands: each is divided by the number of all.
+    """
+    n_targets = batch.is_target_bt.sum()
+    divisor = jnp.maximum(n_targets, 1)
+
+    @jax.value_and_grad
+    def share(trained: Params, micro_batch: Batch) -> jax.Array:
+        return batch_nll(graphdef, trained, frozen, micro_batch, chunk, remat, longest) / divisor
+
+    def share_in_float32(micro_batch: Batch) -> tuple[jax.Array, Params]:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), share(trained, micro_batch))
+
+    def add(sums: tuple[jax.Array, Params], micro_batch: Batch) -> tuple[tuple[jax.Array, Params], None]:
+        return jax.tree.map(jnp.add, sums, share_in_float32(micro_batch)), None
+
+    if len(batch.tokens_bt) == 1:  # nothing to add up: a loop would hold the gradient twice
+        loss, gradient = share_in_float32(jax.tree.map(lambda x_abt: x_abt[0], batch))
+    else:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.float32(0), trained))
+        (loss, gradient), _ = jax.lax.scan(add, zeros, batch)
+    return loss, n_targets, gradient
+
+
+def make_train_step(
+    graphdef: Structure,
+    optimizer: optax.GradientTransformationExtraArgs,
+    settings: TrainSettings,
+    total_steps: int,
+    *,
+    chunk: int,
+    state: tuple[Params, optax.OptState],
+    longest: int | None = None,
+    seed: int = 0,
+) -> jax.stages.Wrapped:
+    """Compiles, at its first call, `(trained, opt_state, frozen, batch) -> (trained, opt_state, outputs)`.
+
+    The first two arguments are donated: their buffers are reused and the arrays given are gone. A bad step
+    gives them back as they were, but for the count of steps.
+
+    Args:
+      graphdef: the decoder's structure.
+      optimizer: of `make_optimizer`.
+      settings: for `remat`, rounding, and the learning rate that is reported.
+      total_steps: of the whole training.
+      chunk: target positions of a device whose logits exist at one time.
+      state: (trained, opt_state) or their shapes with shardings; the results lie where these do.
+      longest: no example is longer.
+      seed: of stochastic rounding.
+    """
+    schedule = learning_rate_schedule(settings, total_steps)
+
+    def train_step(
+        trained: Params, opt_state: GuardState, frozen: Params, batch: Batch
+    ) -> tuple[Params, GuardState, StepOutputs]:
+        loss, n_targets, gradient = batch_gradient(
+            graphdef, trained, frozen, batch, chunk, settings.remat, longest
+        )
+        step, grad_norm, usual = (
+            steps_taken(opt_state),
+            optax.tree.norm(gradient),
+            usual_loss(opt_state.recent_w),
+        )
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+        with jax.named_scope("optimizer"):
+            updates, new_state = optimizer.update(gradient, opt_state, wide, loss=loss)
+        assert isinstance(new_state, GuardState)
+        outputs = StepOutputs(loss, n_targets, grad_norm, schedule(step), new_state.was_bad, usual)
+        moved = jax.tree.map(jnp.add, wide, updates)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        return _stored_as(trained, moved, key if settings.stochastic_rounding else None), new_state, outputs
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
+
+
+def _stored_as(like: Params, wide: Params, key: jax.Array | None) -> Params:
+    """float32 values in the dtypes of `like`: by chance where a key is given, else to nearest."""
+    leaves, structure = jax.tree.flatten(wide)
+    stored = [
+        stochastic_round(x, jax.random.fold_in(key, i))
+        if key is not None and before.dtype == jnp.bfloat16
+        else x.astype(before.dtype)
+        for i, (x, before) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True))
+    ]
+    return jax.tree.unflatten(structure, stored)
+
+
+def abstract_batch(settings: TrainSettings, pack_length: int, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of what `put_batch` makes of a training's batches."""
+    micro_batches = settings.gradient_accumulation
+    shape = (micro_batches, settings.batch_size // micro_batches, pack_length)
+
+    def of(dtype: DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, None, "batch"))
+
+    return Batch(of(jnp.int32), of(jnp.int32), of(jnp.int32), of(jnp.bool_))
+
+
+def put_batch(batch: PackedBatch, micro_batches: int, mesh: Mesh) -> Batch:
+    """Splits rows [a * b, ...] into [a, b, ...] and spreads axis b over the mesh.
+
+    Every process is given the whole batch and sends its own devices their part.
+    """
+
+    def put(x_bt: np.ndarray) -> jax.Array:
+        return to_mesh(mesh, x_bt.reshape(micro_batches, -1, x_bt.shape[1]), None, "batch")
+
+    return Batch(*(put(getattr(batch, name)) for name in Batch._fields))

@@ -1,0 +1,247 @@
+"""What columns and fields beside the turns' own text mean: system turns, context, weights, parts, roles."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny_model import write_tiny_model
+
+from middo_jax.data.example import Example, Message
+from middo_jax.data.formats import DataError
+from middo_jax.data.sources import Rejection, read, write
+from middo_jax.data.tokenize import load_tokenizer, tokenize
+
+TURNS = {
+    "messages": [{"role": "user", "content": "Name a sea."}, {"role": "assistant", "content": "North"}],
+    "conversations": [{"from": "human", "value": "Name a sea."}, {"from": "gpt", "value": "North"}],
+}
+ASKED = {
+    "messages": {"messages": TURNS["messages"]},
+    "sharegpt": {"conversations": TURNS["conversations"]},
+    "alpaca": {"instruction": "Name a sea.", "output": "North"},
+    "prompt_completion": {"prompt": "Name a sea.", "completion": "North"},
+}
+PAIR = (Message("user", "Name a sea."), Message("assistant", "North"))
+
+
+def reading(tmp_path: Path, *rows: object) -> tuple[list[Example], list[Rejection]]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read(str(path))
+
+
+def chat(*turns: tuple[str, Any], **fields: Any) -> dict[str, Any]:
+    """A row of messages; `fields` are the last turn's."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return {"messages": [*messages[:-1], messages[-1] | fields]}
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize("form", ASKED)
+def test_a_system_column_is_the_system_turn(tmp_path: Path, form: str, column: str) -> None:
+    (example,), rejections = reading(tmp_path, ASKED[form] | {column: "Rhyme."})
+    assert (example.messages, rejections) == ((Message("system", "Rhyme."), *PAIR), [])
+    assert example.extra == {}
+    (example,), _ = reading(tmp_path, ASKED[form] | {column: " "})
+    assert example.messages == PAIR
+    (example,), _ = reading(tmp_path, ASKED[form] | {column: None})
+    assert example.messages == PAIR
+
+
+def test_one_system_turn_in_two_places(tmp_path: Path) -> None:
+    own = chat(("system", "Rhyme."), ("user", "Name a sea."), ("assistant", "North"))
+    again = ASKED["alpaca"] | {"system": "Rhyme.", "system_prompt": "Sing."}
+    (example,), _ = reading(tmp_path, own | {"system": "Rhyme. "})
+    assert example.messages == (Message("system", "Rhyme."), *PAIR)
+    _, (rejected,) = reading(tmp_path, ASKED["messages"], own | {"system": "Sing."})
+    assert rejected.reason == "several different system turns: its first turn and column 'system'"
+    _, (rejected,) = reading(tmp_path, ASKED["alpaca"], again)
+    assert rejected.reason == "several different system turns: column 'system' and column 'system_prompt'"
+
+
+@pytest.mark.parametrize("form", ["alpaca", "prompt_completion"])
+def test_context_is_of_the_prompt(tmp_path: Path, form: str) -> None:
+    (example,), _ = reading(tmp_path, ASKED[form] | {"context": "Seas: North, East."})
+    assert example.prompt == "Name a sea.\nSeas: North, East."
+    assert example.extra == {}
+    (example,), _ = reading(tmp_path, ASKED[form] | {"context": ""})
+    assert example.prompt == "Name a sea."
+
+
+def test_context_and_input(tmp_path: Path) -> None:
+    (example,), _ = reading(tmp_path, ASKED["alpaca"] | {"context": "Seas: North.", "input": "Be brief."})
+    assert example.prompt == "Name a sea.\nSeas: North.\nBe brief."
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"context": "Seas: North, East."},
+        {"tools": [{"name": "search"}]},
+        {"documents": ["a map"]},
+        {"input": "of Europe"},
+    ],
+)
+def test_a_column_that_the_prompt_needs_is_named(
+    tmp_path: Path, column: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    (name,) = column
+    with caplog.at_level(logging.WARNING):
+        reading(tmp_path, ASKED["sharegpt"] | column)
+    assert f"not trained on, though some rows have it: column '{name}'" in caplog.text
+
+
+def test_a_column_that_repeats_the_conversation_is_not_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (example,), _ = reading(
+        tmp_path, ASKED["messages"] | {"prompt": "Name a  sea.", "tools": [], "source": "x"}
+    )
+    assert example.extra["prompt"] == "Name a  sea."
+    assert "not trained on" not in caplog.text
+
+
+BAD_THEN_GOOD = (("user", "one"), ("assistant", "bad"), ("user", "two"), ("assistant", "good"))
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"weight": 0}, {"weight": 0.0}, {"weight": "0"}, {"weight": False}, {"train": False}, {"loss": 0}],
+)
+def test_an_answer_of_no_weight_is_not_learnt(tmp_path: Path, field: dict[str, Any]) -> None:
+    row = chat(*BAD_THEN_GOOD, weight=1)
+    row["messages"][1] |= field
+    (example,), _ = reading(tmp_path, row)
+    assert [m.learnt for m in example.messages] == [True, False, True, True]
+    tokenizer = load_tokenizer(write_tiny_model(tmp_path / "model"))
+    t = tokenize(example, tokenizer, 1 << 20)
+    assert tokenizer.decode(t.tokens_n[t.is_target_n].tolist()) == "good<|im_end|>"
+    assert "bad" in str(tokenizer.decode(t.tokens_n.tolist()))
+    assert not (t.is_target_n & t.in_prompt_n).any()
+    assert Example.from_json(json.loads(json.dumps(example.to_json()))) == example
+
+
+def test_weights_of_sharegpt_turns(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "one"}, {"from": "gpt", "value": "bad", "weight": 0}]
+    (example,), _ = reading(tmp_path, {"conversations": [*turns, *TURNS["conversations"]]})
+    assert [m.learnt for m in example.messages] == [True, False, True, True]
+
+
+def test_a_row_that_teaches_nothing_is_refused(tmp_path: Path) -> None:
+    row = chat(("user", "one"), ("assistant", "bad"), weight=0)
+    _, (rejected,) = reading(tmp_path, ASKED["messages"], row)
+    assert rejected.reason == "nothing is learnt: every answer has weight 0"
+
+
+def test_turns_behind_the_last_learnt_answer_are_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (example,), _ = reading(tmp_path, chat(*BAD_THEN_GOOD, weight=0))
+    assert example.messages == (Message("user", "one"), Message("assistant", "bad"))
+    assert "turns behind the last answer that is learnt" in caplog.text
+
+
+def test_another_weight_is_named_as_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (example,), _ = reading(tmp_path, chat(("user", "q"), ("assistant", "a"), weight=0.5))
+    assert example.messages[-1].learnt
+    assert "weight" in caplog.text
+
+
+def test_the_same_words_with_other_weights_are_another_sample(tmp_path: Path) -> None:
+    unlearnt = chat(*BAD_THEN_GOOD)
+    unlearnt["messages"][1]["weight"] = 0
+    examples, rejections = reading(tmp_path, chat(*BAD_THEN_GOOD), unlearnt)
+    assert (len(examples), rejections) == (2, [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "out.jsonl messages",
+        "out.json sharegpt",
+        "out.jsonl prompt_completion",
+        "out.parquet parquet",
+        "out tfds",
+    ],
+)
+def test_weights_survive_writing(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    row = chat(*BAD_THEN_GOOD)
+    row["messages"][1]["weight"] = 0
+    examples, _ = reading(tmp_path, row, chat(("user", "q"), ("assistant", "a")))
+    file, form = name.split()
+    write(examples, tmp_path / file, form)
+    assert [e.messages for e in read(str(tmp_path / file))[0]] == [e.messages for e in examples]
+    assert "not trained on" not in caplog.text
+
+
+def test_alpaca_has_no_place_for_weights(tmp_path: Path) -> None:
+    row = chat(*BAD_THEN_GOOD)
+    row["messages"][1]["weight"] = 0
+    with pytest.raises(DataError, match="weight 0"):
+        write(reading(tmp_path, row)[0], tmp_path / "out.json", "alpaca")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": "Name "}, {"type": "text", "text": "a sea."}],
+        [{"type": "text", "text": "Name a sea.", "image_url": None}],
+        ["Name a ", {"text": "sea."}],
+        [{"type": "input_text", "text": "Name a sea."}],
+        {"type": "text", "text": "Name a sea."},
+    ],
+)
+def test_text_parts_are_joined(tmp_path: Path, content: object) -> None:
+    answer = [{"type": "output_text", "text": "North"}]
+    rows = (
+        chat(("user", content), ("assistant", answer)),
+        {"conversations": [{"from": "human", "value": content}, {"from": "gpt", "value": answer}]},
+        {"prompt": content, "completion": answer},
+    )
+    for row in rows:
+        assert reading(tmp_path, row)[0][0].messages == PAIR
+
+
+def test_other_parts_are_refused_by_name(tmp_path: Path) -> None:
+    for part, reason in (
+        (
+            {"type": "image_url", "image_url": {"url": "x"}},
+            "turn 1: 'content' has a part of type 'image_url'",
+        ),
+        ({"type": "input_audio", "text": "x"}, "turn 1: 'content' has a part of type 'input_audio'"),
+        ({"type": "text"}, "turn 1: 'content' has a part without text"),
+        (3, "turn 1: 'content' has a part without text"),
+    ):
+        _, (rejected,) = reading(tmp_path, ASKED["messages"], chat(("user", [part]), ("assistant", "a")))
+        assert rejected.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("system", "user", "assistant"),
+    [
+        ("developer", "user", "assistant"),
+        ("System", "User", "Assistant"),
+        ("SYSTEM", "human", "gpt"),
+        ("Developer", "Human", "model"),
+        (" system", "prompter", "ChatGPT"),
+        ("system", "human", "bot"),
+    ],
+)
+def test_roles_by_their_other_names(tmp_path: Path, system: str, user: str, assistant: str) -> None:
+    turns = ((system, "Rhyme."), (user, "Name a sea."), (assistant, "North"))
+    shares = [{"from": role, "value": text} for role, text in turns]
+    for row in (chat(*turns), {"conversations": shares}):
+        assert reading(tmp_path, row)[0][0].messages == (Message("system", "Rhyme."), *PAIR)
+    _, (rejected,) = reading(tmp_path, ASKED["messages"], chat((user, "q"), ("Tool", "4"), (assistant, "a")))
+    assert rejected.reason == "turn 2 uses a tool ('Tool'), which is not supported"
+
+
+def test_targets_without_weights_are_as_before(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_tiny_model(tmp_path / "model"))
+    t = tokenize(Example(PAIR), tokenizer, 1 << 20)
+    assert np.flatnonzero(t.is_target_n).tolist()[-1] == len(t) - 2

@@ -1,0 +1,267 @@
+"""Laws of the scoring stage: a later round finds what a first one would, and measures only what is new."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from support.loop_fixture import settings
+from support.tiny_model import write_tiny_model
+
+from middo_jax import stages
+from middo_jax.config import load
+from middo_jax.data.example import Example, Message
+from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.progress import Silent
+from middo_jax.report.terminal import render_selection
+from middo_jax.rundir import RoundDir, RunError
+from middo_jax.session import Session, prepare, write_dataset
+from middo_jax.signals.duplicates import count_duplicates, prompt_hash
+from middo_jax.signals.select import select
+from middo_jax.signals.table import read_scores
+from middo_jax.stages.measure import UnderTraining
+
+
+@dataclasses.dataclass(frozen=True)
+class House:
+    """Two models, a dataset, and rounds scored in `root`."""
+
+    root: Path
+
+    @property
+    def base(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def tuned(self) -> Path:
+        return self.root / "tuned"
+
+    def session(self, **more: Any) -> Session:
+        return Session(load(None, settings(self.root, **more)), Silent())
+
+    def score(
+        self,
+        name: str,
+        examples: Sequence[Example],
+        earlier: RoundDir | None = None,
+        axes: tuple[str, ...] = ("complexity", "diversity"),
+        **more: Any,
+    ) -> RoundDir:
+        """Scores examples in a fresh folder, and selects."""
+        shutil.rmtree(self.root / name, ignore_errors=True)
+        directory, session = RoundDir(self.root / name), self.session(**more)
+        write_dataset(directory, examples)
+        stages.score_stage(session, directory, self.tuned, self.base, axes, earlier=earlier)
+        stages.select_stage(session, directory)
+        return directory
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> House:
+    root = tmp_path_factory.mktemp("house")
+    settings(root)
+    write_tiny_model(root / "tuned", seed=1)
+    return House(root)
+
+
+@pytest.fixture(scope="module")
+def examples(house: House) -> list[Example]:
+    return prepare(house.session())[0]
+
+
+def edited(examples: list[Example]) -> list[Example]:
+    """One sample replaced, one gone, one new; one with another answer."""
+    new = [
+        Example((Message("user", f"What is a {x}?"), Message("assistant", f"A {x} is.")))
+        for x in ("cat", "sea")
+    ]
+    answered = Example((*examples[5].messages[:-1], Message("assistant", "No, it is another answer.")))
+    return [examples[0], new[0], *examples[3:5], answered, *examples[6:], new[1]]
+
+
+def score_record(directory: RoundDir) -> dict[str, Any]:
+    return directory.stages()["score"]
+
+
+def assert_same_scores(ours: RoundDir, theirs: RoundDir) -> None:
+    a, b = read_scores(ours.scores), read_scores(theirs.scores)
+    for name in a.column_names:
+        if pa.types.is_floating(a[name].type):
+            x, y = (np.asarray(t[name].to_pylist(), float) for t in (a, b))
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+        elif name == "knn_sims":
+            np.testing.assert_allclose(a[name].to_pylist(), b[name].to_pylist(), rtol=0, atol=1e-5)
+        else:
+            assert a[name].to_pylist() == b[name].to_pylist(), name
+    np.testing.assert_allclose(np.load(ours.embeddings), np.load(theirs.embeddings), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("embedder", ["pre", "post"])
+@pytest.mark.parametrize("text", ["templated", "raw"])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_a_later_round_is_a_first_one(
+    house: House, examples: list[Example], embedder: str, text: str, ignore: bool
+) -> None:
+    how: dict[str, Any] = {
+        "diversity__embedder": embedder,
+        "diversity__text": text,
+        "diversity__ignore_duplicates": str(ignore).lower(),
+    }
+    first, later = house.score("first", examples, **how), edited(examples)
+    updated = house.score("updated", later, first, **how)
+    assert_same_scores(updated, house.score("scratch", later, **how))
+    record = score_record(updated)
+    assert record["n_kept"] == len(later) - 3
+    assert score_record(first)["n_kept"] == 0
+    if embedder == "post":
+        assert record["n_searched"] == len(later)
+        assert record["embedder"] == record["model"] == str(house.tuned)
+    else:
+        assert 3 <= record["n_searched"] < len(later)
+        assert record["embedder"] == str(house.base)
+    # And on from there.
+    again = house.score("again", later[1:], updated, **how)
+    assert_same_scores(again, house.score("scratch", later[1:], **how))
+    assert score_record(again)["n_kept"] == len(later) - 1
+
+
+def test_embeddings_before_training_are_the_base_models(house: House, examples: list[Example]) -> None:
+    pre = house.score("pre", examples, diversity__embedder="pre")
+    shutil.rmtree(house.root / "base", ignore_errors=True)
+    directory, session = RoundDir(house.root / "base"), house.session()
+    write_dataset(directory, examples)
+    stages.score_stage(session, directory, house.base, None, ["diversity"])
+    np.testing.assert_allclose(np.load(pre.embeddings), np.load(directory.embeddings), rtol=1e-5, atol=1e-5)
+    names = ["knn_ids", "prompt_hash"]
+    tables = [read_scores(d.scores).select(names).to_pydict() for d in (pre, directory)]
+    assert tables[0] == tables[1]
+    with pytest.raises(RunError, match=r"diversity\.embedder=pre.*--pre-model"):
+        stages.score_stage(
+            house.session(diversity__embedder="pre"), directory, house.tuned, None, ["diversity"]
+        )
+
+
+def test_rewrites_are_compared_in_the_datasets_own_space(house: House, examples: list[Example]) -> None:
+    """Embedded by the model that embedded the dataset: a sample's own prompt is as similar as can be."""
+    from middo_jax.refinement.tasks import Outcome
+
+    directory = house.score("measured", examples, diversity__embedder="pre")
+    session = house.session(diversity__embedder="pre")
+    tasks = stages.plan_refinement(directory)
+    outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.source) for task in tasks[:3]]
+    assert outcomes
+    for m in UnderTraining(session, directory, house.tuned).measure(outcomes):
+        assert m.similarity == pytest.approx(1.0, abs=1e-5)
+
+
+def test_nothing_changed(house: House, examples: list[Example]) -> None:
+    first = house.score("first", examples, diversity__embedder="pre")
+    again = house.score("again", examples, first, diversity__embedder="pre")
+    assert_same_scores(first, again)
+    assert (score_record(again)["n_kept"], score_record(again)["n_searched"]) == (len(examples), 0)
+
+
+def tampered(directory: RoundDir) -> None:
+    embedding_nd = np.load(directory.embeddings)
+    np.save(directory.embeddings, embedding_nd + 1)
+
+
+def without_manifest(directory: RoundDir) -> None:
+    manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
+    del manifest["stages"]["score"]
+    directory.manifest.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "more"),
+    [
+        (None, {"diversity__k": 3}),
+        (None, {"diversity__text": "raw"}),
+        (None, {"model__max_length": 32}),
+        (None, {"model__template": "default"}),
+        (None, {"model__dtype": "bfloat16"}),
+        (None, {"diversity__ignore_duplicates": "true"}),
+        (tampered, {}),
+        (without_manifest, {}),
+    ],
+)
+def test_what_was_measured_otherwise_is_not_used(
+    house: House, examples: list[Example], change: Callable[[RoundDir], None] | None, more: dict[str, Any]
+) -> None:
+    first = house.score("first", examples, diversity__embedder="pre")
+    if change is not None:
+        change(first)
+    later = house.score("later", examples, first, **{"diversity__embedder": "pre", **more})
+    assert score_record(later)["n_kept"] == 0
+
+
+def test_other_weights_at_the_same_place_are_another_model(house: House, examples: list[Example]) -> None:
+    first = house.score("first", examples, diversity__embedder="pre")
+    kept = (house.base / "model.safetensors").read_bytes()
+    write_tiny_model(house.base, seed=9)
+    try:
+        later = house.score("later", examples, first, diversity__embedder="pre")
+        assert score_record(later)["n_kept"] == 0
+        assert_same_scores(later, house.score("scratch", examples, diversity__embedder="pre"))
+    finally:
+        (house.base / "model.safetensors").write_bytes(kept)
+
+
+def repeated(examples: list[Example]) -> list[Example]:
+    """Some prompts twice or three times, with other answers."""
+    twins = [Example((*e.messages[:-1], Message("assistant", f"Again {e.id}."))) for e in examples[:3]]
+    return [*examples, *twins, Example((*examples[0].messages[:-1], Message("assistant", "Thrice.")))]
+
+
+def test_duplicates_are_reported_and_may_be_ignored(house: House, examples: list[Example]) -> None:
+    with_twins = repeated(examples)
+    directory = house.score("twins", with_twins)
+    table = read_scores(directory.scores)
+    _, selection = select(table, house.session().config)
+    expected = {"n_groups": 3, "n_samples": 7}
+    assert selection["duplicates"] == score_record(directory)["duplicates"] == expected
+    assert "same prompt       7 in 3 groups" in render_selection(selection)
+    of = dict(zip(table["id"].to_pylist(), table["prompt_hash"].to_pylist(), strict=True))
+    nearest = [ids[0] for ids in table["knn_ids"].to_pylist()]
+    assert of[nearest[0]] == of[with_twins[0].id]  # as published: a twin is the nearest of all
+    assert table["knn_sims"].to_pylist()[0][0] == pytest.approx(1, abs=1e-5)
+
+    ignoring = read_scores(house.score("ignoring", with_twins, diversity__ignore_duplicates="true").scores)
+    for id_, ids in zip(ignoring["id"].to_pylist(), ignoring["knn_ids"].to_pylist(), strict=True):
+        assert of[id_] not in [of[i] for i in ids]
+    # Twins see the same others: the twin's own twins are out of sight, whichever of them one is.
+    sims = np.asarray(ignoring["knn_sims"].to_pylist())
+    np.testing.assert_allclose(sims[len(examples)], sims[0], atol=1e-5)
+
+
+def test_the_hash_is_of_what_the_embedding_sees() -> None:
+    tokens, targets, prompt = np.arange(8, dtype=np.int32), np.arange(8) >= 5, np.isin(np.arange(8), [2, 3])
+
+    def hash_of(**changes: Any) -> str:
+        base = {"tokens_n": tokens, "is_target_n": targets, "in_prompt_n": prompt}
+        return prompt_hash(TokenizedExample("x", truncated=False, **{**base, **changes}))
+
+    behind, before, marks = tokens.copy(), tokens.copy(), prompt.copy()
+    behind[4], before[0], marks[1] = 99, 99, True
+    assert hash_of() == hash_of(tokens_n=behind) == hash_of(is_target_n=~targets)
+    assert len({hash_of(), hash_of(tokens_n=before), hash_of(in_prompt_n=marks)}) == 3
+    assert count_duplicates("abaca") == {"n_groups": 1, "n_samples": 3}
+    assert count_duplicates([]) == {"n_groups": 0, "n_samples": 0}
+
+
+def test_ifd_is_a_column(house: House, examples: list[Example]) -> None:
+    table = read_scores(house.score("ifd", examples, axes=("diversity",), scoring__ifd="true").scores)
+    post, alone, ratio = (
+        np.asarray(table[name].to_pylist(), float) for name in ("loss_post", "loss_unconditional", "ifd")
+    )
+    assert np.isfinite(alone).all()
+    np.testing.assert_allclose(ratio, post / alone, rtol=1e-6)
+    without = read_scores(house.score("plain", examples, axes=("diversity",)).scores)
+    assert without["ifd"].null_count == without["loss_unconditional"].null_count == len(examples)

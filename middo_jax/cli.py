@@ -56,8 +56,8 @@ def main() -> None:
     # transformers and TFDS talk at import; a user asked neither.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from middo_jax.parallel.preemption import EXIT_PREEMPTED
     from middo_jax.rundir import RunError
-    from middo_jax.training.stopping import EXIT_PREEMPTED
 
     try:
         app()

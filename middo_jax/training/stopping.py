@@ -13,19 +13,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from middo_jax.parallel.preemption import Preempted
+
 _log = logging.getLogger(__name__)
-
-EXIT_PREEMPTED = 75
-
-
-class Preempted(SystemExit):
-    """The scheduler takes the machine back; all is saved, and the same call goes on from there.
-
-    A `SystemExit`, so that a program that does nothing about it ends with EXIT_PREEMPTED.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(EXIT_PREEMPTED)
 
 
 class StopCheck(Protocol):
@@ -46,7 +36,8 @@ def deferred_stops() -> Iterator[StopCheck]:
     for SIGTERM and says which step that is, and Ctrl-C, on which nobody could agree, stops at once.
     """
     import jax
-    from jax.experimental import multihost_utils
+
+    from middo_jax.parallel.coordination import stop_point
 
     alone = jax.process_count() == 1
     told: list[signal.Signals] = []
@@ -65,8 +56,8 @@ def deferred_stops() -> Iterator[StopCheck]:
             raise Preempted
         if told:
             raise KeyboardInterrupt
-        if not alone and step is not None and multihost_utils.reached_preemption_sync_point(step):
-            raise Preempted
+        if not alone and step is not None:
+            stop_point()
 
     ours: list[tuple[signal.Signals, Any]] = []
     if alone and threading.current_thread() is threading.main_thread():

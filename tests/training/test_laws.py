@@ -19,11 +19,11 @@ from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models import hf
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.model import Params
+from middo_jax.parallel.preemption import EXIT_PREEMPTED
 from middo_jax.rundir import read_jsonl
 from middo_jax.training.feed import feed, plan_training
 from middo_jax.training.optimizer import make_optimizer
 from middo_jax.training.step import batch_gradient, make_train_step, put_batch
-from middo_jax.training.stopping import EXIT_PREEMPTED
 
 ONE = mesh_of(1, 1, 1)
 

@@ -19,8 +19,9 @@ from middo_jax.config import MeshSettings
 from middo_jax.models.checkpoint import read_metadata, restore_params
 from middo_jax.models.config import read_config
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.parallel.preemption import EXIT_PREEMPTED, Preempted
 from middo_jax.rundir import read_jsonl
-from middo_jax.training.stopping import EXIT_PREEMPTED, Preempted, deferred_stops
+from middo_jax.training.stopping import deferred_stops
 
 TIMEOUT_S = 300
 

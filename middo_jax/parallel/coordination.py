@@ -1,0 +1,274 @@
+"""What the processes of a job tell each other beside the devices: decisions, barriers, ends, signs of life.
+
+Everything goes through the key-value store of JAX's coordination service, which process 0 runs. No wait here
+is a collective of the devices, since those give up after their own time, or never.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+import jax
+from jax._src import distributed  # the client has no public name; Orbax uses it as well
+from jax.experimental import multihost_utils
+
+from middo_jax.parallel.preemption import Preempted
+from middo_jax.rundir import RunError
+
+T = TypeVar("T")
+
+POLL_S = 5.0
+DEAD_AFTER_S = 45.0  # without a sign of life
+END_AFTER_S = 20.0  # that the main thread has to end by itself once another process has failed
+_PART = 1 << 20  # characters of one value: gRPC refuses messages over 4 MB
+
+_calls = itertools.count()
+_points = itertools.count(1)
+_count = 0  # of pieces of work done by this process
+_at = "start"
+
+
+class HostsError(RunError):
+    """Another process of the job failed, or the processes disagree."""
+
+
+def is_first() -> bool:
+    """Whether this process decides and writes; the only process of a job does."""
+    return jax.process_index() == 0
+
+
+def advanced(where: str) -> None:
+    """Notes that this process has got further, for whoever looks for the one that is stuck."""
+    global _count, _at
+    _count, _at = _count + 1, where
+
+
+def barrier(name: str) -> None:
+    """Returns once all processes have come here. Waits as long as others make progress (see `Watch`)."""
+    if jax.process_count() == 1:
+        return
+    call = _next_call(name)
+    _put(f"{call}/{jax.process_index()}", "here")
+    for process in range(jax.process_count()):
+        _get(f"{call}/{process}")
+
+
+def from_first(name: str, function: Callable[[], T]) -> T:
+    """The value, of JSON, that the function has in process 0; no other process calls it.
+
+    The others wait as long as it takes. If it raises there, they raise HostsError. A SIGTERM to any process
+    raises `Preempted` in all of them.
+    """
+    if jax.process_count() == 1:
+        return function()
+    call = _next_call(name)
+    if is_first():
+        with _ticking(call):
+            value = function()
+        _put(call, json.dumps(value))
+        return value
+    return json.loads(_get(call, follow_ticks=True))
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Checks that all processes have the same facts, such as hashes of their inputs.
+
+    Raises:
+      HostsError: some differ; it names hosts and values.
+    """
+    if jax.process_count() == 1:
+        return
+    call = _next_call("agree")
+    mine = {"host": socket.gethostname(), "facts": dict(facts)}
+    _put(f"{call}/{jax.process_index()}", json.dumps(mine))
+    told = [json.loads(_get(f"{call}/{i}")) for i in range(jax.process_count())]
+    for name, expected in told[0]["facts"].items():
+        others = [
+            f"process {i} on {other['host']} has {other['facts'].get(name)}"
+            for i, other in enumerate(told)
+            if other["facts"].get(name) != expected
+        ]
+        if others:
+            raise HostsError(
+                f"the processes differ in {name}: process 0 on {told[0]['host']} has {expected}, "
+                f"{', '.join(others)}; all must be started with the same settings, code and data"
+            )
+
+
+def stop_point() -> None:
+    """Raises `Preempted` in all processes at the same call, once any of them has got a SIGTERM.
+
+    All processes must call it equally often. Alone it does nothing: a signal reaches the process itself.
+    """
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_points)):
+        raise Preempted
+
+
+def tell_end(error: BaseException | None) -> None:
+    """Tells the others that this process ends, and why: None is a good end, and so is `Preempted`."""
+    if jax.process_count() > 1 and (client := distributed.global_state.client) is not None:
+        text = "" if error is None or isinstance(error, Preempted) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone as well
+            client.key_value_set(f"middo/end/{jax.process_index()}", text, allow_overwrite=True)
+
+
+def _next_call(name: str) -> str:
+    advanced(name)
+    return f"middo/call/{next(_calls)}/{name}"
+
+
+def _store() -> Any:
+    """The client of JAX's key-value store; there is one in every job of several processes."""
+    assert distributed.global_state.client is not None
+    return distributed.global_state.client
+
+
+def _put(key: str, value: str) -> None:
+    parts, client = [value[i : i + _PART] for i in range(0, len(value), _PART)] or [""], _store()
+    for i, part in enumerate(parts):
+        client.key_value_set(f"{key}/part{i}", part)
+    client.key_value_set(f"{key}/parts", str(len(parts)))
+
+
+def _get(key: str, follow_ticks: bool = False) -> str:
+    client, ticks = _store(), itertools.count()
+    tick = next(ticks)
+    while (found := _try_get(f"{key}/parts")) is None:
+        if follow_ticks and _try_get(f"{key}/tick{tick}") is not None:
+            stop_point()
+            tick = next(ticks)
+            continue
+        time.sleep(0.02 if not follow_ticks else 0.2)
+    while follow_ticks and _try_get(f"{key}/tick{tick}") is not None:  # so that all called equally often
+        stop_point()
+        tick = next(ticks)
+    return "".join(client.blocking_key_value_get(f"{key}/part{i}", 60_000) for i in range(int(found)))
+
+
+def _try_get(key: str) -> str | None:
+    try:
+        return _store().key_value_try_get(key)
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+            return None
+        raise HostsError(f"process 0 cannot be reached: {error}") from error
+
+
+@contextlib.contextmanager
+def _ticking(call: str, every_s: float = 2.0) -> Iterator[None]:
+    """While process 0 works alone, it and those who wait ask in step whether to stop.
+
+    The others follow numbered ticks, since processes that are not in step cannot agree on a point.
+    """
+    done = threading.Event()
+
+    def tick() -> None:
+        for number in itertools.count():
+            if done.wait(every_s):
+                return
+            _store().key_value_set(f"{call}/tick{number}", "")
+            try:
+                stop_point()
+            except Preempted:
+                # Not SIGTERM, which is JAX's: its handler told the others.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+                return
+
+    def preempted(*_: object) -> None:
+        raise Preempted
+
+    thread = threading.Thread(target=tick, daemon=True)
+    before = signal.signal(signal.SIGUSR2, preempted)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        signal.signal(signal.SIGUSR2, before)
+
+
+class Watch:
+    """Ends this process with a message when another has failed, is dead, or nobody gets further.
+
+    The main thread may be in a collective that never returns, so that only ending the process helps.
+    """
+
+    def __init__(self, stall_timeout_s: float) -> None:
+        """`stall_timeout_s`: how long nobody may get further."""
+        self._stall_timeout_s = stall_timeout_s
+        self._me = (
+            jax.process_index()
+        )  # asked here: when the program ends JAX would start a new backend for it
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._seen: dict[str, tuple[int, float]] = {}
+        self._moved: dict[str, tuple[int, float]] = {}
+        self._beats = itertools.count()
+
+    def start(self) -> None:
+        """Begins to watch, in a thread of its own."""
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                reason = self._reason()
+            except jax.errors.JaxRuntimeError as error:
+                reason = f"process 0, which coordinates, cannot be reached: {str(error).splitlines()[0]}"
+            if reason is not None:
+                self._end(reason)
+            time.sleep(POLL_S)
+
+    def _reason(self) -> str | None:
+        client, me = distributed.global_state.client, str(self._me)
+        if client is None:  # shut down in good order
+            sys.exit()
+        about = {"beat": next(self._beats), "count": _count, "at": _at, "host": socket.gethostname()}
+        client.key_value_set(f"middo/alive/{me}", json.dumps(about), allow_overwrite=True)
+        ended = {key.rsplit("/", 1)[1]: text for key, text in client.key_value_dir_get("middo/end/")}
+        for process, text in ended.items():
+            if text and process != me:
+                return f"process {process} ended: {text}"
+        table = {key.rsplit("/", 1)[1]: json.loads(x) for key, x in client.key_value_dir_get("middo/alive/")}
+        now = time.monotonic()
+        for process, row in table.items():
+            if self._seen.get(process, (None, 0))[0] != row["beat"]:
+                self._seen[process] = row["beat"], now
+            if self._moved.get(process, (None, 0))[0] != row["count"]:
+                self._moved[process] = row["count"], now
+        for process, (_, since) in self._seen.items():
+            if process not in ended and now - since > DEAD_AFTER_S:
+                row = table[process]
+                return (
+                    f"process {process} on {row['host']} has given no sign of life for {now - since:.0f} s, "
+                    f"last at {row['at']}: it is dead or cut off"
+                )
+        still = now - max(since for _, since in self._moved.values())
+        if still > self._stall_timeout_s:
+            least = min(row["count"] for row in table.values())
+            behind = [
+                f"process {process} on {row['host']} at {row['at']}"
+                for process, row in sorted(table.items())
+                if row["count"] == least
+            ]
+            return f"nobody got further for {still:.0f} s (hosts.stall_timeout); last is {', '.join(behind)}"
+        return None
+
+    def _end(self, reason: str) -> None:
+        time.sleep(0 if "nobody" in reason else END_AFTER_S)
+        print(f"middo: {reason}; the same command goes on from what is saved", file=sys.stderr, flush=True)
+        if (
+            self._me == 0
+        ):  # the others would end at once, and without a word, with the service in this process
+            time.sleep(2 * POLL_S)
+        os._exit(1)

@@ -1,0 +1,15 @@
+"""How a program ends that the scheduler told to stop."""
+
+from __future__ import annotations
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+
+
+class Preempted(SystemExit):
+    """The scheduler takes the machine back; all is saved, and the same call continues from there.
+
+    A `SystemExit`, so that a program that does nothing about it ends with EXIT_PREEMPTED.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_PREEMPTED)

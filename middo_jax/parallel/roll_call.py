@@ -1,0 +1,80 @@
+"""Who has arrived at the start of a job: one small file per process in a folder that all hosts share.
+
+JAX's coordination service ends the process when its start times out, and does not say who was missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import threading
+from pathlib import Path
+from types import TracebackType
+
+ALIVE_S = (
+    5.0  # between two signs of life; a file that is three of these older than our own is a dead process's
+)
+
+
+class RollCall:
+    """While the block runs, this process's file is kept fresh; afterwards it is removed."""
+
+    def __init__(self, shared: Path, job: str, process: int | None) -> None:
+        """`job` tells several jobs in one folder apart; `process` None is told by host and pid instead."""
+        self._folder = shared / f".joining-{hashlib.sha256(job.encode()).hexdigest()[:8]}"
+        self._mine = self._folder / (f"pid{os.getpid()}" if process is None else str(process))
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep_fresh, daemon=True)
+
+    def __enter__(self) -> RollCall:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._sign()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        self._mine.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are still there
+            self._folder.rmdir()
+
+    def _sign(self) -> None:
+        self._mine.write_text(socket.gethostname(), encoding="utf-8")
+
+    def _keep_fresh(self) -> None:
+        while not self._done.wait(ALIVE_S):
+            with contextlib.suppress(OSError):  # a shared folder that is gone for a moment
+                self._sign()
+
+    def arrived(self) -> dict[str, str]:
+        """{process: host} of those that wait now. All times are the file system's."""
+        found, now = {}, self._mine.stat().st_mtime
+        for path in sorted(self._folder.iterdir()):
+            with contextlib.suppress(OSError):
+                if now - path.stat().st_mtime < 3 * ALIVE_S:
+                    found[path.name] = path.read_text(encoding="utf-8")
+        return found
+
+    def missing(self, processes: int | None) -> str:
+        """A sentence about who has not arrived."""
+        try:
+            arrived = self.arrived()
+        except OSError as error:
+            return f"not all hosts are there; who is cannot be read from {self._folder}: {error}"
+        hosts = ", ".join(f"{name} on {host}" for name, host in arrived.items())
+        if processes is None:
+            return f"not all hosts are there; arrived are {hosts}"
+        absent = [str(i) for i in range(processes) if str(i) not in arrived]
+        if not absent:
+            return (
+                f"all {processes} processes have arrived ({hosts}), and do not reach the coordinator's port"
+            )
+        return (
+            f"process {', '.join(absent)} of {processes} has not arrived (here: {hosts}), or does not share "
+            f"the folder {self._folder.parent}"
+        )

@@ -1,0 +1,81 @@
+"""A program of a job of several processes, which does one small thing with the others.
+
+python job.py FOLDER THING ADDRESS PROCESSES PROCESS
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from middo_jax.parallel import cluster, coordination
+from middo_jax.parallel.coordination import advanced, agree, barrier, from_first
+from middo_jax.progress import Lines
+
+
+def decide(me: int) -> None:
+    """Process 0 decides, slowly; a value larger than one message arrives whole."""
+    calls = []
+    value = from_first(
+        "decide", lambda: (calls.append(me), time.sleep(3), {"n": 3, "text": "ü" * 3_000_000})[2]
+    )
+    barrier("decided")
+    print("decided", value["n"], len(value["text"]), "asked" if calls else "told")
+
+
+def differ(me: int) -> None:
+    """The last process has other data."""
+    agree({"settings": "a", "data": "b" if me + 1 < jax.process_count() else "c"})
+
+
+def fail(me: int) -> None:
+    """Process 1 fails, where the others wait for it."""
+    if me == 1:
+        raise ValueError("a broken host")
+    barrier("never")
+
+
+def vanish(me: int) -> None:
+    """Process 1 is killed, where the others wait for it."""
+    if me == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    barrier("never")
+
+
+def stall(me: int) -> None:
+    """Process 1 does nothing any more, where the others wait for it."""
+    if me == 1:
+        while True:
+            time.sleep(1)
+    advanced("the pass")
+    barrier("after the pass")
+
+
+def preempted_alone(me: int) -> None:
+    """The last process is told to stop while process 0 works and the others wait."""
+    if me + 1 == jax.process_count():
+        os.kill(os.getpid(), signal.SIGTERM)
+    from_first("long work", lambda: time.sleep(120))
+
+
+if __name__ == "__main__":
+    folder, thing, address, processes, process = sys.argv[1:]
+    jax.config.update("jax_num_cpu_devices", 1)
+    coordination.POLL_S, coordination.DEAD_AFTER_S, coordination.END_AFTER_S = 0.5, 6.0, 3.0
+    job = cluster.find_job({}, address, int(processes), int(process))
+    assert job is not None
+    cluster.start(job, Lines(), Path(folder), timeout_s=120)
+    coordination.Watch(stall_timeout_s=float(os.environ.get("STALL", "60"))).start()
+    ended: BaseException | None = None
+    try:
+        globals()[thing](int(process))
+    except BaseException as error:
+        ended = error
+        raise
+    finally:
+        coordination.tell_end(ended)

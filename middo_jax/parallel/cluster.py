@@ -56,7 +56,7 @@ def find_job(
 ) -> Job | None:
     """The job that this process belongs to; None if it is alone.
 
-    The options win over JAX's variables (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), and these
+    The options win over JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. These variables win
     over what a scheduler sets: Slurm, Open MPI, an Indexed Job of Kubernetes, Cloud TPU and GKE.
 
     Args:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed  # the client has no public name; Orbax uses it as well
@@ -103,6 +103,37 @@ def agree(facts: Mapping[str, str]) -> None:
                 f"the processes differ in {name}: process 0 on {told[0]['host']} has {expected}, "
                 f"{', '.join(others)}; all must be started with the same settings, code and data"
             )
+
+
+@contextlib.contextmanager
+def lead(name: str) -> Iterator[Callable[[Any], None]]:
+    """In process 0: the block may tell the others again and again what to do with it, see `follow`.
+
+    What it is given takes a value of JSON, and returns at once; the caller then does the same as the others.
+    """
+    if jax.process_count() == 1:
+        yield lambda value: None
+        return
+    with contextlib.ExitStack() as stack:
+        call = _next_call(name)
+        stack.enter_context(_ticking(call))
+
+        def tell(value: Any) -> None:
+            nonlocal call
+            stack.close()  # nobody asks whether to stop while all work together
+            _put(call, json.dumps({"do": value}))
+            call = _next_call(name)
+            stack.enter_context(_ticking(call))
+
+        yield tell
+        stack.close()
+        _put(call, json.dumps(None))
+
+
+def follow(name: str) -> Iterator[Any]:
+    """In every other process: what process 0 tells, until its block has ended."""
+    while (told := json.loads(_get(_next_call(name), follow_ticks=True))) is not None:
+        yield told["do"]
 
 
 def stop_point() -> None:

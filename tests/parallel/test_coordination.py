@@ -52,6 +52,11 @@ def test_process_0_decides_and_all_know(tmp_path: Path) -> None:
     assert all("decided 3 3000000 told" in e.output for e in ended[1:])
 
 
+def test_process_0_leads_and_the_others_follow(tmp_path: Path) -> None:
+    ended = run_job(tmp_path, "led", 3)
+    assert all(e.code == 0 and "did [0, 1, 2]" in e.output for e in ended)
+
+
 def test_a_mismatch_names_processes_and_values(tmp_path: Path) -> None:
     for e in run_job(tmp_path, "differ", 2):
         assert e.code != 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from middo_jax.parallel import cluster, coordination
-from middo_jax.parallel.coordination import advanced, agree, barrier, from_first
+from middo_jax.parallel.coordination import advanced, agree, barrier, follow, from_first, lead
 from middo_jax.progress import Lines
 
 
@@ -26,6 +26,23 @@ def decide(me: int) -> None:
     )
     barrier("decided")
     print("decided", value["n"], len(value["text"]), "asked" if calls else "told")
+
+
+def led(me: int) -> None:
+    """Process 0 tells the others three things to do, and works alone in between."""
+    done = []
+    if me == 0:
+        with lead("work") as tell:
+            for number in range(3):
+                time.sleep(1)
+                tell(number)
+                barrier("together")
+                done.append(number)
+    else:
+        for number in follow("work"):
+            barrier("together")
+            done.append(number)
+    print("did", done)
 
 
 def differ(me: int) -> None:

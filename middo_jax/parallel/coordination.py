@@ -6,6 +6,7 @@ is a collective of the devices, since those give up after their own time, or nev
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import json
@@ -32,7 +33,7 @@ DEAD_AFTER_S = 45.0  # without a sign of life
 END_AFTER_S = 20.0  # that the main thread has to end by itself once another process has failed
 _PART = 1 << 20  # characters of one value: gRPC refuses messages over 4 MB
 
-_calls = itertools.count()
+_calls: collections.Counter[str] = collections.Counter()
 _points = itertools.count(1)
 _count = 0  # of pieces of work done by this process
 _at = "start"
@@ -105,28 +106,38 @@ def agree(facts: Mapping[str, str]) -> None:
             )
 
 
-@contextlib.contextmanager
-def lead(name: str) -> Iterator[Callable[[Any], None]]:
-    """In process 0: the block may tell the others again and again what to do with it, see `follow`.
+Together = Callable[[Any], contextlib.AbstractContextManager[None]]
 
-    What it is given takes a value of JSON, and returns at once; the caller then does the same as the others.
+
+@contextlib.contextmanager
+def lead(name: str) -> Iterator[Together]:
+    """In process 0: the block works alone, and every now and then together with the others, who `follow`.
+
+        with lead("refine") as together:
+            children = ...
+            with together(children):
+                measure(children)
+
+    What `together` is given, of JSON, is what `follow` yields.
     """
     if jax.process_count() == 1:
-        yield lambda value: None
+        yield lambda value: contextlib.nullcontext()
         return
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as alone:
         call = _next_call(name)
-        stack.enter_context(_ticking(call))
+        alone.enter_context(_ticking(call))
 
-        def tell(value: Any) -> None:
+        @contextlib.contextmanager
+        def together(value: Any) -> Iterator[None]:
             nonlocal call
-            stack.close()  # nobody asks whether to stop while all work together
+            alone.close()  # what all do together has stop points of its own
             _put(call, json.dumps({"do": value}))
+            yield
             call = _next_call(name)
-            stack.enter_context(_ticking(call))
+            alone.enter_context(_ticking(call))
 
-        yield tell
-        stack.close()
+        yield together
+        alone.close()
         _put(call, json.dumps(None))
 
 
@@ -155,7 +166,8 @@ def tell_end(error: BaseException | None) -> None:
 
 def _next_call(name: str) -> str:
     advanced(name)
-    return f"middo/call/{next(_calls)}/{name}"
+    _calls[name] += 1
+    return f"middo/call/{name}/{_calls[name]}"
 
 
 def _store() -> Any:

@@ -32,11 +32,11 @@ def led(me: int) -> None:
     """Process 0 tells the others three things to do, and works alone in between."""
     done = []
     if me == 0:
-        with lead("work") as tell:
+        with lead("work") as together:
             for number in range(3):
                 time.sleep(1)
-                tell(number)
-                barrier("together")
+                with together(number):
+                    barrier("together")
                 done.append(number)
     else:
         for number in follow("work"):

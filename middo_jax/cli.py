@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +36,30 @@ MODEL_HELP = "A Hugging Face directory, a checkpoint of ours, a LoRA adapter, a 
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 
 
+_JOB: dict[str, Any] = {}  # what the options say of the job that this process belongs to
+
+
+@contextlib.contextmanager
+def _in_job(shared: Path, overrides: list[str] | None, config: Path | None = None) -> Iterator[None]:
+    """The block runs in all processes of a job, if there is one; `shared` is a folder that all of them see."""
+    from middo_jax.config import load
+    from middo_jax.parallel.cluster import find_job, joined
+    from middo_jax.progress import for_stderr
+
+    unnamed = [] if config else [{"model.path": "-", "data.path": "-"}]
+    hosts = load(config, [*unnamed, *(overrides or ())]).hosts
+    with joined(find_job(os.environ, **_JOB), for_stderr(), shared, hosts, _print_error):
+        yield
+
+
+def _print_error(error: BaseException) -> None:
+    if not isinstance(error, (ValueError, OSError, RuntimeError)) or os.environ.get("MIDDO_TRACEBACK"):
+        traceback.print_exception(error)
+        return
+    print(f"middo: {error}", file=sys.stderr)
+    print("(MIDDO_TRACEBACK=1 shows where)", file=sys.stderr)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from middo_jax.version import __version__
@@ -47,8 +74,14 @@ def options(
         bool,
         typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
     ] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT of process 0, in a job of several processes.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="How many processes the job has.")] = None,
+    process: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
 ) -> None:
-    """Options of the program itself, which need no command."""
+    """Options of the program itself. A job is also found in its cluster's environment (docs/pods.md)."""
+    _JOB.update(coordinator=coordinator, processes=processes, process=process)
 
 
 def main() -> None:
@@ -70,8 +103,7 @@ def main() -> None:
     except (RunError, ValueError, OSError, RuntimeError) as error:
         if os.environ.get("MIDDO_TRACEBACK"):
             raise
-        print(f"middo: {error}", file=sys.stderr)
-        print("(MIDDO_TRACEBACK=1 shows where)", file=sys.stderr)
+        _print_error(error)
         sys.exit(1)
 
 
@@ -84,7 +116,9 @@ def run_command(
     """The closed loop: train, score, select, refine, merge, again; resumed where it stopped."""
     from middo_jax import api
 
-    _show_run(api.run(config, overrides), as_json)
+    runs_dir = Path(api.load_config(config, overrides).runs_dir)
+    with _in_job(runs_dir, overrides, config):
+        _show_run(api.run(config, overrides), as_json)
 
 
 @app.command(epilog="Example: middo quickstart train.num_epochs=2")
@@ -118,7 +152,8 @@ def score(
     wanted = _names(axes)
     api.require_axes(wanted, "--axes")
     kept = None if keep_columns is None else _names(keep_columns)
-    scores = api.score(data, model, pre_model, wanted, keep_columns=kept, out=out, settings=overrides)
+    with _in_job(out.absolute().parent, overrides):
+        scores = api.score(data, model, pre_model, wanted, keep_columns=kept, out=out, settings=overrides)
     path = str(RoundDir(out).scores)
     result = {"out": str(out), "n": len(scores.table), "rejected": len(scores.rejected), "scores": path}
     _show(as_json, result, path)
@@ -193,7 +228,8 @@ def train(
     """Supervised fine-tuning: OUT/checkpoint and OUT/metrics.jsonl; goes on where it was stopped."""
     from middo_jax import api
 
-    trained = api.train(data, model, out, settings=overrides)
+    with _in_job(out.absolute().parent, overrides):
+        trained = api.train(data, model, out, settings=overrides)
     checkpoint = str(trained.checkpoint)
     result: dict[str, Any] = {"checkpoint": checkpoint, "last": trained.metrics[-1]}
     if trained.heldout is not None:
@@ -208,7 +244,8 @@ def evaluate(data: Data, model: Model, overrides: Overrides = None, as_json: AsJ
     """Loss per target token of a model on a dataset."""
     from middo_jax import api
 
-    result = _loss(api.evaluate(data, model, settings=overrides))
+    with _in_job(Path.cwd(), overrides):
+        result = _loss(api.evaluate(data, model, settings=overrides))
     _show(as_json, result, f"{result['loss']:.6f} nats per token over {result['n_target_tokens']:,} tokens")
 
 
@@ -231,7 +268,8 @@ def export(
     """A checkpoint of ours, or a LoRA adapter merged, as a Hugging Face directory."""
     from middo_jax import api
 
-    exported = api.export(checkpoint, out, dtype=dtype, verify=verify, adapter=adapter)
+    with _in_job(out.absolute().parent, None):
+        exported = api.export(checkpoint, out, dtype=dtype, verify=verify, adapter=adapter)
     _show(as_json, {"out": str(exported.path), **(exported.verification or {})}, str(exported.path))
 
 
@@ -383,4 +421,8 @@ def _tokenizer_directory(model: str) -> Path:
 
 
 def _show(as_json: bool, value: Any, text: str) -> None:
+    from middo_jax.rundir.files import is_reader
+
+    if is_reader():  # another process of the job prints it
+        return
     print(json.dumps(value, ensure_ascii=False, indent=2) if as_json else text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 LINE_EVERY_S = 15.0  # between lines where there is no terminal
@@ -112,9 +112,45 @@ class Bars:
             yield advance
 
 
+class Observed:
+    """Reports to another progress, and calls an observer with a task's name whenever a task gets further."""
+
+    def __init__(self, progress: Progress, observer: Callable[[str], None]) -> None:
+        self._progress, self._observer = progress, observer
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        self._progress.say(text)
+
+    @contextlib.contextmanager
+    def task(self, name: str, unit: str = "samples") -> Iterator[Advance]:
+        """A task of the other progress."""
+        self._observer(name)
+        with self._progress.task(name, unit) as advance:
+
+            def observed(done: int, total: int, note: str = "", /) -> None:
+                self._observer(name)
+                advance(done, total, note)
+
+            yield observed
+
+
+_in_job: tuple[bool, Callable[[str], None]] | None = None
+
+
+def in_job(speaks: bool, observer: Callable[[str], None]) -> None:
+    """Makes `for_stderr` fit a job of several processes, of which one speaks; all call the observer."""
+    global _in_job
+    _in_job = speaks, observer
+
+
 def for_stderr() -> Progress:
-    """Bars on a terminal, lines elsewhere."""
-    return Bars() if sys.stderr.isatty() else Lines()
+    """Bars on a terminal, lines elsewhere; nothing from the processes of a job that do not speak for it."""
+    progress = Bars() if sys.stderr.isatty() else Lines()
+    if _in_job is None:
+        return progress
+    speaks, observer = _in_job
+    return Observed(progress if speaks else Silent(), observer)
 
 
 def duration(seconds: float) -> str:

@@ -35,6 +35,7 @@ __all__ = [
     "DiversitySettings",
     "Effect",
     "GateSettings",
+    "HostsSettings",
     "LoraSettings",
     "MeshSettings",
     "ModelSettings",

@@ -79,6 +79,19 @@ class MeshSettings(Settings):
     tensor: int = Field(default=1, ge=-1, description="Heads, MLP and vocabulary split.")
 
 
+class HostsSettings(Settings):
+    """Several processes that run one job; each finds the others in its cluster's environment."""
+
+    affects: ClassVar[Affects | None] = Affects("place")
+
+    start_timeout: float = Field(
+        default=1800, gt=0, description="Seconds to wait for all processes at the start; pods start slowly."
+    )
+    stall_timeout: float = Field(
+        default=1800, gt=0, description="Seconds in which no process gets further, after which all end."
+    )
+
+
 class TrainSettings(Settings):
     """Supervised fine-tuning."""
 
@@ -335,6 +348,7 @@ class Config(Settings):
     model: ModelSettings
     data: DataSettings
     mesh: MeshSettings = MeshSettings()
+    hosts: HostsSettings = HostsSettings()
     train: TrainSettings = TrainSettings()
     lora: LoraSettings = LoraSettings()
     scoring: ScoringSettings = ScoringSettings()

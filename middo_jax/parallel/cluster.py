@@ -6,6 +6,7 @@ scheduler, all GPUs of a node for a single task, a start that takes as long as a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import importlib.util
@@ -14,14 +15,15 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from middo_jax.config import HostsSettings
 from middo_jax.parallel.roll_call import RollCall
-from middo_jax.progress import Progress, duration
+from middo_jax.progress import Progress, duration, in_job
 from middo_jax.rundir import RunError
+from middo_jax.rundir.files import only_read
 
-START_TIMEOUT_S = 1800  # JAX's own 300 s are too short for a pod whose hosts still pull their image
 HEARTBEAT_TIMEOUT_S = 30
 SAY_AFTER_S = 30.0
 LOCKFILE = Path("/tmp/libtpu_lockfile")
@@ -179,7 +181,7 @@ def _integer(environment: Mapping[str, str], name: str) -> int | None:
     return int(text)
 
 
-def start(job: Job, progress: Progress, shared: Path, timeout_s: int = START_TIMEOUT_S) -> None:
+def start(job: Job, progress: Progress, shared: Path, timeout_s: float) -> None:
     """Joins the other processes. Must be called before anything asks JAX for its devices.
 
     Args:
@@ -209,7 +211,7 @@ def start(job: Job, progress: Progress, shared: Path, timeout_s: int = START_TIM
                 job.processes,
                 job.process,
                 None if job.local_devices is None else list(job.local_devices),
-                initialization_timeout=timeout_s,
+                initialization_timeout=int(timeout_s),
                 heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
             )
         except (RuntimeError, ValueError, OSError) as error:
@@ -218,6 +220,48 @@ def start(job: Job, progress: Progress, shared: Path, timeout_s: int = START_TIM
         f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: all are there "
         f"after {duration(time.monotonic() - began)}"
     )
+
+
+@contextlib.contextmanager
+def joined(
+    job: Job | None,
+    progress: Progress,
+    shared: Path,
+    settings: HostsSettings,
+    on_error: Callable[[BaseException], None],
+) -> Iterator[None]:
+    """The block runs in this process as one of a job; without a job it just runs.
+
+    Process 0 writes files and speaks to the user. All watch each other. Where one fails, all end.
+
+    Args:
+      job: of `find_job`.
+      progress: is told who is missing.
+      shared: a folder that all hosts see.
+      settings: how long to wait for others.
+      on_error: tells the user of an error in this process, which ends right after it.
+    """
+    if job is None:
+        yield
+        return
+    start(job, progress, shared, settings.start_timeout)
+    # wait: nothing of this is of use to one process, nor JAX to a command that needs none
+    from middo_jax.parallel import coordination
+
+    in_job(coordination.is_first(), coordination.advanced)
+    if not coordination.is_first():
+        only_read()
+    coordination.Watch(settings.stall_timeout).start()
+    coordination.check_shared(shared)
+    try:
+        yield
+    except SystemExit:  # preempted, as all of them are
+        coordination.tell_good_end()
+        raise
+    except BaseException as error:
+        on_error(error)
+        coordination.leave(error)
+    coordination.tell_good_end()
 
 
 def _who(job: Job) -> str:
@@ -255,7 +299,7 @@ def _processes_with_chips() -> list[int]:
 class _waiting:
     """Says after half a minute, and then every minute, who is missing."""
 
-    def __init__(self, progress: Progress, job: Job, roll: RollCall, timeout_s: int) -> None:
+    def __init__(self, progress: Progress, job: Job, roll: RollCall, timeout_s: float) -> None:
         self._progress, self._job, self._roll, self._timeout_s = progress, job, roll, timeout_s
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._tell, daemon=True)

@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from jax._src import distributed  # the client has no public name; Orbax uses it as well
@@ -147,6 +148,36 @@ def follow(name: str) -> Iterator[Any]:
         yield told["do"]
 
 
+def check_shared(folder: Path) -> None:
+    """Checks that all processes see one and the same folder.
+
+    Raises:
+      HostsError: a process does not see what process 0 wrote; it names its host.
+    """
+    if jax.process_count() == 1:
+        return
+    mark = folder / f".shared-{os.getpid()}"
+    name, text = from_first("check_shared", lambda: _marked(mark))
+    sees = is_first() or ((folder / name).exists() and (folder / name).read_text(encoding="utf-8") == text)
+    call = _next_call("sees the folder")
+    _put(f"{call}/{jax.process_index()}", json.dumps("" if sees else socket.gethostname()))
+    blind = [host for i in range(jax.process_count()) if (host := json.loads(_get(f"{call}/{i}")))]
+    if is_first():
+        mark.unlink()
+    if blind:
+        raise HostsError(
+            f"{folder.absolute()} is not the same folder on all hosts: {', '.join(blind)} cannot see what "
+            "process 0 writes there; give a folder on storage that all hosts share"
+        )
+
+
+def _marked(path: Path) -> tuple[str, str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = f"{socket.gethostname()} {time.time_ns()}"
+    path.write_text(text, encoding="utf-8")
+    return path.name, text
+
+
 def stop_point() -> None:
     """Raises `Preempted` in all processes at the same call, once any of them has got a SIGTERM.
 
@@ -156,10 +187,31 @@ def stop_point() -> None:
         raise Preempted
 
 
-def tell_end(error: BaseException | None) -> None:
-    """Tells the others that this process ends, and why: None is a good end, and so is `Preempted`."""
+def leave(error: BaseException) -> NoReturn:
+    """Ends this process at once with exit code 1, after it has told the others why.
+
+    JAX would wait at its own exit for processes that wait for this one. Process 0, with which JAX's service ends
+    and all others then and there, stays until they have read it.
+    """
+    _tell_end(f"{type(error).__name__}: {error}")
+    patience = time.monotonic() + END_AFTER_S + 3 * POLL_S
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        while is_first() and time.monotonic() < patience:
+            if len(_store().key_value_dir_get("middo/end/")) == jax.process_count():
+                break
+            time.sleep(POLL_S / 5)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def tell_good_end() -> None:
+    """Tells the others that this process ends because its work is done."""
+    _tell_end("")
+
+
+def _tell_end(text: str) -> None:
     if jax.process_count() > 1 and (client := distributed.global_state.client) is not None:
-        text = "" if error is None or isinstance(error, Preempted) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone as well
             client.key_value_set(f"middo/end/{jax.process_index()}", text, allow_overwrite=True)
 

@@ -20,6 +20,7 @@ import numpy as np
 from middo_jax.data.packing import Bucket, plan_buckets
 from middo_jax.data.trees import PackedTrees, Tree
 from middo_jax.models.model import Model
+from middo_jax.parallel.coordination import stop_point
 from middo_jax.parallel.hosts import to_host, to_mesh
 from middo_jax.progress import Progress
 
@@ -155,6 +156,7 @@ class Pass:
                     advance(done, total)
 
                 for run, rows, inputs in self._batches(programs):
+                    stop_point()
                     result = run(model.params, **self._on_mesh(model, inputs))
                     # The next batch is under way before the last one's numbers are waited for.
                     if running is not None:

@@ -11,10 +11,30 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
+_is_reader = False
+
+
+def only_read() -> None:
+    """From now on this process writes no file: another process of its job does, and this one reads them."""
+    global _is_reader
+    _is_reader = True
+
+
+def is_reader() -> bool:
+    """Whether another process writes what this one would."""
+    return _is_reader
+
 
 @contextlib.contextmanager
 def atomic(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path` and renames it over `path` once the block has ended well."""
+    """Opens a temporary file beside `path` and renames it over `path` once the block has ended well.
+
+    A process that only reads (`only_read`) writes nothing.
+    """
+    if _is_reader:
+        with open(os.devnull, mode) as nowhere:
+            yield nowhere
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

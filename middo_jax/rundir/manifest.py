@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from middo_jax.rundir.files import file_hash, write_json
+from middo_jax.rundir.files import file_hash, is_reader, write_json
 
 _WHOLE = 1 << 30  # bytes up to which a file is hashed whole
 _SAMPLES, _SAMPLE = 64, 64 << 10  # of a larger one: so many blocks of so many bytes
@@ -105,6 +105,8 @@ class Manifest:
         Raises:
           FileNotFoundError: a file that it wrote is not there.
         """
+        if is_reader():
+            return
         written = {self.name(path): path for file in files for path in _files_below(file)}
         stats = {name: _stat(path) for name, path in written.items()}
         record: dict[str, Any] = {

@@ -41,7 +41,7 @@ _JOB: dict[str, Any] = {}  # what the options say of the job that this process b
 
 @contextlib.contextmanager
 def _in_job(shared: Path, overrides: list[str] | None, config: Path | None = None) -> Iterator[None]:
-    """The block runs in all processes of a job, if there is one; `shared` is a folder that all of them see."""
+    """The block runs in all processes of a job, if there is one; all of them see the folder `shared`."""
     from middo_jax.config import load
     from middo_jax.parallel.cluster import find_job, joined
     from middo_jax.progress import for_stderr

@@ -14,6 +14,7 @@ from middo_jax.config.settings import (
     Config,
     DataSettings,
     DiversitySettings,
+    HostsSettings,
     LoraSettings,
     MeshSettings,
     ModelSettings,

@@ -190,8 +190,8 @@ def stop_point() -> None:
 def leave(error: BaseException) -> NoReturn:
     """Ends this process at once with exit code 1, after it has told the others why.
 
-    JAX would wait at its own exit for processes that wait for this one. Process 0, with which JAX's service ends
-    and all others then and there, stays until they have read it.
+    JAX would wait at its own exit for processes that wait for this one. Process 0, whose end is the service's
+    and so all others', stays until they have read it.
     """
     _tell_end(f"{type(error).__name__}: {error}")
     patience = time.monotonic() + END_AFTER_S + 3 * POLL_S

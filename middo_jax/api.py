@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax import stages
 from middo_jax.config import Config, SettingsLike, layers_of, load
+from middo_jax.config.axes import axes as axis_rows
+from middo_jax.config.axes import axis_names
 from middo_jax.data.sources import Rejection, UserRows
 from middo_jax.progress import for_stderr
 from middo_jax.results import Exported, Refined, Run, Scores, Selection, Trained
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from middo_jax.data.example import Example
     from middo_jax.evaluation.heldout import HeldoutLoss
 
-AXES = stages.AXES
 PathLike = str | os.PathLike[str]
 
 
@@ -77,7 +78,7 @@ def score(
     rows: Any,
     model: PathLike,
     pre_model: PathLike | None = None,
-    axes: Collection[str] = AXES,
+    axes: Collection[str] | None = None,
     *,
     keep_columns: Collection[str] | None = None,
     out: PathLike | None = None,
@@ -90,7 +91,7 @@ def score(
         or a Hugging Face Dataset. The columns tell the format (`data.format`).
       model: a Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf file or a hub repo id.
       pre_model: the model before training, for `loss_pre`. None leaves that empty, and no sample can be hard.
-      axes: what to measure, of complexity, diversity and quality.
+      axes: what to measure, of complexity, diversity, quality and registered axes; None is all.
       keep_columns: which of the user's columns come back; None is all that hold scalars only.
       out: a folder that gets dataset.jsonl, scores.parquet, embeddings.npy and the manifest, for `select` and
         `middo refine`. None writes nothing.
@@ -102,6 +103,7 @@ def score(
     from middo_jax.models.resolve import resolve
     from middo_jax.signals.table import with_columns
 
+    axes = axis_names() if axes is None else axes
     require_axes(axes)
     place = None if out is None else local(Path(out))
     model_path = resolve(os.fspath(model))
@@ -133,7 +135,7 @@ def select(
     quality: Mapping[str, Any] | None = None,
     settings: SettingsLike = None,
 ) -> Selection:
-    """The hard, sparse and low-quality samples of scores. Needs neither a model nor JAX.
+    """The samples that each axis selects: hard, sparse, low-quality. Needs neither a model nor JAX.
 
     Args:
       scores: of `score`, or their table; or the folder that `score` or a round of a run wrote, whose
@@ -142,7 +144,7 @@ def select(
         samples; without either, m is 1.
       diversity: the same.
       quality: the same.
-      settings: others, see `load_config`.
+      settings: others, see `load_config`; among them the thresholds of registered axes.
 
     Raises:
       ValueError: a wrong setting, or a table that holds no scores.
@@ -271,8 +273,8 @@ def export(
 
 def require_axes(axes: Collection[str], name: str = "axes") -> None:
     """Raises ValueError if one of them is unknown; `name` is what the user calls them."""
-    if unknown := [axis for axis in axes if axis not in AXES]:
-        raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(AXES)}")
+    if unknown := [axis for axis in axes if axis not in axis_names()]:
+        raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(axis_names())}")
 
 
 def _path(rows: Any) -> str | None:
@@ -282,11 +284,11 @@ def _path(rows: Any) -> str | None:
 
 def _own_columns(data: UserRows, kept: list[Example], wanted: Collection[str] | None) -> pa.Table:
     from middo_jax.data.own_columns import own_columns
-    from middo_jax.signals.select import SETS
+    from middo_jax.signals.axes import computed_names
     from middo_jax.signals.table import SCHEMA
 
     row_of = {example.id: row for example, row in zip(data.examples, data.rows, strict=True)}
-    taken = {*SCHEMA.names, *SETS.values()}
+    taken = {*SCHEMA.names, *computed_names(), *(row.set_name for row in axis_rows())}
     return own_columns(kept, [row_of[example.id] for example in kept], wanted, taken)
 
 
@@ -306,15 +308,13 @@ def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Re
 
 
 def _flagged(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:
-    """The table with a column for each of the three sets; joined by id."""
+    """The table with a column for each axis's set; joined by id."""
     import pyarrow as pa
 
-    from middo_jax.signals.select import SETS
-
-    for axis, name in SETS.items():
-        column = pa.nulls(len(table), pa.bool_())
-        if axis in facts["axes"]:
-            chosen = set(facts["axes"][axis]["ids"])
+    for row in axis_rows():
+        name, column = row.set_name, pa.nulls(len(table), pa.bool_())
+        if row.name in facts["axes"]:
+            chosen = set(facts["axes"][row.name]["ids"])
             column = pa.array([id_ in chosen for id_ in table["id"].to_pylist()], pa.bool_())
         at = table.schema.get_field_index(name)
         table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from middo_jax.config.axes import axis_names
 from middo_jax.data.sources import Rejection
-from middo_jax.signals.select import SETS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,8 +39,8 @@ class Selection:
     """What `select` chose.
 
     Attributes:
-      table: that of the scores, and the columns `hard`, `sparse` and `low_quality`: whether a sample is in
-        that set; null where the axis has no scores.
+      table: that of the scores, and for each axis whether a sample is in its set: `hard`, `sparse`,
+        `low_quality`, and those of registered axes; null where the axis has no scores.
       facts: the content of selection.json: thresholds, counts, ids, overlap, how many samples each m selects.
     """
 
@@ -48,9 +48,9 @@ class Selection:
     facts: dict[str, Any]
 
     def ids(self, axis: str) -> list[str]:
-        """The ids that `complexity`, `diversity` or `quality` selects, in the table's order."""
-        if axis not in SETS:
-            raise ValueError(f"{axis!r} is none of {', '.join(SETS)}")
+        """The ids that an axis selects, such as `complexity`, in the table's order."""
+        if axis not in axis_names():
+            raise ValueError(f"{axis!r} is none of {', '.join(axis_names())}")
         return self.facts["axes"].get(axis, {"ids": []})["ids"]
 
 

@@ -1,14 +1,14 @@
-"""Rows of the four formats <-> conversations, as pure functions: what a column means, which row is unusable.
+"""Rows of a dataset <-> conversations, as pure functions: what a column means, which row is unusable.
 
     alpaca             instruction, output [, input, context, history]
     sharegpt           conversations: [{from, value}, ...]
     messages           messages: [{role, content}, ...]; rows of dataset.jsonl are read back exactly
     prompt_completion  prompt, completion [, context]: text, or lists of {role, content}
 
-All four mean the same thing inside: an optional system turn, then user and assistant in turn, the assistant
+All mean the same thing inside: an optional system turn, then user and assistant in turn, the assistant
 last. Each may have its system turn in a column, SYSTEM_COLUMNS. A turn's content is text or a list of text
 parts; `weight: 0` marks an answer that is not to be learnt. `FORMATS` is the one table of columns, reading
-and writing.
+and writing; `register` adds a format of your own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import pydantic
 
+from middo_jax.config.formats import BUILT_IN_FORMATS, name_formats
 from middo_jax.data.example import Example, Lineage, Message, content_id
 from middo_jax.data.turns import (
     SYSTEM_COLUMNS,
@@ -39,6 +40,7 @@ from middo_jax.data.turns import (
 )
 
 _log = logging.getLogger(__name__)
+_NOT_ROWS = ("auto", "parquet", "tfds")  # names that a format may not have: they mean something else
 # Columns whose text answers depend on; where the conversation does not show it, that is said.
 PROMPT_COLUMNS = frozenset(
     (
@@ -56,12 +58,21 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class RowFormat:
-    """How a conversation lies in a row. `required` columns tell the format, all of them are consumed."""
+    """How a conversation is laid out in a row.
+
+    Attributes:
+      required: the columns that tell the format; the conversation takes all of them.
+      optional: further columns that the conversation takes.
+      turns: reads the turns of a row; raises RowError where it cannot.
+      row: writes a conversation as those columns; None: the format can be read only.
+      keeps_weights: whether its turns have a place for `weight: 0`, an answer that is not to be learnt.
+    """
 
     required: frozenset[str]
     optional: frozenset[str]
     turns: Callable[[Row], list[Turn]]
-    row: Callable[[Sequence[Message]], Row]
+    row: Callable[[Sequence[Message]], Row] | None
+    keeps_weights: bool = True
 
     @property
     def columns(self) -> frozenset[str]:
@@ -168,10 +179,12 @@ def to_rows(examples: Sequence[Example], form: str) -> list[Row]:
     a column.
 
     Raises:
-      DataError: the format cannot say that an answer is not to be learnt.
+      DataError: the format can be read only, or cannot say that an answer is not to be learnt.
     """
     chosen = FORMATS[form]
     to_row = chosen.row
+    if to_row is None:
+        raise DataError(f"rows of format {form} can be read and not written; write messages")
     if form == "prompt_completion" and any(len(example.messages) > 2 for example in examples):
         to_row = _conversational_row
     columns = dict.fromkeys(column for example in examples for column in example.extra)
@@ -193,9 +206,9 @@ def to_rows(examples: Sequence[Example], form: str) -> list[Row]:
         for example in examples
     ]
     if not all(message.learnt for example in examples for message in example.messages):
-        if form == "alpaca":
+        if not chosen.keeps_weights:
             raise DataError(
-                "alpaca has no place for answers of weight 0, which are not learnt; write messages"
+                f"{form} has no place for answers of weight 0, which are not learnt; write messages"
             )
         for turn in (turn for row in rows for column in chosen.required for turn in _turns_in(row[column])):
             turn.setdefault("weight", 1)  # readers want the same fields in all rows
@@ -328,6 +341,7 @@ FORMATS: dict[str, RowFormat] = {
         SYSTEM_COLUMNS | {"input", "context", "history"},
         _alpaca_turns,
         _alpaca_row,
+        keeps_weights=False,
     ),
     "sharegpt": RowFormat(
         frozenset({"conversations"}),
@@ -348,3 +362,33 @@ FORMATS: dict[str, RowFormat] = {
         _prompt_completion_row,
     ),
 }
+
+
+def register(name: str, form: RowFormat) -> None:
+    """Adds a format: `data.format=NAME` is valid from now on, and rows are recognised by its columns.
+
+    Raises:
+      ValueError: there is a format of that name, or another one with the same required columns.
+    """
+    if name in (*FORMATS, *_NOT_ROWS):
+        raise ValueError(f"there is a format called {name!r} already")
+    if not form.required:
+        raise ValueError(
+            f"format {name!r}: needs at least one required column, by which its rows are recognised"
+        )
+    if twins := [known for known, other in FORMATS.items() if other.required == form.required]:
+        raise ValueError(f"format {name!r}: has the required columns of {twins[0]}")
+    FORMATS[name] = form
+    name_formats(FORMATS)
+
+
+def unregister(name: str) -> None:
+    """Removes a format that was registered.
+
+    Raises:
+      KeyError: there is none of that name, or it is built in.
+    """
+    if name in BUILT_IN_FORMATS:
+        raise KeyError(name)
+    del FORMATS[name]
+    name_formats(FORMATS)

@@ -85,7 +85,7 @@ def _first_request(task: Task, settings: RefineSettings, form: Form) -> Messages
     if task.op == "synthesize":
         return prompts.synthesize(task.source.prompt, [hint.prompt for hint in task.hints], form)
     response = task.source.response if settings.show_response else None
-    if len(task.axes) > 1:
+    if task.op == "rewrite" and "complexity" in task.axes:
         return prompts.both(task.source.prompt, response, form)
     revise = prompts.simplify if task.op == "simplify" else prompts.rewrite
     return revise(task.source.prompt, response, form)

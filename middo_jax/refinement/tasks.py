@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from middo_jax.config.axes import Op, axes, axis_names
 from middo_jax.config.gates import gate
 from middo_jax.data.example import Example
 from middo_jax.refinement.endpoint.request import Answer, Messages
@@ -26,7 +27,7 @@ class Task:
     `attempt` counts from 0; `feedback` says why the candidates of earlier ones were not accepted.
     """
 
-    op: Literal["simplify", "rewrite", "synthesize"]
+    op: Op
     axes: tuple[str, ...]
     source: Example
     hints: tuple[Example, ...] = ()
@@ -166,30 +167,33 @@ class Outcome:
 
 def plan_tasks(
     examples: Sequence[Example],
-    hard: Collection[str],
-    sparse: Collection[str],
-    low_quality: Collection[str],
+    selected: Mapping[str, Collection[str]],
     knn_ids: Mapping[str, Sequence[str]],
     scores: Mapping[str, Scores],
 ) -> list[Task]:
-    """The three sets as tasks, in dataset order; of one sample the replacing task first, then the addition.
+    """The selected samples as tasks, in dataset order; the replacement of a sample before its addition.
 
-    A sample in both replacing sets is rewritten once, told about both faults.
+    A sample that several replacing axes selected is rewritten once, told about all of its faults.
 
     Args:
       examples: the round's dataset.
-      hard: ids selected by complexity; `sparse` by diversity; `low_quality` by quality.
+      selected: ids by axis; an axis whose row of the table asks for nothing makes no task.
       knn_ids: ids of the nearest neighbours, nearest first, of every sparse sample.
       scores: what was measured, by id; kept in the child's lineage.
 
     Raises:
       ValueError: an id is not in the dataset, or a sparse sample has no neighbours: the selection belongs to
-        another dataset.
+        another dataset. Or an axis is in no row of the table.
     """
     by_id = {example.id: example for example in examples}
-    hard, sparse, low_quality = set(hard), set(sparse), set(low_quality)
+    if strange := sorted(selected.keys() - set(axis_names())):
+        raise ValueError(
+            f"the selection has the axis {strange[0]!r}, which is not registered: register it first"
+        )
+    sets = {name: frozenset(ids) for name, ids in selected.items()}
+    sparse = frozenset[str]().union(*(sets.get(row.name, ()) for row in axes() if row.op == "synthesize"))
     hint_ids = {hint for core in sparse for hint in knn_ids.get(core, ())}
-    if unknown := sorted((hard | sparse | low_quality | hint_ids) - by_id.keys()):
+    if unknown := sorted(frozenset(hint_ids).union(*sets.values()) - by_id.keys()):
         raise ValueError(
             f"{len(unknown)} selected or neighbouring ids are not in the dataset, the first is {unknown[0]}: "
             "score and select this dataset again"
@@ -201,12 +205,12 @@ def plan_tasks(
     tasks = []
     for example in examples:
         known = scores.get(example.id, {})
-        if example.id in low_quality:
-            axes = ("complexity", "quality") if example.id in hard else ("quality",)
-            tasks.append(Task("rewrite", axes, example, scores=known))
-        elif example.id in hard:
-            tasks.append(Task("simplify", ("complexity",), example, scores=known))
-        if example.id in sparse:
+        wanting = [row for row in axes() if row.op and example.id in sets.get(row.name, ())]
+        replacing = [row for row in wanting if row.op != "synthesize"]
+        if replacing:
+            op = "simplify" if all(row.op == "simplify" for row in replacing) else "rewrite"
+            tasks.append(Task(op, tuple(row.name for row in replacing), example, scores=known))
+        if len(wanting) > len(replacing):
             hints = tuple(by_id[hint] for hint in knn_ids[example.id])
             tasks.append(Task("synthesize", ("diversity",), example, hints, known))
     return tasks

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from markupsafe import Markup
 from middo_jax.data.example import Example
 from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
+from middo_jax.report.axes import ShownAxis, shown_axes
 from middo_jax.report.costs import costs
 from middo_jax.report.curves import heldout_curves, training_curves
 from middo_jax.report.effects import RESAMPLES
@@ -45,12 +46,8 @@ from middo_jax.report.verdicts import refusals
 from middo_jax.rundir import RoundDir, RunDir, write_text
 from middo_jax.version import __version__
 
-AXES = {  # axis: (name of its set, CSS class, columns of scores.parquet that decide)
-    "complexity": ("hard", "c-complexity", ("loss_pre", "loss_post")),
-    "diversity": ("sparse", "c-diversity", ("knn_mean_sim",)),
-    "quality": ("low quality", "c-quality", ("quality",)),
-}
 OPS = {"simplify": "simplified", "rewrite": "rewritten", "synthesize": "synthesized"}
+Axes = Mapping[str, ShownAxis]
 STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES))
 MAX_DIFF_CELLS = 1_000_000  # words before x words after; difflib needs about a second for more
 MIN_KEPT_WORDS = 0.2  # texts that share fewer words are not an edit of each other, so no word is marked
@@ -78,8 +75,9 @@ def page(run: RunDir) -> str:
     state, settings = status(run), load_settings(run)
     folders = [RoundDir(run.path / r["name"]) for r in state["rounds"]]
     scores = [read_scores(folder) for folder in folders]
+    axes = shown_axes(load_json(folder.selection) for folder in folders)
     rounds = [
-        {**facts, **_round(folder, scores[i], scores[i + 1] if i + 1 < len(scores) else {}, settings)}
+        {**facts, **_round(folder, scores[i], scores[i + 1] if i + 1 < len(scores) else {}, settings, axes)}
         for i, (folder, facts) in enumerate(zip(folders, state["rounds"], strict=True))
     ]
     refined = [r for r in rounds if r["accepted"] is not None]
@@ -88,7 +86,7 @@ def page(run: RunDir) -> str:
         state=state,
         rounds=rounds,
         stages=STAGES,
-        axes=AXES,
+        axes=axes,
         settings=settings,
         settings_text=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         refused=load_jsonl(run.path / "rejected.jsonl"),
@@ -176,6 +174,7 @@ def _round(
     scores: dict[str, dict[str, Any]],
     later: dict[str, dict[str, Any]],
     settings: dict[str, Any],
+    axes: Axes,
 ) -> dict[str, Any]:
     """What the page shows of one round, beyond what `status` returns."""
     selection = load_json(folder.selection)
@@ -192,39 +191,38 @@ def _round(
         "overlap": selection["overlap"] if selection else None,
         "duplicates": selection.get("duplicates") if selection else None,  # not in older folders
         "n_scored_rows": len(scores) if folder.scores.exists() else None,
-        "set_plot": _set_plot(selection) if selection else None,
-        "plots": _score_plots(scores, sets, settings) | {"sweep": _sweep(selection)},
-        "verdicts": _verdicts(tasks) if tasks is not None else None,
+        "set_plot": _set_plot(selection, axes) if selection else None,
+        "plots": _score_plots(scores, sets, settings, axes) | {"sweep": _sweep(selection, axes)},
+        "verdicts": _verdicts(tasks, axes) if tasks is not None else None,
         "reasons": Counter((_axes(t), t["verdict"].kind) for t in rejected).most_common(),
         "acceptance": acceptance(
-            load_jsonl(folder.candidates), settings, {axis: colour for axis, (_, colour, _) in AXES.items()}
+            load_jsonl(folder.candidates), settings, {name: axis.colour for name, axis in axes.items()}
         ),
         "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),
         "rewrites": [
-            _rewrite(t, hints, scores, later) for t in tasks or [] if t["accepted"] and t["example"]
+            _rewrite(t, hints, scores, later, axes) for t in tasks or [] if t["accepted"] and t["example"]
         ],
         "refusals": [t | {k: _example(t[k]) for k in ("example", "original")} for t in rejected],
     }
 
 
-def _set_plot(selection: dict[str, Any]) -> Markup:
-    rows = [(AXES[a][0], len(s["ids"]), AXES[a][1]) for a, s in selection["axes"].items()]
+def _set_plot(selection: dict[str, Any], axes: Axes) -> Markup:
+    rows = [(axes[a].title, len(s["ids"]), axes[a].colour) for a, s in selection["axes"].items()]
     rows += [(k.replace("_", " ").replace("&", " & "), n, "c-both") for k, n in selection["overlap"].items()]
     drawn = [plots.Bar("all sets" if name == "all" else name, ((n, c),), f"{n:,}") for name, n, c in rows]
     return plots.bars("Samples chosen by each axis, and by several", drawn)
 
 
 def _score_plots(
-    scores: dict[str, dict[str, Any]], sets: dict[str, Any], settings: dict[str, Any]
+    scores: dict[str, dict[str, Any]], sets: dict[str, Any], settings: dict[str, Any], axes: Axes
 ) -> dict[str, Any]:
     """One plot per axis, with the samples of selection.json coloured; None where nothing was scored."""
     # Those thresholds apply to losses without the length's share, not to the losses that are plotted.
     normalised = settings.get("complexity", {}).get("normalise", "none") != "none"
     is_log_odds = settings.get("quality", {}).get("score") == "log_odds"
-    of_quality = "quality, log-odds of a good rating" if is_log_odds else "quality, 0 to 10"
     found: dict[str, Any] = {}
-    for axis, (name, colour, columns) in AXES.items():
+    for axis, (name, colour, columns, labels, heading, _) in axes.items():
         rows = [(i, *(row.get(c) for c in columns)) for i, row in scores.items()]
         rows = [row for row in rows if None not in row]
         if not rows:
@@ -234,21 +232,22 @@ def _score_plots(
         values = np.array([row[1:] for row in rows], np.float64)
         chosen = np.array([row[0] in chosen_ids for row in rows])
         limits = [sets.get(axis, {}).get("threshold", {}).get(c) for c in columns]
-        if axis == "complexity":
-            limits = [None, None] if normalised else limits
-            title, labels = "Loss before and after training", ("loss before training", "loss after training")
+        if axis == "complexity" and normalised:
+            limits = [None, None]
+        if len(columns) == 2:
+            pair = values[:, 0], values[:, 1]
             plot = plots.scatter(
-                title, values[:, 0], values[:, 1], chosen, labels, (limits[0], limits[1]), colour
+                heading, *pair, chosen, (labels[0], labels[1]), (limits[0], limits[1]), colour
             )
         else:
-            label = {"diversity": "mean similarity to the nearest neighbours", "quality": of_quality}[axis]
+            label = "quality, log-odds of a good rating" if axis == "quality" and is_log_odds else labels[0]
             plot = plots.histogram(
                 f"Distribution of {columns[0]}", values[:, 0], chosen, limits[0], label, colour
             )
         drawn = sum(
             min(n, len(range(n)[plots.thinned(n)])) for n in (int(chosen.sum()), int((~chosen).sum()))
         )
-        shown = drawn if axis == "complexity" else len(rows)
+        shown = drawn if len(columns) == 2 else len(rows)
         found[axis] = {
             "plot": plot,
             "n": len(rows),
@@ -260,13 +259,13 @@ def _score_plots(
     return found
 
 
-def _sweep(selection: dict[str, Any] | None) -> dict[str, Any] | None:
+def _sweep(selection: dict[str, Any] | None, shown: Axes) -> dict[str, Any] | None:
     series = []
     for axis, points in (selection or {}).get("sweep", {}).items():
         m = selection["axes"].get(axis, {}).get("m") if selection else None
         mark = next(((p["m"], p["n"]) for p in points if p["m"] == m), None)
         x, y = [float(p["m"]) for p in points], [float(p["n"]) for p in points]
-        series.append(plots.Line(AXES[axis][0], x, y, AXES[axis][1], mark))
+        series.append(plots.Line(shown[axis].title, x, y, shown[axis].colour, mark))
     if not any(s.x for s in series):
         return None
     plot = plots.lines(
@@ -283,11 +282,11 @@ def _axes(task: dict[str, Any]) -> tuple[str, ...]:
     return tuple(task["axes"])
 
 
-def _colour(axes: tuple[str, ...]) -> str:
-    return AXES[axes[0]][1] if len(axes) == 1 and axes[0] in AXES else "c-both"
+def _colour(axes: tuple[str, ...], shown: Axes) -> str:
+    return shown[axes[0]].colour if len(axes) == 1 and axes[0] in shown else "c-both"
 
 
-def _verdicts(tasks: list[dict[str, Any]]) -> dict[str, Any]:
+def _verdicts(tasks: list[dict[str, Any]], shown: Axes) -> dict[str, Any]:
     """Accepted and rejected by the axes that asked for the rewrite."""
     rows = []
     for axes in sorted({_axes(t) for t in tasks}):
@@ -297,7 +296,7 @@ def _verdicts(tasks: list[dict[str, Any]]) -> dict[str, Any]:
     drawn = [
         plots.Bar(
             " + ".join(r["axes"]),
-            ((r["accepted"], _colour(r["axes"])), (r["rejected"], "rejected")),
+            ((r["accepted"], _colour(r["axes"], shown)), (r["rejected"], "rejected")),
             f"{r['accepted']:,} of {r['n']:,}",
         )
         for r in rows
@@ -317,6 +316,7 @@ def _rewrite(
     hints: dict[str, str],
     scores: dict[str, dict[str, Any]],
     later: dict[str, dict[str, Any]],
+    shown: Axes,
 ) -> dict[str, Any]:
     """One accepted rewrite as the page shows it: texts, marked words, hints, scores before and after."""
     original, example = Example.from_json(task["original"]), Example.from_json(task["example"])
@@ -325,13 +325,13 @@ def _rewrite(
     measured = {c: v for c, v in (example.lineage.scores_after or {}).items() if v is not None}
     after = {**later.get(example.id, {}), **measured}
     compare = word_diff if task["replaces"] else lambda a, b: ([(False, a)], [(False, b)])
-    columns = [c for axis in task["axes"] if axis in AXES for c in AXES[axis][2]]
+    columns = [c for axis in task["axes"] if axis in shown for c in shown[axis].columns]
     return {
         "id": example.id,
         "source_id": original.id,
         "op": OPS.get(task["op"], task["op"]),
         "axes": _axes(task),
-        "colour": _colour(_axes(task)),
+        "colour": _colour(_axes(task), shown),
         "replaces": bool(task["replaces"]),
         "headline": " ".join(example.prompt.split())[:160],
         "texts": [

@@ -6,7 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-_AXES = {"complexity": "hard", "diversity": "sparse", "quality": "low quality"}
+from middo_jax.report.axes import shown_axes
+
 _STYLES = {"target": "black on green", "prompt": "cyan", "template": "dim"}
 _BAR = 40  # characters of the longest bar
 
@@ -18,24 +19,24 @@ def printable(text: str) -> str:
 
 def render_selection(selection: dict[str, Any]) -> str:
     """selection.json as text: each set's size and threshold, the overlaps, and the m-sweep."""
-    lines = []
+    lines, axes = [], shown_axes([selection])
     for axis, facts in selection["axes"].items():
         m = "none" if facts["m"] is None else f"{facts['m']:.3f}"
         bounds = ", ".join(
-            f"{name} {'>' if axis == 'complexity' else '<'} {value:.4f}"
+            f"{name} {'>' if axes[axis].above else '<'} {value:.4f}"
             for name, value in facts["threshold"].items()
             if value is not None
         )
         nulls = f", {facts['n_null']} without a score" if facts["n_null"] else ""
         lines.append(
-            f"{_AXES[axis]:<12} {len(facts['ids']):>6} of {facts['n_scored']}  m {m}  {bounds}{nulls}"
+            f"{axes[axis].title:<12} {len(facts['ids']):>6} of {facts['n_scored']}  m {m}  {bounds}{nulls}"
         )
     lines += [f"{name:<12} {n:>6}" for name, n in selection["overlap"].items()]
     if duplicates := selection["duplicates"]:
         lines.append(f"{'same prompt':<12} {duplicates['n_samples']:>6} in {duplicates['n_groups']} groups")
     for axis, points in selection["sweep"].items():
         counts = "  ".join(f"{point['m']:g}: {point['n']}" for point in points)
-        lines.append(f"{_AXES[axis]} by m   {counts}")
+        lines.append(f"{axes[axis].title} by m   {counts}")
     return "\n".join(lines) or "no axis has scores"
 
 

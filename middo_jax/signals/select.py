@@ -4,8 +4,8 @@
   sparse       s < mean - m std, s the mean similarity to the neighbours   (diversity)
   low_quality  q < mean - m std                                           (quality)
 
-Every axis is brought to one number a sample: by how many standard deviations it is worse than the mean. Then
-all three select alike, badness > m, and a wanted fraction is a matter of the right m.
+Each axis of `config.axes` is brought to one number per sample: by how many standard deviations it is worse than
+the mean. Then all axes select alike, badness > m, and a wanted fraction is a matter of the right m.
 """
 
 from __future__ import annotations
@@ -19,20 +19,25 @@ import numpy as np
 import pyarrow as pa
 
 from middo_jax.config import Config, Threshold
+from middo_jax.config.axes import axes, threshold_of
+from middo_jax.signals.axes import scores_of
 from middo_jax.signals.duplicates import count_duplicates
 from middo_jax.signals.table import as_floats
 
 SWEEP = tuple(round(0.25 * i, 2) for i in range(13))  # m from 0 to 3
-SETS = {"complexity": "hard", "diversity": "sparse", "quality": "low_quality"}
-# selection.parquet, one row per sample: which sets it is in, and by how many standard deviations it is worse
-# than the mean on each axis. Null where an axis has no scores.
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        *((name, pa.bool_()) for name in SETS.values()),
-        *((f"{axis}_z", pa.float32()) for axis in SETS),
-    ]
-)
+
+
+def schema() -> pa.Schema:
+    """That of selection.parquet, one row per sample: which sets it is in, and by how many standard deviations
+    it is worse than the mean on each axis. Null where an axis has no scores.
+    """
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            *((row.set_name, pa.bool_()) for row in axes()),
+            *((f"{row.name}_z", pa.float32()) for row in axes()),
+        ]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,44 +142,35 @@ def m_of_fraction(badness: np.ndarray, fraction: float) -> float:
 
 
 def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
-    """The three sets.
+    """The sets of all axes that have scores.
 
     Returns:
-      selection.parquet, see SCHEMA, and selection.json: thresholds, counts, ids, overlap, how many samples
+      selection.parquet, see `schema`, and selection.json: thresholds, counts, ids, overlap, how many samples
       each m would select, and how many have the same prompt as another (None where that was not looked at).
     """
-    axes = {
-        "complexity": (("loss_pre", "loss_post"), 1, config.complexity),
-        "diversity": (("knn_mean_sim",), -1, config.diversity),
-        "quality": (("quality",), -1, config.quality),
-    }
     ids = np.asarray(table["id"].to_pylist(), object)
     facts: dict[str, Any] = {}
     sweep: dict[str, Any] = {}
     flags: dict[str, np.ndarray] = {}
     columns_of: dict[str, pa.Array] = {"id": pa.array(ids, pa.string())}
-    for axis, (names, sign, threshold) in axes.items():
-        columns = {name: as_floats(table, name) for name in names}
-        if any(np.isnan(values).all() for values in columns.values()):
+    for row in axes():
+        columns = scores_of(table, row)
+        if columns is None:
             continue  # not computed
-        if axis == "complexity" and config.complexity.normalise == "length":
+        if row.name == "complexity" and config.complexity.normalise == "length":
             n_tokens = as_floats(table, "n_target_tokens")
             columns = {name: at_mean_length(values, n_tokens) for name, values in columns.items()}
-        chosen = select_axis(columns, sign, threshold)
-        flags[SETS[axis]] = chosen.selected
+        chosen = select_axis(columns, row.sign, threshold_of(config, row.name))
+        flags[row.set_name] = chosen.selected
         missing = ~np.isfinite(chosen.badness)
-        columns_of[SETS[axis]] = pa.array(chosen.selected, pa.bool_())
-        columns_of[f"{axis}_z"] = pa.array(chosen.badness, pa.float32(), mask=missing)
-        facts[axis] = chosen.facts | {"ids": ids[chosen.selected].tolist()}
-        sweep[axis] = [
-            {"m": m, "n": int(select_axis(columns, sign, Threshold(m=m)).selected.sum())} for m in SWEEP
+        columns_of[row.set_name] = pa.array(chosen.selected, pa.bool_())
+        columns_of[f"{row.name}_z"] = pa.array(chosen.badness, pa.float32(), mask=missing)
+        facts[row.name] = chosen.facts | {"ids": ids[chosen.selected].tolist()}
+        sweep[row.name] = [
+            {"m": m, "n": int(select_axis(columns, row.sign, Threshold(m=m)).selected.sum())} for m in SWEEP
         ]
-    overlap = {
-        f"{a}&{b}": int((flags[a] & flags[b]).sum())
-        for a, b in itertools.combinations(SETS.values(), 2)
-        if {a, b} <= set(flags)
-    }
-    if len(flags) == len(SETS):
+    overlap = {f"{a}&{b}": int((flags[a] & flags[b]).sum()) for a, b in itertools.combinations(flags, 2)}
+    if len(flags) == len(axes()):
         overlap["all"] = int(np.logical_and.reduce(list(flags.values())).sum())
     hashes = table["prompt_hash"].drop_null().to_pylist()
     duplicates = count_duplicates(hashes) if hashes else None
@@ -185,8 +181,9 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
         "sweep": sweep,
         "duplicates": duplicates,
     }
-    none = {f.name: pa.nulls(len(table), f.type) for f in SCHEMA}
-    return pa.table([(none | columns_of)[f.name] for f in SCHEMA], schema=SCHEMA), selection
+    fields = schema()
+    none = {f.name: pa.nulls(len(table), f.type) for f in fields}
+    return pa.table([(none | columns_of)[f.name] for f in fields], schema=fields), selection
 
 
 def _finite(x: float) -> float | None:

@@ -8,12 +8,11 @@ from middo_jax.stages.batch import BatchState, batch_stage
 from middo_jax.stages.checks import check_continues, check_refiner, check_training
 from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
 from middo_jax.stages.refine import merge_stage, merged, plan_refinement, refine_round, refine_stage
-from middo_jax.stages.score import AXES, Scored, check_embedder, measure, score_stage, select_stage
+from middo_jax.stages.score import Scored, check_embedder, measure, score_stage, select_stage
 from middo_jax.stages.surroundings import answer_cache, heldout_of
 from middo_jax.stages.train import remove_training, train_stage
 
 __all__ = [
-    "AXES",
     "BatchState",
     "HeldOut",
     "Scored",

@@ -8,15 +8,15 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from middo_jax.config.axes import axes as axis_rows
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
 from middo_jax.rundir import RoundDir, RunError, chain, read_jsonl, write_jsonl
 from middo_jax.session import Session, endpoint, read_dataset
 from middo_jax.stages.accept import Acceptance
 from middo_jax.stages.measure import scored_model
-from middo_jax.stages.score import AXES
 from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from middo_jax.refinement.growth import Dropped
 
     Ask = Callable[[Sequence[Task]], list[Outcome]]
-
-LINEAGE_SCORES = ("loss_pre", "loss_post", "knn_mean_sim", "quality")  # what a sample's lineage keeps
 
 
 def plan_refinement(directory: RoundDir) -> list[Task]:
@@ -39,10 +37,16 @@ def plan_refinement(directory: RoundDir) -> list[Task]:
     rows = read_scores(directory.scores).to_pylist()
     return plan_tasks(
         read_dataset(directory),
-        *(axes.get(axis, {}).get("ids", ()) for axis in AXES),
+        {axis: facts["ids"] for axis, facts in axes.items()},
         knn_ids={row["id"]: row["knn_ids"] or () for row in rows},
-        scores={row["id"]: {name: row[name] for name in LINEAGE_SCORES} for row in rows},
+        scores=_kept_scores(rows),
     )
+
+
+def _kept_scores(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """What a sample's lineage keeps of its scores: the columns that decide on an axis."""
+    names = [name for row in axis_rows() for name in row.columns]
+    return {row["id"]: {name: row.get(name) for name in names} for row in rows}
 
 
 def refine_round(session: Session, directory: RoundDir) -> Ledger:
@@ -188,7 +192,7 @@ def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[D
 
     examples = read_dataset(directory)
     rows = read_scores(directory.scores).to_pylist()
-    scores = {row["id"]: {name: row[name] for name in LINEAGE_SCORES} for row in rows}
+    scores = _kept_scores(rows)
 
     def with_scores(example: Example) -> Example:
         # Once: if not its own acceptance, then the first round after it says what it was good for.

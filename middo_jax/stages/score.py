@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from middo_jax.config.axes import axis_names
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import TokenizedExample, response_header
 from middo_jax.rundir import RoundDir, RunError, chain, write_json
@@ -27,14 +28,12 @@ if TYPE_CHECKING:
     from middo_jax.signals.neighbours.incremental import Earlier
     from middo_jax.signals.neighbours.nearest import Neighbours
 
-AXES = ("complexity", "diversity", "quality")
-
 
 class Scored(NamedTuple):
     """What was measured of a dataset.
 
     Attributes:
-      table: one row per sample, of `signals.table.SCHEMA`.
+      table: one row per sample, of `signals.table.SCHEMA`, and the columns that registered axes compute.
       embedding_nd: float32, the same rows.
       facts: of the measuring, for the manifest.
     """
@@ -49,7 +48,7 @@ def score_stage(
     directory: RoundDir,
     model: Path,
     pre_model: Path | None,
-    axes: Collection[str] = AXES,
+    axes: Collection[str] | None = None,
     *,
     earlier: RoundDir | None = None,
     own: pa.Table | None = None,
@@ -61,7 +60,7 @@ def score_stage(
       directory: holds dataset.jsonl.
       model: M_t, whose loss after training, embeddings and ratings are taken.
       pre_model: whose loss is loss_pre; None leaves it null.
-      axes: what to measure; the loss under `model` comes with any of them.
+      axes: what to measure, None is all; the loss under `model` comes with any of them.
       earlier: an earlier round's folder. Its samples that are still the same are not measured again under
         `pre_model`, if that is the same too.
       own: the user's columns of the same samples, to be written beside the scores.
@@ -72,6 +71,7 @@ def score_stage(
     from middo_jax.signals.table import with_columns, write_scores
 
     began = time.monotonic()
+    axes = axis_names() if axes is None else axes
     check_embedder(session, pre_model, axes)
     begun = chain.score(directory, model, pre_model).begin()
     scored = measure(session, read_dataset(directory), model, pre_model, axes, earlier=earlier)
@@ -99,7 +99,7 @@ def measure(
     examples: Sequence[Example],
     model: Path,
     pre_model: Path | None,
-    axes: Collection[str] = AXES,
+    axes: Collection[str],
     *,
     earlier: RoundDir | None = None,
 ) -> Scored:
@@ -110,6 +110,7 @@ def measure(
     """
     import numpy as np
 
+    from middo_jax.signals.axes import with_computed
     from middo_jax.signals.duplicates import count_duplicates, prompt_hash
     from middo_jax.signals.neighbours.incremental import Earlier
     from middo_jax.signals.table import Measured
@@ -174,7 +175,7 @@ def measure(
         **({} if before is None else {"pre_identity": before.identity, "n_kept": before.n_kept}),
         "passes": {name: dataclasses.asdict(facts) for name, facts in scored.facts.items()},
     }
-    return Scored(measured.to_table(), embedding_nd, of_measuring)
+    return Scored(with_computed(measured.to_table(), axes), embedding_nd, of_measuring)
 
 
 class Passes:
@@ -265,7 +266,7 @@ def raw_prompts(session: Session, examples: Sequence[Example]) -> list[Tokenized
 
 
 def select_stage(session: Session, directory: RoundDir) -> dict[str, Any]:
-    """Chooses the three sets: selection.parquet and selection.json. Returns selection.json."""
+    """Chooses the set of each axis: selection.parquet and selection.json. Returns selection.json."""
     from middo_jax.signals.select import select
     from middo_jax.signals.table import read_scores, write_scores
 

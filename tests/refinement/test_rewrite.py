@@ -150,9 +150,7 @@ def test_plan_in_dataset_order_with_the_replacement_first() -> None:
     a, b, c, d = (sample(name) for name in "abcd")
     tasks = plan_tasks(
         [a, b, c, d],
-        hard={a.id, c.id},
-        sparse={c.id, a.id},
-        low_quality={b.id, c.id},
+        {"complexity": {a.id, c.id}, "diversity": {c.id, a.id}, "quality": {b.id, c.id}},
         knn_ids={a.id: (d.id, b.id), c.id: (b.id, a.id)},
         scores={c.id: {"quality": 1.0}},
     )
@@ -170,11 +168,13 @@ def test_plan_in_dataset_order_with_the_replacement_first() -> None:
 def test_a_selection_of_another_dataset_is_an_error() -> None:
     a = sample("a")
     with pytest.raises(ValueError, match="stranger"):
-        plan_tasks([a], {"stranger"}, (), (), {}, {})
+        plan_tasks([a], {"complexity": {"stranger"}}, {}, {})
     with pytest.raises(ValueError, match="stranger"):
-        plan_tasks([a], (), {a.id}, (), {a.id: ["stranger"]}, {})
+        plan_tasks([a], {"diversity": {a.id}}, {a.id: ["stranger"]}, {})
     with pytest.raises(ValueError, match="no neighbours"):
-        plan_tasks([a], (), {a.id}, (), {}, {})
+        plan_tasks([a], {"diversity": {a.id}}, {}, {})
+    with pytest.raises(ValueError, match="'kindness', which is not registered"):
+        plan_tasks([a], {"kindness": {a.id}}, {}, {})
 
 
 # One task from end to end --------------------------------------------------------------------------
@@ -388,7 +388,7 @@ def rounds(draw: st.DrawFn) -> tuple[list[Example], list[Outcome]]:
     hard, low, sparse = draw(ids), draw(ids), draw(ids)
     knn_ids = {core: [examples[draw(st.integers(0, n - 1))].id] for core in sorted(sparse)}
     outcomes = []
-    for task in plan_tasks(examples, hard, sparse, low, knn_ids, {}):
+    for task in plan_tasks(examples, {"complexity": hard, "diversity": sparse, "quality": low}, knn_ids, {}):
         if draw(st.booleans()):
             lineage = Lineage((task.source.id,), task.source.lineage.root_id, 1, task.op)
             prompt = draw(st.sampled_from([f"new {task.task_id}", "common", "Q0", f"Q{n - 1}"]))
@@ -429,7 +429,7 @@ def test_nothing_is_lost_and_nothing_is_doubled(case: Any, random: Any) -> None:
 
 def test_duplicates_are_rejected_by_name() -> None:
     a, b = sample("a"), sample("b")
-    tasks = plan_tasks([a, b], {a.id, b.id}, (), (), {}, {})
+    tasks = plan_tasks([a, b], {"complexity": {a.id, b.id}}, {}, {})
     child = a.replace_text("c", "Yes.", Lineage((a.id,)))
     repeats = [Outcome(tasks[0], child), Outcome(tasks[1], child)]
     first, second = without_duplicates([a, b], repeats)

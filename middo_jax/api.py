@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax import stages
 from middo_jax.config import Config, SettingsLike, layers_of, load
-from middo_jax.config.axes import axes as axis_rows
-from middo_jax.config.axes import axis_names
+from middo_jax.config.axis_table import axes as axis_rows
+from middo_jax.config.axis_table import axis_names
 from middo_jax.data.sources import Rejection, UserRows
 from middo_jax.progress import for_stderr
 from middo_jax.results import Exported, Refined, Run, Scores, Selection, Trained

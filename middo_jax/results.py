@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from middo_jax.config.axes import axis_names
+from middo_jax.config.axis_table import axis_names
 from middo_jax.data.sources import Rejection
 
 if TYPE_CHECKING:

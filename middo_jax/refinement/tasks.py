@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from middo_jax.config.axes import Op, axes, axis_names
+from middo_jax.config.axis_table import TaskOp, axes, axis_names
 from middo_jax.config.gates import gate
 from middo_jax.data.example import Example
 from middo_jax.refinement.endpoint.request import Answer, Messages
@@ -27,7 +27,7 @@ class Task:
     `attempt` counts from 0; `feedback` says why the candidates of earlier ones were not accepted.
     """
 
-    op: Op
+    op: TaskOp
     axes: tuple[str, ...]
     source: Example
     hints: tuple[Example, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from middo_jax.config.axes import BUILT_IN, axes
+from middo_jax.config.axis_table import BUILT_IN, axes
 
 
 class ShownAxis(NamedTuple):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 import pyarrow as pa
 
-from middo_jax.config.axes import Axis, axes, enter, strike
+from middo_jax.config.axis_table import Axis, axes, enter, strike
 from middo_jax.signals.table import SCHEMA, as_floats
 
 Column = Callable[[pa.Table], np.ndarray]

@@ -4,8 +4,8 @@
   sparse       s < mean - m std, s the mean similarity to the neighbours   (diversity)
   low_quality  q < mean - m std                                           (quality)
 
-Each axis of `config.axes` is brought to one number per sample: by how many standard deviations it is worse than
-the mean. Then all axes select alike, badness > m, and a wanted fraction is a matter of the right m.
+Each axis of `config.axis_table` is brought to one number per sample: by how many standard deviations it is worse
+than the mean. Then all axes select alike, badness > m, and a wanted fraction is a matter of the right m.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from middo_jax.config import Config, Threshold
-from middo_jax.config.axes import axes, threshold_of
+from middo_jax.config.axis_table import axes, threshold_of
 from middo_jax.signals.axes import scores_of
 from middo_jax.signals.duplicates import count_duplicates
 from middo_jax.signals.table import as_floats

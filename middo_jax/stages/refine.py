@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from middo_jax.config.axes import axes as axis_rows
+from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
 from middo_jax.rundir import RoundDir, RunError, chain, read_jsonl, write_jsonl

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from middo_jax.config.axes import axis_names
+from middo_jax.config.axis_table import axis_names
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import TokenizedExample, response_header
 from middo_jax.rundir import RoundDir, RunError, chain, write_json

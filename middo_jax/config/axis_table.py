@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from middo_jax.config.settings import Config, Threshold
 
-Op = Literal["simplify", "rewrite", "synthesize"]
+TaskOp = Literal["simplify", "rewrite", "synthesize"]
 _NAMES_OF_ROWS = frozenset({"id", "all"})  # of a column of selection.parquet, of an entry of its overlaps
 
 
@@ -38,7 +38,7 @@ class Axis:
     bad: Literal["high", "low"]
     label: tuple[str, ...]
     heading: str
-    op: Op | None = None
+    op: TaskOp | None = None
 
     @property
     def sign(self) -> int:

@@ -1,7 +1,7 @@
 """Does `middo score` say what a plain transformers and torch loop says? Prints a table; fails if not.
 
     middo score --data alpaca.json --model MODEL --pre-model PRE --out scored data.limit=200
-    python benchmarks/agreement.py scored --model MODEL --pre-model PRE
+    python -m benchmarks agreement scored --model MODEL --pre-model PRE
 
 The other side is as plain as can be: one example a forward pass, whole logits, the chat template applied by
 transformers, brute-force neighbours by scikit-learn, the three sets from the formulas. It shares no code with

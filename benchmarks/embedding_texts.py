@@ -1,6 +1,6 @@
 """How far `diversity.text` decides what is sparse: the prompt within its conversation, or alone as published.
 
-    python benchmarks/embedding_texts.py --data alpaca.json --model TUNED data.limit=2000
+    python -m benchmarks embedding_texts --data alpaca.json --model TUNED data.limit=2000
 
 Both embeddings of every row under one model, the neighbours in each space, and how far they agree: rank
 correlation (Spearman) of the mean similarities s, rows that have the same nearest neighbours, and the overlap

@@ -1,6 +1,6 @@
 """A whole fine-tuning, checked from outside: the loss falls, the export is the model, torch ends where we do.
 
-    python benchmarks/end_to_end.py --model models/SmolLM2-135M-Instruct --data alpaca.json --out end_to_end
+    python -m benchmarks end_to_end --model models/SmolLM2-135M-Instruct --data alpaca.json --out end_to_end
 
 1. ours: `train` on --rows rows, all weights or, with --rank, adapters; held-out loss every --every steps.
 2. The export, opened in transformers, has the held-out loss that we computed.

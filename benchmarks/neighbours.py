@@ -1,7 +1,7 @@
 """Exact nearest neighbours: ours beside faiss, scikit-learn and the whole matrix in numpy. Prints a table.
 
-    python benchmarks/neighbours.py
-    python benchmarks/neighbours.py --samples 300000 --sides middo --rounds 1      # memory
+    python -m benchmarks neighbours
+    python -m benchmarks neighbours --samples 300000 --sides middo --rounds 1      # memory
 
 Random unit vectors, every hundredth a copy of another. The sides take turns, each time in a fresh process
 that first searches a small part, so that programs are compiled and threads are awake; seconds are those of

@@ -1,7 +1,7 @@
 """Does a published training fit the hardware that its config is for? Compiles its step and prints bytes.
 
-    python benchmarks/paper_memory.py                                  # both models, every TPU slice
-    python benchmarks/paper_memory.py llama-3.1-8b alpaca v5e-64       # one of them
+    python -m benchmarks paper_memory                                  # both models, every TPU slice
+    python -m benchmarks paper_memory llama-3.1-8b alpaca v5e-64       # one of them
 
 Nothing is allocated and no chip is needed: shapes with shardings go through the real TPU compiler (the `tpu`
 extra), and what it says of the program is printed. A step's memory does not depend on the dataset but for the

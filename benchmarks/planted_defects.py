@@ -1,6 +1,6 @@
 """Do the three signals find bad data? Known faults in clean rows, a short fine-tuning, what each axis says.
 
-    python benchmarks/planted_defects.py --data alpaca.json --foreign gsm8k_test.jsonl \\
+    python -m benchmarks planted_defects --data alpaca.json --foreign gsm8k_test.jsonl \\
         --model models/SmolLM2-135M-Instruct --out defects
 
 Every seed has a folder of its own: rows drawn and faults planted (see planting.py, 5 % of each), a model
@@ -34,8 +34,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from planting import FAULTS, SHARE, from_gsm8k, plant
 
+from benchmarks.planting import FAULTS, SHARE, from_gsm8k, plant
 from middo_jax.data.example import Example, Message
 from middo_jax.data.sources import read
 from middo_jax.data.tokenize import load_tokenizer, tokenize, tokenize_prompt

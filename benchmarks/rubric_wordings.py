@@ -1,6 +1,6 @@
 """Do the judge's ratings say so little for the rubric's wording, or for how they are read? Prints tables.
 
-    python benchmarks/rubric_wordings.py --data alpaca.json --model models/SmolLM2-135M-Instruct
+    python -m benchmarks rubric_wordings --data alpaca.json --model models/SmolLM2-135M-Instruct
 
 Clean rows stand in five versions each: as they are, with another's response, with the prompt's words
 shuffled, with the response cut, and with its numbers wrong (see planting.py). The model rates them all by
@@ -28,8 +28,15 @@ from unittest import mock
 
 import jax
 import numpy as np
-from planting import MIN_PROMPT_WORDS, MIN_RESPONSE_WORDS, cut, has_numbers, shuffled, with_other_numbers
 
+from benchmarks.planting import (
+    MIN_PROMPT_WORDS,
+    MIN_RESPONSE_WORDS,
+    cut,
+    has_numbers,
+    shuffled,
+    with_other_numbers,
+)
 from middo_jax.config import load
 from middo_jax.data.example import Example, Message
 from middo_jax.data.sources import read

@@ -1,6 +1,6 @@
 """How long a save holds up a training, against the steps between two saves.
 
-    python benchmarks/saving.py --model DIR [--steps 3] [--save-every 50]
+    python -m benchmarks saving --model DIR [--steps 3] [--save-every 50]
 
 A state of the model's size (weights and AdamW's moments in float32) is saved as a training would,
 synchronously and asynchronously; a step is one row of 256 tokens a device: any real one is longer, and the

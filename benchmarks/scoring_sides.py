@@ -1,4 +1,7 @@
-"""The processes of `scoring.py`: `middo score`, the peer, and the rate of a matrix product."""
+"""The processes of `scoring.py`: `middo score`, the peer, and the rate of a matrix product.
+
+python -m benchmarks scoring_sides models/SmolLM2-135M-Instruct       # prints the rate alone
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     middo serve models/SmolLM2-135M-Instruct --port 8000 serve.max_batch=32 model.dtype=float32
     python -m llama_cpp.server --model SmolLM2-135M-Instruct.Q4_1.gguf --n_ctx 2048 --port 8001
-    python benchmarks/serving.py --server ours=http://127.0.0.1:8000/v1 \
+    python -m benchmarks serving --server ours=http://127.0.0.1:8000/v1 \
         --server llama.cpp=http://127.0.0.1:8001/v1
 
 The servers are asked in turn, each concurrency `--repeats` times; what is printed are medians. The requests

@@ -1,6 +1,6 @@
 """Our training step beside a transformers and torch step on a CPU: the same examples a step. Prints tables.
 
-    python benchmarks/training.py --model models/SmolLM2-135M-Instruct --data alpaca.json
+    python -m benchmarks training --model models/SmolLM2-135M-Instruct --data alpaca.json
 
 The parts are
   alpaca  steps of rows of --data, in shuffled order, as `middo train` plans them;
@@ -39,9 +39,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from scoring_sides import matmul_rate
 from transformers import AutoModelForCausalLM
 
+from benchmarks.scoring_sides import matmul_rate
 from middo_jax.config import TrainSettings
 from middo_jax.data.packing import PackedBatch, pack
 from middo_jax.data.sources import read

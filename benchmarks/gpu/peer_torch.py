@@ -5,7 +5,7 @@
   lora       a training step: rank-16 adapters on all seven matrices, frozen bfloat16 base
   full       a training step: all parameters, float32 master weights, bfloat16 matrix products
 
-usage: python benchmarks/gpu/peer_torch.py --job score --shape 8b --lengths lengths.npz --out score.json
+usage: python -m benchmarks gpu.peer_torch --job score --shape 8b --lengths lengths.npz --out score.json
 
 `--lengths` has two arrays of int: `tokens_n`, tokens per example, and `targets_n`, how many of them, the last
 ones, are targets. Token ids and weights are random. Rotary angles are without Llama 3's scaling.

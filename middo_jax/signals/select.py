@@ -4,8 +4,8 @@
   sparse       s < mean - m std, s the mean similarity to the neighbours   (diversity)
   low_quality  q < mean - m std                                           (quality)
 
-Each axis of `config.axis_table` is brought to one number per sample: by how many standard deviations it is worse
-than the mean. Then all axes select alike, badness > m, and a wanted fraction is a matter of the right m.
+Each axis of `config.axis_table` becomes one number per sample: how many standard deviations it is worse than
+the mean. Then all axes select alike, badness > m, and a wanted fraction is a matter of the right m.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 from planted_defects import measure
-from planting import (
+
+from benchmarks.planting import (
     FAULTS,
     Planted,
     cut,
@@ -18,7 +19,6 @@ from planting import (
     with_other_numbers,
     with_other_words,
 )
-
 from middo_jax.data.example import Example, Message
 from middo_jax.data.formats import to_example
 

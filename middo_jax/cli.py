@@ -331,24 +331,25 @@ def inspect(
 ) -> None:
     """What is in a dataset; with a model, how its first sample is rendered and how long all are."""
     from middo_jax.config import load
-    from middo_jax.data.sources import read
+    from middo_jax.data.sources import read_rows
     from middo_jax.data.tokenize import tokenize_all, truncate
+    from middo_jax.models.source import tokenizer_directory
     from middo_jax.progress import for_stderr
     from middo_jax.report.inspection import inspect_rows, inspect_tokens
     from middo_jax.report.terminal import render_inspection
     from middo_jax.session import Session, usable
 
-    base = _tokenizer_directory(model) if model else "none"
+    base = tokenizer_directory(model) if model else "none"
     config = load(None, [f"model.path={base}", f"data.path={data}", *(overrides or ())])
-    examples, rejections = read(config.data.path, config.data.format, config.data.limit)
-    facts = inspect_rows(examples, rejections)
+    data = read_rows(config.data.path, config.data.format, config.data.limit)
+    facts = inspect_rows(data.examples, data.rejections)
     if model:
         session, max_length = Session(config, for_stderr()), config.model.max_length
-        examples, refused = usable(session, examples)
-        whole = tokenize_all(examples, session.tokenizer)
+        data = usable(session, data)
+        whole = tokenize_all(data.examples, session.tokenizer)
         cut = [truncate(tokenized, max_length) for tokenized in whole]
         session.tell_of_no_end(cut)
-        facts = inspect_rows(examples, [*rejections, *refused]) | inspect_tokens(
+        facts = inspect_rows(data.examples, data.rejections) | inspect_tokens(
             whole,
             cut,
             session.tokenizer,
@@ -373,13 +374,6 @@ def _names(text: str) -> list[str]:
 
 def _loss(of: HeldoutLoss) -> dict[str, Any]:
     return {"loss": of.loss, "n_target_tokens": of.n_target_tokens}
-
-
-def _tokenizer_directory(model: str) -> Path:
-    """Where a model's tokenizer is, without its weights."""
-    from middo_jax.models.source import tokenizer_directory
-
-    return tokenizer_directory(model)
 
 
 def _show(as_json: bool, value: Any, text: str) -> None:

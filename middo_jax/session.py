@@ -16,7 +16,8 @@ from middo_jax.config import Config, SettingsLike, layers_of
 from middo_jax.config import load as load_config
 from middo_jax.data.example import Example
 from middo_jax.data.in_memory import IN_MEMORY
-from middo_jax.data.sources import DataError, Rejection, UserRows, read_rows, split_heldout
+from middo_jax.data.sources import DataError, Rejection, UserRows, commonest_reasons, read_rows
+from middo_jax.data.split import split_heldout
 from middo_jax.data.tokenize import (
     TokenizedExample,
     eos_token_ids,
@@ -191,14 +192,16 @@ def prepare(
       DataError: the data cannot be read, or nothing of it can be used.
     """
     settings = session.config.data
-    examples, _, rejections = data or read_data(session)
+    data = data or read_data(session)
     kept, heldout = split_heldout(
-        examples, settings.eval_fraction, session.config.seed, settings.source_column
+        data.examples, settings.eval_fraction, session.config.seed, settings.source_column
     )
     session.progress.say(
-        f"{settings.path}: {len(kept)} samples, {len(heldout)} held out, {len(rejections)} rows refused"
+        f"{settings.path}: {len(kept)} samples, {len(heldout)} held out, {len(data.rejections)} rows refused"
     )
-    return kept, heldout, rejections
+    for line in commonest_reasons(data.rejections):
+        session.progress.say(line)
+    return kept, heldout, data.rejections
 
 
 def read_data(session: Session, rows: Any = None) -> UserRows:
@@ -213,30 +216,31 @@ def read_data(session: Session, rows: Any = None) -> UserRows:
     """
     settings = session.config.data
     data = read_rows(settings.path if rows is None else rows, settings.format, settings.limit)
-    examples, refused = usable(session, data.examples)
-    ids = {example.id for example in examples}
-    kept = [row for example, row in zip(data.examples, data.rows, strict=True) if example.id in ids]
-    return UserRows(examples, kept, data.rejections + refused)
+    return usable(session, data)
 
 
-def usable(session: Session, examples: Sequence[Example]) -> tuple[list[Example], list[Rejection]]:
-    """The examples that the model can read, and those that its template or tokenizer forbids.
+def usable(session: Session, data: UserRows) -> UserRows:
+    """The dataset without the examples that the template or the tokenizer cannot take; these are rejections.
 
     Raises:
-      DataError: none can be used.
+      DataError: no example can be used.
     """
-    kept, refused = [], []
-    for example in examples:
-        reason = refusal(example, session.tokenizer)
-        if reason is None:
-            kept.append(example)
-        else:
-            refused.append(Rejection(f"sample {example.id}", reason, example.to_json()))
+    reasons = [refusal(example, session.tokenizer) for example in data.examples]
+    rows = [row for row, reason in zip(data.rows, reasons, strict=True) if reason is None]
+    kept = [i for i, reason in enumerate(reasons) if reason is None]
+    refused = [
+        Rejection(data.places[i], reason, data.examples[i].to_json())
+        for i, reason in enumerate(reasons)
+        if reason is not None
+    ]
     if not kept:
+        lines = "".join(f"\n{line}" for line in commonest_reasons(refused))
         raise DataError(
-            f"{session.config.data.path}: no usable row; the first was refused: {refused[0].reason}"
+            f"{session.config.data.path}: this model can use none of the {len(refused)} rows. The commonest "
+            f"reasons:{lines}"
         )
-    return kept, refused
+    examples, places = [data.examples[i] for i in kept], [data.places[i] for i in kept]
+    return UserRows(examples, rows, places, data.rejections + refused)
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:

@@ -200,7 +200,7 @@ def test_no_package_of_tables_is_imported_to_tell_them() -> None:
 def test_what_is_no_table_is_refused_with_a_hint(rows: list[dict[str, Any]]) -> None:
     with pytest.raises(DataError, match="one split of it"):
         rows_in_memory({"train": rows})
-    with pytest.raises(DataError, match="int is no table; give a path, a list of dicts"):
+    with pytest.raises(DataError, match="int is not a table; give a path, a list of dicts"):
         rows_in_memory(7)
 
 

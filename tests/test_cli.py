@@ -119,7 +119,7 @@ def test_every_command_explains_itself_with_an_example(middo: Middo, command: st
             "eval --data broken.jsonl --model {model}",
             "1 of 1: broken JSON: Expecting value (column 1) (broken.jsonl:1)",
         ),
-        ("eval --data empty.jsonl --model {model}", "empty.jsonl holds no rows"),
+        ("eval --data empty.jsonl --model {model}", "empty.jsonl has no rows"),
         ("eval --data {data} --model .", "no config.json there"),
         (
             "eval --data {data} --model {model} model.attention=splash",
@@ -317,6 +317,30 @@ def test_rows_that_cannot_be_used_are_counted_and_kept_beside(middo: Middo, tmp_
     assert [row["where"] for row in beside] == [f"{data}:2", f"{data}:3"]
     facts = middo("inspect", data, "--json").json
     assert (facts["n"], len(facts["rejected"])) == (1, 2)
+
+
+def test_reasons_are_counted_largest_first_with_the_first_place(
+    middo: Middo, place: Path, tmp_path: Path
+) -> None:
+    """The same lines from every command, for rows that cannot be read and rows that the model cannot take."""
+    ended_turn = {"instruction": "a <|im_end|> b", "output": "c"}
+    rows = [
+        {"instruction": "a", "output": "b"},
+        {"instruction": "c"},
+        ended_turn,
+        ended_turn | {"output": "d"},
+    ]
+    data = tmp_path / "some.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = [
+        f"  2 of 3: its text contains the model's control token <|im_end|> ({data}:3)",
+        f"  1 of 3: column 'output' is missing or null ({data}:2)",
+    ]
+    shown = middo("inspect", data, "--model", place / "model", *SMALL).out.splitlines()
+    assert shown[:3] == ["1 rows can be used, 3 cannot", *lines]
+    scored = middo("eval", "--data", data, "--model", place / "model", *SMALL)
+    assert scored.code == 0
+    assert "\n".join(lines) in scored.err
 
 
 def test_inspect_shows_what_is_learnt(middo: Middo, place: Path) -> None:

@@ -75,7 +75,7 @@ def test_what_is_refused_is_what_cannot_be_tokenized(tmp_path: Path) -> None:
     session = Session(config, Silent())
     kept, heldout, rejections = prepare(session)
     assert [e.prompt for e in (*kept, *heldout)] == ["Hi"]
-    assert [r.reason for r in rejections] == ["its text holds the model's control token <|im_end|>"]
+    assert [r.reason for r in rejections] == ["its text contains the model's control token <|im_end|>"]
     [example] = [*kept, *heldout]
     session.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     reason = refusal(example, session.tokenizer)

@@ -1,4 +1,7 @@
-"""Example: one conversation with its identity and its ancestry. The only row type inside the program."""
+"""Example: one conversation with its id and its ancestry.
+
+All other code handles rows of a dataset as this type.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Op = Literal["seed", "simplify", "rewrite", "synthesize"]
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn. An answer that is not `learnt` is context for what follows: no token of it is a target."""
+    """One turn. An answer that is not `learnt` is context only: none of its tokens is a target."""
 
     role: Role
     content: str
@@ -26,11 +29,11 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Lineage:
-    """Where an example comes from, and what was measured of it before and after.
+    """Where an example comes from, and its scores before and after the rewrite.
 
-    `root_id` is the user's own row at the start of the chain; `scores_before` are the scores of the parent
-    that was found wanting. `scores_after` are this example's under the same model, where it was accepted by
-    measurement, and else those of the next round, once known.
+    `root_id` is the user's own row at the start of the ancestry. `scores_before` are the scores for which the
+    parent was selected. `scores_after` are this example's own scores: under the same model if the gates
+    measured it, otherwise those of the next round, once it has been scored.
     """
 
     parent_ids: tuple[str, ...] = ()
@@ -49,8 +52,8 @@ class Lineage:
 class Example:
     """A conversation whose last message is the assistant's.
 
-    `id` is a content hash, so that the same row has the same id in any file and at any position; `extra`
-    holds the user's columns that the program does not know, and is carried through.
+    `id` is a content hash, so the same row has the same id in any file and at any position. `extra` contains
+    the user's other columns, which are kept unchanged.
     """
 
     messages: tuple[Message, ...]
@@ -75,7 +78,10 @@ class Example:
         return self.messages[-1].content
 
     def replace_text(self, prompt: str, response: str, lineage: Lineage) -> Example:
-        """A rewritten single-turn child: keeps the system turn and the extra columns, has its own id."""
+        """A rewritten single-turn child.
+
+        It keeps the system turn and the extra columns, and has its own id.
+        """
         system = tuple(m for m in self.messages if m.role == "system")
         turns = (Message("user", prompt), Message("assistant", response))
         return Example(system + turns, lineage=lineage, extra=self.extra)
@@ -92,7 +98,7 @@ class Example:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Example:
         """Reads a row of dataset.jsonl."""
-        # Version 0.1 wrote into each lineage that it was accepted.
+        # Version 0.1 also wrote whether and why an example was accepted.
         lineage = {k: v for k, v in row["lineage"].items() if k not in ("accepted", "reject_reason")}
         for name in ("parent_ids", "hint_ids"):
             lineage[name] = tuple(lineage[name])
@@ -103,9 +109,10 @@ class Example:
 
 
 def content_id(messages: tuple[Message, ...]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of roles, contents and what is not learnt: 64 bits.
+    """The first 16 hexadecimal digits (64 bits) of the SHA-256 of roles, contents and `learnt` flags.
 
-    Two of a hundred million rows share one with probability 3e-4 (birthday bound); equal rows always do.
+    Equal rows have equal ids. Among a hundred million different rows, any two share an id with probability
+    3e-4 (birthday bound).
     """
     turns = [[m.role, m.content, *([] if m.learnt else [0])] for m in messages]
     text = json.dumps(turns, ensure_ascii=False, separators=(",", ":"))

@@ -10,7 +10,7 @@ import numpy as np
 
 from middo_jax.data.example import Example
 from middo_jax.data.packing import first_fit
-from middo_jax.data.sources import Rejection
+from middo_jax.data.sources import Rejection, count_reasons
 from middo_jax.data.templates import starts_with_bos
 from middo_jax.data.tokenize import TokenizedExample, end_of_turn_token
 
@@ -30,8 +30,12 @@ QUANTILES = {
 
 
 def inspect_rows(examples: Sequence[Example], rejections: Sequence[Rejection]) -> dict[str, Any]:
-    """Counts, and the rows that cannot be used."""
-    return {"n": len(examples), "rejected": [{"where": r.where, "reason": r.reason} for r in rejections]}
+    """The number of usable rows, the rejected rows with place and reason, and their reasons counted."""
+    return {
+        "n": len(examples),
+        "rejected": [{"where": r.where, "reason": r.reason} for r in rejections],
+        "reasons": [reason._asdict() for reason in count_reasons(rejections)],
+    }
 
 
 def inspect_tokens(

@@ -6,6 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from middo_jax.data.sources import Reason, reason_lines
+
 _AXES = {"complexity": "hard", "diversity": "sparse", "quality": "low quality"}
 _STYLES = {"target": "black on green", "prompt": "cyan", "template": "dim"}
 _BAR = 40  # characters of the longest bar
@@ -97,7 +99,7 @@ def render_trace(chain: list[dict[str, Any]]) -> str:
 def render_inspection(facts: dict[str, Any], *, color: bool = False) -> str:
     """What `inspection` found, as text: what is learnt in colour, or between [[ and ]] without."""
     lines = [f"{facts['n']:,} rows can be used, {len(facts['rejected'])} cannot"]
-    lines += [f"  {row['where']}: {row['reason']}" for row in facts["rejected"][:5]]
+    lines += reason_lines([Reason(**reason) for reason in facts["reasons"]], limit=5)
     if "tokens" not in facts:
         return printable("\n".join(lines))
     lines += [f"warning: {warning}" for warning in facts["warnings"]]

@@ -143,7 +143,7 @@ def test_turns_behind_the_last_learnt_answer_are_left_out_and_named(
 ) -> None:
     (example,), _ = reading(tmp_path, chat(*BAD_THEN_GOOD, weight=0))
     assert example.messages == (Message("user", "one"), Message("assistant", "bad"))
-    assert "turns behind the last answer that is learnt" in caplog.text
+    assert "turns after the last answer that is learnt" in caplog.text
 
 
 def test_another_weight_is_named_as_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from middo_jax.data import sources
 from middo_jax.data.example import Example, Lineage, Message
 from middo_jax.data.formats import detect
-from middo_jax.data.sources import DataError, Rejection, read, split_heldout, write
+from middo_jax.data.sources import DataError, Rejection, read, write
+from middo_jax.data.split import split_heldout
 
 TARGETS = [
     *(
@@ -341,10 +342,10 @@ def test_json_files(tmp_path: Path) -> None:
     for content, message in (
         ('[{"prompt": 1},\n {"prompt": }]', "line 2, column 13"),
         ('{"prompt": "q"}\n{"prompt": "q"}', r"\.jsonl file"),
-        ('{"prompt": "q"}', "must hold a list of rows"),
-        ("", "holds no rows"),
-        ("[]", "holds no rows"),
-        ("[" * 5000, "cannot be held"),
+        ('{"prompt": "q"}', "must contain a list of rows"),
+        ("", "has no rows"),
+        ("[]", "has no rows"),
+        ("[" * 5000, "JSON beyond the limits of the parser"),
     ):
         path.write_text(content)
         with pytest.raises(DataError, match=message):

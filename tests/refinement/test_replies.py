@@ -157,6 +157,39 @@ def test_a_backslash_that_no_json_escaped_is_read_as_it_is(meant: str) -> None:
 @pytest.mark.parametrize(
     "meant",
     [
+        r"List the folder C:\new and say what is missing.",
+        r"Go to the directory D:\notes\new first.",
+        r"Run cd C:\new before you start.",
+        r"Delete 'C:\new' and \"E:\notes\" for me.",
+        r"What does `C:\new\next` contain?",
+        r"Read C:\notes.txt and X:\new\node.json aloud.",
+    ],
+)
+def test_a_path_is_told_by_the_words_around_it(meant: str) -> None:
+    r"""JSON allows each backslash of these replies, so none shows that its writer escaped nothing."""
+    assert parse_prompt('{"prompt": "' + meant + '"}') == meant.replace('\\"', '"')
+    assert parse_prompt(json.dumps({"prompt": meant})) == meant
+
+
+@pytest.mark.parametrize(
+    "meant",
+    [
+        "Q:\nname three birds\nA:\nowl, wren and rook",
+        "Write it in C:\nint main() { return 0; }",
+        "Translate from C:\nnode = next;",
+        "Answer with A:\nyes or B:\nno.",
+        "Q:\nnotes.txt is what kind of file?",
+        'Say "A:\nno" aloud.',
+        "Choose an option: C:\nnone of these",
+    ],
+)
+def test_a_line_break_after_a_letter_and_a_colon_is_no_path(meant: str) -> None:
+    assert parse_prompt(json.dumps({"prompt": meant})) == meant
+
+
+@pytest.mark.parametrize(
+    "meant",
+    [
         "One line.\nNext line.\n\nnot this one\ta tab",
         "1. nouns\n2. else\ni) first\nu = 3",
         "A café costs “3 €”.\n- new\n- old",

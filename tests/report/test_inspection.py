@@ -194,7 +194,9 @@ def test_what_is_printed(tokenizer: PreTrainedTokenizerBase) -> None:
     assert facts["n"] == len(EXAMPLES)
     assert len(facts["rejected"]) == 7
     text = render_inspection(facts | inspected(EXAMPLES, tokenizer, 48, 48))
-    assert text.startswith(f"{len(EXAMPLES)} rows can be used, 7 cannot\n  data.jsonl:0: no response\n")
+    assert facts["reasons"] == [{"n": 7, "reason": "no response", "where": "data.jsonl:0"}]
+    counted = "  7 of 7: no response (data.jsonl:0)\n"
+    assert text.startswith(f"{len(EXAMPLES)} rows can be used, 7 cannot\n{counted}")
     assert "[[Héllo 🦙<|im_end|>]]" in text
     assert "cut at model.max_length 48: " in text
     assert re.search(r"packed for scoring: [\d.]+% full, \d compiled shapes? \(\d+ x \d+", text)

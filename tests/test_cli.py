@@ -18,7 +18,7 @@ from support.tiny_model import write_tiny_model
 
 from middo_jax import cli
 from middo_jax.data.sources import read
-from middo_jax.progress import Bars, Lines, duration
+from middo_jax.progress import Bars, Lines
 from middo_jax.rundir import read_jsonl
 from middo_jax.signals.table import SCHEMA
 from middo_jax.version import __version__
@@ -200,7 +200,8 @@ def test_score_select_refine_by_hand(middo: Middo, finished: Finished, place: Pa
     assert contents(out) == before
     assert plan["requests"] == 2 * len(plan["rows"]) + plan["probes"] > plan["probes"] == 1
     told = middo("refine", out, "--dry-run", *endpoint).out
-    assert f"{plan['requests']:,} requests, the first to find out whether the server honours a schema" in told
+    requests = f"{plan['requests']:,} requests"
+    assert f"{requests}, the first to find out whether the server enforces a schema" in told
     assert plan["rows"][0]["messages"][0]["content"].splitlines()[0] in told
 
     done = middo("refine", out, *endpoint, "--json").json
@@ -415,10 +416,3 @@ def test_progress_is_told_on_stderr_only(
     assert "[1/8] round_00 train [bold]" in err  # nothing of it is taken for markup
     assert "3/3" in err
     assert "loss [0.5]" in err
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (95, "1m35s"), (3599.7, "1h00m"), (5430, "1h30m")]
-)
-def test_a_duration_is_short(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

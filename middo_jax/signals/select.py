@@ -1,11 +1,12 @@
-"""Scores -> the hard, sparse and low-quality samples; thresholds from m or from a wanted fraction.
+"""Selects the hard, sparse and low-quality samples from scores, by m or by a fraction.
 
   hard         loss_pre > mean + m std  and  loss_post > mean + m std      (complexity)
   sparse       s < mean - m std, s the mean similarity to the neighbours   (diversity)
   low_quality  q < mean - m std                                           (quality)
 
-Every axis is brought to one number a sample: by how many standard deviations it is worse than the mean. Then
-all three select alike, badness > m, and a wanted fraction is a matter of the right m.
+Each axis is reduced to one number per sample, its badness: by how many standard deviations the sample is
+  worse
+than the mean. All three axes then select badness > m, and a fraction determines m.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from middo_jax.signals.table import as_floats
 
 SWEEP = tuple(round(0.25 * i, 2) for i in range(13))  # m from 0 to 3
 SETS = {"complexity": "hard", "diversity": "sparse", "quality": "low_quality"}
-# selection.parquet, one row per sample: which sets it is in, and by how many standard deviations it is worse
-# than the mean on each axis. Null where an axis has no scores.
+# selection.parquet, one row per sample: whether it is in each set, and its badness on each axis. Null if an
+# axis has no scores.
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -40,8 +41,8 @@ class Standardised:
     """One column of scores, in standard deviations from its mean.
 
     Attributes:
-      z: [n] (score - mean) / std, NaN where the score is missing, 0 where all are equal.
-      mean, std: population statistics over the finite scores only; NaN if there is none.
+      z: [n] (score - mean) / std; NaN if the score is missing, 0 if all scores are equal.
+      mean, std: population statistics of the finite scores; NaN if there are none.
     """
 
     z: np.ndarray
@@ -50,11 +51,11 @@ class Standardised:
 
     @classmethod
     def of(cls, scores: np.ndarray) -> Standardised:
-        """Standardises [n] scores; missing ones are NaN and never enter the mean."""
+        """Standardises [n] scores. Missing scores are NaN and do not enter the mean."""
         finite = scores[np.isfinite(scores)]
         if not len(finite):
             return cls(np.full(len(scores), np.nan), math.nan, math.nan)
-        # Equal scores: their mean may be off by a bit, and all would lie many such "deviations" away.
+        # The mean of equal scores may be off by rounding, which would give them a tiny std and large z.
         mean, std = float(finite.mean()), float(finite.std()) if np.ptp(finite) > 0 else 0.0
         z = np.where(np.isfinite(scores), (scores - mean) / std if std > 0 else 0.0, np.nan)
         return cls(z, mean, std)
@@ -66,7 +67,7 @@ class AxisSelection:
 
     Attributes:
       selected: [n] bool.
-      badness: [n] standard deviations by which a sample is worse than the mean, NaN where a score is missing.
+      badness: [n] standard deviations by which a sample is worse than the mean; NaN if a score is missing.
       facts: the axis's part of selection.json.
     """
 
@@ -76,15 +77,15 @@ class AxisSelection:
 
 
 def select_axis(columns: dict[str, np.ndarray], sign: int, threshold: Threshold) -> AxisSelection:
-    """Selects where every column is worse than its mean by more than m standard deviations.
+    """Selects samples whose every column is worse than its mean by more than m standard deviations.
 
     Args:
-      columns: the scores that must all be bad, [n] each, NaN where missing.
+      columns: the scores that must all be bad, [n] each; NaN if missing.
       sign: +1 if a high score is bad, -1 if a low one is.
-      threshold: m, or the wanted fraction of the samples that have a score.
+      threshold: m, or the fraction of the samples with a score.
     """
     scores = {name: Standardised.of(values) for name, values in columns.items()}
-    # All of x > mean + m std  <=>  the least of (x - mean) / std > m; NaN wins, as it must.
+    # All x > mean + m std  <=>  the minimum of (x - mean) / std > m. A NaN makes the minimum NaN, as it must.
     badness = np.minimum.reduce([sign * s.z for s in scores.values()])
     known = np.isfinite(badness)
     m = threshold.m if threshold.m is not None else m_of_fraction(badness[known], threshold.fraction or 0.0)
@@ -106,16 +107,17 @@ def select_axis(columns: dict[str, np.ndarray], sign: int, threshold: Threshold)
 
 
 def at_mean_length(loss: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
-    """[n] losses as they would be if all answers had the geometric mean of their lengths.
+    """[n] losses, corrected to the geometric mean of all lengths.
 
-    The mean loss of a short answer is higher and scatters more: its first tokens are the hardest to foresee.
-    What the least-squares line of loss over log length says of a sample's length is taken off its loss.
+    The mean loss of a short answer is higher and varies more, since its first tokens are the hardest to
+    predict. The least-squares line of loss over log length gives the part of each loss that is due to length,
+    which is subtracted.
 
-    loss [4, 3, 2, 2], n_tokens [1, 2, 4, 4]  ->  the line falls by 1 for every doubling; all are 2.75
+    loss [4, 3, 2, 2], n_tokens [1, 2, 4, 4]  ->  the line falls by 1 per doubling; all results are 2.75
 
     Args:
-      loss: [n] nats per token, NaN where missing; these stay so.
-      n_tokens: [n] targets.
+      loss: [n] nats per token; NaN if missing, which stays NaN.
+      n_tokens: [n] number of targets.
     """
     known = np.isfinite(loss) & (n_tokens > 0)
     length = np.log(np.where(known, n_tokens, 1))
@@ -126,7 +128,7 @@ def at_mean_length(loss: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
 
 
 def m_of_fraction(badness: np.ndarray, fraction: float) -> float:
-    """The m with which `badness > m` selects round(fraction * n) samples, fewer if there are ties.
+    """The m for which `badness > m` selects round(fraction * n) samples; fewer with ties.
 
     badness [3, 1, 2, 0], fraction 0.5  ->  m = 1, which selects 3 and 2
     """
@@ -137,11 +139,12 @@ def m_of_fraction(badness: np.ndarray, fraction: float) -> float:
 
 
 def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
-    """The three sets.
+    """Selects the three sets.
 
     Returns:
-      selection.parquet, see SCHEMA, and selection.json: thresholds, counts, ids, overlap, how many samples
-      each m would select, and how many have the same prompt as another (None where that was not looked at).
+      The contents of selection.parquet, see SCHEMA, and of selection.json: thresholds, counts, ids, overlap,
+      the number of samples that each m would select, and the number of samples with equal prompts (None
+      without prompt hashes).
     """
     axes = {
         "complexity": (("loss_pre", "loss_post"), 1, config.complexity),

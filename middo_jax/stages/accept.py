@@ -70,8 +70,8 @@ class Acceptance:
           RunError: `refine.accept` is `measured` and that model cannot be found.
           ConfigError: a gate needs a package that is not installed.
         """
-        from middo_jax.refinement.acceptance.duplicates import Known
         from middo_jax.refinement.acceptance.language import load_identifier
+        from middo_jax.refinement.acceptance.repeats import Known
 
         self._session, self._directory = session, directory
         self._settings = session.config.refine
@@ -214,7 +214,7 @@ class Acceptance:
             "attempt": task.attempt,
             "op": task.op,
             "axes": list(task.axes),
-            "source_id": task.source.id,
+            "source_id": task.original.id,
             "candidate_id": None if candidate is None else candidate.id,
             "accepted": outcome.example is not None,
             "gate": None if verdict is None else verdict.gate,

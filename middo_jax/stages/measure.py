@@ -97,13 +97,13 @@ class UnderTraining:
             embedding_md = self._scored("embeddings of rewrites", model, embedded).embedding_nd
         k = k or self._session.config.diversity.k
         dataset_nd = np.load(self._directory.embeddings, mmap_mode="r", allow_pickle=False)
-        source_m = np.array([place[outcome.task.source.id] for outcome in outcomes])
+        source_m = np.array([place[outcome.task.original.id] for outcome in outcomes])
         similarity_m = cosines(embedding_md, dataset_nd[source_m])
         # One more than k: a rewrite's own original, which it replaces, is no neighbour of it.
         found = nearest_neighbours(dataset_nd, k + 1, self._session.mesh, query_md=embedding_md)
         measured = []
         for i, outcome in enumerate(outcomes):
-            replaces, core = outcome.task.op != "synthesize", rows[outcome.task.source.id]
+            replaces, core = outcome.task.op != "synthesize", rows[outcome.task.original.id]
             near = found.similarity_nk[i][(found.index_nk[i] != source_m[i]) | (not replaces)][:k]
             similarity = _finite(similarity_m[i])
             measured.append(

@@ -183,7 +183,7 @@ def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[D
       RunError: room is to be made, and the folder's scores know no neighbours.
     """
     from middo_jax.refinement import Outcome, merge
-    from middo_jax.refinement.growth import fit, room_for
+    from middo_jax.refinement.growth import fit, max_size
     from middo_jax.signals.table import read_scores
 
     examples = read_dataset(directory)
@@ -200,7 +200,7 @@ def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[D
     by_id = {e.id: e for e in examples}
     outcomes = [Outcome.from_json(row, by_id) for row in read_jsonl(directory.refined)]
     together = merge([with_scores(e) for e in examples], outcomes)
-    room = room_for(len(examples), session.config.refine.growth)
+    room = max_size(len(examples), session.config.refine.growth)
     neighbours = {
         row["id"]: list(zip(row["knn_ids"], row["knn_sims"], strict=True)) for row in rows if row["knn_ids"]
     }

@@ -162,7 +162,7 @@ def test_rows_that_are_not_of_both_models_give_no_interval(run: RunDir) -> None:
     pq.write_table(table.slice(0, len(table) - 1), run.heldout_rows)
     found = status(run)["effects"]
     assert found["rounds"]["interval"] is None
-    assert "does not hold the same rows for round_00 and final" in found["rounds"]["reason"]
+    assert "does not have the same rows for round_00 and final" in found["rounds"]["reason"]
     assert found["fine_tuning"]["interval"] is not None
 
 

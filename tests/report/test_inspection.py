@@ -173,7 +173,7 @@ def test_parts_keep_the_spaces_of_a_sentencepiece() -> None:
         ("{{ '<s><s>' }}%s", "begins with <s> twice"),
         (
             "{{ '<s>' }}{%% for m in messages %%}{{ m['content'] + '\n' }}{%% endfor %%}",
-            "puts no control token",
+            "writes no control token",
         ),
     ],
 )
@@ -206,7 +206,7 @@ def test_what_is_printed(tokenizer: PreTrainedTokenizerBase) -> None:
     for start, bar, n, cut in bars:
         assert (len(bar) > 0) == (int(n) > 0)
         assert (cut != "") == (int(start) > 48 and int(n) > 0)
-    assert "tokens a conversation" not in render_inspection(facts)
+    assert "tokens per conversation" not in render_inspection(facts)
 
 
 def test_colours_are_ours_alone(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -351,7 +351,7 @@ def test_raw_prompts_are_measured_as_the_dataset_was(measured: Measured, tmp_pat
     session = Session(measured.config.model_copy(update={"diversity": diversity}), Silent())
     stages.score_stage(session, directory, directory.checkpoint, None, ["diversity"])
     tasks = stages.plan_refinement(measured.round)
-    outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.source) for task in tasks[:4]]
+    outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.original) for task in tasks[:4]]
     for m in UnderTraining(session, directory, directory.checkpoint).measure(outcomes):
         assert m.similarity == pytest.approx(1.0, abs=1e-5)
         assert m.nearest is not None

@@ -155,7 +155,7 @@ def test_rewrites_are_compared_in_the_datasets_own_space(house: House, examples:
     directory = house.score("measured", examples, diversity__embedder="pre")
     session = house.session(diversity__embedder="pre")
     tasks = stages.plan_refinement(directory)
-    outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.source) for task in tasks[:3]]
+    outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.original) for task in tasks[:3]]
     assert outcomes
     for m in UnderTraining(session, directory, house.tuned).measure(outcomes):
         assert m.similarity == pytest.approx(1.0, abs=1e-5)

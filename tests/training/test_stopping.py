@@ -63,8 +63,8 @@ def test_preempted_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     assert whole.wait(TIMEOUT_S) == 0
     metrics = tmp_path / "cut" / "metrics.jsonl"
     for signal_number, code, told in (
-        (signal.SIGTERM, EXIT_PREEMPTED, "preempted, all is saved; the same command goes on from here"),
-        (signal.SIGINT, 130, "interrupted; the same command goes on from here"),
+        (signal.SIGTERM, EXIT_PREEMPTED, "preempted, all is saved; run the same command again to continue"),
+        (signal.SIGINT, 130, "interrupted; run the same command again to continue"),
     ):
         process = start(tmp_path, "cut")
         before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0

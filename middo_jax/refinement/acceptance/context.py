@@ -1,4 +1,4 @@
-"""Whether a rewritten prompt still sets the original's task: its numbers, its code blocks. Pure functions."""
+"""Whether a rewritten prompt keeps the numbers and the code blocks of its original. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from middo_jax.refinement.acceptance.figures import Figure, decimal_mark, figure
 _WORD = re.compile(r"[^\W\d_]+")
 _SPELT = _WORD.findall("zero one two three four five six seven eight nine ten eleven twelve")
 _FENCED = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*\n(?P<code>.*?)^[ \t]*(?P=fence)", re.DOTALL | re.M)
-_SHOWN = 4  # numbers named in a reason
+_SHOWN = 4  # maximum number of numbers in a reason
 
 
 def numbers(text: str) -> list[str]:
-    """The numbers of a text in the order of their first appearance, each in one form.
+    """The distinct numbers of a text in canonical form, in the order of their first appearance.
 
     "1. Add 1,000 and 2,50 to ٣." -> ["1000", "2.5", "3"]
     """
@@ -23,15 +23,15 @@ def numbers(text: str) -> list[str]:
 
 
 def changed_numbers(original: str, rewrite: str, exchanged_only: bool = False) -> str | None:
-    """How a rewrite breaks with the numbers of the original prompt, or None.
+    """Which numbers of the original prompt a rewrite does not keep, in words; None if it keeps all.
 
-    A rewrite has to keep them all. It may spell those up to twelve in English: "3" is kept by "three".
+    A rewrite may spell numbers up to twelve as English words: "three" keeps 3.
 
     Args:
       original: the sample's prompt.
-      rewrite: the candidate's.
-      exchanged_only: for a task that was to become easier: numbers may go with the steps that needed them,
-        and others may come, but some may not go and others come instead.
+      rewrite: the candidate's prompt.
+      exchanged_only: for a task that makes a prompt easier. Numbers may be dropped together with the steps
+        that need them, and numbers may be added, but dropped numbers may not be replaced by other ones.
     """
     mark = decimal_mark(f"{original}\n{rewrite}")
     before, after = figures(original, mark), figures(rewrite, mark)
@@ -51,12 +51,12 @@ def changed_numbers(original: str, rewrite: str, exchanged_only: bool = False) -
 
 
 def code_blocks(text: str) -> list[str]:
-    """What stands between code fences, without white space at the ends of lines."""
+    """The contents of fenced code blocks, without white space at the ends of lines."""
     return [_trimmed(match["code"]) for match in _FENCED.finditer(text)]
 
 
 def lost_code(original: str, rewrite: str) -> str | None:
-    """Which code blocks of the original prompt are no longer in a rewrite, word for word; or None."""
+    """The first code block of the original prompt that is not in a rewrite verbatim, in words; or None."""
     inside = _trimmed(rewrite)
     lost = [block for block in code_blocks(original) if block not in inside]
     return f"a block of {lost[0].count(chr(10)) + 1} lines not kept" if lost else None
@@ -68,7 +68,7 @@ def without_code(text: str) -> str:
 
 
 def _all_of(found: Sequence[Figure]) -> set[str]:
-    """Every number that some reading contains."""
+    """The numbers of all readings."""
     return {number for figure in found for reading in figure.readings for number in reading}
 
 

@@ -136,7 +136,7 @@ def test_what_does_not_belong_is_refused(finished: Finished, middo: Middo, tmp_p
     ask, results = tmp_path / "ask.jsonl", tmp_path / "results.jsonl"
     middo("refine", here, "--write-batch", ask)
     results.write_text('{"custom_id": "a"}\nno json\n', encoding="utf-8")
-    assert f"{results}:2: no line of a batch's results" in middo("refine", here, "--read-batch", results)
+    assert f"{results}:2: not a result of a batch" in middo("refine", here, "--read-batch", results)
     write_jsonl(results, map(answered, read_jsonl(ask)))
     other = middo("refine", here, "--read-batch", results, "refine.temperature=0.7")
     assert "none of the results belongs to a request" in other

@@ -27,7 +27,6 @@ from middo_jax.data.example import Example
 from middo_jax.progress import duration
 from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
-from middo_jax.report.axes import AXES
 from middo_jax.report.costs import costs
 from middo_jax.report.curves import heldout_curves, training_curves
 from middo_jax.report.effects import RESAMPLES
@@ -46,6 +45,11 @@ from middo_jax.report.verdicts import refusals
 from middo_jax.rundir import RoundDir, RunDir, write_text
 from middo_jax.version import __version__
 
+AXES = {  # axis: (name of its set, CSS class, columns of scores.parquet that decide)
+    "complexity": ("hard", "c-complexity", ("loss_pre", "loss_post")),
+    "diversity": ("sparse", "c-diversity", ("knn_mean_sim",)),
+    "quality": ("low quality", "c-quality", ("quality",)),
+}
 OPS = {"simplify": "simplified", "rewrite": "rewritten", "synthesize": "synthesized"}
 STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES))
 MAX_DIFF_CELLS = 1_000_000  # words before x words after; above it difflib needs more than about a second
@@ -193,7 +197,7 @@ def _round(
         "verdicts": _verdicts(tasks) if tasks is not None else None,
         "reasons": Counter((_axes(t), t["verdict"].kind) for t in rejected).most_common(),
         "acceptance": acceptance(
-            load_jsonl(folder.candidates), settings, {name: axis.colour for name, axis in AXES.items()}
+            load_jsonl(folder.candidates), settings, {axis: colour for axis, (_, colour, _) in AXES.items()}
         ),
         "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),
@@ -205,7 +209,7 @@ def _round(
 
 
 def _set_plot(selection: dict[str, Any]) -> Markup:
-    rows = [(AXES[a].set_name, len(s["ids"]), AXES[a].colour) for a, s in selection["axes"].items()]
+    rows = [(AXES[a][0], len(s["ids"]), AXES[a][1]) for a, s in selection["axes"].items()]
     rows += [(k.replace("_", " ").replace("&", " & "), n, "c-both") for k, n in selection["overlap"].items()]
     drawn = [plots.Bar("all sets" if name == "all" else name, ((n, c),), f"{n:,}") for name, n, c in rows]
     return plots.bars("Samples chosen by each axis, and by several", drawn)
@@ -261,7 +265,7 @@ def _sweep(selection: dict[str, Any] | None) -> dict[str, Any] | None:
         m = selection["axes"].get(axis, {}).get("m") if selection else None
         mark = next(((p["m"], p["n"]) for p in points if p["m"] == m), None)
         x, y = [float(p["m"]) for p in points], [float(p["n"]) for p in points]
-        series.append(plots.Line(AXES[axis].set_name, x, y, AXES[axis].colour, mark))
+        series.append(plots.Line(AXES[axis][0], x, y, AXES[axis][1], mark))
     if not any(s.x for s in series):
         return None
     plot = plots.lines(
@@ -279,7 +283,7 @@ def _axes(task: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _colour(axes: tuple[str, ...]) -> str:
-    return AXES[axes[0]].colour if len(axes) == 1 and axes[0] in AXES else "c-both"
+    return AXES[axes[0]][1] if len(axes) == 1 and axes[0] in AXES else "c-both"
 
 
 def _verdicts(tasks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -321,7 +325,7 @@ def _rewrite(
     measured = {c: v for c, v in (example.lineage.scores_after or {}).items() if v is not None}
     after = {**later.get(example.id, {}), **measured}
     compare = word_diff if task["replaces"] else lambda a, b: ([(False, a)], [(False, b)])
-    columns = [c for axis in task["axes"] if axis in AXES for c in AXES[axis].columns]
+    columns = [c for axis in task["axes"] if axis in AXES for c in AXES[axis][2]]
     return {
         "id": example.id,
         "source_id": original.id,

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from middo_jax.data.sources import Reason, reason_lines
-from middo_jax.report.axes import AXES
 
+_AXES = {"complexity": "hard", "diversity": "sparse", "quality": "low quality"}
 _STYLES = {"target": "black on green", "prompt": "cyan", "template": "dim"}
 _BAR = 40  # characters of the longest bar
 
@@ -39,14 +39,14 @@ def render_selection(selection: dict[str, Any]) -> str:
         )
         nulls = f", {facts['n_null']} without a score" if facts["n_null"] else ""
         lines.append(
-            f"{AXES[axis].set_name:<12} {len(facts['ids']):>6} of {facts['n_scored']}  m {m}  {bounds}{nulls}"
+            f"{_AXES[axis]:<12} {len(facts['ids']):>6} of {facts['n_scored']}  m {m}  {bounds}{nulls}"
         )
     lines += [f"{name:<12} {n:>6}" for name, n in selection["overlap"].items()]
     if duplicates := selection["duplicates"]:
         lines.append(f"{'same prompt':<12} {duplicates['n_samples']:>6} in {duplicates['n_groups']} groups")
     for axis, points in selection["sweep"].items():
         counts = "  ".join(f"{point['m']:g}: {point['n']}" for point in points)
-        lines.append(f"{AXES[axis].set_name} by m   {counts}")
+        lines.append(f"{_AXES[axis]} by m   {counts}")
     return "\n".join(lines) or "no axis has scores"
 
 

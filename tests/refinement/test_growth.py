@@ -122,10 +122,10 @@ def test_children_alike_are_accepted_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("growth", "room"), [("free", None), ("keep", 1000), (0.05, 1050), (0.0, 1000), (0.0019, 1001)]
+    ("growth", "size"), [("free", None), ("keep", 1000), (0.05, 1050), (0.0, 1000), (0.0019, 1001)]
 )
-def test_room(growth: Any, room: int | None) -> None:
-    assert max_size(1000, growth) == room
+def test_the_maximum_size(growth: Any, size: int | None) -> None:
+    assert max_size(1000, growth) == size
 
 
 class Round:
@@ -157,9 +157,9 @@ rounds = st.composite(Round)()
 @settings(max_examples=200)
 @given(rounds, st.sampled_from(["free", "keep", 0.1, 0.5, 3.0]))
 def test_the_size_is_what_was_asked_for_and_nothing_is_lost(case: Round, growth: Any) -> None:
-    room = max_size(len(case.examples), growth)
-    kept, dropped = fit(case.examples, case.merged, room, case.selected, case.neighbours)
-    assert len(kept) == (len(case.merged) if room is None else min(room, len(case.merged)))
+    size = max_size(len(case.examples), growth)
+    kept, dropped = fit(case.examples, case.merged, size, case.selected, case.neighbours)
+    assert len(kept) == (len(case.merged) if size is None else min(size, len(case.merged)))
     kept_ids, dropped_ids = [e.id for e in kept], [d.example.id for d in dropped]
     assert sorted(kept_ids + dropped_ids) == sorted(e.id for e in case.merged)
     assert kept_ids == [e.id for e in case.merged if e.id in set(kept_ids)]  # in order
@@ -175,7 +175,7 @@ def test_the_size_is_what_was_asked_for_and_nothing_is_lost(case: Round, growth:
             assert row.example.lineage.op == "synthesize"
             assert row.reason.startswith("no room: ")
         assert row.to_json()["example"]["lineage"]["root_id"]
-    again = fit(case.examples, case.merged, room, case.selected, case.neighbours)
+    again = fit(case.examples, case.merged, size, case.selected, case.neighbours)
     assert again == (kept, dropped)
 
 

@@ -146,7 +146,7 @@ def test_plots_say_what_scale_the_settings_chose_on(run: RunDir) -> None:
     settings["quality"]["score"] = "log_odds"
     write_text(run.config, yaml.safe_dump(settings))
     after = Page(page(run)).words
-    for words in ("no threshold can be drawn", "log-odds of a good rating"):
+    for words in ("no threshold is drawn", "log-odds of a good rating"):
         assert (words in before, words in after) == (False, True)
     assert ("quality, 0 to 10" in before, "quality, 0 to 10" in after) == (True, False)
 

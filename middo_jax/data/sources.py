@@ -21,6 +21,7 @@ from middo_jax.data.example import Example
 from middo_jax.data.formats import FORMATS, DataError, RowError, detect, plain, to_example, to_rows
 from middo_jax.data.in_memory import IN_MEMORY, arrow_rows, rows_in_memory
 from middo_jax.rundir import atomic, write_json, write_jsonl
+from middo_jax.rundir.rows import RejectedRow
 
 _log = logging.getLogger(__name__)
 _NAMED = re.compile(
@@ -42,9 +43,10 @@ class Rejection:
     reason: str
     row: Any
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> RejectedRow:
         """A row of rejected.jsonl; lone surrogates, which no file can hold, become `&#55296;` etc."""
-        text = json.dumps({"where": self.where, "reason": self.reason, "row": self.row}, ensure_ascii=False)
+        row: RejectedRow = {"where": self.where, "reason": self.reason, "row": self.row}
+        text = json.dumps(row, ensure_ascii=False)
         return json.loads(text.encode("utf-8", "xmlcharrefreplace"))
 
 

@@ -360,6 +360,7 @@ def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     fields, arrays = [], []
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
+        column: Any = None
         metadata = None
         try:
             column = array(values, pa.infer_type(values))

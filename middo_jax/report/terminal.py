@@ -6,6 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from middo_jax.rundir.rows import SelectionFile
+
 _AXES = {"complexity": "hard", "diversity": "sparse", "quality": "low quality"}
 _STYLES = {"target": "black on green", "prompt": "cyan", "template": "dim"}
 _BAR = 40  # characters of the longest bar
@@ -16,7 +18,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def render_selection(selection: dict[str, Any]) -> str:
+def render_selection(selection: SelectionFile) -> str:
     """selection.json as text: each set's size and threshold, the overlaps, and the m-sweep."""
     lines = []
     for axis, facts in selection["axes"].items():

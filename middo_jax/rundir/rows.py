@@ -128,7 +128,7 @@ class SweepRow(TypedDict):
     n: Annotated[int, "samples"]
 
 
-class Selection(TypedDict):
+class SelectionFile(TypedDict):
     """The three sets of a round."""
 
     n: Annotated[int, "samples of the dataset"]

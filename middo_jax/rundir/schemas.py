@@ -158,7 +158,7 @@ SCHEMAS: tuple[Schema, ...] = (
     ),
     SCORES,
     SELECTED,
-    Schema("selection.json", "JSON", "a round", "Thresholds, sets, their overlap.", 1, rows.Selection),
+    Schema("selection.json", "JSON", "a round", "Thresholds, sets, their overlap.", 1, rows.SelectionFile),
     Schema(
         "requests.jsonl",
         "JSON lines",

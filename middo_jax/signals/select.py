@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from middo_jax.config import Config, Threshold
-from middo_jax.rundir.rows import AxisFacts, AxisStatistics, Selection, SweepRow
+from middo_jax.rundir.rows import AxisFacts, AxisStatistics, SelectionFile, SweepRow
 from middo_jax.rundir.schemas import SELECTED
 from middo_jax.rundir.tables import arrow_schema
 from middo_jax.signals.duplicates import count_duplicates
@@ -127,7 +127,7 @@ def m_of_fraction(badness: np.ndarray, fraction: float) -> float:
     return float(np.sort(badness)[::-1][count])
 
 
-def select(table: pa.Table, config: Config) -> tuple[pa.Table, Selection]:
+def select(table: pa.Table, config: Config) -> tuple[pa.Table, SelectionFile]:
     """The three sets.
 
     Returns:
@@ -169,7 +169,7 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, Selection]:
         overlap["all"] = int(np.logical_and.reduce(list(flags.values())).sum())
     hashes = table["prompt_hash"].drop_null().to_pylist()
     duplicates = count_duplicates(hashes) if hashes else None
-    selection: Selection = {
+    selection: SelectionFile = {
         "n": len(table),
         "axes": facts,
         "overlap": overlap,

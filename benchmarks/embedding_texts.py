@@ -30,8 +30,8 @@ THRESHOLDS = (Threshold(m=1.0), Threshold(fraction=0.05), Threshold(fraction=0.1
 
 def spearman(a_n: np.ndarray, b_n: np.ndarray) -> float:
     """Correlation of the ranks; of equal values the earlier has the lower one."""
-    ranks = [np.argsort(np.argsort(values, kind="stable")) for values in (a_n, b_n)]
-    return float(np.corrcoef(ranks)[0, 1])
+    a_rank_n, b_rank_n = (np.argsort(np.argsort(values, kind="stable")) for values in (a_n, b_n))
+    return float(np.corrcoef(a_rank_n, b_rank_n)[0, 1])
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from forward import forward
-from tiny_model import FAMILIES, write_tiny_model
+from support.forward import forward
+from support.tiny_model import FAMILIES, write_tiny_model
 
 from middo_jax.models.config import read_config
 from middo_jax.models.hf import export, load, tensor_table

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-from hostile_load import REFUSALS, Load, check, run_load, served  # noqa: E402
-from hostile_server import (  # noqa: E402
+from support.hostile_load import REFUSALS, Load, check, run_load, served  # noqa: E402
+from support.hostile_server import (  # noqa: E402
     LOADING_S,
     OVERLOAD_S,
     RETRY_AFTER_S,
@@ -139,8 +139,8 @@ def main() -> None:
         calm, _ = measure(folder, given.samples, given.scale, faults=False)
         print(f"without faults: {calm.ledger.here.requests:,} requests in {calm.seconds:.0f} s", flush=True)
         bad, tries = measure(folder, given.samples, given.scale, faults=True)
-        command = [sys.executable, str(TESTS / "hostile_load.py"), str(folder / "memory.jsonl"), "1000"]
-        memory = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        command = [sys.executable, "-m", "support.hostile_load", str(folder / "memory.jsonl"), "1000"]
+        memory = json.loads(subprocess.run(command, cwd=TESTS, capture_output=True, check=True).stdout)
     here = bad.ledger.here
     waits = waits_s(bad, tries, given.scale, with_backoff=True)
     imposed = sum(waits_s(bad, tries, given.scale, with_backoff=False).values())

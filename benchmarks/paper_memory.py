@@ -89,6 +89,7 @@ def main() -> int:
         config, (topology, chip) = paper_config(model, dataset, hardware), SLICES[hardware]
         began = time.perf_counter()
         memory = compile_step(SHAPES[model], config, topology).memory_analysis()
+        assert memory is not None  # a TPU's compiler tells
         # Donated arguments come out again in the same place.
         used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         fits &= used < chip

@@ -159,6 +159,13 @@ def measure(detector: Detector, faulty: np.ndarray, clean: np.ndarray) -> Figure
     }
 
 
+def number(figures: Figures, name: str) -> float:
+    """A figure that no detector is without."""
+    value = figures[name]
+    assert value is not None, name
+    return value
+
+
 def evaluate(folder: Path) -> dict[str, dict[str, Figures]]:
     """Figures by fault and detector, of one seed."""
     from middo_jax.signals.table import read_scores
@@ -172,14 +179,14 @@ def evaluate(folder: Path) -> dict[str, dict[str, Figures]]:
         twins = {twin for id_, twin in labels["twin"].items() if labels["fault"][id_] == fault}
         clean = (fault_n == "") & ~np.isin(ids, list(twins))
         row = {name: measure(detector, fault_n == fault, clean) for name, detector in found.items()}
-        row["length"] = max(row.pop("long"), row.pop("short"), key=lambda figures: figures["auc"])
+        row["length"] = max(row.pop("long"), row.pop("short"), key=lambda figures: number(figures, "auc"))
         result[fault] = row
     return result
 
 
 def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Figures]:
     """The tuned model's `expected` and `sample` of the first rows, each after a first pass over two rows."""
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata
 
     from middo_jax.config import load
     from middo_jax.inference import engine as inference
@@ -230,7 +237,11 @@ def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Fig
         ],
     }
     # None where all ratings of one side are equal: then there is no order to agree on.
-    ranks = {name: float(spearmanr(*pair).statistic) for name, pair in pairs.items() if len(pair[0]) > 1}
+    ranks = {
+        name: float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+        for name, (a, b) in pairs.items()
+        if len(a) > 1
+    }
     result["agreement"] = {name: rho if np.isfinite(rho) else None for name, rho in ranks.items()}
     return result
 
@@ -245,13 +256,13 @@ def table(title: str, seeds: Sequence[dict[str, Any]], cell: Callable[[list[Figu
 
 def auc_cell(figures: list[Figures]) -> str:
     """The mean over the seeds, and each of them."""
-    values = [figure["auc"] for figure in figures]
+    values = [number(figure, "auc") for figure in figures]
     return f"{statistics.mean(values):.2f} ({' '.join(f'{value:.2f}' for value in values)})"
 
 
 def selection_cell(figures: list[Figures]) -> str:
     """Precision / recall, means over the seeds that have them."""
-    known = [[f[name] for f in figures if f[name] is not None] for name in ("precision", "recall")]
+    known = [[v for f in figures if (v := f[name]) is not None] for name in ("precision", "recall")]
     return " / ".join(f"{statistics.mean(values):.0%}" if values else "none" for values in known)
 
 
@@ -282,7 +293,8 @@ def main() -> None:
     print(f"\nOf a detector that knows nothing the mean has a standard deviation of {by_chance:.3f}.\n")
     print(table("precision / recall", seeds, selection_cell))
     shares = {
-        name: [seed[FAULTS[0]][name]["selected_share"] for seed in seeds] for name in seeds[0][FAULTS[0]]
+        name: [number(seed[FAULTS[0]][name], "selected_share") for seed in seeds]
+        for name in seeds[0][FAULTS[0]]
     }
     shown = ", ".join(
         f"{name} {statistics.mean(values):.0%}" for name, values in shares.items() if name != "length"

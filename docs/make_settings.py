@@ -26,13 +26,13 @@ def page() -> str:
     parts.append("## At the top\n\n" + _table("", plain))
     for name, field in Config.model_fields.items():
         if _is_group(field):
-            parts.append(_group(name, field.annotation))
+            parts.append(_group(name, _class(field)))
     return "\n".join(parts)
 
 
 def _group(name: str, group: type[pydantic.BaseModel]) -> str:
     fields = {n: f for n, f in group.model_fields.items() if not _is_group(f)}
-    nested = [_group(f"{name}.{n}", f.annotation) for n, f in group.model_fields.items() if _is_group(f)]
+    nested = [_group(f"{name}.{n}", _class(f)) for n, f in group.model_fields.items() if _is_group(f)]
     return "\n".join(
         [f"## {name}\n\n{inspect.cleandoc(group.__doc__ or '')}\n\n{_table(f'{name}.', fields)}", *nested]
     )
@@ -40,6 +40,12 @@ def _group(name: str, group: type[pydantic.BaseModel]) -> str:
 
 def _is_group(field: typing.Any) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel)
+
+
+def _class(field: typing.Any) -> type[pydantic.BaseModel]:
+    """The class of a group's settings."""
+    assert _is_group(field)
+    return field.annotation
 
 
 def _table(prefix: str, fields: dict[str, typing.Any]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from middo_jax.data.sources import Rejection
+from middo_jax.rundir.rows import SelectionFile
 from middo_jax.signals.select import SETS
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Selection:
     """
 
     table: pa.Table
-    facts: dict[str, Any]
+    facts: SelectionFile
 
     def ids(self, axis: str) -> list[str]:
         """The ids that `complexity`, `diversity` or `quality` selects, in the table's order."""

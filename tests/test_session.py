@@ -37,8 +37,10 @@ class Tokenized:
     def times(self, examples: list[Example]) -> tuple[set[int], int]:
         """({how often each was tokenized}, calls that held any) since this was last asked."""
         texts = {
-            self._tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in e.messages], tokenize=False
+            str(
+                self._tokenizer.apply_chat_template(
+                    [{"role": m.role, "content": m.content} for m in e.messages], tokenize=False
+                )
             )
             for e in examples
         }

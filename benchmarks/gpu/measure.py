@@ -239,6 +239,7 @@ def decoding(model: str) -> Figures:
     figures: Figures = {}
     prompt, answer = (64, 128) if not TINY else (8, 4)
     counts = (1, 32, 256) if not TINY else (1, 2)
+    prompts: list[list[int]] = []
     with jax.set_mesh(mesh), Engine(abstract(config)[0], params, counts[-1], 256) as engine:
         for count in counts:
             seconds = []

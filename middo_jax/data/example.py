@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
+
+from middo_jax.rundir.rows import ExampleRow, LineageRow, TurnRow
 
 Role = Literal["system", "user", "assistant"]
 Op = Literal["seed", "simplify", "rewrite", "synthesize"]
@@ -22,9 +25,10 @@ class Message:
     content: str
     learnt: bool = True
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> TurnRow:
         """A turn of dataset.jsonl: role, content, and weight 0 if it is not learnt."""
-        return {"role": self.role, "content": self.content, **({} if self.learnt else {"weight": 0})}
+        row: TurnRow = {"role": self.role, "content": self.content}
+        return row if self.learnt else {**row, "weight": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,21 @@ class Lineage:
     prompt_version: str | None = None
     scores_before: dict[str, float | None] | None = None
     scores_after: dict[str, float | None] | None = None
+
+    def to_json(self) -> LineageRow:
+        """The lineage as a row of dataset.jsonl has it."""
+        return {
+            "parent_ids": list(self.parent_ids),
+            "root_id": self.root_id,
+            "round": self.round,
+            "op": self.op,
+            "axis": self.axis,
+            "hint_ids": list(self.hint_ids),
+            "refiner": self.refiner,
+            "prompt_version": self.prompt_version,
+            "scores_before": self.scores_before,
+            "scores_after": self.scores_after,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +105,15 @@ class Example:
         turns = (Message("user", prompt), Message("assistant", response))
         return Example(system + turns, lineage=lineage, extra=self.extra)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ExampleRow:
         """A row of dataset.jsonl; `from_json` reads it back to an equal Example."""
-        return {
-            "id": self.id,
-            "messages": [m.to_json() for m in self.messages],
-            **({"extra": self.extra} if self.extra else {}),
-            "lineage": dataclasses.asdict(self.lineage),
-        }
+        messages, lineage = [m.to_json() for m in self.messages], self.lineage.to_json()
+        if not self.extra:
+            return {"id": self.id, "messages": messages, "lineage": lineage}
+        return {"id": self.id, "messages": messages, "extra": self.extra, "lineage": lineage}
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Example:
+    def from_json(cls, row: Mapping[str, Any]) -> Example:
         """Reads a row of dataset.jsonl."""
         # Version 0.1 also wrote whether and why an example was accepted.
         lineage = {k: v for k, v in row["lineage"].items() if k not in ("accepted", "reject_reason")}

@@ -24,6 +24,7 @@ from middo_jax.data.example import Example
 from middo_jax.data.formats import FORMATS, DataError, RowError, detect, plain, to_example, to_rows
 from middo_jax.data.in_memory import IN_MEMORY, arrow_rows, rows_in_memory
 from middo_jax.rundir import atomic, write_json, write_jsonl
+from middo_jax.rundir.rows import RejectedRow
 
 _log = logging.getLogger(__name__)
 # tfds:NAME:SPLIT or hf:NAME:SPLIT; SPLIT is such as train or train[:10%].
@@ -48,9 +49,10 @@ class Rejection:
     reason: str
     row: Any
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> RejectedRow:
         """A row of rejected.jsonl. Lone surrogates, which UTF-8 cannot encode, become `&#55296;` etc."""
-        text = json.dumps({"where": self.where, "reason": self.reason, "row": self.row}, ensure_ascii=False)
+        row: RejectedRow = {"where": self.where, "reason": self.reason, "row": self.row}
+        text = json.dumps(row, ensure_ascii=False)
         return json.loads(text.encode("utf-8", "xmlcharrefreplace"))
 
 
@@ -323,6 +325,7 @@ def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     fields, arrays = [], []
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
+        column: Any = None
         metadata = None
         try:
             column = array(values, pa.infer_type(values))

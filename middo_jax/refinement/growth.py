@@ -6,9 +6,10 @@ import dataclasses
 import heapq
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from middo_jax.data.example import Example
+from middo_jax.rundir.rows import DroppedRow
 
 Neighbours = Mapping[str, Sequence[tuple[str, float]]]  # by id: (id, similarity), nearest first
 
@@ -22,7 +23,7 @@ class Dropped:
     nearest_id: str | None = None
     similarity: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> DroppedRow:
         """A row of dropped.jsonl, with the sample and its lineage."""
         return {
             "id": self.example.id,

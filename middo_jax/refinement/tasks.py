@@ -13,6 +13,7 @@ from typing import Any, Literal
 from middo_jax.config.gates import gate
 from middo_jax.data.example import Example
 from middo_jax.refinement.endpoint.request import Answer, Messages
+from middo_jax.rundir.rows import RefinedRow, RequestRow
 
 Scores = Mapping[str, float | None]
 Step = Literal["prompt", "correction", "answer"]
@@ -113,7 +114,7 @@ class Outcome:
         """The same outcome as the last of several attempts, with the exchanges of all of them."""
         return dataclasses.replace(self, exchanges=earlier.exchanges + self.exchanges)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> RefinedRow:
         """A row of refined.jsonl."""
         answers = [exchange.answer for exchange in self.exchanges]
         return {
@@ -153,7 +154,7 @@ class Outcome:
         verdict = Verdict(row.get("gate"), row.get("detail") or row.get("reject_reason", ""))
         return cls(task, example, None if row["accepted"] else verdict)
 
-    def request_rows(self) -> Iterator[dict[str, Any]]:
+    def request_rows(self) -> Iterator[RequestRow]:
         """Rows of requests.jsonl, in the order of asking."""
         for exchange in self.exchanges:
             yield {

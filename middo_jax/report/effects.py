@@ -17,6 +17,8 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from middo_jax.rundir import RunDir, RunError
+from middo_jax.rundir.schemas import HELDOUT_ROWS
+from middo_jax.rundir.tables import refuse_newer
 
 EFFECTS = {"rounds": ("round_00", "final"), "fine_tuning": ("base", "round_00")}  # name: (before, after)
 RESAMPLES = 10_000
@@ -153,6 +155,7 @@ def _read_row_losses(run: RunDir) -> _RowLosses | None:
         table = pq.read_table(path, columns=["model", "id", "nll", "n_target_tokens"])
     except (pyarrow.lib.ArrowException, OSError) as e:
         raise RunError(f"{path}: not a table of held-out losses ({e}); delete it") from e
+    refuse_newer(table, HELDOUT_ROWS, path)
     for row in table.to_pylist():
         found.setdefault(row["model"], {})[row["id"]] = (row["nll"], row["n_target_tokens"])
     return found

@@ -15,6 +15,8 @@ from middo_jax.data.example import Example
 from middo_jax.report.status import load_jsonl, planned_rounds, require
 from middo_jax.report.verdicts import verdict
 from middo_jax.rundir import RoundDir, RunDir, RunError
+from middo_jax.rundir.schemas import SCORES
+from middo_jax.rundir.tables import refuse_newer
 
 
 def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
@@ -75,6 +77,7 @@ def score_rows(round_dir: RoundDir, ids: Iterable[str] | None = None) -> dict[st
         return {}
     try:
         table = pq.read_table(path, filters=None if ids is None else [("id", "in", list(ids))])
+        refuse_newer(table, SCORES, path)
         rows = table.to_pylist()
         return {row.pop("id"): {k: _finite(v) for k, v in row.items()} for row in rows}
     except (pyarrow.lib.ArrowException, KeyError) as e:

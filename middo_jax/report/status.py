@@ -24,6 +24,7 @@ from middo_jax.report.effects import effect_lines, effects
 from middo_jax.report.terminal import printable
 from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError
 from middo_jax.rundir.chain import assess, chain
+from middo_jax.rundir.schemas import newer
 
 ROUND_STAGES = ("train", "score", "select", "refine", "merge")
 FINAL_STAGES = ("train", "evaluate", "export")
@@ -84,8 +85,13 @@ def load_settings(run: RunDir) -> dict[str, Any]:
 
 
 def require(run: RunDir) -> None:
-    """Raises RunError unless the run's folder exists; the message names the folders next to it."""
+    """Raises RunError unless the run's folder exists and no newer version wrote it.
+
+    The message names the folders next to it.
+    """
     if run.path.is_dir():
+        for folder in (*run.rounds(), run.final):
+            folder.stages()
         return
     parent = run.path.parent
     beside = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8] if parent.is_dir() else []
@@ -133,6 +139,9 @@ def status(run: RunDir) -> dict[str, Any]:
     heldout = (load_json(run.heldout_losses) if is_evaluated else None) or {}
     models = heldout.get("models", [])
     events = load_jsonl(run.events, torn_end=True) or []
+    for event in events:
+        if (reason := newer(run.events.name, event.get("version", 0), run.events)) is not None:
+            raise RunError(reason)
     return {
         "run": run.path.resolve().name,
         "path": str(run.path),

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from middo_jax.data.sources import Reason, reason_lines
+from middo_jax.rundir.rows import SelectionFile
 
 _AXES = {"complexity": "hard", "diversity": "sparse", "quality": "low quality"}
 _STYLES = {"target": "black on green", "prompt": "cyan", "template": "dim"}
@@ -27,7 +28,7 @@ def printable(text: str, *, lines: bool = True) -> str:
     return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def render_selection(selection: dict[str, Any]) -> str:
+def render_selection(selection: SelectionFile) -> str:
     """selection.json as text: size and threshold of each set, the overlaps, and the sizes for other m."""
     lines = []
     for axis, facts in selection["axes"].items():

@@ -79,7 +79,9 @@ class Link:
         return {role: p for role, p in roles.items() if p and not _is_ours(p) and p.exists()}
 
     def begin(self) -> Begun:
-        """To be called before the stage reads anything."""
+        """To be called before the stage reads anything. Refuses what a newer version wrote."""
+        for folder in {self.folder.path, *(path.parent for path in self.reads)}:
+            Manifest(folder).records()
         return Begun(self, Manifest(self.folder.path).see(self.reads, self.inputs))
 
     def why_stale(self, config: Config) -> str | None:

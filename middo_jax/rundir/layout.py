@@ -15,6 +15,7 @@ from typing import Any
 
 from middo_jax.rundir.files import json_line
 from middo_jax.rundir.manifest import Manifest, RunError
+from middo_jax.rundir.schemas import EVENTS
 
 _ROUND = re.compile(r"round_(\d{2,})")
 
@@ -208,6 +209,7 @@ class RunDir:
     def log(self, event: str, **facts: Any) -> None:
         """Appends one line to events.jsonl: when, what, and its facts."""
         self.path.mkdir(parents=True, exist_ok=True)
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = {"version": EVENTS.version, "time": now, "event": event, **facts}
         with self.events.open("a", encoding="utf-8") as file:
             file.write(json_line(line))

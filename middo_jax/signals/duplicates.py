@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterable
 import numpy as np
 
 from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.rundir.rows import DuplicatesRow
 
 
 def prompt_hash(example: TokenizedExample) -> str:
@@ -33,7 +34,7 @@ def groups(keys: Iterable[Hashable]) -> np.ndarray:
     return np.fromiter((first.setdefault(key, i) for i, key in enumerate(keys)), np.int32)
 
 
-def count_duplicates(hashes: Iterable[str]) -> dict[str, int]:
+def count_duplicates(hashes: Iterable[str]) -> DuplicatesRow:
     """The number of groups of equal prompts, and the number of samples in such groups.
 
     ["a", "b", "a", "c", "a"]  ->  {"n_groups": 1, "n_samples": 3}

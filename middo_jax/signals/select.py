@@ -14,26 +14,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from middo_jax.config import Config, Threshold
+from middo_jax.rundir.rows import AxisFacts, AxisStatistics, SelectionFile, SweepRow
+from middo_jax.rundir.schemas import SELECTED
+from middo_jax.rundir.tables import arrow_schema
 from middo_jax.signals.duplicates import count_duplicates
 from middo_jax.signals.table import as_floats
 
 SWEEP = tuple(round(0.25 * i, 2) for i in range(13))  # m from 0 to 3
 SETS = {"complexity": "hard", "diversity": "sparse", "quality": "low_quality"}
-# selection.parquet, one row per sample: whether it is in each set, and its badness on each axis. Null if an
-# axis has no scores.
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        *((name, pa.bool_()) for name in SETS.values()),
-        *((f"{axis}_z", pa.float32()) for axis in SETS),
-    ]
-)
+SCHEMA = arrow_schema(SELECTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +62,12 @@ class AxisSelection:
     Attributes:
       selected: [n] bool.
       badness: [n] standard deviations by which a sample is worse than the mean; NaN if a score is missing.
-      facts: the axis's part of selection.json.
+      facts: the axis's part of selection.json, without ids.
     """
 
     selected: np.ndarray
     badness: np.ndarray
-    facts: dict[str, Any]
+    facts: AxisStatistics
 
 
 def select_axis(columns: dict[str, np.ndarray], sign: int, threshold: Threshold) -> AxisSelection:
@@ -90,20 +84,17 @@ def select_axis(columns: dict[str, np.ndarray], sign: int, threshold: Threshold)
     known = np.isfinite(badness)
     m = threshold.m if threshold.m is not None else m_of_fraction(badness[known], threshold.fraction or 0.0)
     selected = known & (badness > m)
-    return AxisSelection(
-        selected,
-        badness,
-        {
-            "n_scored": int(known.sum()),
-            "n_null": int((~known).sum()),
-            "m": _finite(m),
-            "fraction": threshold.fraction,
-            "mean": {name: _finite(s.mean) for name, s in scores.items()},
-            "std": {name: _finite(s.std) for name, s in scores.items()},
-            "threshold": {name: _finite(s.mean + sign * m * s.std) for name, s in scores.items()},
-            "n_selected": int(selected.sum()),
-        },
-    )
+    facts: AxisStatistics = {
+        "n_scored": int(known.sum()),
+        "n_null": int((~known).sum()),
+        "m": _finite(m),
+        "fraction": threshold.fraction,
+        "mean": {name: _finite(s.mean) for name, s in scores.items()},
+        "std": {name: _finite(s.std) for name, s in scores.items()},
+        "threshold": {name: _finite(s.mean + sign * m * s.std) for name, s in scores.items()},
+        "n_selected": int(selected.sum()),
+    }
+    return AxisSelection(selected, badness, facts)
 
 
 def at_mean_length(loss: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
@@ -138,7 +129,7 @@ def m_of_fraction(badness: np.ndarray, fraction: float) -> float:
     return float(np.sort(badness)[::-1][count])
 
 
-def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
+def select(table: pa.Table, config: Config) -> tuple[pa.Table, SelectionFile]:
     """Selects the three sets.
 
     Returns:
@@ -152,8 +143,8 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
         "quality": (("quality",), -1, config.quality),
     }
     ids = np.asarray(table["id"].to_pylist(), object)
-    facts: dict[str, Any] = {}
-    sweep: dict[str, Any] = {}
+    facts: dict[str, AxisFacts] = {}
+    sweep: dict[str, list[SweepRow]] = {}
     flags: dict[str, np.ndarray] = {}
     columns_of: dict[str, pa.Array] = {"id": pa.array(ids, pa.string())}
     for axis, (names, sign, threshold) in axes.items():
@@ -168,7 +159,7 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
         missing = ~np.isfinite(chosen.badness)
         columns_of[SETS[axis]] = pa.array(chosen.selected, pa.bool_())
         columns_of[f"{axis}_z"] = pa.array(chosen.badness, pa.float32(), mask=missing)
-        facts[axis] = chosen.facts | {"ids": ids[chosen.selected].tolist()}
+        facts[axis] = {**chosen.facts, "ids": ids[chosen.selected].tolist()}
         sweep[axis] = [
             {"m": m, "n": int(select_axis(columns, sign, Threshold(m=m)).selected.sum())} for m in SWEEP
         ]
@@ -181,7 +172,7 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, dict[str, Any]]:
         overlap["all"] = int(np.logical_and.reduce(list(flags.values())).sum())
     hashes = table["prompt_hash"].drop_null().to_pylist()
     duplicates = count_duplicates(hashes) if hashes else None
-    selection = {
+    selection: SelectionFile = {
         "n": len(table),
         "axes": facts,
         "overlap": overlap,

@@ -11,28 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from middo_jax.rundir import atomic
+from middo_jax.rundir.schemas import SCORES
+from middo_jax.rundir.tables import arrow_schema, refuse_newer
 from middo_jax.signals.ifd import ifd
 from middo_jax.signals.judge.rubrics import COLUMNS, quality
 from middo_jax.signals.neighbours.nearest import Neighbours
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("loss_pre", pa.float32()),
-        ("loss_post", pa.float32()),
-        ("n_target_tokens", pa.int32()),
-        ("truncated", pa.bool_()),
-        ("knn_mean_sim", pa.float32()),
-        ("knn_ids", pa.list_(pa.string())),
-        ("knn_sims", pa.list_(pa.float32())),
-        ("prompt_hash", pa.string()),
-        ("loss_unconditional", pa.float32()),
-        ("ifd", pa.float32()),
-        *((column, pa.float32()) for column in COLUMNS),
-        ("quality", pa.float32()),
-        ("error", pa.string()),
-    ]
-)
+SCHEMA = arrow_schema(SCORES)
 # Older tables have these columns, which are in selection.parquet now.
 MOVED = frozenset({"hard", "sparse", "low_quality"})
 # Older tables do not have these columns.
@@ -107,6 +92,7 @@ def read_scores(path: Path) -> pa.Table:
 
     Raises:
       ValueError: the file is not a table of scores.
+      RunError: a newer version wrote it.
     """
     return as_scores(pq.read_table(path), str(path))
 
@@ -116,7 +102,9 @@ def as_scores(table: pa.Table, where: str) -> pa.Table:
 
     Raises:
       ValueError: a column is missing; `where` names the table.
+      RunError: a newer version made it.
     """
+    refuse_newer(table, SCORES, where)
     for name in sorted(ADDED.difference(table.column_names)):
         table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
     missing = [name for name in SCHEMA.names if name not in table.column_names]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from middo_jax.config.gates import Needs
 from middo_jax.data.example import Example
 from middo_jax.rundir import RoundDir, read_jsonl, write_jsonl
+from middo_jax.rundir.rows import CandidateRow
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.measure import UnderTraining, scored_as, scored_model
 
@@ -84,7 +85,7 @@ class Acceptance:
         self.limits = self._read_limits()
         self._under = scored_as(directory)
         self._stored = self._read_stored()
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[CandidateRow] = []
 
     def decide(self, asked: Sequence[Outcome]) -> list[Outcome]:
         """The outcomes of one attempt, in order; those that a gate does not let pass are rejected."""
@@ -205,9 +206,7 @@ class Acceptance:
             if row["measured"] and row["measured_under"] == self._under
         }
 
-    def _row(
-        self, outcome: Outcome, candidate: Example | None, measured: Measurement | None
-    ) -> dict[str, Any]:
+    def _row(self, outcome: Outcome, candidate: Example | None, measured: Measurement | None) -> CandidateRow:
         task, verdict = outcome.task, outcome.verdict
         return {
             "task_id": task.task_id,
@@ -220,7 +219,7 @@ class Acceptance:
             "gate": None if verdict is None else verdict.gate,
             "detail": None if verdict is None else verdict.detail,
             "before": dict(task.scores),
-            "measured": None if measured is None else dataclasses.asdict(measured),
+            "measured": None if measured is None else measured.to_json(),
             "measured_under": None if measured is None else self._under,
         }
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from middo_jax.data.example import Example
 from middo_jax.progress import Progress, Silent
 from middo_jax.rundir import RunDir, RunError, atomic, write_json
+from middo_jax.rundir.rows import HeldoutLosses, ModelLossRow
+from middo_jax.rundir.schemas import HELDOUT_ROWS
 from middo_jax.session import Session
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def measure_heldout(
     """
     from middo_jax.evaluation.heldout import total
 
-    losses: list[dict[str, Any]] = []
+    losses: list[ModelLossRow] = []
     rows: dict[str, RowLosses] = {}
     held_out = HeldOut(session, heldout)
     with session.progress.task("held-out loss", "models") as advance:
@@ -75,7 +77,8 @@ def measure_heldout(
             losses.append({"name": name, "loss": found.loss, "n_target_tokens": found.n_target_tokens})
             advance(done, len(models), f"{name} {losses[-1]['loss']:.4f}")
     _write_rows(run.heldout_rows, rows)
-    write_json(run.heldout_losses, {"n": len(heldout), "models": losses})
+    found_all: HeldoutLosses = {"n": len(heldout), "models": losses}
+    write_json(run.heldout_losses, found_all)
     return {m["name"]: m["loss"] for m in losses}
 
 
@@ -83,14 +86,16 @@ def _write_rows(path: Path, rows: Mapping[str, RowLosses]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from middo_jax.rundir.tables import arrow_schema
+
     columns = {
-        "model": pa.array([name for name, of in rows.items() for _ in of.ids], pa.string()),
-        "id": pa.array([id_ for of in rows.values() for id_ in of.ids], pa.string()),
-        "nll": pa.array([nll for of in rows.values() for nll in of.nll_n.tolist()], pa.float64()),
-        "n_target_tokens": pa.array([n for of in rows.values() for n in of.n_targets_n.tolist()], pa.int64()),
+        "model": [name for name, of in rows.items() for _ in of.ids],
+        "id": [id_ for of in rows.values() for id_ in of.ids],
+        "nll": [nll for of in rows.values() for nll in of.nll_n.tolist()],
+        "n_target_tokens": [n for of in rows.values() for n in of.n_targets_n.tolist()],
     }
     with atomic(path, "wb") as file:
-        pq.write_table(pa.table(columns), file)
+        pq.write_table(pa.table(columns, schema=arrow_schema(HELDOUT_ROWS)), file)
 
 
 def export_checkpoint(

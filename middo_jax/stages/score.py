@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import TokenizedExample, response_header
 from middo_jax.rundir import RoundDir, RunError, chain, write_json
+from middo_jax.rundir.rows import SelectionFile
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.before import measure_before
 from middo_jax.stages.ratings import ratings
@@ -264,7 +265,7 @@ def raw_prompts(session: Session, examples: Sequence[Example]) -> list[Tokenized
     return tokenized
 
 
-def select_stage(session: Session, directory: RoundDir) -> dict[str, Any]:
+def select_stage(session: Session, directory: RoundDir) -> SelectionFile:
     """Chooses the three sets: selection.parquet and selection.json. Returns selection.json."""
     from middo_jax.signals.select import select
     from middo_jax.signals.table import read_scores, write_scores

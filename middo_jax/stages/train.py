@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from middo_jax.config import Config, ConfigError
 from middo_jax.data.example import Example
 from middo_jax.rundir import RoundDir, RunError, chain
+from middo_jax.rundir.rows import SourceLossRow
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.evaluate import HeldOut
 
@@ -110,7 +111,10 @@ def _evaluate(session: Session, heldout: Sequence[Example]) -> Evaluate:
 
     def evaluate(model: Model) -> Evaluation:
         found = held_out.loss(model)
-        by_source = {name: of._asdict() for name, of in found.by_source.items()}
+        by_source: dict[str, SourceLossRow] = {
+            name: {"loss": of.loss, "n_target_tokens": of.n_target_tokens}
+            for name, of in found.by_source.items()
+        }
         session.progress.say(
             f"held-out loss {found.loss:.4f}"
             + "".join(f", {name or 'no source'} {of.loss:.4f}" for name, of in found.by_source.items())

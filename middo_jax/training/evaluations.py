@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from middo_jax.models.model import Model
 from middo_jax.rundir import read_jsonl, write_jsonl
+from middo_jax.rundir.rows import EvaluationRow, SourceLossRow
 from middo_jax.training.trackers import Track
 
 
@@ -27,7 +28,7 @@ class Evaluation(NamedTuple):
 
     loss: float
     n_target_tokens: int
-    by_source: Mapping[str, Mapping[str, float]]
+    by_source: Mapping[str, SourceLossRow]
 
 
 Evaluate = Callable[[Model], Evaluation]
@@ -45,7 +46,7 @@ class Evaluations:
         self._every = every
         self._total_steps = total_steps
         self._track = track
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[EvaluationRow] = []
 
     def resume(self, step: int) -> None:
         """Takes up what is known of the steps up to this one; later ones come again."""
@@ -63,7 +64,14 @@ class Evaluations:
         """Evaluates the model after `step`."""
         assert self._evaluate is not None
         found = self._evaluate(model)
-        self._rows.append({"step": step, **found._asdict()})
+        self._rows.append(
+            {
+                "step": step,
+                "loss": found.loss,
+                "n_target_tokens": found.n_target_tokens,
+                "by_source": dict(found.by_source),
+            }
+        )
         if jax.process_index() == 0:
             write_jsonl(self._path, self._rows)
         by_source = {f"heldout/loss/{source}": of["loss"] for source, of in found.by_source.items()}

@@ -18,6 +18,7 @@ from middo_jax.config import TrainSettings
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.config import DecoderConfig
 from middo_jax.rundir import json_line, write_text
+from middo_jax.rundir.rows import MetricsRow, SpeedRow
 from middo_jax.training.feed import PlannedStep
 from middo_jax.training.flops import peak_flops, training_flops
 from middo_jax.training.step import StepOutputs
@@ -69,6 +70,19 @@ class Speed:
     memory_limit_bytes: int | None
     seconds_left: float
 
+    def row(self) -> SpeedRow:
+        """As a line of metrics.jsonl has it."""
+        return {
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_second_device": self.tokens_per_second_device,
+            "mfu": self.mfu,
+            "waited_for_data": self.waited_for_data,
+            "memory_bytes": self.memory_bytes,
+            "memory_limit_bytes": self.memory_limit_bytes,
+            "seconds_left": self.seconds_left,
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
@@ -96,20 +110,23 @@ class StepMetrics:
     skipped: tuple[str, ...]
     speed: Speed
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> MetricsRow:
         """The line of metrics.jsonl. What is the same in every run stands outside `speed`."""
-        values = dataclasses.asdict(self)
-        del values["total_steps"]
-        if not self.skipped:
-            del values["skipped"]
-        for name in ("loss", "grad_norm"):
-            values[name] = values[name] if math.isfinite(values[name]) else None
-        return values
+        learnt: MetricsRow = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "n_target_tokens": self.n_target_tokens,
+            "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
+            "learning_rate": self.learning_rate,
+            "speed": self.speed.row(),
+        }
+        return learnt if not self.skipped else {**learnt, "skipped": list(self.skipped)}
 
     def scalars(self) -> dict[str, float]:
         """All numbers by a name that groups them, as TensorBoard and wandb show them: "train/loss"."""
         row = self.row()
-        speed = {f"speed/{name}": value for name, value in row.pop("speed").items()}
+        speed = {f"speed/{name}": value for name, value in row["speed"].items()}
         learnt = {f"train/{name}": value for name, value in row.items() if name != "step"}
         return {k: float(v) for k, v in (learnt | speed).items() if isinstance(v, int | float)}
 

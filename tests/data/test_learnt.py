@@ -22,7 +22,12 @@ from middo_jax.data.tokenize import (
 
 NO_LIMIT = 1 << 20
 EOT = "<|im_end|>"
-TWO_TURNS = (("user", "Which sea?"), ("assistant", "The North."), ("user", "More"), ("assistant", "No"))
+TWO_TURNS: tuple[tuple[Role, str], ...] = (
+    ("user", "Which sea?"),
+    ("assistant", "The North."),
+    ("user", "More"),
+    ("assistant", "No"),
+)
 
 
 def template(header: str, behind: str, answer: str = "m['content']") -> str:

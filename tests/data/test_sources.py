@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -124,7 +125,8 @@ def test_dataset_jsonl_reads_back_exactly(examples: list[Example]) -> None:
 
 
 def test_damaged_lineage_is_a_rejection_and_added_columns_survive(tmp_path: Path) -> None:
-    good, bad, odd = (example(f"prompt {i}").to_json() for i in range(3))
+    rows: list[dict[str, Any]] = [json.loads(json.dumps(example(f"prompt {i}").to_json())) for i in range(3)]
+    good, bad, odd = rows
     good["note"] = "added by hand"
     bad["lineage"]["round"] = "one"
     odd["lineage"]["surprise"] = 1

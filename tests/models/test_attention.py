@@ -103,9 +103,9 @@ def test_a_window_reads_no_further_back() -> None:
 def test_what_a_segment_does_not_see_is_not_read(trees: bool) -> None:
     """A tile costs what its own segment holds, whatever else is in the row: NaN times zero would be NaN."""
     lengths = (4 * TILE, 30, 2 * TILE - 30)
-    segment_ids = np.repeat(np.arange(3), lengths)[None]
-    positions = np.concatenate([np.arange(n) for n in lengths])[None]
-    until = np.repeat(np.cumsum(lengths), lengths)[None] if trees else None
+    segment_ids = jnp.asarray(np.repeat(np.arange(3), lengths)[None])
+    positions = jnp.asarray(np.concatenate([np.arange(n) for n in lengths])[None])
+    until = jnp.asarray(np.repeat(np.cumsum(lengths), lengths)[None]) if trees else None
     x = jnp.ones((1, sum(lengths), 1, 8)).at[:, : lengths[0]].set(jnp.nan)
 
     @jax.jit

@@ -134,6 +134,11 @@ def parts(params: Params, lora: Lora = LORA) -> tuple[Params, Params]:
     return partition(params, dataclasses.replace(BASE, lora=lora))
 
 
+def layers(params: Params) -> dict[str, jax.Array]:
+    """The stacked arrays of the layers by name."""
+    return {str(path[-1]): param[...] for path, param in params.flat_state() if path[0] == "layers"}
+
+
 def assert_identical(got: Params, want: Params) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -204,7 +209,8 @@ def test_fresh_adapters_are_the_same_on_any_mesh(shape: tuple[int, int, int]) ->
     assert np.abs(a).max() == pytest.approx(64**-0.5, rel=0.05)
     assert a.std() == pytest.approx((3 * 64) ** -0.5, rel=0.1)
     other = parts(with_fresh_adapters(base_model(mesh=mesh), LORA, seed=8).params)[0]
-    assert not np.array_equal(other["layers"]["q_proj_lora_a"][...], one["layers"]["q_proj_lora_a"][...])
+    a, b = (layers(of)["q_proj_lora_a"] for of in (other, one))
+    assert not np.array_equal(a, b)
 
 
 def gradient(model: Model) -> Params:
@@ -217,15 +223,15 @@ def gradient(model: Model) -> Params:
 def test_gradient_is_that_of_the_merged_weights_by_the_chain_rule() -> None:
     """W' = W + s A B, hence dA = s dW' B^T and dB = s A^T dW'."""
     adapted = with_random_adapters(base_model())
-    ours = gradient(adapted)["layers"]
-    trained = parts(jax.tree.map(jnp.copy, adapted.params))[0]["layers"]
-    by_weights = gradient(merge_adapters(adapted))["layers"]
+    ours = layers(gradient(adapted))
+    trained = layers(parts(jax.tree.map(jnp.copy, adapted.params))[0])
+    by_weights = layers(gradient(merge_adapters(adapted)))
     for name in LORA_TARGETS:
         a, b, by_weight = trained[f"{name}_lora_a"], trained[f"{name}_lora_b"], by_weights[name]
-        by_a = LORA.scale * jnp.einsum("lio,lro->lir", by_weight[...], b[...])
-        by_b = LORA.scale * jnp.einsum("lir,lio->lro", a[...], by_weight[...])
-        assert largest_difference(ours[f"{name}_lora_a"][...], by_a) <= 1e-4, name
-        assert largest_difference(ours[f"{name}_lora_b"][...], by_b) <= 1e-4, name
+        by_a = LORA.scale * jnp.einsum("lio,lro->lir", by_weight, b)
+        by_b = LORA.scale * jnp.einsum("lir,lio->lro", a, by_weight)
+        assert largest_difference(ours[f"{name}_lora_a"], by_a) <= 1e-4, name
+        assert largest_difference(ours[f"{name}_lora_b"], by_b) <= 1e-4, name
 
 
 def test_training_learns_in_the_adapters_alone(tmp_path: Path) -> None:
@@ -255,7 +261,7 @@ def test_optimizer_state_is_of_the_adapters_alone() -> None:
         assert jax.tree.map(lambda x: x.sharding, optax.tree.get(state, "mu")) == jax.tree.map(
             lambda x: x.sharding, target
         )
-        assert not any("lora" in path[-1] for path, _ in frozen.flat_state())
+        assert not any("lora" in str(path[-1]) for path, _ in frozen.flat_state())
 
 
 def test_adapters_are_decayed() -> None:
@@ -305,14 +311,12 @@ def test_a_mesh_trains_like_one_device(tmp_path: Path) -> None:
 
 def test_another_base_or_other_adapters_are_another_training(tmp_path: Path) -> None:
     fine_tune(tmp_path)
-    for change in (
-        {"base": base_model(seed=1)},
-        {"base": base_model("bfloat16")},
-        {"lora": Lora(4, 16.0, LORA_TARGETS)},
-        {"lora": Lora(4, 8.0, ("q_proj",))},
-    ):
+    for base in (base_model(seed=1), base_model("bfloat16")):
         with pytest.raises(RunError, match="another training"):
-            fine_tune(tmp_path, **change)
+            fine_tune(tmp_path, base=base)
+    for lora in (Lora(4, 16.0, LORA_TARGETS), Lora(4, 8.0, ("q_proj",))):
+        with pytest.raises(RunError, match="another training"):
+            fine_tune(tmp_path, lora=lora)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,10 @@ from middo_jax.parallel.mesh import make_mesh
 DIM = triton.MIN_HEAD_DIM
 
 
-def interpreted(batch: Batch, **asked: object) -> Callable[..., jax.Array]:
+def interpreted(batch: Batch, **asked: Any) -> Callable[..., jax.Array]:
     """The kernel, told what the batch holds."""
-    ids = batch.ids if batch.until is not None else (*batch.ids, None)
+    segment_ids, positions, *until = batch.ids
+    ids = segment_ids, positions, until[0] if until else None
     how = {"scale": SCALE, "window": None, "soft_cap": None, **asked}
     return lambda q, k, v: triton.triton_attention(q, k, v, *ids, **how, interpret=True)
 
@@ -72,9 +74,9 @@ def test_packed_is_unpacked_to_the_bit_where_blocks_are_the_same() -> None:
     positions = jnp.asarray(np.concatenate([np.arange(n) for n in lengths])[None])
 
     def attend(part: slice, segment_ids: jax.Array) -> jax.Array:
-        arrays = (x[:, part] for x in (q, k, v))
+        qkv = q[:, part], k[:, part], v[:, part]
         how = {"scale": SCALE, "window": None, "soft_cap": None, "interpret": True}
-        return triton.triton_attention(*arrays, segment_ids, positions[:, part], None, **how)
+        return triton.triton_attention(*qkv, segment_ids, positions[:, part], None, **how)
 
     packed = attend(slice(None), segment_ids)
     for start, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):
@@ -116,9 +118,10 @@ def test_it_lowers_for_a_gpu(head_dim: int, dtype: jnp.dtype, monkeypatch: pytes
     """Triton takes every operation of the three kernels; the lowering needs no GPU but its description."""
     from jax._src.pallas.triton import pallas_call_registration as registration
 
-    if hasattr(registration, "gpu_info_lib"):  # since jax 0.11 it asks for the GPU at hand
+    gpu_info_lib = getattr(registration, "gpu_info_lib", None)
+    if gpu_info_lib is not None:  # since jax 0.11 it asks for the GPU at hand
         info = dataclasses.make_dataclass("Info", [("compute_capability", int)])(90)
-        monkeypatch.setattr(registration.gpu_info_lib, "get_gpu_info", lambda: info)
+        monkeypatch.setattr(gpu_info_lib, "get_gpu_info", lambda: info)
     batch = Batch.random(8, 512, dim=head_dim)
     qkv = [x.astype(dtype) for x in batch.qkv]
     ids = (*batch.ids, None)

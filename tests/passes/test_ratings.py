@@ -167,6 +167,7 @@ def test_a_long_sample_is_shortened_and_the_question_is_not(directory: Path, max
     long = sample("BEGIN " + "word " * 400 + "END", "First. " + "漢字 🦙 " * 300 + "Last.")
     found = questions_of(rating_tree(long, tokenizer, ratings, max_length))
     for part in PARTS:
+        text = ""
         for dimension in DIMENSIONS:
             branch = found[f"{dimension}_{part}"]
             assert len(branch) <= max_length

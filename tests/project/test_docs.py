@@ -25,7 +25,10 @@ EXAMPLE = Example((Message("user", "Why?"), Message("assistant", "So.")))
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
-@pytest.mark.parametrize(("script", "page"), [("make_settings", "settings.md"), ("make_gates", "refine.md")])
+@pytest.mark.parametrize(
+    ("script", "page"),
+    [("make_settings", "settings.md"), ("make_gates", "refine.md"), ("make_files", "files.md")],
+)
 def test_a_page_is_what_its_script_writes(script: str, page: str) -> None:
     spec = importlib.util.spec_from_file_location(script, ROOT / "docs" / f"{script}.py")
     assert spec is not None

@@ -210,6 +210,7 @@ def test_no_control_character_enters_a_dataset(character: str, accept: Any) -> N
     code = f"U+{ord(character):04X}"
     assert of_prompt == Verdict("readable", f"control character {code} in the prompt")
     assert of_answer == Verdict("answer_readable", f"control character {code} in the answer")
+    assert of_answer is not None
     assert of_answer.feedback
 
 
@@ -310,10 +311,10 @@ def test_markup_is_no_control_token(text: str) -> None:
     ],
 )
 @pytest.mark.parametrize("accept", ["none", "sane"])
-def test_only_a_whole_answer_is_accepted(reason: str, how: str, accept: str) -> None:
+def test_only_a_whole_answer_is_accepted(reason: str, how: str, accept: Any) -> None:
     assert ending(reason) == how
     client = Scripted(f"<prompt>{ASKED}</prompt>", (SAID, reason), (SAID, reason))
-    settings = RefineSettings(concurrency=1, response_format="text", accept=accept)  # type: ignore[arg-type]
+    settings = RefineSettings(concurrency=1, response_format="text", accept=accept)
     [outcome] = asyncio.run(refine_tasks([HARD], client, settings, round_index=0))
     assert (outcome.example is not None) == (how == "whole")
     assert len(client.asked) == (3 if how == "cut" else 2)  # a cut answer is asked for once more

@@ -286,6 +286,7 @@ def test_rejected_with_gate_and_detail(replies: list[Any], gate: str, detail: st
     outcome, client = refine(HARD, *replies, special_tokens=["<|im_end|>", ""])
     assert outcome.example is None
     assert outcome.verdict == Verdict(gate, detail)
+    assert outcome.verdict is not None
     assert outcome.verdict.feedback
     assert len(client.asked) == len(replies)  # an unusable prompt is not answered
 

@@ -91,9 +91,18 @@ def fine_tune(
     on_step: Callable[[StepMetrics], None] | None = None,
 ) -> Params:
     """Trains the tiny decoder, always from the same start."""
-    sizes = {"pack_length": PACK_LENGTH, "chunk": CHUNK}
     model = fresh_model(mesh)
-    return train(model, tokenized, settings, seed=3, out_dir=out_dir, on_step=on_step, **sizes).params
+    trained = train(
+        model,
+        tokenized,
+        settings,
+        seed=3,
+        pack_length=PACK_LENGTH,
+        out_dir=out_dir,
+        chunk=CHUNK,
+        on_step=on_step,
+    )
+    return trained.params
 
 
 def kill_at(step: int) -> Callable[[StepMetrics], None]:

@@ -29,6 +29,7 @@ from middo_jax.passes import runner
 from middo_jax.passes.losses import LossPass, score_examples
 from middo_jax.progress import Silent
 from middo_jax.rundir import read_jsonl
+from middo_jax.rundir.rows import SourceLossRow
 from middo_jax.training.evaluations import Evaluation
 from middo_jax.training.metrics import StepMetrics
 from middo_jax.training.sft import train
@@ -60,7 +61,9 @@ def fine_tune(
 
 def measure(model: Model) -> Evaluation:
     found = heldout(model, HELDOUT, SOURCES)
-    by_source = {name: of._asdict() for name, of in found.by_source.items()}
+    by_source: dict[str, SourceLossRow] = {
+        name: {"loss": of.loss, "n_target_tokens": of.n_target_tokens} for name, of in found.by_source.items()
+    }
     return Evaluation(found.loss, found.n_target_tokens, by_source)
 
 
@@ -162,9 +165,17 @@ def test_the_best_state_is_kept_though_newer_ones_came(stop: int | None, tmp_pat
 
 def test_as_many_of_the_newest_as_wanted_are_kept(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"num_epochs": 4, "save_every": 1, "keep": 3})
-    sizes = {"seed": 3, "pack_length": PACK_LENGTH, "chunk": CHUNK}
     with pytest.raises(Killed):
-        train(fresh_model(ONE), TRAINED, settings, out_dir=tmp_path, on_step=kill_at(6), **sizes)
+        train(
+            fresh_model(ONE),
+            TRAINED,
+            settings,
+            seed=3,
+            pack_length=PACK_LENGTH,
+            out_dir=tmp_path,
+            chunk=CHUNK,
+            on_step=kill_at(6),
+        )
     assert sorted(int(p.name) for p in (tmp_path / "checkpoint" / "steps").iterdir()) == [3, 4, 5]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,7 +66,7 @@ def test_the_wait_is_what_was_not_made_ahead(monkeypatch: pytest.MonkeyPatch):
     plan = plan_training(tokenized, SETTINGS, 3, PACK_LENGTH)[:6]
     made = feed_module.pack
 
-    def slow(*arguments: object, **named: object) -> object:
+    def slow(*arguments: Any, **named: Any) -> object:
         time.sleep(0.1)
         return made(*arguments, **named)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from middo_jax.rundir import read_jsonl
 from middo_jax.training import sft
 from middo_jax.training.checks import TrainingDataError
 from middo_jax.training.feed import plan_epoch
-from middo_jax.training.guard import guarded
+from middo_jax.training.guard import GuardState, guarded
 from middo_jax.training.memory import OutOfMemory, remedies
 from middo_jax.training.metrics import StepMetrics, TrainingDiverged
 from middo_jax.training.optimizer import learning_rate_schedule
@@ -58,9 +59,18 @@ def fine_tune(
     mesh: Mesh = ONE,
 ) -> Params:
     told = None if seen is None else seen.append
-    sizes = {"pack_length": PACK_LENGTH, "chunk": CHUNK}
     model = broken_model(mesh)
-    return sft.train(model, tokenized, settings, seed=3, out_dir=out_dir, on_step=told, **sizes).params
+    trained = sft.train(
+        model,
+        tokenized,
+        settings,
+        seed=3,
+        pack_length=PACK_LENGTH,
+        out_dir=out_dir,
+        chunk=CHUNK,
+        on_step=told,
+    )
+    return trained.params
 
 
 def test_a_bad_step_is_left_out_and_the_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -99,6 +109,7 @@ def test_the_guard_keeps_everything_but_the_count_of_a_bad_step():
     optimizer = guarded(chain, spike_factor=2.0)
     params = {"x": jnp.ones(3)}
     state = optimizer.init(params)
+    assert isinstance(state, GuardState)
     update = jax.jit(lambda g, s, loss: optimizer.update(g, s, params, loss=loss))
     good = {"x": jnp.arange(3.0)}
     for step in range(8):  # too few before to know what is usual: even a jump is taken
@@ -148,7 +159,7 @@ def test_out_of_memory_says_what_it_needs_and_what_to_change(tmp_path: Path, mon
 
     real = sft.make_train_step
 
-    def exhausted(*args: object, **more: object) -> object:
+    def exhausted(*args: Any, **more: Any) -> object:
         step = real(*args, **more)
 
         class Step:

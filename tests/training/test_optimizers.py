@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -42,14 +43,22 @@ def fine_tune(
     settings: TrainSettings,
     config: DecoderConfig = CONFIG,
     mesh: jax.sharding.Mesh = ONE,
-    **more: object,
+    on_step: Callable[[StepMetrics], None] | None = None,
 ) -> Params:
     model = fresh_model(mesh, config)
     # All start from numbers that bfloat16 holds too.
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), model.params)
-    sizes = {"seed": 3, "pack_length": PACK_LENGTH, "chunk": CHUNK}
-    model = model.with_params(params)
-    return train(model, examples(40), settings, out_dir=out_dir, **sizes, **more).params
+    trained = train(
+        model.with_params(params),
+        examples(40),
+        settings,
+        seed=3,
+        pack_length=PACK_LENGTH,
+        out_dir=out_dir,
+        chunk=CHUNK,
+        on_step=on_step,
+    )
+    return trained.params
 
 
 def flat(params: Params) -> np.ndarray:

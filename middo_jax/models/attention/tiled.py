@@ -275,13 +275,14 @@ class _Group:
         # Computed, not sliced and stacked as the keys are: XLA fuses it into each use, where slices are slow.
         s = jnp.arange(prefix + self._reach)
         j_xs = self._near_x[:, None] + s - prefix
+        is_twice_xs = None
         if prefix:
             shared_x1 = self._shared_x[:, None]
             is_twice_xs = (s >= prefix) & (j_xs < shared_x1 + prefix)
             j_xs = jnp.where(s < prefix, shared_x1 + s, j_xs)
         until_xs = places.until.at[j_xs].get(mode="promise_in_bounds")
         visible_xus = (j_xs[:, None] <= i_xu[:, :, None]) & (i_xu[:, :, None] < until_xs[:, None])
-        if prefix:
+        if is_twice_xs is not None:
             visible_xus &= ~is_twice_xs[:, None]
         if window is not None:
             at_xu, at_xs = (places.positions.at[x].get(mode="promise_in_bounds") for x in (i_xu, j_xs))

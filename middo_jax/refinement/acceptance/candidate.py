@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from middo_jax.data.example import Example
 from middo_jax.refinement.tasks import Task
+from middo_jax.rundir.rows import MeasurementRow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,18 @@ class Measurement:
     core_similarity: float | None
     truncated: bool = False
     quality: float | None = None
+
+    def to_json(self) -> MeasurementRow:
+        """As a row of candidates.jsonl has it."""
+        return {
+            "loss": self.loss,
+            "similarity": self.similarity,
+            "nearest": self.nearest,
+            "knn_similarity": self.knn_similarity,
+            "core_similarity": self.core_similarity,
+            "truncated": self.truncated,
+            "quality": self.quality,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -231,7 +231,7 @@ def _replaced(best: Best, part: Best, start: jax.Array) -> Best:
 class _Taking(NamedTuple):
     """Candidates of each row, taken in their order; the last that was, and the nearest left in each chunk."""
 
-    count: jax.Array
+    n_taken: jax.Array
     best: Best
     last_n: jax.Array
     last_at_n: jax.Array
@@ -262,7 +262,7 @@ def _updated(best: Best, similarity: jax.Array, axis: int, number_c: jax.Array) 
 
     def gains(state: _Taking) -> jax.Array:
         next_n = state.nearest_gn.max(axis=0)
-        return (state.count < k) & jnp.any((next_n >= state.best.similarity_kn[-1]) & (next_n > -jnp.inf))
+        return (state.n_taken < k) & jnp.any((next_n >= state.best.similarity_kn[-1]) & (next_n > -jnp.inf))
 
     def take(state: _Taking) -> _Taking:
         next_n = state.nearest_gn.max(axis=0)
@@ -274,7 +274,7 @@ def _updated(best: Best, similarity: jax.Array, axis: int, number_c: jax.Array) 
         is_left_hn = (inside_hn < next_n) | ((inside_hn == next_n) & (at_hn > at_n))
         left_n = jnp.where(is_left_hn, inside_hn, -jnp.inf).max(axis=0)
         return _Taking(
-            state.count + 1,
+            state.n_taken + 1,
             _insert(state.best, next_n, number_c[at_n]),
             next_n,
             at_n,

@@ -131,6 +131,7 @@ def test_a_gate_from_outside_is_asked_in_its_place_and_is_a_setting() -> None:
         of = task("simplify", "complexity", prompt="Prove it.")
         rude = text_verdict(of, "Why?", "So.")
         assert rude == Verdict("polite", "please said 0 times, 1 wanted")
+        assert rude is not None
         assert rude.feedback == "It was rude."
         assert text_verdict(of, "Why?", "Please see.") is None
         assert text_verdict(LOW, "Why?", "So.") is None

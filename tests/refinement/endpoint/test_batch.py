@@ -119,7 +119,7 @@ def test_failures_are_asked_again_or_end_their_sample(
     assert first[0]["custom_id"] not in again
 
     # Whoever gives the refusal once more ends with it; its sample keeps its original.
-    last = tmp_path / "last.jsonl"
+    last, said = tmp_path / "last.jsonl", ""
     for _ in range(3):
         write_jsonl(last, [rows[0], *map(answered, read_jsonl(ask))])
         said = middo("refine", here, "--read-batch", last, "--write-batch", ask, "--json", *set_)

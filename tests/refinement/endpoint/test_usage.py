@@ -29,7 +29,7 @@ from middo_jax.refinement.endpoint.request import Answer
 from middo_jax.refinement.endpoint.usage import Ceiling, Usage, ceiling, cost_usd
 from middo_jax.refinement.meter import Meter
 from middo_jax.refinement.prompts import requests
-from middo_jax.refinement.tasks import Exchange, Outcome, Task
+from middo_jax.refinement.tasks import Exchange, Outcome, Task, Verdict
 
 pytest_plugins = ["support.scripted_server"]
 
@@ -261,7 +261,7 @@ def test_a_server_that_is_away_is_named(server: ScriptedServer, cache: AnswerCac
     _, client = ask(["http://me:hidden@127.0.0.1:9/v1", server.url], cache, *(f"q{i}" for i in range(8)))
     meter = Meter(client.ledger, 1, client.endpoints.all)
     task = Task("rewrite", ("quality",), Example((Message("user", "q"), Message("assistant", "a"))))
-    line = meter.ended(Outcome(task, None, "refused"))
+    line = meter.ended(Outcome(task, None, Verdict(None, "refused")))
     assert line.endswith("away: http://127.0.0.1:9/v1")
 
 

@@ -10,8 +10,7 @@ import pytest
 from scipy.special import logsumexp, softmax
 from support.tiny_model import write_tiny_model
 
-from middo_jax.config import Config, MeshSettings
-from middo_jax.config.settings import ComplexitySettings, DataSettings, ModelSettings
+from middo_jax.config import ComplexitySettings, Config, DataSettings, Deviations, MeshSettings, ModelSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import load_tokenizer
 from middo_jax.models import hf
@@ -76,6 +75,6 @@ def test_the_setting_decides_whether_length_counts() -> None:
     loss = 5 - np.log(n_tokens).astype(np.float32) + np.array([0, 0, 0, 0, 0.5], np.float32)
     table = Measured(["a", "b", "c", "d", "e"], n_tokens, np.zeros(5, bool), loss, loss).to_table()
     for normalise, hard in (("none", [True, False, False, False, False]), ("length", [False] * 4 + [True])):
-        complexity = ComplexitySettings(m=1.0, normalise=normalise)
+        complexity = ComplexitySettings(threshold=Deviations(m=1.0), normalise=normalise)
         config = Config(model=ModelSettings(path="m"), data=DataSettings(path="d"), complexity=complexity)
         assert select(table, config)[0]["hard"].to_pylist() == hard

@@ -45,7 +45,7 @@ class EndpointFailed(RefinerError):
 
 
 class BudgetReached(RefinerError):
-    """One more request could pass `refine.budget_usd` or `budget_tokens`. What is in flight is kept."""
+    """One more request could pass `refine.budget`. What is in flight is kept."""
 
 
 class NotAnswered(RefinerError):

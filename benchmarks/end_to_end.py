@@ -26,7 +26,7 @@ import torch
 from markupsafe import Markup
 from transformers import AutoModelForCausalLM
 
-from middo_jax.config import LoraSettings, TrainSettings
+from middo_jax.config import AdamW, LoraSettings, TrainSettings
 from middo_jax.data.sources import read
 from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, tokenize
 from middo_jax.evaluation.heldout import row_losses, total
@@ -175,7 +175,7 @@ def train_torch(
 
         model = PeftModel.from_pretrained(model, str(start), is_trainable=True)
     learnt = [p for p in model.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(learnt, betas=(settings.beta1, settings.beta2), weight_decay=0.0)
+    adamw = torch.optim.AdamW(learnt, betas=AdamW().betas, weight_decay=0.0)
     plan = plan_training(trained_on, settings, SEED, arguments.length)
     schedule = learning_rate_schedule(settings, len(plan))
     for number, step in enumerate(plan, 1):

@@ -67,7 +67,7 @@ def compile_step(shape: DecoderConfig, config: Config, topology: str) -> jax.sta
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     sizes = [getattr(config.mesh, axis) for axis in MESH_AXES]
     mesh = Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    settings, length = config.train, config.train.pack_length or config.model.max_length
+    settings, length = config.train, config.model.max_length
     model = abstract_model(shape, mesh, settings.param_dtype)
     optimizer = make_optimizer(settings, STEPS)
     state = model.params, abstract_opt_state(optimizer, model.params, mesh)

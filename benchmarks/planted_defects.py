@@ -109,7 +109,7 @@ def middo(*words: str) -> None:
 
 def detectors(folder: Path) -> dict[str, Detector]:
     """Badness and selection of every detector but length, rows as in scores.parquet."""
-    from middo_jax.config import Threshold
+    from middo_jax.config import Deviations
     from middo_jax.signals.select import Standardised, at_mean_length, select_axis
     from middo_jax.signals.table import as_floats, read_scores
 
@@ -120,7 +120,7 @@ def detectors(folder: Path) -> dict[str, Detector]:
 
     def detector(columns: dict[str, np.ndarray], sign: int) -> Detector:
         z = [sign * Standardised.of(values).z for values in columns.values()]
-        return np.minimum.reduce(z), select_axis(columns, sign, Threshold(m=RULE_M)).selected
+        return np.minimum.reduce(z), select_axis(columns, sign, Deviations(m=RULE_M)).selected
 
     found = {
         "complexity": detector(losses, 1),
@@ -211,8 +211,10 @@ def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Fig
     result: dict[str, Figures] = {}
     rated: dict[str, np.ndarray] = {}
     for method in ("expected", "sample"):
-        settings = (f"model.path={arguments.model}", "data.path=none", f"quality.method={method}")
-        more = (f"quality.m={RULE_M}", f"quality.max_new_tokens={MAX_NEW_TOKENS}")
+        settings = (f"model.path={arguments.model}", "data.path=none", f"quality.m={RULE_M}")
+        more = [f"quality.method={method}"]
+        if method == "sample":
+            more.append(f"quality.max_new_tokens={MAX_NEW_TOKENS}")
         session = Session(load(None, (*settings, *more, *SETTINGS)), for_stderr())
         model = session.load_model(folder / "tuned" / "checkpoint")
         with mock.patch.object(inference, "Engine", Recording):

@@ -131,7 +131,7 @@ def score(
     _show(as_json, result, path)
 
 
-@app.command(epilog="Example: middo select scored complexity.m=1.5 quality.fraction=0.05 quality.m=null")
+@app.command(epilog="Example: middo select scored complexity.m=1.5 quality.fraction=0.05")
 def select(directory: Path, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Selects the hard, sparse and low-quality samples of DIRECTORY/scores.parquet."""
     from middo_jax import api
@@ -274,23 +274,22 @@ def convert(
 @app.command(epilog="Example: middo serve ./tuned --port 8000")
 def serve(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free port.")] = 8000,
     overrides: Overrides = None,
 ) -> None:
-    """Serves a model by an OpenAI-compatible endpoint, on loopback unless serve.host is set."""
+    """Serves a model by an OpenAI-compatible endpoint, on loopback unless --host is given."""
     from middo_jax.inference.server import build_app, load_engine, serve_forever
     from middo_jax.models.resolve import resolve
     from middo_jax.session import new_session
 
     path = resolve(model)
-    named = {"model.path": str(path), "data.path": "none", "serve.port": port}
+    named = {"model.path": str(path), "data.path": "none"}
     session = new_session([named, *(overrides or ())])
     config = session.config
     engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, mesh=session.mesh)
     with engine:
-        serve_forever(
-            build_app(engine, tokenizer, path.resolve().name, eos_ids), config.serve.host, config.serve.port
-        )
+        serve_forever(build_app(engine, tokenizer, path.resolve().name, eos_ids), host, port)
 
 
 @app.command(epilog="Example: middo report runs/quickstart")
@@ -368,7 +367,7 @@ def inspect(
             cut,
             session.tokenizer,
             max_length=max_length,
-            pack_length=config.train.pack_length or max_length,
+            pack_length=max_length,
             scoring=session.plan_losses(cut).facts(),
         )
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from middo_jax import stages, template_date
-from middo_jax.config import Config
+from middo_jax.config import RENAMED, Config
 from middo_jax.data.example import Example
 from middo_jax.data.sources import Rejection
 from middo_jax.progress import Progress, duration
@@ -155,11 +155,16 @@ def _refuse_previous_version(run: RunDir) -> None:
     for directory in (*run.rounds(), run.final):
         for name, record in directory.stages().items():
             if "settings" not in record:
-                raise RunError(
-                    f"{run.path} was made by an earlier version of middo-jax: its record of "
-                    f"{directory.path.name} {name} does not say what was read. `middo report`, `status` and "
-                    "`trace` still read it; give this run another name (name=...)"
-                )
+                why = "does not say what was read"
+            elif old := sorted(RENAMED.keys() & record["settings"].keys()):
+                why = f"names {old[0]}, which is now {RENAMED[old[0]]}"
+            else:
+                continue
+            raise RunError(
+                f"{run.path} was made by an earlier version of middo-jax: its record of "
+                f"{directory.path.name} {name} {why}. `middo report`, `status` and `trace` still read it; "
+                "give this run another name (name=...)"
+            )
 
 
 def _prepare(plan: Plan, link: Link) -> None:

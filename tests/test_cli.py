@@ -180,8 +180,7 @@ def test_score_select_refine_by_hand(middo: Middo, finished: Finished, place: Pa
     assert not (out / "selection.parquet").exists()
     assert np.mean(table["loss_post"].to_numpy()) < np.mean(table["loss_pre"].to_numpy())
 
-    wanted = ("complexity.m=null", "diversity.m=null", "quality.m=null")
-    wanted += ("complexity.fraction=0.1", "diversity.fraction=0.1", "quality.fraction=0.1")
+    wanted = ("complexity.fraction=0.1", "diversity.fraction=0.1", "quality.fraction=0.1")
     selection = middo("select", out, *wanted, "--json").json
     assert {axis: facts["n_selected"] for axis, facts in selection["axes"].items()} == {
         "complexity": 2,
@@ -192,7 +191,7 @@ def test_score_select_refine_by_hand(middo: Middo, finished: Finished, place: Pa
     assert pq.read_table(out / "selection.parquet")["hard"].to_pylist().count(True) == 2
 
     endpoint = (f"refine.base_url={finished.url}", "refine.model=fake", "refine.temperature=0")
-    endpoint += ("refine.accept=sane", "refine.gates.numbers=false")
+    endpoint += ("refine.accept=sane", "refine.gates.open=[numbers]")
     asked = len(finished.requests)
     before = contents(out)
     plan = middo("refine", out, "--dry-run", *endpoint, "--json").json

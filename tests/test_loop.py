@@ -221,7 +221,7 @@ def test_a_missing_file_is_made_again_with_the_same_bytes(
 
 
 def test_previous_models_are_started_from_and_measured(finished: Finished, tmp_path: Path) -> None:
-    previous = {"train__start_from": "previous", "complexity__pre_model": "previous"}
+    previous = {"train__start_from": "previous"}
     run, _ = small_run(
         tmp_path, finished.url, rounds=2, model__path=finished.root / "model", data__limit=12, **previous
     )

@@ -84,7 +84,7 @@ def scoring_program(config: DecoderConfig, rows: int, mesh: Mesh) -> jax.stages.
 
 def training_program(config: DecoderConfig, rows: int, remat: Any, mesh: Mesh) -> jax.stages.Lowered:
     """A training step: of the adapters if there are any, else of all weights in float32."""
-    settings = TrainSettings(batch_size=rows, remat=remat, pack_length=LENGTH)
+    settings = TrainSettings(batch_size=rows, remat=remat)
     params = abstract_params(config, jnp.bfloat16 if config.lora else jnp.float32, mesh)
     trained, frozen = partition(params, config)
     optimizer = make_optimizer(settings, 100)

@@ -153,7 +153,7 @@ def training(model: str, lora: bool) -> Figures:
         trainee = with_fresh_adapters(trainee, Lora(16, 32.0, tuple(LORA_TARGETS)), 0)
         config = trainee.config
     made = shapes.examples(*shapes.lengths("alpaca", 2 * (steps + 3) * rows * length), config.vocab_size)
-    settings = TrainSettings(batch_size=rows, remat="dots", pack_length=length)
+    settings = TrainSettings(batch_size=rows, remat="dots")
     plan = plan_epoch(made, settings, 0, 0, length)[: steps + 2]
     trained, frozen = partition(trainee.params, config)
     with jax.set_mesh(mesh):

@@ -91,8 +91,10 @@ class Link:
         if "settings" not in record:  # the previous version's: it says which files there were, no more
             return manifest.why_stale(self.name)
         before = record["settings"]
-        for name, now in affecting(config, self.affected_by).items():
-            if (was := before.get(name, default_of(name))) != now:
+        settings = affecting(config, self.affected_by)
+        # First what the record names: what it does not name may be asked now because of such a change.
+        for name in sorted(settings, key=lambda name: name not in before):
+            if (was := before.get(name, default_of(name))) != (now := settings[name]):
                 return f"{name} was {_shown(was)}, is {_shown(now)}"
         if (reason := manifest.why_stale(self.name)) is not None:
             return reason
@@ -157,14 +159,13 @@ def chain(run: RunDir, config: Config, base: Path | None = None, data: Path | No
         earlier = ends[t - 1] if t else None
         previous = base if earlier is None else earlier.checkpoint
         start = previous if config.train.start_from == "previous" else base
-        before = previous if config.complexity.pre_model == "previous" else base
         if earlier is not None:
             links.append(follow(here, earlier))
         links.append(train(here, start))
         if here.path == run.final.path:
             break
         measuring = here.checkpoint if config.refine.accept == "measured" else None
-        scored = dataclasses.replace(score(here, here.checkpoint, before), earlier=earlier)
+        scored = dataclasses.replace(score(here, here.checkpoint, start), earlier=earlier)
         links += [scored, select(here), refine(here, run.heldout, measuring), merge(here)]
     return [*links, evaluate(run, ends, base), export(run.final)]
 

@@ -18,7 +18,7 @@ import math
 import numpy as np
 import pyarrow as pa
 
-from middo_jax.config import Config, Threshold
+from middo_jax.config import Config, Deviations, Threshold
 from middo_jax.rundir.rows import AxisFacts, AxisStatistics, SelectionFile, SweepRow
 from middo_jax.rundir.schemas import SELECTED
 from middo_jax.rundir.tables import arrow_schema
@@ -82,13 +82,18 @@ def select_axis(columns: dict[str, np.ndarray], sign: int, threshold: Threshold)
     # All x > mean + m std  <=>  the minimum of (x - mean) / std > m. A NaN makes the minimum NaN, as it must.
     badness = np.minimum.reduce([sign * s.z for s in scores.values()])
     known = np.isfinite(badness)
-    m = threshold.m if threshold.m is not None else m_of_fraction(badness[known], threshold.fraction or 0.0)
+    fraction = None if isinstance(threshold, Deviations) else threshold.fraction
+    m = (
+        threshold.m
+        if isinstance(threshold, Deviations)
+        else m_of_fraction(badness[known], threshold.fraction)
+    )
     selected = known & (badness > m)
     facts: AxisStatistics = {
         "n_scored": int(known.sum()),
         "n_null": int((~known).sum()),
         "m": _finite(m),
-        "fraction": threshold.fraction,
+        "fraction": fraction,
         "mean": {name: _finite(s.mean) for name, s in scores.items()},
         "std": {name: _finite(s.std) for name, s in scores.items()},
         "threshold": {name: _finite(s.mean + sign * m * s.std) for name, s in scores.items()},
@@ -138,9 +143,9 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, SelectionFile]:
       without prompt hashes).
     """
     axes = {
-        "complexity": (("loss_pre", "loss_post"), 1, config.complexity),
-        "diversity": (("knn_mean_sim",), -1, config.diversity),
-        "quality": (("quality",), -1, config.quality),
+        "complexity": (("loss_pre", "loss_post"), 1, config.complexity.threshold),
+        "diversity": (("knn_mean_sim",), -1, config.diversity.threshold),
+        "quality": (("quality",), -1, config.quality.threshold),
     }
     ids = np.asarray(table["id"].to_pylist(), object)
     facts: dict[str, AxisFacts] = {}
@@ -161,7 +166,7 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, SelectionFile]:
         columns_of[f"{axis}_z"] = pa.array(chosen.badness, pa.float32(), mask=missing)
         facts[axis] = {**chosen.facts, "ids": ids[chosen.selected].tolist()}
         sweep[axis] = [
-            {"m": m, "n": int(select_axis(columns, sign, Threshold(m=m)).selected.sum())} for m in SWEEP
+            {"m": m, "n": int(select_axis(columns, sign, Deviations(m=m)).selected.sum())} for m in SWEEP
         ]
     overlap = {
         f"{a}&{b}": int((flags[a] & flags[b]).sum())

@@ -49,7 +49,7 @@ def check_training(session: Session, examples: Sequence[Example], heldout: Seque
     from middo_jax.training.trackers import require_trackers
 
     config, mesh = session.config, session.mesh
-    settings, pack_length = config.train, config.train.pack_length or config.model.max_length
+    settings, pack_length = config.train, config.model.max_length
     check_evaluations(config, heldout)
     check_batch(settings, mesh)
     require_trackers(settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from middo_jax.config import SampledRating
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import eos_token_ids
 from middo_jax.session import Session
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from middo_jax.progress import Progress
     from middo_jax.signals.judge.readout import Readout
 
+TOP_P, TOP_K = 0.7, 50  # of sampled ratings, as published
+
 
 def ratings(
     session: Session, model: Model, examples: Sequence[Example]
@@ -29,15 +32,16 @@ def ratings(
     from middo_jax.signals.judge.readout import Readout
 
     config = session.config
-    if config.quality.method == "sample":
-        return sampled_ratings(session, model, examples), None
+    rating = config.quality.rating
+    if isinstance(rating, SampledRating):
+        return sampled_ratings(session, model, examples, rating), None
     return judge(
         model,
         examples,
         session.tokenizer,
         max_length=config.model.max_length,
         batch_tokens=config.scoring.batch_tokens,
-        readout=Readout(config.quality.score, config.quality.score_temperature),
+        readout=Readout(rating.score, rating.score_temperature),
         progress=session.progress,
     )
 
@@ -75,7 +79,9 @@ def judge(
     )
 
 
-def sampled_ratings(session: Session, model: Model, examples: Sequence[Example]) -> np.ndarray:
+def sampled_ratings(
+    session: Session, model: Model, examples: Sequence[Example], settings: SampledRating
+) -> np.ndarray:
     """The six ratings that the model writes, [n, 6] float32; NaN where none can be read.
 
     A prompt that leaves no room for an answer in `serve.max_context` has none either.
@@ -88,7 +94,7 @@ def sampled_ratings(session: Session, model: Model, examples: Sequence[Example])
     from middo_jax.signals.judge.sampled import parse_rating, rating_prompts
 
     config, tokenizer = session.config, session.tokenizer
-    quality, context = config.quality, config.serve.max_context
+    context = config.serve.max_context
     stop_ids = eos_token_ids(session.base, tokenizer)
     prompts = rating_prompts(examples, tokenizer)
     rating_q = np.full(len(prompts), np.nan, np.float32)
@@ -100,10 +106,10 @@ def sampled_ratings(session: Session, model: Model, examples: Sequence[Example])
             q: engine.submit(
                 Request(
                     tokens_n.tolist(),
-                    quality.max_new_tokens,
-                    quality.temperature,
-                    quality.top_p,
-                    quality.top_k,
+                    settings.max_new_tokens,
+                    settings.temperature,
+                    TOP_P,
+                    TOP_K,
                     seed=config.seed + q,
                     stop_ids=stop_ids,
                 )

@@ -94,7 +94,7 @@ def _train(session: Session, directory: RoundDir, start: Path, heldout: Sequence
             tokenized,
             config.train,
             seed=config.seed,
-            pack_length=config.train.pack_length or config.model.max_length,
+            pack_length=config.model.max_length,
             out_dir=directory.path,
             chunk=config.scoring.unembed_chunk,
             metadata=metadata,

@@ -248,8 +248,9 @@ class MetricsLog:
     def _bad_step(self, loss: float, grad_norm: float, usual: float, ids: Sequence[str]) -> None:
         why = f"loss {loss}, gradient norm {grad_norm}"
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            why += f", over train.spike_factor={self._settings.spike_factor} times the usual loss {usual:.4f}"
-        if self._settings.on_bad_step == "stop":
+            factor = self._settings.on_bad_step.spike_factor
+            why += f", over {factor} times the usual loss {usual:.4f}, as train.on_bad_step says"
+        if self._settings.on_bad_step.action == "stop":
             raise TrainingDiverged(self._step, why, ids)
         if self._skipped_running > _MOST_SKIPPED:
             raise TrainingDiverged(

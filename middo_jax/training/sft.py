@@ -106,9 +106,7 @@ def train(
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = stack.enter_context(
-            TrainingCheckpoints(checkpoint, identity, asynchronous=not on_cpu, keep=settings.keep)
-        )
+        checkpoints = stack.enter_context(TrainingCheckpoints(checkpoint, identity, asynchronous=not on_cpu))
         stop_if_told = stack.enter_context(deferred_stops())
         state = checkpoints.restore(target, opt_target)
         with out_of_memory_explained(settings, mesh):

@@ -136,7 +136,7 @@ def make_train_step(
     Args:
       graphdef: the decoder's structure.
       optimizer: of `make_optimizer`.
-      settings: for `remat`, rounding, and the learning rate that is reported.
+      settings: for `remat` and the learning rate that is reported.
       total_steps: of the whole training.
       chunk: target positions of a device whose logits exist at one time.
       state: (trained, opt_state) or their shapes with shardings; the results lie where these do.
@@ -163,18 +163,18 @@ def make_train_step(
         outputs = StepOutputs(loss, n_targets, grad_norm, schedule(step), new_state.was_bad, usual)
         moved = jax.tree.map(jnp.add, wide, updates)
         key = jax.random.fold_in(jax.random.key(seed), step)
-        return _stored_as(trained, moved, key if settings.stochastic_rounding else None), new_state, outputs
+        return _stored_as(trained, moved, key), new_state, outputs
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
 
 
-def _stored_as(like: Params, wide: Params, key: jax.Array | None) -> Params:
-    """float32 values in the dtypes of `like`: by chance where a key is given, else to nearest."""
+def _stored_as(like: Params, wide: Params, key: jax.Array) -> Params:
+    """float32 values in the dtypes of `like`; to bfloat16 they are rounded by chance."""
     leaves, structure = jax.tree.flatten(wide)
     stored = [
         stochastic_round(x, jax.random.fold_in(key, i))
-        if key is not None and before.dtype == jnp.bfloat16
+        if before.dtype == jnp.bfloat16
         else x.astype(before.dtype)
         for i, (x, before) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True))
     ]

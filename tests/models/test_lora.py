@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from support.tiny_model import FAMILIES, write_tiny_model
 
-from middo_jax.config import AdaptedMatrix, LoraSettings, MeshSettings, TrainSettings
+from middo_jax.config import AdamW, AdaptedMatrix, LoraSettings, MeshSettings, TrainSettings
 from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models import hf
@@ -45,7 +45,12 @@ BASE = DecoderConfig(96, 32, 64, 2, 4, 2, 8, 64)
 LORA = Lora(4, 8.0, LORA_TARGETS)
 PACK, CHUNK = 32, 16
 SETTINGS = TrainSettings(
-    learning_rate=1e-2, batch_size=8, num_epochs=2, weight_decay=0.1, warmup_ratio=0.2, save_every=3
+    learning_rate=1e-2,
+    batch_size=8,
+    num_epochs=2,
+    optimizer=AdamW(weight_decay=0.1),
+    warmup_ratio=0.2,
+    save_every=3,
 )
 
 

@@ -11,8 +11,7 @@ import pytest
 from scipy.special import logsumexp, softmax
 from support.tiny_model import write_tiny_model
 
-from middo_jax.config import Config, MeshSettings
-from middo_jax.config.settings import ComplexitySettings, DataSettings, ModelSettings
+from middo_jax.config import ComplexitySettings, Config, DataSettings, Deviations, MeshSettings, ModelSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import load_tokenizer
 from middo_jax.models import hf
@@ -83,6 +82,6 @@ def test_the_setting_decides_whether_length_counts() -> None:
         ("length", [False, False, False, False, True]),
     )
     for normalise, hard in cases:
-        complexity = ComplexitySettings(m=1.0, normalise=normalise)
+        complexity = ComplexitySettings(threshold=Deviations(m=1.0), normalise=normalise)
         config = Config(model=ModelSettings(path="m"), data=DataSettings(path="d"), complexity=complexity)
         assert select(table, config)[0]["hard"].to_pylist() == hard

@@ -41,7 +41,7 @@ MEASURED = {
     "diversity__fraction": 0.3,
     "quality__fraction": 0.3,
     "refine__accept": "measured",
-    "refine__gates__numbers": True,
+    "refine__gates__open": "[]",
     "refine__gates__context": 0.9,  # of so few and so short prompts of a random model
 }
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from middo_jax.config import MeshSettings, TrainSettings
+from middo_jax.config import AdamW, MeshSettings, TrainSettings
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.evaluation.heldout import HeldoutLoss, row_losses, total
 from middo_jax.models.config import DecoderConfig
@@ -41,7 +41,7 @@ SETTINGS = TrainSettings(
     learning_rate=1e-3,
     batch_size=8,
     num_epochs=7,
-    weight_decay=0.1,
+    optimizer=AdamW(weight_decay=0.1),
     warmup_ratio=0.2,
     remat="none",
     save_every=4,

@@ -163,20 +163,12 @@ def test_the_best_state_is_kept_though_newer_ones_came(stop: int | None, tmp_pat
     assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["best", "metadata.json", "params"]
 
 
-def test_as_many_of_the_newest_as_wanted_are_kept(tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"num_epochs": 4, "save_every": 1, "keep": 3})
+def test_the_newest_is_kept(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"num_epochs": 4, "save_every": 1})
+    sizes = {"seed": 3, "pack_length": PACK_LENGTH, "chunk": CHUNK}
     with pytest.raises(Killed):
-        train(
-            fresh_model(ONE),
-            TRAINED,
-            settings,
-            seed=3,
-            pack_length=PACK_LENGTH,
-            out_dir=tmp_path,
-            chunk=CHUNK,
-            on_step=kill_at(6),
-        )
-    assert sorted(int(p.name) for p in (tmp_path / "checkpoint" / "steps").iterdir()) == [3, 4, 5]
+        train(fresh_model(ONE), TRAINED, settings, out_dir=tmp_path, on_step=kill_at(6), **sizes)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoint" / "steps").iterdir()) == [5]
 
 
 def test_the_best_needs_evaluations() -> None:

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 from support.tiny_training import CHUNK, CONFIG, PACK_LENGTH, SETTINGS, example, examples, mesh_of
 
-from middo_jax.config import ConfigError, TrainSettings
+from middo_jax.config import Adafactor, BadSteps, ConfigError, TrainSettings
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.decoder import Decoder, split
 from middo_jax.models.model import Model, Params
@@ -78,7 +78,7 @@ def test_a_bad_step_is_left_out_and_the_training_goes_on(tmp_path: Path, caplog:
     plan = plan_epoch(tokenized, EPOCH, 0, seed=3, pack_length=PACK_LENGTH)
     bad = {i for row in plan[2] for i in row}
     seen: list[StepMetrics] = []
-    skipping = EPOCH.model_copy(update={"on_bad_step": "skip"})
+    skipping = EPOCH.model_copy(update={"on_bad_step": BadSteps(action="skip")})
     with caplog.at_level(logging.WARNING):
         params = fine_tune(tmp_path, poisoned(tokenized, bad), skipping, seen)
     assert [m.step for m in seen] == list(range(1, len(plan) + 1))
@@ -99,7 +99,7 @@ def test_a_bad_step_is_left_out_and_the_training_goes_on(tmp_path: Path, caplog:
 
 def test_too_many_bad_steps_in_a_row_stop(tmp_path: Path):
     tokenized = examples(60)
-    settings = SETTINGS.model_copy(update={"on_bad_step": "skip", "num_epochs": 4})
+    settings = SETTINGS.model_copy(update={"on_bad_step": BadSteps(action="skip"), "num_epochs": 4})
     with pytest.raises(TrainingDiverged, match=r"step 11: .*the 10 steps before it were left out"):
         fine_tune(tmp_path, poisoned(tokenized, set(range(60))), settings)
 
@@ -141,14 +141,16 @@ def test_a_spike_stops_with_its_size(tmp_path: Path):
         )
         for i in range(200)
     ]
-    settings = EPOCH.model_copy(update={"learning_rate": 1e-2, "spike_factor": 1.5, "save_every": 50})
+    settings = EPOCH.model_copy(
+        update={"learning_rate": 1e-2, "on_bad_step": BadSteps(spike_factor=1.5), "save_every": 50}
+    )
     plan = plan_epoch(tokenized, settings, 0, seed=3, pack_length=PACK_LENGTH)
     assert len(plan) > 10
     odd = {i for row in plan[9] for i in row}
     for i in odd:
         tokenized[i] = example(i, 12)
     with pytest.raises(
-        TrainingDiverged, match=r"step 10: .*over train\.spike_factor=1\.5 times the usual loss"
+        TrainingDiverged, match=r"step 10: .*over 1\.5 times the usual loss .* train\.on_bad_step"
     ):
         fine_tune(tmp_path, tokenized, settings)
 
@@ -196,12 +198,12 @@ def test_remedies_are_those_that_are_left():
             "remat": "layer",
             "batch_size": 8,
             "gradient_accumulation": 8,
-            "optimizer": "adafactor",
+            "optimizer": Adafactor(),
             "param_dtype": "bfloat16",
         }
     )
     assert remedies(small, ONE) == [
-        "a smaller scoring.unembed_chunk or train.pack_length",
+        "a smaller scoring.unembed_chunk or model.max_length",
         "adapters (lora.rank=16)",
     ]
     assert "mesh.fsdp instead of mesh.data=2" in remedies(small, mesh_of(2, 2, 2))

@@ -14,6 +14,7 @@ from support.processes import run_together
 from support.tiny_model import FAMILIES, VOCAB_SIZE, write_tiny_model
 from support.tiny_training import CHUNK, PACK_LENGTH, SETTINGS, Killed, examples, fine_tune, kill_at, mesh_of
 
+from middo_jax.config import AdamW
 from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models import hf
@@ -123,9 +124,7 @@ def test_steps_are_those_of_torch_adamw(tmp_path: Path):
     matrices = [p for name, p in model.named_parameters() if "_proj" in name or "lm_head" in name]
     others = [p for name, p in model.named_parameters() if "_proj" not in name and "lm_head" not in name]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(
-        groups, betas=(SETTINGS.beta1, SETTINGS.beta2), weight_decay=SETTINGS.weight_decay
-    )
+    adamw = torch.optim.AdamW(groups, betas=AdamW().betas, weight_decay=SETTINGS.optimizer.weight_decay)
     theirs = []
     for planned, rate in zip(plan, rates, strict=True):
         for group in adamw.param_groups:

@@ -24,7 +24,7 @@ from support.tiny_training import (
     mesh_of,
 )
 
-from middo_jax.config import TrainSettings
+from middo_jax.config import Adafactor, AdamW, TrainSettings
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.model import Params, abstract_model
 from middo_jax.parallel.mesh import named_sharding
@@ -98,14 +98,16 @@ def test_rounding_is_the_same_on_any_mesh() -> None:
     np.testing.assert_array_equal(jax.jit(stochastic_round)(x, key), jax.jit(stochastic_round)(spread, key))
 
 
-def test_small_steps_add_up_in_bfloat16_if_rounded_by_chance(tmp_path: Path) -> None:
+def test_small_steps_add_up_in_bfloat16_since_it_is_rounded_by_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # A rate far under half of a weight's last place: 0.02 is one of 1/12800 in bfloat16.
     slow = SETTINGS.model_copy(
         update={
             "learning_rate": 2e-6,
             "schedule": "constant",
             "warmup_ratio": 0.0,
-            "weight_decay": 0.0,
+            "optimizer": AdamW(),
             "num_epochs": 10,
             "save_every": 1000,
         }
@@ -117,7 +119,8 @@ def test_small_steps_add_up_in_bfloat16_if_rounded_by_chance(tmp_path: Path) -> 
     moved = flat(fine_tune(tmp_path / "float32", slow)) - began
     by_chance = fine_tune(tmp_path / "by_chance", halves)
     assert {x.dtype for x in jax.tree.leaves(by_chance)} == {jnp.dtype(jnp.bfloat16)}
-    to_nearest = fine_tune(tmp_path / "to_nearest", halves.model_copy(update={"stochastic_rounding": False}))
+    monkeypatch.setattr("middo_jax.training.step.stochastic_round", lambda x, _: x.astype(jnp.bfloat16))
+    to_nearest = fine_tune(tmp_path / "to_nearest", halves)
 
     def share(params: Params) -> float:
         """How far along the way of the float32 training."""
@@ -127,8 +130,10 @@ def test_small_steps_add_up_in_bfloat16_if_rounded_by_chance(tmp_path: Path) -> 
     assert abs(share(to_nearest)) < 0.3
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_in_bfloat16_killed_and_resumed_is_uninterrupted(optimizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", [AdamW(), Adafactor()], ids=lambda optimizer: optimizer.name)
+def test_in_bfloat16_killed_and_resumed_is_uninterrupted(
+    optimizer: AdamW | Adafactor, tmp_path: Path
+) -> None:
     settings = SETTINGS.model_copy(
         update={"param_dtype": "bfloat16", "optimizer": optimizer, "num_epochs": 2, "save_every": 3}
     )
@@ -140,7 +145,7 @@ def test_in_bfloat16_killed_and_resumed_is_uninterrupted(optimizer: str, tmp_pat
 
 def test_adafactor_keeps_next_to_nothing_and_learns(tmp_path: Path) -> None:
     mesh = mesh_of(2, 2, 2)
-    settings = SETTINGS.model_copy(update={"optimizer": "adafactor", "learning_rate": 3e-3, "num_epochs": 3})
+    settings = SETTINGS.model_copy(update={"optimizer": Adafactor(), "learning_rate": 3e-3, "num_epochs": 3})
     params = abstract_model(WIDE, mesh).params
     state = abstract_opt_state(make_optimizer(settings, 10), params, mesh)
     size = sum(x.size for x in jax.tree.leaves(params))

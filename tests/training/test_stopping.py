@@ -29,7 +29,6 @@ def start(root: Path, name: str) -> subprocess.Popen[bytes]:
     settings = (
         "model.dtype=float32",
         "train.batch_size=1",
-        "train.pack_length=512",
         "model.max_length=512",
         "train.num_epochs=100",
         "train.save_every=1000",

@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from middo_jax.config import ConfigError, MeshSettings, TrainSettings
+from middo_jax.config import AdamW, ConfigError, MeshSettings, TrainSettings
 from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.evaluation.heldout import HeldoutLoss, row_losses, total
@@ -43,7 +43,7 @@ SETTINGS = TrainSettings(
     learning_rate=1e-2,
     batch_size=8,
     num_epochs=2,
-    weight_decay=0.1,
+    optimizer=AdamW(weight_decay=0.1),
     warmup_ratio=0.2,
     remat="none",
     save_every=3,
@@ -183,7 +183,7 @@ def test_loss_falls_on_learnable_data(tmp_path: Path):
 
     tokenized = [counting(i) for i in range(160)]
     seen: list[StepMetrics] = []
-    settings = SETTINGS.model_copy(update={"num_epochs": 6, "weight_decay": 0.0})
+    settings = SETTINGS.model_copy(update={"num_epochs": 6, "optimizer": AdamW()})
     params = fine_tune(tmp_path, tokenized[:128], settings, on_step=seen.append)
     assert seen[0].loss == pytest.approx(math.log(96), rel=0.05)
     assert seen[-1].loss < seen[0].loss / 4
@@ -353,7 +353,7 @@ def test_what_cannot_be_trained_on_is_said_before_compiling(tmp_path: Path):
     with pytest.raises(TrainingDataError, match="none of the 4 examples has a token to learn"):
         fine_tune(tmp_path, untaught)
     with pytest.raises(
-        ConfigError, match=r"1 of 5 examples are longer than train.pack_length=32 .*id77, has 33"
+        ConfigError, match=r"1 of 5 examples are longer than model.max_length=32 .*id77, has 33"
     ):
         fine_tune(tmp_path, [*examples(4), example(77, 33)])
     with pytest.raises(TrainingDataError, match="example far has token 96"):
@@ -391,7 +391,7 @@ def test_optimizer_is_clipped_adamw_and_decays_matrices_only():
     # The first Adam step of any gradient is its sign; without a gradient only decay is left.
     ones = jax.tree.map(jnp.ones_like, params)
     updates, _ = optimizer.update(ones, optimizer.init(params), params)
-    lr, decay = settings.learning_rate, settings.weight_decay
+    lr, decay = settings.learning_rate, settings.optimizer.weight_decay
     matrix, norm = array(params, "layers", "q_proj"), array(params, "final_norm")
     np.testing.assert_allclose(array(updates, "layers", "q_proj"), -lr * (1 + decay * matrix), rtol=1e-4)
     np.testing.assert_allclose(array(updates, "final_norm"), -lr * np.ones_like(norm), rtol=1e-4)

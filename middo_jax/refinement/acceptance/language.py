@@ -101,7 +101,7 @@ def load_identifier() -> LanguageIdentifier:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as e:
         raise ConfigError(
-            "config: refine.gates.language needs the package py3langid: install it, or set "
-            "refine.gates.language=false"
+            "config: the gate `language` needs the package py3langid: install it, or set "
+            "refine.gates.open=[language]"
         ) from e
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

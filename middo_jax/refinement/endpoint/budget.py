@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from middo_jax.config import ConfigError, RefineSettings
+from middo_jax.config import ConfigError, Dollars, RefineSettings, Tokens
 from middo_jax.refinement.endpoint.faults import BudgetReached
 from middo_jax.refinement.endpoint.ledger import Ledger
 from middo_jax.refinement.endpoint.usage import Ceiling
@@ -23,12 +23,14 @@ class Budget:
 
     def __init__(self, settings: RefineSettings, ledger: Ledger) -> None:
         """Raises ConfigError if a budget in US dollars is set without prices."""
-        if settings.budget_usd is not None and not (settings.prices.prompt or settings.prices.completion):
+        usd = settings.budget.usd if isinstance(settings.budget, Dollars) else None
+        if usd is not None and not (settings.prices.prompt or settings.prices.completion):
             raise ConfigError(
-                "config: refine.budget_usd is set, but nothing counts against it: set refine.prices.prompt "
+                "config: refine.budget.usd is set, but nothing counts against it: set refine.prices.prompt "
                 "and refine.prices.completion, in US dollars per million tokens"
             )
-        self._usd, self._tokens = settings.budget_usd, settings.budget_tokens
+        self._usd = usd
+        self._tokens = settings.budget.tokens if isinstance(settings.budget, Tokens) else None
         self._ledger = ledger
         self._in_flight = 0
         self._settled = asyncio.Condition()
@@ -64,13 +66,13 @@ class Budget:
         aside_usd, aside_tokens = run.aside_usd + planned.usd, run.aside_tokens + planned.tokens
         if self._usd is not None and run.usd + aside_usd + most.usd > self._usd + ROUNDING_USD:
             return (
-                f"refine.budget_usd of {self._usd:g} is reached: {run.usd:.4f} spent by this run, "
+                f"refine.budget.usd of {self._usd:g} is reached: {run.usd:.4f} spent by this run, "
                 f"{aside_usd:.4f} set aside for tries whose cost is not known, and the next request "
                 f"could cost {most.usd:.4f}"
             )
         if self._tokens is not None and run.tokens + aside_tokens + most.tokens > self._tokens:
             return (
-                f"refine.budget_tokens of {self._tokens:,} is reached: {run.tokens:,} used by this run, "
+                f"refine.budget.tokens of {self._tokens:,} is reached: {run.tokens:,} used by this run, "
                 f"{aside_tokens:,} set aside for tries whose number is not known, and the next request "
                 f"could take {most.tokens:,}"
             )

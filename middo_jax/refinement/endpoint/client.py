@@ -20,7 +20,7 @@ from typing import Any
 
 import openai
 
-from middo_jax.config import ConfigError, RefineSettings
+from middo_jax.config import ConfigError, RefineSettings, RequestRate, TokenRate
 from middo_jax.refinement.endpoint.budget import Budget
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.context_check import check_context
@@ -100,7 +100,11 @@ class ChatClient:
             [_connect(url, self._key, settings) for url in urls], settings.max_retries, backoff_s
         )
         self._budget = Budget(settings, self.ledger)
-        self._rates = RateLimits(settings.requests_per_minute, settings.tokens_per_minute)
+        limit = settings.per_minute
+        self._rates = RateLimits(
+            limit.requests if isinstance(limit, RequestRate) else None,
+            limit.tokens if isinstance(limit, TokenRate) else None,
+        )
         self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._final: dict[str, RefinerError] = {}
         self._ended: collections.deque[bool] = collections.deque(maxlen=WINDOW)  # whether with an answer

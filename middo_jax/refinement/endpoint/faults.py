@@ -49,10 +49,7 @@ class EndpointFailed(RefinerError):
 
 
 class BudgetReached(RefinerError):
-    """One more request could exceed `refine.budget_usd` or `budget_tokens`.
-
-    Requests in flight are finished.
-    """
+    """One more request could exceed `refine.budget`. Requests in flight are finished."""
 
 
 class NotAnswered(RefinerError):

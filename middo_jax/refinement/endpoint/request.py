@@ -85,7 +85,7 @@ class Requests:
             "messages": [{"role": m["role"], "content": encodable(m["content"])} for m in messages],
             "model": self.model,
             "temperature": settings.temperature,
-            "top_p": settings.top_p,
+            "top_p": 1.0,  # all tokens, as published
             "max_tokens": settings.max_tokens if max_tokens is None else max_tokens,
         }
         if self.seed is not None:

@@ -15,7 +15,7 @@ from support.loop_fixture import Finished, contents, fake_answer, selected
 from support.scripted_server import SETTINGS
 
 from middo_jax import cli
-from middo_jax.config import Prices
+from middo_jax.config import Dollars, Prices, Tokens
 from middo_jax.refinement.endpoint.batch import BatchClient, Result, read_results
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.faults import NotAnswered, RefinerError, RequestRefused
@@ -160,10 +160,10 @@ def test_results_of_one_request_in_several_files(tmp_path: Path) -> None:
         read_results([two])
 
 
-@pytest.mark.parametrize("limit", [{"budget_tokens": 3 * 190 + 100}, {"budget_usd": 3 * 190.0 + 100}])
-def test_no_more_waits_than_the_budget_may_pay(cache: AnswerCache, limit: dict[str, Any]) -> None:
+@pytest.mark.parametrize("limit", [Tokens(tokens=3 * 190 + 100), Dollars(usd=3 * 190.0 + 100)])
+def test_no_more_waits_than_the_budget_may_pay(cache: AnswerCache, limit: Dollars | Tokens) -> None:
     """A request of ten bytes can take 90 tokens of prompt and 100 of answer, here at a dollar each."""
-    settings = SETTINGS.model_copy(update={"prices": Prices(prompt=1e6, completion=1e6), **limit})
+    settings = SETTINGS.model_copy(update={"prices": Prices(prompt=1e6, completion=1e6), "budget": limit})
     client = BatchClient(requests("m", settings), cache, Ledger(cache))
 
     def asked(n: int) -> list[str]:

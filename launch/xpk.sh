@@ -80,6 +80,7 @@ scope=(--cluster="$cluster" --zone="$zone")
 [[ -z $project ]] || scope+=(--project="$project")
 # exec: xpk's own script passes SIGTERM to the shell that it starts; this way that shell becomes the program.
 printf -v command '%q ' exec middo run "$@" "name=$name" "runs_dir=$runs"
+command=${command% }
 chips=${type##*-}
 case $type in v5litepod-* | v6e-*) ;; *) chips=$((chips / 2)) ;; esac
 

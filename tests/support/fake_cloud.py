@@ -105,6 +105,8 @@ def _on_hosts(line: str, state: dict[str, Any], scenario: dict[str, Any]) -> int
 def xpk(line: str, state: dict[str, Any], scenario: dict[str, Any]) -> int:
     """Workloads; waiting for one gives the exit code of the scenario."""
     if "workload create" in line:
+        file = line.split("--env-file=")[1].split()[0]
+        shutil.copy(file, FOLDER / "environment")  # the script deletes it
         state["workload"] = True
     elif "workload delete" in line:
         state["workload"] = False

@@ -165,8 +165,10 @@ while :; do
       if [[ $((SECONDS - since)) -ge 600 ]]; then restarts=0; fi
       if healthy; then silent=0; else silent=$((silent + 1)); fi
       [[ $silent -lt 6 ]] || { say "no answer to six health checks" && break; }
-      if [[ -n $watch && $(newest_export) != "$model" ]]; then
-        model=$(newest_export)
+      newest=$model
+      if [[ -n $watch ]]; then newest=$(newest_export) || true; fi
+      if [[ -n $newest && $newest != "$model" ]]; then
+        model=$newest
         say "new export: $model"
         end_server
         continue 2

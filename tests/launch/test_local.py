@@ -110,7 +110,9 @@ def test_one_process_is_the_program_itself(tmp_path: Path) -> None:
     program.write_text('#!/bin/bash\necho $$ "$@" "${JAX_NUM_CPU_DEVICES:-own}"\nexit 7\n')
     program.chmod(0o755)
     command = ["bash", str(ROOT / "launch" / "local.sh"), "mine.yaml"]
-    process = subprocess.Popen(command, env=os.environ | {"MIDDO": str(program)}, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=os.environ | {"MIDDO": str(program)}, stdout=subprocess.PIPE, text=True
+    )
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 7
     assert output.split() == [str(process.pid), "run", "mine.yaml", "own"]

@@ -1,8 +1,8 @@
 """launch/'s YAML and Dockerfiles against the published schemas, and what they promise.
 
-JobSet's and Kubernetes' schemas are those of the package kubeflow-trainer-api (Apache-2.0), which is generated from
-both projects' published OpenAPI specifications. SkyPilot's are written down here from sky/utils/schemas.py of
-SkyPilot 0.14 (Apache-2.0): only the fields that launch/skypilot.yaml uses.
+JobSet's and Kubernetes' schemas are those of the package kubeflow-trainer-api (Apache-2.0), generated from the
+OpenAPI specifications that both projects publish. SkyPilot's schema is written down here as far as
+launch/skypilot.yaml uses it, after sky/utils/schemas.py of SkyPilot 0.14.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def unknown_fields(value: Any, model: Any, place: str = "") -> list[str]:
     """Fields that the model does not have, at any depth; generated models ignore them."""
     if isinstance(value, list):
         return [found for item in value for found in unknown_fields(item, model, f"{place}[]")]
-    models = [part for part in _parts(model) if isinstance(part, type) and issubclass(part, pydantic.BaseModel)]
+    models = [
+        part for part in _parts(model) if isinstance(part, type) and issubclass(part, pydantic.BaseModel)
+    ]
     if not isinstance(value, dict) or not models:
         return []
     fields = {field.alias or name: field.annotation for name, field in models[0].model_fields.items()}
@@ -59,7 +61,12 @@ def test_jobset_is_valid_by_the_schemas_of_jobset_and_kubernetes(jobset: dict[st
 
 @pytest.mark.parametrize(
     "path",
-    ["failurePolicy", "replicatedJobs", "replicatedJobs.0.template.spec", "replicatedJobs.0.template.spec.template.spec"],
+    [
+        "failurePolicy",
+        "replicatedJobs",
+        "replicatedJobs.0.template.spec",
+        "replicatedJobs.0.template.spec.template.spec",
+    ],
 )
 def test_the_schema_check_sees_a_misspelt_field_at_every_depth(
     jobset: dict[str, Any], schema: Any, path: str
@@ -75,7 +82,9 @@ def test_the_schema_check_sees_a_misspelt_field_at_every_depth(
 
 def test_the_schema_check_sees_a_wrong_value(jobset: dict[str, Any], schema: Any) -> None:
     wrong = yaml.safe_load(yaml.safe_dump(jobset))
-    wrong["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"][0]["action"] = "Restart"
+    wrong["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"][0]["action"] = (
+        "Restart"
+    )
     with pytest.raises(pydantic.ValidationError, match="Count"):
         schema.from_dict(wrong)
 
@@ -159,7 +168,13 @@ class Task(Strict):
 def test_skypilot_s_task_is_valid_and_restarts_on_75() -> None:
     task = Task.model_validate(yaml.safe_load((LAUNCH / "skypilot.yaml").read_text()))
     assert task.resources.job_recovery.recover_on_exit_codes == [75]
-    for word in ("SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "--coordinator", "--process "):
+    for word in (
+        "SKYPILOT_NODE_IPS",
+        "SKYPILOT_NUM_NODES",
+        "SKYPILOT_NODE_RANK",
+        "--coordinator",
+        "--process ",
+    ):
         assert word in task.run
     assert task.secrets == {"OPENAI_API_KEY": ""}  # a name, never a key
 

@@ -49,7 +49,9 @@ def test_the_header_asks_for_a_signal_in_time_and_to_be_queued_again() -> None:
 def test_on_a_login_node_it_submits_itself_with_its_price(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path)
     code, output = cloud.run(
-        "slurm.sbatch", *"--nodes 2 --gpus 8 --price 2.5 --partition fast mine.yaml rounds=2".split(), answer="y\n"
+        "slurm.sbatch",
+        *["--nodes", "2", "--gpus", "8", "--price", "2.5", "--partition", "fast", "mine.yaml", "rounds=2"],
+        answer="y\n",
     )
     assert code == 0, output
     assert "2 x 8 GPUs x 2.5 per GPU and hour = 40.00 per hour" in output
@@ -68,7 +70,9 @@ def test_nothing_is_submitted_without_a_yes(tmp_path: Path) -> None:
 
 def test_a_dry_run_calls_nothing_and_shows_the_split_of_the_gpus(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path)
-    code, output = cloud.run("slurm.sbatch", "--dry-run", "--refiner", "R", "--refiner-gpus", "0,5", "mine.yaml")
+    code, output = cloud.run(
+        "slurm.sbatch", "--dry-run", "--refiner", "R", "--refiner-gpus", "0,5", "mine.yaml"
+    )
     assert code == 0, output
     assert cloud.calls == []
     assert "'--gpus' '0,5'" in output
@@ -94,7 +98,7 @@ def test_75_queues_the_job_again_until_the_limit(tmp_path: Path, restarts: str, 
 
 
 def test_sigterm_reaches_the_tasks_by_scancel_and_the_job_is_queued_again(tmp_path: Path) -> None:
-    """srun itself must not get the signal: it would kill its tasks. Here scancel ends the step, as tasks would."""
+    """srun must not get the signal: it would kill its tasks. Here scancel ends the step, as a save does."""
     cloud = Cloud(tmp_path)
     programs = tmp_path / "programs"
     mark = tmp_path / "told"

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from support.launching import Cloud
 
-ARGUMENTS = "--name mine --zone us-west4-a --type v5litepod-16 --runs gs://b/runs --poll 0.02 --yes".split()
+ARGUMENTS = [
+    *("--name", "mine", "--zone", "us-west4-a", "--type", "v5litepod-16"),
+    *("--runs", "gs://b/runs", "--poll", "0.02", "--yes"),
+]
 ACTIVE = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
 INSTALLED = ["state", "create", "state", "send", "install"]
 RUN = ["start", "follow", "ask"]
@@ -34,7 +37,9 @@ def test_a_run_is_installed_followed_copied_and_its_slice_deleted(tmp_path: Path
     for state in ACTIVE:
         assert f"mine: {state} after" in output
     create = next(call for call in cloud.calls if "create" in call)
-    assert {"--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"} <= set(create)
+    assert {"--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"} <= set(
+        create
+    )
     assert [call[-2:] for call in cloud.calls if "rsync" in call] == [["gs://b/runs/mine", "runs/mine"]]
 
 
@@ -66,7 +71,9 @@ def test_chips_are_counted_from_the_type(tmp_path: Path, type_: str, chips: int)
     assert f"{chips} chips x 1 per chip and hour = {chips}.00" in output
 
 
-def test_what_is_sent_has_tracked_and_named_files_and_the_keys_and_no_command_shows_them(tmp_path: Path) -> None:
+def test_what_is_sent_has_tracked_and_named_files_and_the_keys_and_no_command_shows_them(
+    tmp_path: Path,
+) -> None:
     cloud = Cloud(tmp_path, slices=[["ACTIVE"]], runs=[{"exit": 0}])
     kept = cloud.folder / "sent.tar.gz"
     (cloud.clone / "data.jsonl").write_text("{}\n")
@@ -118,7 +125,18 @@ def test_a_broken_connection_is_made_again(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path, slices=[["ACTIVE"]], runs=[{"events": ["ssh lost", "ssh lost"], "exit": 0}])
     code, output = run(cloud)
     assert code == 0, output
-    assert cloud.verbs == [*INSTALLED, "start", "follow", "ask", "follow", "ask", "follow", "ask", "copy", *DELETED]
+    assert cloud.verbs == [
+        *INSTALLED,
+        "start",
+        "follow",
+        "ask",
+        "follow",
+        "ask",
+        "follow",
+        "ask",
+        "copy",
+        *DELETED,
+    ]
     follows = [call[-1][-2:] for call in cloud.calls if "-F run.log" in call[-1]]
     assert follows == ["+1", "20", "20"]
 
@@ -144,13 +162,24 @@ def test_restarts_have_an_end(tmp_path: Path) -> None:
     ("scenario", "verbs", "says"),
     [
         (
-            {"refuse": {"queued-resources create": {"times": 1, "code": 1, "message": "Quota limit exceeded"}}},
+            {
+                "refuse": {
+                    "queued-resources create": {"times": 1, "code": 1, "message": "Quota limit exceeded"}
+                }
+            },
             ["state", "create", *DELETED],
             "Quota limit exceeded",
         ),
-        ({"slices": [["PROVISIONING", "FAILED"]]}, ["state", "create", "state", *DELETED], "no more capacity"),
         (
-            {"slices": [["ACTIVE"]], "refuse": {"uv pip": {"times": 1, "code": 1, "message": "no such package"}}},
+            {"slices": [["PROVISIONING", "FAILED"]]},
+            ["state", "create", "state", *DELETED],
+            "no more capacity",
+        ),
+        (
+            {
+                "slices": [["ACTIVE"]],
+                "refuse": {"uv pip": {"times": 1, "code": 1, "message": "no such package"}},
+            },
             [*INSTALLED, "state", "host", *DELETED],
             "installing failed",
         ),

@@ -184,7 +184,17 @@ def test_a_wrong_command_line_starts_nothing(
 
 
 def test_a_dry_run_shows_the_installation_and_the_server(tmp_path: Path) -> None:
-    command = ["bash", str(ROOT / "launch" / "vllm.sh"), "--dry-run", "--model", "m", "--device", "tpu", "--chips", "4"]
+    command = [
+        "bash",
+        str(ROOT / "launch" / "vllm.sh"),
+        "--dry-run",
+        "--model",
+        "m",
+        "--device",
+        "tpu",
+        "--chips",
+        "4",
+    ]
     shown = subprocess.run(
         [*command, "--environment", str(tmp_path / "new")], capture_output=True, text=True, check=True
     )

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from support.launching import Cloud
 
-ARGUMENTS = "--name mine --cluster pod --zone z --type v6e-64 --image i --runs gs://b/runs --yes".split()
+ARGUMENTS = [
+    *("--name", "mine", "--cluster", "pod", "--zone", "z", "--type", "v6e-64"),
+    *("--image", "i", "--runs", "gs://b/runs", "--yes"),
+]
 CREATE, WAIT, COPY, DELETE = "workload create", "--wait-for-job-completion", "rsync", "workload delete"
 RUN = ["configs/mine.yaml", "rounds=2"]
 

@@ -1,7 +1,7 @@
-"""Stands in for gcloud, xpk, kubectl, sbatch, srun, scancel, scontrol and docker on PATH.
+"""Replaces gcloud, xpk, kubectl, sbatch, srun, scancel, scontrol and docker on PATH.
 
-Each call is recorded. What it answers is played from a scenario, and what it creates is kept, so that a test can
-assert that everything was deleted again. The folder `$FAKE_CLOUD` holds all of it:
+Each call is recorded. What it answers is played from a scenario, and what it creates is kept, so that a test
+can assert that everything was deleted again. The folder `$FAKE_CLOUD` has three files:
 
   scenario.json   `slices`: per created slice, the states that it is seen in, the last one staying
                   `runs`: per start, the events that happen while its log is followed, and its exit code

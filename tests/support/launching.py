@@ -23,7 +23,7 @@ WORDS = {  # a word of a gcloud command -> what it does, first match
     "scp": "send",
     "uv pip install": "install",
     "nohup": "start",
-    "tail --pid=\"$(cat run.pid)\" -F": "follow",
+    'tail --pid="$(cat run.pid)" -F': "follow",
     "run.exit ]": "ask",
     "kill -TERM": "end",
     "rsync": "copy",
@@ -31,7 +31,7 @@ WORDS = {  # a word of a gcloud command -> what it does, first match
 
 
 class Cloud:
-    """A small clone of the project and, first on PATH, programs that play a scenario (support/fake_cloud.py)."""
+    """A small clone of the project, and first on PATH programs that play a scenario (fake_cloud.py)."""
 
     def __init__(self, folder: Path, **scenario: Any) -> None:
         self.clone, self.folder, programs = folder / "clone", folder / "cloud", folder / "programs"
@@ -70,8 +70,10 @@ class Cloud:
             _end(process)
         return process.returncode, output
 
-    def interrupt(self, script: str, *arguments: str, by: signal.Signals, group: bool = False) -> tuple[int, str]:
-        """The same, with a signal sent while a call blocks: to the script alone, or as Ctrl-C to its group."""
+    def interrupt(
+        self, script: str, *arguments: str, by: signal.Signals, group: bool = False
+    ) -> tuple[int, str]:
+        """The same, with a signal while a call blocks: to the script alone, or as Ctrl-C to its group."""
         process = self.start(script, *arguments)
         try:
             deadline = time.monotonic() + 30

@@ -238,7 +238,11 @@ watch_run() {
     answer=''
     if on_first "$ask" >"$work/answer" 2>"$work/error"; then answer=$(<"$work/answer"); fi
     case $answer in
-      running) lines=20 silent=0 && say "the connection broke, the run goes on; the last 20 lines come again" ;;
+      running)
+        lines=20 silent=0
+        say "the connection broke, the run goes on; the last 20 lines come again"
+        pause "$poll"
+        ;;
       vanished) outcome=vanished && break ;;
       [0-9]*) outcome=$answer && break ;;
       *)

@@ -23,6 +23,7 @@ setting for the loop: refine.base_url=... SIGTERM and Ctrl-C end the server.
   --host HOST        address to listen on (default 127.0.0.1). Any other one needs a key
   --port PORT        default 8000
   --environment DIR  the environment (default .venv-vllm)
+  --python PROGRAM   the Python that makes it (default python3); vLLM for TPUs needs 3.11, TPU VMs have 3.10
   --timeout SECONDS  how long a start may take, with download and compilation (default 1800)
   --max-restarts N   starts after a death in a row, before giving up (default 10); a server that has been healthy for
                      ten minutes starts the count anew
@@ -41,11 +42,11 @@ Exit code: 0 after SIGTERM, 130 after Ctrl-C, 1 if the server could not be start
 HELP
 }
 
-model='' watch='' name='' device=gpu gpus='' chips=1 host=127.0.0.1 port=8000 environment=.venv-vllm
+model='' watch='' name='' device=gpu gpus='' chips=1 host=127.0.0.1 port=8000 environment=.venv-vllm python=python3
 timeout=1800 max_restarts=10 poll=10
 while [[ $# -gt 0 ]]; do
   case $1 in
-    --model | --watch | --name | --device | --gpus | --chips | --host | --port | --environment | --timeout | --max-restarts | --poll)
+    --model | --watch | --name | --device | --gpus | --chips | --host | --port | --environment | --python | --timeout | --max-restarts | --poll)
       needs_value "$@"
       variable=${1#--}
       printf -v "${variable//-/_}" '%s' "$2"
@@ -85,7 +86,7 @@ if [[ -n $gpus ]]; then
 fi
 if [[ -n $key ]]; then export VLLM_API_KEY=$key; fi
 name=${name:-${model:-refiner}}
-require curl python3
+require curl
 
 server=''
 # shellcheck disable=SC2329  # called by clean_up and restarts
@@ -115,9 +116,10 @@ trap clean_up EXIT
 exit_on_signals
 
 if [[ ! -x $environment/bin/vllm ]]; then
+  require "$python"
   say "$environment has no vLLM: it will be installed there, several GB"
   confirm "install $package into $environment?"
-  call python3 -m venv "$environment"
+  call "$python" -m venv "$environment"
   call "$environment/bin/python" -m pip install --quiet "$package"
 fi
 

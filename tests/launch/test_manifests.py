@@ -1,6 +1,6 @@
 """launch/'s YAML and Dockerfiles against the published schemas, and what they promise.
 
-JobSet's and Kubernetes' schemas are those of the package kubeflow-trainer-api (Apache-2.0), generated from the
+JobSet's and Kubernetes' schemas are those of the package kubeflow-trainer-api (Apache-2.0), made from the
 OpenAPI specifications that both projects publish. SkyPilot's schema is written down here as far as
 launch/skypilot.yaml uses it, after sky/utils/schemas.py of SkyPilot 0.14.
 """
@@ -102,6 +102,9 @@ def test_jobset_starts_again_after_a_preemption_and_not_after_an_error(jobset: d
     assert 1 not in error["onExitCodes"]["values"]
     [rule] = spec["failurePolicy"]["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    # What the servers check beyond their schemas.
+    assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
+    assert error["onExitCodes"]["values"] == sorted(set(error["onExitCodes"]["values"]))
     assert spec["failurePolicy"]["maxRestarts"] == 50
     assert job["backoffLimit"] == 0
     assert job["parallelism"] == job["completions"]

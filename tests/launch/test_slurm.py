@@ -14,7 +14,7 @@ from support.launching import ROOT, Cloud
 
 # Options of sbatch that the header may use.
 KNOWN = {
-    *("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "exclusive", "time"),
+    *("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "mem", "exclusive", "time"),
     *("signal", "requeue", "open-mode", "output"),
 }
 JOB = {"SLURM_JOB_ID": "42", "MIDDO": "middo"}
@@ -82,9 +82,10 @@ def test_a_dry_run_calls_nothing_and_shows_the_split_of_the_gpus(tmp_path: Path)
 
 def test_inside_a_job_the_step_runs_and_its_exit_code_is_the_job_s(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path, codes={"srun": 3})
-    code, output = cloud.run("slurm.sbatch", "mine.yaml", "rounds=2", **JOB)
+    code, output = cloud.run("slurm.sbatch", "mine.yaml", "rounds=2", SLURM_CPUS_ON_NODE="96", **JOB)
     assert code == 3, output
     assert programs(cloud) == ["srun"]
+    assert "--cpus-per-task=96" in cloud.calls[0]  # else the step gets one
     assert cloud.calls[0][-3:] == ["middo", "mine.yaml", "rounds=2"]
 
 

@@ -154,11 +154,11 @@ def test_a_server_that_never_starts_is_given_up(tmp_path: Path, servers: list[Se
 
 
 def test_a_server_that_stays_sick_is_ended_at_the_timeout(tmp_path: Path, servers: list[Server]) -> None:
-    server = Server(tmp_path, "--model", "m", "--timeout", "1", "--max-restarts", "0", SICK="1")
+    server = Server(tmp_path, "--model", "m", "--timeout", "5", "--max-restarts", "0", SICK="1")
     servers.append(server)
     output, _ = server.process.communicate(timeout=30)
     assert server.process.returncode == 1
-    assert "not healthy after 1 s" in output
+    assert "not healthy after 5 s" in output
     assert not is_alive(pid_of(server.starts[0]))
 
 

@@ -42,7 +42,7 @@ def main(program: str, arguments: list[str]) -> int:
                 file.write_text(json.dumps(state))
                 print(refusal["message"], file=sys.stderr)
                 return refusal["code"]
-        play = {"gcloud": gcloud, "xpk": xpk, "kubectl": kubectl}.get(program)
+        play = {"gcloud": gcloud, "xpk": xpk}.get(program)
         code = play(line, state, scenario) if play else scenario.get("codes", {}).get(program, 0)
         file.write_text(json.dumps(state))
     if any(words in line for words in scenario.get("block", [])):
@@ -112,16 +112,6 @@ def xpk(line: str, state: dict[str, Any], scenario: dict[str, Any]) -> int:
         state["workload"] = False
     elif "--wait-for-job-completion" in line:
         return scenario.get("wait", 0)
-    return 0
-
-
-def kubectl(line: str, state: dict[str, Any], scenario: dict[str, Any]) -> int:
-    """A job set and its secret."""
-    del scenario
-    if " apply " in line:
-        state["jobset"] = True
-    elif " delete " in line:
-        state["jobset"] = False
     return 0
 
 

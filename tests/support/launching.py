@@ -109,7 +109,7 @@ class Cloud:
         """What was created and not deleted."""
         file = self.folder / "state.json"
         state = json.loads(file.read_text()) if file.exists() else {}
-        return [kind for kind in ("slice", "workload", "jobset") if state.get(kind)]
+        return [kind for kind in ("slice", "workload") if state.get(kind)]
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -99,7 +99,7 @@ def quickstart(overrides: Overrides = None, as_json: AsJson = False) -> None:
 def score(
     data: Data,
     model: Model,
-    out: Annotated[Path, typer.Option(help="Gets dataset.jsonl, scores.parquet, embeddings.npy.")],
+    out: Annotated[Path, typer.Option(help="Gets dataset.jsonl, scores.parquet, embeddings.parquet.")],
     pre_model: Annotated[str | None, typer.Option(help="The model before training, for loss_pre.")] = None,
     axes: Annotated[str, typer.Option(help="Comma-separated.")] = "complexity,diversity,quality",
     keep_columns: Annotated[
@@ -127,10 +127,10 @@ def score(
 @app.command(epilog="Example: middo select scored complexity.m=1.5 quality.fraction=0.05 quality.m=null")
 def select(directory: Path, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The hard, sparse and low-quality samples of DIRECTORY/scores.parquet, and how many each m selects."""
-    from middo_jax import api
+    from middo_jax import selecting
     from middo_jax.report.terminal import render_selection
 
-    selection = api.select(directory, settings=overrides).facts
+    selection = selecting.select(directory, settings=overrides).facts
     _show(as_json, selection, render_selection(selection))
 
 
@@ -154,7 +154,7 @@ def refine(
     """The selected samples of DIRECTORY through a served LLM; writes refined.jsonl and merged.jsonl."""
     from middo_jax import api, refinement, stages
     from middo_jax.report.terminal import render_batch, render_dry_run
-    from middo_jax.rundir import RoundDir
+    from middo_jax.rundir import RoundDir, held
     from middo_jax.session import session_of
 
     session, here = session_of(directory, overrides), RoundDir(directory)
@@ -166,14 +166,14 @@ def refine(
         _show(as_json, facts, render_dry_run(facts))
         return
     if write_batch or read_batch:
-        with stages.answer_cache(session, here) as cache:
+        with held(here.path), stages.answer_cache(session, here) as cache:
             state = stages.batch_stage(session, here, cache, read_batch or (), write_batch)
-        if not state.is_finished:
-            facts = dataclasses.asdict(state)
-            command = shlex.join(["middo", "refine", str(directory), *(overrides or ())])
-            _show(as_json, facts, render_batch(facts, command, write_batch))
-            return
-        refined = api.merged(session, here)
+            if not state.is_finished:
+                facts = dataclasses.asdict(state)
+                command = shlex.join(["middo", "refine", str(directory), *(overrides or ())])
+                _show(as_json, facts, render_batch(facts, command, write_batch))
+                return
+            refined = api.merged(session, here)
     else:
         refined = api.refine(directory, settings=overrides)
     counts = {"tasks": len(refined.rows), "accepted": refined.n_accepted}

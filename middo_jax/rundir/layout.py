@@ -52,8 +52,8 @@ class RoundDir:
 
     @property
     def embeddings(self) -> Path:
-        """float32 [N, D], rows as in scores.parquet."""
-        return self.path / "embeddings.npy"
+        """One row per sample: the mean hidden state over its prompt."""
+        return self.path / "embeddings.parquet"
 
     @property
     def selection(self) -> Path:

@@ -3,8 +3,8 @@
     with held(folder, say): ...
 
 The file `middo.lock` contains the owner: process, host, command and time. It is made with a hard link, which
-either makes it whole or fails, also on NFS. A lock is removed only where its owner has provably ended: the owner
-is of this host, and there is no such process, or one that started at another time. docs/design.md says why the
+either makes it whole or fails, also on NFS. A lock is removed only where its owner has provably ended: it was
+of this host, and there is no such process, or one that started at another time. docs/design.md says why the
 file is not an fcntl lock.
 """
 
@@ -275,7 +275,7 @@ def _remove_empty(made: list[Path]) -> None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in the system's own words; None if there is none, or it has only to be reaped."""
+    """When a process started, in the system's own words; None if it has ended."""
     if sys.platform == "linux":
         try:
             # The name of the program, in parentheses, may hold anything; state and start time are behind it.

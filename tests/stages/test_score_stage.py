@@ -24,6 +24,7 @@ from middo_jax.report.terminal import render_selection
 from middo_jax.rundir import RoundDir, RunError
 from middo_jax.session import Session, prepare, write_dataset
 from middo_jax.signals.duplicates import count_duplicates, prompt_hash
+from middo_jax.signals.embeddings import read_embeddings, write_embeddings
 from middo_jax.signals.select import select
 from middo_jax.signals.table import read_scores
 from middo_jax.stages.measure import UnderTraining
@@ -59,7 +60,7 @@ class House:
         directory, session = RoundDir(self.root / name), self.session(**more)
         write_dataset(directory, examples)
         stages.score_stage(session, directory, self.tuned, self.base, axes, earlier=earlier)
-        stages.select_stage(session, directory)
+        stages.select_stage(session.config, directory)
         return directory
 
 
@@ -90,6 +91,14 @@ def score_record(directory: RoundDir) -> dict[str, Any]:
     return directory.stages()["score"]
 
 
+def ids_of(directory: RoundDir) -> list[str]:
+    return read_scores(directory.scores)["id"].to_pylist()
+
+
+def embeddings(directory: RoundDir) -> np.ndarray:
+    return read_embeddings(directory.embeddings, ids_of(directory))
+
+
 def assert_same_scores(ours: RoundDir, theirs: RoundDir) -> None:
     a, b = read_scores(ours.scores), read_scores(theirs.scores)
     for name in a.column_names:
@@ -100,7 +109,7 @@ def assert_same_scores(ours: RoundDir, theirs: RoundDir) -> None:
             np.testing.assert_allclose(a[name].to_pylist(), b[name].to_pylist(), rtol=0, atol=1e-5)
         else:
             assert a[name].to_pylist() == b[name].to_pylist(), name
-    np.testing.assert_allclose(np.load(ours.embeddings), np.load(theirs.embeddings), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(embeddings(ours), embeddings(theirs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("embedder", ["pre", "post"])
@@ -138,7 +147,7 @@ def test_embeddings_before_training_are_the_base_models(house: House, examples: 
     directory, session = RoundDir(house.root / "base"), house.session()
     write_dataset(directory, examples)
     stages.score_stage(session, directory, house.base, None, ["diversity"])
-    np.testing.assert_allclose(np.load(pre.embeddings), np.load(directory.embeddings), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(embeddings(pre), embeddings(directory), rtol=1e-5, atol=1e-5)
     names = ["knn_ids", "prompt_hash"]
     tables = [read_scores(d.scores).select(names).to_pydict() for d in (pre, directory)]
     assert tables[0] == tables[1]
@@ -169,8 +178,7 @@ def test_nothing_changed(house: House, examples: list[Example]) -> None:
 
 
 def tampered(directory: RoundDir) -> None:
-    embedding_nd = np.load(directory.embeddings)
-    np.save(directory.embeddings, embedding_nd + 1)
+    write_embeddings(directory.embeddings, ids_of(directory), embeddings(directory) + 1)
 
 
 def without_manifest(directory: RoundDir) -> None:

@@ -294,11 +294,10 @@ def report(run: Path) -> None:
 @app.command(epilog="Example: middo status runs/quickstart")
 def status(run: Path, as_json: AsJson = False) -> None:
     """What a run has done, and what comes next."""
-    from middo_jax.report.status import render_status, require_run
+    from middo_jax.report.status import render_status
     from middo_jax.report.status import status as of
     from middo_jax.rundir import RunDir
 
-    require_run(RunDir(run))
     facts = of(RunDir(run))
     _show(as_json, facts, render_status(facts))
 
@@ -311,11 +310,9 @@ def trace(
 ) -> None:
     """A sample's ancestors and descendants over the rounds, with their scores."""
     from middo_jax.report.lineage import trace as of
-    from middo_jax.report.status import require_run
     from middo_jax.report.terminal import render_trace
     from middo_jax.rundir import RunDir
 
-    require_run(RunDir(run))
     chain = of(RunDir(run), sample)
     _show(as_json, chain, render_trace(chain))
 

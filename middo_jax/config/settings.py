@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import typing
 from typing import Annotated, ClassVar, Literal
 
@@ -10,7 +11,7 @@ import pydantic
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from middo_jax.config.base import Affects, Settings
+from middo_jax.config.base import URL, Affects, Settings
 from middo_jax.config.refine import RefineSettings
 
 # The matrices of a layer, by the names that PEFT knows them by too.
@@ -347,7 +348,7 @@ class Config(Settings):
     @pydantic.field_validator("runs_dir")
     @classmethod
     def _on_this_machine(cls, path: str) -> str:
-        if "://" in path:
+        if re.match(URL, path):
             raise ValueError(f"{path} is a URL; buckets are not supported yet, give a folder on this machine")
         return path
 

@@ -12,7 +12,7 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from middo_jax.data.example import Example
-from middo_jax.report.status import load_jsonl, planned_rounds, require
+from middo_jax.report.status import load_jsonl, planned_rounds, require_run
 from middo_jax.report.verdicts import verdict
 from middo_jax.rundir import RoundDir, RunDir, RunError
 
@@ -35,9 +35,9 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
       scores_before (of the parent that was found wanting).
 
     Raises:
-      RunError: no such folder or id (with the nearest ids), or more than one id begins so.
+      RunError: no such run or id (with the nearest ids), or more than one id begins so.
     """
-    require(run)
+    require_run(run)
     folders = [*planned_rounds(run), run.final]
     samples = _samples(folders)
     target = _resolve(run, samples, example_id)

@@ -77,19 +77,13 @@ def load_settings(run: RunDir) -> dict[str, Any]:
     return tree
 
 
-def require(run: RunDir) -> None:
-    """Raises RunError unless the run's folder exists; the message names the runs beside it."""
-    if run.path.is_dir():
-        return
-    parent = run.path.parent
-    beside = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8] if parent.is_dir() else []
-    hint = f"folders beside it: {', '.join(beside)}" if beside else "`middo run CONFIG` makes one"
-    raise RunError(f"{run.path}: no such run; {hint}")
-
-
 def require_run(run: RunDir) -> None:
-    """Raises RunError unless the folder exists and is a run's."""
-    require(run)
+    """Raises RunError unless the folder exists, else the message names the runs beside it, and is a run's."""
+    if not run.path.is_dir():
+        parent = run.path.parent
+        beside = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8] if parent.is_dir() else []
+        hint = f"folders beside it: {', '.join(beside)}" if beside else "`middo run CONFIG` makes one"
+        raise RunError(f"{run.path}: no such run; {hint}")
     if not run.is_begun:
         raise RunError(
             f"{run.path}: not a run: neither round_00 nor config.yaml of a run there; a run's folder is "
@@ -116,9 +110,9 @@ def status(run: RunDir) -> dict[str, Any]:
       n_heldout; effects: {rounds, fine_tuning: see `effects.Effect`, None if not known yet}; last_event.
 
     Raises:
-      RunError: the folder does not exist, or a file in it cannot be read.
+      RunError: the folder does not exist or is no run's, or a file in it cannot be read.
     """
-    require(run)
+    require_run(run)
     stale = _stale(run)
     rounds = [_round(r, ROUND_STAGES, stale) for r in planned_rounds(run)]
     final = _round(run.final, FINAL_STAGES, stale)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from middo_jax.config.base import URL
 from middo_jax.rundir.files import json_line
 from middo_jax.rundir.manifest import Manifest, RunError
 
@@ -25,8 +26,7 @@ def local(path: str | Path) -> Path:
     Raises:
       RunError: it is a URL, such as gs://bucket/runs.
     """
-    # Path() makes gs:/bucket of gs://bucket; a drive letter is one letter.
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+    if re.match(URL, str(path)):
         raise RunError(f"{path}: buckets and other URLs are not supported yet; give a folder on this machine")
     return Path(path)
 

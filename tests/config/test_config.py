@@ -234,7 +234,7 @@ def test_both_at_one_place_are_still_an_error(tmp_path: Path) -> None:
             load(None, [*NEEDED, *overrides])
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/runs", "s3://bucket", "file:///tmp/runs"])
+@pytest.mark.parametrize("url", ["gs://bucket/runs", "gs:/bucket/runs", "s3://bucket", "file:///tmp/runs"])
 def test_runs_lie_on_this_machine(url: str) -> None:
     with pytest.raises(ConfigError, match=r"runs_dir: .* is a URL; buckets are not supported yet"):
         load(None, [*NEEDED, f"runs_dir={url}"])

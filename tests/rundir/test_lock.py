@@ -11,14 +11,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.loop_fixture import contents
+from support.loop_fixture import contents, settings
 
-from middo_jax.rundir import RoundDir, RunLocked, held, lock, write_text
+import middo_jax as middo
+from middo_jax.config import load
+from middo_jax.report.status import render_status, status
+from middo_jax.rundir import RoundDir, RunDir, RunLocked, held, lock, write_text
 
 HOLD = """
 import sys
@@ -190,6 +193,28 @@ def test_a_lock_that_was_deleted_and_taken_by_another_is_not_released(tmp_path: 
     with held(tmp_path):
         text = owned(tmp_path, token="other")
     assert contents(tmp_path) == {lock.NAME: text.encode()}
+
+
+@pytest.mark.parametrize("verb", ["run", "score", "train", "select", "refine"])
+def test_what_writes_is_refused_and_changes_nothing(tmp_path: Path, verb: str) -> None:
+    """Before the data is read: `settings` names none that is there."""
+    small = settings(tmp_path, name="folder", runs_dir=tmp_path, data__path=tmp_path / "none.json")
+    folder, model = tmp_path / "folder", tmp_path / "model"
+    owned(folder, host="elsewhere")
+    write_text(folder / "config.yaml", load(None, small).to_yaml())
+    before = contents(tmp_path)
+    calls: dict[str, Callable[[], Any]] = {
+        "run": lambda: middo.run(load(None, small)),
+        "score": lambda: middo.score(tmp_path / "none.json", model, out=folder),
+        "train": lambda: middo.train(tmp_path / "none.json", model, folder),
+        "select": lambda: middo.select(folder),
+        "refine": lambda: middo.refine(folder),
+    }
+    with pytest.raises(RunLocked, match="elsewhere"):
+        calls[verb]()
+    assert contents(tmp_path) == before
+    render_status(status(RunDir(folder)))  # what reads is not refused
+    assert contents(tmp_path) == before
 
 
 def test_where_there_are_no_hard_links_the_file_is_made_exclusively(

@@ -20,13 +20,15 @@ from middo_jax.config import load
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.progress import Silent
+from middo_jax.refinement import Outcome
 from middo_jax.report.terminal import render_selection
-from middo_jax.rundir import RoundDir, RunError
+from middo_jax.rundir import RoundDir, RunError, fingerprint
 from middo_jax.session import Session, prepare, write_dataset
 from middo_jax.signals.duplicates import count_duplicates, prompt_hash
 from middo_jax.signals.embeddings import read_embeddings, write_embeddings
 from middo_jax.signals.select import select
 from middo_jax.signals.table import read_scores
+from middo_jax.stages.accept import Acceptance
 from middo_jax.stages.measure import UnderTraining
 
 
@@ -159,8 +161,6 @@ def test_embeddings_before_training_are_the_base_models(house: House, examples: 
 
 def test_rewrites_are_compared_in_the_datasets_own_space(house: House, examples: list[Example]) -> None:
     """Embedded by the model that embedded the dataset: a sample's own prompt is as similar as can be."""
-    from middo_jax.refinement.tasks import Outcome
-
     directory = house.score("measured", examples, diversity__embedder="pre")
     session = house.session(diversity__embedder="pre")
     tasks = stages.plan_refinement(directory)
@@ -179,6 +179,40 @@ def test_nothing_changed(house: House, examples: list[Example]) -> None:
 
 def tampered(directory: RoundDir) -> None:
     write_embeddings(directory.embeddings, ids_of(directory), embeddings(directory) + 1)
+
+
+def shuffled(directory: RoundDir) -> None:
+    """Puts the rows of the embeddings in another order, as if the stage had written them so."""
+    ids = ids_of(directory)
+    embedding_nd, order = embeddings(directory), np.random.default_rng(0).permutation(len(ids))
+    write_embeddings(directory.embeddings, [ids[i] for i in order], embedding_nd[order])
+    manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
+    record = manifest["stages"]["score"]
+    record["files"][directory.embeddings.name] = fingerprint(directory.embeddings)
+    del record["stats"]
+    directory.manifest.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_the_order_of_the_rows_of_the_embeddings_does_not_matter(
+    house: House, examples: list[Example]
+) -> None:
+    """A later round, its selection, and what the gates see of a rewrite are the same, bit for bit."""
+    how = {"diversity__embedder": "pre", "refine__accept": "measured"}
+    first, session = house.score("ordered", examples, **how), house.session(**how)
+
+    def seen() -> tuple[Any, ...]:
+        later = house.score("later", edited(examples), first, **how)
+        assert score_record(later)["n_kept"] == len(edited(examples)) - 3
+        limits = Acceptance(session, first, (), house.tuned).limits
+        tasks = stages.plan_refinement(first)[:3]
+        outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.source) for task in tasks]
+        measured = UnderTraining(session, first, house.tuned).measure(outcomes)
+        selection = later.selection.read_text(encoding="utf-8")
+        return read_scores(later.scores), embeddings(later).tolist(), selection, limits, measured
+
+    before = seen()
+    shuffled(first)
+    assert seen() == before
 
 
 def without_manifest(directory: RoundDir) -> None:

@@ -23,7 +23,7 @@ from middo_jax.session import Session, prepare
 from middo_jax.signals.neighbours.nearest import Neighbours
 from middo_jax.signals.neighbours.search import nearest_neighbours
 from middo_jax.signals.select import select_axis
-from middo_jax.stages.score import raw_prompts
+from middo_jax.stages.passes import raw_prompts
 
 THRESHOLDS = (Deviations(m=1.0), Fraction(fraction=0.05), Fraction(fraction=0.1))
 

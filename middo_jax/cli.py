@@ -105,7 +105,7 @@ def score(
     data: Data,
     model: Model,
     out: Annotated[
-        Path, typer.Option(help="The folder for dataset.jsonl, scores.parquet and embeddings.npy.")
+        Path, typer.Option(help="The folder for dataset.jsonl, scores.parquet and embeddings.parquet.")
     ],
     pre_model: Annotated[str | None, typer.Option(help="The model before training, for loss_pre.")] = None,
     axes: Annotated[str, typer.Option(help="Comma-separated.")] = "complexity,diversity,quality",
@@ -134,10 +134,10 @@ def score(
 @app.command(epilog="Example: middo select scored complexity.m=1.5 quality.fraction=0.05")
 def select(directory: Path, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Selects the hard, sparse and low-quality samples of DIRECTORY/scores.parquet."""
-    from middo_jax import api
+    from middo_jax import selecting
     from middo_jax.report.terminal import render_selection
 
-    selection = api.select(directory, settings=overrides).facts
+    selection = selecting.select(directory, settings=overrides).facts
     _show(as_json, selection, render_selection(selection))
 
 
@@ -162,7 +162,7 @@ def refine(
     """Rewrites the selected samples of DIRECTORY by a served LLM, into refined.jsonl and merged.jsonl."""
     from middo_jax import api, refinement, stages
     from middo_jax.report.terminal import render_batch, render_dry_run
-    from middo_jax.rundir import RoundDir
+    from middo_jax.rundir import RoundDir, held
     from middo_jax.session import session_of
 
     session, here = session_of(directory, overrides), RoundDir(directory)
@@ -174,14 +174,14 @@ def refine(
         _show(as_json, facts, render_dry_run(facts))
         return
     if write_batch or read_batch:
-        with stages.answer_cache(session, here) as cache:
+        with held(here.path), stages.answer_cache(session, here) as cache:
             state = stages.batch_stage(session, here, cache, read_batch or (), write_batch)
-        if not state.is_finished:
-            facts = dataclasses.asdict(state)
-            command = shlex.join(["middo", "refine", str(directory), *(overrides or ())])
-            _show(as_json, facts, render_batch(facts, command, write_batch))
-            return
-        refined = api.merged(session, here)
+            if not state.is_finished:
+                facts = dataclasses.asdict(state)
+                command = shlex.join(["middo", "refine", str(directory), *(overrides or ())])
+                _show(as_json, facts, render_batch(facts, command, write_batch))
+                return
+            refined = api.merged(session, here)
     else:
         refined = api.refine(directory, settings=overrides)
     counts = {"tasks": len(refined.rows), "accepted": refined.n_accepted}
@@ -304,11 +304,10 @@ def report(run: Path) -> None:
 @app.command(epilog="Example: middo status runs/quickstart")
 def status(run: Path, as_json: AsJson = False) -> None:
     """Shows the finished stages of a run, the stale ones, and the next one."""
-    from middo_jax.report.status import render_status, require_run
+    from middo_jax.report.status import render_status
     from middo_jax.report.status import status as of
     from middo_jax.rundir import RunDir
 
-    require_run(RunDir(run))
     facts = of(RunDir(run))
     _show(as_json, facts, render_status(facts))
 
@@ -321,11 +320,9 @@ def trace(
 ) -> None:
     """Shows the ancestors and descendants of a sample over the rounds, with their scores."""
     from middo_jax.report.lineage import trace as of
-    from middo_jax.report.status import require_run
     from middo_jax.report.terminal import render_trace
     from middo_jax.rundir import RunDir
 
-    require_run(RunDir(run))
     chain = of(RunDir(run), sample)
     _show(as_json, chain, render_trace(chain))
 

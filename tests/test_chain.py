@@ -14,14 +14,25 @@ import pytest
 import yaml
 from support.loop_fixture import Finished, contents, fake_refiner, settings
 
-from middo_jax import cli
+from middo_jax import cli, stages
 from middo_jax.config import ConfigError, load
 from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
+from middo_jax.report.build import build
 from middo_jax.report.lineage import trace
 from middo_jax.report.status import render_status, status
-from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
+from middo_jax.rundir import (
+    Manifest,
+    RoundDir,
+    RunDir,
+    RunError,
+    fingerprint,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 from middo_jax.rundir.chain import assess, chain
+from middo_jax.session import Session
 from middo_jax.stages.measure import scored_as
 
 SETTINGS_BEFORE = Path(__file__).parent / "config" / "settings_before_unions.yaml"
@@ -332,6 +343,29 @@ def test_a_large_file_is_known_by_its_size_and_samples(
     assert not folder.is_done("train")
     weights.write_bytes(bytes(range(255, -1, -1)) * 20_000)
     assert not folder.is_done("train")
+
+
+def test_embeddings_without_ids_are_measured_again(finished: Finished, tmp_path: Path) -> None:
+    """A folder of the previous version has embeddings.npy, and a record that names it."""
+    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path), refine__accept="measured"))
+    run = RunDir(tmp_path / "run")
+    for here in run.rounds():
+        here.embeddings.unlink()
+        (here / "embeddings.npy").write_bytes(b"without ids")
+        manifest = json.loads(here.manifest.read_text(encoding="utf-8"))
+        record = manifest["stages"]["score"]
+        del record["files"]["embeddings.parquet"], record["stats"]
+        record["files"]["embeddings.npy"] = fingerprint(here / "embeddings.npy")
+        write_json(here.manifest, manifest)
+    states = {link.where: state.why for link, state in assess(chain(run, config), config)}
+    assert states["round_00 train"] is None
+    assert states["round_00 score"] == "it writes embeddings.parquet now"
+    session = Session(config, Silent())
+    with pytest.raises(RunError, match=r"embeddings\.npy was written by an earlier version.*`middo score`"):
+        stages.refine_round(session, run.round(0))
+    render_status(status(run))
+    assert trace(run, read_jsonl(run.round(0).dataset)[0]["id"])
+    assert build(run).exists()
 
 
 def test_a_setting_back_to_its_old_value_is_no_change(finished: Finished, tmp_path: Path) -> None:

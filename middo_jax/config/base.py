@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 import pydantic
 
+# The start of a URL, also of gs:/bucket, which pathlib makes of gs://bucket; a drive letter is one letter.
+URL = r"[A-Za-z][A-Za-z0-9+.-]+:/"
+
 # What a setting affects. The first five change no result; each of the others makes the stages that depend on
 # it stale (rundir/chain.py says which do).
 Effect = Literal[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from typing import Annotated, ClassVar, Literal
 
 import pydantic
@@ -10,7 +11,7 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from middo_jax.config.axes import ComplexitySettings, DiversitySettings, QualitySettings
-from middo_jax.config.base import Affects, Settings
+from middo_jax.config.base import URL, Affects, Settings
 from middo_jax.config.refine import RefineSettings
 from middo_jax.config.training import LoraSettings, TrainSettings
 
@@ -135,7 +136,7 @@ class Config(Settings):
     @pydantic.field_validator("runs_dir")
     @classmethod
     def _on_this_machine(cls, path: str) -> str:
-        if "://" in path:
+        if re.match(URL, path):
             raise ValueError(f"{path} is a URL; buckets are not supported yet, give a folder on this machine")
         return path
 

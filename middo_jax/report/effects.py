@@ -155,7 +155,7 @@ def _read_row_losses(run: RunDir) -> _RowLosses | None:
         table = pq.read_table(path, columns=["model", "id", "nll", "n_target_tokens"])
     except (pyarrow.lib.ArrowException, OSError) as e:
         raise RunError(f"{path}: not a table of held-out losses ({e}); delete it") from e
-    refuse_newer(table, HELDOUT_ROWS, path)
+    refuse_newer(table.schema, HELDOUT_ROWS, path)
     for row in table.to_pylist():
         found.setdefault(row["model"], {})[row["id"]] = (row["nll"], row["n_target_tokens"])
     return found

@@ -12,7 +12,7 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from middo_jax.data.example import Example
-from middo_jax.report.status import load_jsonl, planned_rounds, require
+from middo_jax.report.status import load_jsonl, planned_rounds, require_run
 from middo_jax.report.verdicts import verdict
 from middo_jax.rundir import RoundDir, RunDir, RunError
 from middo_jax.rundir.schemas import SCORES
@@ -39,7 +39,7 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
     Raises:
       RunError: the folder or the id does not exist (the message names similar ids), or several ids begin so.
     """
-    require(run)
+    require_run(run)
     folders = [*planned_rounds(run), run.final]
     samples = _samples(folders)
     target = _resolve(run, samples, example_id)
@@ -77,7 +77,7 @@ def score_rows(round_dir: RoundDir, ids: Iterable[str] | None = None) -> dict[st
         return {}
     try:
         table = pq.read_table(path, filters=None if ids is None else [("id", "in", list(ids))])
-        refuse_newer(table, SCORES, path)
+        refuse_newer(table.schema, SCORES, path)
         rows = table.to_pylist()
         return {row.pop("id"): {k: _finite(v) for k, v in row.items()} for row in rows}
     except (pyarrow.lib.ArrowException, KeyError) as e:

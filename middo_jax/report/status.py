@@ -84,24 +84,15 @@ def load_settings(run: RunDir) -> dict[str, Any]:
     return tree
 
 
-def require(run: RunDir) -> None:
-    """Raises RunError unless the run's folder exists and no newer version wrote it.
-
-    The message names the folders next to it.
-    """
-    if run.path.is_dir():
-        for folder in (*run.rounds(), run.final):
-            folder.stages()
-        return
-    parent = run.path.parent
-    beside = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8] if parent.is_dir() else []
-    hint = f"folders there: {', '.join(beside)}" if beside else "`middo run CONFIG` makes one"
-    raise RunError(f"{run.path}: no such run; {hint}")
-
-
 def require_run(run: RunDir) -> None:
-    """Raises RunError unless the folder exists and is a run's."""
-    require(run)
+    """Raises RunError unless the folder exists, is a run's, and no newer version wrote it."""
+    if not run.path.is_dir():
+        parent = run.path.parent
+        beside = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8] if parent.is_dir() else []
+        hint = f"folders beside it: {', '.join(beside)}" if beside else "`middo run CONFIG` makes one"
+        raise RunError(f"{run.path}: no such run; {hint}")
+    for folder in (*run.rounds(), run.final):
+        folder.stages()
     if not run.is_begun:
         raise RunError(
             f"{run.path}: not a run: it has neither round_00 nor a run's config.yaml. A run's folder is "
@@ -128,9 +119,9 @@ def status(run: RunDir) -> dict[str, Any]:
       n_heldout; effects: {rounds, fine_tuning: see `effects.Effect`, None if unknown}; last_event.
 
     Raises:
-      RunError: the folder does not exist, or a file in it cannot be read.
+      RunError: the folder does not exist or is no run's, or a file in it cannot be read.
     """
-    require(run)
+    require_run(run)
     stale = _stale(run)
     rounds = [_round(r, ROUND_STAGES, stale) for r in planned_rounds(run)]
     final = _round(run.final, FINAL_STAGES, stale)

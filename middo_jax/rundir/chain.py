@@ -98,6 +98,10 @@ class Link:
                 return f"{name} was {_shown(was)}, is {_shown(now)}"
         if (reason := manifest.why_stale(self.name)) is not None:
             return reason
+        wrote = record["files"]
+        for name in map(manifest.name, self.writes):  # a folder is recorded file by file
+            if not any(file == name or file.startswith(f"{name}/") for file in wrote):
+                return f"it writes {name} now"
         known = {*record["reads"], *record["inputs"]}
         new = [n for n in (*map(manifest.name, self.reads), *self.inputs) if n not in known]
         return f"it reads {new[0]} now" if new else None

@@ -18,11 +18,21 @@ from typing import Annotated, Any, Literal, NamedTuple, NotRequired, Union
 from middo_jax.rundir import rows
 
 Form = Literal["JSON", "JSON lines", "Parquet"]
-ArrowType = Literal["string", "bool", "int32", "int64", "float32", "float64", "list<string>", "list<float32>"]
+ArrowType = Literal[
+    "string",
+    "bool",
+    "int32",
+    "int64",
+    "float32",
+    "float64",
+    "list<string>",
+    "list<float32>",
+    "vector<float32>",
+]
 
 
 class Column(NamedTuple):
-    """A column of a Parquet file; `type` as pyarrow calls it."""
+    """A column of a Parquet file; `type` as pyarrow calls it, or a vector: a list of one fixed size."""
 
     name: str
     type: ArrowType
@@ -97,6 +107,17 @@ SELECTED = Schema(
         Column("quality_z", "float32", "likewise"),
     ),
 )
+EMBEDDINGS = Schema(
+    "embeddings.parquet",
+    "Parquet",
+    "a round",
+    "The embedding of each sample: the mean of the last hidden state over its prompt, after the final norm.",
+    1,
+    columns=(
+        Column("id", "string", "the sample"),
+        Column("embedding", "vector<float32>", "d numbers, as many as the model is wide"),
+    ),
+)
 HELDOUT_ROWS = Schema(
     "heldout_rows.parquet",
     "Parquet",
@@ -157,6 +178,7 @@ SCHEMAS: tuple[Schema, ...] = (
         rows.EvaluationRow,
     ),
     SCORES,
+    EMBEDDINGS,
     SELECTED,
     Schema("selection.json", "JSON", "a round", "Thresholds, sets, their overlap.", 1, rows.SelectionFile),
     Schema(

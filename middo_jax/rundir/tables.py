@@ -20,21 +20,27 @@ _TYPES: dict[ArrowType, pa.DataType] = {
 }
 
 
-def arrow_schema(of: Schema) -> pa.Schema:
-    """The columns of a public Parquet file. The metadata has the version; a table and its file inherit it."""
-    fields = [pa.field(column.name, _TYPES[column.type]) for column in of.columns]
+def arrow_schema(of: Schema, width: int = 0) -> pa.Schema:
+    """The columns of a public Parquet file. The metadata has the version; a table and its file inherit it.
+
+    Args:
+      of: the file's schema.
+      width: numbers of a vector, if it has a column of vectors.
+    """
+    types = _TYPES | {"vector<float32>": pa.list_(pa.float32(), width)}
+    fields = [pa.field(column.name, types[column.type]) for column in of.columns]
     return pa.schema(fields, {VERSION: str(of.version).encode()})
 
 
-def refuse_newer(table: pa.Table, of: Schema, where: object) -> None:
+def refuse_newer(schema: pa.Schema, of: Schema, where: object) -> None:
     """Raises RunError if a table was written in a newer version; one without a version is an older one.
 
     Args:
-      table: with the metadata of its file.
+      schema: of the table, with the metadata of its file.
       of: the file's schema.
       where: the file, for the message.
     """
-    said = (table.schema.metadata or {}).get(VERSION, b"0")
+    said = (schema.metadata or {}).get(VERSION, b"0")
     if not said.isdigit():
         raise RunError(f"{where}: its format version is no number but {said!r}; the file is damaged")
     if (reason := newer(of.name, int(said), where)) is not None:

@@ -104,7 +104,7 @@ def as_scores(table: pa.Table, where: str) -> pa.Table:
       ValueError: a column is missing; `where` names the table.
       RunError: a newer version made it.
     """
-    refuse_newer(table, SCORES, where)
+    refuse_newer(table.schema, SCORES, where)
     for name in sorted(ADDED.difference(table.column_names)):
         table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
     missing = [name for name in SCHEMA.names if name not in table.column_names]

@@ -5,21 +5,30 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
 
 from middo_jax.data.example import Example
+from middo_jax.data.tokenize import eos_token_ids, load_tokenizer
+from middo_jax.evaluation.heldout import HeldoutLoss, RowLosses, row_losses, total
+from middo_jax.models import hf
+from middo_jax.models.checkpoint import read_metadata
+from middo_jax.models.config import read_config
+from middo_jax.models.lora import merge_adapters
+from middo_jax.models.model import Model
+from middo_jax.models.source import load, load_adapters, locate
+from middo_jax.parallel.mesh import make_mesh
+from middo_jax.passes.losses import LossPass
 from middo_jax.progress import Progress, Silent
 from middo_jax.rundir import RunDir, RunError, atomic, write_json
 from middo_jax.rundir.rows import HeldoutLosses, ModelLossRow
 from middo_jax.rundir.schemas import HELDOUT_ROWS
+from middo_jax.rundir.tables import arrow_schema
 from middo_jax.session import Session
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from middo_jax.evaluation.heldout import HeldoutLoss, RowLosses
-    from middo_jax.models.model import Model
-    from middo_jax.passes.losses import LossPass
 
 
 class HeldOut:
@@ -35,9 +44,6 @@ class HeldOut:
 
     def rows(self, model: Model) -> RowLosses:
         """The loss of each example under a loaded model. Models that are alike share what is compiled."""
-        from middo_jax.evaluation.heldout import row_losses
-        from middo_jax.passes.losses import LossPass
-
         if self._pass is None:
             scoring = self._session.config.scoring
             self._pass = LossPass(self._tokenized, model, scoring.batch_tokens, scoring.unembed_chunk)
@@ -46,8 +52,6 @@ class HeldOut:
 
     def loss(self, model: Model) -> HeldoutLoss:
         """The loss of a loaded model over all examples, and over those of each source."""
-        from middo_jax.evaluation.heldout import total
-
         return total(self.rows(model), self._sources)
 
     def loss_of(self, path: Path) -> dict[str, Any]:
@@ -65,11 +69,9 @@ def measure_heldout(
     `nll` (sum over the target tokens, in nats) and `n_target_tokens`. Without held-out examples both files
     are empty.
     """
-    from middo_jax.evaluation.heldout import total
-
     losses: list[ModelLossRow] = []
     rows: dict[str, RowLosses] = {}
-    held_out = HeldOut(session, heldout)
+    held_out = HeldOut(session, heldout)  # tokenized once for all models
     with session.progress.task("held-out loss", "models") as advance:
         for done, (name, path) in enumerate(models.items() if heldout else (), 1):
             rows[name] = held_out.rows(session.load_model(path))
@@ -83,11 +85,6 @@ def measure_heldout(
 
 
 def _write_rows(path: Path, rows: Mapping[str, RowLosses]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from middo_jax.rundir.tables import arrow_schema
-
     columns = {
         "model": [name for name, of in rows.items() for _ in of.ids],
         "id": [id_ for of in rows.values() for id_ in of.ids],
@@ -129,23 +126,13 @@ def export_checkpoint(
       FileExistsError: `out` holds something.
       CheckpointError: the export is not our model; nothing is left of it.
     """
-    from middo_jax.data.tokenize import eos_token_ids, load_tokenizer
-    from middo_jax.models import hf
-    from middo_jax.models.checkpoint import read_metadata
-    from middo_jax.models.config import read_config
-    from middo_jax.models.lora import merge_adapters
-    from middo_jax.models.source import load, locate
-    from middo_jax.parallel.mesh import make_mesh
-
     source = locate(checkpoint)
     if source.trained is None:
         raise RunError(f"{checkpoint}: no finished checkpoint there; a round's is at round_XX/checkpoint")
     hf.require_vacant(out)  # rather now than when all is computed
     config, mesh = read_config(source.base), mesh or make_mesh()
     model = merge_adapters(load(source, mesh=mesh))
-    tokenizer = load_tokenizer(source.base)
-    if template := (read_metadata(checkpoint) or {}).get("chat_template"):
-        tokenizer.chat_template = template
+    tokenizer = _tokenizer(source.base, checkpoint)
     reason = hf.obstacle(config) if verify else "switched off"
     verification = hf.export(
         model,
@@ -165,6 +152,14 @@ def export_checkpoint(
     return {"verified": True, **verification._asdict()}
 
 
+def _tokenizer(base: Path, checkpoint: Path) -> PreTrainedTokenizerBase:
+    """The base model's, with the chat template of the training."""
+    tokenizer = load_tokenizer(base)
+    if template := (read_metadata(checkpoint) or {}).get("chat_template"):
+        tokenizer.chat_template = template
+    return tokenizer
+
+
 def export_adapter(checkpoint: Path, out: Path, dtype: str | None = None) -> None:
     """Writes the LoRA adapters of a checkpoint of ours as a PEFT directory, which names their base.
 
@@ -172,12 +167,6 @@ def export_adapter(checkpoint: Path, out: Path, dtype: str | None = None) -> Non
       RunError: it has none.
       FileExistsError: `out` holds something.
     """
-    from middo_jax.models import hf
-    from middo_jax.models.checkpoint import read_metadata
-    from middo_jax.models.config import read_config
-    from middo_jax.models.source import load_adapters, locate
-    from middo_jax.parallel.mesh import make_mesh
-
     source = locate(checkpoint)
     config = dataclasses.replace(read_config(source.base), lora=source.lora)
     adapters = load_adapters(source, config, make_mesh())

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from middo_jax.config import SampledRating
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import eos_token_ids
+from middo_jax.inference.engine import Engine
+from middo_jax.inference.sampling import Request
+from middo_jax.models.model import Model
+from middo_jax.passes.ratings import rate
+from middo_jax.passes.runner import PassFacts
+from middo_jax.progress import Progress
 from middo_jax.session import Session
-
-if TYPE_CHECKING:
-    import numpy as np
-    from transformers import PreTrainedTokenizerBase
-
-    from middo_jax.models.model import Model
-    from middo_jax.passes.runner import PassFacts
-    from middo_jax.progress import Progress
-    from middo_jax.signals.judge.readout import Readout
+from middo_jax.signals.judge.questions import RatingTokens, rating_tree
+from middo_jax.signals.judge.readout import EXPECTED, Readout
+from middo_jax.signals.judge.rubrics import COLUMNS
+from middo_jax.signals.judge.sampled import parse_rating, rating_prompts
 
 TOP_P, TOP_K = 0.7, 50  # of sampled ratings, as published
 
@@ -29,8 +32,6 @@ def ratings(
 
     And what the pass took, if it was one: sampling decodes.
     """
-    from middo_jax.signals.judge.readout import Readout
-
     config = session.config
     rating = config.quality.rating
     if isinstance(rating, SampledRating):
@@ -62,11 +63,6 @@ def judge(
       JudgeError: the tokenizer's spelling of the ratings cannot be read in one prefill, or a question alone
         is over `max_length`.
     """
-    from middo_jax.passes.ratings import rate
-    from middo_jax.signals.judge.questions import RatingTokens, rating_tree
-    from middo_jax.signals.judge.readout import EXPECTED
-    from middo_jax.signals.judge.rubrics import COLUMNS
-
     spelling = RatingTokens.of(tokenizer)
     return rate(
         model,
@@ -86,12 +82,6 @@ def sampled_ratings(
 
     A prompt that leaves no room for an answer in `serve.max_context` has none either.
     """
-    import numpy as np
-
-    from middo_jax.inference.engine import Engine
-    from middo_jax.inference.sampling import Request
-    from middo_jax.signals.judge.rubrics import COLUMNS
-    from middo_jax.signals.judge.sampled import parse_rating, rating_prompts
 
     config, tokenizer = session.config, session.tokenizer
     context = config.serve.max_context

@@ -8,18 +8,21 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from middo_jax.config import Config, ConfigError
 from middo_jax.data.example import Example
+from middo_jax.models.lora import from_settings, with_fresh_adapters
+from middo_jax.models.model import Model
+from middo_jax.models.source import locate
 from middo_jax.rundir import RoundDir, RunError, chain
 from middo_jax.rundir.rows import SourceLossRow
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.evaluate import HeldOut
-
-if TYPE_CHECKING:
-    from middo_jax.models.model import Model
-    from middo_jax.training.evaluations import Evaluate
+from middo_jax.training.checkpoint import AnotherTraining
+from middo_jax.training.evaluations import Evaluate, Evaluation
+from middo_jax.training.metrics import StepMetrics
+from middo_jax.training.sft import train
 
 
 def train_stage(
@@ -45,19 +48,18 @@ def train_stage(
       ConfigError: losses are asked for, and nothing is held out.
       AnotherTraining: the folder holds the checkpoint of another training.
     """
-    from middo_jax.training.checkpoint import AnotherTraining
-
     began = time.monotonic()
     check_evaluations(session.config, heldout)
     begun = chain.train(directory, start).begin()
-    try:
-        _train(session, directory, start, heldout)
-    except AnotherTraining:
-        if not restart:
-            raise
-        session.progress.say(f"{directory.checkpoint} is of another training; it is trained anew")
-        remove_training(directory)
-        _train(session, directory, start, heldout)
+    with session.stage():
+        try:
+            _train(session, directory, start, heldout)
+        except AnotherTraining:
+            if not restart:
+                raise
+            session.progress.say(f"{directory.checkpoint} is of another training; it is trained anew")
+            remove_training(directory)
+            _train(session, directory, start, heldout)
     gc.collect()
     begun.finish(session.config, time.monotonic() - began)
 
@@ -78,9 +80,6 @@ def check_evaluations(config: Config, heldout: Sequence[Example]) -> None:
 
 
 def _train(session: Session, directory: RoundDir, start: Path, heldout: Sequence[Example]) -> None:
-    from middo_jax.training.metrics import StepMetrics
-    from middo_jax.training.sft import train
-
     config = session.config
     model, metadata = load_start(session, start)
     tokenized = session.tokenize(read_dataset(directory))
@@ -105,8 +104,6 @@ def _train(session: Session, directory: RoundDir, start: Path, heldout: Sequence
 
 def _evaluate(session: Session, heldout: Sequence[Example]) -> Evaluate:
     """Model -> loss on the held-out examples, as a whole and by their source."""
-    from middo_jax.training.evaluations import Evaluation
-
     held_out = HeldOut(session, heldout)
 
     def evaluate(model: Model) -> Evaluation:
@@ -133,9 +130,6 @@ def load_start(session: Session, path: Path) -> tuple[Model, dict[str, Any]]:
     Raises:
       RunError: the settings ask for other adapters than `path` has, or for adapters on a checkpoint.
     """
-    from middo_jax.models.lora import from_settings, with_fresh_adapters
-    from middo_jax.models.source import locate
-
     source, lora = locate(path), from_settings(session.config.lora)
     metadata: dict[str, Any] = {
         "base": str(source.base.resolve()),

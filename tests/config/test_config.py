@@ -406,7 +406,7 @@ def test_defaults_are_those_of_the_alternative_that_is_the_default() -> None:
     assert (default_of("train.on_bad_step"), default_of("no.such")) == ("stop", None)
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/runs", "s3://bucket", "file:///tmp/runs"])
+@pytest.mark.parametrize("url", ["gs://bucket/runs", "gs:/bucket/runs", "s3://bucket", "file:///tmp/runs"])
 def test_runs_lie_on_this_machine(url: str) -> None:
     with pytest.raises(ConfigError, match=r"runs_dir: .* is a URL; buckets are not supported yet"):
         load(None, [*NEEDED, f"runs_dir={url}"])

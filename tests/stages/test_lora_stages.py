@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.loop_fixture import fake_refiner, settings
 
-import middo_jax.passes.losses as scoring
+import middo_jax.stages.passes as scoring
 from middo_jax import cli, stages
 from middo_jax.config import ServeSettings, load
 from middo_jax.inference.sampling import Request

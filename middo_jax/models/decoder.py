@@ -20,7 +20,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from middo_jax.models.attention import ATTENDED, cached_attention, packed_attention
+from middo_jax.models.attention import (
+    ATTENDED,
+    AttentionSpec,
+    CachedLayer,
+    Packing,
+    cached_attention,
+    packed_attention,
+)
 from middo_jax.models.attention.placement import platform
 from middo_jax.models.config import DecoderConfig, LayerKind, LinearRope, Llama3Rope
 from middo_jax.models.parameters import adapters, parameters
@@ -74,23 +81,21 @@ class Decoder(nnx.Module):
           tokens_bt: int32 token ids.
           segment_ids_bt: which example a position belongs to, -1 for padding.
           positions_bt: position within the example, for RoPE and windows.
-          until_bt, prefix, longest: see `packed_attention`.
+          until_bt, prefix, longest: see `Packing`.
           remat: what each layer saves for the backward pass, which recomputes the rest. "none": everything;
             "dots": its input, its products with weights and the result of attention; "layer": its input.
 
         Returns:
           [b, t, d] in the config's dtype.
         """
-        attention = functools.partial(
-            packed_attention, kernel=self.config.attention, prefix=prefix, longest=longest
-        )
+        packing = Packing(segment_ids_bt, positions_bt, until_bt, prefix, longest)
+        attention = functools.partial(packed_attention, kernel=self.config.attention)
         ropes, attends = self._ropes(positions_bt), self._by_kind(attention)
-        places = (segment_ids_bt, positions_bt, until_bt)
 
         def layer(x_btd: jax.Array, inputs: tuple[dict[str, jax.Array], jax.Array]) -> tuple[jax.Array, None]:
             weights, kind = inputs
             q, k, v = self._project(x_btd, weights, _of_kind(kind, ropes))
-            return self._finish(x_btd, _of_kind(kind, attends, q, k, v, *places), weights), None
+            return self._finish(x_btd, _of_kind(kind, attends, q, k, v, packing), weights), None
 
         body = layer if remat == "none" else jax.checkpoint(layer, policy=_KEPT[remat])
         x_btd, _ = jax.lax.scan(body, self._embed(tokens_bt), (self._stacked(), self._kinds()))
@@ -125,7 +130,8 @@ class Decoder(nnx.Module):
             q, k, v = self._project(x_btd, weights, _of_kind(kind, ropes))
             keys = keys.at[index, rows_b1, positions_bt].set(k, mode="drop")
             values = values.at[index, rows_b1, positions_bt].set(v, mode="drop")
-            attended = _of_kind(kind, attends, q, keys, values, index, positions_bt, first_row)
+            cached = CachedLayer(keys, values, index, first_row)
+            attended = _of_kind(kind, attends, q, cached, positions_bt)
             return (self._finish(x_btd, attended, weights), KVCache(keys, values)), None
 
         layers = (self._stacked(), self._kinds(), jnp.arange(self.config.num_layers))
@@ -158,16 +164,9 @@ class Decoder(nnx.Module):
 
     def _by_kind(self, attention: Callable[..., jax.Array]) -> list[Callable[..., jax.Array]]:
         """A kind of layer -> its attention."""
-        config = self.config
-        return [
-            functools.partial(
-                attention,
-                scale=config.attention_scale,
-                window=kind.window,
-                soft_cap=config.attention_soft_cap,
-            )
-            for kind in config.kinds
-        ]
+        scale, soft_cap = self.config.attention_scale, self.config.attention_soft_cap
+        specs = (AttentionSpec(scale, kind.window, soft_cap) for kind in self.config.kinds)
+        return [functools.partial(attention, spec=spec) for spec in specs]
 
     def _norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         return rms_norm(x, scale, self.config.rms_norm_eps, self.config.norm_offset)

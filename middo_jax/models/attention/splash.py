@@ -10,6 +10,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
+from middo_jax.models.attention.arguments import AttentionSpec
 from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.workload import Workload
 
@@ -31,10 +32,8 @@ def splash_attention(
     k_btkd: jax.Array,
     v_btkd: jax.Array,
     segment_ids_bt: jax.Array,
+    spec: AttentionSpec,
     *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
     """`packed_attention` of segments.
@@ -44,19 +43,17 @@ def splash_attention(
       k_btkd: keys, RoPE applied.
       v_btkd: values.
       segment_ids_bt: which example a position belongs to, -1 for padding.
-      scale: factor of the scores.
-      window: how many positions a position sees, itself included.
-      soft_cap: c of c tanh(score / c).
+      spec: scale, window and soft cap.
       interpret: run the kernel's Python instead of compiling it: on any platform, slowly.
 
     Returns:
       [b, t, h, d] in q's dtype.
     """
     # The kernel does not scale. In float32: bfloat16 would round the factor, the same way for all scores.
-    scaled_bthd = (q_bthd.astype(jnp.float32) * scale).astype(q_bthd.dtype)
+    scaled_bthd = (q_bthd.astype(jnp.float32) * spec.scale).astype(q_bthd.dtype)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        return _one_device(q, k, v, segment_ids, window, soft_cap, interpret)
+        return _one_device(q, k, v, segment_ids, spec, interpret)
 
     return over_mesh(local, scaled_bthd, k_btkd, v_btkd, segment_ids_bt)
 
@@ -66,8 +63,7 @@ def _one_device(
     k_btkd: jax.Array,
     v_btkd: jax.Array,
     segment_ids_bt: jax.Array,
-    window: int | None,
-    soft_cap: float | None,
+    spec: AttentionSpec,
     interpret: bool,
 ) -> jax.Array:
     # Pallas takes half a second to import, and only TPUs need it.
@@ -80,14 +76,14 @@ def _one_device(
     segment_ids_bt = jnp.pad(segment_ids_bt, widths[:2], constant_values=-1)
     padded = length + missing
     # A segment's rows are neighbours and count up: near in positions is near in rows.
-    reach = None if window is None else window - 1
+    reach = None if spec.window is None else spec.window - 1
     mask = splash.LocalMask((padded, padded), window_size=(reach, 0), offset=0)
     block = next(block for block in BLOCKS if padded % block == 0)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * q_bthd.shape[2]),
         head_shards=1,
         q_seq_shards=1,
-        attn_logits_soft_cap=soft_cap,
+        attn_logits_soft_cap=spec.soft_cap,
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,

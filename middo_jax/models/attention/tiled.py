@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from middo_jax.models.attention.arguments import AttentionSpec, Packing
 from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import attend
@@ -31,16 +32,14 @@ Carry = TypeVar("Carry")
 
 
 class _Asked(NamedTuple):
-    """What is known when it is compiled: positions of a row, whether they hold trees, keys a tile may be
-    given; and the rest as `packed_attention` has it."""
+    """What is known when it is compiled: positions of a padded row, whether rows hold trees, the numbers of
+    keys that a tile may get, positions of the prefix, and what to compute."""
 
     length: int
     has_trees: bool
     reaches: tuple[int, ...]
-    scale: float
-    window: int | None
-    soft_cap: float | None
     prefix: int
+    spec: AttentionSpec
 
 
 class _Places(NamedTuple):
@@ -71,25 +70,21 @@ def tiled_attention(
     q_bthd: jax.Array,
     k_bskd: jax.Array,
     v_bskd: jax.Array,
-    positions_bt: jax.Array,
-    until_bt: jax.Array | None,
-    *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    prefix: int = 0,
-    longest: int | None = None,
+    packing: Packing,
+    spec: AttentionSpec,
 ) -> jax.Array:
     """`packed_attention`, whose segments begin where positions begin anew.
 
-    It costs what the batch at hand sees, in tiles; `longest` only saves loops, and so time to compile.
+    Its cost is the tiles that the batch at hand sees; `packing.longest` only saves loops, and so time to
+    compile.
     """
-    length = q_bthd.shape[1]
+    length, has_trees = q_bthd.shape[1], packing.until_bt is not None
     padded = length + -length % TILE
-    seen = min(n for n in (length, longest, window if until_bt is None else None) if n is not None)
+    window = None if has_trees else spec.window
+    seen = min(n for n in (length, packing.longest, window) if n is not None)
     reaches = _reaches(min(seen - 1 + TILE, padded))
-    asked = _Asked(padded, until_bt is not None, reaches, scale, window, soft_cap, prefix)
-    ids_bt = (positions_bt,) if until_bt is None else (positions_bt, until_bt)
+    asked = _Asked(padded, has_trees, reaches, packing.prefix, spec)
+    ids_bt = [x for x in (packing.positions_bt, packing.until_bt) if x is not None]
     return over_mesh(partial(_one_device, asked), q_bthd, k_bskd, v_bskd, *ids_bt)
 
 
@@ -145,8 +140,8 @@ def _schedule(asked: _Asked, places: _Places) -> _Schedule:
     first_of = jax.vmap(partial(jnp.searchsorted, side="right"))
     first_bc = first_of(furthest_bs, start_c.reshape(len(until_bs), -1))
     first_c = jnp.minimum(row_c * asked.length + first_bc.ravel(), start_c)
-    if asked.window is not None and not asked.has_trees:  # whose near positions may be far rows
-        first_c = jnp.maximum(first_c, start_c - asked.window + 1)
+    if asked.spec.window is not None and not asked.has_trees:  # whose near positions may be far rows
+        first_c = jnp.maximum(first_c, start_c - asked.spec.window + 1)
     reach_c = start_c + TILE - first_c
     tiles_c = jnp.argsort(reach_c, descending=True)
     tiles = tiles_c.reshape(-1, GROUP if len(tiles_c) % GROUP == 0 else 1)
@@ -254,10 +249,7 @@ class _Group:
 
     def attention(self, places: _Places) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
         """(queries, keys, values) -> [x, k, g, u, d]."""
-        visible_xus = self._visible(places)
-        return partial(
-            attend, visible_bts=visible_xus, scale=self._asked.scale, soft_cap=self._asked.soft_cap
-        )
+        return partial(attend, visible_bts=self._visible(places), spec=self._asked.spec)
 
     def _spans(self) -> list[list[tuple[jax.Array, int]]]:
         """Of each tile, where its keys begin and how many: in the prefix if there is one, and near."""
@@ -270,7 +262,7 @@ class _Group:
 
     def _visible(self, places: _Places) -> jax.Array:
         """Which keys each query sees: bool [x, u, s]."""
-        prefix, window = self._asked.prefix, self._asked.window
+        prefix, window = self._asked.prefix, self._asked.spec.window
         i_xu = self._tiles_x[:, None] * TILE + jnp.arange(TILE)
         # Computed, not sliced and stacked as the keys are: XLA fuses it into each use, where slices are slow.
         s = jnp.arange(prefix + self._reach)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from middo_jax.models.attention.arguments import AttentionSpec, Packing
 from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.triton_kernels import (
     Asked,
@@ -58,14 +59,9 @@ def triton_attention(
     q_bthd: jax.Array,
     k_btkd: jax.Array,
     v_btkd: jax.Array,
-    segment_ids_bt: jax.Array,
-    positions_bt: jax.Array,
-    until_bt: jax.Array | None,
+    packing: Packing,
+    spec: AttentionSpec,
     *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    prefix: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
     """`packed_attention` on a GPU.
@@ -74,23 +70,17 @@ def triton_attention(
       q_bthd: queries, RoPE applied.
       k_btkd: keys, RoPE applied.
       v_btkd: values.
-      segment_ids_bt: the example of each position; read only without `until_bt`.
-      positions_bt: the place of each position in its example; read only with a window.
-      until_bt: for trees, the place behind the last position that sees this one.
-      scale: factor of the scores.
-      window: number of positions that a position sees, itself included.
-      soft_cap: c of c tanh(score / c).
-      prefix: number of positions at the start of a row that all its trees share.
+      packing: how the rows are packed; positions are read only with a window.
+      spec: scale, window and soft cap.
       interpret: run the kernel in JAX's interpreter: on any platform, slowly.
 
     Returns:
       [b, t, h, d] in q's dtype. A position that sees nothing gets a finite number without meaning.
     """
-    asked = Asked(scale, window, soft_cap, prefix, until_bt is not None, interpret)
-    if until_bt is None:
-        until_bt = segment_ends(segment_ids_bt)
+    asked = Asked(*spec, packing.prefix, packing.until_bt is not None, interpret)
+    until_bt = segment_ends(packing.segment_ids_bt) if packing.until_bt is None else packing.until_bt
     local = functools.partial(_one_device, asked)
-    return over_mesh(local, q_bthd, k_btkd, v_btkd, positions_bt, until_bt)
+    return over_mesh(local, q_bthd, k_btkd, v_btkd, packing.positions_bt, until_bt)
 
 
 def _one_device(

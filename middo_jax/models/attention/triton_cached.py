@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from middo_jax.models.attention.arguments import AttentionSpec, CachedLayer
 from middo_jax.models.attention.placement import shards
 from middo_jax.models.attention.triton import MAX_HEAD_DIM, MIN_HEAD_DIM
 from middo_jax.models.attention.triton_kernels import LOG2_E, UNSEEN, dot, pallas
@@ -41,15 +42,10 @@ def refusal(platform: str, keys_shape: tuple[int, ...]) -> str | None:
 
 def triton_cached_attention(
     q_bthd: jax.Array,
-    keys_lbskd: jax.Array,
-    values_lbskd: jax.Array,
-    layer: jax.Array,
+    cached: CachedLayer,
     positions_bt: jax.Array,
-    first_row: jax.Array | int,
+    spec: AttentionSpec,
     *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
     """`cached_attention` on one GPU; idle rows read nothing, and get zeros.
@@ -58,6 +54,7 @@ def triton_cached_attention(
     """
     pl, plgpu = pallas()
     b, t, h, d = q_bthd.shape
+    keys_lbskd, values_lbskd, layer, first_row = cached
     kv_heads = keys_lbskd.shape[3]
     group = h // kv_heads
     q_bkmd = q_bthd.reshape(b, t, kv_heads, group, d).swapaxes(1, 2).reshape(b, kv_heads, t * group, d)
@@ -73,7 +70,7 @@ def triton_cached_attention(
     of_queries = pl.BlockSpec((None, None, queries, d), lambda c, b, k: (b, k, c, 0))
     whole = pl.BlockSpec(keys_lbskd.shape, lambda c, b, k: (0, 0, 0, 0, 0))
     out_bkmd = pl.pallas_call(
-        functools.partial(_kernel, scale, window, soft_cap),
+        functools.partial(_kernel, spec),
         grid=((count + missing) // queries, b, kv_heads),
         in_specs=[
             pl.BlockSpec((2,), lambda c, b, k: (0,)),
@@ -93,9 +90,7 @@ def triton_cached_attention(
 
 
 def _kernel(
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    spec: AttentionSpec,
     at_ref: Any,
     positions_ref: Any,
     q_ref: Any,
@@ -110,8 +105,8 @@ def _kernel(
     is_idle_m = at_m >= slots
     last = jnp.where(is_idle_m, -1, at_m).max()
     first = jnp.int32(0)
-    if window is not None:
-        first = jnp.maximum(at_m.min() - window + 1, 0)  # idle ones are behind all others
+    if spec.window is not None:
+        first = jnp.maximum(at_m.min() - spec.window + 1, 0)  # idle ones are behind all others
 
     def body(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         sum_md, highest_m, total_m = carry
@@ -120,12 +115,12 @@ def _kernel(
         exists_s1 = (j_s < slots)[:, None]
         k_sd = plgpu.load(keys_ref.at[there], mask=exists_s1, other=0.0)
         v_sd = plgpu.load(values_ref.at[there], mask=exists_s1, other=0.0)
-        scores_ms = dot(q_md, k_sd.T) * scale
-        if soft_cap is not None:
-            scores_ms = soft_cap * jnp.tanh(scores_ms / soft_cap)
+        scores_ms = dot(q_md, k_sd.T) * spec.scale
+        if spec.soft_cap is not None:
+            scores_ms = spec.soft_cap * jnp.tanh(scores_ms / spec.soft_cap)
         visible_ms = j_s[None, :] <= at_m[:, None]
-        if window is not None:
-            visible_ms &= j_s[None, :] > at_m[:, None] - window
+        if spec.window is not None:
+            visible_ms &= j_s[None, :] > at_m[:, None] - spec.window
         scores_ms = jnp.where(visible_ms, scores_ms * LOG2_E, UNSEEN)
         new_highest_m = jnp.maximum(highest_m, scores_ms.max(axis=1))
         rescale_m = jnp.exp2(highest_m - new_highest_m)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from middo_jax.models.attention.arguments import AttentionSpec, Packing
+
 # Query positions handled at a time. A block needs only the keys up to its own end, so that shorter blocks
 # waste less on the upper triangle, and the scores [b, h, block, s] never grow with t squared.
 QUERY_BLOCK = 128
@@ -25,37 +27,30 @@ class Places(NamedTuple):
     until: jax.Array | None
 
     @classmethod
-    def of(cls, segment_ids_bt: jax.Array, positions_bt: jax.Array, until_bt: jax.Array | None) -> Places:
+    def of(cls, packing: Packing) -> Places:
         """All of a batch's."""
-        return cls(jnp.arange(segment_ids_bt.shape[1])[None], segment_ids_bt, positions_bt, until_bt)
+        rows = jnp.arange(packing.segment_ids_bt.shape[1])[None]
+        return cls(rows, packing.segment_ids_bt, packing.positions_bt, packing.until_bt)
 
 
 def xla_attention(
     q_bthd: jax.Array,
     k_bskd: jax.Array,
     v_bskd: jax.Array,
-    segment_ids_bt: jax.Array,
-    positions_bt: jax.Array,
-    until_bt: jax.Array | None,
-    *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    prefix: int = 0,
-    longest: int | None = None,
+    packing: Packing,
+    spec: AttentionSpec,
 ) -> jax.Array:
-    """`packed_attention` in blocks of queries, whose cost does not grow with the row's length if there is a
-    window or a longest text: a block reads the prefix, and what lies no further back than that."""
-    length = q_bthd.shape[1]
+    """`packed_attention` in blocks of queries. A block reads the prefix, and the keys that the window or the
+    longest text lets it see: with either, the cost does not grow with the row's length."""
+    length, prefix = q_bthd.shape[1], packing.prefix
     # A segment's rows are neighbours and count up: none sees further back than the window. The branches of
     # a tree lie behind each other, so that near positions may be far rows.
-    reach = min(
-        length if longest is None else longest, length if window is None or until_bt is not None else window
-    )
-    places = Places.of(segment_ids_bt, positions_bt, until_bt)
+    window = spec.window if packing.until_bt is None else None
+    reach = min(n for n in (length, packing.longest, window) if n is not None)
+    places = Places.of(packing)
     b, _, h, d = q_bthd.shape
     kv_heads = k_bskd.shape[2]
-    # Turned here, once: a product of what lies otherwise would turn the scores, which are larger.
+    # Transposed here, once: otherwise XLA would transpose the scores, which are larger.
     q_bkgtd = q_bthd.reshape(b, length, kv_heads, h // kv_heads, d).transpose(0, 2, 3, 1, 4)
     k_bksd, v_bksd = k_bskd.swapaxes(1, 2), v_bskd.swapaxes(1, 2)
     blocks = []
@@ -73,17 +68,8 @@ def xla_attention(
             shared = jax.lax.slice_in_dim(x, 0, prefix, axis=axis)
             return jnp.concatenate([shared, near], axis=axis) if prefix else near
 
-        visible_bts = visible(jax.tree.map(queries, places), jax.tree.map(keys, places), window)
-        blocks.append(
-            attend(
-                queries(q_bkgtd, 3),
-                keys(k_bksd, 2),
-                keys(v_bksd, 2),
-                visible_bts,
-                scale=scale,
-                soft_cap=soft_cap,
-            )
-        )
+        visible_bts = visible(jax.tree.map(queries, places), jax.tree.map(keys, places), spec.window)
+        blocks.append(attend(queries(q_bkgtd, 3), keys(k_bksd, 2), keys(v_bksd, 2), visible_bts, spec))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_bthd.shape)
 
 
@@ -104,9 +90,7 @@ def attend(
     k_bksd: jax.Array,
     v_bksd: jax.Array,
     visible_bts: jax.Array,
-    *,
-    scale: float,
-    soft_cap: float | None,
+    spec: AttentionSpec,
 ) -> jax.Array:
     """softmax(q k * scale) v over the visible keys; every query must see at least one.
 
@@ -116,7 +100,7 @@ def attend(
     b, kv_heads, g, t, d = q_bkgtd.shape
     scores_bkms = _scores(q_bkgtd.reshape(b, kv_heads, g * t, d), k_bksd)
     scores_bkgts = scores_bkms.reshape(b, kv_heads, g, t, -1)
-    scores_bkgts = masked(scores_bkgts, visible_bts, scale=scale, soft_cap=soft_cap)
+    scores_bkgts = masked(scores_bkgts, visible_bts, spec)
     return _mean(scores_bkgts.reshape(scores_bkms.shape), v_bksd).reshape(q_bkgtd.shape).astype(q_bkgtd.dtype)
 
 
@@ -169,7 +153,7 @@ def _mean_gradient(
     weights_bkms /= total_bkm1
     by_mean_bkmd = by_mean_bkmd.astype(v_bksd.dtype)
     by_weights_bkms = _dot(by_mean_bkmd, v_bksd, 3, 3)
-    # What all values have in common goes out here, and with it how it was rounded.
+    # Subtracting the common part also removes its rounding error.
     common_bkm1 = (weights_bkms * by_weights_bkms).sum(axis=-1, keepdims=True)
     by_v = _dot(by_mean_bkmd, weights_bkms.astype(v_bksd.dtype), 2, 2).swapaxes(2, 3)
     return weights_bkms * (by_weights_bkms - common_bkm1), by_v.astype(v_bksd.dtype)
@@ -181,21 +165,18 @@ _mean.defvjp(_mean_and_weights, _mean_gradient)
 def _dot(x: jax.Array, y: jax.Array, axis_of_x: int, axis_of_y: int) -> jax.Array:
     """Over an axis of each, float32; x's other axis comes before y's.
 
-    XLA turns the first of two operands where it turns one: einsum may swap them, and turns the scores then,
-    the wider of the two.
+    Not `einsum`: it may swap the operands, and XLA would then transpose the scores, the larger array.
     """
     dimensions = ((axis_of_x,), (axis_of_y,)), ((0, 1), (0, 1))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
-def masked(
-    scores_bkgts: jax.Array, visible_bts: jax.Array, *, scale: float, soft_cap: float | None
-) -> jax.Array:
+def masked(scores_bkgts: jax.Array, visible_bts: jax.Array, spec: AttentionSpec) -> jax.Array:
     """Scores: scaled, capped to c tanh(score / c), and float32's minimum where unseen.
 
     The cap is that of arXiv 2408.00118, section 2. The minimum is finite, so that no gradient is NaN.
     """
-    scores_bkgts = scale * scores_bkgts
-    if soft_cap is not None:
-        scores_bkgts = soft_cap * jnp.tanh(scores_bkgts / soft_cap)
+    scores_bkgts = spec.scale * scores_bkgts
+    if spec.soft_cap is not None:
+        scores_bkgts = spec.soft_cap * jnp.tanh(scores_bkgts / spec.soft_cap)
     return jnp.where(visible_bts[:, None, None], scores_bkgts, jnp.finfo(jnp.float32).min)

@@ -41,8 +41,8 @@ from middo_jax.models.decoder import abstract
 from middo_jax.models.model import Model
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import ExampleScores, score_examples
-from middo_jax.training.feed import plan_epoch
 from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
+from middo_jax.training.plan import plan_epoch
 from middo_jax.training.step import make_train_step, put_batch
 
 # ||ours - reference|| / ||reference||, the reference in float32.
@@ -238,7 +238,7 @@ def train_step(config: DecoderConfig, mesh: Mesh, examples: list[Any]) -> Any:
         target = abstract_opt_state(optimizer, params, mesh)
         opt_state = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(params)
         frozen = jax.tree.map(lambda x: x, type(params)({}))
-        step = make_train_step(graphdef, optimizer, settings, 10, chunk=128, state=(params, opt_state))
+        step = make_train_step(graphdef, settings, 10, chunk=128, state=(params, opt_state))
         rows = plan_epoch(examples, settings, 0, 0, 512)[0]
         batch = put_batch(pack(examples, rows, 2, 512, 512), 1, mesh)
         with jax.default_matmul_precision("highest"):

@@ -45,7 +45,7 @@ def check_training(session: Session, examples: Sequence[Example], heldout: Seque
     from middo_jax.models.lora import from_settings
     from middo_jax.models.model import abstract_model
     from middo_jax.training.checks import check_batch, check_examples, check_fill
-    from middo_jax.training.feed import plan_training
+    from middo_jax.training.plan import plan_training
     from middo_jax.training.trackers import require_trackers
 
     config, mesh = session.config, session.mesh

@@ -147,8 +147,7 @@ def export_checkpoint(
         source.base,
         out,
         dtype,
-        chat_template=tokenizer.chat_template,
-        eos_token_ids=eos_token_ids(source.base, tokenizer),
+        chat=hf.ChatFormat(tokenizer.chat_template, eos_token_ids(source.base, tokenizer)),
         expectation=None if reason else hf.expect(model, tokenizer, dtype),
     )
     if reason is not None:

@@ -58,7 +58,7 @@ def judge(
       JudgeError: the tokenizer's spelling of the ratings cannot be read in one prefill, or a question alone
         is over `max_length`.
     """
-    from middo_jax.passes.ratings import rate
+    from middo_jax.passes.ratings import RatingScale, rate
     from middo_jax.signals.judge.questions import RatingTokens, rating_tree
     from middo_jax.signals.judge.readout import EXPECTED
     from middo_jax.signals.judge.rubrics import COLUMNS
@@ -67,9 +67,7 @@ def judge(
     return rate(
         model,
         [rating_tree(example, tokenizer, spelling, max_length) for example in examples],
-        spelling,
-        readout or EXPECTED,
-        columns=len(COLUMNS),
+        RatingScale(spelling, readout or EXPECTED, len(COLUMNS)),
         batch_tokens=batch_tokens,
         progress=progress,
     )

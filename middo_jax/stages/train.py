@@ -77,28 +77,28 @@ def check_evaluations(config: Config, heldout: Sequence[Example]) -> None:
 
 
 def _train(session: Session, directory: RoundDir, start: Path, heldout: Sequence[Example]) -> None:
+    from middo_jax.training.hooks import on_metrics
     from middo_jax.training.metrics import StepMetrics
+    from middo_jax.training.plan import TrainingPlan
     from middo_jax.training.sft import train
 
     config = session.config
     model, metadata = load_start(session, start)
     tokenized = session.tokenize(read_dataset(directory))
+    pack_length = config.train.pack_length or config.model.max_length
+    plan = TrainingPlan(tokenized, config.train, config.seed, pack_length, metadata)
     with session.progress.task("train", "steps") as advance:
 
-        def on_step(metrics: StepMetrics) -> None:
+        def show(metrics: StepMetrics) -> None:
             advance(metrics.step, metrics.total_steps, metrics.note())
 
         train(
             model,
-            tokenized,
-            config.train,
-            seed=config.seed,
-            pack_length=config.train.pack_length or config.model.max_length,
-            out_dir=directory.path,
+            plan,
+            directory.path,
             chunk=config.scoring.unembed_chunk,
-            metadata=metadata,
-            on_step=on_step,
             evaluate=_evaluate(session, heldout) if config.train.eval_every else None,
+            hooks=[on_metrics(show)],
         )
 
 

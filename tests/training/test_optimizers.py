@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -27,8 +28,10 @@ from middo_jax.config import TrainSettings
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.model import Params, abstract_model
 from middo_jax.parallel.mesh import named_sharding
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.metrics import StepMetrics
 from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
+from middo_jax.training.plan import TrainingPlan
 from middo_jax.training.rounding import stochastic_round
 from middo_jax.training.sft import train
 
@@ -42,14 +45,14 @@ def fine_tune(
     settings: TrainSettings,
     config: DecoderConfig = CONFIG,
     mesh: jax.sharding.Mesh = ONE,
-    **more: object,
+    on_step: Callable[[StepMetrics], None] | None = None,
 ) -> Params:
     model = fresh_model(mesh, config)
     # All start from numbers that bfloat16 holds too.
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), model.params)
-    sizes = {"seed": 3, "pack_length": PACK_LENGTH, "chunk": CHUNK}
-    model = model.with_params(params)
-    return train(model, examples(40), settings, out_dir=out_dir, **sizes, **more).params
+    plan = TrainingPlan(examples(40), settings, 3, PACK_LENGTH)
+    hooks = [] if on_step is None else [on_metrics(on_step)]
+    return train(model.with_params(params), plan, out_dir, chunk=CHUNK, hooks=hooks).params
 
 
 def flat(params: Params) -> np.ndarray:

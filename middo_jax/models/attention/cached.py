@@ -17,7 +17,7 @@ from middo_jax.models.attention.xla import masked
 # Cache slots read at a time.
 CACHE_BLOCK = 128
 
-# Per query: the highest score, the sum of exponentials, and the sum of weighted values, over the slots so far.
+# Of each query, over the slots so far: highest score, sum of exponentials, weighted sum of values.
 _Softmax = tuple[jax.Array, jax.Array, jax.Array]
 
 

@@ -48,11 +48,6 @@ class HeldOut:
 
         return total(self.rows(model), self._sources)
 
-    def loss_of(self, path: Path) -> dict[str, Any]:
-        """{"loss", "n_target_tokens"} of the model at a path."""
-        found = self.loss(self._session.load_model(path))
-        return {"loss": found.loss, "n_target_tokens": found.n_target_tokens}
-
 
 def measure_heldout(
     session: Session, run: RunDir, models: Mapping[str, Path], heldout: Sequence[Example]

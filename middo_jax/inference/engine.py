@@ -12,7 +12,7 @@ slot are copied instead of read: requests that begin alike, as a refiner's do, s
 A request's answer depends on the request alone, to the bit: not on its slot, not on what its neighbours ask,
 not on when it came. A chunk starts at a multiple of its length and sees only what is before it, so that a
 copied one is the one that would have been computed.
-Axes: b slot, t position, d model width, v vocabulary.
+Axes: docs/contributing.md#axes; b is a slot, p a position in it, e head dimension.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def copy_chunks(cache: KVCache, source: jax.Array, target: jax.Array, n_chunks: 
     def copy(index: jax.Array, cache: KVCache) -> KVCache:
         at = index * CHUNK + jnp.arange(CHUNK)
         # Gathered and scattered: a slice of an axis that devices split would collect all of it first.
-        return KVCache(*(x_lbskd.at[:, target, at].set(x_lbskd[:, source, at]) for x_lbskd in cache))
+        return KVCache(*(x_lbpke.at[:, target, at].set(x_lbpke[:, source, at]) for x_lbpke in cache))
 
     return _in_place(jax.lax.fori_loop(0, n_chunks, copy, cache))
 
@@ -124,7 +124,7 @@ def _in_place(cache: KVCache) -> KVCache:
     if mesh.empty:
         return cache
     spec = fitting_spec(mesh, cache.keys.shape, *_CACHE_AXES)
-    return KVCache(*(jax.lax.with_sharding_constraint(x_lbskd, spec) for x_lbskd in cache))
+    return KVCache(*(jax.lax.with_sharding_constraint(x_lbpke, spec) for x_lbpke in cache))
 
 
 def _mesh_of(params: Params) -> Mesh | None:

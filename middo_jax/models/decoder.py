@@ -4,8 +4,7 @@
     hidden_btd = bound(graphdef, params).hidden(tokens_bt, segment_ids_bt, positions_bt)
 
 Loss, embedding, judge, training and generation all stand on `hidden()`, and on what `unembed()` is made of.
-Axes: b batch, t position, d model width, h query heads, k key/value heads, f MLP width, v vocabulary,
-s cache position, l layer.
+Axes: docs/contributing.md#axes; e head dimension.
 """
 
 from __future__ import annotations
@@ -200,16 +199,16 @@ class Decoder(nnx.Module):
             y = constrain(self._linear(normed_btd, weights, name), "batch", "length", axis)
             return y.reshape(*y.shape[:2], count, config.head_dim)
 
-        q_bthd = heads("q_proj", config.num_heads, "heads")
-        k_btkd = heads("k_proj", config.num_kv_heads, "kv_heads")
-        v_btkd = heads("v_proj", config.num_kv_heads, "kv_heads")
+        q_bthe = heads("q_proj", config.num_heads, "heads")
+        k_btke = heads("k_proj", config.num_kv_heads, "kv_heads")
+        v_btke = heads("v_proj", config.num_kv_heads, "kv_heads")
         if config.qk_norm:
-            q_bthd = self._norm(q_bthd, weights["q_norm"])
-            k_btkd = self._norm(k_btkd, weights["k_norm"])
-        return apply_rope(q_bthd, rope), apply_rope(k_btkd, rope), v_btkd
+            q_bthe = self._norm(q_bthe, weights["q_norm"])
+            k_btke = self._norm(k_btke, weights["k_norm"])
+        return apply_rope(q_bthe, rope), apply_rope(k_btke, rope), v_btke
 
     @jax.named_scope("o_mlp")
-    def _finish(self, x_btd: jax.Array, attended_bthd: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+    def _finish(self, x_btd: jax.Array, attended_bthe: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
         config = self.config
 
         def add(x_btd: jax.Array, y_btd: jax.Array, post_norm: str) -> jax.Array:
@@ -217,7 +216,7 @@ class Decoder(nnx.Module):
                 y_btd = self._norm(y_btd, weights[post_norm])
             return constrain(x_btd + y_btd, "batch", "length", "hidden")
 
-        merged = attended_bthd.reshape(*attended_bthd.shape[:2], -1)
+        merged = attended_bthe.reshape(*attended_bthe.shape[:2], -1)
         x_btd = add(x_btd, self._linear(merged, weights, "o_proj"), "post_attention_norm")
         normed_btd = self._norm(x_btd, weights["mlp_norm"])
         gate_btf = _ACTIVATIONS[config.hidden_act](self._linear(normed_btd, weights, "gate_proj"))
@@ -296,12 +295,12 @@ def _llama3_frequencies(frequencies: jax.Array, scaling: Llama3Rope) -> jax.Arra
     return frequencies * ((1 - high_share) / scaling.factor + high_share)
 
 
-def apply_rope(x_bthd: jax.Array, rope: Rope) -> jax.Array:
+def apply_rope(x_bthe: jax.Array, rope: Rope) -> jax.Array:
     """Rotates the pairs (i, i + head_dim / 2) by their angles (arXiv 2104.09864, Hugging Face's layout)."""
     cos, sin = rope
-    first, second = jnp.split(x_bthd.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x_bthe.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_bthd.dtype)
+    return rotated.astype(x_bthe.dtype)
 
 
 # What a checkpointed layer saves for the backward pass beside its input; the rest is recomputed. An adapter's

@@ -2,7 +2,7 @@
 
 What all examples begin with, such as a template's system turn, is read once per row where attention can share
 it; what no loss and no embedding needs, such as the end of the last turn, is not read at all.
-Axes: b row, t position, s segment, d model width, n example.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The questions about an example are one tree of tokens (see `signals.judge.questions`): what they share is read
 once, and what all examples' trees begin with is read once per row.
-Axes: b row, t position, s tree within a row, r reading (position whose next token is looked at), c column
-(a rating of an example), n example, m example of a batch.
+Axes: docs/contributing.md#axes; s tree within a row, r reading (a position whose next token is looked at),
+c column (a rating of an example), m example of a batch.
 """
 
 from __future__ import annotations

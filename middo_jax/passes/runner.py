@@ -2,7 +2,7 @@
 
 While the device works on one batch, the host makes the next and takes in the results of the one before.
 
-Axes: b row, t position, s segment (an example's place in its row), m example of a batch.
+Axes: docs/contributing.md#axes; s an example's place in its row, m example of a batch.
 """
 
 from __future__ import annotations

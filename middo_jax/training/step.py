@@ -1,4 +1,4 @@
-"""One optimizer step as a pure function. Axes: a micro-batch, b row, t position, d model width.
+"""One optimizer step as a pure function. Axes: docs/contributing.md#axes; a micro-batch.
 
 The parameters come in two trees: `trained` ones, which alone have gradients and optimizer state, and `frozen`
 ones, which are read: the base of LoRA adapters, or none.

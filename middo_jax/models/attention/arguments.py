@@ -1,6 +1,6 @@
 """The values that every kernel takes: how rows are packed, what attention computes, one layer of a KV cache.
 
-Axes: [docs/contributing.md](../../../docs/contributing.md#axes).
+Axes: docs/contributing.md#axes; p cache slot, e head dimension.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ class AttentionSpec(NamedTuple):
 
 
 class CachedLayer(NamedTuple):
-    """One layer of a KV cache, and the rows of it that are read. s is a cache slot.
+    """One layer of a KV cache, and the rows of it that are read.
 
     Attributes:
-      keys_lbskd: keys of all layers, RoPE applied; a slice outside the kernel would be a copy.
-      values_lbskd: values of all layers.
+      keys_lbpke: keys of all layers, RoPE applied; a slice outside the kernel would be a copy.
+      values_lbpke: values of all layers.
       layer: index of the layer.
       first_row: the first row that is read; the others follow it.
     """
 
-    keys_lbskd: jax.Array
-    values_lbskd: jax.Array
+    keys_lbpke: jax.Array
+    values_lbpke: jax.Array
     layer: jax.Array
     first_row: jax.Array | int = 0

@@ -61,9 +61,9 @@ def shares_prefixes(kernel: Kernel) -> bool:
 
 @jax.named_scope("attention")
 def packed_attention(
-    q_bthd: jax.Array,
-    k_bskd: jax.Array,
-    v_bskd: jax.Array,
+    q_bthe: jax.Array,
+    k_bpke: jax.Array,
+    v_bpke: jax.Array,
     packing: Packing,
     spec: AttentionSpec,
     kernel: Kernel = "auto",
@@ -78,22 +78,22 @@ def packed_attention(
       until    [8 8 7 7 6 6 7 8]      b sees S, A and itself, never a.
 
     Args:
-      q_bthd: queries, RoPE applied.
-      k_bskd: keys, RoPE applied; heads a multiple of k.
-      v_bskd: values.
+      q_bthe: queries, RoPE applied.
+      k_bpke: keys, RoPE applied; heads a multiple of k.
+      v_bpke: values.
       packing: segments or trees; see `Packing`.
       spec: scale, window and soft cap; see `AttentionSpec`.
       kernel: "auto" is the fastest of the platform that honours all of this; see `choose`.
 
     Returns:
-      [b, t, h, d] in q's dtype; softmax in float32.
+      [b, t, h, e] in q's dtype; softmax in float32.
 
     Raises:
       AttentionError: the kernel that was asked for cannot honour this.
     """
     has_trees = packing.until_bt is not None
-    workload = Workload.of(q_bthd, k_bskd, has_trees=has_trees, soft_cap=spec.soft_cap)
-    qkv = q_bthd, k_bskd, v_bskd
+    workload = Workload.of(q_bthe, k_bpke, has_trees=has_trees, soft_cap=spec.soft_cap)
+    qkv = q_bthe, k_bpke, v_bpke
     match choose(workload, kernel):
         case "triton":  # names what its backward pass reads, inside
             return triton.triton_attention(*qkv, packing, spec)
@@ -101,9 +101,9 @@ def packed_attention(
             # No segment is longer: as a window it masks nothing, but whole blocks are known to be unseen.
             near = min((n for n in (spec.window, packing.longest) if n is not None), default=None)
             near_spec = spec._replace(window=near)
-            out_bthd = splash.splash_attention(*qkv, packing.segment_ids_bt, near_spec)
+            out_bthe = splash.splash_attention(*qkv, packing.segment_ids_bt, near_spec)
         case "tiled":
-            out_bthd = tiled.tiled_attention(*qkv, packing, spec)
+            out_bthe = tiled.tiled_attention(*qkv, packing, spec)
         case "xla":
-            out_bthd = xla_attention(*qkv, packing, spec)
-    return checkpoint_name(out_bthd, triton.ATTENDED)
+            out_bthe = xla_attention(*qkv, packing, spec)
+    return checkpoint_name(out_bthe, triton.ATTENDED)

@@ -4,7 +4,8 @@ Every device keeps its share of the rows and is visited by the others' shares in
 serves both sides: queries look for neighbours among the visitors, and visitors among the queries. What the
 visitors have found travels with them and is sent home at the end, so that half the ring is enough.
 
-Axes: q query, c candidate, g chunk of candidates, h candidate within it, k neighbour, d width, n row.
+Axes: docs/contributing.md#axes; here k is a neighbour, n a row, q a query, c a candidate, g a chunk of
+candidates, h a candidate within it.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def compile_step(shape: DecoderConfig, config: Config, topology: str) -> jax.sta
     optimizer = make_optimizer(settings, STEPS)
     state = model.params, abstract_opt_state(optimizer, model.params, mesh)
     chunk = config.scoring.unembed_chunk
-    step = make_train_step(model.graphdef, optimizer, settings, STEPS, chunk=chunk, state=state)
+    step = make_train_step(model.graphdef, settings, STEPS, chunk=chunk, state=state)
     with jax.set_mesh(mesh):
         return step.lower(*state, Params({}), abstract_batch(settings, length, mesh)).compile()
 

@@ -66,7 +66,8 @@ def test_each_example_is_tokenized_once_per_stage(tmp_path: Path, monkeypatch: p
     stages.score_stage(session, directory, directory.checkpoint, session.base, ("complexity", "diversity"))
     assert tokenized.times(kept) == ({1}, 1)
     held_out = stages.HeldOut(session, heldout)
-    losses = [held_out.loss_of(path)["loss"] for path in (session.base, directory.checkpoint)]
+    models = (session.load_model(path) for path in (session.base, directory.checkpoint))
+    losses = [held_out.loss(model).loss for model in models]
     assert losses[0] != losses[1]
     assert tokenized.times(heldout) == ({1}, 1)
 

@@ -34,8 +34,8 @@ from middo_jax.models.lora import partition, with_fresh_adapters
 from middo_jax.models.model import Model
 from middo_jax.models.parameters import LORA_TARGETS
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.training.feed import plan_epoch
 from middo_jax.training.flops import peak_flops, training_flops
+from middo_jax.training.plan import plan_epoch
 
 Figures = dict[str, Any]
 TINY = False  # set by --tiny: everything on a model and a load that a CPU can bear
@@ -164,7 +164,7 @@ def training(model: str, lora: bool) -> Figures:
             jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(trained),
         )
         step = make_train_step(
-            trainee.graphdef, optimizer, settings, 100, chunk=2048, state=state, longest=shapes.LONGEST
+            trainee.graphdef, settings, 100, chunk=2048, state=state, longest=shapes.LONGEST
         )
         batches = [put_batch(pack(made, rows_, rows, length, length), 1, mesh) for rows_ in plan]
         began = time.perf_counter()

@@ -4,7 +4,7 @@ Only targets are unembedded. The rows that lie on the same devices are a share; 
 front, and a loop takes a chunk of every share at a time until none has any left. Shares are on their own: in
 the loop nothing passes between devices but what `tensor` splits.
 
-Axes: b row, t position, s share, n position within it, m slot of a chunk, d model width, v vocabulary.
+Axes: docs/contributing.md#axes; here s is a device's share of the positions, n a position within it.
 """
 
 from __future__ import annotations

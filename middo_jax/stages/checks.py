@@ -18,7 +18,7 @@ from middo_jax.stages.endpoint import named_endpoint
 from middo_jax.stages.train import check_evaluations
 from middo_jax.training.checkpoint import another_training
 from middo_jax.training.checks import check_batch, check_examples, check_fill
-from middo_jax.training.feed import plan_training
+from middo_jax.training.plan import plan_training
 from middo_jax.training.trackers import require_trackers
 
 

@@ -54,11 +54,6 @@ class HeldOut:
         """The loss of a loaded model over all examples, and over those of each source."""
         return total(self.rows(model), self._sources)
 
-    def loss_of(self, path: Path) -> dict[str, Any]:
-        """{"loss", "n_target_tokens"} of the model at a path."""
-        found = self.loss(self._session.load_model(path))
-        return {"loss": found.loss, "n_target_tokens": found.n_target_tokens}
-
 
 def measure_heldout(
     session: Session, run: RunDir, models: Mapping[str, Path], heldout: Sequence[Example]
@@ -139,8 +134,7 @@ def export_checkpoint(
         source.base,
         out,
         dtype,
-        chat_template=tokenizer.chat_template,
-        eos_token_ids=eos_token_ids(source.base, tokenizer),
+        chat=hf.ChatFormat(tokenizer.chat_template, eos_token_ids(source.base, tokenizer)),
         expectation=None if reason else hf.expect(model, tokenizer, dtype),
     )
     if reason is not None:

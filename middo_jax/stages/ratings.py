@@ -13,7 +13,7 @@ from middo_jax.data.tokenize import eos_token_ids
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.sampling import Request
 from middo_jax.models.model import Model
-from middo_jax.passes.ratings import rate
+from middo_jax.passes.ratings import RatingScale, rate
 from middo_jax.passes.runner import PassFacts
 from middo_jax.progress import Progress
 from middo_jax.session import Session
@@ -67,9 +67,7 @@ def judge(
     return rate(
         model,
         [rating_tree(example, tokenizer, spelling, max_length) for example in examples],
-        spelling,
-        readout or EXPECTED,
-        columns=len(COLUMNS),
+        RatingScale(spelling, readout or EXPECTED, len(COLUMNS)),
         batch_tokens=batch_tokens,
         progress=progress,
     )

@@ -21,7 +21,9 @@ from middo_jax.session import Session, read_dataset
 from middo_jax.stages.evaluate import HeldOut
 from middo_jax.training.checkpoint import AnotherTraining
 from middo_jax.training.evaluations import Evaluate, Evaluation
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.metrics import StepMetrics
+from middo_jax.training.plan import TrainingPlan
 from middo_jax.training.sft import train
 
 
@@ -83,22 +85,19 @@ def _train(session: Session, directory: RoundDir, start: Path, heldout: Sequence
     config = session.config
     model, metadata = load_start(session, start)
     tokenized = session.tokenize(read_dataset(directory))
+    plan = TrainingPlan(tokenized, config.train, config.seed, config.model.max_length, metadata)
     with session.progress.task("train", "steps") as advance:
 
-        def on_step(metrics: StepMetrics) -> None:
+        def show(metrics: StepMetrics) -> None:
             advance(metrics.step, metrics.total_steps, metrics.note())
 
         train(
             model,
-            tokenized,
-            config.train,
-            seed=config.seed,
-            pack_length=config.model.max_length,
-            out_dir=directory.path,
+            plan,
+            directory.path,
             chunk=config.scoring.unembed_chunk,
-            metadata=metadata,
-            on_step=on_step,
             evaluate=_evaluate(session, heldout) if config.train.eval_every else None,
+            hooks=[on_metrics(show)],
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax
 
 from middo_jax.config import ConfigError, TrainSettings, WandB
+from middo_jax.training.hooks import Hook, on_metrics
 
 
 class Track(Protocol):
@@ -69,6 +70,11 @@ def trackers(settings: TrainSettings, out_dir: Path, done: int, identity: str) -
                 show(step, scalars)
 
         yield track
+
+
+def tracking(track: Track) -> Hook:
+    """A hook that shows the metrics of each step."""
+    return on_metrics(lambda metrics: track(metrics.step, metrics.scalars()))
 
 
 def _to_tensorboard(writer: Any, step: int, scalars: Mapping[str, float]) -> None:

@@ -35,9 +35,11 @@ from middo_jax.models.model import Model, Params, Structure, abstract_model, bou
 from middo_jax.models.parameters import LORA_TARGETS, adapters
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.rundir import RunError, read_jsonl
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.identity import identity
 from middo_jax.training.metrics import StepMetrics
 from middo_jax.training.optimizer import abstract_opt_state, decayed, make_optimizer
+from middo_jax.training.plan import TrainingPlan
 from middo_jax.training.sft import train
 from middo_jax.training.step import batch_gradient, put_batch
 
@@ -118,13 +120,10 @@ def fine_tune(
     base = dataclasses.replace(base or base_model(), mesh=mesh)
     trained = train(
         with_fresh_adapters(base, lora, seed=0),
-        examples(count),
-        settings,
-        seed=3,
-        pack_length=PACK,
-        out_dir=out_dir,
+        TrainingPlan(examples(count), settings, 3, PACK),
+        out_dir,
         chunk=CHUNK,
-        on_step=on_step,
+        hooks=[] if on_step is None else [on_metrics(on_step)],
     )
     return trained.params
 
@@ -327,7 +326,7 @@ def test_another_base_or_other_adapters_are_another_training(tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_identity_sees_every_value_but_neither_mesh_nor_kernel(dtype: str) -> None:
     def of(params: Params, config: DecoderConfig = BASE) -> str:
-        return identity(config, params, examples(2), SETTINGS, 0, PACK, {})
+        return identity(Model.of(config, params, ONE), TrainingPlan(examples(2), SETTINGS, 0, PACK))
 
     params = base_model(dtype).params
     want = of(params)

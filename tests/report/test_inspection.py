@@ -106,9 +106,9 @@ def test_what_is_said_of_scoring_is_what_runs(
     lower = losses.score_batch.lower
 
     class Watched:
-        def lower(self, *model: Any, **inputs: Any) -> Any:
-            compiled.append((*inputs["tokens_bt"].shape, inputs["longest"]))
-            return lower(*model, **inputs)
+        def lower(self, graphdef: Any, params: Any, batch: losses.LossInputs, **static: Any) -> Any:
+            compiled.append((*batch.tokens_bt.shape, static["longest"]))
+            return lower(graphdef, params, batch, **static)
 
     monkeypatch.setattr(losses, "score_batch", Watched())
     _, took = losses.score_examples(

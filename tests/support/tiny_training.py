@@ -30,7 +30,9 @@ from middo_jax.models.model import Model, Params
 from middo_jax.parallel.hosts import to_host
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import score_examples
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.metrics import StepMetrics
+from middo_jax.training.plan import TrainingPlan
 from middo_jax.training.sft import train
 
 CONFIG = DecoderConfig(96, 32, 64, 2, 4, 2, 8, 64)
@@ -91,18 +93,9 @@ def fine_tune(
     on_step: Callable[[StepMetrics], None] | None = None,
 ) -> Params:
     """Trains the tiny decoder, always from the same start."""
-    model = fresh_model(mesh)
-    trained = train(
-        model,
-        tokenized,
-        settings,
-        seed=3,
-        pack_length=PACK_LENGTH,
-        out_dir=out_dir,
-        chunk=CHUNK,
-        on_step=on_step,
-    )
-    return trained.params
+    plan = TrainingPlan(tokenized, settings, 3, PACK_LENGTH)
+    hooks = [] if on_step is None else [on_metrics(on_step)]
+    return train(fresh_model(mesh), plan, out_dir, chunk=CHUNK, hooks=hooks).params
 
 
 def kill_at(step: int) -> Callable[[StepMetrics], None]:

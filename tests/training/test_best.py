@@ -31,7 +31,9 @@ from middo_jax.progress import Silent
 from middo_jax.rundir import read_jsonl
 from middo_jax.rundir.rows import SourceLossRow
 from middo_jax.training.evaluations import Evaluation
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.metrics import StepMetrics
+from middo_jax.training.plan import TrainingPlan
 from middo_jax.training.sft import train
 
 ONE = mesh_of(1, 1, 1)
@@ -47,14 +49,11 @@ def fine_tune(
 ) -> Params:
     trained = train(
         fresh_model(ONE),
-        TRAINED,
-        EVALUATED,
-        seed=3,
-        pack_length=PACK_LENGTH,
-        out_dir=out_dir,
+        TrainingPlan(TRAINED, EVALUATED, 3, PACK_LENGTH),
+        out_dir,
         chunk=CHUNK,
-        on_step=on_step,
         evaluate=evaluate,
+        hooks=[] if on_step is None else [on_metrics(on_step)],
     )
     return trained.params
 
@@ -165,9 +164,9 @@ def test_the_best_state_is_kept_though_newer_ones_came(stop: int | None, tmp_pat
 
 def test_the_newest_is_kept(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"num_epochs": 4, "save_every": 1})
-    sizes = {"seed": 3, "pack_length": PACK_LENGTH, "chunk": CHUNK}
+    plan = TrainingPlan(TRAINED, settings, 3, PACK_LENGTH)
     with pytest.raises(Killed):
-        train(fresh_model(ONE), TRAINED, settings, out_dir=tmp_path, on_step=kill_at(6), **sizes)
+        train(fresh_model(ONE), plan, tmp_path, chunk=CHUNK, hooks=[on_metrics(kill_at(6))])
     assert sorted(int(p.name) for p in (tmp_path / "checkpoint" / "steps").iterdir()) == [5]
 
 

@@ -14,7 +14,8 @@ from support.tiny_training import PACK_LENGTH, SETTINGS, example, examples, mesh
 from middo_jax.config import TrainSettings
 from middo_jax.data.packing import pack
 from middo_jax.training import feed as feed_module
-from middo_jax.training.feed import feed, longest_example, plan_epoch, plan_training
+from middo_jax.training.feed import feed
+from middo_jax.training.plan import longest_example, plan_epoch, plan_training
 from middo_jax.training.step import Batch, put_batch
 
 ONE = mesh_of(1, 1, 1)

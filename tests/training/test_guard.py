@@ -21,11 +21,12 @@ from middo_jax.models.model import Model, Params
 from middo_jax.rundir import read_jsonl
 from middo_jax.training import sft
 from middo_jax.training.checks import TrainingDataError
-from middo_jax.training.feed import plan_epoch
 from middo_jax.training.guard import GuardState, guarded
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.memory import OutOfMemory, remedies
 from middo_jax.training.metrics import StepMetrics, TrainingDiverged
 from middo_jax.training.optimizer import learning_rate_schedule
+from middo_jax.training.plan import TrainingPlan, plan_epoch
 
 ONE = mesh_of(1, 1, 1)
 EPOCH = SETTINGS.model_copy(update={"num_epochs": 1, "save_every": 1})
@@ -58,19 +59,9 @@ def fine_tune(
     seen: list[StepMetrics] | None = None,
     mesh: Mesh = ONE,
 ) -> Params:
-    told = None if seen is None else seen.append
-    model = broken_model(mesh)
-    trained = sft.train(
-        model,
-        tokenized,
-        settings,
-        seed=3,
-        pack_length=PACK_LENGTH,
-        out_dir=out_dir,
-        chunk=CHUNK,
-        on_step=told,
-    )
-    return trained.params
+    plan = TrainingPlan(tokenized, settings, 3, PACK_LENGTH)
+    hooks = [] if seen is None else [on_metrics(seen.append)]
+    return sft.train(broken_model(mesh), plan, out_dir, chunk=CHUNK, hooks=hooks).params
 
 
 def test_a_bad_step_is_left_out_and_the_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -21,8 +21,9 @@ from middo_jax.models import hf
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.model import Params
 from middo_jax.rundir import read_jsonl
-from middo_jax.training.feed import feed, plan_training
+from middo_jax.training.feed import feed
 from middo_jax.training.optimizer import make_optimizer
+from middo_jax.training.plan import plan_training
 from middo_jax.training.step import batch_gradient, make_train_step, put_batch
 from middo_jax.training.stopping import EXIT_PREEMPTED
 
@@ -113,7 +114,7 @@ def test_steps_are_those_of_torch_adamw(tmp_path: Path):
     plan = plan_training(tokenized, SETTINGS, 0, PACK_LENGTH)[:8]
     optimizer = make_optimizer(SETTINGS, len(plan))
     state = params, jax.device_put(optimizer.init(params), jax.devices()[0])
-    step = make_train_step(graphdef, optimizer, SETTINGS, len(plan), chunk=CHUNK, state=state)
+    step = make_train_step(graphdef, SETTINGS, len(plan), chunk=CHUNK, state=state)
     losses, rates = [], []
     for batch, _ in feed(tokenized, plan, SETTINGS, PACK_LENGTH, ONE):
         *state, outputs = step(*state, Params({}), batch)

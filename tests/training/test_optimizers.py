@@ -28,8 +28,10 @@ from middo_jax.config import Adafactor, AdamW, TrainSettings
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.model import Params, abstract_model
 from middo_jax.parallel.mesh import named_sharding
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.metrics import StepMetrics
 from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
+from middo_jax.training.plan import TrainingPlan
 from middo_jax.training.rounding import stochastic_round
 from middo_jax.training.sft import train
 
@@ -48,17 +50,9 @@ def fine_tune(
     model = fresh_model(mesh, config)
     # All start from numbers that bfloat16 holds too.
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), model.params)
-    trained = train(
-        model.with_params(params),
-        examples(40),
-        settings,
-        seed=3,
-        pack_length=PACK_LENGTH,
-        out_dir=out_dir,
-        chunk=CHUNK,
-        on_step=on_step,
-    )
-    return trained.params
+    plan = TrainingPlan(examples(40), settings, 3, PACK_LENGTH)
+    hooks = [] if on_step is None else [on_metrics(on_step)]
+    return train(model.with_params(params), plan, out_dir, chunk=CHUNK, hooks=hooks).params
 
 
 def flat(params: Params) -> np.ndarray:

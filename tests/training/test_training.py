@@ -30,9 +30,10 @@ from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import score_examples
 from middo_jax.rundir import RunError, read_jsonl
 from middo_jax.training.checks import TrainingDataError
-from middo_jax.training.feed import plan_epoch
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.metrics import StepMetrics, TrainingDiverged
 from middo_jax.training.optimizer import abstract_opt_state, decayed, learning_rate_schedule, make_optimizer
+from middo_jax.training.plan import TrainingPlan, plan_epoch
 from middo_jax.training.sft import train
 from middo_jax.training.step import batch_gradient, put_batch
 
@@ -85,13 +86,10 @@ def fine_tune(
     graphdef, start = fresh()
     trained = train(
         Model(CONFIG, graphdef, start if params is None else params, mesh),
-        tokenized,
-        settings,
-        seed=seed,
-        pack_length=PACK,
-        out_dir=out_dir,
+        TrainingPlan(tokenized, settings, seed, PACK),
+        out_dir,
         chunk=CHUNK,
-        on_step=on_step,
+        hooks=[] if on_step is None else [on_metrics(on_step)],
     )
     return trained.params
 

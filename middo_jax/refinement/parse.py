@@ -158,7 +158,7 @@ def _object_around(text: str, key: int) -> _Span | None:
 
 def _field(value: Mapping[str, object]) -> str | None:
     """The text of the field, whatever the case of its name, and of an object or list around it alone."""
-    named = {key.strip().lower(): found for key, found in reversed(value.items())} | value
+    named = {key.strip().lower(): found for key, found in [*value.items()][::-1]} | {**value}
     found = named.get(FIELD)
     while isinstance(found, dict | list) and len(found) == 1:
         [found] = (

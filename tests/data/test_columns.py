@@ -85,6 +85,11 @@ def test_context_and_input(tmp_path: Path) -> None:
         {"tools": [{"name": "search"}]},
         {"documents": ["a map"]},
         {"input": "of Europe"},
+        {"Context": "Seas: North, East."},
+        {"System": "Rhyme."},
+        {"systemPrompt": "Rhyme."},
+        {"System Message": "Rhyme."},
+        {"system_instruction": "Rhyme."},
     ],
 )
 def test_a_column_that_the_prompt_needs_is_named(

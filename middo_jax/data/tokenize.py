@@ -309,6 +309,7 @@ def _closing(
     return max(shared, len(following) - len(following.lstrip()) + 1)
 
 
+_OPENING = 64  # characters of a generation prompt that may begin the answer
 # Reasoning that a template leaves out of earlier answers ends with one of these.
 _END_OF_REASONING = re.compile(r"(</[\w:]+>|\[/\w+\])$")
 
@@ -317,8 +318,8 @@ def _by_rendering(tokenizer: PreTrainedTokenizerBase, text: str, example: Exampl
     """As `_Layout.locate` where the template's own words depend on the text, as those around reasoning do.
 
     Each turn is rendered once more with a mark behind it, and a user's or system turn with one before it. An
-    answer begins where the generation prompt ends. White space may differ within a turn, and an answer before
-    the last may lack its reasoning; all else of the text must be there.
+    answer begins where the generation prompt ends, also if that writes its first words. White space may
+    differ within a turn, and an answer before the last may lack its reasoning; all else of the text must be there.
     """
     everything = "".join(m.content for m in example.messages)
     mark = next(m for n in itertools.count() if (m := f"\ue000{n}\ue001") not in everything)
@@ -334,7 +335,9 @@ def _by_rendering(tokenizer: PreTrainedTokenizerBase, text: str, example: Exampl
         if message.role == "assistant":
             start = _generation_prompt(tokenizer, text, ahead)
             shown = "".join(text[start:stop].split())
-            kept = shown.endswith(wanted) or (
+            # The generation prompt may write the answer's first words itself, such as `<think>`.
+            with_opening = "".join(text[max(0, start - _OPENING) : stop].split())
+            kept = with_opening.endswith(wanted) or (
                 bool(later)
                 and wanted.endswith(shown)
                 and _END_OF_REASONING.search(wanted.removesuffix(shown)) is not None

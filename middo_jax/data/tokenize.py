@@ -319,7 +319,8 @@ def _by_rendering(tokenizer: PreTrainedTokenizerBase, text: str, example: Exampl
 
     Each turn is rendered once more with a mark behind it, and a user's or system turn with one before it. An
     answer begins where the generation prompt ends, also if that writes its first words. White space may
-    differ within a turn, and an answer before the last may lack its reasoning; all else of the text must be there.
+    differ within a turn, and an answer before the last may lack its reasoning; all else of the text must be
+    there.
     """
     everything = "".join(m.content for m in example.messages)
     mark = next(m for n in itertools.count() if (m := f"\ue000{n}\ue001") not in everything)

@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ _log = logging.getLogger(__name__)
 PROMPT_COLUMNS = frozenset(
     (
         *("background", "context", "contexts", "document", "documents", "functions", "input", "instruction"),
-        *("instructions", "knowledge", "passage", "passages", "prompt", "query", "question", "tools"),
+        *("instructions", "knowledge", "passage", "passages", "persona", "prompt", "query", "question"),
+        *("system_instruction", "system_instructions", "sys_prompt", "tools"),
     )
 )
 _OUR_COLUMNS = {"id", "messages", "lineage", "extra"}
@@ -158,10 +160,16 @@ def to_example(row: Any, form: str) -> tuple[Example, frozenset[str]]:
         messages, unkept = messages[:-2], unkept | {"turns after the last answer that is learnt"}
     extra = {column: value for column, value in row.items() if column not in FORMATS[form].columns}
     shown = " ".join(" ".join(m.content.split()) for m in messages)
-    unkept |= {f"column {c!r}" for c in PROMPT_COLUMNS.intersection(extra) if not _is_shown(extra[c], shown)}
+    unkept |= {f"column {c!r}" for c in extra if _is_of_prompt(c) and not _is_shown(extra[c], shown)}
     if extra.get("id") == content_id(messages):
         del extra["id"]
     return Example(messages, extra=extra), unkept
+
+
+def _is_of_prompt(column: str) -> bool:
+    """Whether an extra column has a name of PROMPT_COLUMNS or SYSTEM_COLUMNS, such as `systemPrompt`."""
+    name = re.sub(r"[\s-]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())).lower()
+    return name in PROMPT_COLUMNS | SYSTEM_COLUMNS
 
 
 def _is_shown(value: Any, shown: str) -> bool:

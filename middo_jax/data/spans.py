@@ -170,6 +170,7 @@ def _closing(
     return max(shared, len(following) - len(following.lstrip()) + 1)
 
 
+_OPENING = 64  # characters of a generation prompt that may begin the answer
 # The end of reasoning, which a template may leave out of earlier answers.
 _END_OF_REASONING = re.compile(r"(</[\w:]+>|\[/\w+\])$")
 
@@ -178,8 +179,9 @@ def _by_rendering(tokenizer: PreTrainedTokenizerBase, text: str, example: Exampl
     """The spans for templates whose own words depend on the turns' text, as those around reasoning may.
 
     Each turn is rendered again with a mark after it; a user's or system turn also with a mark before it. An
-    answer begins where the generation prompt ends. White space within a turn may differ, and an answer before
-    the last one may lack its reasoning. All other text must be there.
+    answer begins where the generation prompt ends, even if that prompt contains its first words. White space
+    within a turn may differ, and an answer before the last one may lack its reasoning. All other text must be
+    there.
     """
     everything = "".join(m.content for m in example.messages)
     mark = next(m for n in itertools.count() if (m := f"\ue000{n}\ue001") not in everything)
@@ -195,7 +197,9 @@ def _by_rendering(tokenizer: PreTrainedTokenizerBase, text: str, example: Exampl
         if message.role == "assistant":
             start = _generation_prompt(tokenizer, text, ahead)
             shown = "".join(text[start:stop].split())
-            kept = shown.endswith(wanted) or (
+            # The generation prompt may write the answer's first words itself, such as `<think>`.
+            with_opening = "".join(text[max(0, start - _OPENING) : stop].split())
+            kept = with_opening.endswith(wanted) or (
                 bool(later)
                 and wanted.endswith(shown)
                 and _END_OF_REASONING.search(wanted.removesuffix(shown)) is not None

@@ -45,6 +45,7 @@ _N = re.compile(
     r"nsub\w*|nsup\w*|n\w+arrow|nrightarrow|ntriangle\w*|nvdash|nVdash|nvDash|nwarrow|nearrow|nobreak\w*)"
 )
 _N_SHORT = re.compile(r"(?:ne|neg|ni|nu)")
+_LAST_COMMA = re.compile(r",\s*\}\Z")  # {"prompt": "Name a bird.",}: not JSON, but clear
 _DECODER = json.JSONDecoder(strict=False)  # accepts line breaks inside strings
 
 
@@ -56,7 +57,7 @@ def object_at(text: str, start: int) -> tuple[dict[str, object], int] | None:
     if end is None:
         return None
     try:
-        value = _DECODER.decode(_escaped(text[start:end]))
+        value = _DECODER.decode(_LAST_COMMA.sub("}", _escaped(text[start:end])))
     except (ValueError, RecursionError):
         return None
     return (value, end) if isinstance(value, dict) else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from middo_jax.refinement.escapes import object_at
 from middo_jax.refinement.reply import (
@@ -29,8 +29,10 @@ _CLOSE = re.compile(r"\*\*\s*<\s*/\s*prompt\s*>\s*\*\*|<\s*/\s*prompt\s*>", re.I
 _FENCED = re.compile(
     r"```(?:text|plaintext|markdown|md|xml|json)?[ \t]*\n((?:(?!```).)*)\n[ \t]*```", re.DOTALL
 )
-_OBJECT = re.compile(r'\{\s*"prompt"\s*:')
-_OBJECTS_TRIED = 8  # from the end, so that many broken objects do not take quadratic time
+_KEY = re.compile(r'"\s*prompt\s*"\s*:', re.IGNORECASE)
+_KEYS_TRIED = 8  # from the last one back: a reply full of broken ones must not take quadratic time
+_BRACES_TRIED = 4  # before a key: those of values that precede it, and its object's own
+_WRAPPERS = (FIELD, "text", "content", "value")  # {"prompt": {"text": "Name a bird."}}
 _QUOTES = {'"': '"', "“": "”", "«": "»", "„": "“", "'": "'"}
 _WORD = re.compile(r"[^\W\d_]+")
 _BETWEEN = {"and", "or", "und", "oder", "et", "ou", "y", "e", "o", "и", "или", "和", "与", "と", "en", "och"}
@@ -132,13 +134,41 @@ def _pairs(text: str, tags: Sequence[_Tag]) -> tuple[list[_Span], bool]:
 
 
 def _objects(text: str) -> list[_Span]:
-    """The prompts in JSON objects with the field, in order."""
-    spans = list[_Span]()
-    for found in [*_OBJECT.finditer(text)][: -_OBJECTS_TRIED - 1 : -1]:
-        value = object_at(text, found.start())
-        if value is not None and isinstance(prompt := value[0].get(FIELD), str):
-            spans.append(_Span(found.start(), value[1], prompt))
-    return spans[::-1]
+    """The JSON objects with the field that are in no other one with it, in order."""
+    keys = [*_KEY.finditer(text)][: -_KEYS_TRIED - 1 : -1]
+    found = {span.start: span for key in keys if (span := _object_around(text, key.start())) is not None}
+    return [
+        span
+        for _, span in sorted(found.items())
+        if not any(other.start < span.start < other.end for other in found.values())
+    ]
+
+
+def _object_around(text: str, key: int) -> _Span | None:
+    """The innermost JSON object around a key of that name."""
+    brace = key
+    for _ in range(_BRACES_TRIED):
+        brace = text.rfind("{", 0, brace)
+        if brace < 0:
+            return None
+        value = object_at(text, brace)
+        if value is not None and value[1] > key:
+            prompt = _field(value[0])
+            return None if prompt is None else _Span(brace, value[1], prompt)
+    return None
+
+
+def _field(value: Mapping[str, object]) -> str | None:
+    """The text of the field, whatever the case of its name, and of an object or list around it alone."""
+    named = {key.strip().lower(): found for key, found in [*value.items()][::-1]} | {**value}
+    found = named.get(FIELD)
+    while isinstance(found, dict | list) and len(found) == 1:
+        [found] = (
+            found
+            if isinstance(found, list)
+            else [found.get(key) for key in found if key in _WRAPPERS] or [None]
+        )
+    return found if isinstance(found, str) else None
 
 
 def _chosen(text: str, spans: Sequence[_Span]) -> _Span | None:
@@ -174,8 +204,7 @@ def _whole_object(reply: str) -> str | None:
     value = object_at(text, 0)
     if value is None or value[1] != len(text):
         return None
-    prompt = value[0].get(FIELD)
-    return prompt if isinstance(prompt, str) else None
+    return _field(value[0])
 
 
 def _marks_in_prompts(reply: str) -> str:

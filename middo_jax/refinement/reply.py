@@ -6,7 +6,10 @@ import bisect
 import re
 from collections.abc import Collection
 
-_NAMES = r"(?:think|thinking|thoughts?|reasoning|scratchpad)"
+_NAMES = (
+    r"(?:(?:ant_?)?think(?:ing)?(?:_process)?|thoughts?(?:_process)?|reasoning|reflection|scratchpad|cot"
+    r"|chain[_-]of[_-]thought|in(?:ner|ternal)_monologue)"
+)
 _OPENED = (
     rf"<\s*(?:\w+:)?(?P<tag>{_NAMES})\s*>"
     r"|\[(?P<bracket>think|thinking|reasoning)\]"

@@ -109,6 +109,15 @@ QWEN3 = (
 THOUGHT = "<think>\nA small one.\n</think>\n\nA wren."
 
 
+def test_reasoning_that_the_generation_prompt_begins_is_learnt_behind_it() -> None:
+    opens = CHAT_TEMPLATE.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>\n' }}")
+    tokenizer = fast(opens)
+    asked: tuple[Role, str] = ("user", "Name a bird.")
+    assert learnt(tokenizer, asked, ("assistant", THOUGHT)) == THOUGHT.removeprefix("<think>\n") + EOT
+    with pytest.raises(TemplateError):  # asked for an answer, the model is past what this one begins with
+        learnt(tokenizer, asked, ("assistant", "A wren."))
+
+
 def test_reasoning_that_the_template_writes_itself_is_learnt() -> None:
     tokenizer = fast(QWEN3)
     asked: tuple[Role, str] = ("user", "Name a bird.")

@@ -283,6 +283,9 @@ def test_a_message_holds_both_texts_as_they_are(prompt: str, response: str) -> N
         (" 9 out of ten", 9),
         (" 8 points out of 10", 8),
         (" 10 von 10", 10),
+        (" ８", 8),
+        (" ٨", 8),
+        (" 8分", 8),
         # Another scale.
         (" 3 out of 5", None),
         (" 4/5", None),
@@ -290,6 +293,7 @@ def test_a_message_holds_both_texts_as_they_are(prompt: str, response: str) -> N
         (" 3 of 4. Rating: 8", None),
         (" 85/100, a rating of 9", None),
         (" 80 percent", None),
+        (" 6½", None),
         ("9 percent", None),
         ("The rating is 4 out of 5.", None),
     ],

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from middo_jax.refinement.acceptance.figures import Figure, decimal_mark, figures
+from middo_jax.refinement.acceptance.marks import says_negative, says_percent, worded_fractions
 
 _WORD = re.compile(r"[^\W\d_]+")
 _SPELT = _WORD.findall("zero one two three four five six seven eight nine ten eleven twelve")
@@ -25,7 +26,8 @@ def numbers(text: str) -> list[str]:
 def changed_numbers(original: str, rewrite: str, exchanged_only: bool = False) -> str | None:
     """Which numbers of the original prompt a rewrite does not keep, in words; None if it keeps all.
 
-    A rewrite may spell numbers up to twelve as English words: "three" keeps 3.
+    A rewrite has to keep all of them, with their signs. It may spell them differently: "3" as "three" (up to
+    twelve, in English), "1/2" as "0.5" and "half", "50%" as "50 percent" and "0.5", "-5" as "minus 5".
 
     Args:
       original: the sample's prompt.
@@ -35,17 +37,14 @@ def changed_numbers(original: str, rewrite: str, exchanged_only: bool = False) -
     """
     mark = decimal_mark(f"{original}\n{rewrite}")
     before, after = figures(original, mark), figures(rewrite, mark)
-    kept = {
-        *_all_of(after),
-        *(str(_SPELT.index(word)) for word in _WORD.findall(rewrite.lower()) if word in _SPELT),
-    }
-    lost = [figure.plain for figure in before if not any(kept.issuperset(r) for r in figure.readings)]
-    gone = [number for number in dict.fromkeys(itertools.chain(*lost)) if number not in kept]
+    kept = _Kept(original, rewrite, after)
+    lost = [figure.plain for figure in before if not kept.has(figure)]
+    gone = [number for number in dict.fromkeys(itertools.chain(*lost)) if number not in kept.all]
     if not gone:
         return None
     if not exchanged_only:
         return f"{_listed(gone)} not kept"
-    known = _all_of(before)
+    known = _all_of(before) | {part for figure in before for part in figure.parts}
     come = dict.fromkeys(number for figure in after for number in figure.plain if number not in known)
     return f"{_listed([*come])} instead of {_listed(gone)}" if come else None
 
@@ -65,6 +64,41 @@ def lost_code(original: str, rewrite: str) -> str | None:
 def without_code(text: str) -> str:
     """The text without its fenced blocks."""
     return _FENCED.sub("", text)
+
+
+class _Kept:
+    """The numbers of a rewrite, in every reading and spelling."""
+
+    def __init__(self, original: str, rewrite: str, after: Sequence[Figure]) -> None:
+        spelt = {str(_SPELT.index(word)) for word in _WORD.findall(rewrite.lower()) if word in _SPELT}
+        self._alone = _all_of(after) | spelt
+        parts = {part for figure in after for part in figure.parts}
+        self.all = self._alone | parts | worded_fractions(rewrite)
+        self._signs = [
+            (sign, says(original), says(rewrite))
+            for sign, says in (("-", says_negative), ("%", says_percent))
+        ]
+
+    def has(self, figure: Figure) -> bool:
+        """Whether a number of the original is kept in one of its readings.
+
+        The parts of a fraction keep it where they are numbers of their own: "24/7" is "24 hours, 7 days".
+        """
+        if figure.parts and self._alone.issuperset(figure.parts):
+            return True
+        return any(all(self._has(number) for number in reading) for reading in figure.readings)
+
+    def _has(self, number: str) -> bool:
+        if number in self.all:
+            return True
+        for sign, in_original, in_rewrite in self._signs:
+            bare = number.strip(sign)
+            if in_rewrite and bare != number and bare in self.all:  # "-5" and "5 degrees below zero"
+                return True
+            signed = f"-{number}" if sign == "-" else f"{number}%"
+            if in_original and bare == number and signed in self.all:
+                return True
+        return False
 
 
 def _all_of(found: Sequence[Figure]) -> set[str]:

@@ -1,7 +1,8 @@
-"""The numbers of a text in any spelling: 10,000.50 and 10000.5, .5 and 0,5, 1 000 and 1000. Pure functions.
+"""The numbers of a text in any spelling: 10,000.50 and 10000.5, .5 and 0,5, 1 000 and 1000, 1/2 and ½.
 
 A separator either groups digits or ends the integer part. If the number alone does not show which, the
-language of the text decides, then its other numbers. Otherwise the number has both readings.
+language of the text decides, then its other numbers. Otherwise the number has both readings. A sign, a percent
+sign and a fraction bar are parts of their number; `marks` reads them. Pure functions.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from middo_jax.refinement.acceptance.marks import fractions, is_negative, is_percent, percent_as_decimal
 
 _SPACES = "\u00a0\u2009\u202f"  # spaces that separate groups of digits
 _NUMBER = re.compile(rf"(?:(?<![\w.,)\]])\.)?\d+(?:[.,'’_\u066b\u066c{_SPACES}]\d+|[ ]\d{{3}}(?!\d))*")
@@ -34,24 +37,46 @@ class Figure(NamedTuple):
     Attributes:
       plain: the likeliest reading; several numbers for a list without spaces.
       readings: all readings.
+      parts: the integers with which a fraction is written; else empty.
     """
 
     plain: tuple[str, ...]
     readings: tuple[tuple[str, ...], ...]
+    parts: tuple[str, ...] = ()
 
 
 def figures(text: str, mark: str | None = None) -> list[Figure]:
     """The numbers of a text, in order.
 
     "1. Add 10,000.50 to 2,50." -> 10000.5 and 2.5. The number of the list item does not count.
+    "It fell by 1/2 to -5 or 20%." -> 1/2 (also read as 0.5), -5 and 20% (also read as 0.2)
 
     Args:
       text: any text.
       mark: the decimal mark if it is known, see `decimal_mark`.
     """
     plain = _LIST_MARK.sub("", text)
-    found = (_readings(match.group(), mark) for match in _NUMBER.finditer(plain))
-    return [Figure(readings[0], tuple(readings)) for readings in found]
+    found = dict[int, Figure]()
+    for fraction in fractions(plain):
+        readings = [(value,) for value in fraction.values]
+        found[fraction.start] = _figure(readings, plain, fraction.start, fraction.end, fraction.parts)
+        plain = plain[: fraction.start] + "\0" * (fraction.end - fraction.start) + plain[fraction.end :]
+    for match in _NUMBER.finditer(plain):
+        readings = _readings(match.group(), mark)
+        found[match.start()] = _figure(readings, plain, match.start(), match.end())
+    return [figure for _, figure in sorted(found.items())]
+
+
+def _figure(
+    readings: list[tuple[str, ...]], text: str, start: int, end: int, parts: tuple[str, ...] = ()
+) -> Figure:
+    """A number with the sign before it and the percent sign behind it."""
+    if is_percent(text, start, end):
+        as_decimals = [(percent_as_decimal(values[0]),) for values in readings if len(values) == 1]
+        readings = [(*values[:-1], f"{values[-1]}%") for values in readings] + as_decimals
+    if is_negative(text, start):
+        readings = [(f"-{values[0]}", *values[1:]) for values in readings]
+    return Figure(readings[0], tuple(dict.fromkeys(readings)), parts)
 
 
 def decimal_mark(text: str) -> str | None:

@@ -7,6 +7,7 @@ never 0.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _SCALE = r"(?:/|out of|of|von|sur|de|su|из)"
 _NUMBER = (
     r"(?<![\d.,−-])(10(?:[.,]0+)?|[0-9](?:[.,][0-9]+)?)"
-    r"(?![\d%]|[.,]\d|\s*(?:-|–|to)\s*\d|\s*(?:percent|per cent)\b"
+    r"(?![\d%½¼¾]|[.,]\d|\s*(?:-|–|to)\s*\d|\s*(?:percent|per cent)\b"
     rf"|\s*(?:stars?|points?)?\s*{_SCALE}\s*(?!(?:10|ten)\b)(?:\d|one\b|two\b|three\b|four\b|five\b|six\b|seven\b"
     r"|twenty\b|hundred\b))"
 )
@@ -40,6 +41,7 @@ def parse_rating(text: str) -> float | None:
     Otherwise a labelled number counts first, then a number "out of 10"; of several, the last one. "On a scale
     of 0 to 10 I give it a 9" has neither: None.
     """
+    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     if _STARTS.match(text):
         first = _FIRST.match(text)
         return _value(first.group(1)) if first else None

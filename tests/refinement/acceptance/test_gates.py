@@ -63,7 +63,7 @@ GOOD = Measurement(
         ("1,000 and 1.000 and 1000", ["1000"]),
         ("2,50 or 2.5 or 10.00", ["2.5", "10"]),
         ("1. Boil 3 eggs.\n2) Peel them.", ["3"]),
-        ("COVID-19, 1st, H2O, 50%, ٣, ４", ["19", "1", "2", "50", "3", "4"]),
+        ("COVID-19, 1st, H2O, 50%, ٣, ４", ["19", "1", "2", "50%", "3", "4"]),
         ("v1.2.3 of 2019/07/14", ["1.2.3", "2019", "7", "14"]),
         ("None.", []),
     ],
@@ -76,7 +76,7 @@ def test_a_rewrite_keeps_every_number() -> None:
     assert changed_numbers("Take 15% off 120 euros.", "What is left of 120 euros after 15 percent?") is None
     assert changed_numbers("Name 3 birds.", "Name three birds and say what they eat.") is None
     assert changed_numbers("Name a bird.", "Name 5 birds.") is None
-    assert changed_numbers("Take 15% off 120.", "What is 10% of 120?") == "15 not kept"
+    assert changed_numbers("Take 15% off 120.", "What is 10% of 120?") == "15% not kept"
     assert changed_numbers("1, 2, 3, 4, 5, 6", "none") == "1, 2, 3, 4 and 2 more not kept"
 
 

@@ -1,8 +1,8 @@
 """The numbers of a text in any spelling: 10,000.50 and 10000.5, .5 and 0,5, 1 000 and 1000, 1/2 and ½.
 
 A separator either groups digits or ends the integer part. If the number alone does not show which, the
-language of the text decides, then its other numbers. Otherwise the number has both readings. A sign, a percent
-sign and a fraction bar are parts of their number; `marks` reads them. Pure functions.
+language of the text decides, then its other numbers. Otherwise the number has both readings. A sign, a
+percent sign and a fraction bar are parts of their number; `marks` reads them. Pure functions.
 """
 
 from __future__ import annotations

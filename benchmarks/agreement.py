@@ -90,7 +90,9 @@ def main() -> int:
     if any(len([m for m in s["messages"] if m["role"] == "user"]) != 1 for s in samples):
         parser.error("this comparison reads single-turn samples only")
     table = pq.read_table(arguments.scored / "scores.parquet")
-    ours_nd = np.load(arguments.scored / "embeddings.npy")
+    embedded = pq.read_table(arguments.scored / "embeddings.parquet").to_pylist()
+    embedding_of = {row["id"]: row["embedding"] for row in embedded}
+    ours_nd = np.array([embedding_of[id_] for id_ in table["id"].to_pylist()], np.float32)
     pre, _ = score(arguments.pre_model, samples)
     post, theirs_nd = score(arguments.model, samples)
 

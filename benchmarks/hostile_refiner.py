@@ -15,7 +15,6 @@ import argparse
 import collections
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -140,11 +139,8 @@ def main() -> None:
         calm, _ = measure(folder, given.samples, given.scale, faults=False)
         print(f"without faults: {calm.ledger.here.requests:,} requests in {calm.seconds:.0f} s", flush=True)
         bad, tries = measure(folder, given.samples, given.scale, faults=True)
-        load = str(TESTS / "support" / "hostile_load.py")
-        command = [sys.executable, load, str(folder / "memory.jsonl"), "1000"]
-        environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        printed = subprocess.run(command, capture_output=True, check=True, env=environment).stdout
-        memory = json.loads(printed)
+        command = [sys.executable, "-m", "support.hostile_load", str(folder / "memory.jsonl"), "1000"]
+        memory = json.loads(subprocess.run(command, cwd=TESTS, capture_output=True, check=True).stdout)
     here = bad.ledger.here
     waits = waits_s(bad, tries, given.scale, with_backoff=True)
     imposed = sum(waits_s(bad, tries, given.scale, with_backoff=False).values())

@@ -37,7 +37,8 @@ def middo(unit_nd: np.ndarray, k: int) -> Found:
     from middo_jax.parallel.mesh import make_mesh
     from middo_jax.signals.neighbours.search import nearest_neighbours
 
-    return tuple(nearest_neighbours(unit_nd, k, make_mesh()))
+    found = nearest_neighbours(unit_nd, k, make_mesh())
+    return found.index_nk, found.similarity_nk
 
 
 def compile_middo(unit_nd: np.ndarray, k: int) -> None:

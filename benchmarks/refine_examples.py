@@ -49,8 +49,9 @@ def _end(row: dict[str, Any]) -> str:
     """What a candidate is counted by: its gate, or what that found where it has several faults."""
     if row["accepted"]:
         return "accepted"
-    has_one_fault = row["gate"] is not None and len(gate(row["gate"]).feedback) == 1
-    return row["gate"] if has_one_fault else row["detail"].partition(":")[0]
+    name: str | None = row["gate"]
+    has_one_fault = name is not None and len(gate(name).feedback) == 1
+    return name if name is not None and has_one_fault else row["detail"].partition(":")[0]
 
 
 def costs(directory: RoundDir, tasks: Sequence[dict[str, Any]]) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.planting import (
@@ -194,10 +195,10 @@ def report(name: str, log_p_vn6r: np.ndarray) -> None:
     """Prints what one wording found of [version, row, column, rating]."""
     print(f"\n{name}\n\n| ROC-AUC | {' | '.join(FAULTS)} |\n|---|{'---:|' * len(FAULTS)}")
     for readout_name, readout in READOUTS.items():
-        mean_vn = np.asarray(readout(log_p_vn6r)).mean(axis=-1)
+        mean_vn = np.asarray(readout(jnp.asarray(log_p_vn6r))).mean(axis=-1)
         cells = [f"{auc(faulty, mean_vn[0]):.2f}" for faulty in mean_vn[1:]]
         print(f"| {readout_name} | {' | '.join(cells)} |")
-    expected_vn6 = np.asarray(READOUTS["expected"](log_p_vn6r))
+    expected_vn6 = np.asarray(READOUTS["expected"](jnp.asarray(log_p_vn6r)))
     mean_vn = expected_vn6.mean(axis=-1)
     lower = [f"{(faulty < mean_vn[0]).sum()}" for faulty in mean_vn[1:]]
     print(f"| lower, of {mean_vn.shape[1]} | {' | '.join(lower)} |")

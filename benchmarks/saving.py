@@ -46,7 +46,7 @@ def main() -> None:
     shardings = jax.tree.map(lambda x: x.sharding, abstract_opt_state(optimizer, params, mesh))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     n_bytes = sum(x.nbytes for x in jax.tree.leaves((params, opt_state)))
-    step = make_train_step(graphdef, optimizer, settings, 100, chunk=LENGTH, state=(params, opt_state))
+    step = make_train_step(graphdef, settings, 100, chunk=LENGTH, state=(params, opt_state))
     batch = Batch(
         *(
             jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding)

@@ -19,9 +19,10 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import openai
+from openai.types.chat import ChatCompletionMessageParam
 
 from middo_jax.refinement.endpoint.request import Messages
 from middo_jax.refinement.prompts import rewrite
@@ -49,7 +50,7 @@ async def ask_all(base_url: str, requests: list[Messages], concurrency: int, max
                 began = time.perf_counter()
                 answer = await client.chat.completions.create(
                     model=model,
-                    messages=messages,
+                    messages=cast(list[ChatCompletionMessageParam], messages),
                     temperature=0,
                     max_tokens=max_tokens,
                 )

@@ -6,6 +6,7 @@ redone, so that an interrupted run continues where it stopped, and a changed set
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from middo_jax import stages, template_date
-from middo_jax.config import Config
+from middo_jax.config import RENAMED, Config
 from middo_jax.data.example import Example
 from middo_jax.data.sources import Rejection
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
-from middo_jax.rundir import RunDir, RunError, read_jsonl, write_jsonl, write_text
+from middo_jax.rundir import RunDir, RunError, held, read_jsonl, write_jsonl, write_text
 from middo_jax.rundir.chain import Begun, Link, State, assess, chain
 from middo_jax.session import Session, prepare, read_dataset
 
@@ -84,37 +85,46 @@ def run_loop(config: Config, progress: Progress) -> RunDir:
     """Runs all rounds, or what is left of them; returns the run's folder with its report.
 
     Raises:
+      RunLocked: another process writes into the folder.
       RunError: the folder holds a run of the previous version.
       ValueError, RuntimeError: whatever stage fails says what to do; what was done stays done. What can be
         known before the first stage is raised before the folder is made or changed.
     """
-    run, began = RunDir(Path(config.runs_dir) / config.name), time.monotonic()
-    config = template_date.pin(config, [run.config])
-    plan = _checked(run, Session(config, progress))
-    if run.config.exists() and run.round(0).stages():
-        run.log("resume")
-    write_text(run.config, config.to_yaml())
-    numbered, number = sum(link.name != PREPARE for link in plan.links), 0
-    for stage in (Stage(link, FUNCTIONS[link.name]) for link in plan.links):
-        is_done = stage.is_done(config)
-        if stage.link.name == PREPARE:
-            if not is_done:
-                stage.do(plan)
-            continue
-        number += 1
-        where = f"[{number}/{numbered}] {stage.link.where}"
-        if is_done:
-            progress.say(f"{where}: done before")
-            continue
-        progress.say(where)
-        event = {"round": stage.link.folder.path.name, "stage": stage.link.name}
-        run.log("start", **event)
-        stage.do(plan)
-        run.log("done", **event)
+    run = RunDir(Path(config.runs_dir) / config.name)
+    with held(run.path, progress.say):
+        _run(run, Session(template_date.pin(config, [run.config]), progress))
+    return run
+
+
+def _run(run: RunDir, session: Session) -> None:
+    config, progress, began = session.config, session.progress, time.monotonic()
+    with contextlib.ExitStack() as checked:
+        checked.enter_context(session.stage())  # what the checks tokenize is the first training's
+        plan = _checked(run, session)
+        if run.config.exists() and run.round(0).stages():
+            run.log("resume")
+        write_text(run.config, config.to_yaml())
+        numbered, number = sum(link.name != PREPARE for link in plan.links), 0
+        for stage in (Stage(link, FUNCTIONS[link.name]) for link in plan.links):
+            is_done = stage.is_done(config)
+            if stage.link.name == PREPARE:
+                if not is_done:
+                    stage.do(plan)
+                continue
+            number += 1
+            where = f"[{number}/{numbered}] {stage.link.where}"
+            if is_done:
+                progress.say(f"{where}: done before")
+                continue
+            progress.say(where)
+            event = {"round": stage.link.folder.path.name, "stage": stage.link.name}
+            run.log("start", **event)
+            stage.do(plan)
+            run.log("done", **event)
+            checked.close()
     build(run)
     run.log("report")
     progress.say(f"done in {duration(time.monotonic() - began)}")
-    return run
 
 
 def _checked(run: RunDir, session: Session) -> Plan:
@@ -155,11 +165,16 @@ def _refuse_previous_version(run: RunDir) -> None:
     for directory in (*run.rounds(), run.final):
         for name, record in directory.stages().items():
             if "settings" not in record:
-                raise RunError(
-                    f"{run.path} was made by an earlier version of middo-jax: its record of "
-                    f"{directory.path.name} {name} does not say what was read. `middo report`, `status` and "
-                    "`trace` still read it; give this run another name (name=...)"
-                )
+                why = "does not say what was read"
+            elif old := sorted(RENAMED.keys() & record["settings"].keys()):
+                why = f"names {old[0]}, which is now {RENAMED[old[0]]}"
+            else:
+                continue
+            raise RunError(
+                f"{run.path} was made by an earlier version of middo-jax: its record of "
+                f"{directory.path.name} {name} {why}. `middo report`, `status` and `trace` still read it; "
+                "give this run another name (name=...)"
+            )
 
 
 def _prepare(plan: Plan, link: Link) -> None:
@@ -188,7 +203,7 @@ def _score(plan: Plan, link: Link) -> None:
 
 
 def _select(plan: Plan, link: Link) -> None:
-    stages.select_stage(plan.session, link.folder)
+    stages.select_stage(plan.session.config, link.folder)
 
 
 def _refine(plan: Plan, link: Link) -> None:

@@ -1,4 +1,4 @@
-"""The quickstart's settings, data and model, found wherever the package is installed."""
+"""Finds the quickstart's settings, data and model, in an installed package or in a clone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG, DATA = "quickstart.yaml", "quickstart_data.jsonl"
 
 
 def shipped() -> Path:
-    """The folder that holds CONFIG and DATA: in a wheel inside the package, in a clone beside it."""
+    """The folder with CONFIG and DATA: inside the package in a wheel, next to the package in a clone."""
     package = Path(str(importlib.resources.files("middo_jax")))
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

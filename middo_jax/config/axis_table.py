@@ -12,7 +12,8 @@ from typing import Literal
 
 from pydantic.fields import FieldInfo
 
-from middo_jax.config.settings import Config, Threshold
+from middo_jax.config.axes import AxisSettings, Threshold
+from middo_jax.config.settings import Config
 
 TaskOp = Literal["simplify", "rewrite", "synthesize"]
 _NAMES_OF_ROWS = frozenset({"id", "all"})  # of a column of selection.parquet, of an entry of its overlaps
@@ -107,7 +108,8 @@ def axis_names() -> tuple[str, ...]:
 
 def threshold_of(config: Config, name: str) -> Threshold:
     """Where an axis selects; its default if it was entered after these settings were made."""
-    return getattr(config, name, Threshold())
+    settings: AxisSettings = getattr(config, name, AxisSettings())
+    return settings.threshold
 
 
 def enter(row: Axis) -> None:
@@ -131,7 +133,7 @@ def enter(row: Axis) -> None:
             "it; give 'rewrite' or None"
         )
     _TABLE.append(row)
-    Config.__pydantic_fields__[row.name] = FieldInfo.from_annotated_attribute(Threshold, Threshold())
+    Config.__pydantic_fields__[row.name] = FieldInfo.from_annotated_attribute(AxisSettings, AxisSettings())
     Config.model_rebuild(force=True)
 
 

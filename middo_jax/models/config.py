@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import AutoConfig
+
 from middo_jax.models.families import families, family
 
 # Fields of any family that would change what is computed, and the one value that is.
@@ -211,8 +213,6 @@ def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> Deco
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """All fields as transformers reads them, the RoPE parameters in the form of version 5."""
-    from transformers import AutoConfig
-
     for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
         if not isinstance(config.get(field), int):  # no default of a class can be right for these
             raise UnsupportedModel(f"config.json: {field} is missing or no whole number")

@@ -1,4 +1,4 @@
-"""Refining: selected samples through a served chat model, and what passes the gates into the dataset.
+"""Refining: a served chat model rewrites selected samples; rewrites that pass the gates enter the dataset.
 
 requests = prompts.requests(model, settings, seed)
 client = ChatClient(requests, base_url, AnswerCache(path))

@@ -1,8 +1,8 @@
-"""report.html: one page that shows a run. It is made from the run's folder alone and needs no network.
+"""report.html: one page about a run. It is made from the run's folder alone and needs no network.
 
-The page is a function of the files: it reads no clock, and each figure is in a file or computed from files.
-Where a value is in no file yet, the page says so. Jinja or `plots.element` escapes every text, and the page's
-own policy allows only the script in the template, by its hash.
+The page depends on the files only, not on the time. Values that are in no file yet are marked as missing.
+Jinja or `plots.element` escapes every text, and the page's content security policy allows only the template's
+script, by its hash.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ import yaml
 from markupsafe import Markup
 
 from middo_jax.data.example import Example
+from middo_jax.progress import duration
 from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
 from middo_jax.report.axes import ShownAxis, shown_axes
 from middo_jax.report.costs import costs
 from middo_jax.report.curves import heldout_curves, training_curves
 from middo_jax.report.effects import RESAMPLES
-from middo_jax.report.lineage import read_scores
+from middo_jax.report.lineage import score_rows
 from middo_jax.report.status import (
     FINAL_STAGES,
     ROUND_STAGES,
     count_rows,
-    duration,
     load_json,
     load_jsonl,
     load_settings,
@@ -49,8 +49,8 @@ from middo_jax.version import __version__
 OPS = {"simplify": "simplified", "rewrite": "rewritten", "synthesize": "synthesized"}
 Axes = Mapping[str, ShownAxis]
 STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES))
-MAX_DIFF_CELLS = 1_000_000  # words before x words after; difflib needs about a second for more
-MIN_KEPT_WORDS = 0.2  # texts that share fewer words are not an edit of each other, so no word is marked
+MAX_DIFF_CELLS = 1_000_000  # words before x words after; above it difflib needs more than about a second
+MIN_KEPT_WORDS = 0.2  # texts that share fewer words are not edits of each other, so no word is marked
 
 # Characters that a browser would not show as they are: line separators, which end a line in scripts; control
 # characters, which HTML forbids; lone surrogates, which UTF-8 cannot encode.
@@ -63,7 +63,7 @@ def build(run: RunDir) -> Path:
     """Writes report.html, whole or not at all, and returns its path.
 
     Raises:
-      RunError: the folder does not exist or is no run's, or a file in it cannot be read.
+      RunError: the folder does not exist or is not a run's, or a file in it cannot be read.
     """
     require_run(run)
     write_text(run.report, page(run))
@@ -71,10 +71,10 @@ def build(run: RunDir) -> Path:
 
 
 def page(run: RunDir) -> str:
-    """The page's text; see `build`."""
+    """The text of the page, see `build`."""
     state, settings = status(run), load_settings(run)
     folders = [RoundDir(run.path / r["name"]) for r in state["rounds"]]
-    scores = [read_scores(folder) for folder in folders]
+    scores = [score_rows(folder) for folder in folders]
     axes = shown_axes(load_json(folder.selection) for folder in folders)
     rounds = [
         {**facts, **_round(folder, scores[i], scores[i + 1] if i + 1 < len(scores) else {}, settings, axes)}
@@ -128,7 +128,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _time(state: dict[str, Any]) -> dict[str, Any]:
-    """Seconds by stage over all rounds, and the strip that shows them; total None if no stage is done."""
+    """Seconds per stage over all rounds, and their plot; `total` is None if no stage is done."""
     done = [
         (stage, s)
         for r in [*state["rounds"], state["final"]]
@@ -145,7 +145,7 @@ def _time(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _heldout(models: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    """The plot, and the rows of the table: each later model's change against base and against round_00."""
+    """The plot, and the rows of the table: each model's change against base and against round_00."""
     known = {m["name"]: m["loss"] for m in models if m["loss"] is not None}
     names, references = list(known), ("base", "round_00")
 
@@ -176,7 +176,7 @@ def _round(
     settings: dict[str, Any],
     axes: Axes,
 ) -> dict[str, Any]:
-    """What the page shows of one round, beyond what `status` returns."""
+    """The page's values about one round, besides those that `status` returns."""
     selection = load_json(folder.selection)
     sets = selection["axes"] if selection else {}
     tasks = load_jsonl(folder.refined)
@@ -217,8 +217,8 @@ def _set_plot(selection: dict[str, Any], axes: Axes) -> Markup:
 def _score_plots(
     scores: dict[str, dict[str, Any]], sets: dict[str, Any], settings: dict[str, Any], axes: Axes
 ) -> dict[str, Any]:
-    """One plot per axis, with the samples of selection.json coloured; None where nothing was scored."""
-    # Those thresholds apply to losses without the length's share, not to the losses that are plotted.
+    """One plot per axis, with the samples of selection.json in colour; None for an axis without scores."""
+    # With normalised losses the thresholds do not apply to the losses in the plot.
     normalised = settings.get("complexity", {}).get("normalise", "none") != "none"
     is_log_odds = settings.get("quality", {}).get("score") == "log_odds"
     found: dict[str, Any] = {}
@@ -235,10 +235,8 @@ def _score_plots(
         if axis == "complexity" and normalised:
             limits = [None, None]
         if len(columns) == 2:
-            pair = values[:, 0], values[:, 1]
-            plot = plots.scatter(
-                heading, *pair, chosen, (labels[0], labels[1]), (limits[0], limits[1]), colour
-            )
+            points = plots.Points(values[:, 0], values[:, 1], chosen)
+            plot = plots.scatter(heading, points, (labels[0], labels[1]), (limits[0], limits[1]), colour)
         else:
             label = "quality, log-odds of a good rating" if axis == "quality" and is_log_odds else labels[0]
             plot = plots.histogram(
@@ -287,7 +285,7 @@ def _colour(axes: tuple[str, ...], shown: Axes) -> str:
 
 
 def _verdicts(tasks: list[dict[str, Any]], shown: Axes) -> dict[str, Any]:
-    """Accepted and rejected by the axes that asked for the rewrite."""
+    """Accepted and rejected rewrites by the axes that selected the sample."""
     rows = []
     for axes in sorted({_axes(t) for t in tasks}):
         group = [t for t in tasks if _axes(t) == axes]
@@ -318,10 +316,11 @@ def _rewrite(
     later: dict[str, dict[str, Any]],
     shown: Axes,
 ) -> dict[str, Any]:
-    """One accepted rewrite as the page shows it: texts, marked words, hints, scores before and after."""
+    """The page's values about one accepted rewrite: texts, marked words, hints, scores before and after."""
     original, example = Example.from_json(task["original"]), Example.from_json(task["example"])
     before = scores.get(original.id) or example.lineage.scores_before or {}
-    # Measured under the same model where possible; else under the next round's, which was trained on it.
+    # Under the same model if the gates measured it, otherwise under the next round's, which was trained on
+    # it.
     measured = {c: v for c, v in (example.lineage.scores_after or {}).items() if v is not None}
     after = {**later.get(example.id, {}), **measured}
     compare = word_diff if task["replaces"] else lambda a, b: ([(False, a)], [(False, b)])
@@ -349,8 +348,8 @@ Spans = list[tuple[bool, str]]
 def word_diff(before: str, after: str) -> tuple[Spans, Spans]:
     """Splits both texts into (changed, text) spans by a diff of their words; the spans join to the text.
 
-    White space belongs to the unchanged spans beside it. Texts that share under a fifth of their words are
-    returned unmarked, and so are texts that are too long to compare.
+    White space belongs to the unchanged spans next to it. Texts that share less than a fifth of their words,
+    and texts that are too long to compare, are returned unmarked.
 
     word_diff("a red fox", "a fox ran")  ->  [(F, "a "), (T, "red"), (F, " fox")], [(F, "a fox "), (T, "ran")]
     """
@@ -358,7 +357,7 @@ def word_diff(before: str, after: str) -> tuple[Spans, Spans]:
     plain = ([(False, before)], [(False, after)])
     if math.prod(len(w) for w in words) > MAX_DIFF_CELLS:
         return plain
-    # All white space is the same token, so that re-wrapped text is unchanged.
+    # All white space is one token, so that re-wrapped text counts as unchanged.
     tokens = [[" " if w.isspace() else w for w in ws] for ws in words]
     matcher = difflib.SequenceMatcher(lambda w: w == " ", *tokens, autojunk=False)
     kept = [False] * len(words[0]), [False] * len(words[1])

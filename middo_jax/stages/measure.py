@@ -8,18 +8,23 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from middo_jax.data.example import Example
+from middo_jax.models.model import Model
+from middo_jax.refinement import Outcome
+from middo_jax.refinement.acceptance.candidate import Measurement
+from middo_jax.refinement.acceptance.measured import cosines
 from middo_jax.rundir import RoundDir, RunError
 from middo_jax.session import Session
+from middo_jax.signals.embeddings import read_embeddings, require_embeddings
+from middo_jax.signals.judge.rubrics import quality
+from middo_jax.signals.neighbours.search import nearest_neighbours
+from middo_jax.signals.table import read_scores
+from middo_jax.stages.passes import Passes, raw_prompts
 from middo_jax.stages.ratings import ratings
-from middo_jax.stages.score import Passes, raw_prompts
-
-if TYPE_CHECKING:
-    from middo_jax.models.model import Model
-    from middo_jax.refinement import Outcome
-    from middo_jax.refinement.acceptance.candidate import Measurement
 
 
 def scored_model(directory: RoundDir) -> Path:
@@ -44,6 +49,7 @@ def scored_as(directory: RoundDir) -> str:
     A measurement of a rewrite is of use only to scores that have the same name. The embeddings alone would
     not tell: with diversity.embedder=pre they are the same under every model that is trained.
     """
+    require_embeddings(directory.embeddings)
     record = directory.stages()["score"]
     inputs = {role: known["hash"] for role, known in record.get("inputs", {}).items()}
     decisive = [
@@ -76,13 +82,6 @@ class UnderTraining:
 
     def measure(self, outcomes: Sequence[Outcome]) -> list[Measurement]:
         """All but the rating of each outcome's child: losses and embeddings in one pass, then neighbours."""
-        import numpy as np
-
-        from middo_jax.refinement.acceptance.candidate import Measurement
-        from middo_jax.refinement.acceptance.measured import cosines
-        from middo_jax.signals.neighbours.search import nearest_neighbours
-        from middo_jax.signals.table import read_scores
-
         children = [outcome.example for outcome in outcomes if outcome.example is not None]
         rows = {row["id"]: row for row in read_scores(self._directory.scores).to_pylist()}
         place = {id_: i for i, id_ in enumerate(rows)}
@@ -96,14 +95,14 @@ class UnderTraining:
             model = self._embedder or self._loaded
             embedding_md = self._scored("embeddings of rewrites", model, embedded).embedding_nd
         k = k or self._session.config.diversity.k
-        dataset_nd = np.load(self._directory.embeddings, mmap_mode="r", allow_pickle=False)
-        source_m = np.array([place[outcome.task.source.id] for outcome in outcomes])
+        dataset_nd = read_embeddings(self._directory.embeddings, list(rows))
+        source_m = np.array([place[outcome.task.original.id] for outcome in outcomes])
         similarity_m = cosines(embedding_md, dataset_nd[source_m])
         # One more than k: a rewrite's own original, which it replaces, is no neighbour of it.
         found = nearest_neighbours(dataset_nd, k + 1, self._session.mesh, query_md=embedding_md)
         measured = []
         for i, outcome in enumerate(outcomes):
-            replaces, core = outcome.task.op != "synthesize", rows[outcome.task.source.id]
+            replaces, core = outcome.task.op != "synthesize", rows[outcome.task.original.id]
             near = found.similarity_nk[i][(found.index_nk[i] != source_m[i]) | (not replaces)][:k]
             similarity = _finite(similarity_m[i])
             measured.append(
@@ -120,8 +119,6 @@ class UnderTraining:
 
     def rate(self, examples: list[Example]) -> list[float | None]:
         """The judge's q of each, None where it could not be read."""
-        from middo_jax.signals.judge.rubrics import quality
-
         return [_finite(q) for q in quality(ratings(self._session, self._loaded, examples)[0])]
 
 

@@ -45,6 +45,7 @@ def deferred_stops() -> Iterator[StopCheck]:
     Where several processes train, all have to stop at the same step: there JAX's preemption service listens
     for SIGTERM and says which step that is, and Ctrl-C, on which nobody could agree, stops at once.
     """
+    # Not at the top: the command line reads EXIT_PREEMPTED, and `middo select` loads no JAX.
     import jax
     from jax.experimental import multihost_utils
 

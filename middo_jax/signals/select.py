@@ -152,8 +152,8 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, SelectionFile]:
 
     Returns:
       The contents of selection.parquet, see `schema`, and of selection.json: thresholds, counts, ids,
-      overlap, the number of samples that each m would select, and the number of samples with equal prompts (None
-      without prompt hashes).
+      overlap, the number of samples that each m would select, and the number of samples with equal prompts
+      (None without prompt hashes).
     """
     ids = np.asarray(table["id"].to_pylist(), object)
     facts: dict[str, AxisFacts] = {}

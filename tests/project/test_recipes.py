@@ -146,11 +146,11 @@ def test_the_gate_rejects_and_its_setting_opens_it() -> None:
         assert found.feedback is not None
         assert "contained a link" in found.feedback
         assert verdict("The forecast for the whole week says that it will be sunny.") is None
-        assert verdict(linked, "refine.gates.no_link=false") is None
+        assert verdict(linked, "refine.gates.open=[no_link]") is None
     finally:
         gate_table.unregister("no_link")
-    with pytest.raises(ConfigError, match="no_link is not a setting"):
-        load(None, [*NEEDED, "refine.gates.no_link=false"])
+    with pytest.raises(ConfigError, match="no gate called"):
+        load(None, [*NEEDED, "refine.gates.open=[no_link]"])
 
 
 # An axis
@@ -195,7 +195,7 @@ def test_the_axis_is_scored_selected_and_refined(tmp_path: Path) -> None:
         rf"^unlearnt +{count} of {len(rows)}  m [\d.]+  loss_fall < ", render_selection(chosen.facts), re.M
     )
 
-    tasks = {task.source.id: task for task in plan_refinement(files)}
+    tasks = {task.original.id: task for task in plan_refinement(files)}
     assert tasks.keys() == worst | set(chosen.ids("complexity"))
     hard = set(chosen.ids("complexity"))
     assert {task.axes for id_, task in tasks.items() if id_ in worst - hard} == {("progress",)}
@@ -324,7 +324,7 @@ def test_a_format_without_a_place_for_weights_is_not_given_answers_that_have_one
     try:
         formats.register("pairs", form)
         assert formats.to_rows([EXAMPLE], "pairs") == [{"id": EXAMPLE.id, "q": "Why?", "a": "So."}]
-        with pytest.raises(DataError, match="pairs has no place for answers of weight 0"):
+        with pytest.raises(DataError, match="pairs has no field for answers of weight 0"):
             formats.to_rows([unlearnt], "pairs")
     finally:
         formats.unregister("pairs")

@@ -1,7 +1,10 @@
 # make quickstart   sets everything up, closes the loop once on a small real model, ends with report.html
 # make test         sets everything up, runs the tests
 # make lint         format, lint, types, and the layers of the package
-.PHONY: quickstart test lint clean
+# make docs         checks that the pages made by scripts are up to date, and runs the code of docs/
+# make wheel        builds dist/*.whl
+# make wheel-smoke  builds it, installs it into a fresh environment of $(PYTHON), and tries it there
+.PHONY: quickstart test lint docs wheel wheel-smoke clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,12 +12,24 @@ BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct
 # A torch that is already in reach of pip is used by the tests that compare with it.
 TEST_EXTRAS ?= dev
+# Versions of jax to test with, such as JAX='==0.10.0'.
+JAX ?=
 
 quickstart: $(MODEL)/config.json
 	$(BIN)/middo run configs/quickstart.yaml
 
 test: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/project $(PYTEST_ARGS)
+
+wheel: $(BIN)/python
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+wheel-smoke: wheel
+	.ci/wheel_smoke $(PYTHON) dist/*.whl
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -37,11 +52,11 @@ $(VENV)/.demo: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(TEST_EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(TEST_EXTRAS)]' $(if $(JAX),'jax$(JAX)')
 	touch $@
 
 $(MODEL)/config.json: $(VENV)/.demo
 	$(BIN)/python -m middo_jax.models.gguf demo $(MODEL)
 
 clean:
-	rm -rf $(VENV) models runs .cache
+	rm -rf $(VENV) models runs .cache dist

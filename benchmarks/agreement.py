@@ -1,7 +1,7 @@
 """Does `middo score` say what a plain transformers and torch loop says? Prints a table; fails if not.
 
     middo score --data alpaca.json --model MODEL --pre-model PRE --out scored data.limit=200
-    python benchmarks/agreement.py scored --model MODEL --pre-model PRE
+    python -m benchmarks agreement scored --model MODEL --pre-model PRE
 
 The other side is as plain as can be: one example a forward pass, whole logits, the chat template applied by
 transformers, brute-force neighbours by scikit-learn, the three sets from the formulas. It shares no code with
@@ -90,7 +90,9 @@ def main() -> int:
     if any(len([m for m in s["messages"] if m["role"] == "user"]) != 1 for s in samples):
         parser.error("this comparison reads single-turn samples only")
     table = pq.read_table(arguments.scored / "scores.parquet")
-    ours_nd = np.load(arguments.scored / "embeddings.npy")
+    embedded = pq.read_table(arguments.scored / "embeddings.parquet").to_pylist()
+    embedding_of = {row["id"]: row["embedding"] for row in embedded}
+    ours_nd = np.array([embedding_of[id_] for id_ in table["id"].to_pylist()], np.float32)
     pre, _ = score(arguments.pre_model, samples)
     post, theirs_nd = score(arguments.model, samples)
 

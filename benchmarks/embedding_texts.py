@@ -1,6 +1,6 @@
 """How far `diversity.text` decides what is sparse: the prompt within its conversation, or alone as published.
 
-    python benchmarks/embedding_texts.py --data alpaca.json --model TUNED data.limit=2000
+    python -m benchmarks embedding_texts --data alpaca.json --model TUNED data.limit=2000
 
 Both embeddings of every row under one model, the neighbours in each space, and how far they agree: rank
 correlation (Spearman) of the mean similarities s, rows that have the same nearest neighbours, and the overlap
@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from middo_jax.config import Threshold, load
+from middo_jax.config import Deviations, Fraction, load
 from middo_jax.models.resolve import resolve
 from middo_jax.models.source import locate
 from middo_jax.passes.losses import score_examples
@@ -23,15 +23,15 @@ from middo_jax.session import Session, prepare
 from middo_jax.signals.neighbours.nearest import Neighbours
 from middo_jax.signals.neighbours.search import nearest_neighbours
 from middo_jax.signals.select import select_axis
-from middo_jax.stages.score import raw_prompts
+from middo_jax.stages.passes import raw_prompts
 
-THRESHOLDS = (Threshold(m=1.0), Threshold(fraction=0.05), Threshold(fraction=0.1))
+THRESHOLDS = (Deviations(m=1.0), Fraction(fraction=0.05), Fraction(fraction=0.1))
 
 
 def spearman(a_n: np.ndarray, b_n: np.ndarray) -> float:
     """Correlation of the ranks; of equal values the earlier has the lower one."""
-    ranks = [np.argsort(np.argsort(values, kind="stable")) for values in (a_n, b_n)]
-    return float(np.corrcoef(ranks)[0, 1])
+    a_rank_n, b_rank_n = (np.argsort(np.argsort(values, kind="stable")) for values in (a_n, b_n))
+    return float(np.corrcoef(a_rank_n, b_rank_n)[0, 1])
 
 
 def main() -> None:
@@ -89,7 +89,10 @@ def main() -> None:
     for threshold in THRESHOLDS:
         a, b = (select_axis({"s": s_n}, -1, threshold).selected for s_n in similarity.values())
         chance = a.sum() * b.sum() / len(a)
-        by = f"m = {threshold.m:g}" if threshold.m is not None else f"fraction {threshold.fraction:g}"
+        if isinstance(threshold, Deviations):
+            by = f"m = {threshold.m:g}"
+        else:
+            by = f"fraction {threshold.fraction:g}"
         print(
             f"| {by} | {a.sum()} | {b.sum()} | {(a & b).sum()} | {(a & b).sum() / max((a | b).sum(), 1):.2f} "
             f"| {chance / (a.sum() + b.sum() - chance):.2f} |"

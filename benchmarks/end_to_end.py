@@ -1,6 +1,6 @@
 """A whole fine-tuning, checked from outside: the loss falls, the export is the model, torch ends where we do.
 
-    python benchmarks/end_to_end.py --model models/SmolLM2-135M-Instruct --data alpaca.json --out end_to_end
+    python -m benchmarks end_to_end --model models/SmolLM2-135M-Instruct --data alpaca.json --out end_to_end
 
 1. ours: `train` on --rows rows, all weights or, with --rank, adapters; held-out loss every --every steps.
 2. The export, opened in transformers, has the held-out loss that we computed.
@@ -26,7 +26,7 @@ import torch
 from markupsafe import Markup
 from transformers import AutoModelForCausalLM
 
-from middo_jax.config import LoraSettings, TrainSettings
+from middo_jax.config import AdamW, LoraSettings, TrainSettings
 from middo_jax.data.sources import read
 from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, tokenize
 from middo_jax.evaluation.heldout import row_losses, total
@@ -38,8 +38,10 @@ from middo_jax.progress import Silent
 from middo_jax.report.plots import Line, lines
 from middo_jax.rundir import read_jsonl
 from middo_jax.training.evaluations import Evaluation
-from middo_jax.training.feed import plan_training
+from middo_jax.training.hooks import on_metrics
+from middo_jax.training.metrics import StepMetrics
 from middo_jax.training.optimizer import learning_rate_schedule
+from middo_jax.training.plan import TrainingPlan, plan_training
 from middo_jax.training.sft import train
 
 CHUNK = 512
@@ -145,18 +147,13 @@ def train_ours(
         found = total(row_losses([e.id for e in heldout], scores.loss_n, scores.n_targets_n))
         return Evaluation(found.loss, found.n_target_tokens, {})
 
+    def show(metrics: StepMetrics) -> None:
+        print(f"ours, step {metrics.step} of {metrics.total_steps}: {metrics.loss:.4f}", flush=True)
+
     before = evaluate(model).loss
-    trained = train(
-        model,
-        trained_on,
-        settings,
-        seed=SEED,
-        pack_length=arguments.length,
-        out_dir=arguments.out / "run",
-        chunk=CHUNK,
-        on_step=lambda m: print(f"ours, step {m.step} of {m.total_steps}: {m.loss:.4f}", flush=True),
-        evaluate=evaluate,
-    )
+    plan = TrainingPlan(trained_on, settings, SEED, arguments.length)
+    out = arguments.out / "run"
+    trained = train(model, plan, out, chunk=CHUNK, evaluate=evaluate, hooks=[on_metrics(show)])
     hf.export(merge_adapters(trained), arguments.model, arguments.out / "export", "float32")
     return before, start
 
@@ -175,7 +172,7 @@ def train_torch(
 
         model = PeftModel.from_pretrained(model, str(start), is_trainable=True)
     learnt = [p for p in model.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(learnt, betas=(settings.beta1, settings.beta2), weight_decay=0.0)
+    adamw = torch.optim.AdamW(learnt, betas=AdamW().betas, weight_decay=0.0)
     plan = plan_training(trained_on, settings, SEED, arguments.length)
     schedule = learning_rate_schedule(settings, len(plan))
     for number, step in enumerate(plan, 1):

@@ -1,9 +1,9 @@
 """How exactly is each family loaded, packed and exported, and what does loading cost? Prints two tables.
 
-    python benchmarks/families.py
-    python benchmarks/families.py --model models/SmolLM2-135M-Instruct --model models/gemma-3-270m-it
+    python -m benchmarks families
+    python -m benchmarks families --model models/SmolLM2-135M-Instruct --model models/gemma-3-270m-it
 
-The first is over tiny random models of every family (tests/tiny_model.py): the largest difference of our
+The first is over tiny random models of every family (tests/support): the largest difference of our
 float32 logits and gradients from transformers', of packed from unpacked, and of the exported model, in
 transformers, from our own forward, after all parameters were changed. The second is over the models that are
 given: seconds to load in float32, and the process's peak memory beyond the parameters. Needs torch (the
@@ -28,8 +28,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from forward import forward
-from tiny_model import FAMILIES, write_tiny_model
+from support.forward import forward
+from support.tiny_model import FAMILIES, write_tiny_model
 
 from middo_jax.models.config import read_config
 from middo_jax.models.hf import export, load, tensor_table

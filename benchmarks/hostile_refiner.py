@@ -1,6 +1,6 @@
-"""A refiner's endpoint on a bad day, in real time: about 5,000 tries against tests/hostile_server.py.
+"""A refiner's endpoint on a bad day, in real time: about 5,000 tries against tests/support/hostile_server.py.
 
-    python benchmarks/hostile_refiner.py [--samples 1650] [--scale 1]
+    python -m benchmarks hostile_refiner [--samples 1650] [--scale 1]
 
 The same samples without faults, then with all of them, over real sockets and with the server in a process of
 its own; then a process with 1,000 requests in flight. Prints what happened, and fails if a sample was lost or
@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-from hostile_load import REFUSALS, Load, check, run_load, served  # noqa: E402
-from hostile_server import (  # noqa: E402
+from support.hostile_load import REFUSALS, Load, check, run_load, served  # noqa: E402
+from support.hostile_server import (  # noqa: E402
     LOADING_S,
     OVERLOAD_S,
     RETRY_AFTER_S,
@@ -139,8 +139,8 @@ def main() -> None:
         calm, _ = measure(folder, given.samples, given.scale, faults=False)
         print(f"without faults: {calm.ledger.here.requests:,} requests in {calm.seconds:.0f} s", flush=True)
         bad, tries = measure(folder, given.samples, given.scale, faults=True)
-        command = [sys.executable, str(TESTS / "hostile_load.py"), str(folder / "memory.jsonl"), "1000"]
-        memory = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        command = [sys.executable, "-m", "support.hostile_load", str(folder / "memory.jsonl"), "1000"]
+        memory = json.loads(subprocess.run(command, cwd=TESTS, capture_output=True, check=True).stdout)
     here = bad.ledger.here
     waits = waits_s(bad, tries, given.scale, with_backoff=True)
     imposed = sum(waits_s(bad, tries, given.scale, with_backoff=False).values())

@@ -1,6 +1,6 @@
 """Seconds and host memory of loading and exporting a sharded checkpoint of 3 GB. Prints a table.
 
-    python benchmarks/loading.py
+    python -m benchmarks loading
 
 It generates random weights of the Llama-3.2-1B shape with an untied head (bfloat16, files of at most 1 GB) in
 a temporary directory, then loads them in a fresh process each: on one device, and on eight simulated ones.

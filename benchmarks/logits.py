@@ -1,6 +1,6 @@
 """How far are our float32 logits from transformers', and how far is either from float64? Prints a table.
 
-    python benchmarks/logits.py --model models/SmolLM2-135M-Instruct
+    python -m benchmarks logits --model models/SmolLM2-135M-Instruct
 
 One row a text: rows of configs/quickstart_data.jsonl joined to about the wanted length. Needs torch (the
 `parity` extra).

@@ -1,7 +1,7 @@
 """Exact nearest neighbours: ours beside faiss, scikit-learn and the whole matrix in numpy. Prints a table.
 
-    python benchmarks/neighbours.py
-    python benchmarks/neighbours.py --samples 300000 --sides middo --rounds 1      # memory
+    python -m benchmarks neighbours
+    python -m benchmarks neighbours --samples 300000 --sides middo --rounds 1      # memory
 
 Random unit vectors, every hundredth a copy of another. The sides take turns, each time in a fresh process
 that first searches a small part, so that programs are compiled and threads are awake; seconds are those of
@@ -37,7 +37,8 @@ def middo(unit_nd: np.ndarray, k: int) -> Found:
     from middo_jax.parallel.mesh import make_mesh
     from middo_jax.signals.neighbours.search import nearest_neighbours
 
-    return tuple(nearest_neighbours(unit_nd, k, make_mesh()))
+    found = nearest_neighbours(unit_nd, k, make_mesh())
+    return found.index_nk, found.similarity_nk
 
 
 def compile_middo(unit_nd: np.ndarray, k: int) -> None:

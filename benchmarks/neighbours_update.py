@@ -1,6 +1,6 @@
 """Neighbours after a round's edit, frozen embeddings: an update beside a search from scratch. Prints a table.
 
-    python benchmarks/neighbours_update.py --samples 50000 --replaced 0.02 0.05 0.1
+    python -m benchmarks neighbours_update --samples 50000 --replaced 0.02 0.05 0.1
 
 Random unit vectors; each time that share of the rows is replaced and half as many are added at the end, as
 the loop does. "Products" are dot products of two vectors, of N (N - 1) / 2 that a search from scratch takes.

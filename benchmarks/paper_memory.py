@@ -1,7 +1,7 @@
 """Does a published training fit the hardware that its config is for? Compiles its step and prints bytes.
 
-    python benchmarks/paper_memory.py                                  # both models, every TPU slice
-    python benchmarks/paper_memory.py llama-3.1-8b alpaca v5e-64       # one of them
+    python -m benchmarks paper_memory                                  # both models, every TPU slice
+    python -m benchmarks paper_memory llama-3.1-8b alpaca v5e-64       # one of them
 
 Nothing is allocated and no chip is needed: shapes with shardings go through the real TPU compiler (the `tpu`
 extra), and what it says of the program is printed. A step's memory does not depend on the dataset but for the
@@ -67,12 +67,12 @@ def compile_step(shape: DecoderConfig, config: Config, topology: str) -> jax.sta
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     sizes = [getattr(config.mesh, axis) for axis in MESH_AXES]
     mesh = Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    settings, length = config.train, config.train.pack_length or config.model.max_length
+    settings, length = config.train, config.model.max_length
     model = abstract_model(shape, mesh, settings.param_dtype)
     optimizer = make_optimizer(settings, STEPS)
     state = model.params, abstract_opt_state(optimizer, model.params, mesh)
     chunk = config.scoring.unembed_chunk
-    step = make_train_step(model.graphdef, optimizer, settings, STEPS, chunk=chunk, state=state)
+    step = make_train_step(model.graphdef, settings, STEPS, chunk=chunk, state=state)
     with jax.set_mesh(mesh):
         return step.lower(*state, Params({}), abstract_batch(settings, length, mesh)).compile()
 
@@ -89,6 +89,7 @@ def main() -> int:
         config, (topology, chip) = paper_config(model, dataset, hardware), SLICES[hardware]
         began = time.perf_counter()
         memory = compile_step(SHAPES[model], config, topology).memory_analysis()
+        assert memory is not None  # a TPU's compiler tells
         # Donated arguments come out again in the same place.
         used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         fits &= used < chip

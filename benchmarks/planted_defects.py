@@ -1,6 +1,6 @@
 """Do the three signals find bad data? Known faults in clean rows, a short fine-tuning, what each axis says.
 
-    python benchmarks/planted_defects.py --data alpaca.json --foreign gsm8k_test.jsonl \\
+    python -m benchmarks planted_defects --data alpaca.json --foreign gsm8k_test.jsonl \\
         --model models/SmolLM2-135M-Instruct --out defects
 
 Every seed has a folder of its own: rows drawn and faults planted (see planting.py, 5 % of each), a model
@@ -34,8 +34,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from planting import FAULTS, SHARE, from_gsm8k, plant
 
+from benchmarks.planting import FAULTS, SHARE, from_gsm8k, plant
 from middo_jax.data.example import Example, Message
 from middo_jax.data.sources import read
 from middo_jax.data.tokenize import load_tokenizer, tokenize, tokenize_prompt
@@ -109,7 +109,7 @@ def middo(*words: str) -> None:
 
 def detectors(folder: Path) -> dict[str, Detector]:
     """Badness and selection of every detector but length, rows as in scores.parquet."""
-    from middo_jax.config import Threshold
+    from middo_jax.config import Deviations
     from middo_jax.signals.select import Standardised, at_mean_length, select_axis
     from middo_jax.signals.table import as_floats, read_scores
 
@@ -120,7 +120,7 @@ def detectors(folder: Path) -> dict[str, Detector]:
 
     def detector(columns: dict[str, np.ndarray], sign: int) -> Detector:
         z = [sign * Standardised.of(values).z for values in columns.values()]
-        return np.minimum.reduce(z), select_axis(columns, sign, Threshold(m=RULE_M)).selected
+        return np.minimum.reduce(z), select_axis(columns, sign, Deviations(m=RULE_M)).selected
 
     found = {
         "complexity": detector(losses, 1),
@@ -159,6 +159,13 @@ def measure(detector: Detector, faulty: np.ndarray, clean: np.ndarray) -> Figure
     }
 
 
+def number(figures: Figures, name: str) -> float:
+    """A figure that no detector is without."""
+    value = figures[name]
+    assert value is not None, name
+    return value
+
+
 def evaluate(folder: Path) -> dict[str, dict[str, Figures]]:
     """Figures by fault and detector, of one seed."""
     from middo_jax.signals.table import read_scores
@@ -172,14 +179,14 @@ def evaluate(folder: Path) -> dict[str, dict[str, Figures]]:
         twins = {twin for id_, twin in labels["twin"].items() if labels["fault"][id_] == fault}
         clean = (fault_n == "") & ~np.isin(ids, list(twins))
         row = {name: measure(detector, fault_n == fault, clean) for name, detector in found.items()}
-        row["length"] = max(row.pop("long"), row.pop("short"), key=lambda figures: figures["auc"])
+        row["length"] = max(row.pop("long"), row.pop("short"), key=lambda figures: number(figures, "auc"))
         result[fault] = row
     return result
 
 
 def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Figures]:
     """The tuned model's `expected` and `sample` of the first rows, each after a first pass over two rows."""
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata
 
     from middo_jax.config import load
     from middo_jax.inference import engine as inference
@@ -204,8 +211,10 @@ def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Fig
     result: dict[str, Figures] = {}
     rated: dict[str, np.ndarray] = {}
     for method in ("expected", "sample"):
-        settings = (f"model.path={arguments.model}", "data.path=none", f"quality.method={method}")
-        more = (f"quality.m={RULE_M}", f"quality.max_new_tokens={MAX_NEW_TOKENS}")
+        settings = (f"model.path={arguments.model}", "data.path=none", f"quality.m={RULE_M}")
+        more = [f"quality.method={method}"]
+        if method == "sample":
+            more.append(f"quality.max_new_tokens={MAX_NEW_TOKENS}")
         session = Session(load(None, (*settings, *more, *SETTINGS)), for_stderr())
         model = session.load_model(folder / "tuned" / "checkpoint")
         with mock.patch.object(inference, "Engine", Recording):
@@ -230,7 +239,11 @@ def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Fig
         ],
     }
     # None where all ratings of one side are equal: then there is no order to agree on.
-    ranks = {name: float(spearmanr(*pair).statistic) for name, pair in pairs.items() if len(pair[0]) > 1}
+    ranks = {
+        name: float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+        for name, (a, b) in pairs.items()
+        if len(a) > 1
+    }
     result["agreement"] = {name: rho if np.isfinite(rho) else None for name, rho in ranks.items()}
     return result
 
@@ -245,13 +258,13 @@ def table(title: str, seeds: Sequence[dict[str, Any]], cell: Callable[[list[Figu
 
 def auc_cell(figures: list[Figures]) -> str:
     """The mean over the seeds, and each of them."""
-    values = [figure["auc"] for figure in figures]
+    values = [number(figure, "auc") for figure in figures]
     return f"{statistics.mean(values):.2f} ({' '.join(f'{value:.2f}' for value in values)})"
 
 
 def selection_cell(figures: list[Figures]) -> str:
     """Precision / recall, means over the seeds that have them."""
-    known = [[f[name] for f in figures if f[name] is not None] for name in ("precision", "recall")]
+    known = [[v for f in figures if (v := f[name]) is not None] for name in ("precision", "recall")]
     return " / ".join(f"{statistics.mean(values):.0%}" if values else "none" for values in known)
 
 
@@ -282,7 +295,8 @@ def main() -> None:
     print(f"\nOf a detector that knows nothing the mean has a standard deviation of {by_chance:.3f}.\n")
     print(table("precision / recall", seeds, selection_cell))
     shares = {
-        name: [seed[FAULTS[0]][name]["selected_share"] for seed in seeds] for name in seeds[0][FAULTS[0]]
+        name: [number(seed[FAULTS[0]][name], "selected_share") for seed in seeds]
+        for name in seeds[0][FAULTS[0]]
     }
     shown = ", ".join(
         f"{name} {statistics.mean(values):.0%}" for name, values in shares.items() if name != "length"

@@ -3,7 +3,7 @@
     middo score --data alpaca.json --model TUNED --pre-model BASE --out scored data.limit=200
     middo select scored {complexity,diversity,quality}.m=null {complexity,diversity,quality}.fraction=0.4
     middo refine scored refine.base_url=http://127.0.0.1:8000/v1 refine.model=NAME
-    python benchmarks/refine_examples.py scored
+    python -m benchmarks refine_examples scored
 
 With these fractions nearly every row is worked on. The ten pairs are chosen by a rule that nobody can bend:
 the accepted rewrites whose ids, the SHA-256 of their text, are smallest. Reads the folder only. The seconds
@@ -49,8 +49,9 @@ def _end(row: dict[str, Any]) -> str:
     """What a candidate is counted by: its gate, or what that found where it has several faults."""
     if row["accepted"]:
         return "accepted"
-    has_one_fault = row["gate"] is not None and len(gate(row["gate"]).feedback) == 1
-    return row["gate"] if has_one_fault else row["detail"].partition(":")[0]
+    name: str | None = row["gate"]
+    has_one_fault = name is not None and len(gate(name).feedback) == 1
+    return name if name is not None and has_one_fault else row["detail"].partition(":")[0]
 
 
 def costs(directory: RoundDir, tasks: Sequence[dict[str, Any]]) -> str:

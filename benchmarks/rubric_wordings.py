@@ -1,6 +1,6 @@
 """Do the judge's ratings say so little for the rubric's wording, or for how they are read? Prints tables.
 
-    python benchmarks/rubric_wordings.py --data alpaca.json --model models/SmolLM2-135M-Instruct
+    python -m benchmarks rubric_wordings --data alpaca.json --model models/SmolLM2-135M-Instruct
 
 Clean rows stand in five versions each: as they are, with another's response, with the prompt's words
 shuffled, with the response cut, and with its numbers wrong (see planting.py). The model rates them all by
@@ -27,9 +27,17 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from planting import MIN_PROMPT_WORDS, MIN_RESPONSE_WORDS, cut, has_numbers, shuffled, with_other_numbers
 
+from benchmarks.planting import (
+    MIN_PROMPT_WORDS,
+    MIN_RESPONSE_WORDS,
+    cut,
+    has_numbers,
+    shuffled,
+    with_other_numbers,
+)
 from middo_jax.config import load
 from middo_jax.data.example import Example, Message
 from middo_jax.data.sources import read
@@ -187,10 +195,10 @@ def report(name: str, log_p_vn6r: np.ndarray) -> None:
     """Prints what one wording found of [version, row, column, rating]."""
     print(f"\n{name}\n\n| ROC-AUC | {' | '.join(FAULTS)} |\n|---|{'---:|' * len(FAULTS)}")
     for readout_name, readout in READOUTS.items():
-        mean_vn = np.asarray(readout(log_p_vn6r)).mean(axis=-1)
+        mean_vn = np.asarray(readout(jnp.asarray(log_p_vn6r))).mean(axis=-1)
         cells = [f"{auc(faulty, mean_vn[0]):.2f}" for faulty in mean_vn[1:]]
         print(f"| {readout_name} | {' | '.join(cells)} |")
-    expected_vn6 = np.asarray(READOUTS["expected"](log_p_vn6r))
+    expected_vn6 = np.asarray(READOUTS["expected"](jnp.asarray(log_p_vn6r)))
     mean_vn = expected_vn6.mean(axis=-1)
     lower = [f"{(faulty < mean_vn[0]).sum()}" for faulty in mean_vn[1:]]
     print(f"| lower, of {mean_vn.shape[1]} | {' | '.join(lower)} |")

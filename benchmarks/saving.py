@@ -1,6 +1,6 @@
 """How long a save holds up a training, against the steps between two saves.
 
-    python benchmarks/saving.py --model DIR [--steps 3] [--save-every 50]
+    python -m benchmarks saving --model DIR [--steps 3] [--save-every 50]
 
 A state of the model's size (weights and AdamW's moments in float32) is saved as a training would,
 synchronously and asynchronously; a step is one row of 256 tokens a device: any real one is longer, and the
@@ -46,7 +46,7 @@ def main() -> None:
     shardings = jax.tree.map(lambda x: x.sharding, abstract_opt_state(optimizer, params, mesh))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     n_bytes = sum(x.nbytes for x in jax.tree.leaves((params, opt_state)))
-    step = make_train_step(graphdef, optimizer, settings, 100, chunk=LENGTH, state=(params, opt_state))
+    step = make_train_step(graphdef, settings, 100, chunk=LENGTH, state=(params, opt_state))
     batch = Batch(
         *(
             jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding)

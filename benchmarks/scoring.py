@@ -1,6 +1,6 @@
 """`middo score` beside the published pipeline's scoring in PyTorch, the same rows and weights. Prints tables.
 
-    python benchmarks/scoring.py --peer published_pass.py --data alpaca.json \
+    python -m benchmarks scoring --peer PEER.py --data alpaca.json \
         --model TUNED --pre-model models/SmolLM2-135M-Instruct --out scoring.json
 
 The parts are
@@ -10,9 +10,10 @@ The parts are
   long        --long-rows rows, joined to nearly 2,048 tokens each;
   judge       ratings of the first --judge-rows rows: ours expected, the peer's from --max-new tokens each.
 
-The peer is a script that is called as PEER --pre DIR --post DIR --data FILE --limit N --out FILE, or with
---judge --max-new K behind it. It computes losses under both models, then embeddings, then ratings, and prints
-one JSON line: real_tokens and computed_tokens of a pass, and seconds by phase.
+The peer is a script of your own; there is none in this repository. It is called as PEER --pre DIR --post DIR
+--data FILE --limit N --out FILE, or with --judge --max-new K behind it. It computes losses under both models,
+then embeddings, then ratings, and prints one JSON line: real_tokens and computed_tokens of a pass, and
+seconds by phase.
 
 The sides take turns, each time as a process of its own: ours is the command that a user gives, and its
 seconds by pass are those of its manifest. "Computing" is losses under both models and embeddings, less
@@ -42,9 +43,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scoring_rows import forward_flops, join_to, log_normal
-from scoring_sides import LONGEST, Turn, measure_rate, ours, peer
 
+from benchmarks.scoring_rows import forward_flops, join_to, log_normal
+from benchmarks.scoring_sides import LONGEST, Turn, measure_rate, ours, peer
 from middo_jax.data.example import Example
 from middo_jax.data.sources import read, write
 from middo_jax.data.tokenize import load_tokenizer, tokenize

@@ -1,4 +1,7 @@
-"""The processes of `scoring.py`: `middo score`, the peer, and the rate of a matrix product."""
+"""The processes of `scoring.py`: `middo score`, the peer, and the rate of a matrix product.
+
+python -m benchmarks scoring_sides models/SmolLM2-135M-Instruct       # prints the rate alone
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ import numpy as np
 from middo_jax.models.config import read_config
 from middo_jax.models.parameters import parameters
 from middo_jax.rundir import RoundDir
+from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.table import as_floats, read_scores
 
 LONGEST = 2048  # tokens of a row
@@ -106,7 +110,7 @@ def ours(arguments: argparse.Namespace, data: Path, scratch: Path, judging: bool
         real=sum(f["real_tokens"] for f in of_text) / sum(f["computed_tokens"] for f in of_text),
         shapes=sum(facts["shapes"] for facts in passes.values()),
         found={name: as_floats(scores, name) for name in ("loss_pre", "loss_post", "n_target_tokens")}
-        | {"embedding": np.load(out.embeddings, allow_pickle=False)},
+        | {"embedding": read_embeddings(out.embeddings, scores["id"].to_pylist())},
     )
 
 

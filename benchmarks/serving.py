@@ -2,7 +2,7 @@
 
     middo serve models/SmolLM2-135M-Instruct --port 8000 serve.max_batch=32 model.dtype=float32
     python -m llama_cpp.server --model SmolLM2-135M-Instruct.Q4_1.gguf --n_ctx 2048 --port 8001
-    python benchmarks/serving.py --server ours=http://127.0.0.1:8000/v1 \
+    python -m benchmarks serving --server ours=http://127.0.0.1:8000/v1 \
         --server llama.cpp=http://127.0.0.1:8001/v1
 
 The servers are asked in turn, each concurrency `--repeats` times; what is printed are medians. The requests
@@ -19,9 +19,10 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import openai
+from openai.types.chat import ChatCompletionMessageParam
 
 from middo_jax.refinement.endpoint.request import Messages
 from middo_jax.refinement.prompts import rewrite
@@ -49,7 +50,7 @@ async def ask_all(base_url: str, requests: list[Messages], concurrency: int, max
                 began = time.perf_counter()
                 answer = await client.chat.completions.create(
                     model=model,
-                    messages=messages,
+                    messages=cast(list[ChatCompletionMessageParam], messages),
                     temperature=0,
                     max_tokens=max_tokens,
                 )

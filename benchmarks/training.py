@@ -1,6 +1,6 @@
 """Our training step beside a transformers and torch step on a CPU: the same examples a step. Prints tables.
 
-    python benchmarks/training.py --model models/SmolLM2-135M-Instruct --data alpaca.json
+    python -m benchmarks training --model models/SmolLM2-135M-Instruct --data alpaca.json
 
 The parts are
   alpaca  steps of rows of --data, in shuffled order, as `middo train` plans them;
@@ -39,9 +39,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from scoring_sides import matmul_rate
 from transformers import AutoModelForCausalLM
 
+from benchmarks.scoring_sides import matmul_rate
 from middo_jax.config import TrainSettings
 from middo_jax.data.packing import PackedBatch, pack
 from middo_jax.data.sources import read
@@ -49,9 +49,9 @@ from middo_jax.data.tokenize import TokenizedExample, load_tokenizer, tokenize
 from middo_jax.models import hf
 from middo_jax.models.model import Params
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.training.feed import PlannedStep, longest_example, plan_epoch
 from middo_jax.training.flops import training_flops
 from middo_jax.training.optimizer import make_optimizer
+from middo_jax.training.plan import PlannedStep, longest_example, plan_epoch
 from middo_jax.training.step import make_train_step, put_batch
 
 # A step of a side: its number -> loss before the update.
@@ -204,9 +204,7 @@ def our_step(model: str, settings: TrainSettings, batches: Sequence[PackedBatch]
     graphdef, params = loaded.graphdef, loaded.params
     optimizer = make_optimizer(settings, len(batches))
     state = params, jax.device_put(optimizer.init(params), jax.devices()[0])
-    run = make_train_step(
-        graphdef, optimizer, settings, len(batches), chunk=512, state=state, longest=longest
-    )
+    run = make_train_step(graphdef, settings, len(batches), chunk=512, state=state, longest=longest)
 
     def step(number: int) -> float:
         nonlocal state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from middo_jax.config.gates import Gate, Switch, gates
+from middo_jax.config.gates import Gate, Switch, gate, gates
 
 PAGE = Path(__file__).parent / "refine.md"
 BEGIN = "<!-- gates: made from middo_jax/config/gates.py by `python docs/make_gates.py` -->\n"
@@ -33,10 +33,12 @@ def table() -> str:
 
 
 def _setting(row: Gate) -> str:
-    if isinstance(row.switch, Switch):
-        default = str(row.switch.default).lower()
-        return f"`refine.gates.{row.name}={default}`"
-    return "" if row.switch is None else f"`refine.gates.{row.switch}`"
+    if row.setting is None:
+        return ""
+    switch = gate(row.setting).switch
+    if isinstance(switch, Switch) and switch.has_bar:
+        return f"`refine.gates.{row.setting}={switch.default}`"
+    return f"`refine.gates.open=[{row.setting}]`"
 
 
 if __name__ == "__main__":

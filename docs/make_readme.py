@@ -25,8 +25,9 @@ from typing import Any
 
 import yaml
 
+from middo_jax.progress import duration
 from middo_jax.report.build import build
-from middo_jax.report.status import duration, status
+from middo_jax.report.status import status
 from middo_jax.rundir import RunDir, write_json, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +63,7 @@ def record(run: RunDir, log: str, note: str = "") -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "jax": importlib.metadata.version("jax")},
         "inputs": inputs(),
         "transcript": transcript(log),
-        "loop": _found(r"^done in (\S+)$", log),
+        "loop": _found(r"^done in (.+)$", log),
         "seconds": _seconds(_found(r"Elapsed \(wall clock\) time .*: ([\d:.]+)$", log)),
         "cpu_seconds": sum(
             float(_found(rf"{of} time \(seconds\): ([\d.]+)$", log)) for of in ("User", "System")

@@ -6,11 +6,11 @@ import inspect
 import sys
 import typing
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pydantic
 
-from middo_jax.config import RESULTLESS, Config, Effect, marks
+from middo_jax.config import RESULTLESS, Config, Effect, Leaf, leaves
 
 
 def page() -> str:
@@ -20,48 +20,80 @@ def page() -> str:
         "# Settings\n\nGiven in YAML, or last on the command line as `group.name=value`.\n"
         "Made from `middo_jax/config/` by `python docs/make_settings.py`.\n\n"
         "The third column says what a setting affects. After a change, `middo run` redoes the stages that "
-        f"depend on it, and no others. {resultless} affect no result: nothing is redone.\n"
+        f"depend on it, and no others. {resultless} affect no result: nothing is redone.\n\n"
+        "*Only with* names the alternative that a setting is part of; with another one it is an error. "
+        "*Either ... or*: only one of them can be given; given later, it takes the place of the other.\n"
     ]
-    plain = {n: f for n, f in Config.model_fields.items() if not _is_group(f)}
-    parts.append("## At the top\n\n" + _table("", plain))
-    for name, field in Config.model_fields.items():
-        if _is_group(field):
-            parts.append(_group(name, field.annotation))
+    of_group: dict[str, list[Leaf]] = {}
+    for leaf in leaves():
+        of_group.setdefault(_group_of(leaf.name), []).append(leaf)
+    parts.append("## At the top\n\n" + _table(of_group.pop("")))
+    for name, rows in of_group.items():
+        docstring = inspect.cleandoc(_class_of(name).__doc__ or "")
+        parts.append(f"## {name}\n\n{docstring}\n\n{_table(rows)}")
     return "\n".join(parts)
 
 
-def _group(name: str, group: type[pydantic.BaseModel]) -> str:
-    fields = {n: f for n, f in group.model_fields.items() if not _is_group(f)}
-    nested = [_group(f"{name}.{n}", f.annotation) for n, f in group.model_fields.items() if _is_group(f)]
-    return "\n".join(
-        [f"## {name}\n\n{inspect.cleandoc(group.__doc__ or '')}\n\n{_table(f'{name}.', fields)}", *nested]
-    )
+def _group_of(name: str) -> str:
+    """The group of a setting; the settings of an alternative are shown in the group around it."""
+    groups = name.split(".")[:-1]
+    while groups and not _is_group(_annotation(groups)):
+        groups.pop()
+    return ".".join(groups)
 
 
-def _is_group(field: typing.Any) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel)
+def _class_of(name: str) -> type[pydantic.BaseModel]:
+    group = _annotation(name.split("."))
+    assert _is_group(group)
+    return group
 
 
-def _table(prefix: str, fields: dict[str, typing.Any]) -> str:
-    rows = ["| setting | default | affects | |", "|---|---|---|---|"]
-    for name, field in fields.items():
-        default = "*required*" if field.is_required() else f"`{_yaml(field.default)}`"
-        choices = (
-            typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+def _annotation(groups: list[str]) -> Any:
+    found: Any = Config
+    for part in groups:
+        found = found.model_fields[part].annotation
+    return found
+
+
+def _is_group(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)
+
+
+def _table(rows: list[Leaf]) -> str:
+    lines = ["| setting | default | affects | |", "|---|---|---|---|"]
+    for leaf in rows:
+        default = (
+            "*required*" if leaf.field.is_required() and not leaf.excludes else f"`{_yaml(leaf.default)}`"
         )
-        text = field.description or ""
-        if choices and not all(str(choice) in text for choice in choices):
-            text = f"{', '.join(f'`{choice}`' for choice in choices)}. {text}"
-        rows.append(f"| `{prefix}{name}` | {default} | {_effects(prefix + name)} | {text.strip()} |")
-    return "\n".join(rows) + "\n"
+        if leaf.alternative is not None:
+            default = f"`{_yaml(leaf.field.default)}`"
+        lines.append(f"| `{leaf.name}` | {default} | {_effects(leaf)} | {_description(leaf)} |")
+    return "\n".join(lines) + "\n"
 
 
-def _effects(name: str) -> str:
-    mark = dict(marks())[name]
-    return ", ".join(e for e in get_args(Effect) if mark and e in mark.effects)
+def _description(leaf: Leaf) -> str:
+    annotation, text = leaf.field.annotation, leaf.field.description or ""
+    choices = get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
+    if choices and not all(str(choice) in text for choice in choices):
+        text = f"{', '.join(f'`{choice}`' for choice in choices)}. {text}".strip()
+    if leaf.alternative is not None:
+        by, value = leaf.alternative
+        text = f"*Only with `{by}: {value}`.* {text}"
+    if leaf.excludes:
+        text = f"*Either this or {', '.join(f'`{name}`' for name in leaf.excludes)}.* {text}"
+    return text
+
+
+def _effects(leaf: Leaf) -> str:
+    found = []
+    for effect, condition in leaf.mark.effects.items() if leaf.mark else ():
+        found.append(effect if condition is None else f"{effect} (with `{condition[0]}: {condition[1]}`)")
+    return ", ".join(found)
 
 
 def _yaml(value: object) -> str:
+    if isinstance(value, pydantic.BaseModel):
+        return _yaml(value.model_dump())
     if isinstance(value, tuple):
         return f"[{', '.join(map(_yaml, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

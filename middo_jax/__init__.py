@@ -17,20 +17,22 @@ from typing import TYPE_CHECKING, Any
 from middo_jax.version import __version__
 
 if TYPE_CHECKING:
-    from middo_jax.api import evaluate, export, load_config, refine, run, score, select, train
+    from middo_jax.api import evaluate, export, refine, run, score, train
     from middo_jax.config import Config, ConfigError
     from middo_jax.data.sources import DataError, Rejection
     from middo_jax.evaluation.heldout import HeldoutLoss
     from middo_jax.results import Exported, Refined, Run, Scores, Selection, Trained
     from middo_jax.rundir import RunError
+    from middo_jax.selecting import load_config, select
 
 _MODULES = {
-    "middo_jax.api": "evaluate export load_config refine run score select train",
+    "middo_jax.api": "evaluate export refine run score train",
     "middo_jax.config": "Config ConfigError",
     "middo_jax.data.sources": "DataError Rejection",
     "middo_jax.evaluation.heldout": "HeldoutLoss",
     "middo_jax.results": "Exported Refined Run Scores Selection Trained",
     "middo_jax.rundir": "RunError",
+    "middo_jax.selecting": "load_config select",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -1,46 +1,40 @@
 """The verbs behind both the commands and Python: each takes values, returns values and prints nothing.
 
-Progress goes to stderr. `import middo_jax` has these functions without importing this module; this module
-imports nothing of JAX before a function needs it, so that `select` works without.
+Progress goes to stderr. `import middo_jax` has these functions without importing this module, which loads
+JAX; `select` is in `selecting`, which does not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
 
 from middo_jax import stages
 from middo_jax.config import Config, SettingsLike, layers_of, load
+from middo_jax.config.axis_table import axes as axis_rows
+from middo_jax.config.axis_table import axis_names
+from middo_jax.data.example import Example
+from middo_jax.data.own_columns import own_columns
 from middo_jax.data.sources import Rejection, UserRows
+from middo_jax.evaluation.heldout import HeldoutLoss
+from middo_jax.loop import run_loop
+from middo_jax.models.resolve import resolve
+from middo_jax.parallel.coordination import barrier
 from middo_jax.progress import for_stderr
-from middo_jax.results import Exported, Refined, Run, Scores, Selection, Trained
-from middo_jax.rundir import RoundDir, RunDir, RunError, local, read_jsonl, write_jsonl, write_text
+from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
+from middo_jax.report.status import status
+from middo_jax.results import Exported, Refined, Run, Scores, Trained
+from middo_jax.rundir import RoundDir, RunDir, RunError, held, local, read_jsonl, write_jsonl, write_text
+from middo_jax.selecting import PathLike, load_config
 from middo_jax.session import Session, prepare, read_data, session_for, session_of, write_dataset
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from middo_jax.data.example import Example
-    from middo_jax.evaluation.heldout import HeldoutLoss
-
-AXES = stages.AXES
-PathLike = str | os.PathLike[str]
-
-
-def load_config(path: PathLike | None = None, settings: SettingsLike = None) -> Config:
-    """Reads a YAML file of settings and lays others over it; see docs/settings.md for all of them.
-
-    Args:
-      path: the file; None starts from the defaults.
-      settings: {"train.learning_rate": 1e-4, "complexity": {"fraction": 0.05}}, or texts as a command takes
-        them: ["train.learning_rate=1e-4"].
-
-    Raises:
-      ConfigError: an unknown setting (with the nearest valid name), a wrong type or range, no such file.
-    """
-    return load(None if path is None else Path(path), layers_of(settings))
+from middo_jax.signals.axes import computed_names
+from middo_jax.signals.table import SCHEMA, with_columns
+from middo_jax.stages.score import measure
 
 
 def run(config: Config | PathLike, settings: SettingsLike = None) -> Run:
@@ -54,9 +48,6 @@ def run(config: Config | PathLike, settings: SettingsLike = None) -> Run:
       ValueError: a wrong setting, or data that cannot be used.
       RunError: the folder holds a run of an earlier version.
     """
-    from middo_jax.loop import run_loop
-    from middo_jax.report.status import status
-
     if isinstance(config, Config):
         config = load(None, [*layers_of(config), *layers_of(settings)])
     else:
@@ -67,17 +58,19 @@ def run(config: Config | PathLike, settings: SettingsLike = None) -> Run:
 
 def quickstart(settings: SettingsLike = None) -> tuple[Path, list[str | Mapping[str, Any]]]:
     """What `run` takes for the loop on a small model and the rows that ship with the package."""
-    from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
-
-    here = {"model.path": demo_model(), "data.path": str(shipped() / DATA)}
-    return shipped() / CONFIG, [here, *layers_of(settings)]
+    layers = layers_of(settings)
+    data, nowhere = {"data.path": str(shipped() / DATA)}, {"model.path": ""}
+    own = load(shipped() / CONFIG, [data, nowhere, *layers]).model.path
+    # The demo model is looked for, and downloaded, only if the settings name no other.
+    here = {**data, "model.path": own or demo_model()}
+    return shipped() / CONFIG, [here, *layers]
 
 
 def score(
     rows: Any,
     model: PathLike,
     pre_model: PathLike | None = None,
-    axes: Collection[str] = AXES,
+    axes: Collection[str] | None = None,
     *,
     keep_columns: Collection[str] | None = None,
     out: PathLike | None = None,
@@ -90,78 +83,39 @@ def score(
         or a Hugging Face Dataset. The columns tell the format (`data.format`).
       model: a Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf file or a hub repo id.
       pre_model: the model before training, for `loss_pre`. None leaves that empty, and no sample can be hard.
-      axes: what to measure, of complexity, diversity and quality.
+      axes: what to measure, of complexity, diversity, quality and registered axes; None is all.
       keep_columns: which of the user's columns come back; None is all that hold scalars only.
-      out: a folder that gets dataset.jsonl, scores.parquet, embeddings.npy and the manifest, for `select` and
-        `middo refine`. None writes nothing.
+      out: a folder that gets dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select`
+        and `middo refine`. None writes nothing.
       settings: see `load_config`; or a Config, of which the model and the data are replaced.
 
     Raises:
       ValueError: an unknown axis, a wrong setting, or data that cannot be used; the message says which.
+      RunLocked: another process writes into `out`.
     """
-    from middo_jax.models.resolve import resolve
-    from middo_jax.signals.table import with_columns
-
+    axes = axis_names() if axes is None else axes
     require_axes(axes)
     place = None if out is None else local(Path(out))
     model_path = resolve(os.fspath(model))
-    session = session_for(model_path, _path(rows), settings, place)
-    data = read_data(session, None if _path(rows) else rows)
-    kept, _, rejections = prepare(session, data)
-    own = _own_columns(data, kept, keep_columns)
-    if pre_model is None and "complexity" in axes:
-        session.progress.say(
-            "no --pre-model (pre_model in Python): loss_pre stays empty, and no sample can be called hard"
-        )
-    pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
-    if place is None:
-        scored = stages.measure(session, kept, model_path, pre_path, axes)
-        table = with_columns(scored.table, own)
-    else:
-        stages.check_embedder(session, pre_path, axes)
-        directory = _begin(session, place, kept, rejections)
-        scored = stages.score_stage(session, directory, model_path, pre_path, axes, own=own)
-        table = scored.table
+    with contextlib.nullcontext() if place is None else held(place):
+        session = session_for(model_path, _path(rows), settings, place)
+        data = read_data(session, None if _path(rows) else rows)
+        kept, _, rejections = prepare(session, data)
+        own = _own_columns(data, kept, keep_columns)
+        if pre_model is None and "complexity" in axes:
+            session.progress.say(
+                "no --pre-model (pre_model in Python): loss_pre stays empty, and no sample can be called hard"
+            )
+        pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
+        if place is None:
+            scored = measure(session, kept, model_path, pre_path, axes)
+            table = with_columns(scored.table, own)
+        else:
+            stages.check_embedder(session, pre_path, axes)
+            directory = _begin(session, place, kept, rejections)
+            scored = stages.score_stage(session, directory, model_path, pre_path, axes, own=own)
+            table = scored.table
     return Scores(table, scored.embedding_nd, rejections, scored.facts["passes"])
-
-
-def select(
-    scores: Scores | pa.Table | PathLike,
-    *,
-    complexity: Mapping[str, Any] | None = None,
-    diversity: Mapping[str, Any] | None = None,
-    quality: Mapping[str, Any] | None = None,
-    settings: SettingsLike = None,
-) -> Selection:
-    """The hard, sparse and low-quality samples of scores. Needs neither a model nor JAX.
-
-    Args:
-      scores: of `score`, or their table; or the folder that `score` or a round of a run wrote, whose
-        config.yaml then holds what is not given here, and which gets selection.json and selection.parquet.
-      complexity: {"m": 1.5}, standard deviations from the mean, or {"fraction": 0.05}, the share of the
-        samples; without either, m is 1.
-      diversity: the same.
-      quality: the same.
-      settings: others, see `load_config`.
-
-    Raises:
-      ValueError: a wrong setting, or a table that holds no scores.
-      RunError: the folder holds no scores.
-    """
-    from middo_jax.signals.select import select as select_of
-    from middo_jax.signals.table import as_scores, read_scores
-
-    given = {"complexity": complexity, "diversity": diversity, "quality": quality}
-    # The thresholds lie over the settings, which may hold others.
-    layers = [*layers_of(settings), {axis: dict(of) for axis, of in given.items() if of is not None}]
-    if isinstance(scores, str | os.PathLike):
-        directory = RoundDir(Path(scores))
-        facts = stages.select_stage(session_of(directory.path, layers), directory)
-        table = read_scores(directory.scores)
-    else:
-        table = as_scores(scores.table if isinstance(scores, Scores) else scores, "the table of scores")
-        _, facts = select_of(table, load(None, [{"model.path": "none", "data.path": "none"}, *layers]))
-    return Selection(_flagged(table, facts), facts)
 
 
 def refine(folder: PathLike, *, settings: SettingsLike = None) -> Refined:
@@ -174,12 +128,14 @@ def refine(folder: PathLike, *, settings: SettingsLike = None) -> Refined:
       settings: laid over its config.yaml, such as {"refine.base_url": URL, "refine.model": NAME}.
 
     Raises:
+      RunLocked: another process writes into the folder.
       RunError: the folder holds no selection.
       RefinerError: the endpoint fails for all requests alike; what it answered is kept.
     """
     session, directory = session_of(Path(folder), settings), RoundDir(Path(folder))
-    stages.refine_round(session, directory)
-    return merged(session, directory)
+    with held(directory.path):
+        stages.refine_round(session, directory)
+        return merged(session, directory)
 
 
 def merged(session: Session, directory: RoundDir) -> Refined:
@@ -200,24 +156,25 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
 
     Raises:
       ValueError: a wrong setting, or data that cannot be used.
+      RunLocked: another process writes into the folder.
       AnotherTraining: the folder holds another training; it stays as it was.
       RunError: the folder is a run's.
       TrainingDiverged, OutOfMemory: the message says what to do.
     """
-    from middo_jax.models.resolve import resolve
-
     place, model_path = local(Path(out)), resolve(os.fspath(model))
-    session = session_for(model_path, _path(rows), settings, place)
-    data = read_data(session, None if _path(rows) else rows)
-    kept, heldout, rejections = prepare(session, data)
-    stages.check_training(session, kept, heldout)
-    stages.check_continues(session, RoundDir(place), kept)
-    directory = _begin(session, place, kept, rejections)
-    stages.train_stage(session, directory, model_path, heldout)
-    loss = None
-    if heldout:
-        loss = stages.HeldOut(session, heldout).loss(session.load_model(directory.checkpoint))
-    return Trained(directory.checkpoint, read_jsonl(directory.metrics), loss)
+    with held(place):
+        session = session_for(model_path, _path(rows), settings, place)
+        data = read_data(session, None if _path(rows) else rows)
+        kept, heldout, rejections = prepare(session, data)
+        with session.stage():  # checks, training and the loss at its end read the same conversations
+            stages.check_training(session, kept, heldout)
+            stages.check_continues(session, RoundDir(place), kept)
+            directory = _begin(session, place, kept, rejections)
+            stages.train_stage(session, directory, model_path, heldout)
+            loss = None
+            if heldout:
+                loss = stages.HeldOut(session, heldout).loss(session.load_model(directory.checkpoint))
+        return Trained(directory.checkpoint, read_jsonl(directory.metrics), loss)
 
 
 def evaluate(rows: Any, model: PathLike, *, settings: SettingsLike = None) -> HeldoutLoss:
@@ -231,8 +188,6 @@ def evaluate(rows: Any, model: PathLike, *, settings: SettingsLike = None) -> He
     Raises:
       ValueError: a wrong setting, or data that cannot be used.
     """
-    from middo_jax.models.resolve import resolve
-
     path = resolve(os.fspath(model))
     session = session_for(path, _path(rows), settings)
     examples, _, _ = prepare(session, read_data(session, None if _path(rows) else rows))
@@ -271,8 +226,8 @@ def export(
 
 def require_axes(axes: Collection[str], name: str = "axes") -> None:
     """Raises ValueError if one of them is unknown; `name` is what the user calls them."""
-    if unknown := [axis for axis in axes if axis not in AXES]:
-        raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(AXES)}")
+    if unknown := [axis for axis in axes if axis not in axis_names()]:
+        raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(axis_names())}")
 
 
 def _path(rows: Any) -> str | None:
@@ -281,12 +236,8 @@ def _path(rows: Any) -> str | None:
 
 
 def _own_columns(data: UserRows, kept: list[Example], wanted: Collection[str] | None) -> pa.Table:
-    from middo_jax.data.own_columns import own_columns
-    from middo_jax.signals.select import SETS
-    from middo_jax.signals.table import SCHEMA
-
     row_of = {example.id: row for example, row in zip(data.examples, data.rows, strict=True)}
-    taken = {*SCHEMA.names, *SETS.values()}
+    taken = {*SCHEMA.names, *computed_names(), *(row.set_name for row in axis_rows())}
     return own_columns(kept, [row_of[example.id] for example in kept], wanted, taken)
 
 
@@ -302,20 +253,5 @@ def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Re
     write_text(out / "config.yaml", session.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)
+    barrier("dataset: written")  # all processes of a job read it next
     return directory
-
-
-def _flagged(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:
-    """The table with a column for each of the three sets; joined by id."""
-    import pyarrow as pa
-
-    from middo_jax.signals.select import SETS
-
-    for axis, name in SETS.items():
-        column = pa.nulls(len(table), pa.bool_())
-        if axis in facts["axes"]:
-            chosen = set(facts["axes"][axis]["ids"])
-            column = pa.array([id_ in chosen for id_ in table["id"].to_pylist()], pa.bool_())
-        at = table.schema.get_field_index(name)
-        table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
-    return table

@@ -1,4 +1,7 @@
-"""The commands: parse, call, print. Results go to stdout, progress to stderr; heavy imports wait."""
+"""The commands: parse, call, print. Results go to stdout, progress goes to stderr.
+
+Imports are inside the functions, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -23,16 +27,18 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Closed-loop data optimisation for LLM fine-tuning. Any setting can be given last, as a.b=value.",
+    help="Closed-loop data optimisation for LLM fine-tuning. Settings come last, as a.b=value.",
 )
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[a.b=c]...", help="Settings, or YAML files of some; the last wins."),
+    typer.Argument(
+        metavar="[a.b=c]...", help="Settings or YAML files of settings; later ones take precedence."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Data = Annotated[str, typer.Option(help="A file, a dataset directory, tfds:NAME:SPLIT or hf:NAME:SPLIT.")]
-MODEL_HELP = "A Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf, a repo id."
+MODEL_HELP = "A Hugging Face directory, a checkpoint, a LoRA adapter, a .gguf file or a hub id."
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 
 
@@ -57,7 +63,7 @@ def _print_error(error: BaseException) -> None:
         traceback.print_exception(error)
         return
     print(f"middo: {error}", file=sys.stderr)
-    print("(MIDDO_TRACEBACK=1 shows where)", file=sys.stderr)
+    print("(MIDDO_TRACEBACK=1 shows the traceback)", file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:
@@ -85,20 +91,21 @@ def options(
 
 
 def main() -> None:
-    """Runs the program; an error that speaks to the user is printed without a traceback."""
-    # transformers and TFDS talk at import; a user asked neither.
+    """Runs the program. Errors that are meant for the user are printed without a traceback."""
+    # transformers and TFDS print messages when they are imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from middo_jax.parallel.preemption import EXIT_PREEMPTED
+    from middo_jax.parallel.preemption import EXIT_PREEMPTED, preempted
     from middo_jax.rundir import RunError
 
+    signal.signal(signal.SIGTERM, preempted)
     try:
         app()
     except SystemExit as end:
-        if end.code == 130:  # what typer makes of a Ctrl-C, without a word
-            print("interrupted; the same command goes on from here", file=sys.stderr)
+        if end.code == 130:  # typer turns a Ctrl-C into this code and prints nothing
+            print("interrupted; run the same command again to continue", file=sys.stderr)
         elif end.code == EXIT_PREEMPTED:
-            print("preempted, all is saved; the same command goes on from here", file=sys.stderr)
+            print("preempted, all is saved; run the same command again to continue", file=sys.stderr)
         raise
     except (RunError, ValueError, OSError, RuntimeError) as error:
         if os.environ.get("MIDDO_TRACEBACK"):
@@ -113,7 +120,7 @@ def run_command(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """The closed loop: train, score, select, refine, merge, again; resumed where it stopped."""
+    """Runs the closed loop: train, score, select, refine, merge, repeat. Continues where it stopped."""
     from middo_jax import api
 
     runs_dir = Path(api.load_config(config, overrides).runs_dir)
@@ -123,7 +130,7 @@ def run_command(
 
 @app.command(epilog="Example: middo quickstart train.num_epochs=2")
 def quickstart(overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """The loop on a small model and the rows that ship with the program, into runs/quickstart."""
+    """Runs the loop on a small model and rows that ship with the program, in runs/quickstart."""
     from middo_jax import api
 
     _show_run(api.run(*api.quickstart(overrides)), as_json)
@@ -133,19 +140,21 @@ def quickstart(overrides: Overrides = None, as_json: AsJson = False) -> None:
 def score(
     data: Data,
     model: Model,
-    out: Annotated[Path, typer.Option(help="Gets dataset.jsonl, scores.parquet, embeddings.npy.")],
+    out: Annotated[
+        Path, typer.Option(help="The folder for dataset.jsonl, scores.parquet and embeddings.parquet.")
+    ],
     pre_model: Annotated[str | None, typer.Option(help="The model before training, for loss_pre.")] = None,
     axes: Annotated[str, typer.Option(help="Comma-separated.")] = "complexity,diversity,quality",
     keep_columns: Annotated[
         str | None,
         typer.Option(
-            help="Columns of the data to write beside the scores, comma-separated. All scalar ones."
+            help="Columns of the data to write next to the scores, comma-separated. Default: all scalar ones."
         ),
     ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Losses, neighbours and ratings of a dataset, without the loop."""
+    """Measures losses, neighbours and ratings of a dataset, without the loop."""
     from middo_jax import api
     from middo_jax.rundir import RoundDir
 
@@ -159,13 +168,13 @@ def score(
     _show(as_json, result, path)
 
 
-@app.command(epilog="Example: middo select scored complexity.m=1.5 quality.fraction=0.05 quality.m=null")
+@app.command(epilog="Example: middo select scored complexity.m=1.5 quality.fraction=0.05")
 def select(directory: Path, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """The hard, sparse and low-quality samples of DIRECTORY/scores.parquet, and how many each m selects."""
-    from middo_jax import api
+    """Selects the hard, sparse and low-quality samples of DIRECTORY/scores.parquet."""
+    from middo_jax import selecting
     from middo_jax.report.terminal import render_selection
 
-    selection = api.select(directory, settings=overrides).facts
+    selection = selecting.select(directory, settings=overrides).facts
     _show(as_json, selection, render_selection(selection))
 
 
@@ -176,20 +185,21 @@ def refine(
     directory: Path,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what and how much would be asked.")
+        bool, typer.Option("--dry-run", help="Only print the requests and their estimated cost.")
     ] = False,
     write_batch: Annotated[
-        Path | None, typer.Option(help="Ask nobody: write what can be asked now as an OpenAI batch file.")
+        Path | None,
+        typer.Option(help="Send nothing; write the requests that are possible now as an OpenAI batch file."),
     ] = None,
     read_batch: Annotated[
-        list[Path] | None, typer.Option(help="A batch's results; once more for each further file.")
+        list[Path] | None, typer.Option(help="A result file of a batch; repeat the option for further files.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The selected samples of DIRECTORY through a served LLM; writes refined.jsonl and merged.jsonl."""
+    """Rewrites the selected samples of DIRECTORY by a served LLM, into refined.jsonl and merged.jsonl."""
     from middo_jax import api, refinement, stages
     from middo_jax.report.terminal import render_batch, render_dry_run
-    from middo_jax.rundir import RoundDir
+    from middo_jax.rundir import RoundDir, held
     from middo_jax.session import session_of
 
     session, here = session_of(directory, overrides), RoundDir(directory)
@@ -201,14 +211,14 @@ def refine(
         _show(as_json, facts, render_dry_run(facts))
         return
     if write_batch or read_batch:
-        with stages.answer_cache(session, here) as cache:
+        with held(here.path), stages.answer_cache(session, here) as cache:
             state = stages.batch_stage(session, here, cache, read_batch or (), write_batch)
-        if not state.is_finished:
-            facts = dataclasses.asdict(state)
-            command = shlex.join(["middo", "refine", str(directory), *(overrides or ())])
-            _show(as_json, facts, render_batch(facts, command, write_batch))
-            return
-        refined = api.merged(session, here)
+            if not state.is_finished:
+                facts = dataclasses.asdict(state)
+                command = shlex.join(["middo", "refine", str(directory), *(overrides or ())])
+                _show(as_json, facts, render_batch(facts, command, write_batch))
+                return
+            refined = api.merged(session, here)
     else:
         refined = api.refine(directory, settings=overrides)
     counts = {"tasks": len(refined.rows), "accepted": refined.n_accepted}
@@ -221,11 +231,11 @@ def refine(
 def train(
     data: Data,
     model: Model,
-    out: Annotated[Path, typer.Option(help="Gets checkpoint/ and metrics.jsonl.")],
+    out: Annotated[Path, typer.Option(help="The folder for checkpoint/ and metrics.jsonl.")],
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Supervised fine-tuning: OUT/checkpoint and OUT/metrics.jsonl; goes on where it was stopped."""
+    """Fine-tunes a model on a dataset. Continues where it stopped."""
     from middo_jax import api
 
     with _in_job(out.absolute().parent, overrides):
@@ -241,7 +251,7 @@ def train(
     "eval", epilog="Example: middo eval --data heldout.jsonl --model runs/quickstart/final/checkpoint"
 )
 def evaluate(data: Data, model: Model, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Loss per target token of a model on a dataset."""
+    """Measures the loss per target token of a model on a dataset."""
     from middo_jax import api
 
     with _in_job(Path.cwd(), overrides):
@@ -258,14 +268,16 @@ def export(
     ] = None,
     verify: Annotated[
         bool,
-        typer.Option(help="Compare its logits with ours, if torch is there; that holds the model once more."),
+        typer.Option(
+            help="If torch is installed, compare logits with transformers; needs memory for a second model."
+        ),
     ] = True,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write the LoRA adapter alone, as a PEFT directory.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """A checkpoint of ours, or a LoRA adapter merged, as a Hugging Face directory."""
+    """Writes a checkpoint as a Hugging Face directory; a LoRA adapter is merged."""
     from middo_jax import api
 
     with _in_job(out.absolute().parent, None):
@@ -275,16 +287,17 @@ def export(
 
 @app.command(epilog="Example: middo convert alpaca.json chat.jsonl --format messages")
 def convert(
-    data: Annotated[str, typer.Argument(help="What --data takes elsewhere.")],
+    data: Annotated[str, typer.Argument(help="As --data of other commands.")],
     out: Path,
     to: Annotated[
         str, typer.Option("--format", help="alpaca messages sharegpt prompt_completion parquet tfds")
     ],
     from_: Annotated[
-        str, typer.Option("--from", help="DATA's: auto alpaca messages sharegpt prompt_completion")
+        str,
+        typer.Option("--from", help="The format of DATA: auto alpaca messages sharegpt prompt_completion"),
     ] = "auto",
 ) -> None:
-    """A dataset in another format; rows that cannot be used are counted and written beside it."""
+    """Writes a dataset in another format. Unusable rows are counted and written to OUT.rejected.jsonl."""
     from middo_jax.data.sources import commonest_reasons, read, write
     from middo_jax.rundir import local, write_jsonl
 
@@ -301,28 +314,27 @@ def convert(
 @app.command(epilog="Example: middo serve ./tuned --port 8000")
 def serve(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free port.")] = 8000,
     overrides: Overrides = None,
 ) -> None:
-    """An OpenAI-compatible endpoint on loopback, unless serve.host says otherwise."""
+    """Serves a model by an OpenAI-compatible endpoint, on loopback unless --host is given."""
     from middo_jax.inference.server import build_app, load_engine, serve_forever
     from middo_jax.models.resolve import resolve
     from middo_jax.session import new_session
 
     path = resolve(model)
-    named = {"model.path": str(path), "data.path": "none", "serve.port": port}
+    named = {"model.path": str(path), "data.path": "none"}
     session = new_session([named, *(overrides or ())])
     config = session.config
     engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, mesh=session.mesh)
     with engine:
-        serve_forever(
-            build_app(engine, tokenizer, path.resolve().name, eos_ids), config.serve.host, config.serve.port
-        )
+        serve_forever(build_app(engine, tokenizer, path.resolve().name, eos_ids), host, port)
 
 
 @app.command(epilog="Example: middo report runs/quickstart")
 def report(run: Path) -> None:
-    """Writes RUN/report.html anew, of what there is by now."""
+    """Writes RUN/report.html again, from the present files."""
     from middo_jax.report.build import build
     from middo_jax.rundir import RunDir
 
@@ -331,12 +343,11 @@ def report(run: Path) -> None:
 
 @app.command(epilog="Example: middo status runs/quickstart")
 def status(run: Path, as_json: AsJson = False) -> None:
-    """What a run has done, and what comes next."""
-    from middo_jax.report.status import render_status, require_run
+    """Shows the finished stages of a run, the stale ones, and the next one."""
+    from middo_jax.report.status import render_status
     from middo_jax.report.status import status as of
     from middo_jax.rundir import RunDir
 
-    require_run(RunDir(run))
     facts = of(RunDir(run))
     _show(as_json, facts, render_status(facts))
 
@@ -344,54 +355,56 @@ def status(run: Path, as_json: AsJson = False) -> None:
 @app.command(epilog="Example: middo trace runs/quickstart 3fa9c2")
 def trace(
     run: Path,
-    sample: Annotated[str, typer.Argument(metavar="ID", help="An id, or enough of its start.")],
+    sample: Annotated[str, typer.Argument(metavar="ID", help="An id, or the beginning of one.")],
     as_json: AsJson = False,
 ) -> None:
-    """A sample's ancestors and descendants over the rounds, with their scores."""
+    """Shows the ancestors and descendants of a sample over the rounds, with their scores."""
     from middo_jax.report.lineage import trace as of
-    from middo_jax.report.status import require_run
     from middo_jax.report.terminal import render_trace
     from middo_jax.rundir import RunDir
 
-    require_run(RunDir(run))
     chain = of(RunDir(run), sample)
     _show(as_json, chain, render_trace(chain))
 
 
 @app.command(epilog="Example: middo inspect alpaca.json --model ./base model.max_length=512")
 def inspect(
-    data: Annotated[str, typer.Argument(help="What --data takes elsewhere.")],
+    data: Annotated[str, typer.Argument(help="As --data of other commands.")],
     model: Annotated[
-        str | None, typer.Option(help="Whose tokenizer and template; without it only rows count.")
+        str | None,
+        typer.Option(
+            help="The model whose tokenizer and template are used. Without it, only rows are counted."
+        ),
     ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """What is in a dataset; with a model, how its first sample is rendered and how long all are."""
+    """Counts the rows of a dataset; with a model, shows lengths, packing and the first sample."""
     from middo_jax.config import load
-    from middo_jax.data.sources import read
+    from middo_jax.data.sources import read_rows
     from middo_jax.data.tokenize import tokenize_all, truncate
+    from middo_jax.models.source import tokenizer_directory
     from middo_jax.progress import for_stderr
     from middo_jax.report.inspection import inspect_rows, inspect_tokens
     from middo_jax.report.terminal import render_inspection
     from middo_jax.session import Session, usable
 
-    base = _tokenizer_directory(model) if model else "none"
+    base = tokenizer_directory(model) if model else "none"
     config = load(None, [f"model.path={base}", f"data.path={data}", *(overrides or ())])
-    examples, rejections = read(config.data.path, config.data.format, config.data.limit)
-    facts = inspect_rows(examples, rejections)
+    data = read_rows(config.data.path, config.data.format, config.data.limit)
+    facts = inspect_rows(data.examples, data.rejections)
     if model:
         session, max_length = Session(config, for_stderr()), config.model.max_length
-        examples, refused = usable(session, examples)
-        whole = tokenize_all(examples, session.tokenizer)
+        data = usable(session, data)
+        whole = tokenize_all(data.examples, session.tokenizer)
         cut = [truncate(tokenized, max_length) for tokenized in whole]
         session.tell_of_no_end(cut)
-        facts = inspect_rows(examples, [*rejections, *refused]) | inspect_tokens(
+        facts = inspect_rows(data.examples, data.rejections) | inspect_tokens(
             whole,
             cut,
             session.tokenizer,
             max_length=max_length,
-            pack_length=config.train.pack_length or max_length,
+            pack_length=max_length,
             scoring=session.plan_losses(cut).facts(),
         )
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -411,13 +424,6 @@ def _names(text: str) -> list[str]:
 
 def _loss(of: HeldoutLoss) -> dict[str, Any]:
     return {"loss": of.loss, "n_target_tokens": of.n_target_tokens}
-
-
-def _tokenizer_directory(model: str) -> Path:
-    """Where a model's tokenizer is, without its weights."""
-    from middo_jax.models.source import tokenizer_directory
-
-    return tokenizer_directory(model)
 
 
 def _show(as_json: bool, value: Any, text: str) -> None:

@@ -6,7 +6,10 @@ redone, so that an interrupted run continues where it stopped, and a changed set
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -14,16 +17,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from middo_jax import stages, template_date
-from middo_jax.config import Config
+from middo_jax.config import RENAMED, Config
 from middo_jax.data.example import Example
 from middo_jax.data.sources import Rejection
+from middo_jax.parallel.coordination import agree, barrier, from_first, is_first, stop_point
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
-from middo_jax.rundir import RunDir, RunError, read_jsonl, write_jsonl, write_text
+from middo_jax.rundir import RunDir, RunError, held, read_jsonl, write_jsonl, write_text
 from middo_jax.rundir.chain import Begun, Link, State, assess, chain
 from middo_jax.session import Session, prepare, read_dataset
+from middo_jax.version import __version__
 
 PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
+BY_ONE = (PREPARE, "select", "merge")  # no devices: process 0 does them, the others read the results
 
 
 class FreshData(NamedTuple):
@@ -71,50 +77,72 @@ class Stage:
         return self.link.name in self.link.folder.stages() and self.link.why_stale(config) is None
 
     def do(self, plan: Plan) -> None:
-        """Does it. Earlier results go first, where they would be taken for new ones."""
+        """Does it in all processes, or in the first one for all. Earlier results are removed before."""
+        name, where = self.link.name, self.link.where
+        from_first(f"{where}: begin", self._remove_earlier)
+        if name in BY_ONE:
+            from_first(where, lambda: self.function(plan, self.link))
+        else:
+            self.function(plan, self.link)
+        barrier(f"{where}: end")
+
+    def _remove_earlier(self) -> None:
+        """Removes results of an earlier start, if they could be taken for those of this one."""
         folder, name = self.link.folder, self.link.name
         if name in folder.stages():
             if name == "train":
                 stages.remove_training(folder)
             folder.forget(name)
-        self.function(plan, self.link)
 
 
 def run_loop(config: Config, progress: Progress) -> RunDir:
     """Runs all rounds, or what is left of them; returns the run's folder with its report.
 
     Raises:
+      RunLocked: another process writes into the folder.
       RunError: the folder holds a run of the previous version.
       ValueError, RuntimeError: whatever stage fails says what to do; what was done stays done. What can be
         known before the first stage is raised before the folder is made or changed.
     """
-    run, began = RunDir(Path(config.runs_dir) / config.name), time.monotonic()
-    config = template_date.pin(config, [run.config])
-    plan = _checked(run, Session(config, progress))
-    if run.config.exists() and run.round(0).stages():
-        run.log("resume")
-    write_text(run.config, config.to_yaml())
-    numbered, number = sum(link.name != PREPARE for link in plan.links), 0
-    for stage in (Stage(link, FUNCTIONS[link.name]) for link in plan.links):
-        is_done = stage.is_done(config)
-        if stage.link.name == PREPARE:
-            if not is_done:
-                stage.do(plan)
-            continue
-        number += 1
-        where = f"[{number}/{numbered}] {stage.link.where}"
-        if is_done:
-            progress.say(f"{where}: done before")
-            continue
-        progress.say(where)
-        event = {"round": stage.link.folder.path.name, "stage": stage.link.name}
-        run.log("start", **event)
-        stage.do(plan)
-        run.log("done", **event)
-    build(run)
-    run.log("report")
-    progress.say(f"done in {duration(time.monotonic() - began)}")
+    run = RunDir(Path(config.runs_dir) / config.name)
+    with held(run.path, progress.say):
+        _run(run, Session(template_date.pin(config, [run.config]), progress))
     return run
+
+
+def _run(run: RunDir, session: Session) -> None:
+    config, progress, began = session.config, session.progress, time.monotonic()
+    with contextlib.ExitStack() as checked:
+        checked.enter_context(session.stage())  # what the checks tokenize is the first training's
+        plan = _checked(run, session)
+        agree(_facts(plan))
+        if run.config.exists() and run.round(0).stages():
+            run.log("resume")
+        write_text(run.config, config.to_yaml())
+        numbered, number = sum(link.name != PREPARE for link in plan.links), 0
+        for stage in (Stage(link, FUNCTIONS[link.name]) for link in plan.links):
+            stop_point()
+            is_done = from_first(f"{stage.link.where}: is done", functools.partial(stage.is_done, config))
+            if stage.link.name == PREPARE:
+                if not is_done:
+                    stage.do(plan)
+                continue
+            number += 1
+            where = f"[{number}/{numbered}] {stage.link.where}"
+            if is_done:
+                progress.say(f"{where}: done before")
+                continue
+            progress.say(where)
+            event = {"round": stage.link.folder.path.name, "stage": stage.link.name}
+            run.log("start", **event)
+            stage.do(plan)
+            run.log("done", **event)
+            checked.close()
+    if is_first():
+        build(run)
+    run.log("report")
+    barrier("report")
+    progress.say(f"done in {duration(time.monotonic() - began)}")
 
 
 def _checked(run: RunDir, session: Session) -> Plan:
@@ -141,6 +169,21 @@ def _checked(run: RunDir, session: Session) -> Plan:
     return Plan(run, session, heldout, links, fresh)
 
 
+def _facts(plan: Plan) -> dict[str, str]:
+    """What all processes of a job must have alike before any of them does anything."""
+    ids = [example.id for example in (*plan.heldout, *(plan.fresh.kept if plan.fresh else ()))]
+    return {
+        "version": __version__,
+        "settings": _short_hash(plan.session.config.to_yaml()),
+        "data": _short_hash("\n".join(ids)),
+        "stages": _short_hash("\n".join(link.where for link in plan.links)),
+    }
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def redone(states: Sequence[tuple[Link, State]]) -> list[str]:
     """What was done and will be redone, with the reasons, one line each; what follows from it in one more."""
     stale = [(link, state.why) for link, state in states if state.is_done and state.why is not None]
@@ -155,11 +198,16 @@ def _refuse_previous_version(run: RunDir) -> None:
     for directory in (*run.rounds(), run.final):
         for name, record in directory.stages().items():
             if "settings" not in record:
-                raise RunError(
-                    f"{run.path} was made by an earlier version of middo-jax: its record of "
-                    f"{directory.path.name} {name} does not say what was read. `middo report`, `status` and "
-                    "`trace` still read it; give this run another name (name=...)"
-                )
+                why = "does not say what was read"
+            elif old := sorted(RENAMED.keys() & record["settings"].keys()):
+                why = f"names {old[0]}, which is now {RENAMED[old[0]]}"
+            else:
+                continue
+            raise RunError(
+                f"{run.path} was made by an earlier version of middo-jax: its record of "
+                f"{directory.path.name} {name} {why}. `middo report`, `status` and `trace` still read it; "
+                "give this run another name (name=...)"
+            )
 
 
 def _prepare(plan: Plan, link: Link) -> None:
@@ -188,11 +236,14 @@ def _score(plan: Plan, link: Link) -> None:
 
 
 def _select(plan: Plan, link: Link) -> None:
-    stages.select_stage(plan.session, link.folder)
+    stages.select_stage(plan.session.config, link.folder)
 
 
 def _refine(plan: Plan, link: Link) -> None:
-    stages.refine_round(plan.session, link.folder)
+    if is_first():
+        stages.refine_round(plan.session, link.folder)
+    else:
+        stages.follow_refinement(plan.session, link.folder)
 
 
 def _merge(plan: Plan, link: Link) -> None:
@@ -211,7 +262,8 @@ def _evaluate(plan: Plan, link: Link) -> None:
 def _export(plan: Plan, link: Link) -> None:
     began, begun, session = time.monotonic(), link.begin(), plan.session
     out, checkpoint, dtype = link.writes[0], link.folder.checkpoint, session.config.model.dtype
-    shutil.rmtree(out, ignore_errors=True)  # of a run that ended before the manifest could name it
+    # Of a run that ended before the manifest could name it.
+    from_first(f"{link.where}: remove", lambda: shutil.rmtree(out, ignore_errors=True))
     facts = stages.export_checkpoint(checkpoint, out, dtype, session.progress, mesh=session.mesh)
     begun.finish(session.config, time.monotonic() - began, **facts)
 

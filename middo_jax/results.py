@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from middo_jax.config.axis_table import axis_names
 from middo_jax.data.sources import Rejection
-from middo_jax.signals.select import SETS
+from middo_jax.rundir.rows import SelectionFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What `score` measured.
+    """The result of `score`.
 
     Attributes:
-      table: one row per sample: the columns of scores.parquet, `id` first (docs/scoring.md), then the
-        user's own. A column of the user's whose name is taken has the suffix `_user`.
-      embeddings: float32 [n, d], the mean hidden state over each prompt; the table's rows.
+      table: one row per sample: the columns of scores.parquet, `id` first (docs/scoring.md), then the user's
+        own columns. A column of the user's whose name is taken has the suffix `_user`.
+      embeddings: float32 [n, d], the mean hidden state over each prompt; rows as in the table.
       rejected: rows that could not be used, each with its place and the reason.
-      passes: what each pass over a model took: seconds, tokens, shapes.
+      passes: seconds, tokens and shapes of each pass over a model.
     """
 
     table: pa.Table
@@ -36,31 +37,32 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What `select` chose.
+    """The result of `select`.
 
     Attributes:
-      table: that of the scores, and the columns `hard`, `sparse` and `low_quality`: whether a sample is in
-        that set; null where the axis has no scores.
-      facts: the content of selection.json: thresholds, counts, ids, overlap, how many samples each m selects.
+      table: the table of the scores with one column per axis: `hard`, `sparse`, `low_quality`, and those of
+        registered axes: whether a sample is in that set; null if the axis has no scores.
+      facts: the contents of selection.json: thresholds, counts, ids, overlap, the number of samples for each
+        m.
     """
 
     table: pa.Table
-    facts: dict[str, Any]
+    facts: SelectionFile
 
     def ids(self, axis: str) -> list[str]:
-        """The ids that `complexity`, `diversity` or `quality` selects, in the table's order."""
-        if axis not in SETS:
-            raise ValueError(f"{axis!r} is none of {', '.join(SETS)}")
+        """The ids that an axis selects, such as `complexity`, in the table's order."""
+        if axis not in axis_names():
+            raise ValueError(f"{axis!r} is none of {', '.join(axis_names())}")
         return self.facts["axes"].get(axis, {"ids": []})["ids"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Refined:
-    """What `refine` made.
+    """The result of `refine`.
 
     Attributes:
-      merged: the next dataset as a file: the folder's rows with the accepted rewrites.
-      rows: one per task of the refiner, those of refined.jsonl.
+      merged: the file with the next dataset: the folder's rows with the accepted rewrites.
+      rows: the rows of refined.jsonl, one per task of the refiner.
       usage: requests, tokens and cost by axis.
     """
 
@@ -70,18 +72,18 @@ class Refined:
 
     @property
     def n_accepted(self) -> int:
-        """Rewrites that were accepted."""
+        """The number of accepted rewrites."""
         return sum(row["accepted"] for row in self.rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What `train` made.
+    """The result of `train`.
 
     Attributes:
-      checkpoint: a model that `score`, `evaluate`, `export` and `train` take.
-      metrics: one row per step, those of metrics.jsonl.
-      heldout: the loss on the rows that `data.eval_fraction` held out; None if it held out none.
+      checkpoint: a model for `score`, `evaluate`, `export` and `train`.
+      metrics: the rows of metrics.jsonl, one per step.
+      heldout: the loss on the rows that `data.eval_fraction` holds out; None without such rows.
     """
 
     checkpoint: Path
@@ -91,12 +93,12 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What `export` wrote.
+    """The result of `export`.
 
     Attributes:
       path: the directory.
-      verification: whether transformers computes the same logits, and how near they are, or why that is not
-        known. None for an adapter, which is not compared.
+      verification: whether transformers computes the same logits, and their difference, or why they were not
+        compared. None for an adapter, which is not compared.
     """
 
     path: Path
@@ -108,9 +110,9 @@ class Run:
     """A finished run.
 
     Attributes:
-      path: its folder; README.md says what is in it.
+      path: its folder; README.md describes the contents.
       report: the page for people.
-      facts: what `middo status --json` prints: rounds, losses, and the `effects` on the held-out loss.
+      facts: the output of `middo status --json`: rounds, losses, and the `effects` on the held-out loss.
     """
 
     path: Path

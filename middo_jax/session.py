@@ -1,4 +1,4 @@
-"""What every stage needs: settings, tokenizer, mesh, models, the user's data, the refiner's endpoint."""
+"""What every stage needs: settings, tokenizer, mesh, models and the user's data."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
+import jax
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from middo_jax import template_date
 from middo_jax.config import Config, SettingsLike, layers_of
 from middo_jax.config import load as load_config
-from middo_jax.data.example import Example
+from middo_jax.data.example import Example, Message
 from middo_jax.data.in_memory import IN_MEMORY
-from middo_jax.data.sources import DataError, Rejection, UserRows, read_rows, split_heldout
+from middo_jax.data.sources import DataError, Rejection, UserRows, commonest_reasons, read_rows
+from middo_jax.data.split import split_heldout
 from middo_jax.data.tokenize import (
     TokenizedExample,
     eos_token_ids,
@@ -25,15 +30,25 @@ from middo_jax.data.tokenize import (
     refusal,
     tokenize_all,
 )
+from middo_jax.models.attention import shares_prefixes
+from middo_jax.models.checkpoint import read_metadata
+from middo_jax.models.model import Model
+from middo_jax.models.resolve import resolve
+from middo_jax.models.source import load, locate
+from middo_jax.parallel.mesh import batch_divisor, make_mesh
+from middo_jax.passes.losses import plan_losses
+from middo_jax.passes.runner import Plan
 from middo_jax.progress import Progress, for_stderr
 from middo_jax.rundir import RoundDir, RunError, read_jsonl, write_jsonl
+from middo_jax.rundir.settings import settings_of
 
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-    from transformers import PreTrainedTokenizerBase
 
-    from middo_jax.models.model import Model
-    from middo_jax.passes.runner import Plan
+@dataclasses.dataclass
+class _Kept:
+    """What was tokenized within a stage, by content; `depth`: blocks of `Session.stage` under way."""
+
+    depth: int = 0
+    tokenized: dict[tuple[Message, ...], TokenizedExample] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +59,11 @@ class Session:
 
     config: Config
     progress: Progress
+    _kept: _Kept = dataclasses.field(default_factory=_Kept, init=False, repr=False, compare=False)
 
     @functools.cached_property
     def base(self) -> Path:
         """The base model as a Hugging Face directory."""
-        from middo_jax.models.resolve import resolve
-
         base = resolve(self.config.model.path)
         if not (base / "config.json").is_file():  # else the tokenizer would complain first, of other things
             raise RunError(f"model {base}: no config.json there; it is not a Hugging Face model directory")
@@ -64,10 +78,6 @@ class Session:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """All devices, as `mesh.*` arranges them. Compiled programs are kept for the next start."""
-        import jax
-
-        from middo_jax.parallel.mesh import make_mesh
-
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
             jax.config.update("jax_compilation_cache_dir", str(cache / "middo-jax" / "jax"))
@@ -78,15 +88,31 @@ class Session:
 
         See `models.source.load`, also for `base`.
         """
-        from middo_jax.models.source import load, locate
-
         settings = self.config.model
         model = load(locate(path), settings.dtype, param_dtype, self.mesh, base)
         return model.with_config(dataclasses.replace(model.config, attention=settings.attention))
 
+    @contextlib.contextmanager
+    def stage(self) -> Iterator[None]:
+        """Within the block each conversation is tokenized once; what was tokenized is dropped at its end.
+
+        Blocks may be nested: what an inner one tokenized is kept to the end of the outermost one.
+        """
+        self._kept.depth += 1
+        try:
+            yield
+        finally:
+            self._kept.depth -= 1
+            if self._kept.depth == 0:
+                self._kept.tokenized.clear()
+
     def tokenize(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """All examples; those that cannot be rendered were refused when the data was read."""
-        tokenized = tokenize_all(examples, self.tokenizer, self.config.model.max_length)
+        kept = self._kept.tokenized if self._kept.depth else {}
+        new = {e.messages: e for e in examples if e.messages not in kept}
+        found = tokenize_all(list(new.values()), self.tokenizer, self.config.model.max_length)
+        kept.update(zip(new, found, strict=True))
+        tokenized = [_named(kept[example.messages], example.id) for example in examples]
         self.tell_of_no_end(tokenized)
         return tokenized
 
@@ -113,16 +139,14 @@ class Session:
 
     def plan_losses(self, tokenized: Sequence[TokenizedExample]) -> Plan:
         """The batches of a scoring pass over these examples, on this mesh and with these settings."""
-        import jax
-
-        from middo_jax.models.attention import shares_prefixes
-        from middo_jax.parallel.mesh import batch_divisor
-        from middo_jax.passes.losses import plan_losses
-
         with jax.set_mesh(self.mesh):
             share_prefix = shares_prefixes(self.config.model.attention)
         ways = batch_divisor(self.mesh)
         return plan_losses(tokenized, share_prefix, ways, self.config.scoring.batch_tokens)
+
+
+def _named(tokenized: TokenizedExample, id_: str) -> TokenizedExample:
+    return tokenized if tokenized.id == id_ else dataclasses.replace(tokenized, id=id_)
 
 
 def new_session(settings: Sequence[str | Mapping[str, Any]]) -> Session:
@@ -130,8 +154,6 @@ def new_session(settings: Sequence[str | Mapping[str, Any]]) -> Session:
 
     Unless they say otherwise it computes in float32 on a CPU, where that is the fast dtype.
     """
-    import jax
-
     dtype = [{"model.dtype": "float32"}] if jax.default_backend() == "cpu" else []
     return Session(load_config(None, [*dtype, *settings]), for_stderr())
 
@@ -149,10 +171,6 @@ def session_for(
       settings: laid over these; a whole tree lies under them.
       out: the folder that gets the results, if there is one.
     """
-    from middo_jax import template_date
-    from middo_jax.models.checkpoint import read_metadata
-    from middo_jax.models.source import locate
-
     named = {
         "model": {"path": str(locate(model).base)},
         "data": {"path": data or IN_MEMORY, "eval_fraction": 0},
@@ -170,12 +188,7 @@ def session_of(directory: Path, settings: SettingsLike = None) -> Session:
     Raises:
       RunError: there is no config.yaml.
     """
-    for path in (directory / "config.yaml", directory.parent / "config.yaml"):
-        if path.exists():
-            return Session(load_config(path, layers_of(settings)), for_stderr())
-    raise RunError(
-        f"{directory}: no config.yaml there or above; `middo score --data F --model M --out DIR` makes one"
-    )
+    return Session(settings_of(directory, settings), for_stderr())
 
 
 def prepare(
@@ -191,14 +204,16 @@ def prepare(
       DataError: the data cannot be read, or nothing of it can be used.
     """
     settings = session.config.data
-    examples, _, rejections = data or read_data(session)
+    data = data or read_data(session)
     kept, heldout = split_heldout(
-        examples, settings.eval_fraction, session.config.seed, settings.source_column
+        data.examples, settings.eval_fraction, session.config.seed, settings.source_column
     )
     session.progress.say(
-        f"{settings.path}: {len(kept)} samples, {len(heldout)} held out, {len(rejections)} rows refused"
+        f"{settings.path}: {len(kept)} samples, {len(heldout)} held out, {len(data.rejections)} rows refused"
     )
-    return kept, heldout, rejections
+    for line in commonest_reasons(data.rejections):
+        session.progress.say(line)
+    return kept, heldout, data.rejections
 
 
 def read_data(session: Session, rows: Any = None) -> UserRows:
@@ -213,30 +228,31 @@ def read_data(session: Session, rows: Any = None) -> UserRows:
     """
     settings = session.config.data
     data = read_rows(settings.path if rows is None else rows, settings.format, settings.limit)
-    examples, refused = usable(session, data.examples)
-    ids = {example.id for example in examples}
-    kept = [row for example, row in zip(data.examples, data.rows, strict=True) if example.id in ids]
-    return UserRows(examples, kept, data.rejections + refused)
+    return usable(session, data)
 
 
-def usable(session: Session, examples: Sequence[Example]) -> tuple[list[Example], list[Rejection]]:
-    """The examples that the model can read, and those that its template or tokenizer forbids.
+def usable(session: Session, data: UserRows) -> UserRows:
+    """The dataset without the examples that the template or the tokenizer cannot take; these are rejections.
 
     Raises:
-      DataError: none can be used.
+      DataError: no example can be used.
     """
-    kept, refused = [], []
-    for example in examples:
-        reason = refusal(example, session.tokenizer)
-        if reason is None:
-            kept.append(example)
-        else:
-            refused.append(Rejection(f"sample {example.id}", reason, example.to_json()))
+    reasons = [refusal(example, session.tokenizer) for example in data.examples]
+    rows = [row for row, reason in zip(data.rows, reasons, strict=True) if reason is None]
+    kept = [i for i, reason in enumerate(reasons) if reason is None]
+    refused = [
+        Rejection(data.places[i], reason, data.examples[i].to_json())
+        for i, reason in enumerate(reasons)
+        if reason is not None
+    ]
     if not kept:
+        lines = "".join(f"\n{line}" for line in commonest_reasons(refused))
         raise DataError(
-            f"{session.config.data.path}: no usable row; the first was refused: {refused[0].reason}"
+            f"{session.config.data.path}: this model can use none of the {len(refused)} rows. The commonest "
+            f"reasons:{lines}"
         )
-    return kept, refused
+    examples, places = [data.examples[i] for i in kept], [data.places[i] for i in kept]
+    return UserRows(examples, rows, places, data.rejections + refused)
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:
@@ -252,42 +268,3 @@ def write_dataset(directory: RoundDir, examples: Sequence[Example]) -> None:
     """Writes a round's examples and enters them in its manifest."""
     write_jsonl(directory.dataset, (e.to_json() for e in examples))
     directory.finish("prepare", [directory.dataset], 0.0, n=len(examples))
-
-
-class Served(NamedTuple):
-    """The refiner's endpoint.
-
-    Attributes:
-      url: up to and including /v1; several are servers of the same model.
-      model: the name to ask for.
-      sends_key: whether it is the user's and gets their API key; the embedded one gets a dummy.
-    """
-
-    url: str | tuple[str, ...]
-    model: str
-    sends_key: bool
-
-
-@contextlib.contextmanager
-def endpoint(session: Session) -> Iterator[Served]:
-    """The refiner's endpoint; if none is set, the embedded one serves on loopback while the block runs."""
-    config = session.config
-    url = config.refine.base_url or os.environ.get("OPENAI_BASE_URL")
-    if url is not None:
-        if config.refine.model is None:
-            served = "refine.base_url" if config.refine.base_url else "$OPENAI_BASE_URL"
-            raise RunError(f"config: refine.model is missing: the name of a model that {served} serves")
-        yield Served(url, config.refine.model, sends_key=True)
-        return
-    from middo_jax.inference.server import build_app, load_engine, serve_in_background
-    from middo_jax.models.resolve import resolve
-
-    if config.refine.model:
-        path, template = resolve(config.refine.model), None
-    else:
-        path, template = session.base, config.model.template
-    engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, template, session.mesh)
-    name = path.resolve().name
-    with engine, serve_in_background(build_app(engine, tokenizer, name, eos_ids), port=0) as url:
-        yield Served(url, name, sends_key=False)
-    gc.collect()

@@ -1,4 +1,4 @@
-"""The day that chat templates print, if they print one: pinned for a run, and recorded in its settings."""
+"""The day that a chat template prints: it is pinned for a run and recorded in its settings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from middo_jax.models.resolve import resolve
 
 
 def pin(config: Config, recorded: Iterable[Path]) -> Config:
-    """The settings with `model.template_date`, where the chat template asks for a date.
+    """The settings with `model.template_date`, if the chat template prints the date.
 
     Args:
-      config: if it names a date already, it is returned as it is.
-      recorded: files of settings, such as the run's own of an earlier start; the first that names a date
-        counts. Without one it is today.
+      config: settings with a date are returned unchanged.
+      recorded: files of settings, such as those of the run's earlier start. The first one with a date gives
+        the day; without any it is today.
 
     Raises:
       ConfigError: a recorded file cannot be read.
@@ -37,6 +37,6 @@ def pin(config: Config, recorded: Iterable[Path]) -> Config:
 def _is_asked(config: Config) -> bool:
     base, template = resolve(config.model.path), config.model.template
     files = [Path(template)] if template else [*base.glob("*.jinja"), *base.glob("*.json")]
-    # A tokenizer takes long to load: first whether any file has the word.
+    # Loading a tokenizer takes long, so the files are searched first.
     texts = (file.read_bytes() for file in files if file.is_file() and file.name != "tokenizer.json")
     return any(b"strftime_now" in text for text in texts) and asks_for_date(load_tokenizer(base, template))

@@ -22,6 +22,7 @@ from middo_jax.data.formats import DataError
 from middo_jax.data.in_memory import IN_MEMORY, rows_in_memory
 from middo_jax.data.own_columns import own_columns
 from middo_jax.data.sources import read, write
+from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.table import SCHEMA
 
 SMALL = {"model.max_length": 512, "train": {"batch_size": 8, "learning_rate": 0.01}}
@@ -163,7 +164,8 @@ def test_nothing_is_written_unless_asked_and_the_folder_holds_the_same(
     written = middo.score(rows, place / "tuned", place / "base", AXES, out="o", settings=SMALL)
     assert written.table.equals(scores.table)
     assert pq.read_table("o/scores.parquet").equals(scores.table)
-    np.testing.assert_array_equal(np.load("o/embeddings.npy"), scores.embeddings)
+    ids = scores.table["id"].to_pylist()
+    np.testing.assert_array_equal(read_embeddings(Path("o/embeddings.parquet"), ids), scores.embeddings)
     # Selecting from the folder is selecting from the values, and keeps the user's columns.
     of_folder = middo.select("o", complexity={"m": 0.5}, diversity={"m": 1.5})
     of_values = middo.select(scores, complexity={"m": 0.5}, diversity={"m": 1.5})
@@ -200,7 +202,7 @@ def test_no_package_of_tables_is_imported_to_tell_them() -> None:
 def test_what_is_no_table_is_refused_with_a_hint(rows: list[dict[str, Any]]) -> None:
     with pytest.raises(DataError, match="one split of it"):
         rows_in_memory({"train": rows})
-    with pytest.raises(DataError, match="int is no table; give a path, a list of dicts"):
+    with pytest.raises(DataError, match="int is not a table; give a path, a list of dicts"):
         rows_in_memory(7)
 
 

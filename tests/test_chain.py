@@ -11,18 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.loop_fixture import Finished, contents, fake_refiner, settings
 
-from middo_jax import cli
+from middo_jax import cli, stages
 from middo_jax.config import ConfigError, load
 from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
+from middo_jax.report.build import build
 from middo_jax.report.lineage import trace
 from middo_jax.report.status import render_status, status
-from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
+from middo_jax.rundir import (
+    Manifest,
+    RoundDir,
+    RunDir,
+    RunError,
+    fingerprint,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 from middo_jax.rundir.chain import assess, chain
+from middo_jax.session import Session
 from middo_jax.stages.measure import scored_as
 
+SETTINGS_BEFORE = Path(__file__).parent / "config" / "settings_before_unions.yaml"
 pytest_plugins = ["support.loop_fixture"]
 
 ROUND = ("train", "score", "select", "refine", "merge")
@@ -93,9 +106,9 @@ def replaced(path: Path, text: str) -> Iterator[None]:
         ("scoring__unembed_chunk", 64),
         ("serve__max_batch", 2),
         ("refine__concurrency", 2),
-        ("refine__budget_usd", 3),
+        ("refine__budget", "{usd: 3}"),
+        ("train__trackers", "[tensorboard]"),
         ("refine__base_url", "http://127.0.0.1:9/v1"),
-        ("quality__top_k", 7),  # of a method that is not in use
     ],
 )
 def test_speed_place_and_cost_make_nothing_stale(finished: Finished, name: str, value: object) -> None:
@@ -110,15 +123,20 @@ def of_every(*stages: str) -> set[tuple[str, str]]:
     ("name", "value", "stale"),
     [
         ("train__learning_rate", 0.02, of_every("train")),
-        ("train__pack_length", 777, of_every("train")),
+        ("train__optimizer", "adafactor", of_every("train")),
+        ("train__optimizer__weight_decay", 0.5, of_every("train")),
+        ("train__on_bad_step", "{skip: 9}", of_every("train")),
+        ("seed", 9, {("round_00", "prepare"), *of_every("train", "refine")}),  # no score: nothing is sampled
+        ("quality__method", "sample", of_every("score")),
         ("lora__rank", 2, of_every("train")),
         ("diversity__k", 3, of_every("score")),
         ("scoring__ifd", True, of_every("score")),
-        ("serve__max_context", 777, of_every("score", "refine")),
+        ("serve__max_context", 777, of_every("refine")),  # no score: nothing is sampled
         ("complexity__fraction", 0.3, of_every("select")),
         ("complexity__normalise", "length", of_every("select")),
         ("refine__max_tokens", 777, of_every("refine")),
         ("refine__gates__duplicate", 0.7, of_every("refine")),
+        ("refine__gates__open", "[numbers, code]", of_every("refine")),
         ("refine__growth", "keep", of_every("merge") | {("round_01", "prepare"), ("final", "prepare")}),
         ("data__limit", 20, {("round_00", "prepare")}),
         ("model__dtype", "bfloat16", {("round_00", "prepare"), *of_every("train", "score", "refine"),
@@ -141,6 +159,28 @@ def test_a_setting_makes_stale_what_depends_on_it_and_what_follows(
     order.insert(order.index(("final", "train")), ("final", "prepare"))
     first = min(order.index(key) for key in found)
     assert set(found) == set(order[first:])
+
+
+def test_the_other_threshold_makes_stale_the_selection_also_with_its_default(finished: Finished) -> None:
+    other = {"complexity__fraction": "null", "complexity__m": 1.0}
+    found = reasons(finished.run, finished.settings(**other))
+    assert own(found) == of_every("select")
+    assert found["round_00", "select"] == "complexity.m was null, is 1.0"
+
+
+def test_the_seed_of_a_sampled_rating_is_one_of_scoring(tmp_path: Path) -> None:
+    sampled = {"quality__method": "sample"}
+    folder = scored(tmp_path / "run", settings(tmp_path, **sampled))
+    assert folder.stages()["score"]["settings"]["seed"] == 3
+
+    def why(**more: Any) -> str | None:
+        config = load(None, settings(tmp_path, **sampled, **more))
+        return chain(RunDir(tmp_path / "run"), config)[2].why_stale(config)
+
+    assert why() is None
+    assert why(seed=9) == "seed was 3, is 9"
+    assert why(serve__max_context=777) == "serve.max_context was 1024, is 777"
+    assert why(quality__temperature=0.5) == "quality.temperature was 0.1, is 0.5"
 
 
 def test_one_more_round_continues_and_ends_like_a_run_of_two(finished: Finished, tmp_path: Path) -> None:
@@ -303,6 +343,29 @@ def test_a_large_file_is_known_by_its_size_and_samples(
     assert not folder.is_done("train")
     weights.write_bytes(bytes(range(255, -1, -1)) * 20_000)
     assert not folder.is_done("train")
+
+
+def test_embeddings_without_ids_are_measured_again(finished: Finished, tmp_path: Path) -> None:
+    """A folder of the previous version has embeddings.npy, and a record that names it."""
+    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path), refine__accept="measured"))
+    run = RunDir(tmp_path / "run")
+    for here in run.rounds():
+        here.embeddings.unlink()
+        (here / "embeddings.npy").write_bytes(b"without ids")
+        manifest = json.loads(here.manifest.read_text(encoding="utf-8"))
+        record = manifest["stages"]["score"]
+        del record["files"]["embeddings.parquet"], record["stats"]
+        record["files"]["embeddings.npy"] = fingerprint(here / "embeddings.npy")
+        write_json(here.manifest, manifest)
+    states = {link.where: state.why for link, state in assess(chain(run, config), config)}
+    assert states["round_00 train"] is None
+    assert states["round_00 score"] == "it writes embeddings.parquet now"
+    session = Session(config, Silent())
+    with pytest.raises(RunError, match=r"embeddings\.npy was written by an earlier version.*`middo score`"):
+        stages.refine_round(session, run.round(0))
+    render_status(status(run))
+    assert trace(run, read_jsonl(run.round(0).dataset)[0]["id"])
+    assert build(run).exists()
 
 
 def test_a_setting_back_to_its_old_value_is_no_change(finished: Finished, tmp_path: Path) -> None:
@@ -541,6 +604,41 @@ def test_a_run_of_the_previous_version_is_read_and_not_continued(
     # What it promised is kept: a file that is gone makes its stage stale.
     run.round(1).refined.unlink()
     assert status(run)["next"] == {"round": "round_01", "stage": "refine"}
+
+
+def spelt_as_before(run: RunDir) -> None:
+    """Turns config.yaml and a record into those of the version before alternatives became unions."""
+    old = yaml.safe_load(SETTINGS_BEFORE.read_text(encoding="utf-8"))
+    old |= {"name": "run", "rounds": 2}
+    run.config.write_text(yaml.safe_dump(old), encoding="utf-8")
+    for directory in (*run.rounds(), run.final):
+        records = directory.stages()
+        trained = records["train"]["settings"]
+        for name in [name for name in trained if name.startswith("train.optimizer.")]:
+            del trained[name]
+        trained |= {"train.optimizer": "adamw", "train.beta1": 0.9, "train.beta2": 0.999}
+        write_json(directory.manifest, {"stages": records})
+
+
+def test_a_run_with_old_spellings_is_read_and_not_continued(
+    finished: Finished, middo: Middo, tmp_path: Path
+) -> None:
+    runs_dir = finished.copy(tmp_path)
+    run = RunDir(tmp_path / "run")
+    spelt_as_before(run)
+    code, out, err = middo("status", run.path)
+    assert code == 0, err
+    assert "run: complete" in out
+    assert middo("report", run.path)[0] == 0
+    assert "numbers kept" in run.report.read_text(encoding="utf-8")
+    assert middo("trace", run.path, read_jsonl(run.final.dataset)[0]["id"])[0] == 0
+    before = contents(tmp_path)
+    with pytest.raises(RunError, match=r"earlier version .* names train\.beta1, which is now .*name="):
+        run_loop(load(None, finished.settings(runs_dir=runs_dir)), Silent())
+    code, _, err = middo("select", run.round(0).path)
+    assert code == 1
+    assert "config: train.tensorboard is now train.trackers" in err
+    assert contents(tmp_path) == before
 
 
 def test_a_spoilt_config_is_told_by_status_and_written_anew_by_run(

@@ -18,7 +18,7 @@ from support.tiny_model import write_tiny_model
 
 from middo_jax import cli
 from middo_jax.data.sources import read
-from middo_jax.progress import Bars, Lines, duration
+from middo_jax.progress import Bars, Lines
 from middo_jax.rundir import read_jsonl
 from middo_jax.signals.table import SCHEMA
 from middo_jax.version import __version__
@@ -119,7 +119,7 @@ def test_every_command_explains_itself_with_an_example(middo: Middo, command: st
             "eval --data broken.jsonl --model {model}",
             "1 of 1: broken JSON: Expecting value (column 1) (broken.jsonl:1)",
         ),
-        ("eval --data empty.jsonl --model {model}", "empty.jsonl holds no rows"),
+        ("eval --data empty.jsonl --model {model}", "empty.jsonl has no rows"),
         ("eval --data {data} --model .", "no config.json there"),
         (
             "eval --data {data} --model {model} model.attention=splash",
@@ -180,8 +180,7 @@ def test_score_select_refine_by_hand(middo: Middo, finished: Finished, place: Pa
     assert not (out / "selection.parquet").exists()
     assert np.mean(table["loss_post"].to_numpy()) < np.mean(table["loss_pre"].to_numpy())
 
-    wanted = ("complexity.m=null", "diversity.m=null", "quality.m=null")
-    wanted += ("complexity.fraction=0.1", "diversity.fraction=0.1", "quality.fraction=0.1")
+    wanted = ("complexity.fraction=0.1", "diversity.fraction=0.1", "quality.fraction=0.1")
     selection = middo("select", out, *wanted, "--json").json
     assert {axis: facts["n_selected"] for axis, facts in selection["axes"].items()} == {
         "complexity": 2,
@@ -192,7 +191,7 @@ def test_score_select_refine_by_hand(middo: Middo, finished: Finished, place: Pa
     assert pq.read_table(out / "selection.parquet")["hard"].to_pylist().count(True) == 2
 
     endpoint = (f"refine.base_url={finished.url}", "refine.model=fake", "refine.temperature=0")
-    endpoint += ("refine.accept=sane", "refine.gates.numbers=false")
+    endpoint += ("refine.accept=sane", "refine.gates.open=[numbers]")
     asked = len(finished.requests)
     before = contents(out)
     plan = middo("refine", out, "--dry-run", *endpoint, "--json").json
@@ -200,7 +199,8 @@ def test_score_select_refine_by_hand(middo: Middo, finished: Finished, place: Pa
     assert contents(out) == before
     assert plan["requests"] == 2 * len(plan["rows"]) + plan["probes"] > plan["probes"] == 1
     told = middo("refine", out, "--dry-run", *endpoint).out
-    assert f"{plan['requests']:,} requests, the first to find out whether the server honours a schema" in told
+    requests = f"{plan['requests']:,} requests"
+    assert f"{requests}, the first to find out whether the server enforces a schema" in told
     assert plan["rows"][0]["messages"][0]["content"].splitlines()[0] in told
 
     done = middo("refine", out, *endpoint, "--json").json
@@ -319,6 +319,30 @@ def test_rows_that_cannot_be_used_are_counted_and_kept_beside(middo: Middo, tmp_
     assert (facts["n"], len(facts["rejected"])) == (1, 2)
 
 
+def test_reasons_are_counted_largest_first_with_the_first_place(
+    middo: Middo, place: Path, tmp_path: Path
+) -> None:
+    """The same lines from every command, for rows that cannot be read and rows that the model cannot take."""
+    ended_turn = {"instruction": "a <|im_end|> b", "output": "c"}
+    rows = [
+        {"instruction": "a", "output": "b"},
+        {"instruction": "c"},
+        ended_turn,
+        ended_turn | {"output": "d"},
+    ]
+    data = tmp_path / "some.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = [
+        f"  2 of 3: its text contains the model's control token <|im_end|> ({data}:3)",
+        f"  1 of 3: column 'output' is missing or null ({data}:2)",
+    ]
+    shown = middo("inspect", data, "--model", place / "model", *SMALL).out.splitlines()
+    assert shown[:3] == ["1 rows can be used, 3 cannot", *lines]
+    scored = middo("eval", "--data", data, "--model", place / "model", *SMALL)
+    assert scored.code == 0
+    assert "\n".join(lines) in scored.err
+
+
 def test_inspect_shows_what_is_learnt(middo: Middo, place: Path) -> None:
     facts = middo("inspect", place / "data.json", "--model", place / "model", *SMALL, "--json").json
     assert facts["n"] == 24
@@ -391,10 +415,3 @@ def test_progress_is_told_on_stderr_only(
     assert "[1/8] round_00 train [bold]" in err  # nothing of it is taken for markup
     assert "3/3" in err
     assert "loss [0.5]" in err
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (95, "1m35s"), (3599.7, "1h00m"), (5430, "1h30m")]
-)
-def test_a_duration_is_short(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

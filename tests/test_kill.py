@@ -169,7 +169,7 @@ def test_broken_at_every_stage_a_run_ends_like_an_unbroken_one(tmp_path: Path) -
             allowed = {signal.SIGINT: (130,), signal.SIGTERM: (75,), signal.SIGKILL: (-signal.SIGKILL, 0)}
             assert code in allowed[how], log.read_text(encoding="utf-8")
             if how in (signal.SIGINT, signal.SIGTERM):
-                assert "the same command goes on from here" in log.read_text(encoding="utf-8")
+                assert "run the same command again to continue" in log.read_text(encoding="utf-8")
             if (place, how) == (0, signal.SIGINT):
                 saved = [int(p.name) for p in (broken.round(0).checkpoint / "steps").iterdir()]
                 assert saved == [lines(broken.round(0).metrics)]  # no step is done twice

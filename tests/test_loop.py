@@ -20,6 +20,7 @@ from middo_jax.loop import run_loop
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.progress import Silent
 from middo_jax.rundir import RoundDir, RunDir, file_hash, read_jsonl
+from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.table import SCHEMA
 
 pytest_plugins = ["support.loop_fixture"]
@@ -52,7 +53,7 @@ def test_every_artefact_is_where_the_contract_says(finished: Finished) -> None:
     whole = {"config.yaml", "events.jsonl", "llm_cache.sqlite", "rejected.jsonl", "heldout.jsonl"}
     whole |= {"heldout_losses.json", "heldout_rows.parquet", "report.html", "round_00", "round_01", "final"}
     assert {p.name for p in run.path.iterdir()} == whole
-    a_round = {"dataset.jsonl", "scores.parquet", "embeddings.npy", "selection.json", "requests.jsonl"}
+    a_round = {"dataset.jsonl", "scores.parquet", "embeddings.parquet", "selection.json", "requests.jsonl"}
     a_round |= {"selection.parquet", "refined.jsonl", "candidates.jsonl", "dropped.jsonl"}
     a_round |= {"checkpoint", "metrics.jsonl", "manifest.json"}
     for directory in run.rounds():
@@ -93,7 +94,7 @@ def test_scores_have_every_column_and_a_row_a_sample(finished: Finished) -> None
         empty = {"error", "loss_unconditional", "ifd"}
         for name in table.column_names:
             assert table[name].null_count == (len(ids) if name in empty else 0), name
-        embedding_nd = np.load(directory.embeddings, allow_pickle=False)
+        embedding_nd = read_embeddings(directory.embeddings, ids)
         assert embedding_nd.shape == (len(ids), 32)
         assert embedding_nd.dtype == np.float32
         axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
@@ -221,7 +222,7 @@ def test_a_missing_file_is_made_again_with_the_same_bytes(
 
 
 def test_previous_models_are_started_from_and_measured(finished: Finished, tmp_path: Path) -> None:
-    previous = {"train__start_from": "previous", "complexity__pre_model": "previous"}
+    previous = {"train__start_from": "previous"}
     run, _ = small_run(
         tmp_path, finished.url, rounds=2, model__path=finished.root / "model", data__limit=12, **previous
     )

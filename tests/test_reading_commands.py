@@ -86,7 +86,7 @@ def test_a_row_with_another_stop_token_is_refused(middo: Middo, model: Path, tmp
     found = json.loads(middo("inspect", data, "--model", model, "--json").out)
     assert found["n"] == 1
     assert [r["reason"] for r in found["rejected"]] == [
-        "its text holds the model's control token <|endoftext|>"
+        "its text contains the model's control token <|endoftext|>"
     ]
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.loop_fixture import settings
+from support.loop_fixture import fake_refiner, settings
 from transformers import PreTrainedTokenizerBase
 
+import middo_jax as middo
 from middo_jax import stages
 from middo_jax.config import load
-from middo_jax.data.example import Example
-from middo_jax.data.tokenize import refusal, tokenize
+from middo_jax.data.example import Example, Message
+from middo_jax.data.tokenize import load_tokenizer, refusal, tokenize
+from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
-from middo_jax.rundir import RoundDir
+from middo_jax.rundir import RoundDir, read_jsonl
 from middo_jax.session import Session, prepare, write_dataset
 
 
@@ -37,8 +41,10 @@ class Tokenized:
     def times(self, examples: list[Example]) -> tuple[set[int], int]:
         """({how often each was tokenized}, calls that held any) since this was last asked."""
         texts = {
-            self._tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in e.messages], tokenize=False
+            str(
+                self._tokenizer.apply_chat_template(
+                    [{"role": m.role, "content": m.content} for m in e.messages], tokenize=False
+                )
             )
             for e in examples
         }
@@ -60,9 +66,120 @@ def test_each_example_is_tokenized_once_per_stage(tmp_path: Path, monkeypatch: p
     stages.score_stage(session, directory, directory.checkpoint, session.base, ("complexity", "diversity"))
     assert tokenized.times(kept) == ({1}, 1)
     held_out = stages.HeldOut(session, heldout)
-    losses = [held_out.loss_of(path)["loss"] for path in (session.base, directory.checkpoint)]
+    models = (session.load_model(path) for path in (session.base, directory.checkpoint))
+    losses = [held_out.loss(model).loss for model in models]
     assert losses[0] != losses[1]
     assert tokenized.times(heldout) == ({1}, 1)
+
+
+class PerStage(Silent):
+    """Counts the conversations that are rendered and tokenized, stage by stage as a run names them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tokenized: dict[str, Counter[str]] = {}
+        self.rendered: dict[str, Counter[str]] = {}
+        self._stage = "checks"
+        call, render = PreTrainedTokenizerBase.__call__, PreTrainedTokenizerBase.apply_chat_template
+
+        def counted(tokenizer: Any, text: Any = None, *arguments: Any, **how: Any) -> Any:
+            texts = [text] if isinstance(text, str) else text
+            self.tokenized.setdefault(self._stage, Counter()).update(texts)
+            return call(tokenizer, text, *arguments, **how)
+
+        def shown(tokenizer: Any, messages: Any, *arguments: Any, **how: Any) -> Any:
+            text = render(tokenizer, messages, *arguments, **how)
+            self.rendered.setdefault(self._stage, Counter()).update([text])
+            return text
+
+        monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", counted)
+        monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", shown)
+
+    def say(self, text: str) -> None:
+        if text.startswith("["):
+            self._stage = text.partition("] ")[2]
+
+    def times(self, stage: str, texts: Iterable[str]) -> tuple[set[int], set[int]]:
+        """({how often each was tokenized in a stage}, {how often each was rendered})."""
+        tokenized, rendered = self.tokenized.get(stage, Counter()), self.rendered.get(stage, Counter())
+        texts = list(texts)
+        assert texts
+        return {tokenized[text] for text in texts}, {rendered[text] for text in texts}
+
+
+def as_rendered(rows: Iterable[dict[str, Any]], model: Path) -> list[str]:
+    """Rows of a dataset.jsonl as the tiny model's template shows them."""
+    template = load_tokenizer(model)
+    return [
+        str(
+            template.apply_chat_template(
+                [{"role": m["role"], "content": m["content"]} for m in row["messages"]], tokenize=False
+            )
+        )
+        for row in rows
+    ]
+
+
+def test_a_run_tokenizes_each_conversation_once_per_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"data__limit": 12, "refine__accept": "measured", "train__eval_every": 1}
+    with fake_refiner() as (url, _):
+        config = load(None, settings(tmp_path, url, **more))
+        counted = PerStage(monkeypatch)
+        run = run_loop(config, counted)
+        monkeypatch.undo()
+    model, before = tmp_path / "model", read_jsonl(run.round(0).dataset)
+    kept, heldout = as_rendered(before, model), as_rendered(read_jsonl(run.heldout), model)
+    # Reading renders each row, to see whether it can be; the checks tokenize for the first training.
+    assert counted.times("checks", kept) == ({1}, {2})
+    assert counted.times("round_00 train", kept) == ({0}, {0})
+    assert counted.times("round_00 train", heldout) == ({1}, {1})
+    assert counted.times("round_00 score", kept) == ({1}, {1})
+    assert counted.times("final evaluate", heldout) == ({1}, {1})
+    assert counted.times("final train", heldout) == ({1}, {1})
+    assert counted.times("final train", as_rendered(read_jsonl(run.final.dataset), model)) == ({1}, {1})
+    children = [
+        text
+        for text in counted.rendered["round_00 refine"]
+        if "It is for counting up to" in text and text.endswith("<|im_end|>\n")
+    ]
+    assert children
+    assert {counted.tokenized["round_00 refine"][text] for text in children} == {1}
+
+
+def test_train_and_score_tokenize_each_conversation_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings(tmp_path)  # makes model and data
+    small = {"model.max_length": 512, "data.eval_fraction": 0.25, "data.limit": 12}
+    small |= {"train.batch_size": 8, "train.eval_every": 1}
+    counted = PerStage(monkeypatch)
+    out, model = tmp_path / "trained", tmp_path / "model"
+    trained = middo.train(tmp_path / "data.json", model, out, settings=small)
+    assert trained.heldout is not None
+    texts = {text for text, n in counted.tokenized["checks"].items() if " sides." in text}
+    assert len(texts) == 12
+    assert counted.times("checks", texts) == ({1}, {2})  # rendered once more to see whether it can be
+    counted.tokenized.clear()
+    counted.rendered.clear()
+    middo.score(
+        tmp_path / "data.json", model, trained.checkpoint, ("diversity", "complexity"), settings=small
+    )
+    assert counted.times("checks", texts & set(counted.tokenized["checks"])) == ({1}, {2})
+
+
+def test_what_was_tokenized_is_dropped_after_the_stage(tmp_path: Path) -> None:
+    session = Session(load(None, settings(tmp_path)), Silent())
+    example = Example((Message("user", "Hi"), Message("assistant", "Hello")))
+    twin = dataclasses.replace(example, id="twin")
+    with session.stage():
+        with session.stage():
+            [first] = session.tokenize([example])
+        [again, other] = session.tokenize([example, twin])  # the inner block has not dropped it
+    assert again is first
+    assert (other.id, other.tokens_n is first.tokens_n) == ("twin", True)
+    assert not session._kept.tokenized
+    assert session.tokenize([example])[0] is not first
 
 
 def test_what_is_refused_is_what_cannot_be_tokenized(tmp_path: Path) -> None:
@@ -75,7 +192,7 @@ def test_what_is_refused_is_what_cannot_be_tokenized(tmp_path: Path) -> None:
     session = Session(config, Silent())
     kept, heldout, rejections = prepare(session)
     assert [e.prompt for e in (*kept, *heldout)] == ["Hi"]
-    assert [r.reason for r in rejections] == ["its text holds the model's control token <|im_end|>"]
+    assert [r.reason for r in rejections] == ["its text contains the model's control token <|im_end|>"]
     [example] = [*kept, *heldout]
     session.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     reason = refusal(example, session.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import sys
@@ -17,9 +18,14 @@ from transformers.utils import chat_template_utils
 from middo_jax import cli, session, template_date
 from middo_jax.config import load
 from middo_jax.data.example import Example, Message
-from middo_jax.data.templates import template_arguments
+from middo_jax.data.templates import pin_date, template_arguments
 from middo_jax.data.tokenize import load_tokenizer, tokenize, tokenize_prompt
+from middo_jax.inference import server
+from middo_jax.progress import Silent
 from middo_jax.rundir import RunDir, write_text
+from middo_jax.session import Session
+from middo_jax.stages.before import Wanted, _identity
+from middo_jax.stages.endpoint import endpoint
 
 DAY = datetime.date(2026, 3, 7)
 ASKS = "{{- '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHAT_TEMPLATE
@@ -149,6 +155,41 @@ def test_a_date_is_recorded_only_where_a_template_prints_it(
     assert recorded(tmp_path / "file") == "2026-03-07"
     middo(monkeypatch, *score, tmp_path / "given", f"model.template={file}", "model.template_date=2025-01-31")
     assert recorded(tmp_path / "given") == "2025-01-31"
+
+
+def test_another_day_is_another_pass_under_the_model_before(tmp_path: Path) -> None:
+    model = directory_with(tmp_path / "model", ASKS)
+
+    def identity(day: str, template: str = "null") -> str:
+        named = [f"model.path={model}", "data.path=none", "model.dtype=float32"]
+        of_day = Session(load(None, [*named, f"model.template={template}"]), Silent())
+        pin_date(of_day.tokenizer, datetime.date.fromisoformat(day))
+        return _identity(of_day, model, of_day.load_model(model), Wanted(loss=True, embeddings=False))
+
+    assert identity("2026-03-07") == identity("2026-03-07") != identity("2026-03-08")
+    assert identity("2026-03-07", "chatml") == identity("2026-03-08", "chatml")  # prints no date
+
+
+def test_the_embedded_refiner_prints_the_pinned_day(
+    tmp_path: Path, today: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = directory_with(tmp_path / "model", ASKS)
+    given = [f"model.path={model}", "data.path=none", f"model.template_date={DAY}"]
+    asked: list[str] = []
+
+    def build_app(_: Any, tokenizer: Any, *__: Any) -> None:
+        tokens_n = tokenize_prompt(EXAMPLE.messages[:1], tokenizer)
+        asked.append(str(tokenizer.decode(tokens_n.tolist())))
+
+    loaded = (contextlib.nullcontext(), load_tokenizer(model), frozenset())
+    monkeypatch.setattr(server, "load_engine", lambda *_: loaded)
+    monkeypatch.setattr(server, "build_app", build_app)
+    monkeypatch.setattr(server, "serve_in_background", lambda *_, **__: contextlib.nullcontext("url"))
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    today(DAY + datetime.timedelta(400))
+    with endpoint(Session(load(None, given), Silent())):
+        pass
+    assert "Today: 07 Mar 2026" in asked[0]
 
 
 def test_a_runs_day_is_that_of_its_first_start(tmp_path: Path, today: Any) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu import shapes
-from middo_jax.models.attention import Kernel, packed_attention, triton
+from middo_jax.models.attention import AttentionSpec, Kernel, Packing, packed_attention, triton
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array]
 REPEATS = 10
@@ -60,8 +60,8 @@ def cases(tiny: bool) -> Iterator[tuple[int, str, Rows, Arrays]]:
 
 def attention(rows: Rows, dim: int, kernel: Kernel) -> Callable[..., jax.Array]:
     """(queries, keys, values) -> attention; a new function at every call, which JAX traces anew."""
-    how: dict[str, Any] = {"scale": dim**-0.5, "kernel": kernel}
-    return lambda q, k, v: packed_attention(q, k, v, rows.segment_ids, rows.positions, **how)
+    packing, spec = Packing(rows.segment_ids, rows.positions), AttentionSpec(dim**-0.5)
+    return lambda q, k, v: packed_attention(q, k, v, packing, spec, kernel)
 
 
 def gradient(attend: Callable[..., jax.Array], of: tuple[int, ...]) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ from middo_jax.config import MeshSettings, TrainSettings
 from middo_jax.data.packing import pack
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.sampling import Request
-from middo_jax.models.attention import cached_attention
+from middo_jax.models.attention import AttentionSpec, CachedLayer, Packing, cached_attention
 from middo_jax.models.attention.triton import triton_attention
 from middo_jax.models.attention.triton_cached import triton_cached_attention
 from middo_jax.models.attention.xla import xla_attention
@@ -41,8 +41,8 @@ from middo_jax.models.decoder import abstract
 from middo_jax.models.model import Model
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import ExampleScores, score_examples
-from middo_jax.training.feed import plan_epoch
 from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
+from middo_jax.training.plan import plan_epoch
 from middo_jax.training.step import make_train_step, put_batch
 
 # ||ours - reference|| / ||reference||, the reference in float32.
@@ -139,13 +139,13 @@ def kernel_law(
     rng = np.random.default_rng(1)
     shape = rows.positions.shape
     arrays = [jnp.asarray(rng.standard_normal((*shape, n, dim)), dtype) for n in (8, 2, 2, 8)]
-    ids = [None if x is None else jnp.asarray(x) for x in rows[:3]]
+    ids = (None if x is None else jnp.asarray(x) for x in rows[:3])
+    packing, spec = Packing(*ids, rows.prefix), AttentionSpec(dim**-0.5, window, soft_cap)
     real_bt11 = jnp.asarray(rows.segment_ids >= 0)[..., None, None]
-    how = {"scale": dim**-0.5, "window": window, "soft_cap": soft_cap, "prefix": rows.prefix}
 
     def both(attend: Any, *arrays: jax.Array) -> Any:
         q, k, v, by_out = arrays
-        out, pull = jax.vjp(lambda *x: attend(*x, *ids, **how), q, k, v)
+        out, pull = jax.vjp(lambda *x: attend(*x, packing, spec), q, k, v)
         return out * real_bt11, pull((by_out * real_bt11).astype(out.dtype))
 
     kernel = functools.partial(triton_attention, interpret=interpret)
@@ -168,12 +168,12 @@ def cached_law(dtype: str, dim: int, interpret: bool) -> Law:
     keys, values = (jnp.asarray(rng.standard_normal((2, 4, 600, 2, dim)), dtype) for _ in range(2))
     positions = jnp.asarray([[0], [599], [300], [77]])
     q = jnp.asarray(rng.standard_normal((4, 1, 8, dim)), dtype)
-    how = {"scale": dim**-0.5, "window": None, "soft_cap": None}
-    ours = triton_cached_attention(q, keys, values, jnp.int32(1), positions, 0, **how, interpret=interpret)
-    wide = [np.asarray(x, np.float32) for x in (q, keys, values)]
+    cached, spec = CachedLayer(keys, values, jnp.int32(1)), AttentionSpec(dim**-0.5)
+    ours = triton_cached_attention(q, cached, positions, spec, interpret=interpret)
+    wide_q, *wide = (np.asarray(x, np.float32) for x in (q, keys, values))
     with jax.default_device(jax.devices("cpu")[0]), jax.set_mesh(cpu_mesh()):
-        theirs = jax.jit(functools.partial(cached_attention, **how))(
-            *wide, np.int32(1), np.asarray(positions)
+        theirs = jax.jit(functools.partial(cached_attention, spec=spec))(
+            wide_q, CachedLayer(*wide, np.int32(1), 0), np.asarray(positions)
         )
     return Law(f"decoding == CPU: {dtype}, {dim}", distance(ours, theirs), TOLERANCES[dtype])
 
@@ -238,7 +238,7 @@ def train_step(config: DecoderConfig, mesh: Mesh, examples: list[Any]) -> Any:
         target = abstract_opt_state(optimizer, params, mesh)
         opt_state = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(params)
         frozen = jax.tree.map(lambda x: x, type(params)({}))
-        step = make_train_step(graphdef, optimizer, settings, 10, chunk=128, state=(params, opt_state))
+        step = make_train_step(graphdef, settings, 10, chunk=128, state=(params, opt_state))
         rows = plan_epoch(examples, settings, 0, 0, 512)[0]
         batch = put_batch(pack(examples, rows, 2, 512, 512), 1, mesh)
         with jax.default_matmul_precision("highest"):

@@ -28,7 +28,7 @@ from middo_jax.models.decoder import abstract
 from middo_jax.models.lora import partition
 from middo_jax.models.parameters import LORA_TARGETS, adapters, parameters
 from middo_jax.parallel.mesh import make_mesh, named_sharding
-from middo_jax.passes.losses import MIN_LENGTH, score_batch
+from middo_jax.passes.losses import MIN_LENGTH, LossInputs, score_batch
 from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
 from middo_jax.training.step import abstract_batch, make_train_step
 
@@ -74,24 +74,20 @@ def scoring_program(config: DecoderConfig, rows: int, mesh: Mesh) -> jax.stages.
     def of(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, LENGTH), dtype, sharding=named_sharding(mesh, "batch", None))
 
-    arrays = (*(of(jnp.int32) for _ in range(4)), of(jnp.bool_), of(jnp.bool_), None)
+    batch = LossInputs(*(of(jnp.int32) for _ in range(4)), of(jnp.bool_), of(jnp.bool_))
     params = abstract_params(config, jnp.bfloat16, mesh)
     static: dict[str, Any] = {"max_segments": LENGTH // MIN_LENGTH, "chunk": 4096, "longest": LENGTH}
-    return score_batch.trace(abstract(config)[0], params, *arrays, **static).lower(
-        lowering_platforms=("cuda",)
-    )
+    return score_batch.trace(abstract(config)[0], params, batch, **static).lower(lowering_platforms=("cuda",))
 
 
 def training_program(config: DecoderConfig, rows: int, remat: Any, mesh: Mesh) -> jax.stages.Lowered:
     """A training step: of the adapters if there are any, else of all weights in float32."""
-    settings = TrainSettings(batch_size=rows, remat=remat, pack_length=LENGTH)
+    settings = TrainSettings(batch_size=rows, remat=remat)
     params = abstract_params(config, jnp.bfloat16 if config.lora else jnp.float32, mesh)
     trained, frozen = partition(params, config)
     optimizer = make_optimizer(settings, 100)
     state = trained, abstract_opt_state(optimizer, trained, mesh)
-    step = make_train_step(
-        abstract(config)[0], optimizer, settings, 100, chunk=2048, state=state, longest=LENGTH
-    )
+    step = make_train_step(abstract(config)[0], settings, 100, chunk=2048, state=state, longest=LENGTH)
     batch = abstract_batch(settings, LENGTH, mesh)
     return step.trace(*state, frozen, batch).lower(lowering_platforms=("cuda",))
 

@@ -34,8 +34,8 @@ from middo_jax.models.lora import partition, with_fresh_adapters
 from middo_jax.models.model import Model
 from middo_jax.models.parameters import LORA_TARGETS
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.training.feed import plan_epoch
 from middo_jax.training.flops import peak_flops, training_flops
+from middo_jax.training.plan import plan_epoch
 
 Figures = dict[str, Any]
 TINY = False  # set by --tiny: everything on a model and a load that a CPU can bear
@@ -153,7 +153,7 @@ def training(model: str, lora: bool) -> Figures:
         trainee = with_fresh_adapters(trainee, Lora(16, 32.0, tuple(LORA_TARGETS)), 0)
         config = trainee.config
     made = shapes.examples(*shapes.lengths("alpaca", 2 * (steps + 3) * rows * length), config.vocab_size)
-    settings = TrainSettings(batch_size=rows, remat="dots", pack_length=length)
+    settings = TrainSettings(batch_size=rows, remat="dots")
     plan = plan_epoch(made, settings, 0, 0, length)[: steps + 2]
     trained, frozen = partition(trainee.params, config)
     with jax.set_mesh(mesh):
@@ -164,7 +164,7 @@ def training(model: str, lora: bool) -> Figures:
             jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(trained),
         )
         step = make_train_step(
-            trainee.graphdef, optimizer, settings, 100, chunk=2048, state=state, longest=shapes.LONGEST
+            trainee.graphdef, settings, 100, chunk=2048, state=state, longest=shapes.LONGEST
         )
         batches = [put_batch(pack(made, rows_, rows, length, length), 1, mesh) for rows_ in plan]
         began = time.perf_counter()
@@ -239,6 +239,7 @@ def decoding(model: str) -> Figures:
     figures: Figures = {}
     prompt, answer = (64, 128) if not TINY else (8, 4)
     counts = (1, 32, 256) if not TINY else (1, 2)
+    prompts: list[list[int]] = []
     with jax.set_mesh(mesh), Engine(abstract(config)[0], params, counts[-1], 256) as engine:
         for count in counts:
             seconds = []

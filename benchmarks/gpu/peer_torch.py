@@ -5,7 +5,7 @@
   lora       a training step: rank-16 adapters on all seven matrices, frozen bfloat16 base
   full       a training step: all parameters, float32 master weights, bfloat16 matrix products
 
-usage: python benchmarks/gpu/peer_torch.py --job score --shape 8b --lengths lengths.npz --out score.json
+usage: python -m benchmarks gpu.peer_torch --job score --shape 8b --lengths lengths.npz --out score.json
 
 `--lengths` has two arrays of int: `tokens_n`, tokens per example, and `targets_n`, how many of them, the last
 ones, are targets. Token ids and weights are random. Rotary angles are without Llama 3's scaling.
@@ -171,6 +171,7 @@ def make_pack(tokens_n: np.ndarray, targets_n: np.ndarray, ids_t: np.ndarray, de
         return tensor(np.pad(values, (0, chunks * slots - len(values))).reshape(chunks, slots), dtype)
 
     example = segment_t[targets]
+    rows_cm, targets_cm, example_cm = (chunked(values) for values in (targets - 1, ids_t[targets], example))
     return Pack(
         tensor(ids_t),
         tensor(positions_t),
@@ -178,7 +179,9 @@ def make_pack(tokens_n: np.ndarray, targets_n: np.ndarray, ids_t: np.ndarray, de
         dynamic(tensor(np.zeros(lengths_s.max()), torch.int8)),
         tensor(segment_t),
         tensor(prompt_weight_t, torch.float32),
-        *(chunked(values) for values in (targets - 1, ids_t[targets], example)),
+        rows_cm,
+        targets_cm,
+        example_cm,
         chunked(1 / targets_n[example], torch.float32),
         work_of(tokens_n, targets_n),
     )
@@ -473,7 +476,8 @@ def published_job(
         keep = target != -100
         return statistics.mean(((nll.view(target.shape) * keep).sum(-1) / keep.sum(-1)).tolist())
 
-    batches = spread(np.array_split(np.arange(len(tokens_n)), range(8, len(tokens_n), 8)), arguments.steps)
+    eights = [list(range(i, min(i + 8, len(tokens_n)))) for i in range(0, len(tokens_n), 8)]
+    batches = spread(eights, arguments.steps)
     works = [work_of(tokens_n[batch], targets_n[batch]) for batch in batches]
     return {"attention": "sdpa, padding mask"} | measure(step, batches, works, shape, "published")
 

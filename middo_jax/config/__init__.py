@@ -1,60 +1,98 @@
 """Every setting of the program: one frozen tree of small classes, validated when it is read.
 
 A setting's description gives its unit and reason; its mark, `Affects`, gives what changes with it. `load()`
-reads YAML, applies `a.b=c` overrides and answers an unknown key with the nearest valid name.
+reads YAML, applies `a.b=c` overrides and answers an unknown key with the nearest valid name, an old one with
+the new spelling.
 """
 
-from middo_jax.config.base import RESULTLESS, Affects, ConfigError, Effect, Settings
-from middo_jax.config.effects import affecting, default_of, flat, marks
-from middo_jax.config.reading import SettingsLike, layers_of, load, setting_names, stored
-from middo_jax.config.refine import GateSettings, Prices, RefineSettings
-from middo_jax.config.settings import (
-    AdaptedMatrix,
+from middo_jax.config.axes import (
     ComplexitySettings,
+    Deviations,
+    DiversitySettings,
+    ExpectedRating,
+    Fraction,
+    QualitySettings,
+    SampledRating,
+    Threshold,
+)
+from middo_jax.config.base import RESULTLESS, Affects, ConfigError, Effect, Settings
+from middo_jax.config.effects import Leaf, affecting, default_of, leaves
+from middo_jax.config.reading import SettingsLike, layers_of, load, stored
+from middo_jax.config.refine import (
+    Dollars,
+    GateSettings,
+    Prices,
+    RefineSettings,
+    RequestRate,
+    TokenRate,
+    Tokens,
+)
+from middo_jax.config.renamed import RENAMED
+from middo_jax.config.settings import (
     Config,
     DataSettings,
-    DiversitySettings,
     HostsSettings,
-    LoraSettings,
     MeshSettings,
     ModelSettings,
-    QualitySettings,
     ScoringSettings,
     ServeSettings,
-    Threshold,
-    TrainSettings,
 )
+from middo_jax.config.training import (
+    Adafactor,
+    AdamW,
+    AdaptedMatrix,
+    BadSteps,
+    LoraSettings,
+    TrainSettings,
+    WandB,
+)
+from middo_jax.config.unions import OneOf, members_of, union_of
 
 __all__ = [
+    "RENAMED",
     "RESULTLESS",
+    "Adafactor",
+    "AdamW",
     "AdaptedMatrix",
     "Affects",
+    "BadSteps",
     "ComplexitySettings",
     "Config",
     "ConfigError",
     "DataSettings",
+    "Deviations",
     "DiversitySettings",
+    "Dollars",
     "Effect",
+    "ExpectedRating",
+    "Fraction",
     "GateSettings",
     "HostsSettings",
+    "Leaf",
     "LoraSettings",
     "MeshSettings",
     "ModelSettings",
+    "OneOf",
     "Prices",
     "QualitySettings",
     "RefineSettings",
+    "RequestRate",
+    "SampledRating",
     "ScoringSettings",
     "ServeSettings",
     "Settings",
     "SettingsLike",
     "Threshold",
+    "TokenRate",
+    "Tokens",
     "TrainSettings",
+    "WandB",
     "affecting",
     "default_of",
-    "flat",
     "layers_of",
+    "leaves",
     "load",
-    "marks",
-    "setting_names",
+    "members_of",
     "stored",
+    "union_of",
 ]

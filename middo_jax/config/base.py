@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import pydantic
+
+# The start of a URL, also of gs:/bucket, which pathlib makes of gs://bucket; a drive letter is one letter.
+URL = r"[A-Za-z][A-Za-z0-9+.-]+:/"
 
 # What a setting affects. The first five change no result; each of the others makes the stages that depend on
 # it stale (rundir/chain.py says which do).
@@ -32,26 +36,28 @@ class ConfigError(ValueError):
     """A setting is unknown, malformed or out of range; the message names it and what to do."""
 
 
+Condition = tuple[str, Any]  # dotted name of a setting, and the value that it must have
+
+
 @dataclasses.dataclass(frozen=True)
 class Affects:
-    """The mark of a setting: what changes with it.
+    """The mark of a setting: what changes with it, always or on a condition.
 
         remat: Annotated[Literal["none", "layer"], Affects("speed")] = "layer"
-        top_k: Annotated[int, Affects("scores", only_if=("quality.method", "sample"))] = 50
+        max_context: Annotated[int, Affects("rewrites", scores=("quality.method", "sample"))] = 2048
 
     Attributes:
-      effects: all that it affects.
-      only_if: (dotted name, value) of another setting that must have this value for it to affect anything.
+      effects: all that it may affect, each with its condition; None: always. Conditions name settings from
+        the top of the tree.
     """
 
-    effects: frozenset[Effect]
-    only_if: tuple[str, Any] | None = None
+    effects: Mapping[Effect, Condition | None]
 
-    def __init__(self, *effects: Effect, only_if: tuple[str, Any] | None = None) -> None:
-        if unknown := set(effects) - set(get_args(Effect)):
+    def __init__(self, *always: Effect, **only_if: Condition) -> None:
+        effects = dict.fromkeys(always) | only_if
+        if unknown := effects.keys() - set(get_args(Effect)):
             raise TypeError(f"not an effect: {', '.join(sorted(unknown))}")
-        object.__setattr__(self, "effects", frozenset(effects))
-        object.__setattr__(self, "only_if", only_if)
+        object.__setattr__(self, "effects", effects)
 
 
 class Settings(pydantic.BaseModel):

@@ -1,61 +1,108 @@
-"""Which settings affect what, read off their marks."""
+"""The one walk over all settings, and which of them affect what."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from middo_jax.config.base import Affects, Effect, Settings
+from pydantic.fields import FieldInfo
+
+from middo_jax.config.base import Affects, Condition, Effect, Settings
 from middo_jax.config.settings import Config
+from middo_jax.config.unions import members_of, union_of
+
+_ABSENT = object()
 
 
-def marks(group: type[Settings] = Config, prefix: str = "") -> Iterator[tuple[str, Affects | None]]:
-    """(dotted name, mark) of all settings below a group; None where a setting has no mark."""
+class Leaf(NamedTuple):
+    """A setting that a user can write.
+
+    Attributes:
+      name: dotted, `quality.score`.
+      field: its declaration.
+      mark: what it affects; None where it has no mark.
+      default: None also where it has none.
+      alternative: the setting and the value without which it does not exist, ("quality.method", "expected").
+      excludes: other settings of which only one of them can be given: `complexity.m`, `complexity.fraction`.
+    """
+
+    name: str
+    field: FieldInfo
+    mark: Affects | None
+    default: Any
+    alternative: Condition | None = None
+    excludes: tuple[str, ...] = ()
+
+
+def leaves(group: type[Settings] = Config, prefix: str = "") -> Iterator[Leaf]:
+    """All settings below a group, those of all alternatives, in the order of their declaration."""
     for name, field in group.model_fields.items():
         below = field.annotation
-        if isinstance(below, type) and issubclass(below, Settings):
-            yield from marks(below, f"{prefix}{name}.")
+        union = union_of(field)
+        if union is not None:
+            yield from _leaves_of_union(field, prefix if union.inline else f"{prefix}{name}.")
+        elif isinstance(below, type) and issubclass(below, Settings):
+            yield from leaves(below, f"{prefix}{name}.")
         else:
             own = [entry for entry in field.metadata if isinstance(entry, Affects)]
-            yield prefix + name, own[0] if own else group.affects
+            default = None if field.is_required() else field.default
+            yield Leaf(prefix + name, field, own[0] if own else group.affects, default)
 
 
 def affecting(settings: Settings, effects: Collection[Effect]) -> dict[str, Any]:
     """Dotted names and values, as in JSON, of the settings that affect at least one of `effects`.
 
-    `only_if` names settings from the top of the tree: in a group taken alone it holds for none.
+    A setting of an alternative that was not chosen is None where nothing else names the alternative
+    (`complexity.m` beside `complexity.fraction`), and is left out otherwise.
+
+    Conditions name settings from the top of the tree: in a group taken alone they hold for none.
     """
-    values = flat(settings.model_dump(mode="json"))
-    return {
-        name: values[name]
-        for name, mark in marks(type(settings))
-        if mark is not None and name in values and mark.effects & set(effects) and _holds(mark, values)
-    }
+    tree = settings.model_dump(mode="json")
+    found = {}
+    for leaf in leaves(type(settings)):
+        value = _at(tree, leaf.name)
+        conditions = [leaf.mark.effects[e] for e in effects if e in leaf.mark.effects] if leaf.mark else []
+        if (value is _ABSENT and not leaf.excludes) or not any(_holds(c, tree) for c in conditions):
+            continue
+        found[leaf.name] = None if value is _ABSENT else value
+    return found
 
 
 def default_of(name: str) -> Any:
     """A setting's default, as in JSON; None if it has none, or if there is no such setting."""
-    *groups, last = name.split(".")
-    group: Any = Config
-    for part in groups:
-        field = group.model_fields.get(part)
-        group = None if field is None else field.annotation
-        if not (isinstance(group, type) and issubclass(group, Settings)):
-            return None
-    field = group.model_fields.get(last)
-    if field is None or field.is_required():
-        return None
-    return json.loads(json.dumps(field.default))
+    default = next((leaf.default for leaf in leaves() if leaf.name == name), None)
+    return json.loads(json.dumps(default, default=lambda value: value.model_dump(mode="json")))
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"keep": 1}} -> {"train.keep": 1}."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
+def _leaves_of_union(field: FieldInfo, prefix: str) -> Iterator[Leaf]:
+    union, members = union_of(field), members_of(field)
+    assert union is not None
+    seen: set[str] = set()
+    for member in members:
+        others = tuple(prefix + name for m in members if m is not member for name in m.model_fields)
+        for leaf in leaves(member, prefix):
+            if leaf.name in seen:
+                continue
+            seen.add(leaf.name)
+            default = leaf.default if isinstance(field.default, member) else None
+            if union.by is None:
+                yield leaf._replace(default=default, excludes=others)
+            elif leaf.name in others:  # of several alternatives, as the one that names them
+                yield leaf._replace(default=default)
+            else:
+                of = (prefix + union.by, union.named(member))
+                yield leaf._replace(default=default, alternative=of)
 
 
-def _holds(mark: Affects, values: Mapping[str, Any]) -> bool:
-    return mark.only_if is None or values.get(mark.only_if[0]) == mark.only_if[1]
+def _at(tree: Mapping[str, Any], name: str) -> Any:
+    value: Any = tree
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
+
+
+def _holds(condition: Condition | None, tree: Mapping[str, Any]) -> bool:
+    return condition is None or _at(tree, condition[0]) == condition[1]

@@ -27,12 +27,14 @@ Of = Literal["all", "replacements", "hard", "low quality", "additions"]
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """A gate's setting, `refine.gates.NAME`: a bool, or a number within bounds that may be null.
+    """A gate's setting: a bar, `refine.gates.NAME`, within bounds or null.
+
+    Without a bar, the gate is opened by its name in `refine.gates.open`.
 
     Attributes:
-      default: its type says which of both.
-      gt, ge, lt, le: bounds, named as by pydantic.
-      opens: whether false or null opens the gate; otherwise it makes the gate ask less.
+      default: a number is a bar; True: there is none.
+      gt, ge, lt, le: bounds of a bar, named as by pydantic.
+      opens: whether a bar of null opens the gate; otherwise it makes the gate ask less.
     """
 
     default: bool | float
@@ -41,6 +43,11 @@ class Switch:
     lt: float | None = None
     le: float | None = None
     opens: bool = True
+
+    @property
+    def has_bar(self) -> bool:
+        """Whether the setting is a number."""
+        return not isinstance(self.default, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Gate:
 
     @property
     def setting(self) -> str | None:
-        """The name of its setting below `refine.gates`."""
+        """The gate whose setting is its own: itself, another one, or None."""
         if self.switch is None:
             return None
         return self.switch if isinstance(self.switch, str) else self.name
@@ -90,13 +97,16 @@ class Gate:
 
         Args:
           accept: `refine.accept`.
-          gates: `refine.gates` as a mapping; a setting that is not in it has its default.
+          gates: `refine.gates` as a mapping, or `GateSettings.values()`, also of an earlier version's folder,
+            where every gate had a setting of its own; what is not in it has its default.
         """
         levels: tuple[str, ...] = typing.get_args(Accept)
         if levels.index(self.accept) > levels.index(accept):
             return False
         if self.setting is None or (isinstance(self.switch, Switch) and not self.switch.opens):
             return True
+        if self.setting in (gates.get("open") or ()):
+            return False
         return gates.get(self.setting, True) not in (False, None)
 
 

@@ -6,27 +6,20 @@ import contextlib
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 import yaml
 
-from middo_jax.config.base import ConfigError
+from middo_jax.config.base import ConfigError, Settings
+from middo_jax.config.effects import Leaf, leaves
+from middo_jax.config.renamed import RENAMED
 from middo_jax.config.settings import Config
+from middo_jax.config.unions import OTHER_ALTERNATIVE, is_inline, union_of
 
-_ALTERNATIVE = {"m": "fraction", "fraction": "m"}  # settings of a threshold that exclude each other
 # Settings as a caller gives them: {"train.learning_rate": 1e-4, "complexity": {"fraction": 0.05}}, texts as a
 # command takes them, or a whole tree.
 SettingsLike = Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | Config | None
-
-
-def setting_names(settings: type[pydantic.BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings below a group: `train.learning_rate`, ..."""
-    for name, field in settings.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
-            yield from setting_names(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def layers_of(settings: SettingsLike) -> list[str | Mapping[str, Any]]:
@@ -51,13 +44,14 @@ def load(path: str | Path | None, overrides: Sequence[str | Mapping[str, Any]] =
         the wrong type or range.
     """
     tree: dict[str, Any] = {} if path is None else read_tree(path)
-    layers = [_parse(override) for override in overrides]
+    names = _Names.known()
+    layers = [_parse(override, names) for override in overrides]
     given = {key for key, value in layers if key is not None and value is not None}
     for key, value in layers:
         if key is None:
-            _lay_over(tree, value)
+            _lay_over(tree, value, names)
         else:
-            _override(tree, key, value, given)
+            _override(tree, key, value, names, given)
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as e:
@@ -89,16 +83,60 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+class _Names(NamedTuple):
+    """What has to be known of settings' names when some are laid over others.
+
+    Attributes:
+      groups: dotted names of groups, and of alternatives that have settings of their own.
+      leaves: all settings by name.
+    """
+
+    groups: frozenset[str]
+    leaves: Mapping[str, Leaf]
+
+    @classmethod
+    def known(cls) -> _Names:
+        """Those of the settings as they are declared now: a gate may have added one."""
+        by_name = {leaf.name: leaf for leaf in leaves()}
+        parts = [name.split(".") for name in by_name]
+        groups = frozenset(".".join(of[:n]) for of in parts for n in range(1, len(of)))
+        return cls(groups, by_name)
+
+    def displaced(self, name: str, value: Any) -> set[str]:
+        """The settings of other alternatives than the one that this setting chooses, when it is given."""
+        leaf = self.leaves.get(name)
+        if leaf is None or value is None:
+            return set()
+        conditions = ((other.name, other.alternative) for other in self.leaves.values() if other.alternative)
+        others = {other for other, (by, wanted) in conditions if by == name and wanted != value}
+        return others | set(leaf.excludes)
+
+    def as_group(self, name: str, value: Any) -> Any:
+        """`{name: adamw}` for `adamw`, the short form of an alternative; anything else as it is."""
+        return {"name": value} if isinstance(value, str) and f"{name}.name" in self.leaves else value
+
+    def inside(self, tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+        """(the mapping that contains a setting, the setting's own name); groups are made where missing.
+
+        Raises:
+          ConfigError: a part of the name is no group.
+        """
+        *groups, last = name.split(".")
+        for depth, group in enumerate(groups, start=1):
+            path, below = ".".join(groups[:depth]), tree.get(group)
+            is_unset = below is None and (group not in tree or path in self.groups)
+            tree[group] = {} if is_unset else self.as_group(path, below)
+            tree = tree[group]
+            if not isinstance(tree, dict):
+                raise ConfigError(f"config: {name} is not a setting: {group} holds no settings of its own")
+        return tree, last
+
+
+def _nested(settings: Mapping[str, Any], names: _Names) -> dict[str, Any]:
     """{"train.seed": 2, "train": {"keep": 4}}  ->  {"train": {"seed": 2, "keep": 4}}"""
     tree: dict[str, Any] = {}
     for name, value in _leaves(settings):
-        *groups, last = name.split(".")
-        inside: Any = tree
-        for group in groups:
-            inside = inside.setdefault(group, {})
-            if not isinstance(inside, dict):
-                raise ConfigError(f"config: {name} is not a setting: {group} holds no settings of its own")
+        inside, last = names.inside(tree, name)
         inside[last] = value
     return tree
 
@@ -111,22 +149,26 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{name}", value
 
 
-def _lay_over(tree: dict[str, Any], other: dict[str, Any]) -> None:
-    """Lays settings over others; one of two alternatives takes the place of the other."""
+def _lay_over(tree: dict[str, Any], other: Mapping[str, Any], names: _Names, prefix: str = "") -> None:
+    """Lays settings over others; one of several alternatives takes the place of the others."""
     for key, value in other.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _lay_over(tree[key], value)
-            continue
-        alternative = _ALTERNATIVE.get(key)
-        if alternative and value is not None and other.get(alternative) is None:
-            tree.pop(alternative, None)
+        name = f"{prefix}{key}"
+        if name in names.groups and isinstance(value, dict) and tree.get(key) is not None:
+            tree[key] = names.as_group(name, tree[key])
+            if isinstance(tree[key], dict):
+                _lay_over(tree[key], value, names, f"{name}.")
+                continue
+        for gone in names.displaced(name, value):
+            last = gone.rpartition(".")[2]
+            if other.get(last) is None:
+                tree.pop(last, None)
         tree[key] = value
 
 
-def _parse(override: str | Mapping[str, Any]) -> tuple[str | None, Any]:
+def _parse(override: str | Mapping[str, Any], names: _Names) -> tuple[str | None, Any]:
     """(dotted name, value) of `a.b=value`; (None, settings) of a YAML file or a mapping."""
     if isinstance(override, Mapping):
-        return None, _nested(override)
+        return None, _nested(override, names)
     key, equals, text = override.partition("=")
     if not equals and override.endswith((".yaml", ".yml")):
         return None, read_tree(override)
@@ -142,28 +184,53 @@ def _parse(override: str | Mapping[str, Any]) -> tuple[str | None, Any]:
     return key, value
 
 
-def _override(tree: dict[str, Any], key: str, value: Any, given: Collection[str]) -> None:
-    """Sets one setting; its alternative goes, unless it is among the names that are `given` too."""
-    *groups, last = key.split(".")
-    for group in groups:
-        tree = tree.setdefault(group, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"config: {key} is not a setting: {group} holds no settings of its own")
-    alternative = _ALTERNATIVE.get(last)
-    if alternative and value is not None and ".".join([*groups, alternative]) not in given:
-        tree.pop(alternative, None)
-    tree[last] = value
+def _override(tree: dict[str, Any], key: str, value: Any, names: _Names, given: Collection[str]) -> None:
+    """Sets one setting; those of other alternatives go, unless they are `given` too."""
+    inside, last = names.inside(tree, key)
+    for gone in names.displaced(key, value) - set(given):
+        inside.pop(gone.rpartition(".")[2], None)
+    inside[last] = value
 
 
 def _explain(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(
-            name, list(setting_names()) + list(Config.model_fields), n=1, cutoff=0.5
-        )
-        hint = f" Did you mean {near[0]}?" if near else ""
-        return f"config: {name} is not a setting.{hint}"
+        *groups, last = error["loc"]
+        return not_a_setting(".".join([*_written(groups), str(last)]))
+    name = ".".join(_written(error["loc"]))
     if error["type"] == "missing":
         return f"config: {name} is missing; set it in the file or as {name}=... on the command line"
+    if error["type"] == OTHER_ALTERNATIVE:
+        of = error["ctx"]
+        by = f"{name.rpartition('.')[0]}.{of['by']}"
+        return f"config: {name} is a setting of {by}={of['of']}, and {by} is {of['chosen']}"
     message = error["msg"].removeprefix("Value error, ")
     return f"config: {name}: {message}" if name else f"config: {message}"
+
+
+def not_a_setting(name: str) -> str:
+    """What to say of a name that is no setting: the new spelling of an old one, or the nearest valid name."""
+    if name in RENAMED:
+        return f"config: {name} is now {RENAMED[name]}"
+    names = _Names.known()
+    near = difflib.get_close_matches(name, [*names.leaves, *names.groups], n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"config: {name} is not a setting.{hint}"
+
+
+def _written(loc: Sequence[int | str]) -> Iterator[str]:
+    """The parts of a name as a user writes them.
+
+    Fields that are written in their group, and what pydantic appends to a setting's name, are left out.
+    """
+    group: Any = Config
+    for part in loc:
+        is_group = isinstance(group, type) and issubclass(group, Settings)
+        field = group.model_fields.get(str(part)) if is_group else None
+        if field is None:
+            yield str(part)
+            continue
+        if not is_inline(field):
+            yield str(part)
+        group = field.annotation
+        if union_of(field) is None and not (isinstance(group, type) and issubclass(group, Settings)):
+            return

@@ -10,7 +10,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pydantic.fields import FieldInfo
 
 from middo_jax.config.base import Affects, Settings
-from middo_jax.config.gates import Gate, Switch, gates
+from middo_jax.config.gates import Gate, Switch, gate, gates
+from middo_jax.config.unions import Alternative, OneOf
 
 
 class Prices(Settings):
@@ -25,45 +26,108 @@ class Prices(Settings):
     completion: NonNegativeFloat = Field(default=0.0, description="US dollars per million tokens.")
 
 
-class GateSettings(Settings):
-    """What a rewrite must pass under refine.accept; `false` or null opens a gate.
+class Dollars(Alternative):
+    """What a run may cost, by refine.prices."""
 
-    They are asked in this order. Up to `length` the text alone is looked at, under `sane` and `measured`;
-    from `context` to `quality` the model under training measures, under `measured` only. A share sets the bar
-    by the dataset's own similarities: cosines of mean states are high even between unrelated prompts, and how
-    high differs from model to model.
+    affects: ClassVar[Affects | None] = Affects("cost")
+
+    usd: PositiveFloat = Field(
+        description="Stop refining before a run, all its rounds and starts, costs more US dollars."
+    )
+
+
+class Tokens(Alternative):
+    """How many tokens a run may take."""
+
+    affects: ClassVar[Affects | None] = Affects("cost")
+
+    tokens: PositiveInt = Field(
+        description="The same in tokens, prompts and completions together, in place of `usd`."
+    )
+
+
+class RequestRate(Alternative):
+    """An account's limit of requests."""
+
+    affects: ClassVar[Affects | None] = Affects("speed")
+
+    requests: PositiveInt = Field(
+        description="An account's limit of requests per minute, retries included. Give the limit that is "
+        "reached first: a server's refusals slow requests down too."
+    )
+
+
+class TokenRate(Alternative):
+    """An account's limit of tokens."""
+
+    affects: ClassVar[Affects | None] = Affects("speed")
+
+    tokens: PositiveInt = Field(
+        description="An account's limit of tokens per minute, of prompts and completions together."
+    )
+
+
+class GateSettings(Settings):
+    """What a rewrite must pass under refine.accept: the bars of gates that have one, and the gates left open.
+
+    docs/refine.md lists the gates in the order in which they are asked. A share sets the bar by the dataset's
+    own similarities: cosines of mean states are high even between unrelated prompts, and how high differs
+    from model to model. `null` opens a gate that has a bar.
     """
 
     affects: ClassVar[Affects | None] = Affects("acceptance")
 
-    if TYPE_CHECKING:  # the fields are those of the table of gates, see `declare`
+    if TYPE_CHECKING:  # the bars are those of the table of gates, see `declare`
 
-        def __init__(self, **values: bool | float | None) -> None: ...
+        def __init__(self, **values: Any) -> None: ...
+
+    open: tuple[str, ...] = Field(
+        default=(), description="Gates that are not asked, of those without a bar: [numbers, code]."
+    )
+
+    @pydantic.field_validator("open")
+    @classmethod
+    def _can_be_opened(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        openable = [row.name for row in gates() if isinstance(row.switch, Switch) and not row.switch.has_bar]
+        for name in names:
+            if name in openable:
+                continue
+            if name in cls.model_fields and name != "open":
+                raise ValueError(f"{name} has a bar: refine.gates.{name}=null opens it")
+            raise ValueError(f"no gate called {name!r} can be opened; these can: {', '.join(openable)}")
+        return tuple(name for name in openable if name in names)
 
     def value(self, name: str) -> Any:
-        """A gate's setting, its default if it was declared after these settings were made."""
+        """A gate's bar; of a gate without one, whether it is shut.
+
+        A gate that was declared after these settings were made has its default.
+        """
+        switch = gate(name).switch
+        if isinstance(switch, Switch) and not switch.has_bar:
+            return switch.default and name not in self.open
         return getattr(self, name, type(self).model_fields[name].default)
 
     def values(self) -> dict[str, Any]:
-        """All settings by name."""
-        return {name: self.value(name) for name in type(self).model_fields}
+        """All gates that have a setting, by name."""
+        return {row.name: self.value(row.name) for row in gates() if isinstance(row.switch, Switch)}
 
 
 def declare(rows: Iterable[Gate], users: Iterable[type[Settings]] = ()) -> None:
-    """Makes the settings of gates fields of `GateSettings`; `users` are the groups that contain it."""
+    """Makes the bars of gates fields of `GateSettings`; `users` are the groups that contain it."""
     for row in rows:
-        if isinstance(row.switch, Switch):
+        if isinstance(row.switch, Switch) and row.switch.has_bar:
             bounds = {name: getattr(row.switch, name) for name in ("gt", "ge", "lt", "le")}
             given = {name: value for name, value in bounds.items() if value is not None}
             field = Field(default=row.switch.default, description=row.rule, **given)
-            kind = bool if isinstance(row.switch.default, bool) else float | None
+            kind: Any = float | None
             GateSettings.__pydantic_fields__[row.name] = FieldInfo.from_annotated_attribute(kind, field)
     _rebuild(users)
 
 
 def withdraw(name: str, users: Iterable[type[Settings]] = ()) -> None:
     """Takes a gate's setting back."""
-    GateSettings.__pydantic_fields__.pop(name, None)
+    if name in GateSettings.__pydantic_fields__:  # it has none where the gate has no bar
+        del GateSettings.__pydantic_fields__[name]
     _rebuild(users)
 
 
@@ -97,9 +161,6 @@ class RefineSettings(Settings):
     temperature: Annotated[NonNegativeFloat, Affects("rewrites")] = Field(
         default=1.0, description="0: greedy, hence repeatable."
     )
-    top_p: Annotated[float, Affects("rewrites")] = Field(
-        default=1.0, gt=0, le=1, description="Sample from this share of the probability."
-    )
     max_tokens: Annotated[PositiveInt, Affects("rewrites")] = Field(
         default=1024,
         description="Completion tokens per request; an answer cut there is asked once more for twice.",
@@ -114,12 +175,7 @@ class RefineSettings(Settings):
         description="Most requests in flight. It starts at 4, grows while answers come, and shrinks by a "
         "quarter when the server refuses or slows down.",
     )
-    requests_per_minute: Annotated[PositiveInt | None, Affects("speed")] = Field(
-        default=None, description="An account's limit, retries included. None: as fast as concurrency allows."
-    )
-    tokens_per_minute: Annotated[PositiveInt | None, Affects("speed")] = Field(
-        default=None, description="An account's limit, of prompts and completions together. None: no limit."
-    )
+    per_minute: Annotated[RequestRate | TokenRate | None, OneOf()] = None
     max_retries: Annotated[NonNegativeInt, Affects("speed")] = Field(
         default=5, description="Tries after the first, of what can succeed only."
     )
@@ -129,18 +185,14 @@ class RefineSettings(Settings):
     max_corrections: Annotated[NonNegativeInt, Affects("rewrites")] = Field(
         default=2, description="Turns that ask again when an answer cannot be read."
     )
-    budget_usd: Annotated[PositiveFloat | None, Affects("cost")] = Field(
-        default=None, description="Stop refining before a run, all its rounds and starts, passes this."
-    )
-    budget_tokens: Annotated[PositiveInt | None, Affects("cost")] = Field(
-        default=None, description="The same in tokens, prompts and completions together."
-    )
+    budget: Annotated[Dollars | Tokens | None, OneOf()] = None
     cache: Annotated[str | None, Affects("place")] = Field(
         default=None,
         description="SQLite file of all answers. None: in the run's folder; runs may share one elsewhere.",
     )
     show_response: Annotated[bool, Affects("rewrites")] = Field(
-        default=True, description="Whether the refiner also sees the original response."
+        default=True,
+        description="Whether the refiner also sees the original response; false is the published way.",
     )
     accept: Annotated[Literal["measured", "sane", "none"], Affects("acceptance")] = Field(
         default="measured",

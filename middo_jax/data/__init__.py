@@ -1,1 +1,1 @@
-"""Examples: reading and writing, tokenizing, packing."""
+"""Examples: reading and writing them, tokenizing, packing."""

@@ -1,11 +1,17 @@
-"""Example: one conversation with its identity and its ancestry. The only row type inside the program."""
+"""Example: one conversation with its id and its ancestry.
+
+All other code handles rows of a dataset as this type.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
+
+from middo_jax.rundir.rows import ExampleRow, LineageRow, TurnRow
 
 Role = Literal["system", "user", "assistant"]
 Op = Literal["seed", "simplify", "rewrite", "synthesize"]
@@ -13,24 +19,25 @@ Op = Literal["seed", "simplify", "rewrite", "synthesize"]
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn. An answer that is not `learnt` is context for what follows: no token of it is a target."""
+    """One turn. An answer that is not `learnt` is context only: none of its tokens is a target."""
 
     role: Role
     content: str
     learnt: bool = True
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> TurnRow:
         """A turn of dataset.jsonl: role, content, and weight 0 if it is not learnt."""
-        return {"role": self.role, "content": self.content, **({} if self.learnt else {"weight": 0})}
+        row: TurnRow = {"role": self.role, "content": self.content}
+        return row if self.learnt else {**row, "weight": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Lineage:
-    """Where an example comes from, and what was measured of it before and after.
+    """Where an example comes from, and its scores before and after the rewrite.
 
-    `root_id` is the user's own row at the start of the chain; `scores_before` are the scores of the parent
-    that was found wanting. `scores_after` are this example's under the same model, where it was accepted by
-    measurement, and else those of the next round, once known.
+    `root_id` is the user's own row at the start of the ancestry. `scores_before` are the scores for which the
+    parent was selected. `scores_after` are this example's own scores: under the same model if the gates
+    measured it, otherwise those of the next round, once it has been scored.
     """
 
     parent_ids: tuple[str, ...] = ()
@@ -44,13 +51,28 @@ class Lineage:
     scores_before: dict[str, float | None] | None = None
     scores_after: dict[str, float | None] | None = None
 
+    def to_json(self) -> LineageRow:
+        """The lineage as a row of dataset.jsonl has it."""
+        return {
+            "parent_ids": list(self.parent_ids),
+            "root_id": self.root_id,
+            "round": self.round,
+            "op": self.op,
+            "axis": self.axis,
+            "hint_ids": list(self.hint_ids),
+            "refiner": self.refiner,
+            "prompt_version": self.prompt_version,
+            "scores_before": self.scores_before,
+            "scores_after": self.scores_after,
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """A conversation whose last message is the assistant's.
 
-    `id` is a content hash, so that the same row has the same id in any file and at any position; `extra`
-    holds the user's columns that the program does not know, and is carried through.
+    `id` is a content hash, so the same row has the same id in any file and at any position. `extra` contains
+    the user's other columns, which are kept unchanged.
     """
 
     messages: tuple[Message, ...]
@@ -75,24 +97,25 @@ class Example:
         return self.messages[-1].content
 
     def replace_text(self, prompt: str, response: str, lineage: Lineage) -> Example:
-        """A rewritten single-turn child: keeps the system turn and the extra columns, has its own id."""
+        """A rewritten single-turn child.
+
+        It keeps the system turn and the extra columns, and has its own id.
+        """
         system = tuple(m for m in self.messages if m.role == "system")
         turns = (Message("user", prompt), Message("assistant", response))
         return Example(system + turns, lineage=lineage, extra=self.extra)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ExampleRow:
         """A row of dataset.jsonl; `from_json` reads it back to an equal Example."""
-        return {
-            "id": self.id,
-            "messages": [m.to_json() for m in self.messages],
-            **({"extra": self.extra} if self.extra else {}),
-            "lineage": dataclasses.asdict(self.lineage),
-        }
+        messages, lineage = [m.to_json() for m in self.messages], self.lineage.to_json()
+        if not self.extra:
+            return {"id": self.id, "messages": messages, "lineage": lineage}
+        return {"id": self.id, "messages": messages, "extra": self.extra, "lineage": lineage}
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Example:
+    def from_json(cls, row: Mapping[str, Any]) -> Example:
         """Reads a row of dataset.jsonl."""
-        # Version 0.1 wrote into each lineage that it was accepted.
+        # Version 0.1 also wrote whether and why an example was accepted.
         lineage = {k: v for k, v in row["lineage"].items() if k not in ("accepted", "reject_reason")}
         for name in ("parent_ids", "hint_ids"):
             lineage[name] = tuple(lineage[name])
@@ -103,9 +126,10 @@ class Example:
 
 
 def content_id(messages: tuple[Message, ...]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of roles, contents and what is not learnt: 64 bits.
+    """The first 16 hexadecimal digits (64 bits) of the SHA-256 of roles, contents and `learnt` flags.
 
-    Two of a hundred million rows share one with probability 3e-4 (birthday bound); equal rows always do.
+    Equal rows have equal ids. Among a hundred million different rows, any two share an id with probability
+    3e-4 (birthday bound).
     """
     turns = [[m.role, m.content, *([] if m.learnt else [0])] for m in messages]
     text = json.dumps(turns, ensure_ascii=False, separators=(",", ":"))

@@ -1,14 +1,14 @@
-"""Rows of the four formats <-> conversations, as pure functions: what a column means, which row is unusable.
+"""Converts rows of the four formats, and of registered ones, to conversations and back. Pure functions.
 
     alpaca             instruction, output [, input, context, history]
     sharegpt           conversations: [{from, value}, ...]
     messages           messages: [{role, content}, ...]; rows of dataset.jsonl are read back exactly
     prompt_completion  prompt, completion [, context]: text, or lists of {role, content}
 
-All four mean the same thing inside: an optional system turn, then user and assistant in turn, the assistant
-last. Each may have its system turn in a column, SYSTEM_COLUMNS. A turn's content is text or a list of text
-parts; `weight: 0` marks an answer that is not to be learnt. `FORMATS` is the one table of columns, reading
-and writing.
+All describe the same conversation: an optional system turn, then user and assistant alternately, the
+assistant last. The system turn may be in a column of its own, see SYSTEM_COLUMNS. A turn's content is text or
+a list of text parts. `weight: 0` marks an answer that is not learnt. `FORMATS` is the table of all formats:
+their columns, how a row is read, how it is written. `register` adds a format of your own.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pydantic
 
+from middo_jax.config.formats import BUILT_IN_FORMATS, name_formats
 from middo_jax.data.example import Example, Lineage, Message, content_id
 from middo_jax.data.turns import (
     SYSTEM_COLUMNS,
@@ -39,11 +41,14 @@ from middo_jax.data.turns import (
 )
 
 _log = logging.getLogger(__name__)
-# Columns whose text answers depend on; where the conversation does not show it, that is said.
+_NOT_ROWS = ("auto", "parquet", "tfds")  # names that have another meaning, so that no format may have them
+# Columns on whose text an answer usually depends. A warning names those that the conversation does not
+# contain.
 PROMPT_COLUMNS = frozenset(
     (
         *("background", "context", "contexts", "document", "documents", "functions", "input", "instruction"),
-        *("instructions", "knowledge", "passage", "passages", "prompt", "query", "question", "tools"),
+        *("instructions", "knowledge", "passage", "passages", "persona", "prompt", "query", "question"),
+        *("system_instruction", "system_instructions", "sys_prompt", "tools"),
     )
 )
 _OUR_COLUMNS = {"id", "messages", "lineage", "extra"}
@@ -51,28 +56,38 @@ _LINEAGE = pydantic.TypeAdapter(Lineage)
 
 
 class DataError(ValueError):
-    """A dataset cannot be read or written at all; the message says where, why, and what to do."""
+    """A dataset cannot be read or written; the message says where, why, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RowFormat:
-    """How a conversation lies in a row. `required` columns tell the format, all of them are consumed."""
+    """How one format stores a conversation.
+
+    Attributes:
+      required: columns by which the format is recognised.
+      optional: further columns that are part of the conversation.
+      turns: reads the turns of a row; raises RowError if it cannot.
+      row: writes a conversation as a row; None: the format can be read only.
+      keeps_weights: whether its turns have a field for `weight: 0`, an answer that is not learnt.
+    """
 
     required: frozenset[str]
     optional: frozenset[str]
     turns: Callable[[Row], list[Turn]]
-    row: Callable[[Sequence[Message]], Row]
+    row: Callable[[Sequence[Message]], Row] | None
+    keeps_weights: bool = True
 
     @property
     def columns(self) -> frozenset[str]:
-        """Columns that the conversation takes; all others are extra."""
+        """The columns of the conversation; all others are extra."""
         return self.required | self.optional
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: numpy types become Python's, NaN and infinities null, all else its text.
+    """The value as a JSON value.
 
-    Bytes are UTF-8 text, or base64 where they are not.
+    Numpy types become Python's, NaN and infinities become null. Bytes become text if they are UTF-8,
+    otherwise base64. Any other type becomes its `str`.
     """
     if hasattr(value, "tolist"):  # a numpy array or scalar
         return plain(value.tolist())
@@ -92,11 +107,16 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def detect(rows: Iterable[Any]) -> str:
-    """The format that the columns of the first hundred rows tell.
+    """The format of a dataset, recognised by the columns of its first hundred rows.
 
     Raises:
-      DataError: no format's columns are there, or those of several.
+      DataError: the columns fit no format, or several.
     """
     first = itertools.islice((row for row in rows if isinstance(row, dict)), 100)
     columns = list(dict.fromkeys(column for row in first for column in row))
@@ -108,21 +128,21 @@ def detect(rows: Iterable[Any]) -> str:
     trouble = f"fit several formats, {' and '.join(fitting)}" if fitting else "fit no format"
     raise DataError(
         f"the columns ({found}) {trouble}. Name the format (data.format=NAME; middo convert: --from NAME), "
-        f"or rename columns; there are: {expected}"
+        f"or rename columns. The formats and their columns: {expected}"
     )
 
 
 def to_example(row: Any, form: str) -> tuple[Example, frozenset[str]]:
-    """Reads one row that `plain` has cleaned.
+    """Reads one row of JSON values, see `plain`.
 
     {"instruction": "Add.", "input": "2 and 3", "output": "5", "source": "x"} as alpaca
       ->  user "Add.\\n2 and 3", assistant "5", extra {"source": "x"}
 
-    An `id` column that is the row's own content hash (as `to_rows` writes it) is not kept in `extra`.
+    An `id` column that equals the row's content hash, as `to_rows` writes it, is not kept in `extra`.
 
     Returns:
-      The example, and what of the row is not trained on though it may be meant to be: fields inside its turns
-      (`name`, ...), columns whose text a prompt usually holds (`tools`, ...).
+      The example, and the names of parts that may be meant for training but are not used: fields of turns
+      (`name`, ...) and columns that usually belong to a prompt (`tools`, ...).
 
     Raises:
       RowError: the row cannot be used.
@@ -133,21 +153,27 @@ def to_example(row: Any, form: str) -> tuple[Example, frozenset[str]]:
         try:
             json.dumps({column: value}, ensure_ascii=False).encode()
         except UnicodeEncodeError as e:
-            raise RowError(f"column {column!r} holds a lone surrogate, which UTF-8 cannot encode") from e
+            raise RowError(f"column {column!r} contains a lone surrogate, which UTF-8 cannot encode") from e
     is_ours = form == "messages" and _is_ours(row)
     turns = FORMATS[form].turns(row)
     unkept = frozenset().union(*(turn.unkept for turn in turns))
     messages = _checked(turns if is_ours else with_system(row, turns))
     if is_ours:
         return _our_example(row), unkept
-    while not messages[-1].learnt:  # nothing that is learnt sees these turns
-        messages, unkept = messages[:-2], unkept | {"turns behind the last answer that is learnt"}
+    while not messages[-1].learnt:  # no learnt answer depends on these turns
+        messages, unkept = messages[:-2], unkept | {"turns after the last answer that is learnt"}
     extra = {column: value for column, value in row.items() if column not in FORMATS[form].columns}
     shown = " ".join(" ".join(m.content.split()) for m in messages)
-    unkept |= {f"column {c!r}" for c in PROMPT_COLUMNS.intersection(extra) if not _is_shown(extra[c], shown)}
+    unkept |= {f"column {c!r}" for c in extra if _is_of_prompt(c) and not _is_shown(extra[c], shown)}
     if extra.get("id") == content_id(messages):
         del extra["id"]
     return Example(messages, extra=extra), unkept
+
+
+def _is_of_prompt(column: str) -> bool:
+    """Whether an extra column has a name of PROMPT_COLUMNS or SYSTEM_COLUMNS, such as `systemPrompt`."""
+    name = re.sub(r"[\s-]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())).lower()
+    return name in PROMPT_COLUMNS | SYSTEM_COLUMNS
 
 
 def _is_shown(value: Any, shown: str) -> bool:
@@ -160,18 +186,20 @@ def _is_shown(value: Any, shown: str) -> bool:
 
 
 def to_rows(examples: Sequence[Example], form: str) -> list[Row]:
-    """Rows that hold conversation, `id` and extra columns; `to_example` reads them back.
+    """Rows with conversation, `id` and extra columns; `to_example` reads them back. Lineage is not written.
 
-    A user's own `id` column wins over ours, which is a hash of the text and comes back anyway. Another
-    extra column whose name the format needs is written as `extra_NAME`, and logged. Lineage stays in
-    dataset.jsonl. prompt_completion is conversational for all rows if one needs it: readers want one type
-    a column.
+    The user's own `id` column takes precedence over ours, which can be computed again from the text. Any
+    other extra column whose name the format needs is written as `extra_NAME`, with a warning. If one row
+    needs the conversational form of prompt_completion, all rows get it, since readers expect one type per
+    column.
 
     Raises:
-      DataError: the format cannot say that an answer is not to be learnt.
+      DataError: the format can be read only, or an answer is not learnt and the format has no field for that.
     """
     chosen = FORMATS[form]
     to_row = chosen.row
+    if to_row is None:
+        raise DataError(f"rows of format {form} can be read and not written; write messages")
     if form == "prompt_completion" and any(len(example.messages) > 2 for example in examples):
         to_row = _conversational_row
     columns = dict.fromkeys(column for example in examples for column in example.extra)
@@ -183,7 +211,7 @@ def to_rows(examples: Sequence[Example], form: str) -> list[Row]:
         names[column] = name
     renamed = [f"{column} -> {name}" for column, name in names.items() if column != name]
     if renamed:
-        _log.warning("%s needs the names of extra columns, which are renamed: %s", form, ", ".join(renamed))
+        _log.warning("extra columns are renamed, since %s uses their names: %s", form, ", ".join(renamed))
     rows = [
         {
             **({} if "id" in columns else {"id": example.id}),
@@ -193,12 +221,12 @@ def to_rows(examples: Sequence[Example], form: str) -> list[Row]:
         for example in examples
     ]
     if not all(message.learnt for example in examples for message in example.messages):
-        if form == "alpaca":
+        if not chosen.keeps_weights:
             raise DataError(
-                "alpaca has no place for answers of weight 0, which are not learnt; write messages"
+                f"{form} has no field for answers of weight 0, which are not learnt; write messages instead"
             )
         for turn in (turn for row in rows for column in chosen.required for turn in _turns_in(row[column])):
-            turn.setdefault("weight", 1)  # readers want the same fields in all rows
+            turn.setdefault("weight", 1)  # readers expect the same fields in all rows
     return rows
 
 
@@ -207,21 +235,24 @@ def _turns_in(value: Any) -> list[Row]:
 
 
 def _checked(turns: Sequence[Turn]) -> tuple[Message, ...]:
-    """[system] (user assistant)+, nothing blank; a blank system turn counts as none."""
+    """The turns as messages: [system] (user assistant)+, none of them blank.
+
+    A blank system turn is dropped.
+    """
     numbered = [(n, t) for n, t in enumerate(turns, 1) if t.role != "system" or t.content.strip()]
     if not numbered or numbered[-1][1].role != "assistant":
         last = f"the {numbered[-1][1].role}" if numbered else "nothing"
         raise RowError(f"no response: the conversation must end with the assistant, but ends with {last}")
     start = 1 if numbered[0][1].role == "system" else 0
-    for place, (n, turn) in enumerate(numbered[start:]):
+    for position, (n, turn) in enumerate(numbered[start:]):
         if turn.role == "system":
             raise RowError(f"turn {n} is a system turn; only the first may be one")
-        if turn.role != ("user", "assistant")[place % 2]:
+        if turn.role != ("user", "assistant")[position % 2]:
             raise RowError(
                 f"turn {n} is the {turn.role}'s; user and assistant must alternate, the user first"
             )
         if not turn.content.strip():
-            left = len(numbered) - start - place
+            left = len(numbered) - start - position
             raise RowError(
                 {1: "empty response", 2: "empty prompt"}.get(left, f"turn {n} ({turn.role}) is empty")
             )
@@ -300,7 +331,7 @@ def _conversational_row(messages: Sequence[Message]) -> Row:
 
 
 def _is_ours(row: Row) -> bool:
-    """A row of dataset.jsonl, rather than a user's that has a column called lineage."""
+    """Whether a row is one of dataset.jsonl, rather than a user's row with a column called lineage."""
     lineage = row.get("lineage")
     return "id" in row and isinstance(lineage, dict) and {"root_id", "parent_ids", "op"} <= lineage.keys()
 
@@ -328,6 +359,7 @@ FORMATS: dict[str, RowFormat] = {
         SYSTEM_COLUMNS | {"input", "context", "history"},
         _alpaca_turns,
         _alpaca_row,
+        keeps_weights=False,
     ),
     "sharegpt": RowFormat(
         frozenset({"conversations"}),
@@ -348,3 +380,33 @@ FORMATS: dict[str, RowFormat] = {
         _prompt_completion_row,
     ),
 }
+
+
+def register(name: str, form: RowFormat) -> None:
+    """Adds a format: `data.format=NAME` is valid from now on, and rows are recognised by its columns.
+
+    Raises:
+      ValueError: there is a format of that name, or another one with the same required columns.
+    """
+    if name in (*FORMATS, *_NOT_ROWS):
+        raise ValueError(f"there is a format called {name!r} already")
+    if not form.required:
+        raise ValueError(
+            f"format {name!r}: needs at least one required column, by which its rows are recognised"
+        )
+    if twins := [known for known, other in FORMATS.items() if other.required == form.required]:
+        raise ValueError(f"format {name!r}: has the required columns of {twins[0]}")
+    FORMATS[name] = form
+    name_formats(FORMATS)
+
+
+def unregister(name: str) -> None:
+    """Removes a format that was registered.
+
+    Raises:
+      KeyError: there is none of that name, or it is built in.
+    """
+    if name in BUILT_IN_FORMATS:
+        raise KeyError(name)
+    del FORMATS[name]
+    name_formats(FORMATS)

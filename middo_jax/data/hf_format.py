@@ -1,4 +1,7 @@
-"""Datasets of the Hugging Face hub, and directories that `datasets` reads or wrote."""
+"""Datasets of the Hugging Face hub, and directories that `datasets` reads or wrote.
+
+`datasets` is optional (the extra `hub`), so it is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from middo_jax.data.formats import DataError
+from middo_jax.data.formats import DataError, first_line
+from middo_jax.data.in_memory import rows_in_memory
 
 _log = logging.getLogger(__name__)
 
@@ -17,9 +21,9 @@ def rows(name: str, split: str) -> Iterator[dict[str, Any]]:
     """Rows of NAME or NAME:CONFIG, a dataset of the hub or a directory.
 
     Raises:
-      DataError: `datasets` is not installed, or no such dataset, config or split can be read.
+      DataError: `datasets` is not installed, or the dataset, config or split cannot be read.
     """
-    table: Any  # `datasets` types its loaders as unions of everything they may return
+    table: Any  # `datasets` types its loaders as unions of all that they may return
     try:
         import datasets
     except ImportError as e:
@@ -40,36 +44,34 @@ def rows(name: str, split: str) -> Iterator[dict[str, Any]]:
         elif (folder / "state.json").is_file():
             table = datasets.load_from_disk(str(folder))
             if table.split is not None and str(table.split) != split:
-                raise DataError(f"hf: {folder} holds the split {str(table.split)!r}, not {split!r}")
+                raise DataError(f"hf: {folder} contains the split {str(table.split)!r}, not {split!r}")
         else:
             table = datasets.load_dataset(str(folder), config, split=split)
     except DataError:
         raise
-    except Exception as e:  # loaders of many kinds run here, and network errors of several libraries
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+    except Exception as e:  # many loaders may run here, and several libraries raise network errors
         wanted = f"split {split!r}" + (f" of config {config!r}" if config else "")
         raise DataError(
-            f"hf: cannot read {wanted} of {name}: {reason}{_choices(folder, name, config)}"
+            f"hf: cannot read {wanted} of {name}: {first_line(e)}{_choices(folder, name, config)}"
         ) from e
-    for batch in table.with_format("arrow").iter(batch_size=4096):
-        yield from batch.to_pylist()
+    yield from rows_in_memory(table)
 
 
 def _choices(folder: Path, name: str, config: str | None) -> str:
-    """What can be read of a dataset, as the end of a message; nothing if that cannot be told either."""
+    """The configs or splits that a dataset has, as the end of a message; "" if they cannot be listed."""
     import datasets
 
-    source = str(folder) if folder.is_dir() else name
+    place = str(folder) if folder.is_dir() else name
     try:
         if (folder / "dataset_dict.json").is_file():
             return (
                 f"; its splits: {', '.join(json.loads((folder / 'dataset_dict.json').read_text())['splits'])}"
             )
-        configs = datasets.get_dataset_config_names(source)
+        configs = datasets.get_dataset_config_names(place)
         if config not in configs and len(configs) > 1:
             return f"; its configs: {', '.join(configs)}. Write hf:NAME:CONFIG:SPLIT"
-        splits = datasets.get_dataset_split_names(source, config or configs[0])
-    except Exception as e:  # the dataset itself may be what cannot be reached; that is what the message says
-        _log.debug("the configs of %s cannot be listed: %s", source, e)
+        splits = datasets.get_dataset_split_names(place, config or configs[0])
+    except Exception as e:  # the dataset may be out of reach; the message that this text ends says so
+        _log.debug("the configs of %s cannot be listed: %s", place, e)
         return ""
     return f"; its splits: {', '.join(splits)}" + (f"; its configs: {', '.join(configs)}" if config else "")

@@ -1,4 +1,4 @@
-"""The user's own columns as a table, to stand beside what was measured of the same rows."""
+"""The user's own columns as a table, to be appended to the scores of the same rows."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def own_columns(
     rows [{"instruction": "Add.", "output": "5", "quality": 3}], taken {"quality"}
       ->  instruction "Add.", output "5", quality_user 3
 
-    An `id` that is the example's own is left out. A column of several types becomes text.
+    An `id` column that equals the example's id is left out. A column of several types becomes text.
 
     Args:
       examples: usable rows as conversations.
-      rows: the same rows as their source gave them.
-      wanted: names of columns; None is all that hold scalars only.
-      taken: names that other columns have. A column of the user's with such a name gets the suffix `_user`.
+      rows: the same rows as they were read.
+      wanted: names of columns; None: all columns of scalars.
+      taken: names of other columns. A column of the user's with such a name gets the suffix `_user`.
 
     Raises:
-      DataError: there is no such column.
+      DataError: a wanted column does not exist.
     """
     own = [_own(example, row) for example, row in zip(examples, rows, strict=True)]
     names = list(dict.fromkeys(name for row in own for name in row))
@@ -46,7 +46,7 @@ def own_columns(
     columns: dict[str, pa.Array] = {}
     for name in names:
         columns[_free(name, {*taken, *columns}, names)] = _array([row.get(name) for row in own])
-    # Without any column a table has no number of rows: 0 columns are no obstacle for who appends them.
+    # A table without columns has no rows either, but callers only append its columns to another table.
     return pa.table(columns)
 
 

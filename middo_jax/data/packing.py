@@ -1,7 +1,7 @@
-"""Examples -> fixed-shape packed batches in which every token still knows whose it is.
+"""Packs examples into batches of a fixed shape; each token keeps the number of its example.
 
-Planned on the host from the lengths alone, deterministically: a batch is a function of its index, not of how
-many processes there are or what was read before. Axes: b row, t position, s segment within a row.
+The plan is made on the host from the lengths alone. A batch depends on its index only, not on the number of
+processes or on the batches before it. Axes: b row, t position, s segment within a row.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 
 from middo_jax.data.tokenize import TokenizedExample
 
-ROW = 1024  # tokens of a row for scoring: long enough to be filled well
-SHORTEST_ROW = 256  # where there is little to score
-SHORTEST_REACH = 128  # attention works in blocks of as many
+ROW = 1024  # tokens per row for scoring: long enough to be filled well
+SHORTEST_ROW = 256  # for datasets with few tokens
+SHORTEST_REACH = 128  # the block size of attention
 
 
 class PackedBatch(NamedTuple):
@@ -26,11 +26,11 @@ class PackedBatch(NamedTuple):
 
     Attributes:
       tokens_bt: int32, 0 in the padding.
-      segment_ids_bt: int32, the example's number within its row, -1 in the padding.
-      positions_bt: int32, within the example.
+      segment_ids_bt: int32, the number of the example within its row, -1 in the padding.
+      positions_bt: int32, the position within the example.
       is_target_bt: bool; the NEXT token, of the same example, is learnt.
-      in_prompt_bt: bool; this token is of the user's prompt.
-      example_bs: int32, index of each segment's example in the list that was packed, -1 where there is none.
+      in_prompt_bt: bool; this token belongs to the user's prompt.
+      example_bs: int32, index of each segment's example in the list of examples, -1 for no segment.
     """
 
     tokens_bt: np.ndarray
@@ -44,38 +44,38 @@ class PackedBatch(NamedTuple):
 def first_fit(
     lengths: Sequence[int], capacity: int, max_segments: int, open_rows: int = 64
 ) -> list[list[int]]:
-    """Puts each length, in the given order, into the first row that still has room for it.
+    """Puts each length, in the given order, into the first row that can still take it.
 
     lengths [5, 3, 4, 2], capacity 8  ->  [[0, 1], [2, 3]]
 
     Args:
       lengths: tokens of each example; none may exceed the capacity.
-      capacity: tokens of a row.
-      max_segments: most examples of a row.
-      open_rows: rows looked at; the oldest is closed when there are more, which keeps the plan O(N) and
-        an example near where the order put it.
+      capacity: tokens per row.
+      max_segments: maximum number of examples per row.
+      open_rows: maximum number of open rows; beyond it the oldest is closed. This keeps the plan O(N) and
+        each example near its place in the given order.
 
     Returns:
       Rows of indices into `lengths`, in the order in which they were opened.
 
     Raises:
-      ValueError: a length is over the capacity.
+      ValueError: a length exceeds the capacity.
     """
     rows: list[list[int]] = []
-    room: list[list[int]] = []  # [row, tokens left] of the open rows, oldest first
+    open_slots: list[list[int]] = []  # [row, tokens left] of the open rows, oldest first
     for index, length in enumerate(lengths):
         if length > capacity:
             raise ValueError(f"an example of {length} tokens does not fit a row of {capacity}")
-        for slot in room:
+        for slot in open_slots:
             if slot[1] >= length and len(rows[slot[0]]) < max_segments:
                 rows[slot[0]].append(index)
                 slot[1] -= length
                 break
         else:
-            room.append([len(rows), capacity - length])
+            open_slots.append([len(rows), capacity - length])
             rows.append([index])
-            if len(room) > open_rows:
-                room.pop(0)
+            if len(open_slots) > open_rows:
+                open_slots.pop(0)
     return rows
 
 
@@ -86,14 +86,14 @@ def pack(
     length: int,
     max_segments: int,
 ) -> PackedBatch:
-    """Fills one batch from planned rows; rows beyond the plan are all padding.
+    """Fills one batch from planned rows; rows beyond the plan are padding only.
 
     Args:
-      examples: what the plan's indices point to.
+      examples: the examples to which the plan's indices refer.
       rows: at most `batch` rows of indices.
-      batch: rows of the batch.
-      length: tokens of a row.
-      max_segments: segments of a row, the static size of axis s.
+      batch: rows per batch.
+      length: tokens per row.
+      max_segments: segments per row, the static size of axis s.
     """
 
     def fill(values: Callable[[TokenizedExample], np.ndarray], padding: int = 0) -> np.ndarray:
@@ -110,7 +110,7 @@ def pack(
 
 
 def fill_rows(rows: Sequence[Sequence[np.ndarray]], batch: int, length: int, padding: int = 0) -> np.ndarray:
-    """Concatenates each row's arrays and pads it: [batch, length] of their dtype, else int32."""
+    """Concatenates and pads each row's arrays: [batch, length] of their dtype; int32 without any array."""
     dtype = next((array.dtype for row in rows for array in row), np.dtype(np.int32))
     filled_bt = np.full((batch, length), padding, dtype)
     for b, row in enumerate(rows):
@@ -128,13 +128,13 @@ def segment_ids(rows: Sequence[Sequence[int]], batch: int, length: int) -> np.nd
 
 
 class Bucket(NamedTuple):
-    """Rows of one length whose examples are of similar length: one compiled shape.
+    """Rows of one length whose examples have similar lengths: one compiled shape.
 
     Attributes:
-      length: tokens of a row.
-      longest: no example of its rows is longer, which bounds how far back attention has to look.
-      batch: rows of a batch.
-      rows: the plan, indices into the lengths that were given.
+      length: tokens per row.
+      longest: upper bound of the length of an example, and hence of how far back attention looks.
+      batch: rows per batch.
+      rows: the plan: indices into the given lengths.
     """
 
     length: int
@@ -153,17 +153,17 @@ def plan_buckets(
 ) -> list[Bucket]:
     """Packs examples for scoring, where order does not matter, into few shapes with little padding.
 
-    All lie in rows of ROW tokens, but for those that need longer ones; each in the row it leaves the least
-    room in, longest first, so that short ones fill what long ones leave. Rows are then grouped by their
-    longest example, to powers of two, and what is less than a batch joins the next longer group. The longest
-    come first, which shows an out-of-memory at once.
+    Rows have ROW tokens; only examples that do not fit get longer rows. Best fit, longest examples first, so
+    that short examples fill the ends of rows. Rows are then grouped by the length of their longest example,
+    rounded up to a power of two; less than a batch of rows joins the next longer group. The longest group
+    comes first, so that an out-of-memory error appears at once.
 
     Args:
       lengths: tokens of each example, without the prefix.
-      batch_tokens: tokens of a batch, all devices together.
-      divisor: rows of a batch are a multiple of it (devices that share the batch).
-      prefix: tokens that stand once at the start of every row, for all its examples.
-      min_length: a row holds at most length / min_length examples.
+      batch_tokens: tokens per batch, over all devices.
+      divisor: the number of rows per batch is a multiple of it (the devices that share a batch).
+      prefix: tokens at the start of every row that all its examples share.
+      min_length: a row contains at most length / min_length examples.
     """
     row = max(ROW, 8 * _power_of_two(prefix))
     while row > max(SHORTEST_ROW, 2 * prefix) and divisor * row > min(batch_tokens, sum(lengths)):
@@ -185,17 +185,16 @@ def plan_buckets(
 
 
 def _batch(rows: int, most: int, divisor: int) -> int:
-    """The largest batch, from half of the largest to that, that leaves the fewest rows empty."""
+    """The batch size between half the maximum and the maximum that leaves the fewest rows empty."""
     largest = min(most, divisor * -(-rows // divisor))
     candidates = range(largest, max(divisor, largest // 2) - 1, -divisor)
     return min(candidates, key=lambda batch: -rows % batch)
 
 
 def _best_fit(lengths: Sequence[int], row: int, prefix: int, min_length: int) -> list[tuple[int, list[int]]]:
-    """Puts each length, longest first, into the row that it leaves the least room in. O(N log N).
+    """Best fit: puts each length, longest first, into the row that it fills best. O(N log N).
 
-    What is too long for a row of `row` tokens opens one of twice the next power of two, which two or more
-    such share.
+    A length over `row` tokens opens a row of twice the next power of two, so that two or more can share it.
 
     lengths [5, 4, 3, 3], row 8  ->  [(8, [0, 2]), (8, [1, 3])]
 
@@ -203,23 +202,23 @@ def _best_fit(lengths: Sequence[int], row: int, prefix: int, min_length: int) ->
       Tokens of each row, and the indices of its examples.
     """
     rows: list[tuple[int, list[int]]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    free: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
-        at = bisect.bisect_left(rooms, (length, -1))
-        if at == len(rooms):
+        at = bisect.bisect_left(free, (length, -1))
+        if at == len(free):
             total = row if length + prefix <= row else 2 * _power_of_two(length + prefix)
-            room, number = total - prefix, len(rows)
+            left, number = total - prefix, len(rows)
             rows.append((total, []))
         else:
-            room, number = rooms.pop(at)
+            left, number = free.pop(at)
         total, examples = rows[number]
         examples.append(index)
-        if room > length and len(examples) < total // min_length:
-            bisect.insort(rooms, (room - length, number))
+        if left > length and len(examples) < total // min_length:
+            bisect.insort(free, (left - length, number))
     return rows
 
 
 def _power_of_two(n: int) -> int:
-    """The least that is not below n; 1 for 0."""
+    """The smallest power of two that is at least n; 1 for 0."""
     return 1 << max(n - 1, 0).bit_length()

@@ -1,6 +1,7 @@
-"""Reading a dataset from anywhere into Examples, writing Examples anywhere, splitting off the held-out part.
+"""Reads a dataset into Examples and writes Examples as a dataset, in any of the supported formats.
 
-Every row that is read becomes an Example or a Rejection with its place and reason: none vanishes.
+Every row becomes an Example or a Rejection, which names the row's place and the reason. No row is dropped
+silently.
 """
 
 from __future__ import annotations
@@ -11,22 +12,25 @@ import itertools
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from middo_jax.data import hf_format
 from middo_jax.data.example import Example
 from middo_jax.data.formats import FORMATS, DataError, RowError, detect, plain, to_example, to_rows
 from middo_jax.data.in_memory import IN_MEMORY, arrow_rows, rows_in_memory
 from middo_jax.rundir import atomic, write_json, write_jsonl
+from middo_jax.rundir.rows import RejectedRow
 
 _log = logging.getLogger(__name__)
-_NAMED = re.compile(
-    r"(tfds|hf):(.+):([\w.+-]+(?:\[[^\]]*\])?)"
-)  # tfds:NAME:SPLIT, SPLIT as train or train[:10%]
-_VARYING = re.compile(r"'[^']*'|\b[0-9a-f]{16}\b|\([^()]*:\d+\)|\d+")  # parts of a reason
+# tfds:NAME:SPLIT or hf:NAME:SPLIT; SPLIT is such as train or train[:10%].
+_NAMED = re.compile(r"(tfds|hf):(.+):([\w.+-]+(?:\[[^\]]*\])?)")
+# The parts of a reason that differ from row to row: quoted words, ids, places, numbers.
+_VARYING = re.compile(r"'[^']*'|\b[0-9a-f]{16}\b|\([^()]*:\d+\)|\d+")
 _ENDINGS = (".json", ".jsonl", ".parquet")
 
 
@@ -34,52 +38,58 @@ _ENDINGS = (".json", ".jsonl", ".parquet")
 class Rejection:
     """A row that was read but cannot be used.
 
-    `where` is file:line of a .jsonl file, else `row N`, counted from 1; `row` is the row as read, or the text
-    of a line that is no JSON, or null where it is nested too deeply to be held.
+    Attributes:
+      where: file:line in a .jsonl file, otherwise `row N`, counted from 1.
+      reason: why the row cannot be used.
+      row: the row as it was read; the text of a line that is not JSON; None for a row that is nested too
+        deeply.
     """
 
     where: str
     reason: str
     row: Any
 
-    def to_json(self) -> dict[str, Any]:
-        """A row of rejected.jsonl; lone surrogates, which no file can hold, become `&#55296;` etc."""
-        text = json.dumps({"where": self.where, "reason": self.reason, "row": self.row}, ensure_ascii=False)
+    def to_json(self) -> RejectedRow:
+        """A row of rejected.jsonl. Lone surrogates, which UTF-8 cannot encode, become `&#55296;` etc."""
+        row: RejectedRow = {"where": self.where, "reason": self.reason, "row": self.row}
+        text = json.dumps(row, ensure_ascii=False)
         return json.loads(text.encode("utf-8", "xmlcharrefreplace"))
 
 
 class UserRows(NamedTuple):
-    """A dataset as it was read. Examples and rejections together are all of its rows, each in their order.
+    """A dataset as it was read. Every row is in `examples` or in `rejections`, in the order of the dataset.
 
     Attributes:
       examples: the usable rows, as conversations.
-      rows: of each example the row as its source gave it.
+      rows: for each example, its row as it was read.
+      places: for each example, the place of its row, see `Rejection.where`.
       rejections: all other rows.
     """
 
     examples: list[Example]
     rows: list[Any]
+    places: list[str]
     rejections: list[Rejection]
 
 
 def read(path: str, format: str = "auto", limit: int | None = None) -> tuple[list[Example], list[Rejection]]:
     """(examples, rejections) of a dataset, see `read_rows`."""
-    examples, _, rejections = read_rows(path, format, limit)
-    return examples, rejections
+    data = read_rows(path, format, limit)
+    return data.examples, data.rejections
 
 
 def read_rows(source: Any, format: str = "auto", limit: int | None = None) -> UserRows:
-    """Reads a dataset; if several rows have the same id, the first one counts.
+    """Reads a dataset. If several rows have the same id, the first one is used and the others are rejected.
 
     Args:
       source: a .json, .jsonl or .parquet file; tfds:NAME:SPLIT, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, where
         NAME may be a directory; a directory that TFDS or `datasets` wrote, whose `train` split is read; or
-        what `rows_in_memory` takes.
+        any table that `rows_in_memory` accepts.
       format: auto, alpaca, sharegpt, messages or prompt_completion.
-      limit: take only the first rows, usable or not.
+      limit: read only this many rows, usable or not.
 
     Raises:
-      DataError: nothing usable is there, or the format cannot be told.
+      DataError: the dataset has no usable row, or its columns fit no format or several.
     """
     is_path = isinstance(source, str | Path)
     path = str(source) if is_path else IN_MEMORY
@@ -93,21 +103,29 @@ def read_rows(source: Any, format: str = "auto", limit: int | None = None) -> Us
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror or e}") from e
     if not found:
-        raise DataError(f"{path} holds no rows; give a file with at least one example")
+        raise DataError(f"{path} has no rows; give a file with at least one example")
     values = [item[1] for item in found if not isinstance(item, Rejection)]
     if format == "auto" and values:
         try:
             format = detect(values)
         except DataError as e:
             raise DataError(f"{path}: {e}") from e
+    data, unkept = _converted(found, format)
+    if not data.examples:
+        reasons = "".join(f"\n{line}" for line in commonest_reasons(data.rejections))
+        raise DataError(f"{path}: none of its {len(found)} rows can be used. The commonest reasons:{reasons}")
+    if unkept:
+        _log.warning("%s: not trained on, though some rows have it: %s", path, ", ".join(sorted(unkept)))
+    return data
 
-    rejections: list[Rejection] = []
-    first: dict[str, tuple[Example, str]] = {}
-    usable: list[Any] = []
-    unkept: set[str] = set()
+
+def _converted(found: Sequence[tuple[str, Any] | Rejection], format: str) -> tuple[UserRows, set[str]]:
+    """The rows as examples and rejections, and what `to_example` did not keep of any of them."""
+    data, unkept = UserRows([], [], [], []), set[str]()
+    first: dict[str, int] = {}  # id -> number of the example that has it
     for item in found:
         if isinstance(item, Rejection):
-            rejections.append(item)
+            data.rejections.append(item)
             continue
         where, given = item
         row = given
@@ -115,54 +133,70 @@ def read_rows(source: Any, format: str = "auto", limit: int | None = None) -> Us
             row = plain(given)
             example, fields = to_example(row, format)
         except RowError as e:
-            rejections.append(Rejection(where, str(e), row))
+            data.rejections.append(Rejection(where, str(e), row))
             continue
         except RecursionError:
-            rejections.append(Rejection(where, "nested too deeply", None))
+            data.rejections.append(Rejection(where, "nested too deeply", None))
             continue
-        if example.id in first:
-            twin, place = first[example.id]
-            same = example.messages == twin.messages
+        if (number := first.get(example.id)) is not None:
+            same, place = example.messages == data.examples[number].messages, data.places[number]
             reason = f"duplicate of {example.id} ({place})" if same else f"id {example.id} is taken ({place})"
-            rejections.append(Rejection(where, reason, row))
+            data.rejections.append(Rejection(where, reason, row))
             continue
-        first[example.id] = (example, where)
-        usable.append(given)
+        first[example.id] = len(data.examples)
+        data.examples.append(example)
+        data.rows.append(given)
+        data.places.append(where)
         unkept |= fields
-    if not first:
-        reasons = "".join(f"\n{line}" for line in commonest_reasons(rejections))
-        raise DataError(f"{path}: none of its {len(found)} rows can be used. The commonest reasons:{reasons}")
-    if unkept:
-        _log.warning("%s: not trained on, though some rows have it: %s", path, ", ".join(sorted(unkept)))
-    return UserRows([example for example, _ in first.values()], usable, rejections)
+    return data, unkept
 
 
-def commonest_reasons(rejections: Sequence[Rejection], limit: int = 3) -> list[str]:
-    """Lines with the commonest reasons, each counted and with its first place, the largest count first.
+class Reason(NamedTuple):
+    """Why some rows were rejected: how many, the reason of the first one, and its place."""
 
-    Reasons that differ only in numbers, ids or quoted words are one; the first is shown.
+    n: int
+    reason: str
+    where: str
+
+
+def count_reasons(rejections: Sequence[Rejection]) -> list[Reason]:
+    """The reasons of rejections, largest count first.
+
+    Reasons that differ only in numbers, ids, places or quoted words count as one; the first one is shown.
     """
     groups: dict[str, list[Rejection]] = {}
     for rejection in rejections:
         groups.setdefault(_VARYING.sub("*", rejection.reason), []).append(rejection)
     largest = sorted(groups.values(), key=len, reverse=True)
-    lines = [f"  {len(g)} of {len(rejections)}: {g[0].reason} ({g[0].where})" for g in largest[:limit]]
-    if rest := sum(map(len, largest[limit:])):
-        lines.append(f"  {rest} of {len(rejections)}: other reasons")
+    return [Reason(len(group), group[0].reason, group[0].where) for group in largest]
+
+
+def reason_lines(reasons: Sequence[Reason], limit: int = 3) -> list[str]:
+    """Lines for a terminal: count, reason and first place; reasons beyond `limit` share one line."""
+    total = sum(reason.n for reason in reasons)
+    lines = [f"  {n} of {total}: {reason} ({where})" for n, reason, where in reasons[:limit]]
+    if rest := sum(reason.n for reason in reasons[limit:]):
+        lines.append(f"  {rest} of {total}: other reasons")
     return lines
 
 
+def commonest_reasons(rejections: Sequence[Rejection], limit: int = 3) -> list[str]:
+    """Lines that say why rows were rejected, see `count_reasons` and `reason_lines`."""
+    return reason_lines(count_reasons(rejections), limit)
+
+
 def write(examples: Sequence[Example], path: str | Path, format: str) -> None:
-    """Writes a dataset that `read` gives back with the same conversations, ids and extra columns.
+    """Writes a dataset; `read` returns the same conversations, ids and extra columns from it.
 
     Args:
       examples: at least one.
-      path: for a row format a .json, .jsonl or .parquet file, which is replaced; for tfds a directory that
+      path: for the row formats a .json, .jsonl or .parquet file, which is replaced; for tfds a directory that
         does not exist or is empty.
       format: alpaca, sharegpt, messages, prompt_completion; parquet (messages in a .parquet file); tfds.
 
     Raises:
-      DataError: nothing to write, path and format do not fit, or the place cannot be written.
+      DataError: there are no examples, the path's ending does not fit the format, or the path is not
+        writable.
     """
     path = Path(path)
     if format not in (*FORMATS, "parquet", "tfds"):
@@ -178,7 +212,7 @@ def write(examples: Sequence[Example], path: str | Path, format: str) -> None:
                 raise DataError(
                     f"{path} exists and is not an empty directory; name another, or remove it first"
                 )
-            from middo_jax.data import tfds_format
+            from middo_jax.data import tfds_format  # not at the top, see there
 
             tfds_format.write(examples, path)
             return
@@ -189,74 +223,8 @@ def write(examples: Sequence[Example], path: str | Path, format: str) -> None:
         raise DataError(f"cannot write {path}: {e.strerror or e}") from e
 
 
-def split_heldout(
-    examples: Sequence[Example], fraction: float, seed: int, source_column: str
-) -> tuple[list[Example], list[Example]]:
-    """Splits off rows that are never trained on: the same ones whatever the order of the rows.
-
-    Rows with the same prompt stay together, so no held-out prompt is trained on: `fraction` is a share of
-    the distinct prompts. If all examples have extra[source_column], each source gives its share; the
-    rarest sources are pooled where there are too few rows to do so.
-
-    Returns:
-      (train, held-out), both in the examples' order.
-    """
-    if not 0 <= fraction < 1:
-        raise DataError(f"the held-out fraction must be at least 0 and less than 1, not {fraction}")
-    groups: dict[str, list[Example]] = {}
-    for example in sorted(examples, key=lambda example: example.id):
-        groups.setdefault(example.prompt, []).append(example)
-    prompts = list(groups)
-    if fraction == 0 or len(prompts) < 2:
-        if fraction:
-            _log.warning("nothing is held out: there are fewer than two different prompts")
-        return list(examples), []
-    from sklearn.model_selection import train_test_split
-
-    count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
-    sources = _strata([groups[prompt][0] for prompt in prompts], source_column, count)
-    _, chosen = train_test_split(prompts, test_size=count, random_state=seed, stratify=sources)
-    heldout = set(chosen)
-    return (
-        [example for example in examples if example.prompt not in heldout],
-        [example for example in examples if example.prompt in heldout],
-    )
-
-
-def _strata(examples: Sequence[Example], source_column: str, count: int) -> list[str] | None:
-    """A source an example, such that `count` held-out ones can be drawn from all; None: draw from the whole.
-
-    Sorted examples give the same strata, ties between sources included, in any order of the rows.
-    """
-    values = [example.extra.get(source_column) for example in examples]
-    missing = values.count(None)
-    if missing:
-        if missing < len(values):
-            _log.warning(
-                "held-out split is not stratified: %d of %d prompts have no %r",
-                missing,
-                len(values),
-                source_column,
-            )
-        return None
-    sources = [json.dumps(value, sort_keys=True) for value in values]
-    room = min(count, len(sources) - count)  # each part needs at least one of each stratum
-    sizes = Counter(sources).most_common()
-    kept = [source for source, size in sizes if size > 1]
-    if len(kept) < len(sizes) or len(kept) > room:
-        kept = kept[: room - 1]
-        if kept and len(sources) - sum(size for source, size in sizes if source in kept) == 1:
-            kept.pop()  # the pool needs two members too
-        _log.info("held-out split: %d of %d sources are pooled as other", len(sizes) - len(kept), len(sizes))
-    if not kept:
-        _log.warning("held-out split is not stratified: too few prompts a %r", source_column)
-        return None
-    chosen = set(kept)
-    return [source if source in chosen else "other" for source in sources]  # no JSON text: clashes with none
-
-
 def _rows(path: str) -> Iterator[tuple[str, Any] | Rejection]:
-    """All rows with their places, as their source gives them; a line that is no JSON comes as a Rejection."""
+    """All rows with their places, as they are read. A line that is not JSON becomes a Rejection."""
     if named := _NAMED.fullmatch(path):
         kind, name, split = named.groups()
         yield from _numbered(_tfds_rows(name, split) if kind == "tfds" else hf_format.rows(name, split))
@@ -302,7 +270,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any] | Rejection]:
             except json.JSONDecodeError as e:
                 reason = f"broken JSON: {e.msg} (column {e.colno})"
             except (ValueError, RecursionError) as e:  # digits or depth beyond the parser's limits
-                reason = f"JSON that cannot be held: {e}"
+                reason = f"JSON beyond the limits of the parser: {e}"
             else:
                 continue
             yield Rejection(where, reason, line.decode("utf-8", "backslashreplace").rstrip("\r\n"))
@@ -320,24 +288,26 @@ def _json_rows(file: Path) -> list[Any]:
             f"{file}:{line}: not UTF-8 (byte 0x{content[e.start]:02x}); convert the file to UTF-8"
         ) from e
     except json.JSONDecodeError as e:
-        hint = "one JSON value a line belongs in a .jsonl file" if e.msg == "Extra data" else "mend it there"
+        is_jsonl = e.msg == "Extra data"
+        hint = (
+            "a file with one JSON value per line must be a .jsonl file"
+            if is_jsonl
+            else "correct the file there"
+        )
         raise DataError(f"{file}: broken JSON at line {e.lineno}, column {e.colno}: {e.msg}; {hint}") from e
     except (ValueError, RecursionError) as e:
-        raise DataError(f"{file}: JSON that cannot be held: {e}") from e
+        raise DataError(f"{file}: JSON beyond the limits of the parser: {e}") from e
     if isinstance(value, dict):
         lists = [value[key] for key in ("data", "rows") if isinstance(value.get(key), list)]
         value = lists[0] if len(lists) == 1 else value
     if not isinstance(value, list):
         raise DataError(
-            f"{file}: must hold a list of rows, or an object with one such list as `data` or `rows`"
+            f"{file}: must contain a list of rows, or an object with one such list as `data` or `rows`"
         )
     return value
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         with pq.ParquetFile(file) as stream:
             yield from arrow_rows(stream.iter_batches(batch_size=4096), stream.schema_arrow)
@@ -346,11 +316,8 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     def array(values: list[Any], type: Any) -> Any:
-        # In pieces: an Arrow text array ends at 2 GiB.
+        # In chunks: one Arrow text array is limited to 2 GiB.
         return pa.chunked_array(
             [pa.array(values[i : i + 4096], type) for i in range(0, len(values), 4096)], type
         )
@@ -358,15 +325,15 @@ def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     fields, arrays = [], []
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
+        column: Any = None
         metadata = None
         try:
             column = array(values, pa.infer_type(values))
-            held = column.to_pylist() == values and "struct<>" not in str(
-                column.type
-            )  # Parquet has no empty struct
+            has_empty_struct = "struct<>" in str(column.type)  # Parquet has no such type
+            is_exact = column.to_pylist() == values and not has_empty_struct
         except (pa.ArrowException, ValueError, TypeError, OverflowError):
-            held = False
-        if not held:  # values of several types: as JSON text, which `_parquet_rows` knows by the metadata
+            is_exact = False
+        if not is_exact:  # values of several types become JSON text; `arrow_rows` finds it by the metadata
             texts = [None if value is None else json.dumps(value, allow_nan=False) for value in values]
             column, metadata = array(texts, pa.string()), {"middo": "json"}
         fields.append(pa.field(name, column.type, metadata=metadata))
@@ -377,7 +344,7 @@ def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _tfds_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
     try:
-        from middo_jax.data import tfds_format
+        from middo_jax.data import tfds_format  # not at the top, see there
     except ImportError as e:
         raise DataError(
             f"tfds: cannot be read without tensorflow-datasets ({e}); pip install middo-jax"

@@ -1,4 +1,4 @@
-"""Chat templates by name: the formats that families are fine-tuned in, one Jinja file each in `jinja/`."""
+"""Chat templates by name. Each is the format of a model family, in a Jinja file in `jinja/`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Name -> the control tokens that the format stands on. Each must be one token of the tokenizer: spelt out in
-# ordinary tokens, an end of turn is neither learnt as one nor does it stop an answer.
+# Name -> the control tokens of the format. The tokenizer must have each as one token: an end of turn that is
+# spelt in ordinary tokens is not learnt as an end, and does not stop an answer.
 CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -23,7 +23,7 @@ CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
 
 
 class TemplateError(ValueError):
-    """The chat template is not there, is not this tokenizer's, or hides where an answer starts and ends."""
+    """The chat template is missing, does not fit the tokenizer, or does not show where an answer is."""
 
 
 def named_template(name: str) -> str:
@@ -33,15 +33,16 @@ def named_template(name: str) -> str:
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Gives a tokenizer the chat template that the user asked for.
+    """Sets a tokenizer's chat template as the user wants it.
 
     Args:
-      tokenizer: its `chat_template` is replaced, unless it has one and no other is asked for.
-      template: a name in CONTROL_TOKENS, or a Jinja file. None: its own, or 'default' if it has none.
+      tokenizer: its `chat_template` is replaced, unless it has one and `template` is None.
+      template: a name in CONTROL_TOKENS, or a Jinja file. None: the tokenizer's own, or 'default' if it has
+        none.
 
     Raises:
-      TemplateError: neither a name nor a file that can be read, or a format whose control tokens are not
-        tokens of this tokenizer.
+      TemplateError: `template` is neither a name nor a readable file, or the tokenizer lacks a control token
+        of the format.
     """
     if template is None and tokenizer.chat_template:
         return
@@ -57,21 +58,21 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> No
         tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
     except OSError as e:
         raise TemplateError(
-            f"model.template: {name!r} is neither a known name ({names}) nor a Jinja file that can be read: "
+            f"model.template: {name!r} is neither a known name ({names}) nor a readable Jinja file: "
             f"{e.strerror}"
         ) from e
     except UnicodeDecodeError as e:
         raise TemplateError(f"model.template: {name} is not a text file in UTF-8: {e}") from e
 
 
-# Before a template: `strftime_now` as a macro of our own, so that it prints the pinned day.
+# Put in front of a template: a macro that replaces `strftime_now`, so that it prints the pinned day.
 _PINNED = (
     "{%- macro strftime_now(format) -%}{%- set pinned = namespace(text=format) -%}"
     "{%- for code, value in pinned_day.items() -%}"
     "{%- set pinned.text = pinned.text.replace(code, value) -%}"
     "{%- endfor -%}{{- pinned.text -}}{%- endmacro -%}{{- '' }}"
 )
-# What `strftime` knows in the C library; a template may ask for any of it. `-` leaves out leading zeros.
+# The codes of the C library's `strftime`, all of which a template may use. `-` leaves out leading zeros.
 _CODES = [f"%{pad}{letter}" for pad in ("-", "") for letter in "aAbBcCdDeFgGhHIjklmMnpPrRsSTtuUVwWxXyYzZ"]
 
 
@@ -83,13 +84,13 @@ def asks_for_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 def pin_date(tokenizer: PreTrainedTokenizerBase, day: datetime.date) -> None:
     """Makes `template_arguments` render the chat template as on that day, whatever the clock says."""
     noon = datetime.datetime.combine(day, datetime.time(12))
-    # %% is an escaped percent sign: it is put aside while the codes are replaced.
+    # %% is an escaped percent sign; \0 stands for it while the codes are replaced.
     codes = {"%%": "\0"} | {code: noon.strftime(code) for code in _CODES} | {"\0": "%"}
     tokenizer.init_kwargs["pinned_day"] = codes
 
 
 def template_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What `apply_chat_template` needs so that a template that asks for the date gets the pinned one."""
+    """Arguments of `apply_chat_template` that make a template print the pinned day instead of today."""
     codes = tokenizer.init_kwargs.get("pinned_day")
     if codes is None or not asks_for_date(tokenizer):
         return {}
@@ -97,19 +98,23 @@ def template_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Text -> id of the tokens that steer the model, and that no sample's own text may contain."""
+    """Text -> id of the control tokens.
+
+    A sample's own text may not contain those that `steering_tokens` lists.
+    """
     ends = declared_ends(tokenizer.name_or_path)
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special or i in ends}
     return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
 def declared_ends(directory: str | Path) -> frozenset[int]:
-    """The tokens at which servers end an answer: of generation_config.json, without it of config.json.
+    """The tokens at which servers end an answer, from generation_config.json, or config.json without it.
 
-    An empty name, that of a tokenizer which was not read from a directory, declares none.
+    Args:
+      directory: the model's. "", the name of a tokenizer that was not read from a directory, declares none.
 
     Raises:
-      TemplateError: the file is no JSON object.
+      TemplateError: the file is not a JSON object.
     """
     for name in ("generation_config.json", "config.json"):
         path = Path(directory) / name
@@ -131,11 +136,11 @@ def _check_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     if missing:
         fitting = [other for other, tokens in CONTROL_TOKENS.items() if has >= set(tokens)]
         raise TemplateError(
-            f"model.template: {name} is written with {', '.join(missing)}, no control tokens of this "
-            f"tokenizer; of the known names {', '.join(fitting)} fit it, or give a Jinja file"
+            f"model.template: {name} needs {', '.join(missing)}, which are no control tokens of this "
+            f"tokenizer; use {' or '.join(fitting)}, or give a Jinja file"
         )
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer begins every text with BOS, as it was in pre-training."""
+    """Whether the tokenizer begins every text with BOS, as in pre-training."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]

@@ -1,6 +1,6 @@
 """TFDS datasets without TensorFlow: read as a data source, written as array_record.
 
-Import this module only where it is used: `tensorflow_datasets` comes with it.
+Import this module only where it is used: `tensorflow_datasets` takes seconds to import and prints to stderr.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from middo_jax.data.example import Example
-from middo_jax.data.formats import DataError, Row, plain, to_rows
+from middo_jax.data.formats import DataError, Row, first_line, plain, to_rows
 
 
 class MiddoExport(tfds.core.GeneratorBasedBuilder):
-    """Conversations, ids, and the extra columns as one JSON text: TFDS wants fixed types, users have any."""
+    """Conversations, ids, and the extra columns as one JSON text, since TFDS requires fixed types."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = tfds.core.Path(
-        __file__
-    )  # TFDS 4.9.10 finds it by importlib_resources, which it does not declare
+    # TFDS 4.9.10 would find it by importlib_resources, which it does not declare.
+    code_path = tfds.core.Path(__file__)
 
     def __init__(self, records: Sequence[Row] = (), **settings: Any) -> None:
         self._records = records
@@ -49,34 +48,33 @@ class MiddoExport(tfds.core.GeneratorBasedBuilder):
 
 
 def rows(name: str, split: str) -> Iterator[Row]:
-    """Rows of a registered dataset (downloaded if need be) or of a prepared directory.
+    """Rows of a registered dataset, which is downloaded if necessary, or of a prepared directory.
 
     Raises:
       DataError: no such dataset, directory or split, or it was prepared in a format that needs TensorFlow.
     """
     folder = Path(name).expanduser()
     builder: Any  # TFDS wraps its methods in ways that hide their types
-    source: Any
+    table: Any
     try:
         if (folder / "dataset_info.json").is_file():
             builder = tfds.builder_from_directory(str(folder))
-            source = builder.as_data_source(split)
+            table = builder.as_data_source(split)
         elif folder.is_dir() or name.startswith(("/", ".", "~")):
-            raise DataError(f"tfds: {folder} is not a prepared TFDS directory: it holds no dataset_info.json")
+            raise DataError(f"tfds: {folder} is not a prepared TFDS directory: no dataset_info.json there")
         else:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-                source = tfds.data_source(name, split=split)
+                table = tfds.data_source(name, split=split)
     except DataError:
         raise
-    except Exception as e:  # any of a dataset's own code may run here
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise DataError(f"tfds: cannot read split {split!r} of {name}: {reason}") from e
-    ours = source.dataset_info.name == MiddoExport.name
-    for index in range(len(source)):
-        row = plain(source[index])
-        for key, feature in source.dataset_info.features.items():
+    except Exception as e:  # the code of any dataset may run here
+        raise DataError(f"tfds: cannot read split {split!r} of {name}: {first_line(e)}") from e
+    ours = table.dataset_info.name == MiddoExport.name
+    for index in range(len(table)):
+        row = plain(table[index])
+        for key, feature in table.dataset_info.features.items():
             if isinstance(feature, tfds.features.Sequence) and isinstance(row[key], dict):
-                # A sequence of objects comes as an object of sequences.
+                # TFDS returns a sequence of objects as an object of sequences.
                 row[key] = [
                     dict(zip(row[key], turn, strict=True)) for turn in zip(*row[key].values(), strict=True)
                 ]
@@ -84,7 +82,7 @@ def rows(name: str, split: str) -> Iterator[Row]:
 
 
 def write(examples: Sequence[Example], path: Path) -> None:
-    """Writes a directory that `tfds.builder_from_directory(path).as_data_source("train")` reads, or nothing.
+    """Writes a directory for `tfds.builder_from_directory`, whole or not at all; its only split is `train`.
 
     Raises:
       OSError: the directory cannot be made, or is not empty.

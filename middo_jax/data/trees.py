@@ -1,7 +1,8 @@
-"""Texts that begin alike, read once: token sequences as tries, and rows of such trees behind a prefix.
+"""Token sequences with a common beginning as trees, so that a model reads the beginning once.
 
-A row holds the tokens that all its texts begin with, then one tree after the other, each laid out depth
-first: what grows from a position follows it, up to a place that `until` tells (see `packed_attention`).
+A row begins with the prefix that all its texts share. Trees follow one after the other, each in depth-first
+order: the descendants of a token follow it, and `until` is the index after the last one, see
+`packed_attention`.
 
 Axes: b row, t position, n token of a tree.
 """
@@ -17,12 +18,12 @@ from middo_jax.data.packing import fill_rows
 
 
 class Tree(NamedTuple):
-    """One or more texts, laid out depth first; all int32.
+    """One or more texts in depth-first order; all arrays int32.
 
     Attributes:
-      tokens_n: a token stands once for all texts that are equal up to it.
-      positions_n: within its texts.
-      until_n: place behind the last token that grows from this one.
+      tokens_n: texts that are equal up to a token share that token.
+      positions_n: the token's position within its texts.
+      until_n: index after the token's last descendant.
     """
 
     tokens_n: np.ndarray
@@ -31,7 +32,7 @@ class Tree(NamedTuple):
 
     @property
     def stem(self) -> int:
-        """Tokens that all its texts begin with."""
+        """The number of tokens that all its texts share at the beginning."""
         return int(np.append(self.until_n == len(self.until_n), False).argmin())
 
     @classmethod
@@ -42,12 +43,12 @@ class Tree(NamedTuple):
 
 
 def trie(texts: Sequence[np.ndarray]) -> tuple[Tree, list[int]]:
-    """The tree of several texts, and the place of each one's last token.
+    """The tree of several texts, and the index of the last token of each.
 
     [1 2 3], [1 2 4], [1 5]  ->  tokens [1 2 3 4 5], positions [0 1 2 2 1], until [5 4 3 4 5], ends [2 3 4]
 
     Raises:
-      ValueError: a text is empty, or another begins with all of it.
+      ValueError: a text is empty, or is the beginning of another one.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -55,11 +56,11 @@ def trie(texts: Sequence[np.ndarray]) -> tuple[Tree, list[int]]:
     ends = [0] * len(texts)
 
     def grow(members: list[int], at: int) -> None:
-        """Lays out what the members, equal up to `at`, go on with."""
+        """Appends the continuations of the members, which are equal up to `at`."""
         children: dict[int, list[int]] = {}
         for i in members:
             if at == len(texts[i]):
-                raise ValueError("a text of the tree is empty, or another begins with all of it")
+                raise ValueError("a text of the tree is empty, or is the beginning of another one")
             children.setdefault(int(texts[i][at]), []).append(i)
         for child in children.values():
             alike = [texts[i] for i in child]
@@ -79,7 +80,7 @@ def trie(texts: Sequence[np.ndarray]) -> tuple[Tree, list[int]]:
 
 
 def common_prefix(texts: Sequence[np.ndarray]) -> int:
-    """How many tokens all texts begin with."""
+    """The number of tokens that all texts share at the beginning."""
     shortest = min(map(len, texts), default=0)
     for text in texts[1:]:
         differs_n = text[:shortest] != texts[0][:shortest]
@@ -88,7 +89,10 @@ def common_prefix(texts: Sequence[np.ndarray]) -> int:
 
 
 class PackedTrees(NamedTuple):
-    """A batch: rows of trees, by their numbers, whose first `prefix` tokens all are the same."""
+    """A batch: rows of trees, given as indices into `trees`.
+
+    The first `prefix` tokens of all trees are equal.
+    """
 
     trees: Sequence[Tree]
     rows: Sequence[Sequence[int]]
@@ -97,13 +101,13 @@ class PackedTrees(NamedTuple):
     prefix: int
 
     def fill(self, values: Callable[[int], np.ndarray], padding: int = 0) -> np.ndarray:
-        """[b, t] of `values`, an array a tree with a number a token; the prefix is the first tree's."""
+        """[b, t] of `values`, which returns an array with one number per token of a tree."""
         p = self.prefix
         rows = [[values(row[0])[:p], *(values(i)[p:] for i in row)] for row in self.rows]
         return fill_rows(rows, self.batch, self.length, padding)
 
     def tree_bt(self) -> np.ndarray:
-        """int32: which of its row's trees a position is of; -1 in the prefix and in the padding."""
+        """int32: the number of each position's tree within its row; -1 in the prefix and in the padding."""
         prefix = np.full(self.prefix, -1, np.int32)
         rows = [
             [prefix, *(np.full(size, s, np.int32) for s, size in enumerate(self.sizes(row)))]
@@ -112,11 +116,11 @@ class PackedTrees(NamedTuple):
         return fill_rows(rows, self.batch, self.length, -1)
 
     def starts(self, row: Sequence[int]) -> np.ndarray:
-        """Where each tree's first token would stand in its row, were the prefix its own."""
+        """The index in the row at which each tree would start if it had the prefix to itself."""
         return np.cumsum([0, *self.sizes(row)])[:-1]
 
     def until_bt(self) -> np.ndarray:
-        """int32: place in the row behind the last position that sees this one; padding sees itself."""
+        """int32: index after the last position that attends to this one; padding attends to itself."""
         rows = []
         for row in self.rows:
             starts, end = self.starts(row), self.prefix + sum(self.sizes(row))
@@ -129,5 +133,5 @@ class PackedTrees(NamedTuple):
         return np.maximum(fill_rows(rows, self.batch, self.length, 0), itself_t)
 
     def sizes(self, row: Sequence[int]) -> list[int]:
-        """Tokens of each tree behind the prefix."""
+        """The number of tokens of each tree after the prefix."""
         return [len(self.trees[i].tokens_n) - self.prefix for i in row]

@@ -1,4 +1,4 @@
-"""Reading the turns of a row: roles under their many names, content in parts, weights, system columns."""
+"""Reads the turns of a row: roles by any of their names, content in parts, weights, system columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KINDS = {
     int: "a number",
     float: "a number",
 }
-# In lower case. Each format takes the names of all.
+# In lower case. Every format accepts all of these names.
 _ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -23,17 +23,17 @@ _ROLES: dict[str, Role] = {
 }
 _TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython"}
 _TOOL_FIELDS = {"tool_calls", "function_call", "tool_call_id"}
-# Fields of a turn that say with 0 or false that its answer is not to be learnt.
+# Fields of a turn. The value 0 or false means that the answer is not learnt.
 _WEIGHTS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
 SYSTEM_COLUMNS = frozenset({"system", "system_prompt", "system_message"})
 
 
 class RowError(ValueError):
-    """One row cannot be used; the message is the reason that stands in its rejection."""
+    """One row cannot be used; the message is the reason in its rejection."""
 
 
 class Turn(NamedTuple):
-    """A turn as its row tells it; `unkept` names its fields that a `Message` has no place for."""
+    """A turn as it is in the row. `unkept` names its fields that have no counterpart in `Message`."""
 
     role: Role
     content: str
@@ -42,15 +42,15 @@ class Turn(NamedTuple):
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls a value, for messages."""
+    """The name of a value's JSON type, for messages."""
     return _KINDS.get(type(value), "null" if value is None else f"a {type(value).__name__}")
 
 
 def text_of(row: Row, column: str, default: str | None = None) -> str:
-    """A column's text, or `default` where it is missing or null.
+    """A column's text, or `default` if the column is missing or null.
 
     Raises:
-      RowError: it holds something else, or nothing and there is no default.
+      RowError: the column is not text, or it is missing and there is no default.
     """
     value = row.get(column)
     if value is None:
@@ -63,10 +63,10 @@ def text_of(row: Row, column: str, default: str | None = None) -> str:
 
 
 def turn_list(row: Row, column: str, role_key: str, text_key: str) -> list[Turn]:
-    """The turns of a column that holds a list of objects.
+    """The turns in a column with a list of objects.
 
     Raises:
-      RowError: a turn cannot be read; the message says which.
+      RowError: a turn cannot be read; the message names it.
     """
     value = row.get(column)
     if value is None:
@@ -77,7 +77,7 @@ def turn_list(row: Row, column: str, role_key: str, text_key: str) -> list[Turn]
     for n, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
             raise RowError(f"turn {n} must be an object, not {kind_of(turn)}")
-        # Columnar files give every turn every field that any turn has, as null.
+        # In columnar files every turn has the fields of all turns, null where it had none.
         fields = {key: item for key, item in turn.items() if item is not None and item != []}
         named, text = fields.pop(role_key, None), fields.pop(text_key, None)
         if not isinstance(named, str):
@@ -88,7 +88,7 @@ def turn_list(row: Row, column: str, role_key: str, text_key: str) -> list[Turn]
         if role not in _ROLES:
             raise RowError(f"turn {n} has the unknown role {named[:40]!r}; known: {', '.join(_ROLES)}")
         weights = {key: weight for key in _WEIGHTS if (weight := _weight(fields.get(key))) is not None}
-        # Of other turns nothing is learnt anyway, so a weight of 0 there may be meant for another turn.
+        # Other turns are never learnt, so a weight of 0 there may be meant for another turn: it is reported.
         kept = {key for key, weight in weights.items() if weight or _ROLES[role] == "assistant"}
         unkept = frozenset(fields.keys() - kept)
         content = content_of(text, f"turn {n}: {text_key!r}")
@@ -97,7 +97,7 @@ def turn_list(row: Row, column: str, role_key: str, text_key: str) -> list[Turn]
 
 
 def _weight(value: Any) -> bool | None:
-    """Whether a turn is learnt by one of its fields; None if the value is neither all nor nothing."""
+    """Whether a turn is learnt, by the value of one of its weight fields; None if it is neither 0 nor 1."""
     if isinstance(value, str):
         value = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}.get(value.strip().lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
@@ -107,7 +107,7 @@ def content_of(value: Any, what: str) -> str:
     """A turn's text, or its text parts joined: [{"type": "text", "text": "Hi "}, "there"] -> "Hi there".
 
     Raises:
-      RowError: there is another part than text.
+      RowError: a part is not text.
     """
     if isinstance(value, str):
         return value
@@ -116,7 +116,7 @@ def content_of(value: Any, what: str) -> str:
         raise RowError(f"{what} must be text, not {kind_of(value)}")
     texts = []
     for part in parts:
-        # Columnar files give every part every field that any part has, as null.
+        # In columnar files every part has the fields of all parts, null where it had none.
         fields = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part
         if isinstance(fields, dict):
             kind = fields.get("type", "text")
@@ -130,10 +130,10 @@ def content_of(value: Any, what: str) -> str:
 
 
 def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
-    """The turns, behind the system turn that a column holds.
+    """The turns, with the system turn from a column in front.
 
     Raises:
-      RowError: columns and the first turn hold different ones.
+      RowError: the columns and the first turn have different system texts.
     """
     texts = {column: text for column in sorted(SYSTEM_COLUMNS) if (text := text_of(row, column, "")).strip()}
     own = [turn.content for turn in turns[:1] if turn.role == "system" and turn.content.strip()]

@@ -1,4 +1,7 @@
-"""Held-out loss: the loss on examples that no training saw, from a scoring pass. Axes: n example."""
+"""Held-out loss: the loss on examples that no training saw, from a scoring pass.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 

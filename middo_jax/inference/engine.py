@@ -12,7 +12,7 @@ slot are copied instead of read: requests that begin alike, as a refiner's do, s
 A request's answer depends on the request alone, to the bit: not on its slot, not on what its neighbours ask,
 not on when it came. A chunk starts at a multiple of its length and sees only what is before it, so that a
 copied one is the one that would have been computed.
-Axes: b slot, t position, d model width, v vocabulary.
+Axes: docs/contributing.md#axes; b is a slot, p a position in it, e head dimension.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Iterable
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from middo_jax.inference.sampling import Request, Sampling, sample
+from middo_jax.inference.sampling import Numbers, Request, Sampling, sample
 from middo_jax.models.config import DecoderConfig
-from middo_jax.models.decoder import Decoder, KVCache, empty_cache
+from middo_jax.models.decoder import KVCache, empty_cache
+from middo_jax.models.model import Params, Structure, bound
 from middo_jax.parallel.mesh import fitting_spec
 
 # Tokens of a prompt that are read at a time, and the fewest that the last chunk is padded to.
@@ -52,26 +52,35 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
+class PromptChunk(NamedTuple):
+    """A part of a prompt, and where it belongs.
+
+    Attributes:
+      tokens_1t: int32, padded on the right.
+      start: position of the first token in its slot.
+      n_tokens: tokens without the padding.
+      slot: row of the cache.
+    """
+
+    tokens_1t: Numbers
+    start: Numbers | np.int32
+    n_tokens: Numbers | np.int32
+    slot: Numbers | np.int32
+
+
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
 def prefill(
-    graphdef: nnx.GraphDef[Decoder],
-    params: nnx.State,
-    cache: KVCache,
-    tokens_1t: jax.Array,
-    start: jax.Array,
-    n_tokens: jax.Array,
-    slot: jax.Array,
-    sampling: Sampling,
+    graphdef: Structure, params: Params, cache: KVCache, chunk: PromptChunk, sampling: Sampling
 ) -> tuple[jax.Array, KVCache]:
-    """Reads one chunk of a prompt, padded on the right from `n_tokens` on, into a slot at `start`.
+    """Reads one chunk of a prompt into its slot.
 
     Returns:
       (the token [1] that follows the chunk, the cache).
     """
-    model = nnx.merge(graphdef, params)
-    positions_1t = start + jnp.arange(tokens_1t.shape[1])[None]
-    hidden_1td, cache = model.hidden_cached(tokens_1t, positions_1t, cache, slot)
-    last_1d = jax.lax.dynamic_index_in_dim(hidden_1td, n_tokens - 1, axis=1, keepdims=False)
+    model = bound(graphdef, params)
+    positions_1t = chunk.start + jnp.arange(chunk.tokens_1t.shape[1])[None]
+    hidden_1td, cache = model.hidden_cached(chunk.tokens_1t, positions_1t, cache, chunk.slot)
+    last_1d = jax.lax.dynamic_index_in_dim(hidden_1td, chunk.n_tokens - 1, axis=1, keepdims=False)
     return sample(model.unembed(last_1d), sampling), _in_place(cache)
 
 
@@ -82,15 +91,15 @@ def copy_chunks(cache: KVCache, source: jax.Array, target: jax.Array, n_chunks: 
     def copy(index: jax.Array, cache: KVCache) -> KVCache:
         at = index * CHUNK + jnp.arange(CHUNK)
         # Gathered and scattered: a slice of an axis that devices split would collect all of it first.
-        return KVCache(*(x_lbskd.at[:, target, at].set(x_lbskd[:, source, at]) for x_lbskd in cache))
+        return KVCache(*(x_lbpke.at[:, target, at].set(x_lbpke[:, source, at]) for x_lbpke in cache))
 
     return _in_place(jax.lax.fori_loop(0, n_chunks, copy, cache))
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
 def decode(
-    graphdef: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    graphdef: Structure,
+    params: Params,
     cache: KVCache,
     tokens_b: jax.Array,
     positions_b: jax.Array,
@@ -101,7 +110,7 @@ def decode(
     Returns:
       (the next token [b], the cache).
     """
-    model = nnx.merge(graphdef, params)
+    model = bound(graphdef, params)
     hidden_b1d, cache = model.hidden_cached(tokens_b[:, None], positions_b[:, None], cache)
     return sample(model.unembed(hidden_b1d[:, 0]), sampling), _in_place(cache)
 
@@ -115,10 +124,10 @@ def _in_place(cache: KVCache) -> KVCache:
     if mesh.empty:
         return cache
     spec = fitting_spec(mesh, cache.keys.shape, *_CACHE_AXES)
-    return KVCache(*(jax.lax.with_sharding_constraint(x_lbskd, spec) for x_lbskd in cache))
+    return KVCache(*(jax.lax.with_sharding_constraint(x_lbpke, spec) for x_lbpke in cache))
 
 
-def _mesh_of(params: nnx.State) -> Mesh | None:
+def _mesh_of(params: Params) -> Mesh | None:
     """The mesh on which parameters lie; None where they lie on a single device without one."""
     sharding = jax.tree.leaves(params)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
@@ -188,10 +197,8 @@ class Engine:
       ValueError: max_context is more than the model has positions.
     """
 
-    def __init__(
-        self, graphdef: nnx.GraphDef[Decoder], params: nnx.State, max_batch: int, max_context: int
-    ) -> None:
-        self.config = nnx.merge(graphdef, params).config
+    def __init__(self, graphdef: Structure, params: Params, max_batch: int, max_context: int) -> None:
+        self.config = bound(graphdef, params).config
         if max_context > self.config.max_position_embeddings:
             raise ValueError(
                 f"max_context={max_context} is more than the model's "
@@ -334,16 +341,10 @@ class Engine:
             part = prompt[start : start + CHUNK]
             tokens_1t = np.zeros((1, _padded(len(part))), np.int32)
             tokens_1t[0, : len(part)] = part
-            next_1, self._cache = prefill(
-                self._graphdef,
-                self._params,
-                self._cache,
-                tokens_1t,
-                np.int32(start),
-                np.int32(len(part)),
-                np.int32(self._slots.index(slot)),
-                Sampling.of([(answer.request, 0)]),
-            )
+            row = self._slots.index(slot)
+            chunk = PromptChunk(tokens_1t, np.int32(start), np.int32(len(part)), np.int32(row))
+            sampling = Sampling.of([(answer.request, 0)])
+            next_1, self._cache = prefill(self._graphdef, self._params, self._cache, chunk, sampling)
             slot.n_read += len(part)
             slot.chunks = answer.chunks[: slot.n_read // CHUNK]
             if slot.n_read == len(prompt):

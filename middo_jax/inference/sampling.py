@@ -1,4 +1,7 @@
-"""What is asked of a model, and how the next token is drawn from its logits. Axes: b row, v vocabulary."""
+"""What is asked of a model, and how the next token is drawn from its logits.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            f"config: cannot listen on serve.host={host} serve.port={port}: {error}; port 0 takes a free one"
+            f"config: cannot listen on {host}, port {port}: {error}; port 0 takes a free one"
         ) from error
 
 

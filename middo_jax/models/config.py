@@ -9,16 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-# config.json's model_type -> the one architecture of it that the decoder computes.
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
-# Fields of any of them that would change what is computed, and the one value that is.
+from transformers import AutoConfig
+
+from middo_jax.models.families import families, family
+
+# Fields of any family that would change what is computed, and the one value that is.
 _ONLY: tuple[tuple[str, Any], ...] = (
     ("attention_bias", False),
     ("mlp_bias", False),
@@ -173,21 +168,21 @@ def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> Deco
       UnsupportedModel: a model type or field that the decoder would not compute exactly.
     """
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    row = family(model_type)
+    if row is None:
         hint = "; of Gemma 3 only text models are, gemma3_text" if model_type == "gemma3" else ""
         raise UnsupportedModel(
             f"config.json: model_type {model_type!r} is not supported; supported: "
-            f"{', '.join(ARCHITECTURES)}{hint}"
+            f"{', '.join(row.model_type for row in families())}{hint}"
         )
-    if (named := config.get("architectures")) and list(named) != [ARCHITECTURES[model_type]]:
+    if (named := config.get("architectures")) and list(named) != [row.architecture]:
         raise UnsupportedModel(
-            f"config.json: architectures {named!r} is not supported, only {ARCHITECTURES[model_type]!r}"
+            f"config.json: architectures {named!r} is not supported, only {row.architecture!r}"
         )
     fields = _with_defaults(config)
     for field, only in _ONLY:
         if fields.get(field, only) not in (only, None):
             raise UnsupportedModel(f"config.json: {field}={fields[field]!r} is not supported, only {only!r}")
-    is_gemma = model_type.startswith("gemma")
     heads = fields["num_attention_heads"]
     kinds, kind_of_layer = _layers(fields)
     return DecoderConfig(
@@ -203,13 +198,13 @@ def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> Deco
         kind_of_layer=kind_of_layer,
         rms_norm_eps=float(fields["rms_norm_eps"]),
         tie_word_embeddings=bool(fields["tie_word_embeddings"]),
-        hidden_act=_activation(fields, "hidden_activation" if is_gemma else "hidden_act"),
-        qkv_bias=model_type == "qwen2",
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
-        post_norms=is_gemma,
-        norm_offset=1.0 if is_gemma else 0.0,
-        embed_scale=fields["hidden_size"] ** 0.5 if is_gemma else 1.0,
-        query_scale=fields["query_pre_attn_scalar"] ** -0.5 if is_gemma else None,
+        hidden_act=_activation(fields, row.activation),
+        qkv_bias=row.qkv_bias,
+        qk_norm=row.qk_norm,
+        post_norms=row.post_norms,
+        norm_offset=row.norm_offset,
+        embed_scale=fields["hidden_size"] ** 0.5 if row.scaled_embeddings else 1.0,
+        query_scale=None if row.query_scale is None else fields[row.query_scale] ** -0.5,
         attention_soft_cap=fields.get("attn_logit_softcapping"),
         final_soft_cap=fields.get("final_logit_softcapping"),
         dtype=dtype,
@@ -218,8 +213,6 @@ def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> Deco
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """All fields as transformers reads them, the RoPE parameters in the form of version 5."""
-    from transformers import AutoConfig
-
     for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
         if not isinstance(config.get(field), int):  # no default of a class can be right for these
             raise UnsupportedModel(f"config.json: {field} is missing or no whole number")

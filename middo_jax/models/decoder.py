@@ -4,8 +4,7 @@
     hidden_btd = bound(graphdef, params).hidden(tokens_bt, segment_ids_bt, positions_bt)
 
 Loss, embedding, judge, training and generation all stand on `hidden()`, and on what `unembed()` is made of.
-Axes: b batch, t position, d model width, h query heads, k key/value heads, f MLP width, v vocabulary,
-s cache position, l layer.
+Axes: docs/contributing.md#axes; e head dimension.
 """
 
 from __future__ import annotations
@@ -20,7 +19,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from middo_jax.models.attention import ATTENDED, cached_attention, packed_attention
+from middo_jax.models.attention import (
+    ATTENDED,
+    AttentionSpec,
+    CachedLayer,
+    Packing,
+    cached_attention,
+    packed_attention,
+)
 from middo_jax.models.attention.placement import platform
 from middo_jax.models.config import DecoderConfig, LayerKind, LinearRope, Llama3Rope
 from middo_jax.models.parameters import adapters, parameters
@@ -74,23 +80,21 @@ class Decoder(nnx.Module):
           tokens_bt: int32 token ids.
           segment_ids_bt: which example a position belongs to, -1 for padding.
           positions_bt: position within the example, for RoPE and windows.
-          until_bt, prefix, longest: see `packed_attention`.
+          until_bt, prefix, longest: see `Packing`.
           remat: what each layer saves for the backward pass, which recomputes the rest. "none": everything;
             "dots": its input, its products with weights and the result of attention; "layer": its input.
 
         Returns:
           [b, t, d] in the config's dtype.
         """
-        attention = functools.partial(
-            packed_attention, kernel=self.config.attention, prefix=prefix, longest=longest
-        )
+        packing = Packing(segment_ids_bt, positions_bt, until_bt, prefix, longest)
+        attention = functools.partial(packed_attention, kernel=self.config.attention)
         ropes, attends = self._ropes(positions_bt), self._by_kind(attention)
-        places = (segment_ids_bt, positions_bt, until_bt)
 
         def layer(x_btd: jax.Array, inputs: tuple[dict[str, jax.Array], jax.Array]) -> tuple[jax.Array, None]:
             weights, kind = inputs
             q, k, v = self._project(x_btd, weights, _of_kind(kind, ropes))
-            return self._finish(x_btd, _of_kind(kind, attends, q, k, v, *places), weights), None
+            return self._finish(x_btd, _of_kind(kind, attends, q, k, v, packing), weights), None
 
         body = layer if remat == "none" else jax.checkpoint(layer, policy=_KEPT[remat])
         x_btd, _ = jax.lax.scan(body, self._embed(tokens_bt), (self._stacked(), self._kinds()))
@@ -125,7 +129,8 @@ class Decoder(nnx.Module):
             q, k, v = self._project(x_btd, weights, _of_kind(kind, ropes))
             keys = keys.at[index, rows_b1, positions_bt].set(k, mode="drop")
             values = values.at[index, rows_b1, positions_bt].set(v, mode="drop")
-            attended = _of_kind(kind, attends, q, keys, values, index, positions_bt, first_row)
+            cached = CachedLayer(keys, values, index, first_row)
+            attended = _of_kind(kind, attends, q, cached, positions_bt)
             return (self._finish(x_btd, attended, weights), KVCache(keys, values)), None
 
         layers = (self._stacked(), self._kinds(), jnp.arange(self.config.num_layers))
@@ -158,16 +163,9 @@ class Decoder(nnx.Module):
 
     def _by_kind(self, attention: Callable[..., jax.Array]) -> list[Callable[..., jax.Array]]:
         """A kind of layer -> its attention."""
-        config = self.config
-        return [
-            functools.partial(
-                attention,
-                scale=config.attention_scale,
-                window=kind.window,
-                soft_cap=config.attention_soft_cap,
-            )
-            for kind in config.kinds
-        ]
+        scale, soft_cap = self.config.attention_scale, self.config.attention_soft_cap
+        specs = (AttentionSpec(scale, kind.window, soft_cap) for kind in self.config.kinds)
+        return [functools.partial(attention, spec=spec) for spec in specs]
 
     def _norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         return rms_norm(x, scale, self.config.rms_norm_eps, self.config.norm_offset)
@@ -201,16 +199,16 @@ class Decoder(nnx.Module):
             y = constrain(self._linear(normed_btd, weights, name), "batch", "length", axis)
             return y.reshape(*y.shape[:2], count, config.head_dim)
 
-        q_bthd = heads("q_proj", config.num_heads, "heads")
-        k_btkd = heads("k_proj", config.num_kv_heads, "kv_heads")
-        v_btkd = heads("v_proj", config.num_kv_heads, "kv_heads")
+        q_bthe = heads("q_proj", config.num_heads, "heads")
+        k_btke = heads("k_proj", config.num_kv_heads, "kv_heads")
+        v_btke = heads("v_proj", config.num_kv_heads, "kv_heads")
         if config.qk_norm:
-            q_bthd = self._norm(q_bthd, weights["q_norm"])
-            k_btkd = self._norm(k_btkd, weights["k_norm"])
-        return apply_rope(q_bthd, rope), apply_rope(k_btkd, rope), v_btkd
+            q_bthe = self._norm(q_bthe, weights["q_norm"])
+            k_btke = self._norm(k_btke, weights["k_norm"])
+        return apply_rope(q_bthe, rope), apply_rope(k_btke, rope), v_btke
 
     @jax.named_scope("o_mlp")
-    def _finish(self, x_btd: jax.Array, attended_bthd: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+    def _finish(self, x_btd: jax.Array, attended_bthe: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
         config = self.config
 
         def add(x_btd: jax.Array, y_btd: jax.Array, post_norm: str) -> jax.Array:
@@ -218,7 +216,7 @@ class Decoder(nnx.Module):
                 y_btd = self._norm(y_btd, weights[post_norm])
             return constrain(x_btd + y_btd, "batch", "length", "hidden")
 
-        merged = attended_bthd.reshape(*attended_bthd.shape[:2], -1)
+        merged = attended_bthe.reshape(*attended_bthe.shape[:2], -1)
         x_btd = add(x_btd, self._linear(merged, weights, "o_proj"), "post_attention_norm")
         normed_btd = self._norm(x_btd, weights["mlp_norm"])
         gate_btf = _ACTIVATIONS[config.hidden_act](self._linear(normed_btd, weights, "gate_proj"))
@@ -297,12 +295,12 @@ def _llama3_frequencies(frequencies: jax.Array, scaling: Llama3Rope) -> jax.Arra
     return frequencies * ((1 - high_share) / scaling.factor + high_share)
 
 
-def apply_rope(x_bthd: jax.Array, rope: Rope) -> jax.Array:
+def apply_rope(x_bthe: jax.Array, rope: Rope) -> jax.Array:
     """Rotates the pairs (i, i + head_dim / 2) by their angles (arXiv 2104.09864, Hugging Face's layout)."""
     cos, sin = rope
-    first, second = jnp.split(x_bthd.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x_bthe.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_bthd.dtype)
+    return rotated.astype(x_bthe.dtype)
 
 
 # What a checkpointed layer saves for the backward pass beside its input; the rest is recomputed. An adapter's

@@ -4,7 +4,7 @@ Only targets are unembedded. The rows that lie on the same devices are a share; 
 front, and a loop takes a chunk of every share at a time until none has any left. Shares are on their own: in
 the loop nothing passes between devices but what `tensor` splits.
 
-Axes: b row, t position, s share, n position within it, m slot of a chunk, d model width, v vocabulary.
+Axes: docs/contributing.md#axes; here s is a device's share of the positions, n a position within it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def target_nll(
             at = chunks.at(i)
             return at.added(nll_n, at.nll(cap(head_product(head_vd, hidden_nd[at.position_m]))))
 
-        return jax.lax.fori_loop(0, chunks.count, step, jnp.zeros(len(hidden_nd), jnp.float32))
+        return jax.lax.fori_loop(0, chunks.n_chunks, step, jnp.zeros(len(hidden_nd), jnp.float32))
 
     return _each_share(of_share, next_bt, is_target_bt, chunk, hidden_btd).reshape(next_bt.shape)
 
@@ -104,7 +104,7 @@ def _with_gradient(
         # What a share adds up of the head's gradient is added to the others' at the end, once.
         by_head = constrain(jnp.zeros(head_vd.shape, jnp.float32), "vocab", None) if head.perturbed else None
         by_hidden = jnp.zeros_like(hidden_nd) if hidden.perturbed else None
-        return jax.lax.fori_loop(0, chunks.count, step, (jnp.float32(0), (by_head, by_hidden)))
+        return jax.lax.fori_loop(0, chunks.n_chunks, step, (jnp.float32(0), (by_head, by_hidden)))
 
     nll_s, (by_head, by_hidden) = _each_share(of_share, next_.value, is_target.value, chunk, hidden.value)
     return nll_s.sum(), (
@@ -160,7 +160,7 @@ class _Chunk(NamedTuple):
 class _Chunks(NamedTuple):
     """The targets of a share, chunk by chunk."""
 
-    count: jax.Array  # of the share that has the most
+    n_chunks: jax.Array  # of the share that has the most
     width: int
     position_n: jax.Array  # targets first, in their order; a multiple of the width
     next_n: jax.Array

@@ -7,7 +7,10 @@ import os
 import re
 from pathlib import Path
 
+import huggingface_hub
+
 from middo_jax.models.config import read_fields
+from middo_jax.models.gguf import convert
 from middo_jax.models.hf import CheckpointError
 from middo_jax.rundir import file_hash
 
@@ -41,8 +44,6 @@ def resolve(path: str, *, weights: bool = True) -> Path:
             read_fields(local)  # else transformers trips over a field of another type, in many lines
         return local
     if local.suffix == ".gguf" and local.is_file():
-        from middo_jax.models.gguf import convert
-
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         name = file_hash(local) if weights else f"tokenizer-{_head_hash(local)}"
         converted = cache / "middo-jax" / "gguf" / name
@@ -57,10 +58,8 @@ def resolve(path: str, *, weights: bool = True) -> Path:
         raise CheckpointError(f"model {path}: neither a directory nor a .gguf file")
     if local.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise CheckpointError(f"model {path}: no such file or directory")
-    from huggingface_hub import snapshot_download
-
     try:
-        snapshot = snapshot_download(
+        snapshot = huggingface_hub.snapshot_download(
             path,
             allow_patterns=[*_TOKENIZER_FILES, *(["model*.safetensors"] if weights else [])],
             ignore_patterns=["*/*"],

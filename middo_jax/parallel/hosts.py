@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from middo_jax.parallel.mesh import named_sharding
@@ -19,7 +20,6 @@ def to_mesh(mesh: Mesh, array: np.ndarray, *logical_axes: str | None) -> jax.Arr
 
 def to_host(tree: Any) -> Any:
     """The whole arrays of a tree as numpy, on every process."""
-    from jax.experimental import multihost_utils
 
     def gather(x: jax.Array) -> np.ndarray:
         if x.is_fully_addressable or x.is_fully_replicated:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 
 
@@ -13,3 +15,8 @@ class Preempted(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(EXIT_PREEMPTED)
+
+
+def preempted(*_: object) -> NoReturn:
+    """The handler of SIGTERM: ends whatever runs, since each stage leaves what it needs to be continued."""
+    raise Preempted

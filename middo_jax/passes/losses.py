@@ -2,7 +2,7 @@
 
 What all examples begin with, such as a template's system turn, is read once per row where attention can share
 it; what no loss and no embedding needs, such as the end of the last turn, is not read at all.
-Axes: b row, t position, s segment, d model width, n example.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,33 @@ from middo_jax.models.attention import shares_prefixes
 from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.models.nll import target_nll
 from middo_jax.parallel.mesh import batch_divisor
-from middo_jax.passes.runner import Inputs, Pass, PassFacts, Plan
+from middo_jax.passes.runner import Array, Pass, PassFacts, Plan
 from middo_jax.progress import Progress, Silent
 
 MIN_LENGTH = 8  # tokens an example takes in the plan: a row of 1,024 holds at most 128
 MIN_PREFIX = 8  # tokens: a shorter one is not worth its place in every row
+
+
+class LossInputs(NamedTuple):
+    """What `score_batch` reads: [b, t] each.
+
+    Attributes:
+      tokens_bt: int32 token ids.
+      segment_ids_bt: int32, the segment of each position; -1 is in no segment.
+      positions_bt: int32, the position within the example.
+      next_bt: int32, the token that follows.
+      is_target_bt: bool; the next token's loss counts.
+      in_prompt_bt: bool; the hidden state is part of the prompt's embedding.
+      until_bt: int32, only with a shared prefix; see `models.attention.Packing`.
+    """
+
+    tokens_bt: Array
+    segment_ids_bt: Array
+    positions_bt: Array
+    next_bt: Array
+    is_target_bt: Array
+    in_prompt_bt: Array
+    until_bt: Array | None = None
 
 
 class SegmentScores(NamedTuple):
@@ -55,34 +77,36 @@ class ExampleScores(NamedTuple):
 def score_batch(
     graphdef: Structure,
     params: Params,
-    tokens_bt: jax.Array,
-    segment_ids_bt: jax.Array,
-    positions_bt: jax.Array,
-    next_bt: jax.Array,
-    is_target_bt: jax.Array,
-    in_prompt_bt: jax.Array,
-    until_bt: jax.Array | None = None,
+    batch: LossInputs,
     *,
     max_segments: int,
     chunk: int,
     prefix: int = 0,
     longest: int | None = None,
 ) -> SegmentScores:
-    """Loss sums and prompt embeddings of all segments of a packed batch; -1 is in no segment."""
+    """Loss sums and prompt embeddings of all segments of a packed batch.
+
+    Args:
+      graphdef: the decoder's structure.
+      params: its parameters.
+      batch: packed rows.
+      max_segments: segments of a row at most: the size of axis s.
+      chunk: target positions of a device whose logits exist at one time.
+      prefix, longest: see `models.attention.Packing`.
+    """
     model = bound(graphdef, params)
-    hidden_btd = model.hidden(
-        tokens_bt, segment_ids_bt, positions_bt, until_bt, prefix=prefix, longest=longest
-    )
-    nll_bt = target_nll(model, hidden_btd, next_bt, is_target_bt, chunk)
-    in_segment_bts = (segment_ids_bt[..., None] == jnp.arange(max_segments)).astype(jnp.float32)
-    prompt_bts = in_segment_bts * in_prompt_bt[..., None]
+    places = batch.segment_ids_bt, batch.positions_bt, batch.until_bt
+    hidden_btd = model.hidden(batch.tokens_bt, *places, prefix=prefix, longest=longest)
+    nll_bt = target_nll(model, hidden_btd, batch.next_bt, batch.is_target_bt, chunk)
+    in_segment_bts = (batch.segment_ids_bt[..., None] == jnp.arange(max_segments)).astype(jnp.float32)
+    prompt_bts = in_segment_bts * batch.in_prompt_bt[..., None]
     # HIGHEST: on accelerators a float32 product is otherwise rounded to bfloat16 or TF32.
     total_bsd = jnp.einsum(
         "bts,btd->bsd", prompt_bts, hidden_btd.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
     return SegmentScores(
         nll_sum_bs=jnp.einsum("bt,bts->bs", nll_bt, in_segment_bts, precision=jax.lax.Precision.HIGHEST),
-        n_targets_bs=(is_target_bt[..., None] * in_segment_bts).sum(axis=1),
+        n_targets_bs=(batch.is_target_bt[..., None] * in_segment_bts).sum(axis=1),
         embedding_bsd=total_bsd / prompt_bts.sum(axis=1)[..., None],
     )
 
@@ -177,21 +201,21 @@ def _shared_prefix(examples: Sequence[TokenizedExample], trees: Sequence[Tree]) 
     return prefix if prefix >= MIN_PREFIX else 0
 
 
-def loss_inputs(examples: Sequence[TokenizedExample], packed: PackedTrees) -> Inputs:
-    """What `score_batch` reads of a batch."""
+def loss_inputs(examples: Sequence[TokenizedExample], packed: PackedTrees) -> LossInputs:
+    """What `score_batch` reads of a batch; `until_bt` only where rows share a prefix."""
 
     def fill(values: Callable[[TokenizedExample], np.ndarray]) -> np.ndarray:
         return packed.fill(lambda i: values(examples[i])[: len(packed.trees[i].tokens_n)])
 
-    inputs = {
-        "tokens_bt": fill(lambda e: e.tokens_n),
-        "segment_ids_bt": packed.tree_bt(),
-        "positions_bt": packed.fill(lambda i: packed.trees[i].positions_n),
-        "next_bt": fill(lambda e: np.append(e.tokens_n[1:], np.int32(0))),
-        "is_target_bt": fill(lambda e: np.append(e.is_target_n[1:], False)),
-        "in_prompt_bt": fill(lambda e: e.in_prompt_n),
-    }
-    return inputs | {"until_bt": packed.until_bt()} if packed.prefix else inputs
+    return LossInputs(
+        tokens_bt=fill(lambda e: e.tokens_n),
+        segment_ids_bt=packed.tree_bt(),
+        positions_bt=packed.fill(lambda i: packed.trees[i].positions_n),
+        next_bt=fill(lambda e: np.append(e.tokens_n[1:], np.int32(0))),
+        is_target_bt=fill(lambda e: np.append(e.is_target_n[1:], False)),
+        in_prompt_bt=fill(lambda e: e.in_prompt_n),
+        until_bt=packed.until_bt() if packed.prefix else None,
+    )
 
 
 def _counts(example: TokenizedExample) -> np.ndarray:

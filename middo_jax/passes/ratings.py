@@ -2,15 +2,16 @@
 
 The questions about an example are one tree of tokens (see `signals.judge.questions`): what they share is read
 once, and what all examples' trees begin with is read once per row.
-Axes: b row, t position, s tree within a row, r reading (position whose next token is looked at), c column
-(a rating of an example), n example, m example of a batch.
+Axes: docs/contributing.md#axes; s tree within a row, r reading (a position whose next token is looked at),
+c column (a rating of an example), m example of a batch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from middo_jax.data.trees import PackedTrees, Tree, common_prefix
 from middo_jax.models.decoder import Decoder
 from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.parallel.mesh import batch_divisor
-from middo_jax.passes.runner import Inputs, Pass, PassFacts, Plan
+from middo_jax.passes.runner import Array, Pass, PassFacts, Plan
 from middo_jax.progress import Progress, Silent
 
 MIN_TREE = 128  # tokens a tree takes in the plan: its questions alone are longer
@@ -58,35 +59,67 @@ class Asked(Protocol):
         ...
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "ratings", "readout", "prefix", "longest"))
+@dataclasses.dataclass(frozen=True)
+class RatingScale:
+    """What is asked for, and how it is read; hashable.
+
+    Attributes:
+      spelling: how the tokenizer spells the ratings.
+      readout: from the ratings' log-probabilities to one number; hashable.
+      columns: ratings of an example.
+    """
+
+    spelling: Spelling
+    readout: Readout
+    columns: int
+
+    @property
+    def readings(self) -> int:
+        """Places per tree whose next token is read."""
+        return self.columns if self.spelling.ten_second is None else 2 * self.columns
+
+
+class RatingInputs(NamedTuple):
+    """What `judge_batch` reads.
+
+    Attributes:
+      tokens_bt: int32 token ids.
+      segment_ids_bt: int32, the tree of each position; -1 is in none.
+      positions_bt: int32, the position within its text.
+      until_bt: int32; see `models.attention.Packing`.
+      reading_bsr: int32, the places of each tree whose next token is read.
+    """
+
+    tokens_bt: Array
+    segment_ids_bt: Array
+    positions_bt: Array
+    until_bt: Array
+    reading_bsr: Array
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "scale", "prefix", "longest"))
 def judge_batch(
     graphdef: Structure,
     params: Params,
-    tokens_bt: jax.Array,
-    segment_ids_bt: jax.Array,
-    positions_bt: jax.Array,
-    until_bt: jax.Array,
-    reading_bsr: jax.Array,
+    batch: RatingInputs,
     *,
-    ratings: Spelling,
-    readout: Readout,
+    scale: RatingScale,
     prefix: int,
     longest: int,
 ) -> jax.Array:
     """Ratings [b, s, c] in float32 of every tree; meaningless where there is none."""
     model = bound(graphdef, params)
-    hidden_btd = model.hidden(
-        tokens_bt, segment_ids_bt, positions_bt, until_bt, prefix=prefix, longest=longest
-    )
+    places = batch.segment_ids_bt, batch.positions_bt, batch.until_bt
+    hidden_btd = model.hidden(batch.tokens_bt, *places, prefix=prefix, longest=longest)
 
     def one_tree(reading_br: jax.Array) -> jax.Array:
         hidden_brd = jnp.take_along_axis(hidden_btd, reading_br[..., None], axis=1)
-        return readout(rating_log_p(model, hidden_brd, ratings))
+        return scale.readout(rating_log_p(model, hidden_brd, scale.spelling))
 
-    return jax.lax.map(one_tree, reading_bsr.swapaxes(0, 1)).swapaxes(0, 1)
+    return jax.lax.map(one_tree, batch.reading_bsr.swapaxes(0, 1)).swapaxes(0, 1)
 
 
-def rating_log_p(model: Decoder, hidden_brd: jax.Array, ratings: Spelling) -> jax.Array:
+def rating_log_p(model: Decoder, hidden_brd: jax.Array, spelling: Spelling) -> jax.Array:
     """The model's own log-probabilities of the ratings 0..10, up to a constant that these eleven share.
 
     Where "10" is the token of "1" and one more, P(10) = P("1") P(second | "1") and
@@ -95,17 +128,17 @@ def rating_log_p(model: Decoder, hidden_brd: jax.Array, ratings: Spelling) -> ja
     Args:
       model: whose `unembed` is used.
       hidden_brd: of the readings: [b, c, d], or with a two-token "10" [b, 2 c, d].
-      ratings: the tokens.
+      spelling: the tokens.
 
     Returns:
       [b, c, 11] float32.
     """
     b, r, d = hidden_brd.shape
     logits_brv = model.unembed(hidden_brd.reshape(b * r, d)).reshape(b, r, -1)
-    count = r if ratings.ten_second is None else r // 2
-    log_p = logits_brv[:, :count, jnp.asarray(ratings.first)]
-    if ratings.ten_second is not None:
-        after_one = jax.nn.log_softmax(logits_brv[:, count:], axis=-1)[..., ratings.ten_second]
+    count = r if spelling.ten_second is None else r // 2
+    log_p = logits_brv[:, :count, jnp.asarray(spelling.first)]
+    if spelling.ten_second is not None:
+        after_one = jax.nn.log_softmax(logits_brv[:, count:], axis=-1)[..., spelling.ten_second]
         log_p = log_p.at[..., 1].add(jnp.log1p(-jnp.exp(after_one))).at[..., 10].add(after_one)
     return log_p
 
@@ -113,10 +146,8 @@ def rating_log_p(model: Decoder, hidden_brd: jax.Array, ratings: Spelling) -> ja
 def rate(
     model: Model,
     asked: Sequence[Asked],
-    ratings: Spelling,
-    readout: Readout,
+    scale: RatingScale,
     *,
-    columns: int,
     batch_tokens: int,
     progress: Progress | None = None,
     name: str = "ratings",
@@ -126,9 +157,7 @@ def rate(
     Args:
       model: that rates, on its mesh.
       asked: the questions about each example.
-      ratings: how the tokenizer spells the answers.
-      readout: from the ratings' log-probabilities to one number; hashable.
-      columns: ratings of an example.
+      scale: the columns, how the tokenizer spells the answers, and how they are read.
       batch_tokens: tokens of a batch, all devices together.
       progress: is told how far the pass is, under this name.
       name: of the pass.
@@ -137,27 +166,26 @@ def rate(
     prefix = (
         min(common_prefix([tree.tokens_n for tree in trees]), *(tree.stem for tree in trees)) if trees else 0
     )
-    readings = columns if ratings.ten_second is None else 2 * columns
-    rating_nc = np.full((len(asked), columns), np.nan, np.float32)
+    rating_nc = np.full((len(asked), scale.columns), np.nan, np.float32)
 
-    def inputs(packed: PackedTrees) -> Inputs:
-        reading_bsr = np.zeros((packed.batch, packed.length // MIN_TREE, readings), np.int32)
+    def inputs(packed: PackedTrees) -> RatingInputs:
+        reading_bsr = np.zeros((packed.batch, packed.length // MIN_TREE, scale.readings), np.int32)
         for b, row in enumerate(packed.rows):
             for s, (i, start) in enumerate(zip(row, packed.starts(row), strict=True)):
                 reading_bsr[b, s] = start + np.asarray(asked[i].readings)
-        return {
-            "tokens_bt": packed.fill(lambda i: trees[i].tokens_n),
-            "segment_ids_bt": packed.tree_bt(),
-            "positions_bt": packed.fill(lambda i: trees[i].positions_n),
-            "until_bt": packed.until_bt(),
-            "reading_bsr": reading_bsr,
-        }
+        return RatingInputs(
+            tokens_bt=packed.fill(lambda i: trees[i].tokens_n),
+            segment_ids_bt=packed.tree_bt(),
+            positions_bt=packed.fill(lambda i: trees[i].positions_n),
+            until_bt=packed.until_bt(),
+            reading_bsr=reading_bsr,
+        )
 
     def keep(index_m: np.ndarray, rating_mc: np.ndarray) -> None:
         rating_nc[index_m] = rating_mc
 
     def static(bucket: Bucket) -> dict[str, Any]:
-        return {"ratings": ratings, "readout": readout, "prefix": prefix, "longest": bucket.longest}
+        return {"scale": scale, "prefix": prefix, "longest": bucket.longest}
 
     plan = Plan.of(trees, prefix, batch_tokens, batch_divisor(model.mesh), MIN_TREE)
     facts = Pass(judge_batch, plan, inputs, static).run(model, keep, progress or Silent(), name)

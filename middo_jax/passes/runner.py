@@ -2,7 +2,7 @@
 
 While the device works on one batch, the host makes the next and takes in the results of the one before.
 
-Axes: b row, t position, s segment (an example's place in its row), m example of a batch.
+Axes: docs/contributing.md#axes; s an example's place in its row, m example of a batch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from middo_jax.progress import Progress
 
 COMPILERS = 4  # at a time
 
-# What a program reads: arrays [b, ...] by its parameters' names; one that it does not need is left out.
-Inputs = dict[str, np.ndarray]
+Array = jax.Array | np.ndarray  # numpy's on the host, JAX's inside a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +113,16 @@ class Pass:
     """A program over a plan, to run for one model or several; it is compiled once for models that are alike.
 
     Attributes:
-      program: a jitted function of (graphdef, params, **arrays, **static); graphdef and static are static. It
+      program: a jitted function of (graphdef, params, batch, **static); graphdef and static are static. It
         returns a tree of arrays [b, s, ...]: of each row's examples.
       plan: the batches; for a mesh that splits a batch as the models' do.
-      inputs: the arrays of a batch.
+      inputs: what the program reads of a batch: a tree of arrays [b, ...].
       static: the program's static arguments of a shape.
     """
 
     program: Any
     plan: Plan
-    inputs: Callable[[PackedTrees], Inputs]
+    inputs: Callable[[PackedTrees], Any]
     static: Callable[[Bucket], dict[str, Any]]
     _compiled: tuple[Hashable, list[Any]] | None = dataclasses.field(default=None, init=False, repr=False)
 
@@ -157,7 +156,7 @@ class Pass:
 
                 for run, rows, inputs in self._batches(programs):
                     stop_point()
-                    result = run(model.params, **self._on_mesh(model, inputs))
+                    result = run(model.params, _on_mesh(model, inputs))
                     # The next batch is under way before the last one's numbers are waited for.
                     if running is not None:
                         finish(*running)
@@ -173,14 +172,10 @@ class Pass:
             seconds=seconds,
         )
 
-    def _batches(self, programs: list[Any]) -> Iterator[tuple[Any, list[list[int]], Inputs]]:
+    def _batches(self, programs: list[Any]) -> Iterator[tuple[Any, list[list[int]], Any]]:
         for bucket, run in zip(self.plan.buckets, programs, strict=True):
             for rows in bucket.batches():
                 yield run, rows, self.inputs(self.plan.packed(bucket, rows))
-
-    def _on_mesh(self, model: Model, inputs: Inputs) -> dict[str, jax.Array]:
-        # Every array is split along its rows; what there is of other axes lies whole on each device.
-        return {name: to_mesh(model.mesh, x, "batch", *(None,) * (x.ndim - 1)) for name, x in inputs.items()}
 
     def _programs(self, model: Model, progress: Progress, name: str) -> list[Any]:
         """The compiled program of each bucket."""
@@ -191,13 +186,16 @@ class Pass:
             lowered = []
             for bucket in self.plan.buckets:
                 first = self.inputs(self.plan.packed(bucket, next(bucket.batches())))
-                arrays = self._on_mesh(model, first)
-                lowered.append(
-                    self.program.lower(model.graphdef, model.params, **arrays, **self.static(bucket))
-                )
+                batch, static = _on_mesh(model, first), self.static(bucket)
+                lowered.append(self.program.lower(model.graphdef, model.params, batch, **static))
             programs = _compile(lowered, advance)
         self._compiled = kind, programs
         return programs
+
+
+def _on_mesh(model: Model, inputs: Any) -> Any:
+    """Every array is split along its rows; each device has the whole of the other axes."""
+    return jax.tree.map(lambda x: to_mesh(model.mesh, x, "batch", *(None,) * (x.ndim - 1)), inputs)
 
 
 def _compile(lowered: Sequence[Any], advance: Callable[[int, int], None]) -> list[Any]:

@@ -1,8 +1,8 @@
-"""Refining: selected samples through a served chat model, and what passes the gates into the dataset.
+"""Refining: a served chat model rewrites selected samples; rewrites that pass the gates enter the dataset.
 
 requests = prompts.requests(model, settings, seed)
 client = ChatClient(requests, base_url, AnswerCache(path))
-tasks = plan_tasks(examples, hard, sparse, low_quality, knn_ids, scores)
+tasks = plan_tasks(examples, {"complexity": ids, "quality": more_ids}, knn_ids, scores)
 outcomes = run(tasks, client, settings, round_index)
 examples = merge(examples, outcomes)
 """

@@ -1,14 +1,13 @@
-"""What refining would ask for and cost, before anything is sent."""
+"""The requests and the cost of refining, estimated before anything is sent."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from middo_jax.config import RefineSettings
-from middo_jax.refinement.endpoint.usage import CHARACTERS_A_TOKEN, cost_usd, estimated_tokens
+from middo_jax.refinement.endpoint.usage import cost_usd, estimated_tokens, tokens_of_text
 from middo_jax.refinement.prompts import PROBE, PROBE_TOKENS, Form
 from middo_jax.refinement.rewrite import first_request
 from middo_jax.refinement.tasks import Task
@@ -16,13 +15,18 @@ from middo_jax.refinement.tasks import Task
 
 @dataclasses.dataclass(frozen=True)
 class DryRun:
-    """What the first attempt of a stage would ask for, if the cache knew nothing.
+    """The requests of a stage's first attempt, if the cache has no answer to any of them.
 
-    `requests` are two a task and the `probes`: one where `refine.response_format=auto` has to be found out.
+    Estimates assume one token per four characters, and that the new prompt and its answer are as long as the
+    original ones. Upper bounds assume completions of maximum length. Neither includes corrections, retries
+    and further attempts.
 
-    Estimates take a token for four characters, the new prompt to be as long as the original and its answer as
-    long as the original's. At most: every completion at its limit. Corrections, retries and further attempts
-    come on top of both.
+    Attributes:
+      rows: the first request of every task.
+      requests: two per task, and the probes.
+      probes: 1 if `refine.response_format=auto` has to be found out.
+      prompt_tokens_estimate, completion_tokens_estimate, usd_estimate: estimates.
+      completion_tokens_at_most, usd_at_most: upper bounds.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -36,15 +40,15 @@ class DryRun:
 
 
 def dry_run(tasks: Sequence[Task], settings: RefineSettings, form: Form = "text") -> DryRun:
-    """The first request of every task, and what all of them may need; nothing is sent."""
+    """The first request of every task, and the estimates for all requests; sends nothing."""
     probes = int(settings.response_format == "auto" and bool(tasks))
     rows, prompt_tokens, completion_tokens = [], probes * estimated_tokens(PROBE), probes * PROBE_TOKENS
     for task in tasks:
         messages = first_request(task, settings, form)
         asking, prompt, response = (
             estimated_tokens(messages),
-            _tokens(task.source.prompt),
-            _tokens(task.source.response),
+            tokens_of_text(task.original.prompt),
+            tokens_of_text(task.original.response),
         )
         prompt_tokens += asking + prompt
         completion_tokens += min(prompt, settings.max_tokens) + min(response, settings.max_tokens)
@@ -60,7 +64,3 @@ def dry_run(tasks: Sequence[Task], settings: RefineSettings, form: Form = "text"
         completion_tokens_at_most=most,
         usd_at_most=cost_usd(settings.prices, prompt_tokens, most),
     )
-
-
-def _tokens(text: str) -> int:
-    return math.ceil(len(text) / CHARACTERS_A_TOKEN)

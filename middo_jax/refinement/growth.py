@@ -1,4 +1,4 @@
-"""How much a dataset may grow, and what makes room for additions. Pure functions."""
+"""How much a dataset may grow, and which samples are dropped for additions. Pure functions."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import dataclasses
 import heapq
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from middo_jax.data.example import Example
+from middo_jax.rundir.rows import DroppedRow
 
 Neighbours = Mapping[str, Sequence[tuple[str, float]]]  # by id: (id, similarity), nearest first
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """A sample that is in D_t or was to be added to it, and is not in D_{t+1}."""
+    """A sample of D_t, or an addition to it, that is not in D_{t+1}."""
 
     example: Example
     reason: str
     nearest_id: str | None = None
     similarity: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> DroppedRow:
         """A row of dropped.jsonl, with the sample and its lineage."""
         return {
             "id": self.example.id,
@@ -33,10 +34,10 @@ class Dropped:
         }
 
 
-def room_for(count: int, growth: Literal["free", "keep"] | float) -> int | None:
-    """Samples that a dataset of `count` may have after a round; None: any number.
+def max_size(count: int, growth: Literal["free", "keep"] | float) -> int | None:
+    """The maximum size of a dataset of `count` samples after a round; None: any size.
 
-    room_for(1000, "keep") = 1000, room_for(1000, 0.05) = 1050
+    max_size(1000, "keep") = 1000, max_size(1000, 0.05) = 1050
     """
     if growth == "free":
         return None
@@ -46,30 +47,34 @@ def room_for(count: int, growth: Literal["free", "keep"] | float) -> int | None:
 def fit(
     before: Sequence[Example],
     merged: Sequence[Example],
-    room: int | None,
+    size: int | None,
     selected: Collection[str],
     neighbours: Neighbours,
 ) -> tuple[list[Example], list[Dropped]]:
-    """Brings a merged dataset down to its room: (what stays, in order; what goes).
+    """Reduces a merged dataset to its maximum size.
 
-    The most redundant samples go first: the nearest to another one that stays, whatever its text; ties by id.
-    A sample whose known neighbours have all gone stands for them, and stays. Only samples go that were never
-    selected: none that an axis chose in this round, and none that the refiner ever wrote. Where they are too
-    few, additions do not come in, the last ones first.
+    The most redundant samples are dropped first: those with the highest similarity to a sample that stays;
+      ties
+    by id. A sample stays if all its known neighbours were dropped, since it represents them. Samples that an
+    axis selected in this round and samples that the refiner wrote are not dropped. If there are too few
+    others, additions are left out, the last one first.
 
     Args:
       before: D_t.
       merged: D_t with replacements and additions, additions last.
-      room: see `room_for`.
-      selected: ids that an axis chose in this round.
+      size: as `max_size` returns it.
+      selected: ids that an axis selected in this round.
       neighbours: of the samples of D_t.
+
+    Returns:
+      (the samples that stay, in order; the dropped ones).
     """
-    excess = 0 if room is None else max(len(merged) - room, 0)
+    excess = 0 if size is None else max(len(merged) - size, 0)
     known = {example.id for example in before}
     staying = {example.id for example in merged}
     droppable = [e.id for e in merged if e.id in known and e.id not in selected and e.lineage.op == "seed"]
     going = _most_redundant(droppable, excess, staying, neighbours)
-    # Replacements are as many as what they replace, so what is over the room are additions, at the end.
+    # A replacement does not change the size, so the excess is due to additions, which are at the end.
     refused = {e.id for e in merged[len(merged) - (excess - len(going)) :]} if excess > len(going) else set()
     kept, dropped = [], []
     for example in merged:
@@ -87,7 +92,7 @@ def fit(
 def _most_redundant(
     droppable: Sequence[str], count: int, staying: Collection[str], neighbours: Neighbours
 ) -> dict[str, tuple[str, float]]:
-    """Up to `count` ids, each with the nearest sample that stayed when it went."""
+    """Up to `count` ids, each with the nearest sample that was not dropped before it."""
     gone: dict[str, tuple[str, float]] = {}
 
     def nearest(sample: str) -> tuple[str, float] | None:
@@ -100,6 +105,6 @@ def _most_redundant(
         similarity, sample, other = heapq.heappop(queue)
         if other not in gone:
             gone[sample] = (other, -similarity)
-        elif (found := nearest(sample)) is not None:  # less redundant than it was: it waits its turn again
+        elif (found := nearest(sample)) is not None:  # less redundant than before: back into the queue
             heapq.heappush(queue, (-found[1], sample, found[0]))
     return gone

@@ -1,4 +1,4 @@
-"""Outcomes into the dataset: replacements in place, additions at the end, nothing lost. Pure functions."""
+"""Merges outcomes into the dataset: replacements in place, additions at the end. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from middo_jax.refinement.tasks import Outcome
 def merge(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> list[Example]:
     """D_{t+1} = (D_t minus replaced) + replacements + additions.
 
-    A replacement stands where its original stood; additions follow in the order of their cores. The result
+    A replacement takes the place of its original; additions follow in the order of their cores. The result
     does not depend on the order of the outcomes, and len(result) == len(examples) + accepted additions.
 
     Raises:
-      ValueError: an accepted outcome's source is not in the dataset, or two are for one sample and
-        purpose, or ids would repeat (which the gate `duplicate` rejects).
+      ValueError: the original of an accepted outcome is not in the dataset, two outcomes replace or extend
+        the same sample, or ids would repeat (which the gate `duplicate` rejects).
     """
     replacements: dict[str, Example] = {}
     additions: dict[str, Example] = {}
@@ -24,7 +24,7 @@ def merge(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> list[Exam
     for outcome in outcomes:
         if outcome.example is None:
             continue
-        source_id = outcome.task.source.id
+        source_id = outcome.task.original.id
         children = additions if outcome.task.op == "synthesize" else replacements
         if source_id not in known or source_id in children:
             fault = "is not in the dataset" if source_id not in known else "was already refined"

@@ -1,4 +1,4 @@
-"""The line that a running stage shows: done, from the cache, failed, tokens per minute, spent, projected."""
+"""The progress line of refining: done, from the cache, failed, tokens per minute, spent, projected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from middo_jax.refinement.tasks import Outcome
 
 
 class Meter:
-    """Watches one pass over tasks: what they cost so far, and what the rest may."""
+    """Measures one pass over tasks: their cost so far, and the projected cost of all."""
 
     def __init__(
         self,
@@ -21,14 +21,14 @@ class Meter:
         endpoints: Sequence[Endpoint] = (),
         clock: Clock = time.monotonic,
     ) -> None:
-        """`total` counts tasks; `endpoints` are those whose absence is worth a word."""
+        """`total`: number of tasks; `endpoints`: servers that are named while they are away."""
         self._ledger, self._total, self._endpoints, self._clock = ledger, total, endpoints, clock
         self._began = clock()
         self._usd_before, self._tokens_before = ledger.run.usd, ledger.here.tokens
         self.done = self._readable = self._paid = 0
 
     def ended(self, outcome: Outcome) -> str:
-        """Counts a task's end; what there is to say then."""
+        """Counts a task that ended. Returns the text of the progress line."""
         self.done += 1
         self._readable += outcome.example is not None
         self._paid += any(not exchange.answer.from_cache for exchange in outcome.exchanges)
@@ -47,7 +47,7 @@ class Meter:
         return ", ".join(said)
 
     def _projected(self) -> float:
-        """What the run will have spent after this pass, if the other tasks cost what those asked did."""
+        """The spending of the run after this pass, if the other tasks cost as much as those so far."""
         spent = self._ledger.run.usd
-        a_task = (spent - self._usd_before) / self._paid if self._paid else 0.0
-        return spent + a_task * (self._total - self.done)
+        per_task = (spent - self._usd_before) / self._paid if self._paid else 0.0
+        return spent + per_task * (self._total - self.done)

@@ -1,7 +1,8 @@
-"""The new prompt out of a refiner's reply: JSON or tagged text, and what chat models put around either.
+"""Reads the new prompt from a refiner's reply: JSON or tagged text, with any text around it.
 
-Which of both was asked for makes no difference here: a server that ignores a schema answers with tags, and a
-model that has seen many schemas answers with JSON.
+Both forms are always accepted: a server that ignores a schema answers with tags, and a model that was trained
+  on
+many schemas may answer with JSON.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from middo_jax.refinement.escapes import object_at
 from middo_jax.refinement.reply import (
@@ -21,14 +22,17 @@ from middo_jax.refinement.reply import (
 
 FIELD = "prompt"  # the JSON field's name and the tag's
 
-# White space is only skipped after a marker: a degenerate reply of nothing else must not take quadratic time.
+# White space is only skipped after a marker, so that a reply of white space alone does not take quadratic
+# time.
 _OPEN = re.compile(r"(?:(\*\*)\s*)?<\s*prompt\s*>(?(1)(?:\s*\*\*)?)", re.IGNORECASE)
 _CLOSE = re.compile(r"\*\*\s*<\s*/\s*prompt\s*>\s*\*\*|<\s*/\s*prompt\s*>", re.IGNORECASE)
 _FENCED = re.compile(
     r"```(?:text|plaintext|markdown|md|xml|json)?[ \t]*\n((?:(?!```).)*)\n[ \t]*```", re.DOTALL
 )
-_OBJECT = re.compile(r'\{\s*"prompt"\s*:')
-_OBJECTS_TRIED = 8  # from the last one back: a reply full of broken ones must not take quadratic time
+_KEY = re.compile(r'"\s*prompt\s*"\s*:', re.IGNORECASE)
+_KEYS_TRIED = 8  # from the last one back: a reply full of broken ones must not take quadratic time
+_BRACES_TRIED = 4  # before a key: those of values that precede it, and its object's own
+_WRAPPERS = (FIELD, "text", "content", "value")  # {"prompt": {"text": "Name a bird."}}
 _QUOTES = {'"': '"', "“": "”", "«": "»", "„": "“", "'": "'"}
 _WORD = re.compile(r"[^\W\d_]+")
 _BETWEEN = {"and", "or", "und", "oder", "et", "ou", "y", "e", "o", "и", "или", "和", "与", "と", "en", "och"}
@@ -38,16 +42,16 @@ _PLACEHOLDER = {
     *("tags", "in", "of", "be", "will", "would", "should"),
 }
 _PLACEHOLDER_WORDS = 8
-_AROUND = 80  # characters of a line that are looked at beside a tag
+_AROUND = 80  # characters of a line that are searched before and after a tag
 
 
 def parse_prompt(reply: str) -> str | None:
-    """The prompt that a reply contains, or None if no prompt can be told from the rest.
+    """The prompt in a reply, or None if the reply has no recognisable prompt.
 
-    Reasoning is no part of the reply, and a prompt that was drafted in it does not count. A reply that is one
-    JSON object is read as such; else the last `<prompt>` counts, unless it was never closed; else the last
-    JSON object with the field, whatever precedes it. Tags that a sentence merely names do not count. A code
-    fence, bold markers around tags, and quotation marks around the whole prompt are no part of it:
+    Reasoning is ignored, with any draft in it. The prompt is read, in this order, from a reply that is one
+    JSON object, from the last `<prompt>`, which must be closed, or from the last JSON object with the field.
+    Tags that a sentence only mentions do not count. A code fence, bold markers around tags, and quotation
+    marks around the whole prompt are removed:
 
     "Sure! **<prompt>**\\nName a bird.\\n**</prompt>**"    ->  "Name a bird."
     "Here it is:\\n```json\\n{"prompt": "Name a bird."}\\n```"  ->  "Name a bird."
@@ -76,7 +80,7 @@ def parse_prompt(reply: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Tag:
-    """`<prompt>` or `</prompt>`; `is_named`: a sentence speaks of the tag."""
+    """`<prompt>` or `</prompt>`. `is_named`: whether a sentence only mentions the tag."""
 
     start: int
     end: int
@@ -86,7 +90,7 @@ class _Tag:
 
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """A prompt in a reply, with its tags or braces from `start` to `end`."""
+    """A prompt in a reply. `start` and `end` include its tags or braces."""
 
     start: int
     end: int
@@ -103,14 +107,14 @@ def _tags(text: str) -> list[_Tag]:
 
 
 def _is_named(text: str, match: re.Match[str], opens: bool) -> bool:
-    """Whether a sentence speaks of the tag: "the <prompt> tag", "`</prompt>`", "and </prompt>."."""
+    """Whether a sentence only mentions the tag: "the <prompt> tag", "`</prompt>`", "and </prompt>."."""
     if is_quoted(text, match):
         return True
     before = text[max(0, match.start() - _AROUND) : match.start()].rpartition("\n")[2]
     after = text[match.end() : match.end() + _AROUND].partition("\n")[0]
     goes_on = after[:1] in (" ", "\t") or (after[:1] in ".,;)" and after[1:2] in ("", " ")) or not after
     if opens:
-        # Used: "Sure! <prompt> Name", "Here: <prompt>". Named: "in <prompt> tags", "I used <prompt>."
+        # Used: "Sure! <prompt> Name", "Here: <prompt>". Mentioned: "in <prompt> tags", "I used <prompt>."
         follows_word = bool(re.search(r"[\w,(][ \t]+\Z", before)) or before.endswith("(")
         named_at_end = not after and "\n" not in text[match.end() :].strip(" \t")[:1]
         return follows_word and goes_on and (bool(after.strip()) or named_at_end)
@@ -118,7 +122,7 @@ def _is_named(text: str, match: re.Match[str], opens: bool) -> bool:
 
 
 def _pairs(text: str, tags: Sequence[_Tag]) -> tuple[list[_Span], bool]:
-    """The prompts between tags, in order, and whether the last one was begun and never ended."""
+    """The prompts between tags, in order, and whether the last opening tag has no closing one."""
     spans, opened = list[_Span](), None
     for tag in tags:
         if tag.opens:
@@ -130,24 +134,55 @@ def _pairs(text: str, tags: Sequence[_Tag]) -> tuple[list[_Span], bool]:
 
 
 def _objects(text: str) -> list[_Span]:
-    """The JSON objects with the field, in order."""
-    spans = list[_Span]()
-    for found in [*_OBJECT.finditer(text)][: -_OBJECTS_TRIED - 1 : -1]:
-        value = object_at(text, found.start())
-        if value is not None and isinstance(prompt := value[0].get(FIELD), str):
-            spans.append(_Span(found.start(), value[1], prompt))
-    return spans[::-1]
+    """The JSON objects with the field that are in no other one with it, in order."""
+    keys = [*_KEY.finditer(text)][: -_KEYS_TRIED - 1 : -1]
+    found = {span.start: span for key in keys if (span := _object_around(text, key.start())) is not None}
+    return [
+        span
+        for _, span in sorted(found.items())
+        if not any(other.start < span.start < other.end for other in found.values())
+    ]
+
+
+def _object_around(text: str, key: int) -> _Span | None:
+    """The innermost JSON object around a key of that name."""
+    brace = key
+    for _ in range(_BRACES_TRIED):
+        brace = text.rfind("{", 0, brace)
+        if brace < 0:
+            return None
+        value = object_at(text, brace)
+        if value is not None and value[1] > key:
+            prompt = _field(value[0])
+            return None if prompt is None else _Span(brace, value[1], prompt)
+    return None
+
+
+def _field(value: Mapping[str, object]) -> str | None:
+    """The text of the field, whatever the case of its name, and of an object or list around it alone."""
+    named = {key.strip().lower(): found for key, found in [*value.items()][::-1]} | {**value}
+    found = named.get(FIELD)
+    while isinstance(found, dict | list) and len(found) == 1:
+        [found] = (
+            found
+            if isinstance(found, list)
+            else [found.get(key) for key in found if key in _WRAPPERS] or [None]
+        )
+    return found if isinstance(found, str) else None
 
 
 def _chosen(text: str, spans: Sequence[_Span]) -> _Span | None:
-    """The last prompt that is no placeholder; one within a sentence counts only if no other stands alone."""
+    """The last prompt that is not a placeholder.
+
+    Prompts outside sentences take precedence over those inside.
+    """
     real = [span for span in spans if not _is_placeholder(text, span, alone=len(spans) == 1)]
-    standing = [span for span in real if not _is_within_sentence(text, span)]
-    return next(reversed(standing or real), None)
+    separate = [span for span in real if not _is_within_sentence(text, span)]
+    return next(reversed(separate or real), None)
 
 
 def _is_placeholder(reply: str, span: _Span, alone: bool) -> bool:
-    """Whether a form is shown and not filled in: "and", "your text goes here", "..."."""
+    """Whether a form is shown but not filled in: "and", "your text goes here", "..."."""
     words = [word.lower() for word in _WORD.findall(span.text)]
     if not words:
         return not alone and span.text.strip() in {"...", "…", "[...]"}
@@ -164,17 +199,16 @@ def _is_within_sentence(text: str, span: _Span) -> bool:
 
 
 def _whole_object(reply: str) -> str | None:
-    """The field's text if the reply is one JSON object."""
+    """The text of the field if the reply is one JSON object."""
     text = _unfenced(reply.strip())
     value = object_at(text, 0)
     if value is None or value[1] != len(text):
         return None
-    prompt = value[0].get(FIELD)
-    return prompt if isinstance(prompt, str) else None
+    return _field(value[0])
 
 
 def _marks_in_prompts(reply: str) -> str:
-    """The ends of reasoning that stand between `<prompt>` and `</prompt>`: such a prompt speaks of them."""
+    """The marks of the end of reasoning inside `<prompt>` tags: there they are part of the prompt's text."""
     marks, tags = [], [tag for tag in _tags(reply) if not tag.is_named]
     for opened, closed in itertools.pairwise(tags):
         if opened.opens and not closed.opens:
@@ -183,7 +217,7 @@ def _marks_in_prompts(reply: str) -> str:
 
 
 def _without_later_reasoning(text: str) -> str:
-    """The reply less the reasoning that begins within it; what is inside a prompt stays."""
+    """The reply without reasoning that begins within it. Marks inside a prompt are kept."""
     events = [(m.start(), m.end(), "think", m) for m in OPENED.finditer(text)]
     events += [(m.start(), m.end(), "end", m) for m in CLOSED.finditer(text)]
     events += [(t.start, t.end, "open" if t.opens else "close", None) for t in _tags(text) if not t.is_named]
@@ -201,7 +235,7 @@ def _without_later_reasoning(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """Less what a model wraps around a prompt: tags inside JSON, a code fence, quotation marks."""
+    """A prompt without the wrapping of some models: tags inside JSON, a code fence, quotation marks."""
     text = text.strip()
     opened, closed = _OPEN.match(text), _CLOSE.search(text)
     if opened and closed and closed.end() == len(text):

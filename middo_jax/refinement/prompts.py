@@ -1,10 +1,10 @@
-"""What the refiner is told. A change of any word here is a new `PROMPT_VERSION`.
+"""The requests to the refiner. Any change of their text requires a new `PROMPT_VERSION`.
 
-Every request begins with one worked example as turns of its own: a small model left without it carries out
-the prompt instead of rewriting it. Everything is said in user turns, since some chat templates know no system
-turn. A sample's text stands between tags that do not occur in it, so that nothing inside can end its own
-quotation, and the refiner is told that what stands there is material. Long responses and hints are shortened,
-for they only give context; the prompt that is to be worked on never is.
+Every request begins with a worked example in turns of its own: without it, a small model answers the prompt
+instead of rewriting it. All instructions are in user turns, since some chat templates have no system turn. A
+sample's text is between tags that do not occur in it, so that the text cannot end its own quotation, and the
+instructions say that this text is material. Long responses and hints are shortened, since they only give
+context; the prompt to be rewritten is never shortened.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FORMS: dict[Form, str] = {
     "json": 'Reply with the new prompt only, as a JSON object: {"prompt": "..."}',
 }
 
-# About 400 and 250 tokens of English: with two hints a request stays well inside a context of 2048.
+# About 400 and 250 tokens of English: a request with two hints fits easily into a context of 2048 tokens.
 RESPONSE_CHARS = 1600
 HINT_CHARS = 1000
 
@@ -49,7 +49,7 @@ asks for something none of them asks for. Do not reword or combine them. It must
 
 _CORRECTION = "That reply could not be read. Do not answer the prompt: write the new prompt."
 
-# Asked with the schema and without a word about it: only a server that enforces it answers with JSON.
+# Sent with the schema, but without mentioning it, so that only a server that enforces it answers with JSON.
 PROBE: Messages = [{"role": "user", "content": "Name a colour."}]
 PROBE_TOKENS = 64
 
@@ -70,8 +70,8 @@ RESPONSE_FORMAT: dict[str, Any] = {
 
 _AGAIN = "An earlier reply to this was not accepted."
 
-# One worked example per request: what is given, and the prompt that is made of it. The response is part of an
-# example only where the real request shows one too.
+# One worked example per request: (prompt, response) and the new prompt. The response is shown only if the
+# real request shows one too.
 _VAGUE = ("tell about plants", "Plants are green.")
 _INVOLVED = ("Derive and prove the formula for the sum of the first n cubes.", "It is (n(n + 1)/2)^2.")
 _SIMPLER = "Compute 1^3 + 2^3 + 3^3 and show that it equals (1 + 2 + 3)^2."
@@ -80,17 +80,17 @@ _EASIER = "Name three things that a plant needs to make its food, and say where 
 _NEW = "Describe how the feathers of an owl let it fly without a sound."
 _BIRDS = ("Name three birds that cannot fly.", ("Why do birds sing in the morning?",))
 
-# A refiner that repeats an example has written nothing.
+# A reply that repeats one of these is an echo.
 EXAMPLES = (_SIMPLER, _CLEARER, _EASIER, _NEW)
 
 
 def requests(model: str, settings: RefineSettings, seed: int | None = None) -> Requests:
-    """What all requests with these prompts have in common."""
+    """Builds the requests that use these prompts."""
     return Requests(model, settings, seed, PROMPT_VERSION)
 
 
 def simplify(prompt: str, response: str | None = None, form: Form = "text") -> Messages:
-    """Asks for an easier prompt. `response` is the original answer, or None to keep it from the refiner."""
+    """Asks for an easier prompt. `response` is the original answer; None: the refiner does not see it."""
     return _revise(_SIMPLIFY, _INVOLVED, _SIMPLER, prompt, response, form)
 
 
@@ -100,7 +100,7 @@ def rewrite(prompt: str, response: str | None = None, form: Form = "text") -> Me
 
 
 def both(prompt: str, response: str | None = None, form: Form = "text") -> Messages:
-    """Asks once for a prompt that is easier and better, of a sample that two axes selected."""
+    """Asks for a prompt that is both easier and better, for a sample that two axes selected."""
     return _revise(_BOTH, _VAGUE, _EASIER, prompt, response, form)
 
 
@@ -115,12 +115,12 @@ def synthesize(core: str, hints: Sequence[str], form: Form = "text") -> Messages
 
 
 def answer(prompt: str, system: Sequence[str] = ()) -> Messages:
-    """Asks the new prompt itself, under the sample's own system turns; the whole reply is the answer."""
+    """Asks the new prompt itself, after the sample's own system turns. The whole reply is the answer."""
     return [{"role": "system", "content": text} for text in system] + _user(prompt)
 
 
 def again(messages: Messages, feedback: Sequence[str]) -> Messages:
-    """The request with, before its last turn, why earlier replies to it were not accepted."""
+    """The request with the reasons why earlier replies were not accepted, at the start of its last turn."""
     if not feedback:
         return messages
     *turns, last = messages
@@ -128,9 +128,9 @@ def again(messages: Messages, feedback: Sequence[str]) -> Messages:
 
 
 def correction(messages: Messages, reply: str, form: Form = "text") -> Messages:
-    """Goes on with a conversation whose last reply held no readable prompt.
+    """Continues a conversation whose last reply had no readable prompt.
 
-    An empty reply is named as such: several servers refuse an assistant turn without content.
+    "(no answer)" replaces an empty reply, since several servers refuse an assistant turn without content.
     """
     said = _shortened(reply.strip(), RESPONSE_CHARS) or "(no answer)"
     return [*messages, {"role": "assistant", "content": said}, *_user(f"{_CORRECTION} {FORMS[form]}")]
@@ -163,7 +163,7 @@ def _user(text: str) -> Messages:
 
 
 def _quoted(name: str, text: str) -> str:
-    """`text` between tags called `name`, numbered where the text itself holds such a tag."""
+    """`text` between tags called `name`, which get a number if the text itself contains such a tag."""
     tag, number = name, 1
     while f"<{tag}" in text.lower() or f"</{tag}" in text.lower():
         tag, number = f"{name}{number}", number + 1

@@ -1,4 +1,4 @@
-"""What surrounds a reply and is no part of it: reasoning in front, end tokens behind. Pure functions."""
+"""Removes reasoning in front of a reply and end tokens after it. Pure functions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import bisect
 import re
 from collections.abc import Collection
 
-_NAMES = r"(?:think|thinking|thoughts?|reasoning|scratchpad)"
+_NAMES = (
+    r"(?:(?:ant_?)?think(?:ing)?(?:_process)?|thoughts?(?:_process)?|reasoning|reflection|scratchpad|cot"
+    r"|chain[_-]of[_-]thought|in(?:ner|ternal)_monologue)"
+)
 _OPENED = (
     rf"<\s*(?:\w+:)?(?P<tag>{_NAMES})\s*>"
     r"|\[(?P<bracket>think|thinking|reasoning)\]"
@@ -28,12 +31,12 @@ _CLOSED_BY = {"details": re.compile(r"</details\s*>", re.IGNORECASE), "channel":
 _HARMONY = re.compile(r"\s*(?:<\|start\|>\s*assistant\s*)?<\|channel\|>")
 _FINAL = re.compile(r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
 _MESSAGE_END = re.compile(r"<\|(?:return|end|call|start)\|>")
-# The same where the server dropped the tokens and kept their words.
+# The same from a server that dropped the tokens but kept their words.
 _BARE_HARMONY = re.compile(r"\s*(?:assistant\s?)?analysis(?=[A-Z\"'“]|\s*\n)")
 _BARE_FINAL = re.compile(r"assistant\s?final(?=\S|\s)")
 _GRANITE = re.compile(r"\s*here(?: is|'s) my thought process:", re.IGNORECASE)
 _GRANITE_ANSWER = re.compile(r"here(?: is|'s) my response:", re.IGNORECASE)
-# What some reasoning models put around the answer that follows.
+# Tags that some reasoning models put around the answer after the reasoning.
 _ANSWER = re.compile(
     r"<(answer|response|output|solution)>(.*)</\1>|<\|(?:begin_of_solution|start_response)\|>(.*?)"
     r"(?:<\|(?:end_of_solution|end_response)\|>)?",
@@ -48,19 +51,19 @@ _NAMED_TOKEN = (
 )
 CONTROL_TOKEN = re.compile(f"{_BAR_TOKEN}|{_NAMED_TOKEN}")
 _AT_END = re.compile(rf"(?:{_BAR_TOKEN}|{_NAMED_TOKEN}|</s>|<eos>|<pad>|<unk>|<EOT>|<eot>)\Z")
-_PIECES_CUT = 64  # end tokens behind a reply: padding may repeat them
+_PIECES_CUT = 64  # maximum number of end tokens after a reply, which padding may repeat
 
 
 def without_reasoning(text: str, spoken_of: str = "") -> str | None:
-    """A reply less the reasoning in front of it; None if the reasoning never ends.
+    """A reply without the reasoning in front of it; None if the reasoning never ends.
 
     "<think>A fact.</think>\\n\\nIt rains."  ->  "It rains."
-    "A fact.\\n</think>\\n\\nIt rains."      ->  "It rains.": some templates open the reasoning themselves
+    "A fact.\\n</think>\\n\\nIt rains."      ->  "It rains.": some templates write the opening mark themselves
 
     Args:
       text: the reply.
-      spoken_of: texts that the reply is about. A mark that occurs in them ends nothing unless its
-        reasoning began at the start.
+      spoken_of: texts that the reply is about. A closing mark that occurs in them ends no reasoning, unless
+        the reply begins with the opening mark.
     """
     rest, was_cut = text, False
     for cut in (_after_harmony, _after_granite):
@@ -68,7 +71,7 @@ def without_reasoning(text: str, spoken_of: str = "") -> str | None:
         if shorter is None:
             return None
         was_cut, rest = was_cut or shorter != rest, shorter
-    start = 0  # by position: a reply of nothing but marks must not take quadratic time
+    start = 0  # no slices, so that a reply of marks alone does not take quadratic time
     while opened := OPENED.match(rest, _skip_space(rest, start)):
         end = _end_of(opened, rest)
         if end is None:
@@ -97,10 +100,9 @@ def reasoning_mark(text: str, given: str = "") -> str | None:
 
 
 def without_end_tokens(text: str, kept: Collection[str] = ()) -> str:
-    """A text less the end tokens of any chat template behind it, and a BOS token before it.
+    """A text without end tokens of any chat template after it and without a BOS token before it.
 
-    "It rains.<|eot_id|></s>" -> "It rains.". An `</s>` that closes HTML's `<s>` stays, and so do tokens in
-    `kept`.
+    "It rains.<|eot_id|></s>" -> "It rains.". Tokens in `kept` and an `</s>` that closes HTML's `<s>` stay.
     """
     text = text.strip()
     if text.startswith("<s>") and text.count("<s>") == 1 and re.match(r"<s>\s", text):
@@ -116,7 +118,7 @@ def without_end_tokens(text: str, kept: Collection[str] = ()) -> str:
 
 
 def control_token(text: str, given: str = "") -> str | None:
-    """A token of some model's chat template in a text, unless `given` has it too; or None."""
+    """The first token of any model's chat template in a text that does not occur in `given`; or None."""
     found = next((m.group() for m in CONTROL_TOKEN.finditer(text) if m.group() not in given), None)
     if found is None and "</s>" not in given and text.count("</s>") > text.count("<s>"):
         return "</s>"
@@ -124,18 +126,18 @@ def control_token(text: str, given: str = "") -> str | None:
 
 
 def control_character(text: str) -> str | None:
-    """The first control character other than a line break or a tab, by its code point; or None."""
+    """The code point of the first control character other than a line feed or a tab; or None."""
     found = next((c for c in text if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f"), None)
     return None if found is None else f"U+{ord(found):04X}"
 
 
 def plain_lines(text: str) -> str:
-    """A text whose lines end in a line feed alone."""
+    """A text with a line feed alone at the end of each line."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def is_quoted(text: str, match: re.Match[str]) -> bool:
-    """Whether a match stands in quotation marks or backticks of its own: it is named and not used."""
+    """Whether a match is in quotation marks or backticks of its own, so that it is mentioned and not used."""
     left, right = text[: match.start()][-1:], text[match.end() : match.end() + 1]
     return bool(left) and (left + right) in {"``", '""', "''", "“”", "„“", "«»", "()"}
 
@@ -147,7 +149,7 @@ def _skip_space(text: str, start: int) -> int:
 
 
 def _end_of(opened: re.Match[str], text: str) -> int | None:
-    """Where the reasoning that begins with `opened` is over."""
+    """The end of the reasoning that begins with `opened`, or None."""
     kind = opened.lastgroup or ""
     own = _CLOSED_BY.get(kind)
     if own is None and kind == "tag":

@@ -1,4 +1,4 @@
-"""A selected sample -> a candidate: ask for a new prompt, read it, have it answered, ask the text's gates.
+"""Selected sample -> candidate: requests a new prompt and its answer, and applies the gates on texts.
 
 Every task ends in exactly one Outcome: with a child, or with a verdict.
 """
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class Refiner(Protocol):
-    """Answers requests: a client of a served model, or of results that a batch brought back."""
+    """Answers requests: a client of a served model, or of the results of a batch."""
 
     model: str
 
@@ -43,24 +43,24 @@ class Refiner(Protocol):
         response_format: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
     ) -> Answer:
-        """The answer to a conversation, or a RefinerError."""
+        """The answer to a conversation; raises RefinerError if there is none."""
         ...
 
     async def honours(self, probe: Probe) -> bool:
-        """Whether replies are held to a schema."""
+        """Whether the server enforces schemas."""
         ...
 
     async def refuse_schema(self, reason: str) -> None:
-        """Keeps that requests with a schema are refused, and refuses them from then on."""
+        """Records that the server refuses requests with a schema; they are refused here from then on."""
         ...
 
     async def close(self) -> None:
-        """Ends what it holds open."""
+        """Closes the connections."""
         ...
 
 
 async def find_form(client: Refiner, settings: RefineSettings) -> Form:
-    """How new prompts are asked for: as set, or as JSON if the server honours a schema.
+    """The form of new prompts: `refine.response_format`, or with `auto` JSON if the server enforces schemas.
 
     Raises:
       RefinerError: the server does not answer.
@@ -77,18 +77,18 @@ def _is_json_prompt(text: str) -> bool:
 
 
 def first_request(task: Task, settings: RefineSettings, form: Form = "text") -> Messages:
-    """The request that asks for the new prompt, and says what was wrong with the last one."""
+    """The request for a new prompt, with the reasons why earlier candidates were not accepted."""
     return prompts.again(_first_request(task, settings, form), task.feedback)
 
 
 def _first_request(task: Task, settings: RefineSettings, form: Form) -> Messages:
     if task.op == "synthesize":
-        return prompts.synthesize(task.source.prompt, [hint.prompt for hint in task.hints], form)
-    response = task.source.response if settings.show_response else None
-    if len(task.axes) > 1:
-        return prompts.both(task.source.prompt, response, form)
+        return prompts.synthesize(task.original.prompt, [hint.prompt for hint in task.hints], form)
+    response = task.original.response if settings.show_response else None
+    if task.op == "rewrite" and "complexity" in task.axes:
+        return prompts.both(task.original.prompt, response, form)
     revise = prompts.simplify if task.op == "simplify" else prompts.rewrite
-    return revise(task.source.prompt, response, form)
+    return revise(task.original.prompt, response, form)
 
 
 async def refine_tasks(
@@ -99,15 +99,15 @@ async def refine_tasks(
     on_done: Callable[[Outcome], None] | None = None,
     special_tokens: Collection[str] = (),
 ) -> list[Outcome]:
-    """One outcome a task, in the order of the tasks; `on_done` hears of each as it ends.
+    """One outcome per task, in the order of the tasks. `on_done` is called with each outcome as it ends.
 
-    A task is carried to its end before another is begun in its place, so that what was paid for stopping
-    early is as little as can be.
+    A task is finished before another one starts in its place, so that a stage that stops early has paid for
+    as few unfinished tasks as possible.
 
     Raises:
-      NotAnswered: requests wait for a batch. All tasks have been taken as far as they go.
-      RefinerError: the endpoint fails for all alike. What was in flight is finished first, and every answer
-        is in the cache.
+      NotAnswered: requests wait for a batch. All tasks have advanced as far as possible.
+      RefinerError: the endpoint fails for all requests. Requests in flight are finished first, and every
+        answer is in the cache.
     """
     outcomes: dict[int, Outcome] = {}
     failures: list[RefinerError] = []
@@ -147,10 +147,10 @@ def run(
     on_done: Callable[[Outcome], None] | None = None,
     special_tokens: Collection[str] = (),
 ) -> list[Outcome]:
-    """`refine_tasks` from code that is not asynchronous; closes the client at its end.
+    """`refine_tasks` for code that is not asynchronous. Closes the client at the end.
 
     Raises:
-      RefinerError: as `refine_tasks`.
+      RefinerError: see `refine_tasks`.
       KeyboardInterrupt: requests in flight were cancelled and connections closed; answers are in the cache.
     """
 
@@ -164,9 +164,9 @@ def run(
 
 
 class _Schema:
-    """What became of requests with a schema. Some servers honour a short one and refuse all that follow.
+    """Whether requests with a schema are answered. Some servers accept the probe's schema but no later one.
 
-    Until one was answered they are asked one by one, so that a refusal costs one request.
+    Until one request was answered, requests are sent one by one, so that a refusal costs one request.
     """
 
     def __init__(self, client: Refiner) -> None:
@@ -181,16 +181,16 @@ class _Schema:
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """The time of one request with a schema."""
+        """The context of one request with a schema; waits while another one is undecided."""
         async with contextlib.AsyncExitStack() as stack:
             if not self._is_known:
                 await stack.enter_async_context(self._one_by_one)
-                if self._is_known:  # found out by those before: nobody has to wait for this one
+                if self._is_known:  # an earlier request has decided: later ones need not wait
                     await stack.aclose()
             yield
 
     async def was_refused(self, error: RefinerError) -> None:
-        """Takes in that a request was refused with the schema and answered without it."""
+        """Records that a request was refused with the schema and answered without it."""
         if self._is_known:
             return
         self._is_refused = True
@@ -203,7 +203,7 @@ class _Schema:
 
 @dataclasses.dataclass
 class _Dialogue:
-    """What is asked and answered for one task."""
+    """The requests and answers of one task."""
 
     task: Task
     client: Refiner
@@ -213,7 +213,7 @@ class _Dialogue:
     exchanges: list[Exchange] = dataclasses.field(default_factory=list)
 
     async def new_prompt(self) -> Answer:
-        """The reply with the new prompt; what cannot be read is asked for again."""
+        """The reply with the new prompt. Unreadable replies are corrected `refine.max_corrections` times."""
         messages, reply = await self._first_reply()
         for _ in range(self.settings.max_corrections):
             if parse_prompt(reply.text) is not None:
@@ -224,7 +224,7 @@ class _Dialogue:
         return reply
 
     async def _first_reply(self) -> tuple[Messages, Answer]:
-        """The first request and its reply: between tags if the schema is refused and tags are not."""
+        """The first request and its reply; if the schema is refused, the reply to the request without it."""
 
         async def asked() -> tuple[Messages, Answer]:
             messages = first_request(self.task, self.settings, self.form)
@@ -247,13 +247,13 @@ class _Dialogue:
             except (RequestRefused, EndpointFailed) as error:
                 if error.stops_stage:
                     raise
-                raise refused from None  # it was not the schema
+                raise refused from None  # the schema was not the reason
             await self.schema.was_refused(refused)
             return replied
 
     async def answer(self, prompt: str) -> Answer:
-        """The answer to the new prompt, under the sample's own system turns."""
-        system = [message.content for message in self.task.source.messages if message.role == "system"]
+        """The answer to the new prompt, after the sample's own system turns."""
+        system = [message.content for message in self.task.original.messages if message.role == "system"]
         return await self._ask("answer", prompts.answer(prompt, system))
 
     async def _ask(self, step: Step, messages: Messages) -> Answer:
@@ -262,7 +262,7 @@ class _Dialogue:
         if ending(answer.finish_reason) == "cut" and not is_whole:
             try:
                 return await self._complete(step, messages, 2 * self.settings.max_tokens)
-            except RequestRefused as error:  # its context may have no more room
+            except RequestRefused as error:  # the model's context may be too small for more tokens
                 if error.stops_stage:
                     raise
         return answer
@@ -294,7 +294,7 @@ async def _refine(dialogue: _Dialogue, round_index: int, special_tokens: Collect
         candidate = Candidate(task, special_tokens, said, prompt, reply.finish_reason)
         if verdict := first_verdict(candidate, "prompt", settings):
             return rejected(verdict)
-        assert prompt is not None  # else `readable`, which is always asked, has rejected it
+        assert prompt is not None  # otherwise the gate `readable`, which is always applied, has rejected it
         reply = await dialogue.answer(prompt)
     except RefinerError as error:
         if error.stops_stage:
@@ -305,20 +305,20 @@ async def _refine(dialogue: _Dialogue, round_index: int, special_tokens: Collect
     if verdict := first_verdict(candidate, "answer", settings):
         return rejected(verdict)
     lineage = _lineage(task, dialogue.client.model, round_index)
-    child = task.source.replace_text(prompt, response, lineage)
+    child = task.original.replace_text(prompt, response, lineage)
     return Outcome(task, child, None, tuple(dialogue.exchanges))
 
 
 def _answer_text(reply: str, task: Task, prompt: str, special_tokens: Collection[str]) -> str:
-    """The answer in a reply: without reasoning and end tokens. Reasoning that never ends leaves nothing."""
+    """The answer in a reply, without reasoning and end tokens; "" if the reasoning never ends."""
     text = without_reasoning(reply, f"{task.given} {prompt}") or ""
     return without_end_tokens(plain_lines(text), special_tokens)
 
 
 def _lineage(task: Task, refiner: str, round_index: int) -> Lineage:
     return Lineage(
-        parent_ids=(task.source.id,),
-        root_id=task.source.lineage.root_id,
+        parent_ids=(task.original.id,),
+        root_id=task.original.lineage.root_id,
         round=round_index + 1,
         op=task.op,
         axis="+".join(task.axes),

@@ -1,7 +1,7 @@
-"""What is to be done with which sample, and how that ended. Pure values and functions.
+"""Tasks of the refiner and their outcomes. Pure values and functions.
 
-Rows for files contain nothing that depends on when or how often a stage was started, so that a resumed run
-writes the same bytes as an uninterrupted one.
+Rows for files do not depend on when or how often a stage was started, so a resumed run writes the same bytes
+as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from middo_jax.config.axis_table import TaskOp, axes, axis_names
 from middo_jax.config.gates import gate
 from middo_jax.data.example import Example
 from middo_jax.refinement.endpoint.request import Answer, Messages
+from middo_jax.rundir.rows import RefinedRow, RequestRow
 
 Scores = Mapping[str, float | None]
 Step = Literal["prompt", "correction", "answer"]
@@ -20,15 +22,21 @@ Step = Literal["prompt", "correction", "answer"]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is to be done with one sample, and which axes asked for it.
+    """The rewrite or the addition to be made from one sample.
 
-    `hints` are the neighbours of a sparse sample; `scores` those of the source that was found wanting.
-    `attempt` counts from 0; `feedback` says why the candidates of earlier ones were not accepted.
+    Attributes:
+      op: the kind of task.
+      axes: the axes that selected the sample.
+      original: the sample.
+      hints: the neighbours of a sparse sample.
+      scores: the scores for which the sample was selected.
+      attempt: counted from 0.
+      feedback: why the candidates of earlier attempts were not accepted.
     """
 
-    op: Literal["simplify", "rewrite", "synthesize"]
+    op: TaskOp
     axes: tuple[str, ...]
-    source: Example
+    original: Example
     hints: tuple[Example, ...] = ()
     scores: Scores = dataclasses.field(default_factory=dict)
     attempt: int = 0
@@ -36,13 +44,13 @@ class Task:
 
     @property
     def given(self) -> str:
-        """The texts that the refiner is given: those of the sample and of its hints."""
-        return " ".join(message.content for e in (self.source, *self.hints) for message in e.messages)
+        """The texts that the refiner gets: those of the sample and of its hints."""
+        return " ".join(message.content for e in (self.original, *self.hints) for message in e.messages)
 
     @property
     def task_id(self) -> str:
-        """Unique within a round: a sample is replaced at most once and extended at most once."""
-        return f"{self.op}:{self.source.id}"
+        """Unique within a round: a sample has at most one replacement and at most one addition."""
+        return f"{self.op}:{self.original.id}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +69,9 @@ class Verdict:
     """Why a task has no child.
 
     Attributes:
-      gate: the gate that rejected the candidate; None where none was asked: a request failed, say.
-      detail: what was found, for people.
-      fault: which of the gate's faults it is; "" where it has one only.
+      gate: the gate that rejected the candidate; None if no gate did, for example because a request failed.
+      detail: the finding, for people.
+      fault: which of the gate's faults it is; "" for a gate with one fault.
     """
 
     gate: str | None
@@ -72,7 +80,7 @@ class Verdict:
 
     @property
     def feedback(self) -> str | None:
-        """What the refiner is told to do better; None where no gate was the reason."""
+        """The advice to the refiner for the next attempt; None if no gate rejected the candidate."""
         return None if self.gate is None else gate(self.gate).feedback[self.fault]
 
     def __str__(self) -> str:
@@ -81,7 +89,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a task ended: with the child `example`, or with the verdict on why there is none."""
+    """How a task ended: with the child `example`, or with the verdict why there is none."""
 
     task: Task
     example: Example | None
@@ -93,9 +101,9 @@ class Outcome:
         return dataclasses.replace(self, example=None, verdict=verdict)
 
     def next_attempt(self) -> Task | None:
-        """The task once more, told why this candidate was not accepted.
+        """The task for another attempt, with the reason why this candidate was not accepted.
 
-        None if it was, or if nothing is known to be done better: no gate rejected it, a request failed.
+        None if the candidate was accepted, or if no gate rejected it, so that there is no advice.
         """
         told = None if self.verdict is None else self.verdict.feedback
         if self.example is not None or told is None:
@@ -104,26 +112,26 @@ class Outcome:
         return dataclasses.replace(self.task, attempt=self.task.attempt + 1, feedback=feedback)
 
     def after(self, earlier: Outcome) -> Outcome:
-        """The same outcome as the last of several attempts, with what was asked in all of them."""
+        """The same outcome as the last of several attempts, with the exchanges of all of them."""
         return dataclasses.replace(self, exchanges=earlier.exchanges + self.exchanges)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> RefinedRow:
         """A row of refined.jsonl."""
         answers = [exchange.answer for exchange in self.exchanges]
         return {
             "task_id": self.task.task_id,
             "op": self.task.op,
             "axes": list(self.task.axes),
-            "source_id": self.task.source.id,
+            "source_id": self.task.original.id,
             "hint_ids": [hint.id for hint in self.task.hints],
             "attempts": self.task.attempt + 1,
             "accepted": self.example is not None,
             "gate": None if self.verdict is None else self.verdict.gate,
             "detail": None if self.verdict is None else self.verdict.detail,
-            "replaces": None if self.task.op == "synthesize" else self.task.source.id,
+            "replaces": None if self.task.op == "synthesize" else self.task.original.id,
             "scores_before": dict(self.task.scores),
             "example": None if self.example is None else self.example.to_json(),
-            "original": self.task.source.to_json(),
+            "original": self.task.original.to_json(),
             "usage": {
                 "requests": len(answers),
                 "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
@@ -133,7 +141,7 @@ class Outcome:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any], examples: Mapping[str, Example]) -> Outcome:
-        """Reads a row of refined.jsonl, without exchanges and fault; `examples` are the round's, by id."""
+        """Reads a row of refined.jsonl; exchanges and fault are not in it. `examples`: the round's, by id."""
         task = Task(
             row["op"],
             tuple(row["axes"]),
@@ -147,7 +155,7 @@ class Outcome:
         verdict = Verdict(row.get("gate"), row.get("detail") or row.get("reject_reason", ""))
         return cls(task, example, None if row["accepted"] else verdict)
 
-    def request_rows(self) -> Iterator[dict[str, Any]]:
+    def request_rows(self) -> Iterator[RequestRow]:
         """Rows of requests.jsonl, in the order of asking."""
         for exchange in self.exchanges:
             yield {
@@ -166,30 +174,33 @@ class Outcome:
 
 def plan_tasks(
     examples: Sequence[Example],
-    hard: Collection[str],
-    sparse: Collection[str],
-    low_quality: Collection[str],
+    selected: Mapping[str, Collection[str]],
     knn_ids: Mapping[str, Sequence[str]],
     scores: Mapping[str, Scores],
 ) -> list[Task]:
-    """The three sets as tasks, in dataset order; of one sample the replacing task first, then the addition.
+    """The tasks for the selected samples, in dataset order; a sample's replacement comes before its addition.
 
-    A sample in both replacing sets is rewritten once, told about both faults.
+    A sample that several replacing axes selected gets one rewrite for all of them.
 
     Args:
       examples: the round's dataset.
-      hard: ids selected by complexity; `sparse` by diversity; `low_quality` by quality.
-      knn_ids: ids of the nearest neighbours, nearest first, of every sparse sample.
-      scores: what was measured, by id; kept in the child's lineage.
+      selected: ids by axis; an axis without an operation makes no task.
+      knn_ids: for every sparse sample the ids of its nearest neighbours, nearest first.
+      scores: the scores by id, which the child's lineage records.
 
     Raises:
-      ValueError: an id is not in the dataset, or a sparse sample has no neighbours: the selection belongs to
-        another dataset.
+      ValueError: an id is not in the dataset, or a sparse sample has no neighbours, so that the selection
+        belongs to another dataset; or an axis has no row in the table.
     """
     by_id = {example.id: example for example in examples}
-    hard, sparse, low_quality = set(hard), set(sparse), set(low_quality)
+    if strange := sorted(selected.keys() - set(axis_names())):
+        raise ValueError(
+            f"the selection has the axis {strange[0]!r}, which is not registered: register it first"
+        )
+    sets = {name: frozenset(ids) for name, ids in selected.items()}
+    sparse = frozenset[str]().union(*(sets.get(row.name, ()) for row in axes() if row.op == "synthesize"))
     hint_ids = {hint for core in sparse for hint in knn_ids.get(core, ())}
-    if unknown := sorted((hard | sparse | low_quality | hint_ids) - by_id.keys()):
+    if unknown := sorted(frozenset(hint_ids).union(*sets.values()) - by_id.keys()):
         raise ValueError(
             f"{len(unknown)} selected or neighbouring ids are not in the dataset, the first is {unknown[0]}: "
             "score and select this dataset again"
@@ -201,12 +212,12 @@ def plan_tasks(
     tasks = []
     for example in examples:
         known = scores.get(example.id, {})
-        if example.id in low_quality:
-            axes = ("complexity", "quality") if example.id in hard else ("quality",)
-            tasks.append(Task("rewrite", axes, example, scores=known))
-        elif example.id in hard:
-            tasks.append(Task("simplify", ("complexity",), example, scores=known))
-        if example.id in sparse:
+        wanting = [row for row in axes() if row.op and example.id in sets.get(row.name, ())]
+        replacing = [row for row in wanting if row.op != "synthesize"]
+        if replacing:
+            op = "simplify" if all(row.op == "simplify" for row in replacing) else "rewrite"
+            tasks.append(Task(op, tuple(row.name for row in replacing), example, scores=known))
+        if len(wanting) > len(replacing):
             hints = tuple(by_id[hint] for hint in knn_ids[example.id])
             tasks.append(Task("synthesize", ("diversity",), example, hints, known))
     return tasks

@@ -1,1 +1,1 @@
-"""What a run's folder says: a page (`build`), where it stands (`status`), one sample's family (`lineage`)."""
+"""Reads a run's folder: makes its page (`build`), its state (`status`), a sample's ancestry (`lineage`)."""

@@ -1,7 +1,7 @@
-"""What became of the refiner's candidates: how many each gate rejected, and what the others changed.
+"""How many candidates each gate rejected, and how the measured candidates changed their samples' scores.
 
-Reads candidates.jsonl, one row per attempt. The gates are the rows of `config.gates`, in the order in which a
-candidate meets them: the gate that rejected it was its last.
+Reads candidates.jsonl, one row per attempt. The gates are the rows of `config.gates`, in the order in which
+they are applied; the gate that rejected a candidate was its last one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from middo_jax.config.gates import Gate, gates
 from middo_jax.report import plots
 
-ANSWERED = "the refiner answered"  # no gate: what a failed request or a spent budget leaves is no candidate
+ANSWERED = "the refiner answered"  # not a gate: a failed request or a spent budget leaves no candidate
 
-CHANGES = {  # axis: (score of the sample, number of the measurement, what to call it, more is better)
+CHANGES = {  # axis: (score of the sample, field of the measurement, label, whether more is better)
     "complexity": ("loss_post", "loss", "loss under the model, nats per token", False),
     "diversity": ("knn_mean_sim", "core_similarity", "the core's similarity to its neighbours", True),
     "quality": ("quality", "quality", "the model's rating, 0 to 10", True),
@@ -28,11 +28,11 @@ CHANGES = {  # axis: (score of the sample, number of the measurement, what to ca
 def acceptance(
     rows: Sequence[dict[str, Any]] | None, settings: dict[str, Any], colours: dict[str, str]
 ) -> dict[str, Any] | None:
-    """What the page says of a round's candidates; None where there is no candidates.jsonl.
+    """The page's values about a round's candidates; None without candidates.jsonl.
 
     Args:
       rows: of candidates.jsonl.
-      settings: the run's, as a tree; a setting that is not there counts as the gate being shut.
+      settings: the run's, as nested dicts. A gate whose setting is missing counts as applied.
       colours: CSS class of each axis.
     """
     if rows is None:
@@ -64,7 +64,10 @@ def acceptance(
 def _cell(
     gate: Gate | None, rows: Sequence[dict[str, Any]], group: tuple[str, ...], refine: Any
 ) -> dict[str, Any]:
-    """How many of a group passed a gate, of those that no earlier one had stopped; None: the request."""
+    """How many candidates of a group reached a gate and passed it.
+
+    `gate` None: whether the refiner answered.
+    """
     name = None if gate is None else gate.name
     if gate is not None:
         if not gate.concerns(group):
@@ -79,7 +82,7 @@ def _cell(
 
 
 def _met(rows: Sequence[dict[str, Any]]) -> list[Gate]:
-    """The table's rows, and behind them gates that are not in it: of a program that had registered more."""
+    """The gates of the table, and after them gates that only the run's program had registered."""
     known = {gate.name for gate in gates()}
     others = sorted({row["gate"] for row in rows if row["gate"]} - known)
     last = dataclasses.replace(gates()[-1], of="all", accept="none", switch=None)
@@ -96,7 +99,7 @@ def _tries(rows: Sequence[dict[str, Any]], group: tuple[str, ...]) -> dict[str, 
 
 
 def _change(axis: str, rows: Sequence[dict[str, Any]], colour: str) -> dict[str, Any] | None:
-    """Before and after of every candidate that was measured on an axis; None where none was."""
+    """Scores before and after, for all candidates that were measured on an axis; None if there are none."""
     before_name, after_name, label, more_is_better = CHANGES[axis]
     points = [
         (before, after, row["accepted"])
@@ -110,9 +113,8 @@ def _change(axis: str, rows: Sequence[dict[str, Any]], colour: str) -> dict[str,
     before, after = (np.array([point[i] for point in points], np.float64) for i in (0, 1))
     chosen = np.array([point[2] for point in points], bool)
     title = f"{axis.capitalize()}: {label}"
-    plot = plots.scatter(
-        title, before, after, chosen, ("before", "after"), (None, None), colour, diagonal=True, height=320
-    )
+    points = plots.Points(before, after, chosen)
+    plot = plots.scatter(title, points, ("before", "after"), (None, None), colour, diagonal=True, height=320)
     return {
         "axis": axis,
         "label": label,

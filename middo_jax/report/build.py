@@ -1,8 +1,8 @@
-"""report.html: one page that shows a run. It is made from the run's folder alone and needs no network.
+"""report.html: one page about a run. It is made from the run's folder alone and needs no network.
 
-The page is a function of the files: it reads no clock, and each figure is in a file or computed from files.
-Where a value is in no file yet, the page says so. Jinja or `plots.element` escapes every text, and the page's
-own policy allows only the script in the template, by its hash.
+The page depends on the files only, not on the time. Values that are in no file yet are marked as missing.
+Jinja or `plots.element` escapes every text, and the page's content security policy allows only the template's
+script, by its hash.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,18 @@ import yaml
 from markupsafe import Markup
 
 from middo_jax.data.example import Example
+from middo_jax.progress import duration
 from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
+from middo_jax.report.axes import ShownAxis, shown_axes
 from middo_jax.report.costs import costs
 from middo_jax.report.curves import heldout_curves, training_curves
 from middo_jax.report.effects import RESAMPLES
-from middo_jax.report.lineage import read_scores
+from middo_jax.report.lineage import score_rows
 from middo_jax.report.status import (
     FINAL_STAGES,
     ROUND_STAGES,
     count_rows,
-    duration,
     load_json,
     load_jsonl,
     load_settings,
@@ -45,15 +46,11 @@ from middo_jax.report.verdicts import refusals
 from middo_jax.rundir import RoundDir, RunDir, write_text
 from middo_jax.version import __version__
 
-AXES = {  # axis: (name of its set, CSS class, columns of scores.parquet that decide)
-    "complexity": ("hard", "c-complexity", ("loss_pre", "loss_post")),
-    "diversity": ("sparse", "c-diversity", ("knn_mean_sim",)),
-    "quality": ("low quality", "c-quality", ("quality",)),
-}
 OPS = {"simplify": "simplified", "rewrite": "rewritten", "synthesize": "synthesized"}
+Axes = Mapping[str, ShownAxis]
 STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES))
-MAX_DIFF_CELLS = 1_000_000  # words before x words after; difflib needs about a second for more
-MIN_KEPT_WORDS = 0.2  # texts that share fewer words are not an edit of each other, so no word is marked
+MAX_DIFF_CELLS = 1_000_000  # words before x words after; above it difflib needs more than about a second
+MIN_KEPT_WORDS = 0.2  # texts that share fewer words are not edits of each other, so no word is marked
 
 # Characters that a browser would not show as they are: line separators, which end a line in scripts; control
 # characters, which HTML forbids; lone surrogates, which UTF-8 cannot encode.
@@ -66,7 +63,7 @@ def build(run: RunDir) -> Path:
     """Writes report.html, whole or not at all, and returns its path.
 
     Raises:
-      RunError: the folder does not exist or is no run's, or a file in it cannot be read.
+      RunError: the folder does not exist or is not a run's, or a file in it cannot be read.
     """
     require_run(run)
     write_text(run.report, page(run))
@@ -74,12 +71,13 @@ def build(run: RunDir) -> Path:
 
 
 def page(run: RunDir) -> str:
-    """The page's text; see `build`."""
+    """The text of the page, see `build`."""
     state, settings = status(run), load_settings(run)
     folders = [RoundDir(run.path / r["name"]) for r in state["rounds"]]
-    scores = [read_scores(folder) for folder in folders]
+    scores = [score_rows(folder) for folder in folders]
+    axes = shown_axes(load_json(folder.selection) for folder in folders)
     rounds = [
-        {**facts, **_round(folder, scores[i], scores[i + 1] if i + 1 < len(scores) else {}, settings)}
+        {**facts, **_round(folder, scores[i], scores[i + 1] if i + 1 < len(scores) else {}, settings, axes)}
         for i, (folder, facts) in enumerate(zip(folders, state["rounds"], strict=True))
     ]
     refined = [r for r in rounds if r["accepted"] is not None]
@@ -88,7 +86,7 @@ def page(run: RunDir) -> str:
         state=state,
         rounds=rounds,
         stages=STAGES,
-        axes=AXES,
+        axes=axes,
         settings=settings,
         settings_text=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         refused=load_jsonl(run.path / "rejected.jsonl"),
@@ -130,7 +128,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _time(state: dict[str, Any]) -> dict[str, Any]:
-    """Seconds by stage over all rounds, and the strip that shows them; total None if no stage is done."""
+    """Seconds per stage over all rounds, and their plot; `total` is None if no stage is done."""
     done = [
         (stage, s)
         for r in [*state["rounds"], state["final"]]
@@ -147,7 +145,7 @@ def _time(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _heldout(models: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    """The plot, and the rows of the table: each later model's change against base and against round_00."""
+    """The plot, and the rows of the table: each model's change against base and against round_00."""
     known = {m["name"]: m["loss"] for m in models if m["loss"] is not None}
     names, references = list(known), ("base", "round_00")
 
@@ -176,8 +174,9 @@ def _round(
     scores: dict[str, dict[str, Any]],
     later: dict[str, dict[str, Any]],
     settings: dict[str, Any],
+    axes: Axes,
 ) -> dict[str, Any]:
-    """What the page shows of one round, beyond what `status` returns."""
+    """The page's values about one round, besides those that `status` returns."""
     selection = load_json(folder.selection)
     sets = selection["axes"] if selection else {}
     tasks = load_jsonl(folder.refined)
@@ -192,39 +191,38 @@ def _round(
         "overlap": selection["overlap"] if selection else None,
         "duplicates": selection.get("duplicates") if selection else None,  # not in older folders
         "n_scored_rows": len(scores) if folder.scores.exists() else None,
-        "set_plot": _set_plot(selection) if selection else None,
-        "plots": _score_plots(scores, sets, settings) | {"sweep": _sweep(selection)},
-        "verdicts": _verdicts(tasks) if tasks is not None else None,
+        "set_plot": _set_plot(selection, axes) if selection else None,
+        "plots": _score_plots(scores, sets, settings, axes) | {"sweep": _sweep(selection, axes)},
+        "verdicts": _verdicts(tasks, axes) if tasks is not None else None,
         "reasons": Counter((_axes(t), t["verdict"].kind) for t in rejected).most_common(),
         "acceptance": acceptance(
-            load_jsonl(folder.candidates), settings, {axis: colour for axis, (_, colour, _) in AXES.items()}
+            load_jsonl(folder.candidates), settings, {name: axis.colour for name, axis in axes.items()}
         ),
         "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),
         "rewrites": [
-            _rewrite(t, hints, scores, later) for t in tasks or [] if t["accepted"] and t["example"]
+            _rewrite(t, hints, scores, later, axes) for t in tasks or [] if t["accepted"] and t["example"]
         ],
         "refusals": [t | {k: _example(t[k]) for k in ("example", "original")} for t in rejected],
     }
 
 
-def _set_plot(selection: dict[str, Any]) -> Markup:
-    rows = [(AXES[a][0], len(s["ids"]), AXES[a][1]) for a, s in selection["axes"].items()]
+def _set_plot(selection: dict[str, Any], axes: Axes) -> Markup:
+    rows = [(axes[a].title, len(s["ids"]), axes[a].colour) for a, s in selection["axes"].items()]
     rows += [(k.replace("_", " ").replace("&", " & "), n, "c-both") for k, n in selection["overlap"].items()]
     drawn = [plots.Bar("all sets" if name == "all" else name, ((n, c),), f"{n:,}") for name, n, c in rows]
     return plots.bars("Samples chosen by each axis, and by several", drawn)
 
 
 def _score_plots(
-    scores: dict[str, dict[str, Any]], sets: dict[str, Any], settings: dict[str, Any]
+    scores: dict[str, dict[str, Any]], sets: dict[str, Any], settings: dict[str, Any], axes: Axes
 ) -> dict[str, Any]:
-    """One plot per axis, with the samples of selection.json coloured; None where nothing was scored."""
-    # Those thresholds apply to losses without the length's share, not to the losses that are plotted.
+    """One plot per axis, with the samples of selection.json in colour; None for an axis without scores."""
+    # With normalised losses the thresholds do not apply to the losses in the plot.
     normalised = settings.get("complexity", {}).get("normalise", "none") != "none"
     is_log_odds = settings.get("quality", {}).get("score") == "log_odds"
-    of_quality = "quality, log-odds of a good rating" if is_log_odds else "quality, 0 to 10"
     found: dict[str, Any] = {}
-    for axis, (name, colour, columns) in AXES.items():
+    for axis, (name, colour, columns, labels, heading, _) in axes.items():
         rows = [(i, *(row.get(c) for c in columns)) for i, row in scores.items()]
         rows = [row for row in rows if None not in row]
         if not rows:
@@ -234,21 +232,20 @@ def _score_plots(
         values = np.array([row[1:] for row in rows], np.float64)
         chosen = np.array([row[0] in chosen_ids for row in rows])
         limits = [sets.get(axis, {}).get("threshold", {}).get(c) for c in columns]
-        if axis == "complexity":
-            limits = [None, None] if normalised else limits
-            title, labels = "Loss before and after training", ("loss before training", "loss after training")
-            plot = plots.scatter(
-                title, values[:, 0], values[:, 1], chosen, labels, (limits[0], limits[1]), colour
-            )
+        if axis == "complexity" and normalised:
+            limits = [None, None]
+        if len(columns) == 2:
+            points = plots.Points(values[:, 0], values[:, 1], chosen)
+            plot = plots.scatter(heading, points, (labels[0], labels[1]), (limits[0], limits[1]), colour)
         else:
-            label = {"diversity": "mean similarity to the nearest neighbours", "quality": of_quality}[axis]
+            label = "quality, log-odds of a good rating" if axis == "quality" and is_log_odds else labels[0]
             plot = plots.histogram(
                 f"Distribution of {columns[0]}", values[:, 0], chosen, limits[0], label, colour
             )
         drawn = sum(
             min(n, len(range(n)[plots.thinned(n)])) for n in (int(chosen.sum()), int((~chosen).sum()))
         )
-        shown = drawn if axis == "complexity" else len(rows)
+        shown = drawn if len(columns) == 2 else len(rows)
         found[axis] = {
             "plot": plot,
             "n": len(rows),
@@ -260,13 +257,13 @@ def _score_plots(
     return found
 
 
-def _sweep(selection: dict[str, Any] | None) -> dict[str, Any] | None:
+def _sweep(selection: dict[str, Any] | None, shown: Axes) -> dict[str, Any] | None:
     series = []
     for axis, points in (selection or {}).get("sweep", {}).items():
         m = selection["axes"].get(axis, {}).get("m") if selection else None
         mark = next(((p["m"], p["n"]) for p in points if p["m"] == m), None)
         x, y = [float(p["m"]) for p in points], [float(p["n"]) for p in points]
-        series.append(plots.Line(AXES[axis][0], x, y, AXES[axis][1], mark))
+        series.append(plots.Line(shown[axis].title, x, y, shown[axis].colour, mark))
     if not any(s.x for s in series):
         return None
     plot = plots.lines(
@@ -283,12 +280,12 @@ def _axes(task: dict[str, Any]) -> tuple[str, ...]:
     return tuple(task["axes"])
 
 
-def _colour(axes: tuple[str, ...]) -> str:
-    return AXES[axes[0]][1] if len(axes) == 1 and axes[0] in AXES else "c-both"
+def _colour(axes: tuple[str, ...], shown: Axes) -> str:
+    return shown[axes[0]].colour if len(axes) == 1 and axes[0] in shown else "c-both"
 
 
-def _verdicts(tasks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accepted and rejected by the axes that asked for the rewrite."""
+def _verdicts(tasks: list[dict[str, Any]], shown: Axes) -> dict[str, Any]:
+    """Accepted and rejected rewrites by the axes that selected the sample."""
     rows = []
     for axes in sorted({_axes(t) for t in tasks}):
         group = [t for t in tasks if _axes(t) == axes]
@@ -297,7 +294,7 @@ def _verdicts(tasks: list[dict[str, Any]]) -> dict[str, Any]:
     drawn = [
         plots.Bar(
             " + ".join(r["axes"]),
-            ((r["accepted"], _colour(r["axes"])), (r["rejected"], "rejected")),
+            ((r["accepted"], _colour(r["axes"], shown)), (r["rejected"], "rejected")),
             f"{r['accepted']:,} of {r['n']:,}",
         )
         for r in rows
@@ -317,21 +314,23 @@ def _rewrite(
     hints: dict[str, str],
     scores: dict[str, dict[str, Any]],
     later: dict[str, dict[str, Any]],
+    shown: Axes,
 ) -> dict[str, Any]:
-    """One accepted rewrite as the page shows it: texts, marked words, hints, scores before and after."""
+    """The page's values about one accepted rewrite: texts, marked words, hints, scores before and after."""
     original, example = Example.from_json(task["original"]), Example.from_json(task["example"])
     before = scores.get(original.id) or example.lineage.scores_before or {}
-    # Measured under the same model where possible; else under the next round's, which was trained on it.
+    # Under the same model if the gates measured it, otherwise under the next round's, which was trained on
+    # it.
     measured = {c: v for c, v in (example.lineage.scores_after or {}).items() if v is not None}
     after = {**later.get(example.id, {}), **measured}
     compare = word_diff if task["replaces"] else lambda a, b: ([(False, a)], [(False, b)])
-    columns = [c for axis in task["axes"] if axis in AXES for c in AXES[axis][2]]
+    columns = [c for axis in task["axes"] if axis in shown for c in shown[axis].columns]
     return {
         "id": example.id,
         "source_id": original.id,
         "op": OPS.get(task["op"], task["op"]),
         "axes": _axes(task),
-        "colour": _colour(_axes(task)),
+        "colour": _colour(_axes(task), shown),
         "replaces": bool(task["replaces"]),
         "headline": " ".join(example.prompt.split())[:160],
         "texts": [
@@ -349,8 +348,8 @@ Spans = list[tuple[bool, str]]
 def word_diff(before: str, after: str) -> tuple[Spans, Spans]:
     """Splits both texts into (changed, text) spans by a diff of their words; the spans join to the text.
 
-    White space belongs to the unchanged spans beside it. Texts that share under a fifth of their words are
-    returned unmarked, and so are texts that are too long to compare.
+    White space belongs to the unchanged spans next to it. Texts that share less than a fifth of their words,
+    and texts that are too long to compare, are returned unmarked.
 
     word_diff("a red fox", "a fox ran")  ->  [(F, "a "), (T, "red"), (F, " fox")], [(F, "a fox "), (T, "ran")]
     """
@@ -358,7 +357,7 @@ def word_diff(before: str, after: str) -> tuple[Spans, Spans]:
     plain = ([(False, before)], [(False, after)])
     if math.prod(len(w) for w in words) > MAX_DIFF_CELLS:
         return plain
-    # All white space is the same token, so that re-wrapped text is unchanged.
+    # All white space is one token, so that re-wrapped text counts as unchanged.
     tokens = [[" " if w.isspace() else w for w in ws] for ws in words]
     matcher = difflib.SequenceMatcher(lambda w: w == " ", *tokens, autojunk=False)
     kept = [False] * len(words[0]), [False] * len(words[1])

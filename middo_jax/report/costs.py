@@ -21,10 +21,10 @@ _SUMMED = (
 
 
 def costs(usage: Mapping[str, Mapping[str, float]] | None, tasks: Sequence[Mapping[str, Any]]) -> Any:
-    """One row per axes and their sum, each with the cost per 1,000 accepted samples; None without requests.
+    """Costs per combination of axes and in all, also per 1,000 accepted samples; None without usage.
 
     Args:
-      usage: counters by axis, of the stage's manifest.
+      usage: counters by axes, from the manifest of the stage.
       tasks: rows of refined.jsonl.
     """
     if not usage:

@@ -1,4 +1,4 @@
-"""How losses moved during training: one curve per training, and the held-out losses measured meanwhile."""
+"""Loss curves of each training: its training loss, and the held-out losses measured meanwhile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LABELS = ("optimizer step", "loss, nats per token")
 
 
 def training_curves(folders: Sequence[RoundDir]) -> dict[str, Any]:
-    """One line per training with finite losses in metrics.jsonl, and their plot (None without any line)."""
+    """One line per training with finite losses in metrics.jsonl, and their plot; None without lines."""
     drawn = []
     for i, folder in enumerate(folders):
         rows = [r for r in load_jsonl(folder.metrics, torn_end=True) or [] if r["loss"] is not None]
@@ -24,7 +24,7 @@ def training_curves(folders: Sequence[RoundDir]) -> dict[str, Any]:
 
 
 def heldout_curves(folders: Sequence[RoundDir]) -> dict[str, Any]:
-    """The same for evaluations.jsonl; `sources` has (training, source, first loss, last loss) rows."""
+    """The same for evaluations.jsonl; the rows of `sources` are (training, source, first loss, last loss)."""
     drawn, sources = [], []
     for i, folder in enumerate(folders):
         rows = load_jsonl(folder.evaluations) or []

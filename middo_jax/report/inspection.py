@@ -1,4 +1,4 @@
-"""What is in a dataset before anything is computed: usable rows, lengths, one sample as the model sees it."""
+"""The contents of a dataset before any training: usable rows, lengths, one sample as the model reads it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from middo_jax.data.example import Example
 from middo_jax.data.packing import first_fit
-from middo_jax.data.sources import Rejection
+from middo_jax.data.sources import Rejection, count_reasons
 from middo_jax.data.templates import starts_with_bos
 from middo_jax.data.tokenize import TokenizedExample, end_of_turn_token
 
@@ -30,8 +30,12 @@ QUANTILES = {
 
 
 def inspect_rows(examples: Sequence[Example], rejections: Sequence[Rejection]) -> dict[str, Any]:
-    """Counts, and the rows that cannot be used."""
-    return {"n": len(examples), "rejected": [{"where": r.where, "reason": r.reason} for r in rejections]}
+    """The number of usable rows, the rejected rows with place and reason, and their reasons counted."""
+    return {
+        "n": len(examples),
+        "rejected": [{"where": r.where, "reason": r.reason} for r in rejections],
+        "reasons": [reason._asdict() for reason in count_reasons(rejections)],
+    }
 
 
 def inspect_tokens(
@@ -43,23 +47,23 @@ def inspect_tokens(
     pack_length: int,
     scoring: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """How long conversations are, what is cut and learnt, how full packs are; the first sample as it is read.
+    """Lengths, cuts, targets and packing of conversations, and the first sample as the model reads it.
 
     Args:
       whole: at least one conversation.
-      cut: the same conversations, the longer ones cut to `max_length`.
-      tokenizer: with the template that they were rendered with.
+      cut: the same conversations, cut to `max_length`.
+      tokenizer: with the template of the conversations.
       max_length: tokens.
-      pack_length: tokens of a row that is trained on.
-      scoring: `fill` and `shapes` of the pass that would score them, from its plan.
+      pack_length: tokens per packed row in training.
+      scoring: `fill` and `shapes` of the scoring pass, from its plan.
 
     Returns:
-      tokens: `quantiles` and `histogram` of the lengths before anything is cut; `truncated` conversations and
-        how many tokens that takes away; `total` and `target_share` of what is left; `scoring`, and how full
-        rows are when they are trained on.
-      sample: the first one's `id`, whether it is cut, and its text in parts, each of a kind: `target`,
+      tokens: `quantiles` and `histogram` of the lengths before the cut; the number of `truncated`
+        conversations and of `tokens_cut`; `total` and `target_share` after the cut; `scoring`; fill and rows
+        in `training`.
+      sample: `id` of the first sample, whether it is cut, and its text in parts, each of the kind `target`,
         `prompt` or `template`.
-      warnings: what is odd about the template, in words.
+      warnings: problems of the template, in words.
     """
     lengths = [len(t) for t in cut]
     rows = first_fit(lengths, pack_length, max_segments=pack_length)
@@ -89,11 +93,11 @@ def inspect_tokens(
 
 
 def length_histogram(lengths: Sequence[int], max_length: int) -> list[dict[str, int]]:
-    """Counts of lengths by bins `from`..`to`, both within, that grow by 2, or by its root if few would do.
+    """Counts of lengths in bins `from`..`to` (inclusive), whose edges grow by a factor of 2, or of its root.
 
     [20, 50, 60, 100], max_length 90  ->  16-22: 1, 23-31: 0, 32-44: 0, 45-63: 2, 64-89: 0, ... 91-127: 1
 
-    One bin begins right behind max_length, so that what is cut can be told from what is not.
+    One bin begins at max_length + 1, so that no bin contains both cut and whole conversations.
     """
     shortest, longest = min(lengths), max(lengths)
     per_octave = 1 if longest > 64 * shortest else 2
@@ -109,12 +113,12 @@ def length_histogram(lengths: Sequence[int], max_length: int) -> list[dict[str, 
 
 
 def sample_parts(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
-    """The text of a conversation in runs of one kind: what is learnt, the user's words, the template's."""
+    """The text of a conversation in parts of one kind each: `target`, `prompt` or `template`."""
     kinds = np.where(example.is_target_n, "target", np.where(example.in_prompt_n, "prompt", "template"))
     parts, shown, stop = [], "", 0
     for kind, run in itertools.groupby(kinds.tolist()):
         stop += len(list(run))
-        # Decoded from the start each time: alone, a run would lose the space that its first word begins with.
+        # Decoded from the start each time, since a part alone would lose the space before its first word.
         text = str(tokenizer.decode(example.tokens_n[:stop].tolist(), clean_up_tokenization_spaces=False))
         parts.append({"kind": kind, "text": text[len(shown) :]})
         shown = text
@@ -124,7 +128,9 @@ def sample_parts(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase) 
 def _warnings(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     found = []
     if end_of_turn_token(tokenizer) is None:
-        found.append("the template puts no control token behind an answer: where to stop is not learnt")
+        found.append(
+            "the template writes no control token after an answer, so the model does not learn where to stop"
+        )
     n_bos = int((example.tokens_n[:2] == tokenizer.bos_token_id).sum()) if tokenizer.bos_token_id else 0
     if starts_with_bos(tokenizer) and not n_bos:
         found.append(f"the tokenizer begins every text with {tokenizer.bos_token}, the template does not")

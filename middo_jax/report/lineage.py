@@ -1,4 +1,4 @@
-"""One sample's family: its ancestors and descendants over the rounds, with what was measured of each."""
+"""The ancestors and descendants of a sample over the rounds, with their scores."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from middo_jax.data.example import Example
-from middo_jax.report.status import load_jsonl, planned_rounds, require
+from middo_jax.report.status import load_jsonl, planned_rounds, require_run
 from middo_jax.report.verdicts import verdict
 from middo_jax.rundir import RoundDir, RunDir, RunError
+from middo_jax.rundir.schemas import SCORES
+from middo_jax.rundir.tables import refuse_newer
 
 
 def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
-    """Every ancestor and descendant of a sample, and itself, oldest first.
+    """A sample with all its ancestors and descendants, oldest first.
 
-    Candidates that the refiner wrote and the gates refused are descendants too: `accepted` is False and they
-    are in no round.
+    Rejected candidates are descendants too: they have `accepted` False and are in no round.
 
     Args:
       run: the run's folder.
-      example_id: an id, or the beginning of one if only one id begins so.
+      example_id: an id, or the beginning of exactly one id.
 
     Returns:
-      One JSON-able dict a sample: id, relation (ancestor | self | descendant), round (the first whose dataset
-      holds it, or would; `final` counts as the round after the last), rounds (all folders that hold it), op,
-      axis, parent_ids, root_id, hint_ids, refiner, accepted, verdict, prompt, response, scores (its row
-      in that first round's scores.parquet, None where not scored), later_scores ({folder: row}),
-      scores_before (of the parent that was found wanting).
+      One dict of JSON values per sample: id, relation (ancestor | self | descendant), round (the first round
+        whose
+      dataset contains it, or would contain it; `final` counts as the round after the last), rounds (all
+      folders whose dataset contains it), op, axis, parent_ids, root_id, hint_ids, refiner, accepted, verdict,
+      prompt, response, scores (its row in the first round's scores.parquet, None if it was not scored),
+      later_scores ({folder: row}), scores_before (for which the parent was selected).
 
     Raises:
-      RunError: no such folder or id (with the nearest ids), or more than one id begins so.
+      RunError: the folder or the id does not exist (the message names similar ids), or several ids begin so.
     """
-    require(run)
+    require_run(run)
     folders = [*planned_rounds(run), run.final]
     samples = _samples(folders)
     target = _resolve(run, samples, example_id)
@@ -50,7 +52,7 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
     descendants = _reach(target, lambda i: children[i])
 
     family = [samples[i] for i in {target, *ancestors, *descendants} if i in samples]
-    scores = {f.path.name: read_scores(f, [s["id"] for s in family]) for f in folders}
+    scores = {f.path.name: score_rows(f, [s["id"] for s in family]) for f in folders}
     for sample in family:
         own = {name: scores[name][sample["id"]] for name in sample["rounds"] if sample["id"] in scores[name]}
         first = sample["rounds"][0] if sample["rounds"] else None
@@ -61,10 +63,10 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
     return sorted(family, key=lambda s: (s["round"], not s["rounds"], s["id"]))
 
 
-def read_scores(round_dir: RoundDir, ids: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Rows of scores.parquet by id, without the id column; {} where the file does not exist.
+def score_rows(round_dir: RoundDir, ids: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Rows of scores.parquet by id, without the id column; {} if the file does not exist.
 
-    NaN becomes None, as in JSON. Raises RunError where the file is no such table.
+    NaN becomes None, as in JSON. Raises RunError if the file is not a table of scores.
 
     Args:
       round_dir: a round's folder.
@@ -75,6 +77,7 @@ def read_scores(round_dir: RoundDir, ids: Iterable[str] | None = None) -> dict[s
         return {}
     try:
         table = pq.read_table(path, filters=None if ids is None else [("id", "in", list(ids))])
+        refuse_newer(table.schema, SCORES, path)
         rows = table.to_pylist()
         return {row.pop("id"): {k: _finite(v) for k, v in row.items()} for row in rows}
     except (pyarrow.lib.ArrowException, KeyError) as e:
@@ -88,18 +91,18 @@ def _finite(value: Any) -> Any:
 
 
 def _samples(folders: list[RoundDir]) -> dict[str, dict[str, Any]]:
-    """Every sample in a dataset, and every candidate in a refined.jsonl, as `trace` describes them."""
+    """All samples of datasets and all candidates of refined.jsonl files by id, as `trace` describes them."""
     samples: dict[str, dict[str, Any]] = {}
     for index, folder in enumerate(folders):
         for row in load_jsonl(folder.dataset) or []:
             sample = samples.get(row["id"])
             if sample is None or not sample["rounds"]:
-                # Merged by now: what the dataset says of it replaces what refined.jsonl said.
+                # The dataset takes precedence over refined.jsonl.
                 sample = samples[row["id"]] = _sample(row, index)
             sample["rounds"].append(folder.path.name)
         for task in load_jsonl(folder.refined) or []:
             if task["example"] is not None and task["example"]["id"] not in samples:
-                end = {"accepted": task["accepted"], "verdict": _said(task)}
+                end = {"accepted": task["accepted"], "verdict": _verdict_text(task)}
                 samples[task["example"]["id"]] = _sample(task["example"], index + 1) | end
     return samples
 
@@ -125,7 +128,7 @@ def _sample(row: dict[str, Any], index: int) -> dict[str, Any]:
     }
 
 
-def _said(task: dict[str, Any]) -> str | None:
+def _verdict_text(task: dict[str, Any]) -> str | None:
     return None if task["accepted"] else str(verdict(task))
 
 
@@ -143,12 +146,12 @@ def _resolve(run: RunDir, samples: dict[str, Any], wanted: str) -> str:
             f"{wanted!r} begins {len(matches):,} ids: {', '.join(matches[:5])}{more}; give more digits"
         )
     near = difflib.get_close_matches(wanted, samples, n=3, cutoff=0.5)
-    hint = f"nearest: {', '.join(near)}" if near else f"ids stand in the dataset.jsonl files of {run.path}"
+    hint = f"nearest: {', '.join(near)}" if near else f"ids are in the dataset.jsonl files of {run.path}"
     raise RunError(f"{run.path}: no sample has the id {wanted!r}; {hint}")
 
 
 def _reach(start: str, step: Any) -> set[str]:
-    """Everything that repeated steps from `start` lead to, without `start`."""
+    """All ids that repeated steps from `start` reach, without `start`."""
     seen, front = {start}, [start]
     while front:
         for found in step(front.pop()):

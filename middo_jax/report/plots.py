@@ -1,9 +1,8 @@
-"""Plots as inline SVG, drawn by hand. They need no script, no font and no file besides the page.
+"""Plots as inline SVG. They need no script, no font and no other file.
 
-`element` makes every element. It escapes attributes and texts, so that no string of a dataset becomes markup.
-Colours are CSS classes (`c-complexity`, `c-s0` ...), which the page defines twice:
-for light and for dark.
-All plots are 460 units wide: text of 12 units is 12 pixels in a half-page column and still 9 on a phone.
+`element` makes every element. It escapes attributes and texts, so that no text of a dataset becomes markup.
+Colours are CSS classes (`c-complexity`, `c-s0`, ...), which the page defines for light and for dark mode. All
+plots are 460 units wide: text of 12 units has 12 pixels in a half-page column and 9 on a phone.
 """
 
 from __future__ import annotations
@@ -11,18 +10,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup, escape
 
 WIDTH = 460
-MAX_POINTS = 8_000  # of one kind in one plot: about 100 kB of path; the caption says when fewer are drawn
+MAX_POINTS = 8_000  # of one kind in one plot, about 100 kB of path; the caption says if not all are drawn
 
 
 def element(name: str, *children: object, **attributes: object) -> Markup:
-    """An element with escaped attributes and children; Markup children pass as they are.
+    """An element with escaped attributes and children. Children of type Markup are not escaped.
 
-    Underscores in attribute names become hyphens, a trailing one is dropped; None leaves an attribute out.
+    Underscores in attribute names become hyphens, and a trailing one is dropped. Attributes with None are
+    left out.
 
     element("text", "a<b", x=3, class_="tick")  ->  <text x="3" class="tick">a&lt;b</text>
     """
@@ -46,11 +47,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def span(values: Iterable[float], padding: float = 0.05) -> tuple[float, float]:
-    """Smallest and largest value, widened a little; equal values get room on both sides."""
+    """The smallest and the largest value, with padding on both sides, also if they are equal."""
     finite = [v for v in values if math.isfinite(v)]
     low, high = min(finite), max(finite)
-    room = (high - low) * padding or abs(high) * 0.1 or 1.0
-    return low - room, high + room
+    margin = (high - low) * padding or abs(high) * 0.1 or 1.0
+    return low - margin, high + margin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,29 +69,31 @@ class Panel:
     bottom: int = 46
 
     def x(self, value: float) -> float:
-        """The unit from the left at which a value lies."""
+        """The distance of a value from the left, in units."""
         low, high = self.x_range
         return self.left + (value - low) / (high - low) * (WIDTH - self.left - self.right)
 
     def y(self, value: float) -> float:
-        """The unit from the top at which a value lies."""
+        """The distance of a value from the top, in units."""
         low, high = self.y_range
         return (
             self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
         )
 
     def draw(self, title: str, *layers: Markup) -> Markup:
-        """The whole figure: axes beneath, layers above, in order."""
-        floor, marks = self.height - self.bottom, []
+        """The whole figure: the axes, and the layers on top of them, in order."""
+        baseline, marks = self.height - self.bottom, []
         for value, label in _labelled(ticks(*self.x_range)):
             marks.append(
-                element("text", label, x=self.x(value), y=floor + 18, class_="tick", text_anchor="middle")
+                element("text", label, x=self.x(value), y=baseline + 18, class_="tick", text_anchor="middle")
             )
         for value, label in _labelled(ticks(*self.y_range, count=4)):
             y = self.y(value)
             marks.append(element("line", x1=self.left, x2=WIDTH - self.right, y1=y, y2=y, class_="grid"))
             marks.append(element("text", label, x=self.left - 8, y=y + 4, class_="tick", text_anchor="end"))
-        marks.append(element("line", x1=self.left, x2=WIDTH - self.right, y1=floor, y2=floor, class_="axis"))
+        marks.append(
+            element("line", x1=self.left, x2=WIDTH - self.right, y1=baseline, y2=baseline, class_="axis")
+        )
         middle = (self.left + WIDTH - self.right) / 2
         marks.append(
             element("text", self.x_label, x=middle, y=self.height - 8, class_="label", text_anchor="middle")
@@ -99,7 +102,7 @@ class Panel:
         return _figure(title, self.height, *marks, *layers)
 
     def vertical(self, value: float, colour: str, label: str | None = None) -> Markup:
-        """A dashed line at an x value, labelled at its top on the side that has room."""
+        """A dashed line at an x value, with its label at the top, on the side with more space."""
         x = self.x(value)
         line = element("line", x1=x, x2=x, y1=self.top, y2=self.height - self.bottom, class_=f"rule {colour}")
         right = x > WIDTH * 0.6
@@ -110,7 +113,7 @@ class Panel:
         return line + text
 
     def horizontal(self, value: float, colour: str, label: str | None = None) -> Markup:
-        """A dashed line at a y value, labelled at its right end, above."""
+        """A dashed line at a y value, with its label above its right end."""
         y, end = self.y(value), WIDTH - self.right
         line = element("line", x1=self.left, x2=end, y1=y, y2=y, class_=f"rule {colour}")
         place = {"x": end - 2, "y": y - 6, "text_anchor": "end"}
@@ -133,11 +136,17 @@ def thinned(n: int) -> slice:
     return slice(None, None, max(1, math.ceil(n / MAX_POINTS)))
 
 
+class Points(NamedTuple):
+    """A scatter plot's points: two finite float arrays [n], and the boolean mask [n] of those in colour."""
+
+    x: np.ndarray
+    y: np.ndarray
+    chosen: np.ndarray
+
+
 def scatter(
     title: str,
-    x: np.ndarray,
-    y: np.ndarray,
-    chosen: np.ndarray,
+    points: Points,
     labels: tuple[str, str],
     lines: tuple[float | None, float | None],
     colour: str,
@@ -145,19 +154,18 @@ def scatter(
     diagonal: bool = False,
     height: int = 460,
 ) -> Markup:
-    """Points of two finite float arrays [N]; those of the boolean mask `chosen` [N] are coloured, on top.
+    """A scatter plot with the chosen points in colour, on top of the others.
 
     Args:
-      title: what a screen reader says.
-      x: horizontal values.
-      y: vertical values.
-      chosen: the mask.
+      title: the text for screen readers.
+      points: the values of the two axes, and which points are chosen.
       labels: of the two axes.
-      lines: thresholds on them, None for none.
+      lines: thresholds on the two axes; None for no line.
       colour: CSS class of lines and chosen points.
       diagonal: whether to draw the line on which both values are equal.
       height: in units.
     """
+    x, y, chosen = points
     xs, ys = (
         [*x.tolist(), *(v for v in lines[:1] if v is not None)],
         [*y.tolist(), *(v for v in lines[1:] if v is not None)],
@@ -184,9 +192,9 @@ def scatter(
 def histogram(
     title: str, values: np.ndarray, chosen: np.ndarray, threshold: float | None, label: str, colour: str
 ) -> Markup:
-    """Counts of a finite float array [N]; the share of the mask `chosen` [N] is coloured, below the rest.
+    """A histogram of a finite float array [n], with the counts of the mask `chosen` [n] in colour below.
 
-    The bins number about sqrt(N), and an edge lies on the threshold, so that no bar straddles it.
+    There are about sqrt(n) bins. The threshold is an edge, so that no bar contains both sides of it.
     """
     edges = _edges(values, threshold)
     total, _ = np.histogram(values, edges)
@@ -217,7 +225,7 @@ def _edges(values: np.ndarray, threshold: float | None) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line of a plot: finite points, and the CSS class of its colour."""
+    """One line of a plot: finite points, the CSS class of its colour, and a point to mark."""
 
     name: str
     x: Sequence[float]
@@ -229,7 +237,7 @@ class Line:
 def lines(
     title: str, series: Sequence[Line], labels: tuple[str, str], from_zero: bool = False, height: int = 300
 ) -> Markup:
-    """Lines over common axes; `mark` puts a dot on one. Lines of few points show each as a dot too."""
+    """Lines over common axes. A line of few points also shows each point as a dot."""
     drawn = [s for s in series if len(s.x)]
     x_range = span([v for s in drawn for v in s.x], 0.02)
     low, high = span([v for s in drawn for v in s.y])
@@ -255,9 +263,10 @@ def lines(
 def dot_plot(
     title: str, rows: Sequence[tuple[str, float]], label: str, reference: int = 0, digits: int = 3
 ) -> Markup:
-    """One value per row, each joined to the value of row `reference`, with its number beside it.
+    """One value per row, joined to the value of the row `reference`, with its number next to it.
 
-    The axis does not start at zero: position, not length, carries the value. The reference is an open dot.
+    The axis does not start at zero, since the position shows the value, not a length. The reference is an
+    open dot.
     """
     low, high = span([value for _, value in rows], 0.12)
     step, left = 34, 84
@@ -283,7 +292,7 @@ def dot_plot(
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One row of horizontal bars: parts side by side, each a count and the CSS class of its colour."""
+    """One horizontal bar of several parts: each has a count and the CSS class of its colour."""
 
     name: str
     parts: tuple[tuple[int, str], ...]
@@ -291,7 +300,7 @@ class Bar:
 
 
 def bars(title: str, rows: Sequence[Bar]) -> Markup:
-    """Horizontal bars from zero on one scale, with the name to the left and the note to the right."""
+    """Horizontal bars on one scale from zero, with the name to the left and the note to the right."""
     step, left, right = 30, 150, 84
     longest = max((sum(n for n, _ in row.parts) for row in rows), default=0) or 1
     marks = []
@@ -307,7 +316,7 @@ def bars(title: str, rows: Sequence[Bar]) -> Markup:
 
 
 def strip(title: str, parts: Sequence[tuple[str, float, str]]) -> Markup:
-    """One full-width bar cut into (name, size, CSS class) parts; the page stretches it and adds a legend."""
+    """One bar of full width with (name, size, CSS class) parts. The page stretches it and adds a legend."""
     total, x, marks = sum(size for _, size, _ in parts) or 1.0, 0.0, []
     for name, size, colour in parts:
         width = size / total * 1000

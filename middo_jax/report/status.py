@@ -1,7 +1,7 @@
 """The state of a run, read from its folder alone: finished stages, sets, accepted rewrites, the next stage.
 
-This module also has the three readers of run files that the package shares. They return None for a file that
-does not exist yet, and raise an error that names the line for a file that cannot be read.
+This module also contains the readers of run files for this package. They return None for a file that does not
+exist yet. For a file that cannot be read they raise an error that names the line.
 """
 
 from __future__ import annotations
@@ -13,18 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from middo_jax.config import stored
+from middo_jax.progress import duration
 from middo_jax.report.effects import effect_lines, effects
+from middo_jax.report.terminal import printable
 from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError
 from middo_jax.rundir.chain import assess, chain
+from middo_jax.rundir.schemas import newer
 
 ROUND_STAGES = ("train", "score", "select", "refine", "merge")
 FINAL_STAGES = ("train", "evaluate", "export")
 
 
 def load_json(path: Path) -> Any | None:
-    """A JSON file's value, None if the file does not exist. Raises RunError if it is not JSON."""
+    """The value of a JSON file; None if the file does not exist. Raises RunError if it is not JSON."""
     if not path.exists():
         return None
     try:
@@ -36,14 +43,14 @@ def load_json(path: Path) -> Any | None:
 
 
 def load_jsonl(path: Path, torn_end: bool = False) -> list[Any] | None:
-    """A JSONL file's values, None if the file does not exist.
+    """The values of a JSONL file; None if the file does not exist.
 
     Args:
-      path: one JSON value a line, blank lines ignored.
-      torn_end: the file is appended to, so an incomplete last line is left out.
+      path: one JSON value per line; blank lines are ignored.
+      torn_end: an incomplete last line is ignored, for files to which a process appends.
 
     Raises:
-      RunError: a line is no JSON; the message names file and line.
+      RunError: a line is not JSON; the message names file and line.
     """
     if not path.exists():
         return None
@@ -55,16 +62,16 @@ def load_jsonl(path: Path, torn_end: bool = False) -> list[Any] | None:
         try:
             rows.append(json.loads(line))
         except ValueError as e:
-            if torn_end and number == len(lines):  # a whole line ends in a newline, so a torn one is the last
+            if torn_end and number == len(lines):  # only an incomplete line lacks its newline
                 break
             raise RunError(f"{path}:{number}: not valid JSON ({e}); repair or delete the line") from e
     return rows
 
 
 def load_settings(run: RunDir) -> dict[str, Any]:
-    """config.yaml as a plain tree, {} if it does not exist.
+    """config.yaml as nested dicts; {} if it does not exist.
 
-    Not validated: a run made by an older version must still be readable.
+    It is not validated, so that runs of older versions stay readable.
     """
     if not run.config.exists():
         return {}
@@ -73,32 +80,28 @@ def load_settings(run: RunDir) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise RunError(f"{run.config}: not valid YAML ({e}); repair it or start the run again") from e
     if not isinstance(tree, dict):
-        raise RunError(f"{run.config}: must hold settings as `name: value`, not a {type(tree).__name__}")
+        raise RunError(f"{run.config}: must contain settings as `name: value`, not a {type(tree).__name__}")
     return tree
 
 
-def require(run: RunDir) -> None:
-    """Raises RunError unless the run's folder exists; the message names the runs beside it."""
-    if run.path.is_dir():
-        return
-    parent = run.path.parent
-    beside = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8] if parent.is_dir() else []
-    hint = f"folders beside it: {', '.join(beside)}" if beside else "`middo run CONFIG` makes one"
-    raise RunError(f"{run.path}: no such run; {hint}")
-
-
 def require_run(run: RunDir) -> None:
-    """Raises RunError unless the folder exists and is a run's."""
-    require(run)
+    """Raises RunError unless the folder exists, is a run's, and no newer version wrote it."""
+    if not run.path.is_dir():
+        parent = run.path.parent
+        beside = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8] if parent.is_dir() else []
+        hint = f"folders beside it: {', '.join(beside)}" if beside else "`middo run CONFIG` makes one"
+        raise RunError(f"{run.path}: no such run; {hint}")
+    for folder in (*run.rounds(), run.final):
+        folder.stages()
     if not run.is_begun:
         raise RunError(
-            f"{run.path}: not a run: neither round_00 nor config.yaml of a run there; a run's folder is "
+            f"{run.path}: not a run: it has neither round_00 nor a run's config.yaml. A run's folder is "
             "RUNS_DIR/NAME, and `middo run CONFIG` makes one"
         )
 
 
 def planned_rounds(run: RunDir) -> list[RoundDir]:
-    """The rounds that config.yaml asks for, then any further ones that exist."""
+    """The rounds that config.yaml sets, then any further rounds that exist."""
     count = load_settings(run).get("rounds")
     rounds = {r.path.name: r for r in (run.round(i) for i in range(count if isinstance(count, int) else 0))}
     rounds |= {r.path.name: r for r in run.rounds()}
@@ -109,16 +112,16 @@ def status(run: RunDir) -> dict[str, Any]:
     """The state of the run, as JSON values.
 
     Returns:
-      run, path; rounds and final, each {name, rows, stages: {stage: seconds | None where not done or stale},
+      run, path; rounds and final, each {name, rows, stages: {stage: seconds | None if not done or stale},
       stale: {stage: why}, next, selected: {axis: n} | None, n_selected (distinct samples) | None, accepted,
       rejected | None};
-      next: {round, stage} | None once all is done; complete; heldout: [{name, loss, n_target_tokens}];
-      n_heldout; effects: {rounds, fine_tuning: see `effects.Effect`, None if not known yet}; last_event.
+      next: {round, stage} | None if all stages are done; complete; heldout: [{name, loss, n_target_tokens}];
+      n_heldout; effects: {rounds, fine_tuning: see `effects.Effect`, None if unknown}; last_event.
 
     Raises:
-      RunError: the folder does not exist, or a file in it cannot be read.
+      RunError: the folder does not exist or is no run's, or a file in it cannot be read.
     """
-    require(run)
+    require_run(run)
     stale = _stale(run)
     rounds = [_round(r, ROUND_STAGES, stale) for r in planned_rounds(run)]
     final = _round(run.final, FINAL_STAGES, stale)
@@ -127,6 +130,9 @@ def status(run: RunDir) -> dict[str, Any]:
     heldout = (load_json(run.heldout_losses) if is_evaluated else None) or {}
     models = heldout.get("models", [])
     events = load_jsonl(run.events, torn_end=True) or []
+    for event in events:
+        if (reason := newer(run.events.name, event.get("version", 0), run.events)) is not None:
+            raise RunError(reason)
     return {
         "run": run.path.resolve().name,
         "path": str(run.path),
@@ -142,7 +148,7 @@ def status(run: RunDir) -> dict[str, Any]:
 
 
 def count_rows(path: Path) -> int | None:
-    """Rows of a JSONL file, None if it does not exist; lines are counted, not parsed."""
+    """The number of rows of a JSONL file; None if it does not exist. The lines are not parsed."""
     if not path.exists():
         return None
     with path.open("rb") as file:
@@ -150,14 +156,14 @@ def count_rows(path: Path) -> int | None:
 
 
 def _stale(run: RunDir) -> dict[tuple[str, str], str]:
-    """Why stages are stale that were done, by folder and stage."""
+    """The reasons why finished stages are stale, by (folder, stage)."""
     config = stored(load_settings(run))
     found: dict[tuple[str, str], str] = {}
     if config is not None:
         for link, state in assess(chain(run, config), config):
             if state.is_done and state.why is not None:
                 found[link.folder.path.name, link.name] = state.why
-    for folder in (*run.rounds(), run.final):  # those that the settings no longer ask for, or cannot say
+    for folder in (*run.rounds(), run.final):  # also stages that are not in the chain of the settings
         manifest = Manifest(folder.path)
         for stage in manifest.records():
             if (why := manifest.why_stale(stage)) is not None:
@@ -171,7 +177,7 @@ def _round(
     records, name = round_dir.stages(), round_dir.path.name
     stale = {stage: why for (folder, stage), why in all_stale.items() if folder == name}
     seconds = {s: float(records[s]["seconds"]) if s in records and s not in stale else None for s in stages}
-    # What a stale stage has written is not counted: it may be damaged, and will be written anew.
+    # The output of a stale stage is not counted: it may be damaged, and will be written again.
     selection = None if "select" in stale else load_json(round_dir.selection)
     chosen = {axis: record["ids"] for axis, record in selection["axes"].items()} if selection else None
     refined = None if "refine" in stale else load_jsonl(round_dir.refined)
@@ -190,12 +196,7 @@ def _round(
 
 
 def render_status(d: dict[str, Any]) -> str:
-    """The dict of `status` as plain text for a terminal, without colours or control characters."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
+    """The result of `status` as plain text for a terminal, without colours or control characters."""
     stages = [*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES)]
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("", "rows", *stages, "selected", "accepted"):
@@ -205,23 +206,24 @@ def render_status(d: dict[str, Any]) -> str:
         tried = None if row["accepted"] is None else row["accepted"] + row["rejected"]
         kept = f"{row['accepted']:,} of {tried:,}" if tried is not None else "-"
         counts = (_count(row["rows"]), *cells, _count(row["n_selected"]), kept)
-        table.add_row(*(Text(_plain(cell)) for cell in (row["name"], *counts)))
+        table.add_row(*(Text(printable(cell, lines=False)) for cell in (row["name"], *counts)))
     out = io.StringIO()
     console = Console(file=out, width=120, color_system=None, highlight=False, markup=False, emoji=False)
     step = "complete" if d["complete"] else f"next: {d['next']['stage']} of {d['next']['round']}"
-    console.print(_plain(f"{d['run']}: {step}"))
-    console.print(table)
-    for line in _reasons([*d["rounds"], d["final"]]):
-        console.print(_plain(line))
     losses = ", ".join(
         f"{m['name']} {m['loss']:.4f}" if m["loss"] is not None else f"{m['name']} -" for m in d["heldout"]
     )
-    console.print(_plain(f"held-out loss: {losses or 'not yet'}"))
-    for line in effect_lines(d["effects"]):
-        console.print(_plain(f"  {line}"))
-    if d["last_event"]:
-        event = d["last_event"]
-        console.print(_plain(f"last event: {event.get('event', '?')} at {event.get('time', '?')}"))
+    below = [
+        *_reasons([*d["rounds"], d["final"]]),
+        f"held-out loss: {losses or 'not yet'}",
+        *(f"  {line}" for line in effect_lines(d["effects"])),
+    ]
+    if event := d["last_event"]:
+        below.append(f"last event: {event.get('event', '?')} at {event.get('time', '?')}")
+    console.print(printable(f"{d['run']}: {step}", lines=False))
+    console.print(table)
+    for line in below:
+        console.print(printable(line, lines=False))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
@@ -235,7 +237,7 @@ def _cell(row: dict[str, Any], stage: str) -> str:
 
 
 def _reasons(rows: list[dict[str, Any]]) -> list[str]:
-    """Why stages are stale, one line each; what only follows from them is in the table."""
+    """Why stages are stale, one line each; stages that are stale only because of these are in the table."""
     return [
         f"{row['name']} {stage} is stale: {why}"
         for row in rows
@@ -244,22 +246,5 @@ def _reasons(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def duration(seconds: float) -> str:
-    """0.42 -> '0.4 s', 75 -> '1 min 15 s', 5400 -> '1 h 30 min'."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def _count(n: int | None) -> str:
     return "-" if n is None else f"{n:,}"
-
-
-def _plain(text: str) -> str:
-    """Keeps a name from a file from steering the terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,4 +1,4 @@
-"""What commands print for people: selections, traces and inspections as plain text."""
+"""The output of commands for people: selections, traces and inspections as plain text."""
 
 from __future__ import annotations
 
@@ -6,53 +6,65 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-_AXES = {"complexity": "hard", "diversity": "sparse", "quality": "low quality"}
+from rich.console import Console
+from rich.text import Text
+
+from middo_jax.data.sources import Reason, reason_lines
+from middo_jax.report.axes import shown_axes
+from middo_jax.rundir.rows import SelectionFile
+
 _STYLES = {"target": "black on green", "prompt": "cyan", "template": "dim"}
 _BAR = 40  # characters of the longest bar
 
 
-def printable(text: str) -> str:
-    """Keeps text from a dataset or a model from steering the terminal; newlines stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+def printable(text: str, *, lines: bool = True) -> str:
+    """Text of a dataset, a model or a file name without characters that control a terminal.
+
+    Args:
+      text: any text.
+      lines: whether line breaks are kept.
+    """
+    kept = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def render_selection(selection: dict[str, Any]) -> str:
-    """selection.json as text: each set's size and threshold, the overlaps, and the m-sweep."""
-    lines = []
+def render_selection(selection: SelectionFile) -> str:
+    """selection.json as text: size and threshold of each set, the overlaps, and the sizes for other m."""
+    lines, axes = [], shown_axes([selection])
     for axis, facts in selection["axes"].items():
         m = "none" if facts["m"] is None else f"{facts['m']:.3f}"
         bounds = ", ".join(
-            f"{name} {'>' if axis == 'complexity' else '<'} {value:.4f}"
+            f"{name} {'>' if axes[axis].above else '<'} {value:.4f}"
             for name, value in facts["threshold"].items()
             if value is not None
         )
         nulls = f", {facts['n_null']} without a score" if facts["n_null"] else ""
         lines.append(
-            f"{_AXES[axis]:<12} {len(facts['ids']):>6} of {facts['n_scored']}  m {m}  {bounds}{nulls}"
+            f"{axes[axis].title:<12} {len(facts['ids']):>6} of {facts['n_scored']}  m {m}  {bounds}{nulls}"
         )
     lines += [f"{name:<12} {n:>6}" for name, n in selection["overlap"].items()]
     if duplicates := selection["duplicates"]:
         lines.append(f"{'same prompt':<12} {duplicates['n_samples']:>6} in {duplicates['n_groups']} groups")
     for axis, points in selection["sweep"].items():
         counts = "  ".join(f"{point['m']:g}: {point['n']}" for point in points)
-        lines.append(f"{_AXES[axis]} by m   {counts}")
+        lines.append(f"{axes[axis].title} by m   {counts}")
     return "\n".join(lines) or "no axis has scores"
 
 
 def render_dry_run(plan: dict[str, Any]) -> str:
-    """What refining would ask for, in numbers, and the first of its requests."""
+    """The numbers of a `DryRun` and the first of its requests."""
     rows = plan["rows"]
-    probe = ", the first to find out whether the server honours a schema" if plan["probes"] else ""
+    probe = ", the first to find out whether the server enforces a schema" if plan["probes"] else ""
     lines = [
-        f"{len(rows):,} new prompts, then their answers: {plan['requests']:,} requests{probe}",
+        f"{len(rows):,} new prompts and their answers: {plan['requests']:,} requests{probe}",
         f"prompt tokens: about {plan['prompt_tokens_estimate']:,}",
         f"completion tokens: about {plan['completion_tokens_estimate']:,}, "
         f"at most {plan['completion_tokens_at_most']:,}",
         f"at refine.prices: about ${plan['usd_estimate']:.4f}, at most ${plan['usd_at_most']:.4f}",
-        "corrections, retries and further attempts come on top",
+        "plus corrections, retries and further attempts",
     ]
     if rows:
-        lines.append("\nthe first new prompt is asked for so (--json shows all):")
+        lines.append("\nthe first request (--json shows all):")
         lines += [
             textwrap.indent(f"[{turn['role']}]\n{turn['content']}", "  ") for turn in rows[0]["messages"]
         ]
@@ -60,11 +72,12 @@ def render_dry_run(plan: dict[str, Any]) -> str:
 
 
 def render_batch(state: dict[str, Any], command: str, written: Path | None) -> str:
-    """Where refining by batch files stands, and how `command` goes on."""
-    lines = [f"{state['taken']:,} results taken in"] if state["taken"] else []
+    """The state of refining by batch files, and the next command."""
+    lines = [f"{state['taken']:,} results read"] if state["taken"] else []
     if state["failed"]:
         lines.append(
-            f"{state['failed']:,} results are failures and asked again, the first: {state['first_failure']}"
+            f"{state['failed']:,} results are failures and will be asked again, the first: "
+            f"{state['first_failure']}"
         )
     if written is None:
         lines.append(f"{state['waiting']:,} requests wait; next: {command} --write-batch FILE")
@@ -77,7 +90,7 @@ def render_batch(state: dict[str, Any], command: str, written: Path | None) -> s
 
 
 def render_trace(chain: list[dict[str, Any]]) -> str:
-    """The chain that `lineage.trace` gives, oldest first."""
+    """The result of `lineage.trace` as text, oldest first."""
     parts = []
     for sample in chain:
         how = sample["op"] + (f" ({sample['axis']})" if sample["axis"] else "")
@@ -95,9 +108,9 @@ def render_trace(chain: list[dict[str, Any]]) -> str:
 
 
 def render_inspection(facts: dict[str, Any], *, color: bool = False) -> str:
-    """What `inspection` found, as text: what is learnt in colour, or between [[ and ]] without."""
+    """The result of `inspection` as text; the targets are in colour, or between [[ and ]] without colour."""
     lines = [f"{facts['n']:,} rows can be used, {len(facts['rejected'])} cannot"]
-    lines += [f"  {row['where']}: {row['reason']}" for row in facts["rejected"][:5]]
+    lines += reason_lines([Reason(**reason) for reason in facts["reasons"]], limit=5)
     if "tokens" not in facts:
         return printable("\n".join(lines))
     lines += [f"warning: {warning}" for warning in facts["warnings"]]
@@ -116,7 +129,7 @@ def render_inspection(facts: dict[str, Any], *, color: bool = False) -> str:
 
 
 def _lengths(tokens: dict[str, Any]) -> list[str]:
-    """Quantiles and histogram of the lengths, and what becomes of them in packs."""
+    """Quantiles and histogram of the lengths, the cut, the targets and the packing."""
     quantiles = "  ".join(f"{name} {value:,}" for name, value in tokens["quantiles"].items())
     names = [f"{bar['from']:,}-{bar['to']:,}" for bar in tokens["histogram"]]
     highest = max(bar["n"] for bar in tokens["histogram"])
@@ -127,7 +140,7 @@ def _lengths(tokens: dict[str, Any]) -> list[str]:
     ]
     shapes = tokens["scoring"]["shapes"]
     return [
-        f"tokens a conversation: {quantiles}",
+        f"tokens per conversation: {quantiles}",
         *bars,
         f"cut at model.max_length {tokens['max_length']:,}: {tokens['truncated']:,} conversations, "
         f"{tokens['tokens_cut']:,} tokens",
@@ -141,10 +154,7 @@ def _lengths(tokens: dict[str, Any]) -> list[str]:
 
 
 def _colored(parts: list[tuple[str, str]]) -> str:
-    from rich.console import Console
-    from rich.text import Text
-
-    # Text is never read as markup, and what would steer a terminal is gone from it already.
+    # `Text` is never parsed as markup, and `printable` has removed control characters.
     text = Text.assemble(
         ("what is learnt", _STYLES["target"]),
         ", ",

@@ -1,4 +1,4 @@
-"""Why a rewrite was not accepted: read from the rows of refined.jsonl and candidates.jsonl."""
+"""Why a rewrite was not accepted, from the rows of refined.jsonl and candidates.jsonl."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 
 class Verdict(NamedTuple):
-    """The gate that rejected a rewrite, and what it found; no gate where a request failed, say."""
+    """The gate that rejected a rewrite, and its finding; `gate` is None if, for example, a request failed."""
 
     gate: str | None
     detail: str | None
 
     @property
     def kind(self) -> str:
-        """What rejected rewrites are counted by."""
+        """The kind by which rejected rewrites are counted."""
         return self.gate or str(self.detail).partition(":")[0]
 
     def __str__(self) -> str:
@@ -23,7 +23,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(row: Mapping[str, Any]) -> Verdict:
-    """A row's verdict. Version 0.1 wrote it as one text, and a gate in candidates.jsonl only."""
+    """The verdict in a row. Version 0.1 wrote it as one text, and the gate in candidates.jsonl only."""
     if "detail" in row:
         return Verdict(row["gate"], row["detail"])
     return Verdict(None, row.get("reason", row.get("reject_reason")))
@@ -32,7 +32,7 @@ def verdict(row: Mapping[str, Any]) -> Verdict:
 def refusals(
     tasks: Sequence[Mapping[str, Any]], requests: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows of refined.jsonl that were not accepted, with their verdict and all that the refiner answered.
+    """The rows of refined.jsonl that were not accepted, with their verdicts and all answers of the refiner.
 
     Args:
       tasks: rows of refined.jsonl.

@@ -79,7 +79,9 @@ class Link:
         return {role: p for role, p in roles.items() if p and not _is_ours(p) and p.exists()}
 
     def begin(self) -> Begun:
-        """To be called before the stage reads anything."""
+        """To be called before the stage reads anything. Refuses what a newer version wrote."""
+        for folder in {self.folder.path, *(path.parent for path in self.reads)}:
+            Manifest(folder).records()
         return Begun(self, Manifest(self.folder.path).see(self.reads, self.inputs))
 
     def why_stale(self, config: Config) -> str | None:
@@ -89,11 +91,17 @@ class Link:
         if "settings" not in record:  # the previous version's: it says which files there were, no more
             return manifest.why_stale(self.name)
         before = record["settings"]
-        for name, now in affecting(config, self.affected_by).items():
-            if (was := before.get(name, default_of(name))) != now:
+        settings = affecting(config, self.affected_by)
+        # First what the record names: what it does not name may be asked now because of such a change.
+        for name in sorted(settings, key=lambda name: name not in before):
+            if (was := before.get(name, default_of(name))) != (now := settings[name]):
                 return f"{name} was {_shown(was)}, is {_shown(now)}"
         if (reason := manifest.why_stale(self.name)) is not None:
             return reason
+        wrote = record["files"]
+        for name in map(manifest.name, self.writes):  # a folder is recorded file by file
+            if not any(file == name or file.startswith(f"{name}/") for file in wrote):
+                return f"it writes {name} now"
         known = {*record["reads"], *record["inputs"]}
         new = [n for n in (*map(manifest.name, self.reads), *self.inputs) if n not in known]
         return f"it reads {new[0]} now" if new else None
@@ -155,14 +163,13 @@ def chain(run: RunDir, config: Config, base: Path | None = None, data: Path | No
         earlier = ends[t - 1] if t else None
         previous = base if earlier is None else earlier.checkpoint
         start = previous if config.train.start_from == "previous" else base
-        before = previous if config.complexity.pre_model == "previous" else base
         if earlier is not None:
             links.append(follow(here, earlier))
         links.append(train(here, start))
         if here.path == run.final.path:
             break
         measuring = here.checkpoint if config.refine.accept == "measured" else None
-        scored = dataclasses.replace(score(here, here.checkpoint, before), earlier=earlier)
+        scored = dataclasses.replace(score(here, here.checkpoint, start), earlier=earlier)
         links += [scored, select(here), refine(here, run.heldout, measuring), merge(here)]
     return [*links, evaluate(run, ends, base), export(run.final)]
 

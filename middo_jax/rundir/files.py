@@ -86,19 +86,13 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, or of a folder's sorted file names and bytes.
+    """SHA-256 of a file's bytes.
 
     Raises:
-      FileNotFoundError: there is neither.
+      FileNotFoundError: there is no such file.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} was to be hashed and is not there")
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        if path.is_dir():
-            digest.update(file.relative_to(path).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} was to be hashed and is not there") from error

@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from middo_jax.rundir.files import json_line
+from middo_jax.config.base import URL
+from middo_jax.rundir.files import is_reader, json_line
 from middo_jax.rundir.manifest import Manifest, RunError
+from middo_jax.rundir.schemas import EVENTS
 
 _ROUND = re.compile(r"round_(\d{2,})")
 
@@ -25,8 +27,7 @@ def local(path: str | Path) -> Path:
     Raises:
       RunError: it is a URL, such as gs://bucket/runs.
     """
-    # Path() makes gs:/bucket of gs://bucket; a drive letter is one letter.
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+    if re.match(URL, str(path)):
         raise RunError(f"{path}: buckets and other URLs are not supported yet; give a folder on this machine")
     return Path(path)
 
@@ -52,8 +53,8 @@ class RoundDir:
 
     @property
     def embeddings(self) -> Path:
-        """float32 [N, D], rows as in scores.parquet."""
-        return self.path / "embeddings.npy"
+        """One row per sample: the mean hidden state over its prompt."""
+        return self.path / "embeddings.parquet"
 
     @property
     def selection(self) -> Path:
@@ -207,7 +208,10 @@ class RunDir:
 
     def log(self, event: str, **facts: Any) -> None:
         """Appends one line to events.jsonl: when, what, and its facts."""
+        if is_reader():
+            return
         self.path.mkdir(parents=True, exist_ok=True)
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = {"version": EVENTS.version, "time": now, "event": event, **facts}
         with self.events.open("a", encoding="utf-8") as file:
             file.write(json_line(line))

@@ -1,9 +1,10 @@
 """The manifest of a folder: which stages are done, of what they were made, and whether that still holds.
 
-A record of a stage, in `manifest.json`:
+`manifest.json` has its format's `version` and the records of the stages. A record:
 
     finished, seconds    when, and how long it took
     files                {name: SHA-256} of what it wrote, a folder file by file
+    versions             {name: version} of the formats of the public ones among them, see schemas.py
     reads                {name: SHA-256} of what it read within the run
     inputs               {role: {path, hash, stat}} of what it read outside: the user's data, models
     stats                {name: [size, mtime in ns]} of files and reads when they were hashed
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from middo_jax.rundir.files import file_hash, is_reader, write_json
+from middo_jax.rundir.schemas import MANIFEST, newer, versions_of
 
 _WHOLE = 1 << 30  # bytes up to which a file is hashed whole
 _SAMPLES, _SAMPLE = 64, 64 << 10  # of a larger one: so many blocks of so many bytes
@@ -53,12 +55,16 @@ class Manifest:
         """Records of the finished stages by name.
 
         Raises:
-          RunError: the file is not a manifest.
+          RunError: the file is not a manifest, or a newer version wrote it or a file that it names.
         """
         try:
-            records = json.loads(self.path.read_text(encoding="utf-8"))["stages"]
+            manifest = json.loads(self.path.read_text(encoding="utf-8"))
+            self._refuse_newer({self.path.name: manifest.get("version", 0)})
+            records = manifest["stages"]
             if not all(isinstance(r["files"], dict) and float(r["seconds"]) >= 0 for r in records.values()):
                 raise ValueError("a stage without files or seconds")
+            for record in records.values():
+                self._refuse_newer(record.get("versions", {}))
             return records
         except FileNotFoundError:
             return {}
@@ -113,18 +119,19 @@ class Manifest:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(seconds, 3),
             "files": {name: fingerprint(path) for name, path in written.items()},
+            "versions": versions_of(written),
         }
         if seen is not None:
             record |= {"reads": seen.reads, "inputs": seen.inputs, "settings": dict(settings or {})}
             stats = seen.stats | stats
         record |= {"stats": stats, **facts}
-        write_json(self.path, {"stages": self.records() | {stage: record}})
+        self._write(self.records() | {stage: record})
 
     def forget(self, stage: str) -> None:
         """Removes a stage's record: what it wrote is about to be overwritten."""
         records = self.records()
         if records.pop(stage, None) is not None:
-            write_json(self.path, {"stages": records})
+            self._write(records)
 
     def why_stale(self, stage: str) -> str | None:
         """Why a finished stage does not fit the files that are there; None if it does.
@@ -146,6 +153,14 @@ class Manifest:
     def name(self, path: Path) -> str:
         """A path as records name it: relative to the folder."""
         return Path(os.path.relpath(path, self.folder)).as_posix()
+
+    def _write(self, records: Mapping[str, Any]) -> None:
+        write_json(self.path, {"version": MANIFEST.version, "stages": records})
+
+    def _refuse_newer(self, versions: Mapping[str, int]) -> None:
+        for name, version in versions.items():
+            if (reason := newer(name, version, self.path)) is not None:
+                raise RunError(reason)
 
     def _has_changed(self, record: Mapping[str, Any], name: str, known: str) -> bool:
         path, stats = self.folder / name, record.get("stats")

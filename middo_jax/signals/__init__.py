@@ -1,1 +1,1 @@
-"""What a dataset's numbers say of its samples: neighbours, questions to the judge, table, selection."""
+"""From measurements to selected samples: neighbours, the judge's questions, the scores, the selection."""

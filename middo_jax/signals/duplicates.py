@@ -1,4 +1,4 @@
-"""Exact duplicates: prompts that a model cannot tell apart, found by the hash of what it reads."""
+"""Exact duplicates: prompts with equal tokens, found by their hash."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Hashable, Iterable
 import numpy as np
 
 from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.rundir.rows import DuplicatesRow
 
 
 def prompt_hash(example: TokenizedExample) -> str:
-    """64 bits, in hexadecimal, of all that the embedding of a prompt depends on.
+    """A hash of everything on which the embedding of a prompt depends: 64 bits, in hexadecimal.
 
-    That is every token up to the prompt's last and which of them are the prompt's: what follows, a decoder
-    has not seen yet. So equal hashes mean equal embeddings, up to the rounding of other batches. Another
-    system turn in front makes another hash; another answer behind does not.
+    The embedding depends on the tokens up to the prompt's last one, and on which of them belong to the
+    prompt. A decoder has not seen later tokens. So equal hashes mean equal embeddings, up to rounding in
+    different batches. The system turn changes the hash, the answer does not.
     """
     prompt = np.flatnonzero(example.in_prompt_n)
     stop = int(prompt[-1]) + 1 if len(prompt) else 0
@@ -25,7 +26,7 @@ def prompt_hash(example: TokenizedExample) -> str:
 
 
 def groups(keys: Iterable[Hashable]) -> np.ndarray:
-    """[n] int32, equal where the keys are: the number of the first that was like it.
+    """[n] int32: for each key the index of the first equal key.
 
     ["a", "b", "a"]  ->  [0, 1, 0]
     """
@@ -33,8 +34,8 @@ def groups(keys: Iterable[Hashable]) -> np.ndarray:
     return np.fromiter((first.setdefault(key, i) for i, key in enumerate(keys)), np.int32)
 
 
-def count_duplicates(hashes: Iterable[str]) -> dict[str, int]:
-    """How many groups of equal prompts there are, and how many samples are in one.
+def count_duplicates(hashes: Iterable[str]) -> DuplicatesRow:
+    """The number of groups of equal prompts, and the number of samples in such groups.
 
     ["a", "b", "a", "c", "a"]  ->  {"n_groups": 1, "n_samples": 3}
     """

@@ -2,7 +2,7 @@
 
   IFD(Q, A) = s(A | Q) / s(A)       s: mean NLL of the response's tokens, with and without the prompt
 
-Near 1 the prompt is of no help, above 1 it misleads; the authors select high values below 1.
+With a value near 1 the prompt does not help, above 1 it misleads. The authors select high values below 1.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from middo_jax.data.tokenize import TokenizedExample
 
 
 def responses_alone(example: TokenizedExample, header_n: np.ndarray) -> list[TokenizedExample]:
-    """Each response of a conversation behind the template's header of an assistant's turn, and nothing else.
+    """Each response of a conversation without its prompt, after the template's header of an assistant's turn.
 
-    The header (see `tokenize.response_header`) is what the authors' "### Response:" is. The response's tokens
-    are the conversation's own, its end of turn among them, so that both losses are of the same tokens, cut
-    alike.
+    The header (see `tokenize.response_header`) corresponds to the authors' "### Response:". The tokens of the
+    response are those of the conversation, with its end of turn, so both losses are over the same tokens.
 
       tokens    [1, 5, 10, 11, 6, 20, 21, 2]  header [1, 6]  ->  [1, 6, 20, 21, 2]
       is_target [0, 0,  0,  0, 0,  1,  1, 1]                     [0, 0,  1,  1, 1]
@@ -39,12 +38,12 @@ def responses_alone(example: TokenizedExample, header_n: np.ndarray) -> list[Tok
 
 
 def mean_by_example(counts: Sequence[int], loss_r: np.ndarray, n_targets_r: np.ndarray) -> np.ndarray:
-    """[n] float32: sum of NLLs over number of targets, over all responses of an example; NaN without any.
+    """[n] float32: the mean NLL per target over all responses of each example; NaN without any target.
 
     Args:
-      counts: how many responses each of the n examples has, one example after the other.
+      counts: the number of responses of each of the n examples. Responses are ordered by example.
       loss_r: mean NLL of each response's targets.
-      n_targets_r: how many these are.
+      n_targets_r: number of each response's targets.
     """
     example_r, n = np.repeat(np.arange(len(counts)), counts), len(counts)
     has_targets_r = n_targets_r > 0
@@ -56,6 +55,6 @@ def mean_by_example(counts: Sequence[int], loss_r: np.ndarray, n_targets_r: np.n
 
 
 def ifd(loss_n: np.ndarray, loss_unconditional_n: np.ndarray) -> np.ndarray:
-    """[n] IFD of mean NLLs with and without the prompt; NaN or infinite where there is no ratio."""
+    """[n] IFD from the mean NLLs with and without the prompt; NaN or infinite without a ratio."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return loss_n / loss_unconditional_n

@@ -1,4 +1,4 @@
-"""scores.parquet: one row per sample, keyed by id, null where a column was not computed."""
+"""scores.parquet: one row per sample, with the key `id`. Columns that were not computed are null."""
 
 from __future__ import annotations
 
@@ -11,47 +11,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from middo_jax.rundir import atomic
+from middo_jax.rundir.schemas import SCORES
+from middo_jax.rundir.tables import arrow_schema, refuse_newer
 from middo_jax.signals.ifd import ifd
 from middo_jax.signals.judge.rubrics import COLUMNS, quality
 from middo_jax.signals.neighbours.nearest import Neighbours
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("loss_pre", pa.float32()),
-        ("loss_post", pa.float32()),
-        ("n_target_tokens", pa.int32()),
-        ("truncated", pa.bool_()),
-        ("knn_mean_sim", pa.float32()),
-        ("knn_ids", pa.list_(pa.string())),
-        ("knn_sims", pa.list_(pa.float32())),
-        ("prompt_hash", pa.string()),
-        ("loss_unconditional", pa.float32()),
-        ("ifd", pa.float32()),
-        *((column, pa.float32()) for column in COLUMNS),
-        ("quality", pa.float32()),
-        ("error", pa.string()),
-    ]
-)
-NO_MORE = frozenset({"hard", "sparse", "low_quality"})  # older tables have them; now in selection.parquet
-ADDED = frozenset(
-    {"prompt_hash", "loss_unconditional", "ifd"}
-)  # tables that are older than these are read too
+SCHEMA = arrow_schema(SCORES)
+# Older tables have these columns, which are in selection.parquet now.
+MOVED = frozenset({"hard", "sparse", "low_quality"})
+# Older tables do not have these columns.
+ADDED = frozenset({"prompt_hash", "loss_unconditional", "ifd"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What was measured of N samples; None for an axis that was not asked for.
+    """The measurements of n samples; None for an axis that was not measured.
 
     Attributes:
-      ids: the samples, in the order of all arrays here.
-      loss_pre, loss_post: [n] mean NLL of the targets in nats.
-      n_target_tokens: [n].
-      truncated: [n].
-      neighbours: of the embeddings.
-      ratings: [n, 6] as `rubrics.COLUMNS`.
+      ids: the samples, in the order of all arrays.
+      n_target_tokens: [n] number of targets.
+      truncated: [n] whether the sample was cut.
+      loss_pre, loss_post: [n] mean NLL of the targets, in nats.
+      neighbours: by the embeddings.
+      ratings: [n, 6], in the order of `rubrics.COLUMNS`.
       prompt_hashes: [n], see `duplicates.prompt_hash`.
-      loss_unconditional: [n] like loss_post, of the responses alone.
+      loss_unconditional: [n] like loss_post, for the responses without their prompts.
     """
 
     ids: Sequence[str]
@@ -65,7 +50,7 @@ class Measured:
     loss_unconditional: np.ndarray | None = None
 
     def to_table(self) -> pa.Table:
-        """A table of SCHEMA; what is not finite becomes null, and `error` says so."""
+        """A table of SCHEMA. Values that are not finite become null, and `error` names them."""
         n = len(self.ids)
         knn = self.neighbours
         floats: dict[str, np.ndarray | None] = {
@@ -103,20 +88,23 @@ def write_scores(path: Path, table: pa.Table) -> None:
 
 
 def read_scores(path: Path) -> pa.Table:
-    """Reads scores.parquet back, the user's columns last; columns that it is too old to have are null.
+    """Reads scores.parquet, with the user's columns last. Columns that an older file does not have are null.
 
     Raises:
-      ValueError: the file is not one of ours.
+      ValueError: the file is not a table of scores.
+      RunError: a newer version wrote it.
     """
     return as_scores(pq.read_table(path), str(path))
 
 
 def as_scores(table: pa.Table, where: str) -> pa.Table:
-    """A table with the columns of SCHEMA first and all others behind them; see `read_scores`.
+    """A table with the columns of SCHEMA first and all others after them, see `read_scores`.
 
     Raises:
       ValueError: a column is missing; `where` names the table.
+      RunError: a newer version made it.
     """
+    refuse_newer(table.schema, SCORES, where)
     for name in sorted(ADDED.difference(table.column_names)):
         table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
     missing = [name for name in SCHEMA.names if name not in table.column_names]
@@ -124,31 +112,31 @@ def as_scores(table: pa.Table, where: str) -> pa.Table:
         raise ValueError(
             f"{where}: not a score table: no column {', '.join(missing)}; run `middo score` again"
         )
-    own = table.drop_columns([name for name in table.column_names if name in {*SCHEMA.names, *NO_MORE}])
+    own = table.drop_columns([name for name in table.column_names if name in {*SCHEMA.names, *MOVED}])
     return with_columns(table.select(SCHEMA.names).cast(SCHEMA), own)
 
 
 def with_columns(table: pa.Table, others: pa.Table) -> pa.Table:
-    """A table with the columns of another one behind its own; the rows are the same."""
+    """A table with the columns of another one appended; both have the same rows."""
     for name in others.column_names:
         table = table.append_column(others.schema.field(name), others[name])
     return table
 
 
 def neighbours_of(table: pa.Table, k: int) -> Neighbours:
-    """The neighbours that a table names, k of each row, as they were found."""
-    place = {id_: i for i, id_ in enumerate(table["id"].to_pylist())}
+    """The neighbours in a table, k of each row, as the search returned them."""
+    row_of = {id_: i for i, id_ in enumerate(table["id"].to_pylist())}
     index_nk = np.full((len(table), k), -1, np.int32)
     similarity_nk = np.full((len(table), k), np.nan, np.float32)
     rows = zip(table["knn_ids"].to_pylist(), table["knn_sims"].to_pylist(), strict=True)
     for i, (ids, sims) in enumerate(rows):
-        index_nk[i, : len(ids)] = [place[id_] for id_ in ids]
+        index_nk[i, : len(ids)] = [row_of[id_] for id_ in ids]
         similarity_nk[i, : len(sims)] = sims
     return Neighbours(index_nk, similarity_nk)
 
 
 def as_floats(table: pa.Table, column: str) -> np.ndarray:
-    """A column as float64 [n], null as NaN."""
+    """A column as float64 [n]; null becomes NaN."""
     return table[column].cast(pa.float64()).to_numpy(zero_copy_only=False)
 
 

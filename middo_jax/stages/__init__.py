@@ -4,19 +4,43 @@ A stage reads what earlier ones left in a round's folder, writes its own files, 
 in the manifest. So any of them can be killed and started again.
 """
 
-from middo_jax.stages.batch import BatchState, batch_stage
-from middo_jax.stages.checks import check_continues, check_refiner, check_training
-from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
-from middo_jax.stages.refine import merge_stage, merged, plan_refinement, refine_round, refine_stage
-from middo_jax.stages.score import AXES, Scored, check_embedder, measure, score_stage, select_stage
-from middo_jax.stages.surroundings import answer_cache, heldout_of
-from middo_jax.stages.train import remove_training, train_stage
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from middo_jax.stages.batch import batch_stage
+    from middo_jax.stages.checks import check_continues, check_refiner, check_training
+    from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
+    from middo_jax.stages.refine import (
+        follow_refinement,
+        merge_stage,
+        merged,
+        plan_refinement,
+        refine_round,
+        refine_stage,
+    )
+    from middo_jax.stages.score import check_embedder, score_stage
+    from middo_jax.stages.select import select_stage
+    from middo_jax.stages.surroundings import answer_cache
+    from middo_jax.stages.train import remove_training, train_stage
+
+# Imported when first used: `select` is a stage that needs no JAX, and all others load it.
+_MODULES = {
+    "batch": "batch_stage",
+    "checks": "check_continues check_refiner check_training",
+    "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
+    "refine": "follow_refinement merge_stage merged plan_refinement refine_round refine_stage",
+    "score": "check_embedder score_stage",
+    "select": "select_stage",
+    "surroundings": "answer_cache",
+    "train": "remove_training train_stage",
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
-    "AXES",
-    "BatchState",
     "HeldOut",
-    "Scored",
     "answer_cache",
     "batch_stage",
     "check_continues",
@@ -25,8 +49,7 @@ __all__ = [
     "check_training",
     "export_adapter",
     "export_checkpoint",
-    "heldout_of",
-    "measure",
+    "follow_refinement",
     "measure_heldout",
     "merge_stage",
     "merged",
@@ -38,3 +61,9 @@ __all__ = [
     "select_stage",
     "train_stage",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -12,17 +12,25 @@ import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from middo_jax.config.gates import Needs
 from middo_jax.data.example import Example
+from middo_jax.parallel.coordination import Together
+from middo_jax.refinement import Outcome, Task
+from middo_jax.refinement.acceptance.candidate import Candidate, Limits, Measurement
+from middo_jax.refinement.acceptance.language import load_identifier
+from middo_jax.refinement.acceptance.measured import after_scores, length_bounds, pair_similarity
+from middo_jax.refinement.acceptance.repeats import Known
+from middo_jax.refinement.acceptance.table import asked, first_verdict
 from middo_jax.rundir import RoundDir, read_jsonl, write_jsonl
+from middo_jax.rundir.rows import CandidateRow
 from middo_jax.session import Session, read_dataset
-from middo_jax.stages.measure import UnderTraining, scored_as, scored_model
-
-if TYPE_CHECKING:
-    from middo_jax.refinement import Outcome, Task
-    from middo_jax.refinement.acceptance.candidate import Candidate, Limits, Measurement
+from middo_jax.signals.embeddings import read_embeddings
+from middo_jax.signals.table import read_scores
+from middo_jax.stages.measure import Rewrite, UnderTraining, alone, scored_as, scored_model
 
 
 @dataclasses.dataclass
@@ -37,6 +45,11 @@ class _Case:
     def key(self) -> tuple[str, str]:
         """Under which its measurement is kept."""
         return self.outcome.task.task_id, self.child.id
+
+    @property
+    def rewrite(self) -> Rewrite:
+        """What is measured of it."""
+        return Rewrite(self.child, self.outcome.task.original.id, self.outcome.task.op)
 
     @property
     def is_open(self) -> bool:
@@ -56,7 +69,12 @@ class Acceptance:
     """
 
     def __init__(
-        self, session: Session, directory: RoundDir, heldout: Sequence[Example], model: Path | None
+        self,
+        session: Session,
+        directory: RoundDir,
+        heldout: Sequence[Example],
+        model: Path | None,
+        together: Together = alone,
     ) -> None:
         """Reads what the gates compare with.
 
@@ -65,14 +83,14 @@ class Acceptance:
           directory: contains the round's dataset, scores, embeddings and selection.
           heldout: what no candidate may repeat.
           model: M_t; None takes the one that the folder's manifest names.
+          together: of `lead`, if other processes of the job follow.
 
         Raises:
           RunError: `refine.accept` is `measured` and that model cannot be found.
           ConfigError: a gate needs a package that is not installed.
         """
-        from middo_jax.refinement.acceptance.duplicates import Known
-        from middo_jax.refinement.acceptance.language import load_identifier
 
+        self._together = together
         self._session, self._directory = session, directory
         self._settings = session.config.refine
         gates, by_text = self._settings.gates, self._settings.accept != "none"
@@ -84,13 +102,13 @@ class Acceptance:
         self.limits = self._read_limits()
         self._under = scored_as(directory)
         self._stored = self._read_stored()
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[CandidateRow] = []
 
-    def decide(self, asked: Sequence[Outcome]) -> list[Outcome]:
+    def decide(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """The outcomes of one attempt, in order; those that a gate does not let pass are rejected."""
         cases = {
             place: _Case(outcome, outcome.example, self._candidate(outcome.task, outcome.example))
-            for place, outcome in enumerate(asked)
+            for place, outcome in enumerate(outcomes)
             if outcome.example is not None
         }
         self._ask_dataset(list(cases.values()))
@@ -98,7 +116,7 @@ class Acceptance:
             self._ask_model(list(cases.values()), self._model)
         self._ask_accepted(list(cases.values()))
         decided = []
-        for place, outcome in enumerate(asked):
+        for place, outcome in enumerate(outcomes):
             case = cases.get(place)
             measured = None if case is None else case.candidate.measured
             decided.append(outcome if case is None else _with_scores(case.outcome, measured))
@@ -108,7 +126,6 @@ class Acceptance:
 
     def _candidate(self, task: Task, child: Example) -> Candidate:
         """What the gates see of a child that has passed those of its text."""
-        from middo_jax.refinement.acceptance.candidate import Candidate
 
         return Candidate(
             task, prompt=child.prompt, response=child.response, example=child, limits=self.limits
@@ -116,14 +133,12 @@ class Acceptance:
 
     def _ask(self, cases: Sequence[_Case], needs: Needs) -> None:
         """Asks the gates of one phase of all that are still open."""
-        from middo_jax.refinement.acceptance.table import first_verdict
 
         for case in cases:
             if case.is_open and (verdict := first_verdict(case.candidate, needs, self._settings)):
                 case.outcome = case.outcome.rejected(verdict)
 
     def _ask_dataset(self, cases: Sequence[_Case]) -> None:
-        from middo_jax.refinement.acceptance.table import asked
 
         wanted = [case for case in cases if asked("dataset", case.outcome.task.axes, self._settings)]
         for case, tokenized in zip(wanted, self._session.tokenize([c.child for c in wanted]), strict=True):
@@ -131,14 +146,13 @@ class Acceptance:
         self._ask(cases, "dataset")
 
     def _ask_model(self, cases: Sequence[_Case], path: Path) -> None:
-        from middo_jax.refinement.acceptance.table import asked
 
-        model = UnderTraining(self._session, self._directory, path)
+        model = UnderTraining(self._session, self._directory, path, self._together)
         still = [case for case in cases if case.is_open]
         new = [case for case in still if case.key not in self._stored]
         # Within an attempt a task has one candidate, so that no key is measured twice.
         if new:
-            for case, measured in zip(new, model.measure([c.outcome for c in new]), strict=True):
+            for case, measured in zip(new, model.measure([c.rewrite for c in new]), strict=True):
                 case.learn(measured=measured)
         for case in still:
             case.learn(measured=case.candidate.measured or self._stored[case.key])
@@ -167,11 +181,6 @@ class Acceptance:
                 self._known.take_in(case.child)
 
     def _read_limits(self) -> Limits:
-        import numpy as np
-
-        from middo_jax.refinement.acceptance.candidate import Limits
-        from middo_jax.refinement.acceptance.measured import length_bounds, pair_similarity
-        from middo_jax.signals.table import read_scores
 
         gates, limits = self._settings.gates, Limits()
         length, context, novelty = (gates.value(name) for name in ("length", "context", "novelty"))
@@ -185,17 +194,20 @@ class Acceptance:
         if self._model is None:
             return limits
         axes = json.loads(self._directory.selection.read_text(encoding="utf-8"))["axes"]
-        embedding_nd = np.load(self._directory.embeddings, mmap_mode="r", allow_pickle=False)
-        nearest = [sims[0] for sims in read_scores(self._directory.scores)["knn_sims"].to_pylist() if sims]
+        table = read_scores(self._directory.scores)
+        nearest = [sims[0] for sims in table["knn_sims"].to_pylist() if sims]
+        similarity = None
+        if context is not None:
+            embedding_nd = read_embeddings(self._directory.embeddings, table["id"].to_pylist())
+            similarity = pair_similarity(embedding_nd, context)
         return dataclasses.replace(
             limits,
             loss=axes.get("complexity", {}).get("threshold", {}).get("loss_post"),
-            context=None if context is None else pair_similarity(embedding_nd, context),
+            context=similarity,
             novelty=float(np.quantile(nearest, novelty)) if novelty and nearest else None,
         )
 
     def _read_stored(self) -> dict[tuple[str, str], Measurement]:
-        from middo_jax.refinement.acceptance.candidate import Measurement
 
         if self._model is None or not self._directory.candidates.exists():
             return {}
@@ -205,29 +217,26 @@ class Acceptance:
             if row["measured"] and row["measured_under"] == self._under
         }
 
-    def _row(
-        self, outcome: Outcome, candidate: Example | None, measured: Measurement | None
-    ) -> dict[str, Any]:
+    def _row(self, outcome: Outcome, candidate: Example | None, measured: Measurement | None) -> CandidateRow:
         task, verdict = outcome.task, outcome.verdict
         return {
             "task_id": task.task_id,
             "attempt": task.attempt,
             "op": task.op,
             "axes": list(task.axes),
-            "source_id": task.source.id,
+            "source_id": task.original.id,
             "candidate_id": None if candidate is None else candidate.id,
             "accepted": outcome.example is not None,
             "gate": None if verdict is None else verdict.gate,
             "detail": None if verdict is None else verdict.detail,
             "before": dict(task.scores),
-            "measured": None if measured is None else dataclasses.asdict(measured),
+            "measured": None if measured is None else measured.to_json(),
             "measured_under": None if measured is None else self._under,
         }
 
 
 def _with_scores(outcome: Outcome, measured: Measurement | None) -> Outcome:
     """The outcome with what was measured of its child in the child's lineage."""
-    from middo_jax.refinement.acceptance.measured import after_scores
 
     if outcome.example is None or measured is None:
         return outcome

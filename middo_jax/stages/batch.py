@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from middo_jax.refinement import AnswerCache, BatchClient, Ledger, NotAnswered, prompts, read_results
 from middo_jax.rundir import RoundDir, RunError
 from middo_jax.session import Session
 from middo_jax.stages.refine import refine_stage
 from middo_jax.stages.surroundings import heldout_of, model_of
-
-if TYPE_CHECKING:
-    from middo_jax.refinement import AnswerCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +50,6 @@ def batch_stage(
     Raises:
       RunError: `refine.model` is not set, a file holds no results, or results of other requests only.
     """
-    from middo_jax.refinement import BatchClient, Ledger, NotAnswered, prompts, read_results
-
     config = session.config
     if config.refine.model is None:
         raise RunError("config: refine.model is missing: the name of the model that the batch is for")

@@ -8,24 +8,31 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerFast
 
 from middo_jax.config import affecting
-from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.data.templates import template_arguments
+from middo_jax.models.model import Model
+from middo_jax.parallel.hosts import to_host
 from middo_jax.rundir import RoundDir, fingerprint
 from middo_jax.session import Session
+from middo_jax.signals.embeddings import read_embeddings
+from middo_jax.signals.neighbours.incremental import Earlier, rows_before
+from middo_jax.signals.table import as_floats, neighbours_of, read_scores
+from middo_jax.stages.passes import Passes, Texts
+from middo_jax.training.identity import checksums
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
 
-    from middo_jax.models.model import Model
-    from middo_jax.passes.losses import ExampleScores
-    from middo_jax.signals.neighbours.incremental import Earlier
+class Wanted(NamedTuple):
+    """What is measured under the model before training."""
 
-    Scored = Callable[[str, Model, Sequence[TokenizedExample]], ExampleScores]
+    loss: bool
+    embeddings: bool
 
 
 class Before(NamedTuple):
@@ -46,18 +53,47 @@ class Before(NamedTuple):
     identity: str
 
 
+class _Standing(NamedTuple):
+    """What holds of an earlier round.
+
+    Attributes:
+      table: its scores; None if nothing holds.
+      embedding_ed: its embeddings, the table's rows; None if nothing holds.
+      row_n: which of the e samples each one is, -1 where it is new or changed.
+    """
+
+    table: pa.Table | None
+    embedding_ed: np.ndarray | None
+    row_n: np.ndarray
+
+    @property
+    def new(self) -> list[int]:
+        """The samples that are to be measured."""
+        return np.flatnonzero(self.row_n < 0).tolist()
+
+    @property
+    def n_kept(self) -> int:
+        """How many are not."""
+        return int((self.row_n >= 0).sum())
+
+    def of_all(self, of_new: np.ndarray, of_earlier: np.ndarray | None) -> np.ndarray:
+        """[n, ...] of what was measured now, and what was before."""
+        values = np.empty((len(self.row_n), *of_new.shape[1:]), of_new.dtype)
+        values[self.row_n < 0] = of_new
+        if of_earlier is not None:
+            kept_n = self.row_n >= 0
+            values[kept_n] = of_earlier[self.row_n[kept_n]]
+        return values
+
+
 def measure_before(
     session: Session,
-    path: Path,
     model: Model,
-    tokenized: Sequence[TokenizedExample],
-    raw: Sequence[TokenizedExample] | None,
-    hashes: Sequence[str],
-    *,
-    with_loss: bool,
-    with_embeddings: bool,
+    path: Path,
+    texts: Texts,
+    wanted: Wanted,
     earlier: RoundDir | None,
-    scored: Scored,
+    passes: Passes,
 ) -> Before:
     """Measures what is new since an earlier round; the rest is taken from its files.
 
@@ -66,68 +102,66 @@ def measure_before(
 
     Args:
       session: settings, tokenizer.
-      path: of the model before training.
-      model: that model, loaded.
-      tokenized: the samples.
-      raw: their prompts, if these are embedded without the conversation.
-      hashes: of the prompts as they are embedded.
-      with_loss: whether losses are wanted.
-      with_embeddings: whether embeddings are.
+      model: the model before training.
+      path: where it was loaded from.
+      texts: the samples.
+      wanted: losses, embeddings or both.
       earlier: the earlier round's folder, if there is one.
-      scored: runs a pass under a name.
+      passes: runs a pass under a name.
     """
-    import numpy as np
-
-    from middo_jax.signals.neighbours.incremental import Earlier, rows_before
-    from middo_jax.signals.table import as_floats, neighbours_of
-
-    k, ids = session.config.diversity.k, [example.id for example in tokenized]
-    digest = _identity(session, path, model, with_loss, with_embeddings)
-    found = None if earlier is None else _measured_under(earlier, digest)
-    table, embedding_ed = found or (None, None)
-    known, row_n = Earlier.nothing(len(ids), k), np.full(len(ids), -1)
-    if table is not None:
-        keys = zip(table["id"].to_pylist(), table["prompt_hash"].to_pylist(), strict=True)
-        row_n = rows_before(list(zip(ids, hashes, strict=True)), list(keys))
-        known = Earlier(neighbours_of(table, k), row_n) if with_embeddings else known
-    new, old = np.flatnonzero(row_n < 0), np.flatnonzero(row_n >= 0)
-    if earlier is not None:
-        stands = "nothing stands" if table is None else f"{len(old):,} of {len(ids):,} samples stand"
-        session.progress.say(f"under the model before training: of {earlier.path.name} {stands}")
-
-    def of_all(of_new: np.ndarray, of_earlier: np.ndarray | None) -> np.ndarray:
-        """[n, ...] of what was measured now, and what was before."""
-        values = np.empty((len(ids), *of_new.shape[1:]), of_new.dtype)
-        values[new] = of_new
-        if of_earlier is not None:
-            values[old] = of_earlier[row_n[old]]
-        return values
-
+    identity = _identity(session, path, model, wanted)
+    standing = _standing(session, texts, wanted, earlier, identity)
+    known = Earlier.nothing(len(texts.examples), session.config.diversity.k)
+    if standing.table is not None and wanted.embeddings:
+        known = Earlier(neighbours_of(standing.table, session.config.diversity.k), standing.row_n)
     loss_n = embedding_nd = None
-    if with_loss or raw is None:
-        scores = scored("loss before training", model, [tokenized[i] for i in new.tolist()])
+    if wanted.loss or texts.raw is None:
+        scores = passes("loss before training", model, [texts.tokenized[i] for i in standing.new])
         embedding_nd = scores.embedding_nd
-        if with_loss:
-            loss_n = of_all(scores.loss_n, None if table is None else as_floats(table, "loss_pre"))
-    if with_embeddings and raw is not None:
-        embedding_nd = scored("embeddings of raw prompts", model, [raw[i] for i in new.tolist()]).embedding_nd
-    if with_embeddings and embedding_nd is not None:
-        embedding_nd = of_all(embedding_nd, embedding_ed)
-    return Before(loss_n, embedding_nd if with_embeddings else None, known, len(old), digest)
+        if wanted.loss:
+            was = None if standing.table is None else as_floats(standing.table, "loss_pre")
+            loss_n = standing.of_all(scores.loss_n, was)
+    if not wanted.embeddings:
+        return Before(loss_n, None, known, standing.n_kept, identity)
+    if texts.raw is not None:
+        new = [texts.raw[i] for i in standing.new]
+        embedding_nd = passes("embeddings of raw prompts", model, new).embedding_nd
+    assert embedding_nd is not None  # of one pass or the other
+    embedding_nd = standing.of_all(embedding_nd, standing.embedding_ed)
+    return Before(loss_n, embedding_nd, known, standing.n_kept, identity)
 
 
-def _identity(session: Session, path: Path, model: Model, with_loss: bool, with_embeddings: bool) -> str:
+def _standing(
+    session: Session, texts: Texts, wanted: Wanted, earlier: RoundDir | None, identity: str
+) -> _Standing:
+    """What holds of an earlier round, and says so. Its embeddings are read only if they are wanted."""
+    nothing = _Standing(None, None, np.full(len(texts.examples), -1))
+    if earlier is None:
+        return nothing
+    if not _was_measured_under(earlier, identity):
+        session.progress.say(f"under the model before training: of {earlier.path.name} nothing stands")
+        return nothing
+    table = read_scores(earlier.scores)
+    ids = table["id"].to_pylist()
+    keys = list(zip(ids, table["prompt_hash"].to_pylist(), strict=True))
+    row_n = rows_before(list(zip(texts.ids, texts.hashes, strict=True)), keys)
+    standing = _Standing(
+        table, read_embeddings(earlier.embeddings, ids) if wanted.embeddings else None, row_n
+    )
+    session.progress.say(
+        f"under the model before training: of {earlier.path.name} {standing.n_kept:,} of "
+        f"{len(texts.examples):,} samples stand"
+    )
+    return standing
+
+
+def _identity(session: Session, path: Path, model: Model, wanted: Wanted) -> str:
     """SHA-256 of all but the samples that the losses, embeddings and neighbours depend on.
 
-    The model's place, shape and weights; the tokenizer, the template, how rows become text; what is
-    embedded and which neighbours are sought. The mesh and the attention kernel change rounding alone.
+    The model's place, shape and weights; the tokenizer, the template and the day it prints, how rows become
+    text; what is embedded and which neighbours are sought. The mesh and the attention kernel change rounding
+    alone.
     """
-    import numpy as np
-    from transformers import PreTrainedTokenizerFast
-
-    from middo_jax.parallel.hosts import to_host
-    from middo_jax.training.identity import checksums
-
     config, tokenizer = session.config, session.tokenizer
     assert isinstance(tokenizer, PreTrainedTokenizerFast)  # `load_tokenizer` gives no other
     neighbours = affecting(config.diversity, {"scores"})
@@ -136,25 +170,22 @@ def _identity(session: Session, path: Path, model: Model, with_loss: bool, with_
         repr(dataclasses.replace(model.config, attention="auto")),
         np.stack(to_host(checksums(model.params))).tolist(),
         tokenizer.chat_template,
+        template_arguments(tokenizer).get("pinned_day"),
         tokenizer.backend_tokenizer.to_str(),
         affecting(config, {"text"}),
-        with_loss,
-        neighbours if with_embeddings else config.diversity.text,
+        wanted.loss,
+        neighbours if wanted.embeddings else config.diversity.text,
     ]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def _measured_under(earlier: RoundDir, identity: str) -> tuple[pa.Table, np.ndarray] | None:
-    """A round's scores and embeddings; None if they are another model's, or not what its manifest names."""
-    import numpy as np
-
-    from middo_jax.signals.table import read_scores
-
-    stages = earlier.stages()
-    if stages.get("score", {}).get("pre_identity") != identity:
-        return None
-    files = stages["score"]["files"]
-    for path in (earlier.scores, earlier.embeddings):
-        if not path.exists() or fingerprint(path) != files[path.name]:
-            return None
-    return read_scores(earlier.scores), np.load(earlier.embeddings, mmap_mode="r", allow_pickle=False)
+def _was_measured_under(earlier: RoundDir, identity: str) -> bool:
+    """Whether a round's scores and embeddings are of this identity, and those that its manifest names."""
+    record = earlier.stages().get("score", {})
+    if record.get("pre_identity") != identity:
+        return False
+    files = record["files"]
+    return all(
+        path.exists() and fingerprint(path) == files.get(path.name)
+        for path in (earlier.scores, earlier.embeddings)
+    )

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 
 from middo_jax.config import Config, affecting, load
 from middo_jax.data.example import Example
-from middo_jax.rundir import RoundDir, RunError, chain, read_jsonl
+from middo_jax.models.config import read_config
+from middo_jax.models.lora import from_settings
+from middo_jax.models.model import abstract_model
+from middo_jax.refinement.acceptance.language import load_identifier
+from middo_jax.rundir import RoundDir, chain, read_jsonl
 from middo_jax.session import Session
+from middo_jax.stages.endpoint import named_endpoint
 from middo_jax.stages.train import check_evaluations
+from middo_jax.training.checkpoint import another_training
+from middo_jax.training.checks import check_batch, check_examples, check_fill
+from middo_jax.training.plan import plan_training
+from middo_jax.training.trackers import require_trackers
 
 
 def check_continues(session: Session, directory: RoundDir, examples: Sequence[Example]) -> None:
@@ -22,8 +30,6 @@ def check_continues(session: Session, directory: RoundDir, examples: Sequence[Ex
     Raises:
       AnotherTraining: it is of another one.
     """
-    from middo_jax.training.checkpoint import another_training
-
     settings = directory.path / "config.yaml"
     if not all(path.exists() for path in (directory.checkpoint, settings, directory.dataset)):
         return
@@ -41,15 +47,8 @@ def check_training(session: Session, examples: Sequence[Example], heldout: Seque
         fit its rows; nothing is held out, and losses on it are asked for; or a package is missing.
       TrainingDataError: there is nothing to learn in the examples.
     """
-    from middo_jax.models.config import read_config
-    from middo_jax.models.lora import from_settings
-    from middo_jax.models.model import abstract_model
-    from middo_jax.training.checks import check_batch, check_examples, check_fill
-    from middo_jax.training.feed import plan_training
-    from middo_jax.training.trackers import require_trackers
-
     config, mesh = session.config, session.mesh
-    settings, pack_length = config.train, config.train.pack_length or config.model.max_length
+    settings, pack_length = config.train, config.model.max_length
     check_evaluations(config, heldout)
     check_batch(settings, mesh)
     require_trackers(settings)
@@ -69,10 +68,6 @@ def check_refiner(config: Config) -> None:
       RunError: a server is named and the model is not.
       ConfigError: a gate needs a package that is not installed.
     """
-    from middo_jax.refinement.acceptance.language import load_identifier
-
-    if config.refine.model is None and (config.refine.base_url or os.environ.get("OPENAI_BASE_URL")):
-        served = "refine.base_url" if config.refine.base_url else "$OPENAI_BASE_URL"
-        raise RunError(f"config: refine.model is missing: the name of a model that {served} serves")
+    named_endpoint(config)
     if config.refine.accept != "none" and config.refine.gates.value("language"):
         load_identifier()

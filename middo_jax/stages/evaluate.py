@@ -5,19 +5,30 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
 
 from middo_jax.data.example import Example
+from middo_jax.data.tokenize import eos_token_ids, load_tokenizer
+from middo_jax.evaluation.heldout import HeldoutLoss, RowLosses, row_losses, total
+from middo_jax.models import hf
+from middo_jax.models.checkpoint import read_metadata
+from middo_jax.models.config import read_config
+from middo_jax.models.lora import merge_adapters
+from middo_jax.models.model import Model
+from middo_jax.models.source import load, load_adapters, locate
+from middo_jax.parallel.mesh import make_mesh
+from middo_jax.passes.losses import LossPass
 from middo_jax.progress import Progress, Silent
 from middo_jax.rundir import RunDir, RunError, atomic, write_json
+from middo_jax.rundir.rows import HeldoutLosses, ModelLossRow
+from middo_jax.rundir.schemas import HELDOUT_ROWS
+from middo_jax.rundir.tables import arrow_schema
 from middo_jax.session import Session
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from middo_jax.evaluation.heldout import HeldoutLoss, RowLosses
-    from middo_jax.models.model import Model
-    from middo_jax.passes.losses import LossPass
 
 
 class HeldOut:
@@ -33,9 +44,6 @@ class HeldOut:
 
     def rows(self, model: Model) -> RowLosses:
         """The loss of each example under a loaded model. Models that are alike share what is compiled."""
-        from middo_jax.evaluation.heldout import row_losses
-        from middo_jax.passes.losses import LossPass
-
         if self._pass is None:
             scoring = self._session.config.scoring
             self._pass = LossPass(self._tokenized, model, scoring.batch_tokens, scoring.unembed_chunk)
@@ -44,14 +52,7 @@ class HeldOut:
 
     def loss(self, model: Model) -> HeldoutLoss:
         """The loss of a loaded model over all examples, and over those of each source."""
-        from middo_jax.evaluation.heldout import total
-
         return total(self.rows(model), self._sources)
-
-    def loss_of(self, path: Path) -> dict[str, Any]:
-        """{"loss", "n_target_tokens"} of the model at a path."""
-        found = self.loss(self._session.load_model(path))
-        return {"loss": found.loss, "n_target_tokens": found.n_target_tokens}
 
 
 def measure_heldout(
@@ -63,11 +64,9 @@ def measure_heldout(
     `nll` (sum over the target tokens, in nats) and `n_target_tokens`. Without held-out examples both files
     are empty.
     """
-    from middo_jax.evaluation.heldout import total
-
-    losses: list[dict[str, Any]] = []
+    losses: list[ModelLossRow] = []
     rows: dict[str, RowLosses] = {}
-    held_out = HeldOut(session, heldout)
+    held_out = HeldOut(session, heldout)  # tokenized once for all models
     with session.progress.task("held-out loss", "models") as advance:
         for done, (name, path) in enumerate(models.items() if heldout else (), 1):
             rows[name] = held_out.rows(session.load_model(path))
@@ -75,22 +74,20 @@ def measure_heldout(
             losses.append({"name": name, "loss": found.loss, "n_target_tokens": found.n_target_tokens})
             advance(done, len(models), f"{name} {losses[-1]['loss']:.4f}")
     _write_rows(run.heldout_rows, rows)
-    write_json(run.heldout_losses, {"n": len(heldout), "models": losses})
+    found_all: HeldoutLosses = {"n": len(heldout), "models": losses}
+    write_json(run.heldout_losses, found_all)
     return {m["name"]: m["loss"] for m in losses}
 
 
 def _write_rows(path: Path, rows: Mapping[str, RowLosses]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     columns = {
-        "model": pa.array([name for name, of in rows.items() for _ in of.ids], pa.string()),
-        "id": pa.array([id_ for of in rows.values() for id_ in of.ids], pa.string()),
-        "nll": pa.array([nll for of in rows.values() for nll in of.nll_n.tolist()], pa.float64()),
-        "n_target_tokens": pa.array([n for of in rows.values() for n in of.n_targets_n.tolist()], pa.int64()),
+        "model": [name for name, of in rows.items() for _ in of.ids],
+        "id": [id_ for of in rows.values() for id_ in of.ids],
+        "nll": [nll for of in rows.values() for nll in of.nll_n.tolist()],
+        "n_target_tokens": [n for of in rows.values() for n in of.n_targets_n.tolist()],
     }
     with atomic(path, "wb") as file:
-        pq.write_table(pa.table(columns), file)
+        pq.write_table(pa.table(columns, schema=arrow_schema(HELDOUT_ROWS)), file)
 
 
 def export_checkpoint(
@@ -124,31 +121,20 @@ def export_checkpoint(
       FileExistsError: `out` holds something.
       CheckpointError: the export is not our model; nothing is left of it.
     """
-    from middo_jax.data.tokenize import eos_token_ids, load_tokenizer
-    from middo_jax.models import hf
-    from middo_jax.models.checkpoint import read_metadata
-    from middo_jax.models.config import read_config
-    from middo_jax.models.lora import merge_adapters
-    from middo_jax.models.source import load, locate
-    from middo_jax.parallel.mesh import make_mesh
-
     source = locate(checkpoint)
     if source.trained is None:
         raise RunError(f"{checkpoint}: no finished checkpoint there; a round's is at round_XX/checkpoint")
     hf.require_vacant(out)  # rather now than when all is computed
     config, mesh = read_config(source.base), mesh or make_mesh()
     model = merge_adapters(load(source, mesh=mesh))
-    tokenizer = load_tokenizer(source.base)
-    if template := (read_metadata(checkpoint) or {}).get("chat_template"):
-        tokenizer.chat_template = template
+    tokenizer = _tokenizer(source.base, checkpoint)
     reason = hf.obstacle(config) if verify else "switched off"
     verification = hf.export(
         model,
         source.base,
         out,
         dtype,
-        chat_template=tokenizer.chat_template,
-        eos_token_ids=eos_token_ids(source.base, tokenizer),
+        chat=hf.ChatFormat(tokenizer.chat_template, eos_token_ids(source.base, tokenizer)),
         expectation=None if reason else hf.expect(model, tokenizer, dtype),
     )
     if reason is not None:
@@ -160,6 +146,14 @@ def export_checkpoint(
     return {"verified": True, **verification._asdict()}
 
 
+def _tokenizer(base: Path, checkpoint: Path) -> PreTrainedTokenizerBase:
+    """The base model's, with the chat template of the training."""
+    tokenizer = load_tokenizer(base)
+    if template := (read_metadata(checkpoint) or {}).get("chat_template"):
+        tokenizer.chat_template = template
+    return tokenizer
+
+
 def export_adapter(checkpoint: Path, out: Path, dtype: str | None = None) -> None:
     """Writes the LoRA adapters of a checkpoint of ours as a PEFT directory, which names their base.
 
@@ -167,12 +161,6 @@ def export_adapter(checkpoint: Path, out: Path, dtype: str | None = None) -> Non
       RunError: it has none.
       FileExistsError: `out` holds something.
     """
-    from middo_jax.models import hf
-    from middo_jax.models.checkpoint import read_metadata
-    from middo_jax.models.config import read_config
-    from middo_jax.models.source import load_adapters, locate
-    from middo_jax.parallel.mesh import make_mesh
-
     source = locate(checkpoint)
     config = dataclasses.replace(read_config(source.base), lora=source.lora)
     adapters = load_adapters(source, config, make_mesh())

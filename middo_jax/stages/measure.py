@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from middo_jax.data.example import Example
+from middo_jax.models.model import Model
+from middo_jax.parallel.coordination import Together
+from middo_jax.refinement.acceptance.candidate import Measurement
+from middo_jax.refinement.acceptance.measured import cosines
 from middo_jax.rundir import RoundDir, RunError
 from middo_jax.session import Session
+from middo_jax.signals.embeddings import read_embeddings, require_embeddings
+from middo_jax.signals.judge.rubrics import quality
+from middo_jax.signals.neighbours.search import nearest_neighbours
+from middo_jax.signals.table import read_scores
+from middo_jax.stages.passes import Passes, raw_prompts
 from middo_jax.stages.ratings import ratings
-from middo_jax.stages.score import Passes, raw_prompts
-
-if TYPE_CHECKING:
-    from middo_jax.models.model import Model
-    from middo_jax.refinement import Outcome
-    from middo_jax.refinement.acceptance.candidate import Measurement
 
 
 def scored_model(directory: RoundDir) -> Path:
@@ -44,6 +50,7 @@ def scored_as(directory: RoundDir) -> str:
     A measurement of a rewrite is of use only to scores that have the same name. The embeddings alone would
     not tell: with diversity.embedder=pre they are the same under every model that is trained.
     """
+    require_embeddings(directory.embeddings)
     record = directory.stages()["score"]
     inputs = {role: known["hash"] for role, known in record.get("inputs", {}).items()}
     decisive = [
@@ -55,11 +62,49 @@ def scored_as(directory: RoundDir) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
+class Rewrite(NamedTuple):
+    """A rewrite to be measured.
+
+    Attributes:
+      child: the rewritten sample.
+      original_id: the sample of the dataset that it replaces, or grew from.
+      op: of its task.
+    """
+
+    child: Example
+    original_id: str
+    op: str
+
+    def to_json(self) -> dict[str, Any]:
+        """For the other processes of a job."""
+        return {"child": self.child.to_json(), "original_id": self.original_id, "op": self.op}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Rewrite:
+        """The inverse of `to_json`."""
+        return cls(Example.from_json(row["child"]), row["original_id"], row["op"])
+
+
+def alone(told: Any) -> contextlib.AbstractContextManager[None]:
+    """No other process follows."""
+    return contextlib.nullcontext()
+
+
 class UnderTraining:
     """The round's model, M_t, loaded when it is first asked; drop the object to give its memory back."""
 
-    def __init__(self, session: Session, directory: RoundDir, model: Path) -> None:
-        """`directory` holds scores and embeddings of the round's dataset under `model`."""
+    def __init__(
+        self, session: Session, directory: RoundDir, model: Path, together: Together = alone
+    ) -> None:
+        """Loads nothing yet.
+
+        Args:
+          session: settings, tokenizer, mesh.
+          directory: holds scores and embeddings of the round's dataset under `model`.
+          model: M_t.
+          together: of `lead`, if other processes follow; they measure their part of what this one measures.
+        """
+        self._together = together
         self._session, self._directory, self._model = session, directory, model
         self._scored = Passes(session)
 
@@ -74,16 +119,25 @@ class UnderTraining:
         named = record.get("embedder", record["model"])
         return None if named == record["model"] else self._session.load_model(Path(named))
 
-    def measure(self, outcomes: Sequence[Outcome]) -> list[Measurement]:
-        """All but the rating of each outcome's child: losses and embeddings in one pass, then neighbours."""
-        import numpy as np
+    def measure(self, rewrites: Sequence[Rewrite]) -> list[Measurement]:
+        """All but the rating of each rewrite: losses and embeddings in one pass, then neighbours."""
+        with self._together({"measure": [rewrite.to_json() for rewrite in rewrites]}):
+            return self._measure(rewrites)
 
-        from middo_jax.refinement.acceptance.candidate import Measurement
-        from middo_jax.refinement.acceptance.measured import cosines
-        from middo_jax.signals.neighbours.search import nearest_neighbours
-        from middo_jax.signals.table import read_scores
+    def rate(self, examples: Sequence[Example]) -> list[float | None]:
+        """The judge's q of each, None where it could not be read."""
+        with self._together({"rate": [example.to_json() for example in examples]}):
+            return self._rate(examples)
 
-        children = [outcome.example for outcome in outcomes if outcome.example is not None]
+    def follow(self, told: Mapping[str, Any]) -> None:
+        """Does this process's part of what process 0 measures."""
+        if "measure" in told:
+            self._measure([Rewrite.from_json(row) for row in told["measure"]])
+        else:
+            self._rate([Example.from_json(row) for row in told["rate"]])
+
+    def _measure(self, rewrites: Sequence[Rewrite]) -> list[Measurement]:
+        children = [rewrite.child for rewrite in rewrites]
         rows = {row["id"]: row for row in read_scores(self._directory.scores).to_pylist()}
         place = {id_: i for i, id_ in enumerate(rows)}
         k = max(len(row["knn_ids"] or ()) for row in rows.values())
@@ -96,14 +150,14 @@ class UnderTraining:
             model = self._embedder or self._loaded
             embedding_md = self._scored("embeddings of rewrites", model, embedded).embedding_nd
         k = k or self._session.config.diversity.k
-        dataset_nd = np.load(self._directory.embeddings, mmap_mode="r", allow_pickle=False)
-        source_m = np.array([place[outcome.task.source.id] for outcome in outcomes])
+        dataset_nd = read_embeddings(self._directory.embeddings, list(rows))
+        source_m = np.array([place[rewrite.original_id] for rewrite in rewrites])
         similarity_m = cosines(embedding_md, dataset_nd[source_m])
         # One more than k: a rewrite's own original, which it replaces, is no neighbour of it.
         found = nearest_neighbours(dataset_nd, k + 1, self._session.mesh, query_md=embedding_md)
         measured = []
-        for i, outcome in enumerate(outcomes):
-            replaces, core = outcome.task.op != "synthesize", rows[outcome.task.source.id]
+        for i, rewrite in enumerate(rewrites):
+            replaces, core = rewrite.op != "synthesize", rows[rewrite.original_id]
             near = found.similarity_nk[i][(found.index_nk[i] != source_m[i]) | (not replaces)][:k]
             similarity = _finite(similarity_m[i])
             measured.append(
@@ -118,10 +172,7 @@ class UnderTraining:
             )
         return measured
 
-    def rate(self, examples: list[Example]) -> list[float | None]:
-        """The judge's q of each, None where it could not be read."""
-        from middo_jax.signals.judge.rubrics import quality
-
+    def _rate(self, examples: Sequence[Example]) -> list[float | None]:
         return [_finite(q) for q in quality(ratings(self._session, self._loaded, examples)[0])]
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from middo_jax.config import SampledRating
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import eos_token_ids
+from middo_jax.inference.engine import Engine
+from middo_jax.inference.sampling import Request
+from middo_jax.models.model import Model
+from middo_jax.passes.ratings import RatingScale, rate
+from middo_jax.passes.runner import PassFacts
+from middo_jax.progress import Progress
 from middo_jax.session import Session
+from middo_jax.signals.judge.questions import RatingTokens, rating_tree
+from middo_jax.signals.judge.readout import EXPECTED, Readout
+from middo_jax.signals.judge.rubrics import COLUMNS
+from middo_jax.signals.judge.sampled import parse_rating, rating_prompts
 
-if TYPE_CHECKING:
-    import numpy as np
-    from transformers import PreTrainedTokenizerBase
-
-    from middo_jax.models.model import Model
-    from middo_jax.passes.runner import PassFacts
-    from middo_jax.progress import Progress
-    from middo_jax.signals.judge.readout import Readout
+TOP_P, TOP_K = 0.7, 50  # of sampled ratings, as published
 
 
 def ratings(
@@ -26,18 +32,17 @@ def ratings(
 
     And what the pass took, if it was one: sampling decodes.
     """
-    from middo_jax.signals.judge.readout import Readout
-
     config = session.config
-    if config.quality.method == "sample":
-        return sampled_ratings(session, model, examples), None
+    rating = config.quality.rating
+    if isinstance(rating, SampledRating):
+        return sampled_ratings(session, model, examples, rating), None
     return judge(
         model,
         examples,
         session.tokenizer,
         max_length=config.model.max_length,
         batch_tokens=config.scoring.batch_tokens,
-        readout=Readout(config.quality.score, config.quality.score_temperature),
+        readout=Readout(rating.score, rating.score_temperature),
         progress=session.progress,
     )
 
@@ -58,37 +63,26 @@ def judge(
       JudgeError: the tokenizer's spelling of the ratings cannot be read in one prefill, or a question alone
         is over `max_length`.
     """
-    from middo_jax.passes.ratings import rate
-    from middo_jax.signals.judge.questions import RatingTokens, rating_tree
-    from middo_jax.signals.judge.readout import EXPECTED
-    from middo_jax.signals.judge.rubrics import COLUMNS
-
     spelling = RatingTokens.of(tokenizer)
     return rate(
         model,
         [rating_tree(example, tokenizer, spelling, max_length) for example in examples],
-        spelling,
-        readout or EXPECTED,
-        columns=len(COLUMNS),
+        RatingScale(spelling, readout or EXPECTED, len(COLUMNS)),
         batch_tokens=batch_tokens,
         progress=progress,
     )
 
 
-def sampled_ratings(session: Session, model: Model, examples: Sequence[Example]) -> np.ndarray:
+def sampled_ratings(
+    session: Session, model: Model, examples: Sequence[Example], settings: SampledRating
+) -> np.ndarray:
     """The six ratings that the model writes, [n, 6] float32; NaN where none can be read.
 
     A prompt that leaves no room for an answer in `serve.max_context` has none either.
     """
-    import numpy as np
-
-    from middo_jax.inference.engine import Engine
-    from middo_jax.inference.sampling import Request
-    from middo_jax.signals.judge.rubrics import COLUMNS
-    from middo_jax.signals.judge.sampled import parse_rating, rating_prompts
 
     config, tokenizer = session.config, session.tokenizer
-    quality, context = config.quality, config.serve.max_context
+    context = config.serve.max_context
     stop_ids = eos_token_ids(session.base, tokenizer)
     prompts = rating_prompts(examples, tokenizer)
     rating_q = np.full(len(prompts), np.nan, np.float32)
@@ -100,10 +94,10 @@ def sampled_ratings(session: Session, model: Model, examples: Sequence[Example])
             q: engine.submit(
                 Request(
                     tokens_n.tolist(),
-                    quality.max_new_tokens,
-                    quality.temperature,
-                    quality.top_p,
-                    quality.top_k,
+                    settings.max_new_tokens,
+                    settings.temperature,
+                    TOP_P,
+                    TOP_K,
                     seed=config.seed + q,
                     stop_ids=stop_ids,
                 )

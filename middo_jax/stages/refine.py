@@ -4,45 +4,62 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
+from middo_jax.parallel.coordination import follow, lead
+from middo_jax.refinement import (
+    AnswerCache,
+    BatchClient,
+    ChatClient,
+    Ledger,
+    Outcome,
+    Task,
+    merge,
+    plan_tasks,
+    prompts,
+    run,
+)
+from middo_jax.refinement.growth import Dropped, fit, max_size
+from middo_jax.refinement.meter import Meter
 from middo_jax.rundir import RoundDir, RunError, chain, read_jsonl, write_jsonl
-from middo_jax.session import Session, endpoint, read_dataset
+from middo_jax.session import Session, read_dataset
+from middo_jax.signals.embeddings import require_embeddings
+from middo_jax.signals.table import read_scores
 from middo_jax.stages.accept import Acceptance
-from middo_jax.stages.measure import scored_model
-from middo_jax.stages.score import AXES
+from middo_jax.stages.endpoint import endpoint
+from middo_jax.stages.measure import UnderTraining, scored_model
 from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
 
-if TYPE_CHECKING:
-    from middo_jax.refinement import AnswerCache, BatchClient, Ledger, Outcome, Task
-    from middo_jax.refinement.growth import Dropped
-
-    Ask = Callable[[Sequence[Task]], list[Outcome]]
-
-LINEAGE_SCORES = ("loss_pre", "loss_post", "knn_mean_sim", "quality")  # what a sample's lineage keeps
+FOLLOWED = "refine"  # the name of what process 0 leads
+Ask = Callable[[Sequence[Task]], list[Outcome]]
 
 
 def plan_refinement(directory: RoundDir) -> list[Task]:
     """What the refiner would be asked to do, from the folder's dataset, scores and selection."""
-    from middo_jax.refinement import plan_tasks
-    from middo_jax.signals.table import read_scores
-
     if not directory.is_done("select"):
         raise RunError(f"{directory.path}: no selection from its scores there; run `middo select` first")
     axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
     rows = read_scores(directory.scores).to_pylist()
     return plan_tasks(
         read_dataset(directory),
-        *(axes.get(axis, {}).get("ids", ()) for axis in AXES),
+        {axis: facts["ids"] for axis, facts in axes.items()},
         knn_ids={row["id"]: row["knn_ids"] or () for row in rows},
-        scores={row["id"]: {name: row[name] for name in LINEAGE_SCORES} for row in rows},
+        scores=_kept_scores(rows),
     )
+
+
+def _kept_scores(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """What a sample's lineage keeps of its scores: the columns that decide on an axis."""
+    names = [name for row in axis_rows() for name in row.columns]
+    return {row["id"]: {name: row.get(name) for name in names} for row in rows}
 
 
 def refine_round(session: Session, directory: RoundDir) -> Ledger:
@@ -81,16 +98,18 @@ def refine_stage(
       NotAnswered: `batch` has requests waiting; nothing is written.
       RefinerError: the endpoint fails for all alike; what it answered is kept.
     """
-    from middo_jax.refinement import Ledger
-
     config, began = session.config, time.monotonic()
     tasks = plan_refinement(directory)
-    measuring = (model or scored_model(directory)) if config.refine.accept == "measured" else None
+    measuring = None
+    if config.refine.accept == "measured":
+        measuring = model or scored_model(directory)
+        require_embeddings(directory.embeddings)
     begun = chain.refine(directory, heldout_file(directory), measuring).begin()
-    acceptance = Acceptance(session, directory, heldout, model)
     ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
     refiner = _refiner(session, round_index, cache, ledger, batch)
-    outcomes = _attempts(tasks, refiner, acceptance, config.refine.max_attempts)
+    with session.stage(), lead(FOLLOWED) as together:
+        acceptance = Acceptance(session, directory, heldout, model, together)
+        outcomes = _attempts(tasks, refiner, acceptance, config.refine.max_attempts)
     write_jsonl(directory.requests, (row for o in outcomes for row in o.request_rows()))
     write_jsonl(directory.refined, (o.to_json() for o in outcomes))
     begun.finish(
@@ -102,6 +121,18 @@ def refine_stage(
         limits=dataclasses.asdict(acceptance.limits),
     )
     return ledger
+
+
+def follow_refinement(session: Session, directory: RoundDir) -> None:
+    """What all processes but the first do while it refines: their part of measuring its rewrites."""
+    model, under = model_of(directory) or scored_model(directory), None
+    with session.stage():
+        for told in follow(FOLLOWED):
+            if "measure" in told or under is None:  # as process 0, which loads the model for each attempt
+                under = None
+                gc.collect()
+                under = UnderTraining(session, directory, model)
+            under.follow(told)
 
 
 def _attempts(
@@ -136,9 +167,6 @@ def _refiner(
     session: Session, round_index: int, cache: AnswerCache, ledger: Ledger, batch: BatchClient | None
 ) -> Iterator[Ask]:
     """Asks for one attempt at each of some tasks. The embedded endpoint serves all attempts."""
-    from middo_jax.refinement import ChatClient, prompts, run
-    from middo_jax.refinement.meter import Meter
-
     config, steering = session.config, steering_tokens(session.tokenizer)
 
     def take(tasks: Sequence[Task]) -> list[Outcome]:
@@ -182,13 +210,9 @@ def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[D
     Raises:
       RunError: room is to be made, and the folder's scores know no neighbours.
     """
-    from middo_jax.refinement import Outcome, merge
-    from middo_jax.refinement.growth import fit, room_for
-    from middo_jax.signals.table import read_scores
-
     examples = read_dataset(directory)
     rows = read_scores(directory.scores).to_pylist()
-    scores = {row["id"]: {name: row[name] for name in LINEAGE_SCORES} for row in rows}
+    scores = _kept_scores(rows)
 
     def with_scores(example: Example) -> Example:
         # Once: if not its own acceptance, then the first round after it says what it was good for.
@@ -200,7 +224,7 @@ def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[D
     by_id = {e.id: e for e in examples}
     outcomes = [Outcome.from_json(row, by_id) for row in read_jsonl(directory.refined)]
     together = merge([with_scores(e) for e in examples], outcomes)
-    room = room_for(len(examples), session.config.refine.growth)
+    room = max_size(len(examples), session.config.refine.growth)
     neighbours = {
         row["id"]: list(zip(row["knn_ids"], row["knn_sims"], strict=True)) for row in rows if row["knn_ids"]
     }

@@ -8,14 +8,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from middo_jax.data.example import Example
+from middo_jax.refinement import AnswerCache
 from middo_jax.rundir import RoundDir, read_jsonl
 from middo_jax.session import Session
-
-if TYPE_CHECKING:
-    from middo_jax.refinement import AnswerCache
 
 
 def heldout_file(directory: RoundDir) -> Path | None:
@@ -39,8 +36,6 @@ def model_of(directory: RoundDir) -> Path | None:
 @contextlib.contextmanager
 def answer_cache(session: Session, directory: RoundDir) -> Iterator[AnswerCache]:
     """The refiner's answers: the file of `refine.cache`, the run's, or the folder's own."""
-    from middo_jax.refinement import AnswerCache
-
     run = directory.run
     own = directory / "llm_cache.sqlite" if run is None else run.llm_cache
     cache = AnswerCache(session.config.refine.cache or own)

@@ -8,17 +8,24 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from middo_jax.config import Config, ConfigError
 from middo_jax.data.example import Example
+from middo_jax.models.lora import from_settings, with_fresh_adapters
+from middo_jax.models.model import Model
+from middo_jax.models.source import locate
+from middo_jax.parallel.coordination import barrier, from_first
 from middo_jax.rundir import RoundDir, RunError, chain
+from middo_jax.rundir.rows import SourceLossRow
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.evaluate import HeldOut
-
-if TYPE_CHECKING:
-    from middo_jax.models.model import Model
-    from middo_jax.training.evaluations import Evaluate
+from middo_jax.training.checkpoint import AnotherTraining
+from middo_jax.training.evaluations import Evaluate, Evaluation
+from middo_jax.training.hooks import on_metrics
+from middo_jax.training.metrics import StepMetrics
+from middo_jax.training.plan import TrainingPlan
+from middo_jax.training.sft import train
 
 
 def train_stage(
@@ -44,21 +51,21 @@ def train_stage(
       ConfigError: losses are asked for, and nothing is held out.
       AnotherTraining: the folder holds the checkpoint of another training.
     """
-    from middo_jax.training.checkpoint import AnotherTraining
-
     began = time.monotonic()
     check_evaluations(session.config, heldout)
     begun = chain.train(directory, start).begin()
-    try:
-        _train(session, directory, start, heldout)
-    except AnotherTraining:
-        if not restart:
-            raise
-        session.progress.say(f"{directory.checkpoint} is of another training; it is trained anew")
-        remove_training(directory)
-        _train(session, directory, start, heldout)
+    with session.stage():
+        try:
+            _train(session, directory, start, heldout)
+        except AnotherTraining:
+            if not restart:
+                raise
+            session.progress.say(f"{directory.checkpoint} is of another training; it is trained anew")
+            from_first("remove training", lambda: remove_training(directory))
+            _train(session, directory, start, heldout)
     gc.collect()
     begun.finish(session.config, time.monotonic() - began)
+    barrier("train: written")  # the others read it next
 
 
 def remove_training(directory: RoundDir) -> None:
@@ -77,40 +84,35 @@ def check_evaluations(config: Config, heldout: Sequence[Example]) -> None:
 
 
 def _train(session: Session, directory: RoundDir, start: Path, heldout: Sequence[Example]) -> None:
-    from middo_jax.training.metrics import StepMetrics
-    from middo_jax.training.sft import train
-
     config = session.config
     model, metadata = load_start(session, start)
     tokenized = session.tokenize(read_dataset(directory))
+    plan = TrainingPlan(tokenized, config.train, config.seed, config.model.max_length, metadata)
     with session.progress.task("train", "steps") as advance:
 
-        def on_step(metrics: StepMetrics) -> None:
+        def show(metrics: StepMetrics) -> None:
             advance(metrics.step, metrics.total_steps, metrics.note())
 
         train(
             model,
-            tokenized,
-            config.train,
-            seed=config.seed,
-            pack_length=config.train.pack_length or config.model.max_length,
-            out_dir=directory.path,
+            plan,
+            directory.path,
             chunk=config.scoring.unembed_chunk,
-            metadata=metadata,
-            on_step=on_step,
             evaluate=_evaluate(session, heldout) if config.train.eval_every else None,
+            hooks=[on_metrics(show)],
         )
 
 
 def _evaluate(session: Session, heldout: Sequence[Example]) -> Evaluate:
     """Model -> loss on the held-out examples, as a whole and by their source."""
-    from middo_jax.training.evaluations import Evaluation
-
     held_out = HeldOut(session, heldout)
 
     def evaluate(model: Model) -> Evaluation:
         found = held_out.loss(model)
-        by_source = {name: of._asdict() for name, of in found.by_source.items()}
+        by_source: dict[str, SourceLossRow] = {
+            name: {"loss": of.loss, "n_target_tokens": of.n_target_tokens}
+            for name, of in found.by_source.items()
+        }
         session.progress.say(
             f"held-out loss {found.loss:.4f}"
             + "".join(f", {name or 'no source'} {of.loss:.4f}" for name, of in found.by_source.items())
@@ -129,9 +131,6 @@ def load_start(session: Session, path: Path) -> tuple[Model, dict[str, Any]]:
     Raises:
       RunError: the settings ask for other adapters than `path` has, or for adapters on a checkpoint.
     """
-    from middo_jax.models.lora import from_settings, with_fresh_adapters
-    from middo_jax.models.source import locate
-
     source, lora = locate(path), from_settings(session.config.lora)
     metadata: dict[str, Any] = {
         "base": str(source.base.resolve()),

@@ -40,8 +40,7 @@ class _NewestAndBest:
     Orbax's own `BestN` wants the loss at the time of the save; a state saved in a hurry is evaluated later.
     """
 
-    def __init__(self, newest: int) -> None:
-        self._newest = newest
+    def __init__(self) -> None:
         self.best_step: int | None = None
 
     def should_preserve(
@@ -50,22 +49,22 @@ class _NewestAndBest:
         *,
         context: ocp.checkpoint_managers.PreservationContext,
     ) -> list[bool]:
-        newest = sorted(info.step for info in checkpoints)[-self._newest :]
-        return [info.step in newest or info.step == self.best_step for info in checkpoints]
+        newest = max((info.step for info in checkpoints), default=None)
+        return [info.step in (newest, self.best_step) for info in checkpoints]
 
 
 class TrainingCheckpoints:
-    """The newest checkpoints of a training under way, as a context; leaving it waits for a save under way.
+    """The newest checkpoint of a training under way, as a context; leaving it waits for a save under way.
 
     An asynchronous `save` returns once the arrays are out of the next step's way. On a CPU they are written
     from where they lie, and the next step would need as much memory again: better to wait the seconds.
     """
 
-    def __init__(self, directory: str | Path, identity: str, *, asynchronous: bool, keep: int = 1) -> None:
+    def __init__(self, directory: str | Path, identity: str, *, asynchronous: bool) -> None:
         """`identity` names the training: a checkpoint with another one is never continued."""
         self._directory = Path(directory).absolute()
         self._identity = identity
-        self._policy = _NewestAndBest(keep)
+        self._policy = _NewestAndBest()
         self._orbax = ocp.CheckpointManager(
             self._directory / "steps",
             item_handlers={

@@ -33,7 +33,7 @@ def check_examples(tokenized: Sequence[TokenizedExample], pack_length: int, voca
     if len(longest) > pack_length:
         count = sum(len(example) > pack_length for example in tokenized)
         raise ConfigError(
-            f"config: {count} of {len(tokenized)} examples are longer than train.pack_length={pack_length} "
+            f"config: {count} of {len(tokenized)} examples are longer than model.max_length={pack_length} "
             f"(the longest, {longest.id}, has {len(longest)} tokens); raise it, or lower model.max_length"
         )
     cut = sum(example.truncated for example in tokenized)
@@ -104,11 +104,11 @@ def check_fill(n_examples: int, rows_of_epoch: int, settings: TrainSettings, mes
     if fitting < settings.batch_size:
         also = "" if parts == settings.gradient_accumulation else f" with train.gradient_accumulation={parts}"
         raise ConfigError(
-            f"config: {fills}; set train.batch_size={fitting}{also}, lower train.pack_length, or add data"
+            f"config: {fills}; set train.batch_size={fitting}{also}, lower model.max_length, or add data"
         )
     _log.warning(
         "%s, which the %d devices along mesh.data and mesh.fsdp share: the rest of each step is padding; "
-        "lower train.pack_length, or use fewer devices",
+        "lower model.max_length, or use fewer devices",
         fills,
         least,
     )

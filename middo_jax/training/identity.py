@@ -5,39 +5,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from middo_jax.config import TrainSettings, affecting
-from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.models.config import DecoderConfig
-from middo_jax.models.model import Params
+from middo_jax.config import affecting
+from middo_jax.models.model import Model, Params
 from middo_jax.parallel.hosts import to_host
+from middo_jax.training.plan import TrainingPlan
 
 
-def identity(
-    config: DecoderConfig,
-    params: Params,
-    tokenized: Sequence[TokenizedExample],
-    settings: TrainSettings,
-    seed: int,
-    pack_length: int,
-    metadata: Mapping[str, Any],
-) -> str:
+def identity(model: Model, plan: TrainingPlan) -> str:
     """SHA-256 of model, parameters before training, examples and settings.
 
     The mesh, the attention kernel and settings that do not affect training do not enter it.
     """
-    learnt = affecting(settings, {"training"})
-    start = np.stack(to_host(checksums(params))).tolist()
-    model = repr(dataclasses.replace(config, attention="auto"))
-    decisive = [model, start, learnt, seed, pack_length, dict(metadata)]
+    learnt = affecting(plan.settings, {"training"})
+    start = np.stack(to_host(checksums(model.params))).tolist()
+    config = repr(dataclasses.replace(model.config, attention="auto"))
+    decisive = [config, start, learnt, plan.seed, plan.pack_length, dict(plan.metadata)]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
-    for example in tokenized:
+    for example in plan.tokenized:
         digest.update(f"\n{example.id} {len(example)}\n".encode())
         digest.update(example.tokens_n.astype("<i4").tobytes() + np.packbits(example.is_target_n).tobytes())
     return digest.hexdigest()

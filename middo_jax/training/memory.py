@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from middo_jax.config import TrainSettings
+from middo_jax.config import AdamW, TrainSettings
 from middo_jax.parallel.mesh import batch_divisor
 
 _GIB = 2**30
@@ -72,8 +72,8 @@ def remedies(settings: TrainSettings, mesh: Mesh) -> list[str]:
         )
     if mesh.shape["data"] > 1:
         found.append(f"mesh.fsdp instead of mesh.data={mesh.shape['data']}")
-    found.append("a smaller scoring.unembed_chunk or train.pack_length")
-    if settings.optimizer == "adamw":
+    found.append("a smaller scoring.unembed_chunk or model.max_length")
+    if isinstance(settings.optimizer, AdamW):
         found.append("train.optimizer=adafactor")
     if settings.param_dtype == "float32":
         found.append("train.param_dtype=bfloat16")

@@ -7,21 +7,19 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import jax
 from jax.sharding import Mesh
 
-from middo_jax.config import TrainSettings
-from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.config import DecoderConfig
 from middo_jax.rundir import json_line, write_text
-from middo_jax.training.feed import PlannedStep
+from middo_jax.rundir.rows import MetricsRow, SpeedRow
 from middo_jax.training.flops import peak_flops, training_flops
+from middo_jax.training.plan import TrainingPlan
 from middo_jax.training.step import StepOutputs
-from middo_jax.training.trackers import Track
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +67,19 @@ class Speed:
     memory_limit_bytes: int | None
     seconds_left: float
 
+    def row(self) -> SpeedRow:
+        """As a line of metrics.jsonl has it."""
+        return {
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_second_device": self.tokens_per_second_device,
+            "mfu": self.mfu,
+            "waited_for_data": self.waited_for_data,
+            "memory_bytes": self.memory_bytes,
+            "memory_limit_bytes": self.memory_limit_bytes,
+            "seconds_left": self.seconds_left,
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
@@ -96,20 +107,23 @@ class StepMetrics:
     skipped: tuple[str, ...]
     speed: Speed
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> MetricsRow:
         """The line of metrics.jsonl. What is the same in every run stands outside `speed`."""
-        values = dataclasses.asdict(self)
-        del values["total_steps"]
-        if not self.skipped:
-            del values["skipped"]
-        for name in ("loss", "grad_norm"):
-            values[name] = values[name] if math.isfinite(values[name]) else None
-        return values
+        learnt: MetricsRow = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "n_target_tokens": self.n_target_tokens,
+            "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
+            "learning_rate": self.learning_rate,
+            "speed": self.speed.row(),
+        }
+        return learnt if not self.skipped else {**learnt, "skipped": list(self.skipped)}
 
     def scalars(self) -> dict[str, float]:
         """All numbers by a name that groups them, as TensorBoard and wandb show them: "train/loss"."""
         row = self.row()
-        speed = {f"speed/{name}": value for name, value in row.pop("speed").items()}
+        speed = {f"speed/{name}": value for name, value in row["speed"].items()}
         learnt = {f"train/{name}": value for name, value in row.items() if name != "step"}
         return {k: float(v) for k, v in (learnt | speed).items() if isinstance(v, int | float)}
 
@@ -133,30 +147,15 @@ class StepMetrics:
 class MetricsLog:
     """metrics.jsonl, as a context; reads a step's outputs when the next is under way."""
 
-    def __init__(
-        self,
-        path: Path,
-        done: int,
-        plan: Sequence[PlannedStep],
-        tokenized: Sequence[TokenizedExample],
-        settings: TrainSettings,
-        config: DecoderConfig,
-        mesh: Mesh,
-        track: Track,
-        on_step: Callable[[StepMetrics], None] | None = None,
-    ) -> None:
-        """`done` steps are behind us: their lines stay, those of steps that are done again go."""
+    def __init__(self, path: Path, done: int, plan: TrainingPlan, config: DecoderConfig, mesh: Mesh) -> None:
+        """`done` steps are done: their lines stay, those of later steps are written again."""
         self._path = path
         self._step = self._first = done
         self._plan = plan
-        self._tokenized = tokenized
-        self._settings = settings
         self._config = config
         self._devices = mesh.devices.size
         self._device = mesh.local_devices[0]
         self._peak = peak_flops(self._device.device_kind)
-        self._track = track
-        self._on_step = on_step
         self._pending: StepOutputs | None = None
         self._skipped_running = 0
         self._waited = 0.0
@@ -186,26 +185,25 @@ class MetricsLog:
             loss: Any = self._pending.loss  # `is_ready` is public, and missing in the stub of jax.Array
             self._waited += seconds if loss.is_ready() else 0.0
 
-    def dispatched(self, outputs: StepOutputs) -> None:
-        """Takes a new step's outputs, then reads those of the step before."""
+    def dispatched(self, outputs: StepOutputs) -> StepMetrics | None:
+        """Takes a new step's outputs, then reads those of the step before, if they were not read yet."""
         before, self._pending = self._pending, outputs
-        if before is not None:
-            self._read(before, quietly=False)
+        return None if before is None else self._read(before)
 
-    def catch_up(self, *, quietly: bool = False) -> None:
-        """Reads the step under way too and brings the file to the disk: a checkpoint may follow."""
-        if self._pending is not None:
-            last, self._pending = self._pending, None
-            self._read(last, quietly)
+    def catch_up(self) -> StepMetrics | None:
+        """Reads the step under way, if it was not read yet, and brings the file to the disk."""
+        last, self._pending = self._pending, None
+        metrics = None if last is None else self._read(last)
         self._file.flush()
         if jax.process_index() == 0:
             os.fsync(self._file.fileno())
+        return metrics
 
-    def _read(self, outputs: StepOutputs, quietly: bool) -> None:
-        epoch, rows = self._plan[self._step]
+    def _read(self, outputs: StepOutputs) -> StepMetrics:
+        epoch, rows = self._plan.steps[self._step]
         loss, n_targets, grad_norm, learning_rate, is_bad, usual = (x.item() for x in jax.device_get(outputs))
         self._step += 1
-        examples = [self._tokenized[i] for row in rows for i in row]
+        examples = [self._plan.tokenized[i] for row in rows for i in row]
         ids = tuple(example.id for example in examples)
         self._skipped_running = self._skipped_running + 1 if is_bad else 0
         if is_bad:
@@ -213,7 +211,7 @@ class MetricsLog:
         speed = self._speed([len(example) for example in examples], n_targets)
         metrics = StepMetrics(
             step=self._step,
-            total_steps=len(self._plan),
+            total_steps=len(self._plan.steps),
             epoch=epoch,
             loss=loss,
             n_target_tokens=n_targets,
@@ -224,15 +222,15 @@ class MetricsLog:
         )
         self._file.write(json_line(metrics.row()))
         self._file.flush()
-        self._track(metrics.step, metrics.scalars())
-        if self._on_step is not None and not quietly:
-            self._on_step(metrics)
+        return metrics
 
     def _bad_step(self, loss: float, grad_norm: float, usual: float, ids: Sequence[str]) -> None:
         why = f"loss {loss}, gradient norm {grad_norm}"
+        settings = self._plan.settings
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            why += f", over train.spike_factor={self._settings.spike_factor} times the usual loss {usual:.4f}"
-        if self._settings.on_bad_step == "stop":
+            factor = settings.on_bad_step.spike_factor
+            why += f", over {factor} times the usual loss {usual:.4f}, as train.on_bad_step says"
+        if settings.on_bad_step.action == "stop":
             raise TrainingDiverged(self._step, why, ids)
         if self._skipped_running > _MOST_SKIPPED:
             raise TrainingDiverged(
@@ -255,7 +253,7 @@ class MetricsLog:
             waited_for_data=waited / seconds,
             memory_bytes=memory.get("peak_bytes_in_use"),
             memory_limit_bytes=memory.get("bytes_limit"),
-            seconds_left=mean * (len(self._plan) - self._step),
+            seconds_left=mean * (len(self._plan.steps) - self._step),
         )
 
 

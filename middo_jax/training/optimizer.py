@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from middo_jax.config import TrainSettings
+from middo_jax.config import Adafactor, AdamW, TrainSettings
 from middo_jax.parallel.mesh import named_sharding
 from middo_jax.training.guard import GuardState, guarded
 
@@ -59,17 +59,17 @@ def make_optimizer(settings: TrainSettings, total_steps: int) -> optax.GradientT
     embeddings alone: see `decayed`.
     """
     match settings.optimizer:
-        case "adamw":
-            scaling = (optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2),)
-        case "adafactor":
+        case AdamW(betas=(beta1, beta2)):
+            scaling = (optax.scale_by_adam(b1=beta1, b2=beta2),)
+        case Adafactor():
             scaling = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     chain = optax.chain(
         optax.clip_by_global_norm(settings.max_grad_norm),
         *scaling,
-        optax.add_decayed_weights(settings.weight_decay, mask=decayed),
+        optax.add_decayed_weights(settings.optimizer.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate_schedule(settings, total_steps)),
     )
-    return guarded(chain, settings.spike_factor)
+    return guarded(chain, settings.on_bad_step.spike_factor)
 
 
 def steps_taken(opt_state: optax.OptState) -> jax.Array:

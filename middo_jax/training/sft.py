@@ -6,48 +6,47 @@ A batch is a function of its step's number alone, so that to resume is to know t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import optax
 
 from middo_jax.config import TrainSettings
-from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.checkpoint import read_metadata, restore_params
 from middo_jax.models.lora import partition
 from middo_jax.models.model import Model, Params, abstract_model, joined
 from middo_jax.training.checkpoint import TrainingCheckpoints, TrainState, another_training, remove_steps
 from middo_jax.training.checks import check_batch, check_examples, check_fill
 from middo_jax.training.evaluations import Evaluate, Evaluations
-from middo_jax.training.feed import feed, longest_example, plan_training
+from middo_jax.training.feed import Fed, feed
+from middo_jax.training.hooks import Hook, Hooks, every
 from middo_jax.training.identity import identity as training_identity
 from middo_jax.training.memory import out_of_memory_explained
-from middo_jax.training.metrics import MetricsLog, StepMetrics
+from middo_jax.training.metrics import MetricsLog
 from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
+from middo_jax.training.plan import TrainingPlan, longest_example
+from middo_jax.training.saving import KeepBest, save_every
 from middo_jax.training.step import abstract_batch, make_train_step
-from middo_jax.training.stopping import deferred_stops
-from middo_jax.training.trackers import require_trackers, trackers
+from middo_jax.training.stopping import StopCheck, deferred_stops
+from middo_jax.training.trackers import require_trackers, trackers, tracking
 
 
 def train(
     model: Model,
-    tokenized: Sequence[TokenizedExample],
-    settings: TrainSettings,
-    *,
-    seed: int,
-    pack_length: int,
+    plan: TrainingPlan,
     out_dir: str | Path,
+    *,
     chunk: int,
-    metadata: Mapping[str, Any] | None = None,
-    on_step: Callable[[StepMetrics], None] | None = None,
     evaluate: Evaluate | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> Model:
-    """Fine-tunes, and goes on where an earlier call with the same arguments was stopped.
+    """Fine-tunes, and resumes where an earlier call with the same arguments was stopped.
 
     All parameters are trained, or the adapters alone if the decoder has some: then no other has a gradient or
-    optimizer state, and checkpoints hold the adapters only.
+    optimizer state, and checkpoints contain the adapters only.
 
     Killed and called again, it ends with the parameters and the metrics.jsonl (but for its speeds) of an
     uninterrupted run, bit for bit on a CPU. Told to stop, by Ctrl-C or a SIGTERM, it ends the step under way,
@@ -55,123 +54,166 @@ def train(
 
     Args:
       model: where training starts, and on which mesh; its config's dtype is what forward passes compute in.
-        What is trained is cast to `settings.param_dtype`, adapters to float32. That is consumed: its memory
-        is reused, the arrays are gone.
-      tokenized: the examples.
-      settings: see TrainSettings.
-      seed: of the order of the examples, and of stochastic rounding.
-      pack_length: tokens of a packed sequence.
+        What is trained is cast to `train.param_dtype`, adapters to float32. That is consumed: its memory is
+        reused, the arrays are gone.
+      plan: examples and settings.
       out_dir: gets checkpoint/, metrics.jsonl and, if anything is evaluated, evaluations.jsonl.
       chunk: target positions of a device whose logits exist at one time.
-      metadata: small JSON values to keep beside the final parameters, such as {"base": path of the model};
-        a checkpoint with other ones is of another training.
-      on_step: told of every finished step.
-      evaluate: model -> held-out loss; asked every `settings.eval_every` steps and after the last.
+      evaluate: model -> held-out loss, called every `train.eval_every` steps and after the last.
+      hooks: what else happens beside the steps, see `hooks`.
 
     Returns:
       The model after training; what was not trained is what came in.
 
     Raises:
       TrainingDataError: no examples, nothing to learn in them, or tokens that the model does not know.
-      ConfigError: an example is longer than `pack_length`, the mesh does not divide the batch, the examples
-        do not fill one, or a package is missing.
+      ConfigError: an example is longer than a row, the mesh does not divide the batch, the examples do not
+        fill one, or a package is missing.
       TrainingDiverged: a bad step, or too many of them in a row.
       OutOfMemory: a step does not fit the devices.
       RunError: `out_dir` holds a checkpoint of another training.
       KeyboardInterrupt, Preempted: told to stop; all is saved.
     """
-    config, mesh, out_dir = model.config, model.mesh, Path(out_dir)
-    check_examples(tokenized, pack_length, config.vocab_size)
-    check_batch(settings, mesh)
-    require_trackers(settings)
-    checkpoint = out_dir / "checkpoint"
-    metadata = metadata or {}
-    identity = training_identity(config, model.params, tokenized, settings, seed, pack_length, metadata)
-    trained, frozen = partition(model.params, config)
-    finished = read_metadata(checkpoint)
-    if finished is not None:
-        if finished.get("identity") != identity:
-            raise another_training(checkpoint)
-        remove_steps(checkpoint)
-        _consume(trained)
-        return model.with_params(joined(restore_params(checkpoint, config, mesh), frozen))
+    check_examples(plan.tokenized, plan.pack_length, model.config.vocab_size)
+    check_batch(plan.settings, model.mesh)
+    require_trackers(plan.settings)
+    identity = training_identity(model, plan)
+    finished = _finished(model, Path(out_dir) / "checkpoint", identity)
+    return finished or _run(model, plan, Path(out_dir), identity, chunk, evaluate, hooks)
 
-    plan = plan_training(tokenized, settings, seed, pack_length)
-    check_fill(len(tokenized), sum(len(rows) for epoch, rows in plan if epoch == 0), settings, mesh)
-    optimizer = make_optimizer(settings, len(plan))
+
+def _finished(model: Model, checkpoint: Path, identity: str) -> Model | None:
+    """What an earlier call ended with, or None. The parameters that were to be trained are consumed."""
+    finished = read_metadata(checkpoint)
+    if finished is None:
+        return None
+    if finished.get("identity") != identity:
+        raise another_training(checkpoint)
+    remove_steps(checkpoint)
+    trained, frozen = partition(model.params, model.config)
+    _consume(trained)
+    return model.with_params(joined(restore_params(checkpoint, model.config, model.mesh), frozen))
+
+
+def _run(
+    model: Model,
+    plan: TrainingPlan,
+    out_dir: Path,
+    identity: str,
+    chunk: int,
+    evaluate: Evaluate | None,
+    hooks: Sequence[Hook],
+) -> Model:
+    settings, mesh = plan.settings, model.mesh
+    check_fill(len(plan.tokenized), plan.rows_of_epoch, settings, mesh)
+    in_background = mesh.devices.flat[0].platform != "cpu"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        checkpoint = out_dir / "checkpoint"
+        checkpoints = stack.enter_context(
+            TrainingCheckpoints(checkpoint, identity, asynchronous=in_background)
+        )
+        stop_if_told = stack.enter_context(deferred_stops())
+        begun = _begin(model, plan, checkpoints, chunk)
+        done = begun.state.step
+        track = stack.enter_context(trackers(settings, out_dir, done, identity))
+        evaluations = Evaluations(out_dir / "evaluations.jsonl", done, track)
+        log = stack.enter_context(MetricsLog(out_dir / "metrics.jsonl", done, plan, model.config, mesh))
+        batches = feed(plan.tokenized, plan.steps[done:], settings, plan.pack_length, mesh)
+        stack.enter_context(contextlib.closing(batches))
+        own = [
+            tracking(track),
+            *_evaluating(settings, evaluations, evaluate),
+            *([KeepBest(checkpoints, evaluations)] if settings.keep_best else []),
+            save_every(settings.save_every, checkpoints),
+        ]
+        all_hooks = Hooks([*own, *hooks], log, len(plan.steps), begun.with_state)
+        with out_of_memory_explained(settings, mesh, begun.step):
+            state = _steps(begun, batches, log, all_hooks, checkpoints, stop_if_told)
+        checkpoints.finish(state, plan.metadata)
+        stop_if_told()
+    return begun.with_state(state)
+
+
+def _evaluating(settings: TrainSettings, evaluations: Evaluations, evaluate: Evaluate | None) -> list[Hook]:
+    if evaluate is None or settings.eval_every is None:
+        return []
+    return [every(settings.eval_every, functools.partial(evaluations.evaluate, evaluate), and_last=True)]
+
+
+class _Begun(NamedTuple):
+    """A training before its first step of this start.
+
+    Attributes:
+      model: where the training starts; its parameters are consumed.
+      frozen: the parameters that are not trained.
+      state: what was restored, or the state before the first step.
+      step: the compiled step.
+    """
+
+    model: Model
+    frozen: Params
+    state: TrainState
+    step: jax.stages.Compiled
+
+    def with_state(self, state: TrainState) -> Model:
+        """The model with the trained parameters of a state."""
+        return self.model.with_params(joined(state.trained, self.frozen))
+
+
+def _begin(model: Model, plan: TrainingPlan, checkpoints: TrainingCheckpoints, chunk: int) -> _Begun:
+    settings, config, mesh = plan.settings, model.config, model.mesh
+    trained, frozen = partition(model.params, config)
     param_dtype = settings.param_dtype if config.lora is None else "float32"
     target, frozen_target = partition(abstract_model(config, mesh, param_dtype).params, config)
     frozen = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), frozen, frozen_target)
-    opt_target = abstract_opt_state(optimizer, target, mesh)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = stack.enter_context(
-            TrainingCheckpoints(checkpoint, identity, asynchronous=not on_cpu, keep=settings.keep)
+    optimizer = make_optimizer(settings, len(plan.steps))
+    whole = target, abstract_opt_state(optimizer, target, mesh)
+    state = checkpoints.restore(*whole)
+    with out_of_memory_explained(settings, mesh):
+        if state is None:
+            state = _beginning(trained, target, optimizer, whole[1])
+        else:
+            _consume(trained)
+        step = make_train_step(
+            model.graphdef,
+            settings,
+            len(plan.steps),
+            state=whole,
+            chunk=chunk,
+            longest=longest_example(plan.tokenized, plan.pack_length),
+            seed=plan.seed,
         )
-        stop_if_told = stack.enter_context(deferred_stops())
-        state = checkpoints.restore(target, opt_target)
-        with out_of_memory_explained(settings, mesh):
-            if state is None:
-                state = _beginning(trained, target, optimizer, opt_target)
-            else:
-                _consume(trained)
-            whole, longest = (target, opt_target), longest_example(tokenized, pack_length)
-            step = make_train_step(
-                model.graphdef,
-                optimizer,
-                settings,
-                len(plan),
-                chunk=chunk,
-                state=whole,
-                longest=longest,
-                seed=seed,
-            )
-            compiled = step.lower(*whole, frozen, abstract_batch(settings, pack_length, mesh)).compile()
-        track = stack.enter_context(trackers(settings, out_dir, state.step, identity))
-        evaluations = Evaluations(
-            out_dir / "evaluations.jsonl", evaluate, settings.eval_every, len(plan), track
-        )
-        evaluations.resume(state.step)
-        log = stack.enter_context(
-            MetricsLog(
-                out_dir / "metrics.jsonl", state.step, plan, tokenized, settings, config, mesh, track, on_step
-            )
-        )
-        batches = stack.enter_context(
-            contextlib.closing(feed(tokenized, plan[state.step :], settings, pack_length, mesh))
-        )
+        batch = abstract_batch(settings, plan.pack_length, mesh)
+        return _Begun(model, frozen, state, step.lower(*whole, frozen, batch).compile())
 
-        def evaluate_and_save(state: TrainState) -> None:
-            is_due = state.step % settings.save_every == 0 and 0 < state.step < len(plan)
-            if evaluations.is_due(state.step):
-                log.catch_up()
-                evaluations.run(state.step, model.with_params(joined(state.trained, frozen)))
-            if settings.keep_best:
-                checkpoints.keep_best(evaluations.best_step)
-                is_due |= evaluations.best_step == state.step
-            if is_due:
-                log.catch_up()
-                checkpoints.save(state)
 
-        try:
-            with out_of_memory_explained(settings, mesh, compiled):
-                evaluate_and_save(state)  # an evaluation for which there was no time at the last stop
-                for batch, wait_s in batches:
-                    log.fetched(wait_s)
-                    trained, opt_state, outputs = compiled(state.trained, state.opt_state, frozen, batch)
-                    state = TrainState(state.step + 1, trained, opt_state)
-                    log.dispatched(outputs)
-                    stop_if_told(state.step)
-                    evaluate_and_save(state)
-                log.catch_up()
-        except (KeyboardInterrupt, SystemExit):
-            log.catch_up(quietly=True)
-            checkpoints.save(state)
-            raise
-        checkpoints.finish(state, metadata)
-        stop_if_told()
-    return model.with_params(joined(state.trained, frozen))
+def _steps(
+    begun: _Begun,
+    batches: Iterable[Fed],
+    log: MetricsLog,
+    hooks: Hooks,
+    checkpoints: TrainingCheckpoints,
+    stop_if_told: StopCheck,
+) -> TrainState:
+    """Runs all steps that are left. Told to stop, it saves and raises."""
+    state = begun.state
+    try:
+        hooks.after_step(state)  # an evaluation for which there was no time at the last stop
+        for batch, wait_s in batches:
+            log.fetched(wait_s)
+            trained, opt_state, outputs = begun.step(state.trained, state.opt_state, begun.frozen, batch)
+            state = TrainState(state.step + 1, trained, opt_state)
+            hooks.dispatched(outputs)
+            stop_if_told(state.step)
+            hooks.after_step(state)
+        hooks.settle()
+    except (KeyboardInterrupt, SystemExit):
+        metrics = log.catch_up()
+        checkpoints.save(state)
+        hooks.tell(metrics)  # last, since a hook may raise
+        raise
+    return state
 
 
 def _beginning(

@@ -1,4 +1,4 @@
-"""One optimizer step as a pure function. Axes: a micro-batch, b row, t position, d model width.
+"""One optimizer step as a pure function. Axes: docs/contributing.md#axes; a micro-batch.
 
 The parameters come in two trees: `trained` ones, which alone have gradients and optimizer state, and `frozen`
 ones, which are read: the base of LoRA adapters, or none.
@@ -23,7 +23,7 @@ from middo_jax.models.nll import target_nll_sum
 from middo_jax.parallel.hosts import to_mesh
 from middo_jax.parallel.mesh import named_sharding
 from middo_jax.training.guard import GuardState, usual_loss
-from middo_jax.training.optimizer import learning_rate_schedule, steps_taken
+from middo_jax.training.optimizer import learning_rate_schedule, make_optimizer, steps_taken
 from middo_jax.training.rounding import stochastic_round
 
 
@@ -119,12 +119,11 @@ def batch_gradient(
 
 def make_train_step(
     graphdef: Structure,
-    optimizer: optax.GradientTransformationExtraArgs,
     settings: TrainSettings,
     total_steps: int,
     *,
-    chunk: int,
     state: tuple[Params, optax.OptState],
+    chunk: int,
     longest: int | None = None,
     seed: int = 0,
 ) -> jax.stages.Wrapped:
@@ -135,14 +134,15 @@ def make_train_step(
 
     Args:
       graphdef: the decoder's structure.
-      optimizer: of `make_optimizer`.
-      settings: for `remat`, rounding, and the learning rate that is reported.
+      settings: for the optimizer, `remat` and rounding.
       total_steps: of the whole training.
+      state: (trained, opt_state) or their shapes with shardings, the second of `make_optimizer` with the same
+        settings and steps; the results get the same shardings.
       chunk: target positions of a device whose logits exist at one time.
-      state: (trained, opt_state) or their shapes with shardings; the results lie where these do.
       longest: no example is longer.
       seed: of stochastic rounding.
     """
+    optimizer = make_optimizer(settings, total_steps)
     schedule = learning_rate_schedule(settings, total_steps)
 
     def train_step(
@@ -163,18 +163,18 @@ def make_train_step(
         outputs = StepOutputs(loss, n_targets, grad_norm, schedule(step), new_state.was_bad, usual)
         moved = jax.tree.map(jnp.add, wide, updates)
         key = jax.random.fold_in(jax.random.key(seed), step)
-        return _stored_as(trained, moved, key if settings.stochastic_rounding else None), new_state, outputs
+        return _stored_as(trained, moved, key), new_state, outputs
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
 
 
-def _stored_as(like: Params, wide: Params, key: jax.Array | None) -> Params:
-    """float32 values in the dtypes of `like`: by chance where a key is given, else to nearest."""
+def _stored_as(like: Params, wide: Params, key: jax.Array) -> Params:
+    """float32 values in the dtypes of `like`; to bfloat16 they are rounded by chance."""
     leaves, structure = jax.tree.flatten(wide)
     stored = [
         stochastic_round(x, jax.random.fold_in(key, i))
-        if key is not None and before.dtype == jnp.bfloat16
+        if before.dtype == jnp.bfloat16
         else x.astype(before.dtype)
         for i, (x, before) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True))
     ]

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from middo_jax.parallel import preemption
 from middo_jax.parallel.preemption import Preempted
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def deferred_stops() -> Iterator[StopCheck]:
     Where several processes train, all have to stop at the same step: there JAX's preemption service listens
     for SIGTERM and says which step that is, and Ctrl-C, on which nobody could agree, stops at once.
     """
+    # Not at the top: the command line reads EXIT_PREEMPTED, and `middo select` loads no JAX.
     import jax
 
     from middo_jax.parallel.coordination import stop_point
@@ -65,11 +67,12 @@ def deferred_stops() -> Iterator[StopCheck]:
             (signal.SIGINT, signal.default_int_handler, interrupted),
             (signal.SIGTERM, signal.SIG_DFL, preempted),
         ):
-            if signal.getsignal(number) == default:  # whoever has set another one wants that
+            # Whoever has set another handler wants that one, but for the program's own.
+            if (before := signal.getsignal(number)) in (default, preemption.preempted):
                 signal.signal(number, handler)
-                ours.append((number, default))
+                ours.append((number, before))
     try:
         yield check
     finally:
-        for number, default in ours:
-            signal.signal(number, default)
+        for number, before in ours:
+            signal.signal(number, before)

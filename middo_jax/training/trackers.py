@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any, Protocol
 
 import jax
 
-from middo_jax.config import ConfigError, TrainSettings
+from middo_jax.config import ConfigError, TrainSettings, WandB
+from middo_jax.training.hooks import Hook, on_metrics
 
 
 class Track(Protocol):
@@ -24,10 +26,8 @@ class Track(Protocol):
 
 def require_trackers(settings: TrainSettings) -> None:
     """Raises ConfigError if the settings ask for a tracker whose package is missing."""
-    if settings.tensorboard:
-        _package("tensorboardX", "train.tensorboard", "tensorboard")
-    if settings.wandb_project is not None:
-        _package("wandb", "train.wandb_project", "wandb")
+    for tracker in settings.trackers:
+        _package(tracker)
 
 
 @contextlib.contextmanager
@@ -43,26 +43,27 @@ def trackers(settings: TrainSettings, out_dir: Path, done: int, identity: str) -
     shows: list[Track] = []
     first = jax.process_index() == 0  # of several processes, one shows
     with contextlib.ExitStack() as stack:
-        if settings.tensorboard and first:
-            package = _package("tensorboardX", "train.tensorboard", "tensorboard")
-            writer = package.SummaryWriter(
-                str(out_dir / "tensorboard"),
-                purge_step=done + 1 if done else None,
-                filename_suffix=f".{done:08}",  # its names tell seconds apart, and a restart may take less
-            )
-            stack.callback(writer.close)
-            shows.append(lambda step, scalars: _to_tensorboard(writer, step, scalars))
-        if settings.wandb_project is not None and first:
-            package = _package("wandb", "train.wandb_project", "wandb")
-            run = package.init(
-                project=settings.wandb_project,
-                dir=str(out_dir),
-                id=identity[:16],
-                resume="allow",
-                config=settings.model_dump(mode="json"),
-            )
-            stack.callback(run.finish)
-            shows.append(lambda step, scalars: run.log(dict(scalars), step=step))
+        for tracker in settings.trackers if first else ():
+            package = _package(tracker)
+            if isinstance(tracker, WandB):
+                run = package.init(
+                    project=tracker.wandb,
+                    dir=str(out_dir),
+                    id=identity[:16],
+                    resume="allow",
+                    config=settings.model_dump(mode="json"),
+                )
+                stack.callback(run.finish)
+                shows.append(functools.partial(_to_wandb, run))
+            else:
+                writer = package.SummaryWriter(
+                    str(out_dir / "tensorboard"),
+                    purge_step=done + 1 if done else None,
+                    # Its names tell seconds apart, and a restart may take less.
+                    filename_suffix=f".{done:08}",
+                )
+                stack.callback(writer.close)
+                shows.append(functools.partial(_to_tensorboard, writer))
 
         def track(step: int, scalars: Mapping[str, float], /) -> None:
             for show in shows:
@@ -71,17 +72,27 @@ def trackers(settings: TrainSettings, out_dir: Path, done: int, identity: str) -
         yield track
 
 
+def tracking(track: Track) -> Hook:
+    """A hook that shows the metrics of each step."""
+    return on_metrics(lambda metrics: track(metrics.step, metrics.scalars()))
+
+
 def _to_tensorboard(writer: Any, step: int, scalars: Mapping[str, float]) -> None:
     for name, value in scalars.items():
         writer.add_scalar(name, value, step)
 
 
-def _package(name: str, setting: str, extra: str) -> ModuleType:
+def _to_wandb(run: Any, step: int, scalars: Mapping[str, float]) -> None:
+    run.log(dict(scalars), step=step)
+
+
+def _package(tracker: str | WandB) -> ModuleType:
+    name, extra = ("wandb", "wandb") if isinstance(tracker, WandB) else ("tensorboardX", "tensorboard")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
         raise ConfigError(
-            f'config: {setting} needs the package {name}: pip install "middo-jax[{extra}]"'
+            f'config: {extra} in train.trackers needs the package {name}: pip install "middo-jax[{extra}]"'
         ) from error

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pydantic
 import pytest
+import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from middo_jax.config import (
+    RENAMED,
     RESULTLESS,
+    Adafactor,
+    AdamW,
     Affects,
+    BadSteps,
     Config,
     ConfigError,
+    Deviations,
+    Dollars,
     Effect,
+    ExpectedRating,
+    Fraction,
+    HostsSettings,
+    SampledRating,
     Settings,
+    Threshold,
+    Tokens,
+    WandB,
     affecting,
-    flat,
+    default_of,
+    layers_of,
+    leaves,
     load,
-    marks,
-    setting_names,
+    members_of,
+    stored,
+    union_of,
 )
 from middo_jax.rundir.chain import AFFECTED_BY
 
@@ -33,7 +52,8 @@ def test_defaults_and_overrides() -> None:
     assert config.model.path == "m"
     assert config.train.learning_rate == 1e-4
     assert config.train.num_epochs == 3  # the last one wins
-    assert config.complexity.m == config.diversity.m == config.quality.m == 1.0
+    assert config.complexity.threshold == config.diversity.threshold == config.quality.threshold
+    assert config.complexity.threshold == Deviations(m=1.0)
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
@@ -72,7 +92,37 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("complexity.fraction=1.5", r"complexity\.fraction: .*less than 1"),
         ("complexity={m: 1, fraction: 0.5}", r"complexity: give either m or fraction, not both"),
         ("train.gradient_accumulation=3", r"gradient_accumulation must divide"),
-        ("train.pack_length=1024", r"pack_length must be at least"),
+        (
+            "complexity.threshold={m: 1}",
+            r"complexity\.threshold is not a setting\. Did you mean complexity\.m\?",
+        ),
+        (
+            "quality.temperature=1",
+            r"quality\.temperature is a setting of quality\.method=sample, and .* expected",
+        ),
+        (
+            "quality={method: sample, score: log_odds}",
+            r"quality\.score is a setting of quality\.method=expected",
+        ),
+        ("quality.method=guess", r"quality\.method: Input should be 'expected' or 'sample'"),
+        ("train.optimizer=sgd", r"train\.optimizer\.name: Input should be 'adamw' or 'adafactor'"),
+        ("train.optimizer=null", r"train\.optimizer: must be adamw or adafactor"),
+        (
+            "train.optimizer={name: adafactor, betas: [0.9, 0.99]}",
+            r"train\.optimizer\.betas is a setting of .*adamw",
+        ),
+        ("train.optimizer.betas=[0.9, 1]", r"train\.optimizer\.betas: must be two numbers from 0 to below 1"),
+        ("train.optimizer.wieght_decay=1", r"Did you mean train\.optimizer\.weight_decay\?"),
+        ("refine.budget=3", r"refine\.budget: must be \{usd: \.\.\.\} or \{tokens: \.\.\.\}"),
+        ("refine.budget={usd: 3, tokens: 4}", r"refine\.budget: give either usd or tokens, not both"),
+        ("refine.budget.tokens=0", r"refine\.budget\.tokens: .*greater than 0"),
+        ("refine.gates.open=[length]", r"refine\.gates\.open: length has a bar: refine\.gates\.length=null"),
+        ("refine.gates.open=[polite]", r"no gate called 'polite' can be opened; these can: numbers, code"),
+        ("train.on_bad_step=go on", r"train\.on_bad_step: must be stop or skip"),
+        ("train.on_bad_step={skip: 1}", r"train\.on_bad_step: .*greater than 1"),
+        ("train.trackers=tensorboard", r"train\.trackers: must be a list such as \[tensorboard, "),
+        ("train.trackers=[{wandb: }]", r"train\.trackers: must be a list such as"),
+        ("train.trackers=[tensorboard, tensorboard]", r"train\.trackers: names a tracker twice"),
         ("noequals", r"'noequals' is not of the form a\.b=value"),
         ("=1", r"not of the form"),
         ("name=[", r"not valid YAML"),
@@ -87,8 +137,8 @@ def test_errors_name_the_setting(override: str, message: str) -> None:
 def test_a_threshold_is_one_deviation_unless_another_is_given() -> None:
     given = ["diversity.k=3", "complexity={}", "quality.fraction=0.1"]
     config = load(None, [*NEEDED, *given])
-    assert (config.diversity.m, config.complexity.m) == (1.0, 1.0)
-    assert (config.quality.m, config.quality.fraction) == (None, 0.1)
+    assert config.diversity.threshold == config.complexity.threshold == Deviations(m=1.0)
+    assert config.quality.threshold == Fraction(fraction=0.1)
 
 
 def test_what_is_missing_is_named() -> None:
@@ -147,21 +197,36 @@ def test_settings_are_frozen() -> None:
 
 
 def test_every_setting_has_a_default_but_two() -> None:
-    config = load(None, NEEDED)
-    tree = config.model_dump()
-    for name in setting_names():
-        value: Any = tree
-        for part in name.split("."):
-            value = value[part]
-    assert "train.learning_rate" in set(setting_names())
+    required = {leaf.name for leaf in leaves() if leaf.field.is_required() and not leaf.excludes}
+    assert required == {"model.path", "data.path"}
+    assert "train.learning_rate" in {leaf.name for leaf in leaves()}
+
+
+def below(settings: type[Settings]) -> list[tuple[type[Settings], ...]]:
+    """For each field: () of a setting, (group,), or the alternatives."""
+    found = []
+    for field in settings.model_fields.values():
+        kind = field.annotation
+        is_group = isinstance(kind, type) and issubclass(kind, Settings)
+        found.append(members_of(field) if union_of(field) else (kind,) if is_group else ())
+    return found
 
 
 def groups(settings: type[Settings]) -> list[type[Settings]]:
-    below = [f.annotation for f in settings.model_fields.values()]
-    return [
-        settings,
-        *(g for b in below if isinstance(b, type) and issubclass(b, Settings) for g in groups(b)),
-    ]
+    return [settings, *(g for members in below(settings) for member in members for g in groups(member))]
+
+
+def count(settings: type[Settings]) -> int:
+    """Settings that can be given at a time: of alternatives the longest counts."""
+    return sum(max(map(count, members)) if members else 1 for members in below(settings))
+
+
+def test_there_are_no_more_settings_than_can_be_read() -> None:
+    assert (
+        count(Config) - len(HostsSettings.model_fields) <= 82
+    )  # there were 107, and no job of several hosts
+    names = [leaf.name for leaf in leaves()]
+    assert len(names) == len(set(names))
 
 
 def test_every_group_says_what_it_is() -> None:
@@ -173,22 +238,28 @@ def test_every_group_says_what_it_is() -> None:
 
 def test_every_setting_says_what_it_affects() -> None:
     """By its own mark or by its group's, never by both, and never by a name that does not exist."""
-    found = dict(marks())
-    assert found.keys() == set(setting_names())
+    found = {leaf.name: leaf.mark for leaf in leaves()}
     assert [name for name, mark in found.items() if mark is None or not mark.effects] == []
     for group in groups(Config):
         own = [n for n, f in group.model_fields.items() if any(isinstance(m, Affects) for m in f.metadata)]
         assert not (group.affects and own), group
-    values = flat(load(None, NEEDED).model_dump(mode="json"))
-    conditions = [mark.only_if for mark in found.values() if mark and mark.only_if]
-    assert {name for name, _ in conditions} == {"quality.method"}
-    assert {name for name, _ in conditions} <= values.keys()
+    conditional = {
+        (name, effect, condition)
+        for name, mark in found.items()
+        for effect, condition in (mark.effects.items() if mark else ())
+        if condition is not None
+    }
+    sampled = ("quality.method", "sample")
+    assert conditional == {("seed", "scores", sampled), ("serve.max_context", "scores", sampled)}
+    assert {condition[0] for *_, condition in conditional} <= found.keys()
+    with pytest.raises(TypeError, match="not an effect: taste"):
+        Affects("speed", taste=sampled)
 
 
 def test_every_effect_but_the_resultless_is_one_that_a_stage_depends_on() -> None:
     depended_on = frozenset[str]().union(*AFFECTED_BY.values())
     assert depended_on == set(get_args(Effect)) - RESULTLESS
-    used = frozenset[str]().union(*(mark.effects for _, mark in marks() if mark))
+    used = frozenset[str]().union(*(leaf.mark.effects for leaf in leaves() if leaf.mark))
     assert used == set(get_args(Effect))
 
 
@@ -196,36 +267,39 @@ def test_a_setting_affects_only_where_its_condition_holds() -> None:
     expected = affecting(load(None, NEEDED), {"scores"})
     sampled = affecting(load(None, [*NEEDED, "quality.method=sample"]), {"scores"})
     assert {"quality.score"} <= expected.keys() - sampled.keys()
-    assert {"quality.temperature", "quality.top_k"} <= sampled.keys() - expected.keys()
+    assert {"quality.temperature", "seed", "serve.max_context"} <= sampled.keys() - expected.keys()
+    for effect in ("training", "rewrites"):  # a condition is one effect's
+        assert "seed" in affecting(load(None, NEEDED), {effect})
+    assert "serve.max_context" in affecting(load(None, NEEDED), {"rewrites"})
     assert {"diversity.k", "quality.method"} <= expected.keys() & sampled.keys()
     assert not [name for name in expected if name.startswith("train.")]
 
 
 @pytest.mark.parametrize(
-    ("stored", "overrides", "m", "fraction"),
+    ("stored", "overrides", "wanted"),
     [
-        ("{m: 1.5}", ["complexity.fraction=0.2"], None, 0.2),
-        ("{fraction: 0.2}", ["complexity.m=1.5"], 1.5, None),
-        ("{m: 1.5}", ["complexity.fraction=0.2", "complexity.m=null"], None, 0.2),
-        ("{m: 1.5}", ["complexity.m=null"], 1.0, None),
-        ("{m: 1.5}", ["complexity.fraction=0.2", "complexity.fraction=0.3"], None, 0.3),
-        ("{m: 1.5}", ["more.yaml"], None, 0.4),
-        ("{m: 1.5}", ["more.yaml", "complexity.m=2"], 2.0, None),
+        ("{m: 1.5}", ["complexity.fraction=0.2"], Fraction(fraction=0.2)),
+        ("{fraction: 0.2}", ["complexity.m=1.5"], Deviations(m=1.5)),
+        ("{m: 1.5}", ["complexity.fraction=0.2", "complexity.m=null"], Fraction(fraction=0.2)),
+        ("{m: 1.5}", ["complexity.m=null"], Deviations(m=1.0)),
+        ("{m: 1.5}", ["complexity.fraction=0.2", "complexity.fraction=0.3"], Fraction(fraction=0.3)),
+        ("{m: 1.5}", ["more.yaml"], Fraction(fraction=0.4)),
+        ("{m: 1.5}", ["more.yaml", "complexity.m=2"], Deviations(m=2.0)),
+        ("{m: 1.5}", [{"complexity": {"fraction": 0.2}}], Fraction(fraction=0.2)),
+        ("{m: 1.5}", [{"complexity.fraction": 0.2}], Fraction(fraction=0.2)),
     ],
 )
 def test_a_fraction_takes_the_place_of_m_and_the_other_way_round(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     stored: str,
-    overrides: list[str],
-    m: float | None,
-    fraction: float | None,
+    overrides: list[str | dict[str, Any]],
+    wanted: Threshold,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(load(None, [*NEEDED, f"complexity={stored}"]).to_yaml(), encoding="utf-8")
     Path("more.yaml").write_text("complexity: {fraction: 0.4}\n", encoding="utf-8")
-    complexity = load("c.yaml", overrides).complexity
-    assert (complexity.m, complexity.fraction) == (m, fraction)
+    assert load("c.yaml", overrides).complexity.threshold == wanted
 
 
 def test_both_at_one_place_are_still_an_error(tmp_path: Path) -> None:
@@ -234,7 +308,108 @@ def test_both_at_one_place_are_still_an_error(tmp_path: Path) -> None:
             load(None, [*NEEDED, *overrides])
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/runs", "s3://bucket", "file:///tmp/runs"])
+@pytest.mark.parametrize(
+    ("stored", "overrides", "name", "wanted"),
+    [
+        ("quality={score: log_odds}", ["quality.method=sample"], "quality.rating", SampledRating()),
+        ("quality={score: log_odds}", [{"quality": {"method": "sample", "temperature": 0.5}}],
+         "quality.rating", SampledRating(temperature=0.5)),
+        ("quality={method: sample, temperature: 0.5}", ["more.yaml"],
+         "quality.rating", ExpectedRating(score_temperature=3.0)),
+        ("quality={method: sample, temperature: 0.5}", ["quality.max_new_tokens=9"],
+         "quality.rating", SampledRating(max_new_tokens=9, temperature=0.5)),
+        ("train.optimizer={betas: [0.8, 0.9], weight_decay: 0.1}", ["train.optimizer=adafactor"],
+         "train.optimizer", Adafactor()),
+        ("train.optimizer={betas: [0.8, 0.9], weight_decay: 0.1}", ["train.optimizer.name=adafactor"],
+         "train.optimizer", Adafactor(weight_decay=0.1)),
+        ("train.optimizer=adafactor", ["more.yaml"], "train.optimizer", AdamW(betas=(0.9, 0.95))),
+        ("train.optimizer=adamw", ["train.optimizer.weight_decay=0.2"],
+         "train.optimizer", AdamW(weight_decay=0.2)),
+        ("refine.budget={usd: 3}", ["refine.budget.tokens=9"], "refine.budget", Tokens(tokens=9)),
+        ("refine.budget={usd: 3}", [{"refine.budget": {"tokens": 9}}], "refine.budget", Tokens(tokens=9)),
+        ("refine.budget={usd: 3}", ["refine.budget=null"], "refine.budget", None),
+        ("refine.budget=null", ["refine.budget.usd=3"], "refine.budget", Dollars(usd=3)),
+        ("train.on_bad_step={stop: 2}", ["more.yaml"],
+         "train.on_bad_step", BadSteps(action="skip", spike_factor=3)),
+        ("train.trackers=[tensorboard]", [{"train": {"trackers": [{"wandb": "p"}]}}],
+         "train.trackers", (WandB(wandb="p"),)),
+    ],
+)  # fmt: skip
+def test_an_alternative_takes_the_place_of_another(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stored: str,
+    overrides: list[Any],
+    name: str,
+    wanted: object,
+) -> None:
+    """Over a stored config.yaml, which holds all settings of the alternative that was chosen then."""
+    monkeypatch.chdir(tmp_path)
+    first = load(None, [*NEEDED, stored])
+    Path("c.yaml").write_text(first.to_yaml(), encoding="utf-8")
+    Path("more.yaml").write_text(
+        "quality: {method: expected, score_temperature: 3}\n"
+        "train: {optimizer: {name: adamw, betas: [0.9, 0.95]}, on_bad_step: {skip: 3}}\n",
+        encoding="utf-8",
+    )
+    assert load("c.yaml") == first
+    for config in (load("c.yaml", overrides), load(None, [*layers_of(first), *overrides])):
+        found: Any = config
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert found == wanted
+
+
+def test_an_alternative_made_in_python_is_carried_whole() -> None:
+    config = load(None, [*NEEDED, "quality.method=sample"])
+    quality = config.quality.model_copy(update={"rating": SampledRating()})
+    train = config.train.model_copy(update={"optimizer": Adafactor()})
+    changed = config.model_copy(update={"quality": quality, "train": train})
+    again = load(None, layers_of(changed))
+    assert (again.quality.rating, again.train.optimizer) == (SampledRating(), Adafactor())
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_an_old_spelling_is_an_error_that_names_the_new_one(tmp_path: Path, name: str) -> None:
+    """From YAML, the command line and Python alike."""
+    group, setting = name.rsplit(".", 1)
+    tree: dict[str, Any] = {setting: 1}
+    for part in reversed(group.split(".")):
+        tree = {part: tree}
+    path = tmp_path / "old.yaml"
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    wanted = f"config: {name} is now {RENAMED[name]}"
+    for overrides in ([f"{name}=1"], [tree], [{name: 1}], [str(path)]):
+        with pytest.raises(ConfigError) as caught:
+            load(None, [*NEEDED, *overrides])
+        assert str(caught.value) == wanted
+    known = {leaf.name for leaf in leaves()}
+    assert name not in known
+    named = set(re.findall(r"\b(?:model|train|refine)\.[a-z_.]*[a-z_]", RENAMED[name]))
+    assert [n for n in named if n not in known and not any(k.startswith(f"{n}.") for k in known)] == []
+
+
+def test_each_setting_of_before_is_a_setting_or_has_a_new_spelling() -> None:
+    """Its config.yaml held all of them; `status` and `report` read what they can of such a file."""
+    old = Path(__file__).parent / "settings_before_unions.yaml"
+    with pytest.raises(ConfigError) as caught:
+        load(old)
+    lines = str(caught.value).splitlines()
+    assert {line.removeprefix("config: ").split(" is ")[0] for line in lines} == {
+        *RENAMED,
+        *("quality.max_new_tokens", "quality.temperature"),  # of another method than its own
+    }
+    assert stored(yaml.safe_load(old.read_text(encoding="utf-8"))) is None
+
+
+def test_defaults_are_those_of_the_alternative_that_is_the_default() -> None:
+    assert (default_of("complexity.m"), default_of("complexity.fraction")) == (1.0, None)
+    assert (default_of("quality.score"), default_of("quality.temperature")) == ("expected", None)
+    assert default_of("train.optimizer.betas") == [0.9, 0.999]
+    assert (default_of("train.on_bad_step"), default_of("no.such")) == ("stop", None)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/runs", "gs:/bucket/runs", "s3://bucket", "file:///tmp/runs"])
 def test_runs_lie_on_this_machine(url: str) -> None:
     with pytest.raises(ConfigError, match=r"runs_dir: .* is a URL; buckets are not supported yet"):
         load(None, [*NEEDED, f"runs_dir={url}"])

@@ -30,6 +30,7 @@ def test_the_published_training(model: str, dataset: str, hardware: str):
     assert (train.num_epochs, train.schedule, train.warmup_ratio) == (1, "cosine", 0.03)
     assert (config.model.max_length, config.model.dtype, config.lora.rank) == (4096, "bfloat16", None)
     assert (config.refine.model, config.refine.temperature) == ("gpt-4o-mini", 1.0)
+    assert not config.refine.show_response
     assert (config.refine.accept, config.refine.growth, config.refine.max_attempts) == ("none", "free", 1)
     # It runs there: the mesh is of these devices, and every micro-batch spreads evenly over it.
     mesh = config.mesh

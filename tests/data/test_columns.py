@@ -85,6 +85,11 @@ def test_context_and_input(tmp_path: Path) -> None:
         {"tools": [{"name": "search"}]},
         {"documents": ["a map"]},
         {"input": "of Europe"},
+        {"Context": "Seas: North, East."},
+        {"System": "Rhyme."},
+        {"systemPrompt": "Rhyme."},
+        {"System Message": "Rhyme."},
+        {"system_instruction": "Rhyme."},
     ],
 )
 def test_a_column_that_the_prompt_needs_is_named(
@@ -143,7 +148,7 @@ def test_turns_behind_the_last_learnt_answer_are_left_out_and_named(
 ) -> None:
     (example,), _ = reading(tmp_path, chat(*BAD_THEN_GOOD, weight=0))
     assert example.messages == (Message("user", "one"), Message("assistant", "bad"))
-    assert "turns behind the last answer that is learnt" in caplog.text
+    assert "turns after the last answer that is learnt" in caplog.text
 
 
 def test_another_weight_is_named_as_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,7 +180,9 @@ def test_weights_survive_writing(tmp_path: Path, name: str, caplog: pytest.LogCa
     examples, _ = reading(tmp_path, row, chat(("user", "q"), ("assistant", "a")))
     file, form = name.split()
     write(examples, tmp_path / file, form)
-    assert [e.messages for e in read(str(tmp_path / file))[0]] == [e.messages for e in examples]
+    again, _ = read(str(tmp_path / file))
+    assert [e.messages for e in again] == [e.messages for e in examples]
+    assert [m.learnt for e in again for m in e.messages] == [True, False, True, True, True, True]
     assert "not trained on" not in caplog.text
 
 

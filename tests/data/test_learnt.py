@@ -22,7 +22,12 @@ from middo_jax.data.tokenize import (
 
 NO_LIMIT = 1 << 20
 EOT = "<|im_end|>"
-TWO_TURNS = (("user", "Which sea?"), ("assistant", "The North."), ("user", "More"), ("assistant", "No"))
+TWO_TURNS: tuple[tuple[Role, str], ...] = (
+    ("user", "Which sea?"),
+    ("assistant", "The North."),
+    ("user", "More"),
+    ("assistant", "No"),
+)
 
 
 def template(header: str, behind: str, answer: str = "m['content']") -> str:
@@ -102,6 +107,15 @@ QWEN3 = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
 THOUGHT = "<think>\nA small one.\n</think>\n\nA wren."
+
+
+def test_reasoning_that_the_generation_prompt_begins_is_learnt_behind_it() -> None:
+    opens = CHAT_TEMPLATE.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>\n' }}")
+    tokenizer = fast(opens)
+    asked: tuple[Role, str] = ("user", "Name a bird.")
+    assert learnt(tokenizer, asked, ("assistant", THOUGHT)) == THOUGHT.removeprefix("<think>\n") + EOT
+    with pytest.raises(TemplateError):  # asked for an answer, the model is past what this one begins with
+        learnt(tokenizer, asked, ("assistant", "A wren."))
 
 
 def test_reasoning_that_the_template_writes_itself_is_learnt() -> None:

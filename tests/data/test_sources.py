@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from middo_jax.data import sources
 from middo_jax.data.example import Example, Lineage, Message
 from middo_jax.data.formats import detect
-from middo_jax.data.sources import DataError, Rejection, read, split_heldout, write
+from middo_jax.data.sources import DataError, Rejection, read, write
+from middo_jax.data.split import split_heldout
 
 TARGETS = [
     *(
@@ -123,7 +125,8 @@ def test_dataset_jsonl_reads_back_exactly(examples: list[Example]) -> None:
 
 
 def test_damaged_lineage_is_a_rejection_and_added_columns_survive(tmp_path: Path) -> None:
-    good, bad, odd = (example(f"prompt {i}").to_json() for i in range(3))
+    rows: list[dict[str, Any]] = [json.loads(json.dumps(example(f"prompt {i}").to_json())) for i in range(3)]
+    good, bad, odd = rows
     good["note"] = "added by hand"
     bad["lineage"]["round"] = "one"
     odd["lineage"]["surprise"] = 1
@@ -341,10 +344,10 @@ def test_json_files(tmp_path: Path) -> None:
     for content, message in (
         ('[{"prompt": 1},\n {"prompt": }]', "line 2, column 13"),
         ('{"prompt": "q"}\n{"prompt": "q"}', r"\.jsonl file"),
-        ('{"prompt": "q"}', "must hold a list of rows"),
-        ("", "holds no rows"),
-        ("[]", "holds no rows"),
-        ("[" * 5000, "cannot be held"),
+        ('{"prompt": "q"}', "must contain a list of rows"),
+        ("", "has no rows"),
+        ("[]", "has no rows"),
+        ("[" * 5000, "JSON beyond the limits of the parser"),
     ):
         path.write_text(content)
         with pytest.raises(DataError, match=message):

@@ -233,14 +233,14 @@ def test_a_format_that_is_not_the_tokenizers(name: str, tmp_path: Path) -> None:
     if name == "chatml":
         assert load_tokenizer(directory, name).chat_template == named_template(name)
         return
-    with pytest.raises(TemplateError, match=f"{name} is written with") as error:
+    with pytest.raises(TemplateError, match=f"model.template: {name} needs ") as error:
         load_tokenizer(directory, name)
     assert all(token in str(error.value) for token in CONTROL_TOKENS[name])
-    assert "of the known names chatml, default fit it, or give a Jinja file" in str(error.value)
+    assert "use chatml or default, or give a Jinja file" in str(error.value)
 
 
 def test_a_format_that_needs_bos() -> None:
-    with pytest.raises(TemplateError, match="gemma is written with its bos_token"):
+    with pytest.raises(TemplateError, match="gemma needs its bos_token"):
         tokenizer_of(tiny_sentencepiece(), "gemma", bos=None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -74,7 +75,7 @@ def test_a_pass_compiles_once_for_models_that_are_alike(
     directory, tokenized, _ = dataset("random", tmp_path)
     compiled: list[int] = []
 
-    def counted(lowered: list[object], advance: object) -> list[object]:
+    def counted(lowered: list[object], advance: Callable[[int, int], None]) -> list[object]:
         compiled.append(len(lowered))
         return compile_(lowered, advance)
 

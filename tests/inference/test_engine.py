@@ -18,7 +18,7 @@ from support.tiny_model import FAMILIES, write_tiny_model
 
 from middo_jax.config import MeshSettings
 from middo_jax.inference import engine as engine_module
-from middo_jax.inference.engine import CHUNK, Completion, Engine
+from middo_jax.inference.engine import CHUNK, Completion, Engine, PromptChunk
 from middo_jax.inference.sampling import Request, Sampling, keep_likely, sample
 from middo_jax.models.config import DecoderConfig, LayerKind, LinearRope
 from middo_jax.models.decoder import Decoder, KVCache, split
@@ -148,7 +148,9 @@ def test_a_prompt_that_begins_like_another_has_the_same_answer(model, monkeypatc
     """Whole chunks are copied from the slots of earlier requests, busy or free, and nothing changes."""
     read = []
     prefill = engine_module.prefill
-    monkeypatch.setattr(engine_module, "prefill", lambda *args: read.append(int(args[5])) or prefill(*args))
+    monkeypatch.setattr(
+        engine_module, "prefill", lambda *args: read.append(int(args[3].n_tokens)) or prefill(*args)
+    )
     long = 3 * CHUNK + 7
     stem = prompt(2 * CHUNK + 40)
     prompts = [stem + prompt(long - len(stem), seed) for seed in range(4)] + [stem[: CHUNK + 1], stem[:CHUNK]]
@@ -246,7 +248,7 @@ def test_devices_exchange_rows_of_the_cache_and_never_all_of_it(tmp_path, progra
         cache = engine_module._made_cache(config, slots, context)
         one = np.int32(1)
         operands = {
-            "prefill": (np.zeros((1, CHUNK), np.int32), one, one, one, Sampling.of(sampling)),
+            "prefill": (PromptChunk(np.zeros((1, CHUNK), np.int32), one, one, one), Sampling.of(sampling)),
             "decode": (np.zeros(slots, np.int32), np.zeros(slots, np.int32), Sampling.of(sampling * slots)),
             "copy_chunks": (one, one, one),
         }[program]

@@ -19,7 +19,10 @@ from middo_jax.models.attention import (
     CACHE_BLOCK,
     QUERY_BLOCK,
     AttentionError,
+    AttentionSpec,
+    CachedLayer,
     Kernel,
+    Packing,
     Workload,
     cached_attention,
     choose,
@@ -54,9 +57,7 @@ def test_a_kernel_is_the_definition(
     batch = Batch.random(2, length).grown() if trees else Batch.random(2, length)
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(
-            q, k, v, *batch.ids, scale=SCALE, window=window, soft_cap=soft_cap, kernel=kernel
-        )
+        return packed_attention(q, k, v, batch.packing(), AttentionSpec(SCALE, window, soft_cap), kernel)
 
     theirs = definition(batch, window, soft_cap)
     assert_equal(batch.values_and_gradients(ours), batch.values_and_gradients(theirs))
@@ -67,7 +68,7 @@ def test_any_number_of_key_heads(kv_heads: int) -> None:
     batch = Batch.random(1, 33, kv_heads=kv_heads)
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, *batch.ids, scale=SCALE)
+        return packed_attention(q, k, v, batch.packing(), AttentionSpec(SCALE))
 
     theirs = definition(batch, None, None)
     assert_equal(batch.values_and_gradients(ours), batch.values_and_gradients(theirs))
@@ -80,12 +81,12 @@ def test_packed_is_unpacked_under_a_window() -> None:
     q, k, v = (jnp.asarray(rng.standard_normal((1, sum(lengths), n, 8)), jnp.float32) for n in (4, 2, 2))
     segment_ids = np.repeat(np.arange(3), lengths)[None]
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
-    attend = jax.jit(functools.partial(packed_attention, scale=SCALE, window=window))
-    packed = attend(q, k, v, segment_ids, positions)
+    attend = jax.jit(functools.partial(packed_attention, spec=AttentionSpec(SCALE, window)))
+    packed = attend(q, k, v, Packing(segment_ids, positions))
     for start, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):
         own = slice(start, start + length)
         one_segment, counted = jnp.zeros((1, length), jnp.int32), jnp.arange(length)[None]
-        alone = attend(q[:, own], k[:, own], v[:, own], one_segment, counted)
+        alone = attend(q[:, own], k[:, own], v[:, own], Packing(one_segment, counted))
         np.testing.assert_allclose(packed[:, own], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -94,8 +95,8 @@ def test_a_window_reads_no_further_back() -> None:
     length, window = 3 * QUERY_BLOCK, 50
     x = jnp.ones((1, length, 1, 8)).at[:, : 2 * QUERY_BLOCK - window + 1].set(jnp.nan)
     positions = jnp.arange(length)[None]
-    attend = jax.jit(functools.partial(packed_attention, scale=SCALE, window=window))
-    out = attend(x, x, x, jnp.zeros_like(positions), positions)
+    attend = jax.jit(functools.partial(packed_attention, spec=AttentionSpec(SCALE, window)))
+    out = attend(x, x, x, Packing(jnp.zeros_like(positions), positions))
     np.testing.assert_allclose(out[:, 2 * QUERY_BLOCK :], 1.0, rtol=1e-6)
 
 
@@ -103,14 +104,15 @@ def test_a_window_reads_no_further_back() -> None:
 def test_what_a_segment_does_not_see_is_not_read(trees: bool) -> None:
     """A tile costs what its own segment holds, whatever else is in the row: NaN times zero would be NaN."""
     lengths = (4 * TILE, 30, 2 * TILE - 30)
-    segment_ids = np.repeat(np.arange(3), lengths)[None]
-    positions = np.concatenate([np.arange(n) for n in lengths])[None]
-    until = np.repeat(np.cumsum(lengths), lengths)[None] if trees else None
+    segment_ids = jnp.asarray(np.repeat(np.arange(3), lengths)[None])
+    positions = jnp.asarray(np.concatenate([np.arange(n) for n in lengths])[None])
+    until = jnp.asarray(np.repeat(np.cumsum(lengths), lengths)[None]) if trees else None
     x = jnp.ones((1, sum(lengths), 1, 8)).at[:, : lengths[0]].set(jnp.nan)
 
     @jax.jit
     def behind(x: jax.Array) -> jax.Array:
-        attended = packed_attention(x, x, x, segment_ids, positions, until, scale=SCALE, kernel="tiled")
+        packing = Packing(segment_ids, positions, until)
+        attended = packed_attention(x, x, x, packing, AttentionSpec(SCALE), "tiled")
         return attended[:, lengths[0] :]
 
     out, pull = jax.vjp(behind, x)
@@ -123,7 +125,8 @@ def test_what_is_not_finite_stays_in_its_row(kernel: Kernel) -> None:
     length = 10 * TILE
     positions = jnp.tile(jnp.arange(length), (2, 1))
     x = jnp.ones((2, length, 1, 8)).at[0, -20:].set(jnp.nan)
-    out = packed_attention(x, x, x, jnp.zeros_like(positions), positions, scale=SCALE, kernel=kernel)
+    packing = Packing(jnp.zeros_like(positions), positions)
+    out = packed_attention(x, x, x, packing, AttentionSpec(SCALE), kernel)
     np.testing.assert_allclose(out[1], 1.0, rtol=1e-6)
 
 
@@ -146,7 +149,7 @@ def test_a_window_reaches_over_the_branches_between(kernel: Kernel) -> None:
     )
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, *batch.ids, scale=SCALE, window=20, kernel=kernel)
+        return packed_attention(q, k, v, batch.packing(), AttentionSpec(SCALE, 20), kernel)
 
     assert_equal(batch.values_and_gradients(ours), batch.values_and_gradients(definition(batch, 20, None)))
 
@@ -159,8 +162,8 @@ def test_a_prefix_and_the_longest_tree_only_save_work(kernel: Kernel, window: in
     longest = int(np.bincount(batch.segment_ids[:2, prefix:].ravel() + 1)[1:].max())
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        asked = {"scale": SCALE, "window": window, "kernel": kernel}
-        return packed_attention(q, k, v, *batch.ids, prefix=prefix, longest=longest, **asked)
+        packing = batch.packing(prefix=prefix, longest=longest)
+        return packed_attention(q, k, v, packing, AttentionSpec(SCALE, window), kernel)
 
     theirs = definition(batch, window, None)
     assert_equal(batch.values_and_gradients(ours), batch.values_and_gradients(theirs))
@@ -175,7 +178,7 @@ def test_tiled_on_a_mesh_is_the_definition(kv_heads: int, mesh: MeshSettings) ->
     batch = Batch.random(4, 4 * TILE + 1, kv_heads=kv_heads).grown()
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, *batch.ids, scale=SCALE, kernel="tiled")
+        return packed_attention(q, k, v, batch.packing(), AttentionSpec(SCALE), "tiled")
 
     with jax.set_mesh(make_mesh(mesh)):
         found = batch.values_and_gradients(ours)
@@ -196,13 +199,14 @@ def test_cached_is_packed(slots: int, window: int | None, soft_cap: float | None
     keys, values = cache_of(rng, 2, slots)
     q = jnp.asarray(rng.standard_normal((2, slots, 4, 8)), jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(slots), (2, slots))
-    asked = {"scale": SCALE, "window": window, "soft_cap": soft_cap}
-    attend = jax.jit(functools.partial(packed_attention, **asked))
-    whole = attend(q, keys[1], values[1], jnp.zeros_like(positions), positions)
+    spec = AttentionSpec(SCALE, window, soft_cap)
+    attend = jax.jit(functools.partial(packed_attention, spec=spec))
+    whole = attend(q, keys[1], values[1], Packing(jnp.zeros_like(positions), positions))
     # Rows of one batch stand at different places, as in decoding.
     at = jnp.array([[3, 9], [slots - 7, slots - 1]])
     some = jnp.take_along_axis(q, at[..., None, None], axis=1)
-    out = jax.jit(functools.partial(cached_attention, **asked))(some, keys, values, jnp.int32(1), at)
+    cached = CachedLayer(keys, values, jnp.int32(1))
+    out = jax.jit(functools.partial(cached_attention, spec=spec))(some, cached, at)
     expected = jnp.take_along_axis(whole, at[..., None, None], axis=1)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
@@ -213,10 +217,11 @@ def test_cached_rows_do_not_see_their_neighbours_to_the_bit(window: int | None) 
     slots = 3 * CACHE_BLOCK + 20
     keys, values = cache_of(rng, 3, slots)
     q = jnp.asarray(rng.standard_normal((3, 1, 4, 8)), jnp.float32)
-    attend = jax.jit(functools.partial(cached_attention, scale=SCALE, window=window))
+    attend = jax.jit(functools.partial(cached_attention, spec=AttentionSpec(SCALE, window)))
+    cached = CachedLayer(keys, values, jnp.int32(0))
     for mine in (0, 4, CACHE_BLOCK - 1, CACHE_BLOCK, 2 * CACHE_BLOCK + 5, slots - 1):
         answers = [
-            np.asarray(attend(q, keys, values, jnp.int32(0), jnp.array([[mine], [one], [other]])))[0]
+            np.asarray(attend(q, cached, jnp.array([[mine], [one], [other]])))[0]
             for one, other in [(0, 0), (mine, slots), (slots - 1, 0), (slots - 1, slots), (slots, slots)]
         ]
         for answer in answers[1:]:
@@ -227,7 +232,8 @@ def test_cached_blocks_that_no_row_sees_are_not_read() -> None:
     slots, window = 4 * CACHE_BLOCK, 10
     cache = jnp.full((1, 2, slots, 1, 8), jnp.nan).at[:, :, CACHE_BLOCK : 2 * CACHE_BLOCK].set(1.0)
     at = jnp.array([[CACHE_BLOCK + 20], [slots]])  # the second row is idle
-    out = cached_attention(jnp.ones((2, 1, 1, 8)), cache, cache, jnp.int32(0), at, scale=SCALE, window=window)
+    cached = CachedLayer(cache, cache, jnp.int32(0))
+    out = cached_attention(jnp.ones((2, 1, 1, 8)), cached, at, AttentionSpec(SCALE, window))
     np.testing.assert_allclose(out[0], 1.0, rtol=1e-6)
 
 
@@ -249,13 +255,13 @@ def test_splash_is_xla(
     mesh: MeshSettings | None,
 ) -> None:
     batch = Batch.random(rows, length, kv_heads=kv_heads)
-    asked = {"scale": SCALE, "window": window, "soft_cap": soft_cap}
+    spec, packing = AttentionSpec(SCALE, window, soft_cap), batch.packing()
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return splash_attention(q, k, v, batch.ids[0], **asked, interpret=True)
+        return splash_attention(q, k, v, packing.segment_ids_bt, spec, interpret=True)
 
     def theirs(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, *batch.ids, **asked, kernel="xla")
+        return packed_attention(q, k, v, packing, spec, "xla")
 
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
         found = batch.values_and_gradients(ours)
@@ -311,16 +317,18 @@ def test_what_a_kernel_cannot_honour_raises(kernel: Kernel, workload: Workload, 
 def test_a_kernel_asked_for_by_name_is_not_replaced(kernel: Kernel) -> None:
     batch = Batch.random(1, 16)
     with pytest.raises(AttentionError, match=f"kernel '{kernel}' cannot honour a cpu"):
-        packed_attention(*batch.qkv, *batch.ids, scale=SCALE, kernel=kernel)
+        packed_attention(*batch.qkv, batch.packing(), AttentionSpec(SCALE), kernel)
 
 
 def test_products_are_of_the_compute_dtype_backwards_too() -> None:
     """An accelerator multiplies float32 at a fraction of the rate."""
     x = jnp.ones((1, 2 * QUERY_BLOCK, 2, 8), jnp.bfloat16)
-    places = jnp.zeros((1, x.shape[1]), jnp.int32), jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    counted = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    packing = Packing(jnp.zeros_like(counted), counted)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, *places, scale=1.0, kernel="xla").astype(jnp.float32).sum()
+        out = packed_attention(q, k, v, packing, AttentionSpec(1.0), "xla")
+        return out.astype(jnp.float32).sum()
 
     def products(jaxpr: Any) -> Iterator[Any]:
         for equation in jaxpr.eqns:
@@ -341,10 +349,11 @@ def test_gradients_in_bfloat16_are_as_exact_as_it_is(kernel: Kernel) -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((4, 1, 8 * QUERY_BLOCK, 4, 64)), jnp.bfloat16)
     q, k, v, by_out = x[0], x[1, :, :, :2], x[2, :, :, :2] + 4, x[3]
-    places = jnp.zeros(q.shape[:2], jnp.int32), jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    counted = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    packing = Packing(jnp.zeros_like(counted), counted)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = packed_attention(q, k, v, *places, scale=64**-0.5, kernel=kernel)
+        out = packed_attention(q, k, v, packing, AttentionSpec(64**-0.5), kernel)
         return (out.astype(jnp.float32) * by_out).sum()
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)))

@@ -37,7 +37,7 @@ def our_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(logits_nv).reshape(*tokens.shape, -1)
 
 
-def packed(sequences: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def packed(sequences: list[np.ndarray], length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(tokens, segment ids, positions) [1, length] of sequences side by side, padded at the end."""
     tokens, segment_ids, positions = (np.full((1, length), fill, np.int32) for fill in (0, -1, 0))
     start = 0
@@ -45,7 +45,7 @@ def packed(sequences: list[np.ndarray], length: int) -> tuple[np.ndarray, np.nda
         place = np.s_[0, start : start + len(sequence)]
         tokens[place], segment_ids[place], positions[place] = sequence, segment, np.arange(len(sequence))
         start += len(sequence)
-    return tokens, segment_ids, positions
+    return jnp.asarray(tokens), jnp.asarray(segment_ids), jnp.asarray(positions)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from middo_jax.config import ConfigError, MeshSettings
 from middo_jax.models.decoder import Decoder, split
-from middo_jax.models.hf import export, files, load
+from middo_jax.models.hf import ChatFormat, export, files, load
 from middo_jax.models.model import Params, bound
 from middo_jax.models.parameters import num_params, parameters
 from middo_jax.parallel.mesh import make_mesh
@@ -285,14 +285,14 @@ def test_export_carries_the_template_of_the_training(tmp_path: Path, model: Path
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     trained = "{% for message in messages %}Ω {{ message['content'] }}{{ eos_token }}\n{% endfor %}"
     loaded = load(model)
-    export(loaded, model, tmp_path / "out", chat_template=trained)
+    export(loaded, model, tmp_path / "out", chat=ChatFormat(trained))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == trained
     in_config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert in_config == settings | {"chat_template": trained}
 
     its_own = AutoTokenizer.from_pretrained(model).chat_template
-    export(loaded, model, tmp_path / "same", chat_template=its_own)
+    export(loaded, model, tmp_path / "same", chat=ChatFormat(its_own))
     assert AutoTokenizer.from_pretrained(tmp_path / "same").chat_template == its_own
     same = (tmp_path / "same" / "tokenizer_config.json").read_bytes()
     assert same == (model / "tokenizer_config.json").read_bytes()
@@ -317,7 +317,7 @@ def test_export_stops_where_the_training_ended_answers(
     if generation is not None:
         path.write_text(json.dumps(generation))
     loaded = load(model)
-    export(loaded, model, tmp_path / "out", eos_token_ids=ids)
+    export(loaded, model, tmp_path / "out", chat=ChatFormat(eos_token_ids=ids))
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == expected
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from support.tiny_model import FAMILIES, write_tiny_model
 
-from middo_jax.config import AdaptedMatrix, LoraSettings, MeshSettings, TrainSettings
+from middo_jax.config import AdamW, AdaptedMatrix, LoraSettings, MeshSettings, TrainSettings
 from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models import hf
@@ -35,9 +35,11 @@ from middo_jax.models.model import Model, Params, Structure, abstract_model, bou
 from middo_jax.models.parameters import LORA_TARGETS, adapters
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.rundir import RunError, read_jsonl
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.identity import identity
 from middo_jax.training.metrics import StepMetrics
 from middo_jax.training.optimizer import abstract_opt_state, decayed, make_optimizer
+from middo_jax.training.plan import TrainingPlan
 from middo_jax.training.sft import train
 from middo_jax.training.step import batch_gradient, put_batch
 
@@ -45,7 +47,12 @@ BASE = DecoderConfig(96, 32, 64, 2, 4, 2, 8, 64)
 LORA = Lora(4, 8.0, LORA_TARGETS)
 PACK, CHUNK = 32, 16
 SETTINGS = TrainSettings(
-    learning_rate=1e-2, batch_size=8, num_epochs=2, weight_decay=0.1, warmup_ratio=0.2, save_every=3
+    learning_rate=1e-2,
+    batch_size=8,
+    num_epochs=2,
+    optimizer=AdamW(weight_decay=0.1),
+    warmup_ratio=0.2,
+    save_every=3,
 )
 
 
@@ -113,13 +120,10 @@ def fine_tune(
     base = dataclasses.replace(base or base_model(), mesh=mesh)
     trained = train(
         with_fresh_adapters(base, lora, seed=0),
-        examples(count),
-        settings,
-        seed=3,
-        pack_length=PACK,
-        out_dir=out_dir,
+        TrainingPlan(examples(count), settings, 3, PACK),
+        out_dir,
         chunk=CHUNK,
-        on_step=on_step,
+        hooks=[] if on_step is None else [on_metrics(on_step)],
     )
     return trained.params
 
@@ -132,6 +136,11 @@ def buffers(params: Params) -> list[int]:
 def parts(params: Params, lora: Lora = LORA) -> tuple[Params, Params]:
     """(adapters, base)."""
     return partition(params, dataclasses.replace(BASE, lora=lora))
+
+
+def layers(params: Params) -> dict[str, jax.Array]:
+    """The stacked arrays of the layers by name."""
+    return {str(path[-1]): param[...] for path, param in params.flat_state() if path[0] == "layers"}
 
 
 def assert_identical(got: Params, want: Params) -> None:
@@ -204,7 +213,8 @@ def test_fresh_adapters_are_the_same_on_any_mesh(shape: tuple[int, int, int]) ->
     assert np.abs(a).max() == pytest.approx(64**-0.5, rel=0.05)
     assert a.std() == pytest.approx((3 * 64) ** -0.5, rel=0.1)
     other = parts(with_fresh_adapters(base_model(mesh=mesh), LORA, seed=8).params)[0]
-    assert not np.array_equal(other["layers"]["q_proj_lora_a"][...], one["layers"]["q_proj_lora_a"][...])
+    a, b = (layers(of)["q_proj_lora_a"] for of in (other, one))
+    assert not np.array_equal(a, b)
 
 
 def gradient(model: Model) -> Params:
@@ -217,15 +227,15 @@ def gradient(model: Model) -> Params:
 def test_gradient_is_that_of_the_merged_weights_by_the_chain_rule() -> None:
     """W' = W + s A B, hence dA = s dW' B^T and dB = s A^T dW'."""
     adapted = with_random_adapters(base_model())
-    ours = gradient(adapted)["layers"]
-    trained = parts(jax.tree.map(jnp.copy, adapted.params))[0]["layers"]
-    by_weights = gradient(merge_adapters(adapted))["layers"]
+    ours = layers(gradient(adapted))
+    trained = layers(parts(jax.tree.map(jnp.copy, adapted.params))[0])
+    by_weights = layers(gradient(merge_adapters(adapted)))
     for name in LORA_TARGETS:
         a, b, by_weight = trained[f"{name}_lora_a"], trained[f"{name}_lora_b"], by_weights[name]
-        by_a = LORA.scale * jnp.einsum("lio,lro->lir", by_weight[...], b[...])
-        by_b = LORA.scale * jnp.einsum("lir,lio->lro", a[...], by_weight[...])
-        assert largest_difference(ours[f"{name}_lora_a"][...], by_a) <= 1e-4, name
-        assert largest_difference(ours[f"{name}_lora_b"][...], by_b) <= 1e-4, name
+        by_a = LORA.scale * jnp.einsum("lio,lro->lir", by_weight, b)
+        by_b = LORA.scale * jnp.einsum("lir,lio->lro", a, by_weight)
+        assert largest_difference(ours[f"{name}_lora_a"], by_a) <= 1e-4, name
+        assert largest_difference(ours[f"{name}_lora_b"], by_b) <= 1e-4, name
 
 
 def test_training_learns_in_the_adapters_alone(tmp_path: Path) -> None:
@@ -255,7 +265,7 @@ def test_optimizer_state_is_of_the_adapters_alone() -> None:
         assert jax.tree.map(lambda x: x.sharding, optax.tree.get(state, "mu")) == jax.tree.map(
             lambda x: x.sharding, target
         )
-        assert not any("lora" in path[-1] for path, _ in frozen.flat_state())
+        assert not any("lora" in str(path[-1]) for path, _ in frozen.flat_state())
 
 
 def test_adapters_are_decayed() -> None:
@@ -305,20 +315,18 @@ def test_a_mesh_trains_like_one_device(tmp_path: Path) -> None:
 
 def test_another_base_or_other_adapters_are_another_training(tmp_path: Path) -> None:
     fine_tune(tmp_path)
-    for change in (
-        {"base": base_model(seed=1)},
-        {"base": base_model("bfloat16")},
-        {"lora": Lora(4, 16.0, LORA_TARGETS)},
-        {"lora": Lora(4, 8.0, ("q_proj",))},
-    ):
+    for base in (base_model(seed=1), base_model("bfloat16")):
         with pytest.raises(RunError, match="another training"):
-            fine_tune(tmp_path, **change)
+            fine_tune(tmp_path, base=base)
+    for lora in (Lora(4, 16.0, LORA_TARGETS), Lora(4, 8.0, ("q_proj",))):
+        with pytest.raises(RunError, match="another training"):
+            fine_tune(tmp_path, lora=lora)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_identity_sees_every_value_but_neither_mesh_nor_kernel(dtype: str) -> None:
     def of(params: Params, config: DecoderConfig = BASE) -> str:
-        return identity(config, params, examples(2), SETTINGS, 0, PACK, {})
+        return identity(Model.of(config, params, ONE), TrainingPlan(examples(2), SETTINGS, 0, PACK))
 
     params = base_model(dtype).params
     want = of(params)

@@ -20,6 +20,7 @@ from middo_jax.models.nll import target_nll, target_nll_sum
 from middo_jax.parallel.mesh import named_sharding
 
 CONFIG = DecoderConfig(400, 32, 64, 1, 4, 2, 8, 64)
+Batch = tuple[jax.Array, jax.Array, jax.Array]  # hidden states, next tokens, which are targets
 
 
 def naive_nll(model: Any, hidden_btd: jax.Array, next_bt: jax.Array, is_target_bt: jax.Array) -> jax.Array:
@@ -68,16 +69,17 @@ def test_in_the_loop_nothing_passes_between_shares() -> None:
     def batch(*inner: int, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((8, 21, *inner), dtype, sharding=named_sharding(mesh, "batch"))
 
-    def by_position(params: Params, *batch: jax.Array) -> jax.Array:
+    def by_position(params: Params, *batch: *Batch) -> jax.Array:
         return target_nll(bound(model.graphdef, params), *batch, chunk)
 
-    def total(params: Params, *batch: jax.Array) -> jax.Array:
+    def total(params: Params, *batch: *Batch) -> jax.Array:
         return target_nll_sum(bound(model.graphdef, params), *batch, chunk)
 
     arrays = model.params, batch(32, dtype=jnp.float32), batch(dtype=jnp.int32), batch(dtype=jnp.bool_)
     for loss in by_position, jax.grad(total, (0, 1)):
         with jax.set_mesh(mesh):
             program = jax.jit(loss).lower(*arrays).compile().as_text()
+        assert program is not None
         computations = re.split(r"\n(?=\S)", program)
         bodies = re.findall(r"body=(%[\w.-]+)", program)
         in_loops = [c for c in computations if c.startswith(tuple(f"{body} " for body in bodies))]
@@ -113,6 +115,8 @@ def test_smaller_chunks_take_less_memory_backwards_too() -> None:
             return target_nll_sum(bound(graphdef, params), hidden, tokens, tokens == 0, chunk)
 
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, hidden).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     assert temporary_bytes(16) < temporary_bytes(64) < temporary_bytes(512)

@@ -194,7 +194,7 @@ def test_peft_computes_the_same_logits_and_gradients(tmp_path: Path, family: str
     ours = {path: np.asarray(g[...]) for path, g in our_gradient(model).flat_state()}
     assert len(by_name) == sum(g.shape[0] for g in ours.values())
     for (_, name), stacked in ours.items():
-        module, _, part = name.rpartition("_lora_")
+        module, _, part = str(name).rpartition("_lora_")
         for layer, gradient in enumerate(stacked):
             want = next(
                 g.numpy().T

@@ -15,7 +15,7 @@ import json, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
-from middo_jax.models.attention import packed_attention
+from middo_jax.models.attention import AttentionSpec, Packing, packed_attention
 from middo_jax.parallel.mesh import MESH_AXES, named_sharding
 
 case = json.loads(sys.argv[1])
@@ -28,8 +28,8 @@ def array(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
 
 def loss(q, k, v, *ids):
-    asked = {"scale": d**-0.5, "window": case["window"], "soft_cap": case["soft_cap"]}
-    return packed_attention(q, k, v, *ids, **asked).astype(jnp.float32).sum()
+    spec = AttentionSpec(d**-0.5, case["window"], case["soft_cap"])
+    return packed_attention(q, k, v, Packing(*ids), spec).astype(jnp.float32).sum()
 
 q, kv = (array(jnp.bfloat16, b, t, case[heads], d) for heads in ("heads", "kv_heads"))
 ids = [array(jnp.int32, b, t) for _ in range(3 if case["trees"] else 2)]

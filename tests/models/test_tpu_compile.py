@@ -16,7 +16,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from middo_jax.models.model import abstract_model
-from middo_jax.passes.losses import score_batch
+from middo_jax.passes.losses import LossInputs, score_batch
 from middo_jax.models.config import DecoderConfig, LayerKind, Llama3Rope
 from middo_jax.parallel.mesh import MESH_AXES, named_sharding
 
@@ -27,12 +27,12 @@ layers = LayerKind(rope_theta=500000.0, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8
 llama_8b = DecoderConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, (layers,), dtype="bfloat16")
 model = abstract_model(llama_8b, mesh, "bfloat16")
 rows = shape[0] * shape[1]
-batch = [
+batch = LossInputs(*(
     jax.ShapeDtypeStruct((rows, length), dtype, sharding=named_sharding(mesh, "batch", "length"))
     for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.bool_, jnp.bool_)
-]
+))
 with jax.set_mesh(mesh):
-    lowered = score_batch.lower(model.graphdef, model.params, *batch, max_segments=64, chunk=256, longest=512)
+    lowered = score_batch.lower(model.graphdef, model.params, batch, max_segments=64, chunk=256, longest=512)
 compiled = lowered.compile()
 memory = compiled.memory_analysis()
 sizes = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}

@@ -14,17 +14,25 @@ import pytest
 from support.attention import SCALE, Batch, assert_equal, definition
 
 from middo_jax.config import MeshSettings
-from middo_jax.models.attention import cached_attention, triton, triton_cached
+from middo_jax.models.attention import (
+    AttentionSpec,
+    CachedLayer,
+    Packing,
+    cached_attention,
+    triton,
+    triton_cached,
+)
 from middo_jax.parallel.mesh import make_mesh
 
 DIM = triton.MIN_HEAD_DIM
 
 
-def interpreted(batch: Batch, **asked: object) -> Callable[..., jax.Array]:
+def interpreted(
+    batch: Batch, window: int | None = None, soft_cap: float | None = None, prefix: int = 0
+) -> Callable[..., jax.Array]:
     """The kernel, told what the batch holds."""
-    ids = batch.ids if batch.until is not None else (*batch.ids, None)
-    how = {"scale": SCALE, "window": None, "soft_cap": None, **asked}
-    return lambda q, k, v: triton.triton_attention(q, k, v, *ids, **how, interpret=True)
+    packing, spec = batch.packing(prefix), AttentionSpec(SCALE, window, soft_cap)
+    return lambda q, k, v: triton.triton_attention(q, k, v, packing, spec, interpret=True)
 
 
 @pytest.mark.parametrize("trees", [False, True])
@@ -73,8 +81,8 @@ def test_packed_is_unpacked_to_the_bit_where_blocks_are_the_same() -> None:
 
     def attend(part: slice, segment_ids: jax.Array) -> jax.Array:
         arrays = (x[:, part] for x in (q, k, v))
-        how = {"scale": SCALE, "window": None, "soft_cap": None, "interpret": True}
-        return triton.triton_attention(*arrays, segment_ids, positions[:, part], None, **how)
+        packing = Packing(segment_ids, positions[:, part])
+        return triton.triton_attention(*arrays, packing, AttentionSpec(SCALE), interpret=True)
 
     packed = attend(slice(None), segment_ids)
     for start, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):
@@ -93,8 +101,8 @@ def test_what_no_block_sees_is_not_read(trees: bool) -> None:
     x = jnp.ones((1, sum(lengths), 1, DIM)).at[:, : lengths[0]].set(jnp.nan)
 
     def behind(x: jax.Array) -> jax.Array:
-        how = {"scale": SCALE, "window": None, "soft_cap": None, "interpret": True}
-        attended = triton.triton_attention(x, x, x, segment_ids, positions, until, **how)
+        packing = Packing(segment_ids, positions, until)
+        attended = triton.triton_attention(x, x, x, packing, AttentionSpec(SCALE), interpret=True)
         return attended[:, lengths[0] :]
 
     out, pull = jax.vjp(behind, x)
@@ -116,15 +124,15 @@ def test_it_lowers_for_a_gpu(head_dim: int, dtype: jnp.dtype, monkeypatch: pytes
     """Triton takes every operation of the three kernels; the lowering needs no GPU but its description."""
     from jax._src.pallas.triton import pallas_call_registration as registration
 
-    if hasattr(registration, "gpu_info_lib"):  # since jax 0.11 it asks for the GPU at hand
+    gpu_info_lib = getattr(registration, "gpu_info_lib", None)
+    if gpu_info_lib is not None:  # since jax 0.11 it asks for the GPU at hand
         info = dataclasses.make_dataclass("Info", [("compute_capability", int)])(90)
-        monkeypatch.setattr(registration.gpu_info_lib, "get_gpu_info", lambda: info)
+        monkeypatch.setattr(gpu_info_lib, "get_gpu_info", lambda: info)
     batch = Batch.random(8, 512, dim=head_dim)
     qkv = [x.astype(dtype) for x in batch.qkv]
-    ids = (*batch.ids, None)
-    asked = {"scale": SCALE, "window": 60, "soft_cap": 30.0, "prefix": 0}
-    attend = functools.partial(triton.triton_attention, **asked)
-    gradient = jax.grad(lambda *qkv: attend(*qkv, *ids).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    packing, spec = batch.packing(), AttentionSpec(SCALE, window=60, soft_cap=30.0)
+    attend = functools.partial(triton.triton_attention, packing=packing, spec=spec)
+    gradient = jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     with (
         contextlib.nullcontext() if head_dim > 64 else jax.set_mesh(make_mesh(MeshSettings(data=2, tensor=4)))
     ):
@@ -141,14 +149,14 @@ def test_cached_is_cached_in_xla(slots: int, window: int | None, soft_cap: float
     rng = np.random.default_rng(slots)
     shape = (2, 3, slots, 2, DIM)
     keys, values = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))
-    asked = {"scale": SCALE, "window": window, "soft_cap": soft_cap}
+    spec = AttentionSpec(SCALE, window, soft_cap)
     decoding = jnp.array([[0], [slots - 1], [slots // 2]])
     chunk = jnp.arange(5, 38)[None]
     for positions, first_row in ((decoding, 0), (chunk, 2)):
         q = jnp.asarray(rng.standard_normal((*positions.shape, 8, DIM)), jnp.float32)
-        arrays = (q, keys, values, jnp.int32(1), positions, jnp.int32(first_row))
-        ours = triton_cached.triton_cached_attention(*arrays, **asked, interpret=True)
-        np.testing.assert_allclose(ours, cached_attention(*arrays, **asked), rtol=1e-5, atol=1e-5)
+        asked = (q, CachedLayer(keys, values, jnp.int32(1), jnp.int32(first_row)), positions, spec)
+        ours = triton_cached.triton_cached_attention(*asked, interpret=True)
+        np.testing.assert_allclose(ours, cached_attention(*asked), rtol=1e-5, atol=1e-5)
 
 
 def test_cached_rows_do_not_see_their_neighbours_to_the_bit() -> None:
@@ -157,10 +165,11 @@ def test_cached_rows_do_not_see_their_neighbours_to_the_bit() -> None:
     keys, values = (jnp.asarray(rng.standard_normal((1, 3, slots, 2, DIM)), jnp.float32) for _ in range(2))
     q = jnp.asarray(rng.standard_normal((3, 1, 4, DIM)), jnp.float32)
 
+    cached, spec = CachedLayer(keys, values, jnp.int32(0)), AttentionSpec(SCALE)
+
     def attend(*positions: int) -> np.ndarray:
         at = jnp.asarray(positions)[:, None]
-        how = {"scale": SCALE, "window": None, "soft_cap": None, "interpret": True}
-        return np.asarray(triton_cached.triton_cached_attention(q, keys, values, jnp.int32(0), at, 0, **how))
+        return np.asarray(triton_cached.triton_cached_attention(q, cached, at, spec, interpret=True))
 
     for mine in (0, triton_cached.SLOTS, slots - 1):
         alone = attend(mine, slots, slots)

@@ -42,6 +42,7 @@ def run_job(folder: Path, thing: str, processes: int, **environment: str) -> lis
     finally:
         for process in started:
             process.kill()
+    print(*outputs, sep="\n---\n")  # shown where the test fails
     return [Ended(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
 

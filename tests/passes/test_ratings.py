@@ -167,6 +167,7 @@ def test_a_long_sample_is_shortened_and_the_question_is_not(directory: Path, max
     long = sample("BEGIN " + "word " * 400 + "END", "First. " + "漢字 🦙 " * 300 + "Last.")
     found = questions_of(rating_tree(long, tokenizer, ratings, max_length))
     for part in PARTS:
+        text = ""
         for dimension in DIMENSIONS:
             branch = found[f"{dimension}_{part}"]
             assert len(branch) <= max_length
@@ -282,6 +283,9 @@ def test_a_message_holds_both_texts_as_they_are(prompt: str, response: str) -> N
         (" 9 out of ten", 9),
         (" 8 points out of 10", 8),
         (" 10 von 10", 10),
+        (" ８", 8),
+        (" ٨", 8),
+        (" 8分", 8),
         # Another scale.
         (" 3 out of 5", None),
         (" 4/5", None),
@@ -289,6 +293,7 @@ def test_a_message_holds_both_texts_as_they_are(prompt: str, response: str) -> N
         (" 3 of 4. Rating: 8", None),
         (" 85/100, a rating of 9", None),
         (" 80 percent", None),
+        (" 6½", None),
         ("9 percent", None),
         ("The rating is 4 out of 5.", None),
     ],

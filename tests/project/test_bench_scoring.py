@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from scoring_rows import JOINT, SEPARATOR, forward_flops, join_to, log_normal
 from support.tiny_model import FAMILIES, write_tiny_model
 
+from benchmarks.scoring_rows import JOINT, SEPARATOR, forward_flops, join_to, log_normal
 from middo_jax.data.example import Example, Message
 from middo_jax.models.hf import load
 

@@ -13,7 +13,7 @@ import pytest
 from support.tiny_model import write_tiny_model
 
 from middo_jax.cli import app
-from middo_jax.config import load, setting_names
+from middo_jax.config import leaves, load
 from middo_jax.config.gates import gates
 from middo_jax.data.example import Example, Message
 from middo_jax.refinement.acceptance.candidate import Candidate
@@ -25,7 +25,10 @@ EXAMPLE = Example((Message("user", "Why?"), Message("assistant", "So.")))
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
-@pytest.mark.parametrize(("script", "page"), [("make_settings", "settings.md"), ("make_gates", "refine.md")])
+@pytest.mark.parametrize(
+    ("script", "page"),
+    [("make_settings", "settings.md"), ("make_gates", "refine.md"), ("make_files", "files.md")],
+)
 def test_a_page_is_what_its_script_writes(script: str, page: str) -> None:
     spec = importlib.util.spec_from_file_location(script, ROOT / "docs" / f"{script}.py")
     assert spec is not None
@@ -87,7 +90,7 @@ def shape_of(output: str) -> list[str]:
 
 def test_the_settings_page_names_every_setting() -> None:
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    missing = [name for name in setting_names() if f"`{name}`" not in page]
+    missing = [name for name, *_ in leaves() if f"`{name}`" not in page]
     assert missing == []
 
 
@@ -115,9 +118,9 @@ def test_shipped_configs_are_valid(config: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_that_pages_name_are_settings(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    groups = {name.split(".")[0] for name in setting_names() if "." in name}
+    known = {leaf.name for leaf in leaves()}
+    groups = {name.split(".")[0] for name in known if "." in name}
     named = set(re.findall(rf"`((?:{'|'.join(groups)})\.[a-z_.]+)(?:=[^`]*|: [^`]*)?`", text))
-    known = set(setting_names())
     named = {name for name in named if not name.endswith(".py")}
     assert [
         n for n in sorted(named) if n not in known and not any(k.startswith(n + ".") for k in known)

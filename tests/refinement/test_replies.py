@@ -43,6 +43,12 @@ REASONED = [
     "<thought>Hm.</thought>\n{}",
     "<reasoning>\nHm.\n</reasoning>\n{}",
     "<seed:think>Hm.</seed:think>{}",
+    "<antThinking>Hm.</antThinking>{}",
+    "<thinking_process>Hm.</thinking_process>{}",
+    "<chain-of-thought>Hm.</chain-of-thought>{}",
+    "<cot>Hm.</cot>{}",
+    "<inner_monologue>Hm.</inner_monologue>{}",
+    "<thinking>Hm.<reflection>No.</reflection></thinking><output>{}</output>",
     "[THINK]Hm.[/THINK]{}",
     "◁think▷Hm.◁/think▷{}",
     "<|begin_of_thought|>Hm.<|end_of_thought|>\n<|begin_of_solution|>{}<|end_of_solution|>",
@@ -157,6 +163,39 @@ def test_a_backslash_that_no_json_escaped_is_read_as_it_is(meant: str) -> None:
 @pytest.mark.parametrize(
     "meant",
     [
+        r"List the folder C:\new and say what is missing.",
+        r"Go to the directory D:\notes\new first.",
+        r"Run cd C:\new before you start.",
+        r"Delete 'C:\new' and \"E:\notes\" for me.",
+        r"What does `C:\new\next` contain?",
+        r"Read C:\notes.txt and X:\new\node.json aloud.",
+    ],
+)
+def test_a_path_is_told_by_the_words_around_it(meant: str) -> None:
+    r"""JSON allows each backslash of these replies, so none shows that its writer escaped nothing."""
+    assert parse_prompt('{"prompt": "' + meant + '"}') == meant.replace('\\"', '"')
+    assert parse_prompt(json.dumps({"prompt": meant})) == meant
+
+
+@pytest.mark.parametrize(
+    "meant",
+    [
+        "Q:\nname three birds\nA:\nowl, wren and rook",
+        "Write it in C:\nint main() { return 0; }",
+        "Translate from C:\nnode = next;",
+        "Answer with A:\nyes or B:\nno.",
+        "Q:\nnotes.txt is what kind of file?",
+        'Say "A:\nno" aloud.',
+        "Choose an option: C:\nnone of these",
+    ],
+)
+def test_a_line_break_after_a_letter_and_a_colon_is_no_path(meant: str) -> None:
+    assert parse_prompt(json.dumps({"prompt": meant})) == meant
+
+
+@pytest.mark.parametrize(
+    "meant",
+    [
         "One line.\nNext line.\n\nnot this one\ta tab",
         "1. nouns\n2. else\ni) first\nu = 3",
         "A café costs “3 €”.\n- new\n- old",
@@ -177,6 +216,7 @@ def test_no_control_character_enters_a_dataset(character: str, accept: Any) -> N
     code = f"U+{ord(character):04X}"
     assert of_prompt == Verdict("readable", f"control character {code} in the prompt")
     assert of_answer == Verdict("answer_readable", f"control character {code} in the answer")
+    assert of_answer is not None
     assert of_answer.feedback
 
 
@@ -277,10 +317,10 @@ def test_markup_is_no_control_token(text: str) -> None:
     ],
 )
 @pytest.mark.parametrize("accept", ["none", "sane"])
-def test_only_a_whole_answer_is_accepted(reason: str, how: str, accept: str) -> None:
+def test_only_a_whole_answer_is_accepted(reason: str, how: str, accept: Any) -> None:
     assert ending(reason) == how
     client = Scripted(f"<prompt>{ASKED}</prompt>", (SAID, reason), (SAID, reason))
-    settings = RefineSettings(concurrency=1, response_format="text", accept=accept)  # type: ignore[arg-type]
+    settings = RefineSettings(concurrency=1, response_format="text", accept=accept)
     [outcome] = asyncio.run(refine_tasks([HARD], client, settings, round_index=0))
     assert (outcome.example is not None) == (how == "whole")
     assert len(client.asked) == (3 if how == "cut" else 2)  # a cut answer is asked for once more

@@ -150,13 +150,11 @@ def test_plan_in_dataset_order_with_the_replacement_first() -> None:
     a, b, c, d = (sample(name) for name in "abcd")
     tasks = plan_tasks(
         [a, b, c, d],
-        hard={a.id, c.id},
-        sparse={c.id, a.id},
-        low_quality={b.id, c.id},
+        {"complexity": {a.id, c.id}, "diversity": {c.id, a.id}, "quality": {b.id, c.id}},
         knn_ids={a.id: (d.id, b.id), c.id: (b.id, a.id)},
         scores={c.id: {"quality": 1.0}},
     )
-    assert [(t.op, t.axes, t.source.prompt, [h.prompt for h in t.hints]) for t in tasks] == [
+    assert [(t.op, t.axes, t.original.prompt, [h.prompt for h in t.hints]) for t in tasks] == [
         ("simplify", ("complexity",), "a", []),
         ("synthesize", ("diversity",), "a", ["d", "b"]),
         ("rewrite", ("quality",), "b", []),
@@ -170,11 +168,13 @@ def test_plan_in_dataset_order_with_the_replacement_first() -> None:
 def test_a_selection_of_another_dataset_is_an_error() -> None:
     a = sample("a")
     with pytest.raises(ValueError, match="stranger"):
-        plan_tasks([a], {"stranger"}, (), (), {}, {})
+        plan_tasks([a], {"complexity": {"stranger"}}, {}, {})
     with pytest.raises(ValueError, match="stranger"):
-        plan_tasks([a], (), {a.id}, (), {a.id: ["stranger"]}, {})
+        plan_tasks([a], {"diversity": {a.id}}, {a.id: ["stranger"]}, {})
     with pytest.raises(ValueError, match="no neighbours"):
-        plan_tasks([a], (), {a.id}, (), {}, {})
+        plan_tasks([a], {"diversity": {a.id}}, {}, {})
+    with pytest.raises(ValueError, match="'kindness', which is not registered"):
+        plan_tasks([a], {"kindness": {a.id}}, {}, {})
 
 
 # One task from end to end --------------------------------------------------------------------------
@@ -215,15 +215,15 @@ def test_an_accepted_child_carries_its_lineage() -> None:
 def test_rows_are_json_and_read_back() -> None:
     outcome, _ = refine(HARD, "<prompt>Easy?</prompt>", "Easy.")
     row = json.loads(json.dumps(outcome.to_json()))
-    assert (row["accepted"], row["replaces"], row["source_id"]) == (True, HARD.source.id, HARD.source.id)
+    assert (row["accepted"], row["replaces"], row["source_id"]) == (True, HARD.original.id, HARD.original.id)
     assert row["usage"] == {"requests": 2, "prompt_tokens": 20, "completion_tokens": 10}
-    read = Outcome.from_json(row, {HARD.source.id: HARD.source})
+    read = Outcome.from_json(row, {HARD.original.id: HARD.original})
     assert (read.task, read.example, read.verdict) == (outcome.task, outcome.example, None)
     requests = list(outcome.request_rows())
     assert [r["step"] for r in requests] == ["prompt", "answer"]
     assert all(len(r["key"]) == 64 for r in requests)
 
-    added = Task("synthesize", ("diversity",), HARD.source, (sample("h"),))
+    added = Task("synthesize", ("diversity",), HARD.original, (sample("h"),))
     refused, _ = refine(added, "nothing", "nothing either")
     row = json.loads(json.dumps(refused.to_json()))
     assert (row["accepted"], row["replaces"], row["example"]) == (False, None, None)
@@ -286,6 +286,7 @@ def test_rejected_with_gate_and_detail(replies: list[Any], gate: str, detail: st
     outcome, client = refine(HARD, *replies, special_tokens=["<|im_end|>", ""])
     assert outcome.example is None
     assert outcome.verdict == Verdict(gate, detail)
+    assert outcome.verdict is not None
     assert outcome.verdict.feedback
     assert len(client.asked) == len(replies)  # an unusable prompt is not answered
 
@@ -300,7 +301,7 @@ def test_a_closed_prompt_in_a_cut_reply_is_whole() -> None:
 
 def test_unchanged_means_the_prompt_if_it_was_to_become_easier_and_both_if_only_better() -> None:
     def check(axes: tuple[str, ...], prompt: str, response: str) -> Verdict | None:
-        return text_verdict(Task("rewrite", axes, HARD.source), prompt, response)
+        return text_verdict(Task("rewrite", axes, HARD.original), prompt, response)
 
     for axes in (("complexity",), ("complexity", "quality")):
         assert check(axes, "PROVE  it.", "Because of this.") == Verdict("sane", "unchanged")
@@ -388,11 +389,11 @@ def rounds(draw: st.DrawFn) -> tuple[list[Example], list[Outcome]]:
     hard, low, sparse = draw(ids), draw(ids), draw(ids)
     knn_ids = {core: [examples[draw(st.integers(0, n - 1))].id] for core in sorted(sparse)}
     outcomes = []
-    for task in plan_tasks(examples, hard, sparse, low, knn_ids, {}):
+    for task in plan_tasks(examples, {"complexity": hard, "diversity": sparse, "quality": low}, knn_ids, {}):
         if draw(st.booleans()):
-            lineage = Lineage((task.source.id,), task.source.lineage.root_id, 1, task.op)
+            lineage = Lineage((task.original.id,), task.original.lineage.root_id, 1, task.op)
             prompt = draw(st.sampled_from([f"new {task.task_id}", "common", "Q0", f"Q{n - 1}"]))
-            outcomes.append(Outcome(task, task.source.replace_text(prompt, "Yes.", lineage)))
+            outcomes.append(Outcome(task, task.original.replace_text(prompt, "Yes.", lineage)))
         else:
             outcomes.append(Outcome(task, None, UNPARSABLE))
     return examples, outcomes
@@ -420,7 +421,7 @@ def test_nothing_is_lost_and_nothing_is_doubled(case: Any, random: Any) -> None:
         assert (original in merged) + len(heirs) == 1
         assert merged[place] in (original, *heirs)  # in place
     assert [e.lineage.parent_ids[0] for e in merged[len(examples) :]] == [
-        e.id for e in examples if e.id in {o.task.source.id for o in additions}
+        e.id for e in examples if e.id in {o.task.original.id for o in additions}
     ]
     shuffled = list(outcomes)
     random.shuffle(shuffled)
@@ -429,7 +430,7 @@ def test_nothing_is_lost_and_nothing_is_doubled(case: Any, random: Any) -> None:
 
 def test_duplicates_are_rejected_by_name() -> None:
     a, b = sample("a"), sample("b")
-    tasks = plan_tasks([a, b], {a.id, b.id}, (), (), {}, {})
+    tasks = plan_tasks([a, b], {"complexity": {a.id, b.id}}, {}, {})
     child = a.replace_text("c", "Yes.", Lineage((a.id,)))
     repeats = [Outcome(tasks[0], child), Outcome(tasks[1], child)]
     first, second = without_duplicates([a, b], repeats)

@@ -106,7 +106,7 @@ def test_every_candidate_is_counted_once(run: RunDir) -> None:
 
 def test_open_gates_and_gates_of_other_axes_say_so(run: RunDir) -> None:
     rows = read_jsonl(run.round(0).candidates)
-    sane = acceptance(rows, settings(accept="sane", gates={"numbers": False, "length": None}), COLOURS)
+    sane = acceptance(rows, settings(accept="sane", gates={"open": ["numbers"], "length": None}), COLOURS)
     none = acceptance(rows, settings(accept="none"), COLOURS)
     assert sane is not None
     assert none is not None

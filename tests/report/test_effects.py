@@ -92,9 +92,9 @@ def test_it_is_seeded_and_equal_models_differ_by_nothing() -> None:
 
 def test_rows_without_a_target_change_nothing() -> None:
     before_n, after_n, targets_n = rows(50)
-    more = [np.append(x, [0, 0]) for x in (before_n, after_n, targets_n)]
-    assert bootstrap(*more) == bootstrap(before_n, after_n, targets_n)
-    assert bootstrap(*(np.array([x, 0]) for x in (1.0, 2.0, 3))) is None
+    before_m, after_m, targets_m = (np.append(x, [0, 0]) for x in (before_n, after_n, targets_n))
+    assert bootstrap(before_m, after_m, targets_m) == bootstrap(before_n, after_n, targets_n)
+    assert bootstrap(np.array([1.0, 0]), np.array([2.0, 0]), np.array([3, 0])) is None
 
 
 def test_many_rows_take_fewer_resamples_and_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_rows_that_are_not_of_both_models_give_no_interval(run: RunDir) -> None:
     pq.write_table(table.slice(0, len(table) - 1), run.heldout_rows)
     found = status(run)["effects"]
     assert found["rounds"]["interval"] is None
-    assert "does not hold the same rows for round_00 and final" in found["rounds"]["reason"]
+    assert "does not have the same rows for round_00 and final" in found["rounds"]["reason"]
     assert found["fine_tuning"]["interval"] is not None
 
 

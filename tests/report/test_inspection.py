@@ -106,9 +106,9 @@ def test_what_is_said_of_scoring_is_what_runs(
     lower = losses.score_batch.lower
 
     class Watched:
-        def lower(self, *model: Any, **inputs: Any) -> Any:
-            compiled.append((*inputs["tokens_bt"].shape, inputs["longest"]))
-            return lower(*model, **inputs)
+        def lower(self, graphdef: Any, params: Any, batch: losses.LossInputs, **static: Any) -> Any:
+            compiled.append((*batch.tokens_bt.shape, static["longest"]))
+            return lower(graphdef, params, batch, **static)
 
     monkeypatch.setattr(losses, "score_batch", Watched())
     _, took = losses.score_examples(
@@ -173,7 +173,7 @@ def test_parts_keep_the_spaces_of_a_sentencepiece() -> None:
         ("{{ '<s><s>' }}%s", "begins with <s> twice"),
         (
             "{{ '<s>' }}{%% for m in messages %%}{{ m['content'] + '\n' }}{%% endfor %%}",
-            "puts no control token",
+            "writes no control token",
         ),
     ],
 )
@@ -194,7 +194,9 @@ def test_what_is_printed(tokenizer: PreTrainedTokenizerBase) -> None:
     assert facts["n"] == len(EXAMPLES)
     assert len(facts["rejected"]) == 7
     text = render_inspection(facts | inspected(EXAMPLES, tokenizer, 48, 48))
-    assert text.startswith(f"{len(EXAMPLES)} rows can be used, 7 cannot\n  data.jsonl:0: no response\n")
+    assert facts["reasons"] == [{"n": 7, "reason": "no response", "where": "data.jsonl:0"}]
+    counted = "  7 of 7: no response (data.jsonl:0)\n"
+    assert text.startswith(f"{len(EXAMPLES)} rows can be used, 7 cannot\n{counted}")
     assert "[[Héllo 🦙<|im_end|>]]" in text
     assert "cut at model.max_length 48: " in text
     assert re.search(r"packed for scoring: [\d.]+% full, \d compiled shapes? \(\d+ x \d+", text)
@@ -204,7 +206,7 @@ def test_what_is_printed(tokenizer: PreTrainedTokenizerBase) -> None:
     for start, bar, n, cut in bars:
         assert (len(bar) > 0) == (int(n) > 0)
         assert (cut != "") == (int(start) > 48 and int(n) > 0)
-    assert "tokens a conversation" not in render_inspection(facts)
+    assert "tokens per conversation" not in render_inspection(facts)
 
 
 def test_colours_are_ours_alone(tokenizer: PreTrainedTokenizerBase) -> None:

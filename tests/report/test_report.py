@@ -16,10 +16,11 @@ import yaml
 from support.report_page import Page
 from support.synthetic_run import write_run
 
+from middo_jax.progress import duration
 from middo_jax.report import plots
 from middo_jax.report.build import build, page, word_diff
-from middo_jax.report.lineage import read_scores, trace
-from middo_jax.report.status import duration, render_status, status
+from middo_jax.report.lineage import score_rows, trace
+from middo_jax.report.status import render_status, status
 from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
 
 
@@ -110,7 +111,7 @@ def test_every_rewrite_stands_there_with_both_texts(finished: RunDir) -> None:
 
 def test_scores_after_are_those_of_the_next_round(finished: RunDir) -> None:
     words = Page(page(finished)).words
-    before, after = read_scores(finished.round(0)), read_scores(finished.round(1))
+    before, after = score_rows(finished.round(0)), score_rows(finished.round(1))
     task = next(
         t for t in read_jsonl(finished.round(0).refined) if t["accepted"] and t["axes"] == ["quality"]
     )
@@ -145,7 +146,7 @@ def test_plots_say_what_scale_the_settings_chose_on(run: RunDir) -> None:
     settings["quality"]["score"] = "log_odds"
     write_text(run.config, yaml.safe_dump(settings))
     after = Page(page(run)).words
-    for words in ("no threshold can be drawn", "log-odds of a good rating"):
+    for words in ("no threshold is drawn", "log-odds of a good rating"):
         assert (words in before, words in after) == (False, True)
     assert ("quality, 0 to 10" in before, "quality, 0 to 10" in after) == (True, False)
 
@@ -276,7 +277,9 @@ def test_no_text_escapes_from_a_plot(poison: str) -> None:
     values = np.array([1.0, 2.0, 3.0])
     mask = np.array([False, False, True])
     drawn = [
-        plots.scatter(poison, values, values, mask, (poison, poison), (2.5, 2.5), "c-complexity"),
+        plots.scatter(
+            poison, plots.Points(values, values, mask), (poison, poison), (2.5, 2.5), "c-complexity"
+        ),
         plots.histogram(poison, values, mask, 2.5, poison, "c-quality"),
         plots.lines(poison, [plots.Line(poison, [1, 2], [1, 2], "c-s0", (1, 1))], (poison, poison)),
         plots.dot_plot(poison, [(poison, 1.0), ("b", 2.0)], poison),
@@ -320,7 +323,8 @@ def test_a_histogram_draws_every_value_once_and_no_bar_straddles_its_threshold()
 def test_a_scatter_draws_every_point_until_there_are_too_many() -> None:
     for n, expected in ((500, 500), (20_000, 6_667)):
         values = np.linspace(1, 2, n)
-        svg = plots.scatter("s", values, values, np.zeros(n, bool), ("x", "y"), (None, None), "c-complexity")
+        points = plots.Points(values, values, np.zeros(n, bool))
+        svg = plots.scatter("s", points, ("x", "y"), (None, None), "c-complexity")
         assert svg.count("h0") == expected == len(range(n)[plots.thinned(n)])
 
 
@@ -417,20 +421,6 @@ def test_a_run_that_does_not_exist_is_an_error_that_names_its_neighbours(finishe
     assert not gone.path.exists()
 
 
-DURATIONS = (
-    (0.04, "0.0 s"),
-    (9.96, "10 s"),
-    (59.7, "1 min 00 s"),
-    (3599.6, "1 h 00 min"),
-    (5400, "1 h 30 min"),
-)
-
-
-@pytest.mark.parametrize(("seconds", "text"), DURATIONS)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
 # Lineage
 
 
@@ -458,14 +448,14 @@ def test_a_family_is_the_same_from_wherever_it_is_asked(finished: RunDir) -> Non
 def test_scores_are_those_of_the_sample_in_its_own_rounds(finished: RunDir) -> None:
     task = _twice_refined(finished)
     first, second, last = trace(finished, task["example"]["id"])
-    assert first["scores"] == read_scores(finished.round(0))[first["id"]]
-    assert second["scores"] == read_scores(finished.round(1))[second["id"]]
+    assert first["scores"] == score_rows(finished.round(0))[first["id"]]
+    assert second["scores"] == score_rows(finished.round(1))[second["id"]]
     assert last["scores"] is None  # the final dataset is not scored
     for column, value in last["scores_before"].items():
         assert second["scores"][column] == value
     for sample in (first, second):
         for name, row in sample["later_scores"].items():
-            assert row == read_scores(RoundDir(finished.path / name))[sample["id"]]
+            assert row == score_rows(RoundDir(finished.path / name))[sample["id"]]
     assert first["later_scores"] or second["rounds"][0] == "round_01"
 
 

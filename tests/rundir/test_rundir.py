@@ -154,12 +154,23 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
             pass
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "  score: 10/10 samples in 0s loss 1.5\n"
+    assert err == "  score: 10/10 samples in 0.0 s loss 1.5\n"
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (95, "1m35s"), (3599.9, "1h00m"), (7260, "2h01m")],
+    [
+        (0, "0.0 s"),
+        (0.04, "0.0 s"),
+        (0.42, "0.4 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.7, "1 min 00 s"),
+        (95, "1 min 35 s"),
+        (3599.6, "1 h 00 min"),
+        (5400, "1 h 30 min"),
+        (7260, "2 h 01 min"),
+    ],
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,7 @@ import pytest
 from scipy.special import logsumexp, softmax
 from support.tiny_model import write_tiny_model
 
-from middo_jax.config import Config, MeshSettings
-from middo_jax.config.settings import ComplexitySettings, DataSettings, ModelSettings
+from middo_jax.config import ComplexitySettings, Config, DataSettings, Deviations, MeshSettings, ModelSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import load_tokenizer
 from middo_jax.models import hf
@@ -22,6 +22,10 @@ from middo_jax.signals.table import Measured
 from middo_jax.stages.ratings import judge
 
 
+def log_sum(x: np.ndarray) -> np.ndarray:
+    return np.asarray(logsumexp(x, axis=-1))
+
+
 def test_readout_is_its_formula() -> None:
     log_p = np.random.default_rng(0).normal(size=(4, 3, 11)) * 3
     for temperature in (0.5, 1.0, 2.0):
@@ -30,9 +34,7 @@ def test_readout_is_its_formula() -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-5)
         high, low = log_p[..., 6:] / temperature, log_p[..., :5] / temperature
         got = Readout("log_odds", temperature)(jnp.asarray(log_p))
-        np.testing.assert_allclose(
-            got, logsumexp(high, axis=-1) - logsumexp(low, axis=-1), rtol=1e-4, atol=1e-5
-        )
+        np.testing.assert_allclose(got, log_sum(high) - log_sum(low), rtol=1e-4, atol=1e-5)
     # A constant, such as what all else is worth, does not count; turned round, the answer is the opposite.
     shifted = Readout("log_odds")(jnp.asarray(log_p) - 7)
     np.testing.assert_allclose(shifted, Readout("log_odds")(jnp.asarray(log_p)), atol=1e-5)
@@ -75,7 +77,11 @@ def test_the_setting_decides_whether_length_counts() -> None:
     n_tokens = np.array([1, 8, 16, 32, 32], np.int32)
     loss = 5 - np.log(n_tokens).astype(np.float32) + np.array([0, 0, 0, 0, 0.5], np.float32)
     table = Measured(["a", "b", "c", "d", "e"], n_tokens, np.zeros(5, bool), loss, loss).to_table()
-    for normalise, hard in (("none", [True, False, False, False, False]), ("length", [False] * 4 + [True])):
-        complexity = ComplexitySettings(m=1.0, normalise=normalise)
+    cases: tuple[tuple[Literal["none", "length"], list[bool]], ...] = (
+        ("none", [True, False, False, False, False]),
+        ("length", [False, False, False, False, True]),
+    )
+    for normalise, hard in cases:
+        complexity = ComplexitySettings(threshold=Deviations(m=1.0), normalise=normalise)
         config = Config(model=ModelSettings(path="m"), data=DataSettings(path="d"), complexity=complexity)
         assert select(table, config)[0]["hard"].to_pylist() == hard

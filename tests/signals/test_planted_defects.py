@@ -7,8 +7,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from planted_defects import measure
-from planting import (
+
+from benchmarks.planted_defects import measure
+from benchmarks.planting import (
     FAULTS,
     Planted,
     cut,
@@ -18,7 +19,6 @@ from planting import (
     with_other_numbers,
     with_other_words,
 )
-
 from middo_jax.data.example import Example, Message
 from middo_jax.data.formats import to_example
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from middo_jax.config import Config, load
 from middo_jax.report.terminal import render_selection
 from middo_jax.signals.neighbours.nearest import Neighbours
-from middo_jax.signals.select import SCHEMA, SWEEP, Standardised, m_of_fraction, select
+from middo_jax.signals.select import SWEEP, Standardised, m_of_fraction, schema, select
 from middo_jax.signals.table import Measured
 
 NAN = float("nan")
@@ -70,7 +70,7 @@ def test_by_hand() -> None:
     ]
     assert facts["overlap"] == {"hard&sparse": 1, "hard&low_quality": 0, "sparse&low_quality": 0, "all": 0}
     assert facts["n"] == 5
-    assert table.schema == SCHEMA
+    assert table.schema == schema()
     assert "hard              1 of 5  m 1.000  loss_pre > 3.0000" in render_selection(facts)
 
 

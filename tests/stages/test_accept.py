@@ -31,6 +31,7 @@ from middo_jax.refinement.acceptance import table
 from middo_jax.refinement.acceptance.candidate import Candidate, Check, Finding
 from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
 from middo_jax.session import Session
+from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.table import SCHEMA, read_scores, write_scores
 from middo_jax.stages.measure import UnderTraining
 
@@ -41,7 +42,7 @@ MEASURED = {
     "diversity__fraction": 0.3,
     "quality__fraction": 0.3,
     "refine__accept": "measured",
-    "refine__gates__numbers": True,
+    "refine__gates__open": "[]",
     "refine__gates__context": 0.9,  # of so few and so short prompts of a random model
 }
 
@@ -138,7 +139,7 @@ def test_a_measurement_is_what_scoring_would_say(measured: Measured) -> None:
     session = Session(measured.config, Silent())
     model = session.load_model(directory.checkpoint)
     scores, _ = score_examples(model, session.tokenize(children), batch_tokens=512, chunk=64)
-    unit_nd = np.load(directory.embeddings)
+    unit_nd = read_embeddings(directory.embeddings, ids)
     unit_nd /= np.linalg.norm(unit_nd, axis=1, keepdims=True)
     assert len(children) == len(known)
     for child, row, loss, embedding_d in zip(
@@ -270,7 +271,7 @@ def test_a_round_of_a_run_is_measured_as_the_loop_measured_it(measured: Measured
     again = directory.stages()["refine"]
     for name in ("reads", "inputs", "settings", "limits"):
         assert again[name] == record[name]
-    assert {"checkpoint/metadata.json", "embeddings.npy", "../heldout.jsonl"} <= again["reads"].keys()
+    assert {"checkpoint/metadata.json", "embeddings.parquet", "../heldout.jsonl"} <= again["reads"].keys()
 
 
 def test_accept_none_takes_whatever_can_be_trained_on(measured: Measured, tmp_path: Path) -> None:
@@ -351,7 +352,7 @@ def test_raw_prompts_are_measured_as_the_dataset_was(measured: Measured, tmp_pat
     session = Session(measured.config.model_copy(update={"diversity": diversity}), Silent())
     stages.score_stage(session, directory, directory.checkpoint, None, ["diversity"])
     tasks = stages.plan_refinement(measured.round)
-    outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.source) for task in tasks[:4]]
+    outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.original) for task in tasks[:4]]
     for m in UnderTraining(session, directory, directory.checkpoint).measure(outcomes):
         assert m.similarity == pytest.approx(1.0, abs=1e-5)
         assert m.nearest is not None

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from support.loop_fixture import fake_refiner, settings
 
-import middo_jax.passes.losses as scoring
+import middo_jax.stages.passes as scoring
 from middo_jax import cli, stages
 from middo_jax.config import ServeSettings, load
 from middo_jax.inference.sampling import Request
@@ -64,7 +65,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 def buffers(params: Params) -> dict[tuple[str, ...], list[int]]:
     """Where each device's part of each array lies."""
     return {
-        path: [shard.data.unsafe_buffer_pointer() for shard in param[...].addressable_shards]
+        tuple(map(str, path)): [shard.data.unsafe_buffer_pointer() for shard in param[...].addressable_shards]
         for path, param in params.flat_state()
     }
 
@@ -98,7 +99,7 @@ def test_the_previous_rounds_adapters_are_gone_on_with(adapted: Run) -> None:
         np.testing.assert_array_equal(param[...], want[path][...])
     assert metadata["base"] == str(adapted.base.resolve())
     fresh, _ = load_start(session, session.base)
-    assert not np.any(fresh.params["layers"]["q_proj_lora_b"][...])
+    assert not np.any(dict(fresh.params.flat_state())["layers", "q_proj_lora_b"][...])
     assert buffers(frozen).keys() == buffers(partition(fresh.params, fresh.config)[1]).keys()
 
 
@@ -222,7 +223,7 @@ def test_the_loops_export_opens_in_transformers_as_our_model(adapted: Run) -> No
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([tokens])).logits[0].numpy()
     decoder = source.load(source.locate(adapted.run.final.checkpoint)).decoder()
-    tokens_bt = np.asarray([tokens], np.int32)
-    positions_bt = np.arange(len(tokens))[None]
-    ours = decoder.unembed(decoder.hidden(tokens_bt, np.zeros_like(tokens_bt), positions_bt)[0])
+    tokens_bt = jnp.asarray([tokens], jnp.int32)
+    positions_bt = jnp.arange(len(tokens))[None]
+    ours = decoder.unembed(decoder.hidden(tokens_bt, jnp.zeros_like(tokens_bt), positions_bt)[0])
     np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=1e-4)

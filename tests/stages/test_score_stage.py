@@ -20,12 +20,15 @@ from middo_jax.config import load
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.progress import Silent
+from middo_jax.refinement import Outcome
 from middo_jax.report.terminal import render_selection
-from middo_jax.rundir import RoundDir, RunError
+from middo_jax.rundir import RoundDir, RunError, fingerprint
 from middo_jax.session import Session, prepare, write_dataset
 from middo_jax.signals.duplicates import count_duplicates, prompt_hash
+from middo_jax.signals.embeddings import read_embeddings, write_embeddings
 from middo_jax.signals.select import select
 from middo_jax.signals.table import read_scores
+from middo_jax.stages.accept import Acceptance
 from middo_jax.stages.measure import UnderTraining
 
 
@@ -59,7 +62,7 @@ class House:
         directory, session = RoundDir(self.root / name), self.session(**more)
         write_dataset(directory, examples)
         stages.score_stage(session, directory, self.tuned, self.base, axes, earlier=earlier)
-        stages.select_stage(session, directory)
+        stages.select_stage(session.config, directory)
         return directory
 
 
@@ -90,6 +93,14 @@ def score_record(directory: RoundDir) -> dict[str, Any]:
     return directory.stages()["score"]
 
 
+def ids_of(directory: RoundDir) -> list[str]:
+    return read_scores(directory.scores)["id"].to_pylist()
+
+
+def embeddings(directory: RoundDir) -> np.ndarray:
+    return read_embeddings(directory.embeddings, ids_of(directory))
+
+
 def assert_same_scores(ours: RoundDir, theirs: RoundDir) -> None:
     a, b = read_scores(ours.scores), read_scores(theirs.scores)
     for name in a.column_names:
@@ -100,7 +111,7 @@ def assert_same_scores(ours: RoundDir, theirs: RoundDir) -> None:
             np.testing.assert_allclose(a[name].to_pylist(), b[name].to_pylist(), rtol=0, atol=1e-5)
         else:
             assert a[name].to_pylist() == b[name].to_pylist(), name
-    np.testing.assert_allclose(np.load(ours.embeddings), np.load(theirs.embeddings), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(embeddings(ours), embeddings(theirs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("embedder", ["pre", "post"])
@@ -138,7 +149,7 @@ def test_embeddings_before_training_are_the_base_models(house: House, examples: 
     directory, session = RoundDir(house.root / "base"), house.session()
     write_dataset(directory, examples)
     stages.score_stage(session, directory, house.base, None, ["diversity"])
-    np.testing.assert_allclose(np.load(pre.embeddings), np.load(directory.embeddings), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(embeddings(pre), embeddings(directory), rtol=1e-5, atol=1e-5)
     names = ["knn_ids", "prompt_hash"]
     tables = [read_scores(d.scores).select(names).to_pydict() for d in (pre, directory)]
     assert tables[0] == tables[1]
@@ -150,12 +161,10 @@ def test_embeddings_before_training_are_the_base_models(house: House, examples: 
 
 def test_rewrites_are_compared_in_the_datasets_own_space(house: House, examples: list[Example]) -> None:
     """Embedded by the model that embedded the dataset: a sample's own prompt is as similar as can be."""
-    from middo_jax.refinement.tasks import Outcome
-
     directory = house.score("measured", examples, diversity__embedder="pre")
     session = house.session(diversity__embedder="pre")
     tasks = stages.plan_refinement(directory)
-    outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.source) for task in tasks[:3]]
+    outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.original) for task in tasks[:3]]
     assert outcomes
     for m in UnderTraining(session, directory, house.tuned).measure(outcomes):
         assert m.similarity == pytest.approx(1.0, abs=1e-5)
@@ -169,8 +178,41 @@ def test_nothing_changed(house: House, examples: list[Example]) -> None:
 
 
 def tampered(directory: RoundDir) -> None:
-    embedding_nd = np.load(directory.embeddings)
-    np.save(directory.embeddings, embedding_nd + 1)
+    write_embeddings(directory.embeddings, ids_of(directory), embeddings(directory) + 1)
+
+
+def shuffled(directory: RoundDir) -> None:
+    """Puts the rows of the embeddings in another order, as if the stage had written them so."""
+    ids = ids_of(directory)
+    embedding_nd, order = embeddings(directory), np.random.default_rng(0).permutation(len(ids))
+    write_embeddings(directory.embeddings, [ids[i] for i in order], embedding_nd[order])
+    manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
+    record = manifest["stages"]["score"]
+    record["files"][directory.embeddings.name] = fingerprint(directory.embeddings)
+    del record["stats"]
+    directory.manifest.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_the_order_of_the_rows_of_the_embeddings_does_not_matter(
+    house: House, examples: list[Example]
+) -> None:
+    """A later round, its selection, and what the gates see of a rewrite are the same, bit for bit."""
+    how = {"diversity__embedder": "pre", "refine__accept": "measured"}
+    first, session = house.score("ordered", examples, **how), house.session(**how)
+
+    def seen() -> tuple[Any, ...]:
+        later = house.score("later", edited(examples), first, **how)
+        assert score_record(later)["n_kept"] == len(edited(examples)) - 3
+        limits = Acceptance(session, first, (), house.tuned).limits
+        tasks = stages.plan_refinement(first)[:3]
+        outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.source) for task in tasks]
+        measured = UnderTraining(session, first, house.tuned).measure(outcomes)
+        selection = later.selection.read_text(encoding="utf-8")
+        return read_scores(later.scores), embeddings(later).tolist(), selection, limits, measured
+
+    before = seen()
+    shuffled(first)
+    assert seen() == before
 
 
 def without_manifest(directory: RoundDir) -> None:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from middo_jax.models.attention import Packing
+
 SCALE = 0.3
 
 
@@ -74,10 +76,10 @@ class Batch:
                 grow(row, int(at[0]), int(at[-1]) + 1, list(range(prefix)))
         return dataclasses.replace(self, positions=positions, until=until, above=above)
 
-    @property
-    def ids(self) -> tuple[jax.Array, ...]:
+    def packing(self, prefix: int = 0, longest: int | None = None) -> Packing:
+        """What attention is told about the rows."""
         arrays = (self.segment_ids, self.positions, self.until)
-        return tuple(jnp.asarray(array) for array in arrays if array is not None)
+        return Packing(*(None if x is None else jnp.asarray(x) for x in arrays), prefix, longest)
 
     def values_and_gradients(self, attend: Callable[..., jax.Array]) -> list[np.ndarray]:
         """Attention of all that is not padding, and the gradients of q, k and v."""

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from middo_jax.config import RefineSettings
 from middo_jax.data.example import Example
 from middo_jax.refinement.acceptance.candidate import Candidate
-from middo_jax.refinement.acceptance.duplicates import Known
+from middo_jax.refinement.acceptance.repeats import Known
 from middo_jax.refinement.acceptance.table import first_verdict
 from middo_jax.refinement.tasks import Outcome, Task, Verdict
 

@@ -25,6 +25,7 @@ import json
 import math
 import re
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,8 @@ class Hostile:
         reply = JSONResponse({"object": "chat.completion", "choices": [choice], "usage": usage})
         if what == "drop":
 
-            async def half() -> Any:
-                yield reply.body[: len(reply.body) // 2]
+            async def half() -> AsyncIterator[bytes]:
+                yield bytes(reply.body[: len(reply.body) // 2])
 
             return StreamingResponse(half(), headers={"content-length": str(len(reply.body))})
         if await request.is_disconnected():

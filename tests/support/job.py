@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import jax
@@ -88,11 +89,12 @@ if __name__ == "__main__":
     assert job is not None
     cluster.start(job, Lines(), Path(folder), timeout_s=120)
     coordination.Watch(stall_timeout_s=float(os.environ.get("STALL", "60"))).start()
-    ended: BaseException | None = None
     try:
         globals()[thing](int(process))
-    except BaseException as error:
-        ended = error
+    except SystemExit:
+        coordination.tell_good_end()
         raise
-    finally:
-        coordination.tell_end(ended)
+    except Exception as error:
+        traceback.print_exc()
+        coordination.leave(error)
+    coordination.tell_good_end()

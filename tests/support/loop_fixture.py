@@ -120,7 +120,7 @@ def settings(root: Path, base_url: str | None = None, **more: Any) -> list[str]:
         "refine.temperature": 0,
         "refine.max_tokens": 16,
         "refine.accept": "sane",  # what a random model measures of nonsense says nothing
-        "refine.gates.numbers": False,  # the fake refiner keeps none
+        "refine.gates.open": "[numbers]",  # the fake refiner keeps none
         "serve.max_context": 1024,
     }
     if base_url is not None:

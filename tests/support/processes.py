@@ -27,8 +27,8 @@ def run_together(processes: int, arguments: Callable[[int], Sequence[object]], c
         for process in range(processes):
             command = [sys.executable, *map(str, arguments(process)), address, str(processes), str(process)]
             environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            started.append(subprocess.Popen(command, env=environment, **streams))
+            pipe, out = subprocess.PIPE, subprocess.STDOUT
+            started.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=out))
         for process in started:
             output, _ = process.communicate(timeout=TIMEOUT_S)
             assert process.returncode == code, output.decode(errors="replace")[-4000:]

@@ -29,6 +29,9 @@ class Scripted:
     async def honours(self, probe: Any) -> bool:
         return False
 
+    async def refuse_schema(self, reason: str) -> None:
+        raise AssertionError(f"no request has a schema: {reason}")
+
     async def close(self) -> None:
         pass
 

@@ -10,7 +10,7 @@ import asyncio
 import collections
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def fault(status: int, message: str = "no", **headers: str) -> Response:
 
 
 def dropped() -> Response:
-    async def half() -> Any:
+    async def half() -> AsyncIterator[bytes]:
         yield b'{"id": '
 
     return StreamingResponse(half(), headers={"content-length": "1000", "content-type": "application/json"})
@@ -55,11 +55,11 @@ def dropped() -> Response:
 def dripping() -> Response:
     """A whole answer, too late, though no two of its bytes are far apart."""
 
-    async def slow() -> Any:
+    async def slow() -> AsyncIterator[bytes]:
         for _ in range(30):
             yield b" "
             await asyncio.sleep(0.05)
-        yield good("late").body
+        yield bytes(good("late").body)
 
     return StreamingResponse(slow(), media_type="application/json")
 
@@ -90,10 +90,10 @@ class ScriptedServer:
         self.most = max(self.most, self.now)
         try:
             reply = self.script(text, len(self.times[text]) - 1)
-            if isinstance(reply, float):
-                await asyncio.sleep(reply)
-                reply = good("late")
-            return reply
+            if isinstance(reply, Response):
+                return reply
+            await asyncio.sleep(reply)
+            return good("late")
         finally:
             self.now -= 1
 
@@ -156,7 +156,7 @@ def user(text: str) -> list[dict[str, str]]:
 
 
 def ask(
-    url: str,
+    url: str | Sequence[str],
     cache: AnswerCache,
     *texts: str,
     settings: RefineSettings = SETTINGS,

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from middo_jax.config import MeshSettings, TrainSettings
+from middo_jax.config import AdamW, MeshSettings, TrainSettings
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.evaluation.heldout import HeldoutLoss, row_losses, total
 from middo_jax.models.config import DecoderConfig
@@ -30,7 +30,9 @@ from middo_jax.models.model import Model, Params
 from middo_jax.parallel.hosts import to_host
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import score_examples
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.metrics import StepMetrics
+from middo_jax.training.plan import TrainingPlan
 from middo_jax.training.sft import train
 
 CONFIG = DecoderConfig(96, 32, 64, 2, 4, 2, 8, 64)
@@ -41,7 +43,7 @@ SETTINGS = TrainSettings(
     learning_rate=1e-3,
     batch_size=8,
     num_epochs=7,
-    weight_decay=0.1,
+    optimizer=AdamW(weight_decay=0.1),
     warmup_ratio=0.2,
     remat="none",
     save_every=4,
@@ -91,9 +93,9 @@ def fine_tune(
     on_step: Callable[[StepMetrics], None] | None = None,
 ) -> Params:
     """Trains the tiny decoder, always from the same start."""
-    sizes = {"pack_length": PACK_LENGTH, "chunk": CHUNK}
-    model = fresh_model(mesh)
-    return train(model, tokenized, settings, seed=3, out_dir=out_dir, on_step=on_step, **sizes).params
+    plan = TrainingPlan(tokenized, settings, 3, PACK_LENGTH)
+    hooks = [] if on_step is None else [on_metrics(on_step)]
+    return train(fresh_model(mesh), plan, out_dir, chunk=CHUNK, hooks=hooks).params
 
 
 def kill_at(step: int) -> Callable[[StepMetrics], None]:

@@ -29,8 +29,11 @@ from middo_jax.passes import runner
 from middo_jax.passes.losses import LossPass, score_examples
 from middo_jax.progress import Silent
 from middo_jax.rundir import read_jsonl
+from middo_jax.rundir.rows import SourceLossRow
 from middo_jax.training.evaluations import Evaluation
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.metrics import StepMetrics
+from middo_jax.training.plan import TrainingPlan
 from middo_jax.training.sft import train
 
 ONE = mesh_of(1, 1, 1)
@@ -46,21 +49,20 @@ def fine_tune(
 ) -> Params:
     trained = train(
         fresh_model(ONE),
-        TRAINED,
-        EVALUATED,
-        seed=3,
-        pack_length=PACK_LENGTH,
-        out_dir=out_dir,
+        TrainingPlan(TRAINED, EVALUATED, 3, PACK_LENGTH),
+        out_dir,
         chunk=CHUNK,
-        on_step=on_step,
         evaluate=evaluate,
+        hooks=[] if on_step is None else [on_metrics(on_step)],
     )
     return trained.params
 
 
 def measure(model: Model) -> Evaluation:
     found = heldout(model, HELDOUT, SOURCES)
-    by_source = {name: of._asdict() for name, of in found.by_source.items()}
+    by_source: dict[str, SourceLossRow] = {
+        name: {"loss": of.loss, "n_target_tokens": of.n_target_tokens} for name, of in found.by_source.items()
+    }
     return Evaluation(found.loss, found.n_target_tokens, by_source)
 
 
@@ -160,12 +162,12 @@ def test_the_best_state_is_kept_though_newer_ones_came(stop: int | None, tmp_pat
     assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["best", "metadata.json", "params"]
 
 
-def test_as_many_of_the_newest_as_wanted_are_kept(tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"num_epochs": 4, "save_every": 1, "keep": 3})
-    sizes = {"seed": 3, "pack_length": PACK_LENGTH, "chunk": CHUNK}
+def test_the_newest_is_kept(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"num_epochs": 4, "save_every": 1})
+    plan = TrainingPlan(TRAINED, settings, 3, PACK_LENGTH)
     with pytest.raises(Killed):
-        train(fresh_model(ONE), TRAINED, settings, out_dir=tmp_path, on_step=kill_at(6), **sizes)
-    assert sorted(int(p.name) for p in (tmp_path / "checkpoint" / "steps").iterdir()) == [3, 4, 5]
+        train(fresh_model(ONE), plan, tmp_path, chunk=CHUNK, hooks=[on_metrics(kill_at(6))])
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoint" / "steps").iterdir()) == [5]
 
 
 def test_the_best_needs_evaluations() -> None:

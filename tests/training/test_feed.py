@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,8 @@ from support.tiny_training import PACK_LENGTH, SETTINGS, example, examples, mesh
 from middo_jax.config import TrainSettings
 from middo_jax.data.packing import pack
 from middo_jax.training import feed as feed_module
-from middo_jax.training.feed import feed, longest_example, plan_epoch, plan_training
+from middo_jax.training.feed import feed
+from middo_jax.training.plan import longest_example, plan_epoch, plan_training
 from middo_jax.training.step import Batch, put_batch
 
 ONE = mesh_of(1, 1, 1)
@@ -65,7 +67,7 @@ def test_the_wait_is_what_was_not_made_ahead(monkeypatch: pytest.MonkeyPatch):
     plan = plan_training(tokenized, SETTINGS, 3, PACK_LENGTH)[:6]
     made = feed_module.pack
 
-    def slow(*arguments: object, **named: object) -> object:
+    def slow(*arguments: Any, **named: Any) -> object:
         time.sleep(0.1)
         return made(*arguments, **named)
 

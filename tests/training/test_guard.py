@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +14,19 @@ import pytest
 from jax.sharding import Mesh
 from support.tiny_training import CHUNK, CONFIG, PACK_LENGTH, SETTINGS, example, examples, mesh_of
 
-from middo_jax.config import ConfigError, TrainSettings
+from middo_jax.config import Adafactor, BadSteps, ConfigError, TrainSettings
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.decoder import Decoder, split
 from middo_jax.models.model import Model, Params
 from middo_jax.rundir import read_jsonl
 from middo_jax.training import sft
 from middo_jax.training.checks import TrainingDataError
-from middo_jax.training.feed import plan_epoch
-from middo_jax.training.guard import guarded
+from middo_jax.training.guard import GuardState, guarded
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.memory import OutOfMemory, remedies
 from middo_jax.training.metrics import StepMetrics, TrainingDiverged
 from middo_jax.training.optimizer import learning_rate_schedule
+from middo_jax.training.plan import TrainingPlan, plan_epoch
 
 ONE = mesh_of(1, 1, 1)
 EPOCH = SETTINGS.model_copy(update={"num_epochs": 1, "save_every": 1})
@@ -57,10 +59,9 @@ def fine_tune(
     seen: list[StepMetrics] | None = None,
     mesh: Mesh = ONE,
 ) -> Params:
-    told = None if seen is None else seen.append
-    sizes = {"pack_length": PACK_LENGTH, "chunk": CHUNK}
-    model = broken_model(mesh)
-    return sft.train(model, tokenized, settings, seed=3, out_dir=out_dir, on_step=told, **sizes).params
+    plan = TrainingPlan(tokenized, settings, 3, PACK_LENGTH)
+    hooks = [] if seen is None else [on_metrics(seen.append)]
+    return sft.train(broken_model(mesh), plan, out_dir, chunk=CHUNK, hooks=hooks).params
 
 
 def test_a_bad_step_is_left_out_and_the_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -68,7 +69,7 @@ def test_a_bad_step_is_left_out_and_the_training_goes_on(tmp_path: Path, caplog:
     plan = plan_epoch(tokenized, EPOCH, 0, seed=3, pack_length=PACK_LENGTH)
     bad = {i for row in plan[2] for i in row}
     seen: list[StepMetrics] = []
-    skipping = EPOCH.model_copy(update={"on_bad_step": "skip"})
+    skipping = EPOCH.model_copy(update={"on_bad_step": BadSteps(action="skip")})
     with caplog.at_level(logging.WARNING):
         params = fine_tune(tmp_path, poisoned(tokenized, bad), skipping, seen)
     assert [m.step for m in seen] == list(range(1, len(plan) + 1))
@@ -89,7 +90,7 @@ def test_a_bad_step_is_left_out_and_the_training_goes_on(tmp_path: Path, caplog:
 
 def test_too_many_bad_steps_in_a_row_stop(tmp_path: Path):
     tokenized = examples(60)
-    settings = SETTINGS.model_copy(update={"on_bad_step": "skip", "num_epochs": 4})
+    settings = SETTINGS.model_copy(update={"on_bad_step": BadSteps(action="skip"), "num_epochs": 4})
     with pytest.raises(TrainingDiverged, match=r"step 11: .*the 10 steps before it were left out"):
         fine_tune(tmp_path, poisoned(tokenized, set(range(60))), settings)
 
@@ -99,6 +100,7 @@ def test_the_guard_keeps_everything_but_the_count_of_a_bad_step():
     optimizer = guarded(chain, spike_factor=2.0)
     params = {"x": jnp.ones(3)}
     state = optimizer.init(params)
+    assert isinstance(state, GuardState)
     update = jax.jit(lambda g, s, loss: optimizer.update(g, s, params, loss=loss))
     good = {"x": jnp.arange(3.0)}
     for step in range(8):  # too few before to know what is usual: even a jump is taken
@@ -130,14 +132,16 @@ def test_a_spike_stops_with_its_size(tmp_path: Path):
         )
         for i in range(200)
     ]
-    settings = EPOCH.model_copy(update={"learning_rate": 1e-2, "spike_factor": 1.5, "save_every": 50})
+    settings = EPOCH.model_copy(
+        update={"learning_rate": 1e-2, "on_bad_step": BadSteps(spike_factor=1.5), "save_every": 50}
+    )
     plan = plan_epoch(tokenized, settings, 0, seed=3, pack_length=PACK_LENGTH)
     assert len(plan) > 10
     odd = {i for row in plan[9] for i in row}
     for i in odd:
         tokenized[i] = example(i, 12)
     with pytest.raises(
-        TrainingDiverged, match=r"step 10: .*over train\.spike_factor=1\.5 times the usual loss"
+        TrainingDiverged, match=r"step 10: .*over 1\.5 times the usual loss .* train\.on_bad_step"
     ):
         fine_tune(tmp_path, tokenized, settings)
 
@@ -148,7 +152,7 @@ def test_out_of_memory_says_what_it_needs_and_what_to_change(tmp_path: Path, mon
 
     real = sft.make_train_step
 
-    def exhausted(*args: object, **more: object) -> object:
+    def exhausted(*args: Any, **more: Any) -> object:
         step = real(*args, **more)
 
         class Step:
@@ -185,12 +189,12 @@ def test_remedies_are_those_that_are_left():
             "remat": "layer",
             "batch_size": 8,
             "gradient_accumulation": 8,
-            "optimizer": "adafactor",
+            "optimizer": Adafactor(),
             "param_dtype": "bfloat16",
         }
     )
     assert remedies(small, ONE) == [
-        "a smaller scoring.unembed_chunk or train.pack_length",
+        "a smaller scoring.unembed_chunk or model.max_length",
         "adapters (lora.rank=16)",
     ]
     assert "mesh.fsdp instead of mesh.data=2" in remedies(small, mesh_of(2, 2, 2))

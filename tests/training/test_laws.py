@@ -14,6 +14,7 @@ from support.processes import run_together
 from support.tiny_model import FAMILIES, VOCAB_SIZE, write_tiny_model
 from support.tiny_training import CHUNK, PACK_LENGTH, SETTINGS, Killed, examples, fine_tune, kill_at, mesh_of
 
+from middo_jax.config import AdamW
 from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models import hf
@@ -21,8 +22,9 @@ from middo_jax.models.config import DecoderConfig
 from middo_jax.models.model import Params
 from middo_jax.parallel.preemption import EXIT_PREEMPTED
 from middo_jax.rundir import read_jsonl
-from middo_jax.training.feed import feed, plan_training
+from middo_jax.training.feed import feed
 from middo_jax.training.optimizer import make_optimizer
+from middo_jax.training.plan import plan_training
 from middo_jax.training.step import batch_gradient, make_train_step, put_batch
 
 ONE = mesh_of(1, 1, 1)
@@ -112,7 +114,7 @@ def test_steps_are_those_of_torch_adamw(tmp_path: Path):
     plan = plan_training(tokenized, SETTINGS, 0, PACK_LENGTH)[:8]
     optimizer = make_optimizer(SETTINGS, len(plan))
     state = params, jax.device_put(optimizer.init(params), jax.devices()[0])
-    step = make_train_step(graphdef, optimizer, SETTINGS, len(plan), chunk=CHUNK, state=state)
+    step = make_train_step(graphdef, SETTINGS, len(plan), chunk=CHUNK, state=state)
     losses, rates = [], []
     for batch, _ in feed(tokenized, plan, SETTINGS, PACK_LENGTH, ONE):
         *state, outputs = step(*state, Params({}), batch)
@@ -123,9 +125,7 @@ def test_steps_are_those_of_torch_adamw(tmp_path: Path):
     matrices = [p for name, p in model.named_parameters() if "_proj" in name or "lm_head" in name]
     others = [p for name, p in model.named_parameters() if "_proj" not in name and "lm_head" not in name]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(
-        groups, betas=(SETTINGS.beta1, SETTINGS.beta2), weight_decay=SETTINGS.weight_decay
-    )
+    adamw = torch.optim.AdamW(groups, betas=AdamW().betas, weight_decay=SETTINGS.optimizer.weight_decay)
     theirs = []
     for planned, rate in zip(plan, rates, strict=True):
         for group in adamw.param_groups:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.tiny_training import CONFIG, SETTINGS, Killed, examples, fine_tune, kill_at, mesh_of
 
-from middo_jax.config import ConfigError
+from middo_jax.config import ConfigError, WandB
 from middo_jax.models.config import LayerKind, Lora
 from middo_jax.rundir import read_jsonl
 from middo_jax.training.flops import peak_flops, training_flops
@@ -92,14 +92,15 @@ def test_the_live_line() -> None:
 
 def events(directory: Path) -> dict[str, list[tuple[int, float]]]:
     """Scalars of the event files: a record is its length, a checksum, the bytes, a checksum."""
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto import event_pb2
 
+    event_type: Any = vars(event_pb2)["Event"]  # made as the module is imported, so that no stub has it
     found: dict[str, list[tuple[int, float]]] = {}
     for file in sorted(directory.glob("events.*")):
         data, at = file.read_bytes(), 0
         while at < len(data):
             (size,) = struct.unpack_from("<Q", data, at)
-            event = Event.FromString(data[at + 12 : at + 12 + size])
+            event = event_type.FromString(data[at + 12 : at + 12 + size])
             at += 12 + size + 4
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append((event.step, value.simple_value))
@@ -110,7 +111,7 @@ def test_tensorboard_shows_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     writing = pytest.importorskip("tensorboardX.event_file_writer")
     # Stopped and resumed within a second, which is as finely as its files are named.
     monkeypatch.setattr(writing, "time", SimpleNamespace(time=lambda: 1.8e9))
-    settings = SHORT.model_copy(update={"tensorboard": True, "save_every": 2})
+    settings = SHORT.model_copy(update={"trackers": ("tensorboard",), "save_every": 2})
     with pytest.raises(Killed):
         fine_tune(tmp_path, examples(40), ONE, settings, kill_at(3))
     fine_tune(tmp_path, examples(40), ONE, settings)
@@ -134,7 +135,7 @@ def test_wandb_goes_on_as_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
     fake = ModuleType("wandb")
     fake.__dict__["init"] = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    settings = SHORT.model_copy(update={"wandb_project": "mine", "save_every": 2})
+    settings = SHORT.model_copy(update={"trackers": (WandB(wandb="mine"),), "save_every": 2})
     with pytest.raises(Killed):
         fine_tune(tmp_path, examples(40), ONE, settings, kill_at(3))
     fine_tune(tmp_path, examples(40), ONE, settings)
@@ -146,18 +147,15 @@ def test_wandb_goes_on_as_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("setting", "package", "extra"),
-    [
-        ({"tensorboard": True}, "tensorboardX", "tensorboard"),
-        ({"wandb_project": "mine"}, "wandb", "wandb"),
-    ],
+    ("tracker", "package", "extra"),
+    [("tensorboard", "tensorboardX", "tensorboard"), (WandB(wandb="mine"), "wandb", "wandb")],
 )
 def test_a_missing_package_is_said_before_anything_starts(
-    setting: dict[str, Any], package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tracker: str | WandB, package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
         ConfigError, match=rf'needs the package {package}: pip install "middo-jax\[{extra}\]"'
     ):
-        fine_tune(tmp_path, examples(20), ONE, SHORT.model_copy(update=setting))
+        fine_tune(tmp_path, examples(20), ONE, SHORT.model_copy(update={"trackers": (tracker,)}))
     assert not list(tmp_path.iterdir())

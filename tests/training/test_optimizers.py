@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -23,12 +24,14 @@ from support.tiny_training import (
     mesh_of,
 )
 
-from middo_jax.config import TrainSettings
+from middo_jax.config import Adafactor, AdamW, TrainSettings
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.model import Params, abstract_model
 from middo_jax.parallel.mesh import named_sharding
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.metrics import StepMetrics
 from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
+from middo_jax.training.plan import TrainingPlan
 from middo_jax.training.rounding import stochastic_round
 from middo_jax.training.sft import train
 
@@ -42,14 +45,14 @@ def fine_tune(
     settings: TrainSettings,
     config: DecoderConfig = CONFIG,
     mesh: jax.sharding.Mesh = ONE,
-    **more: object,
+    on_step: Callable[[StepMetrics], None] | None = None,
 ) -> Params:
     model = fresh_model(mesh, config)
     # All start from numbers that bfloat16 holds too.
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), model.params)
-    sizes = {"seed": 3, "pack_length": PACK_LENGTH, "chunk": CHUNK}
-    model = model.with_params(params)
-    return train(model, examples(40), settings, out_dir=out_dir, **sizes, **more).params
+    plan = TrainingPlan(examples(40), settings, 3, PACK_LENGTH)
+    hooks = [] if on_step is None else [on_metrics(on_step)]
+    return train(model.with_params(params), plan, out_dir, chunk=CHUNK, hooks=hooks).params
 
 
 def flat(params: Params) -> np.ndarray:
@@ -89,14 +92,16 @@ def test_rounding_is_the_same_on_any_mesh() -> None:
     np.testing.assert_array_equal(jax.jit(stochastic_round)(x, key), jax.jit(stochastic_round)(spread, key))
 
 
-def test_small_steps_add_up_in_bfloat16_if_rounded_by_chance(tmp_path: Path) -> None:
+def test_small_steps_add_up_in_bfloat16_since_it_is_rounded_by_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # A rate far under half of a weight's last place: 0.02 is one of 1/12800 in bfloat16.
     slow = SETTINGS.model_copy(
         update={
             "learning_rate": 2e-6,
             "schedule": "constant",
             "warmup_ratio": 0.0,
-            "weight_decay": 0.0,
+            "optimizer": AdamW(),
             "num_epochs": 10,
             "save_every": 1000,
         }
@@ -108,7 +113,8 @@ def test_small_steps_add_up_in_bfloat16_if_rounded_by_chance(tmp_path: Path) -> 
     moved = flat(fine_tune(tmp_path / "float32", slow)) - began
     by_chance = fine_tune(tmp_path / "by_chance", halves)
     assert {x.dtype for x in jax.tree.leaves(by_chance)} == {jnp.dtype(jnp.bfloat16)}
-    to_nearest = fine_tune(tmp_path / "to_nearest", halves.model_copy(update={"stochastic_rounding": False}))
+    monkeypatch.setattr("middo_jax.training.step.stochastic_round", lambda x, _: x.astype(jnp.bfloat16))
+    to_nearest = fine_tune(tmp_path / "to_nearest", halves)
 
     def share(params: Params) -> float:
         """How far along the way of the float32 training."""
@@ -118,8 +124,10 @@ def test_small_steps_add_up_in_bfloat16_if_rounded_by_chance(tmp_path: Path) -> 
     assert abs(share(to_nearest)) < 0.3
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_in_bfloat16_killed_and_resumed_is_uninterrupted(optimizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", [AdamW(), Adafactor()], ids=lambda optimizer: optimizer.name)
+def test_in_bfloat16_killed_and_resumed_is_uninterrupted(
+    optimizer: AdamW | Adafactor, tmp_path: Path
+) -> None:
     settings = SETTINGS.model_copy(
         update={"param_dtype": "bfloat16", "optimizer": optimizer, "num_epochs": 2, "save_every": 3}
     )
@@ -131,7 +139,7 @@ def test_in_bfloat16_killed_and_resumed_is_uninterrupted(optimizer: str, tmp_pat
 
 def test_adafactor_keeps_next_to_nothing_and_learns(tmp_path: Path) -> None:
     mesh = mesh_of(2, 2, 2)
-    settings = SETTINGS.model_copy(update={"optimizer": "adafactor", "learning_rate": 3e-3, "num_epochs": 3})
+    settings = SETTINGS.model_copy(update={"optimizer": Adafactor(), "learning_rate": 3e-3, "num_epochs": 3})
     params = abstract_model(WIDE, mesh).params
     state = abstract_opt_state(make_optimizer(settings, 10), params, mesh)
     size = sum(x.size for x in jax.tree.leaves(params))

@@ -30,7 +30,6 @@ def start(root: Path, name: str) -> subprocess.Popen[bytes]:
     settings = (
         "model.dtype=float32",
         "train.batch_size=1",
-        "train.pack_length=512",
         "model.max_length=512",
         "train.num_epochs=100",
         "train.save_every=1000",
@@ -64,8 +63,8 @@ def test_preempted_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     assert whole.wait(TIMEOUT_S) == 0
     metrics = tmp_path / "cut" / "metrics.jsonl"
     for signal_number, code, told in (
-        (signal.SIGTERM, EXIT_PREEMPTED, "preempted, all is saved; the same command goes on from here"),
-        (signal.SIGINT, 130, "interrupted; the same command goes on from here"),
+        (signal.SIGTERM, EXIT_PREEMPTED, "preempted, all is saved; run the same command again to continue"),
+        (signal.SIGINT, 130, "interrupted; run the same command again to continue"),
     ):
         process = start(tmp_path, "cut")
         before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0

@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from middo_jax.config import ConfigError, MeshSettings, TrainSettings
+from middo_jax.config import AdamW, ConfigError, MeshSettings, TrainSettings
 from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.evaluation.heldout import HeldoutLoss, row_losses, total
@@ -30,9 +30,10 @@ from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import score_examples
 from middo_jax.rundir import RunError, read_jsonl
 from middo_jax.training.checks import TrainingDataError
-from middo_jax.training.feed import plan_epoch
+from middo_jax.training.hooks import on_metrics
 from middo_jax.training.metrics import StepMetrics, TrainingDiverged
 from middo_jax.training.optimizer import abstract_opt_state, decayed, learning_rate_schedule, make_optimizer
+from middo_jax.training.plan import TrainingPlan, plan_epoch
 from middo_jax.training.sft import train
 from middo_jax.training.step import batch_gradient, put_batch
 
@@ -43,7 +44,7 @@ SETTINGS = TrainSettings(
     learning_rate=1e-2,
     batch_size=8,
     num_epochs=2,
-    weight_decay=0.1,
+    optimizer=AdamW(weight_decay=0.1),
     warmup_ratio=0.2,
     remat="none",
     save_every=3,
@@ -85,13 +86,10 @@ def fine_tune(
     graphdef, start = fresh()
     trained = train(
         Model(CONFIG, graphdef, start if params is None else params, mesh),
-        tokenized,
-        settings,
-        seed=seed,
-        pack_length=PACK,
-        out_dir=out_dir,
+        TrainingPlan(tokenized, settings, seed, PACK),
+        out_dir,
         chunk=CHUNK,
-        on_step=on_step,
+        hooks=[] if on_step is None else [on_metrics(on_step)],
     )
     return trained.params
 
@@ -183,7 +181,7 @@ def test_loss_falls_on_learnable_data(tmp_path: Path):
 
     tokenized = [counting(i) for i in range(160)]
     seen: list[StepMetrics] = []
-    settings = SETTINGS.model_copy(update={"num_epochs": 6, "weight_decay": 0.0})
+    settings = SETTINGS.model_copy(update={"num_epochs": 6, "optimizer": AdamW()})
     params = fine_tune(tmp_path, tokenized[:128], settings, on_step=seen.append)
     assert seen[0].loss == pytest.approx(math.log(96), rel=0.05)
     assert seen[-1].loss < seen[0].loss / 4
@@ -353,7 +351,7 @@ def test_what_cannot_be_trained_on_is_said_before_compiling(tmp_path: Path):
     with pytest.raises(TrainingDataError, match="none of the 4 examples has a token to learn"):
         fine_tune(tmp_path, untaught)
     with pytest.raises(
-        ConfigError, match=r"1 of 5 examples are longer than train.pack_length=32 .*id77, has 33"
+        ConfigError, match=r"1 of 5 examples are longer than model.max_length=32 .*id77, has 33"
     ):
         fine_tune(tmp_path, [*examples(4), example(77, 33)])
     with pytest.raises(TrainingDataError, match="example far has token 96"):
@@ -391,7 +389,7 @@ def test_optimizer_is_clipped_adamw_and_decays_matrices_only():
     # The first Adam step of any gradient is its sign; without a gradient only decay is left.
     ones = jax.tree.map(jnp.ones_like, params)
     updates, _ = optimizer.update(ones, optimizer.init(params), params)
-    lr, decay = settings.learning_rate, settings.weight_decay
+    lr, decay = settings.learning_rate, settings.optimizer.weight_decay
     matrix, norm = array(params, "layers", "q_proj"), array(params, "final_norm")
     np.testing.assert_allclose(array(updates, "layers", "q_proj"), -lr * (1 + decay * matrix), rtol=1e-4)
     np.testing.assert_allclose(array(updates, "final_norm"), -lr * np.ones_like(norm), rtol=1e-4)

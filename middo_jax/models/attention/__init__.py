@@ -1,5 +1,6 @@
 """Attention, exact for packed sequences: a token sees what its own segment holds up to itself."""
 
+from middo_jax.models.attention.arguments import AttentionSpec, CachedLayer, Packing
 from middo_jax.models.attention.cached import CACHE_BLOCK, cached_attention
 from middo_jax.models.attention.dispatch import (
     AttentionError,
@@ -17,7 +18,10 @@ __all__ = [
     "CACHE_BLOCK",
     "QUERY_BLOCK",
     "AttentionError",
+    "AttentionSpec",
+    "CachedLayer",
     "Kernel",
+    "Packing",
     "Workload",
     "cached_attention",
     "choose",

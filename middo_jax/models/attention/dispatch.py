@@ -8,6 +8,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from middo_jax.models.attention import splash, tiled, triton
+from middo_jax.models.attention.arguments import AttentionSpec, Packing
 from middo_jax.models.attention.placement import Platform, platform
 from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import xla_attention
@@ -60,64 +61,49 @@ def shares_prefixes(kernel: Kernel) -> bool:
 
 @jax.named_scope("attention")
 def packed_attention(
-    q_bthd: jax.Array,
-    k_bskd: jax.Array,
-    v_bskd: jax.Array,
-    segment_ids_bt: jax.Array,
-    positions_bt: jax.Array,
-    until_bt: jax.Array | None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    prefix: int = 0,
-    longest: int | None = None,
+    q_bthe: jax.Array,
+    k_bpke: jax.Array,
+    v_bpke: jax.Array,
+    packing: Packing,
+    spec: AttentionSpec,
     kernel: Kernel = "auto",
 ) -> jax.Array:
     """Causal attention inside segments, or along the branches of trees.
 
-    Position i sees position j <= i of its own segment. With `until_bt`, a row holds trees instead, laid out
-    depth first: what grows from a position follows it, up to some place, and i sees j if j <= i < until_j. So
-    texts that begin alike share the keys and values of what they share, at any depth:
+    Position i sees position j <= i of its own segment. With `packing.until_bt` a row contains trees instead,
+    in depth-first order: the positions that grow from j follow it, up to until_j, and i sees j if
+    j <= i < until_j. So texts that begin alike share keys and values, at any depth:
 
       tokens   [S S A A a a b B]      S A a, S A b and S B
       until    [8 8 7 7 6 6 7 8]      b sees S, A and itself, never a.
 
     Args:
-      q_bthd: queries, RoPE applied.
-      k_bskd: keys, RoPE applied; heads a multiple of k.
-      v_bskd: values.
-      segment_ids_bt: which example a position belongs to; padding is -1 and sees only padding.
-      positions_bt: position within the example; a segment counts up from 0, row by row.
-      until_bt: place in the row behind the last position that sees this one; segments are not read then.
-      scale: factor of the scores, usually 1 / sqrt(d).
-      window: i sees j only if positions_i - positions_j < window; None is no limit.
-      soft_cap: c of c tanh(score / c), after scaling and before masking; None is off.
-      prefix: so many positions at the start of a row of trees are of all its trees.
-      longest: no segment is longer, nor a tree without the prefix. It changes no result, and lets kernels
-        pass over what lies further back.
+      q_bthe: queries, RoPE applied.
+      k_bpke: keys, RoPE applied; heads a multiple of k.
+      v_bpke: values.
+      packing: segments or trees; see `Packing`.
+      spec: scale, window and soft cap; see `AttentionSpec`.
       kernel: "auto" is the fastest of the platform that honours all of this; see `choose`.
 
     Returns:
-      [b, t, h, d] in q's dtype; softmax in float32.
+      [b, t, h, e] in q's dtype; softmax in float32.
 
     Raises:
       AttentionError: the kernel that was asked for cannot honour this.
     """
-    workload = Workload.of(q_bthd, k_bskd, has_trees=until_bt is not None, soft_cap=soft_cap)
-    arrays = q_bthd, k_bskd, v_bskd, segment_ids_bt, positions_bt, until_bt
-    asked = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    has_trees = packing.until_bt is not None
+    workload = Workload.of(q_bthe, k_bpke, has_trees=has_trees, soft_cap=spec.soft_cap)
+    qkv = q_bthe, k_bpke, v_bpke
     match choose(workload, kernel):
         case "triton":  # names what its backward pass reads, inside
-            return triton.triton_attention(*arrays, **asked, prefix=prefix)
+            return triton.triton_attention(*qkv, packing, spec)
         case "splash":
             # No segment is longer: as a window it masks nothing, but whole blocks are known to be unseen.
-            near = min((n for n in (window, longest) if n is not None), default=None)
-            out_bthd = splash.splash_attention(*arrays[:4], scale=scale, window=near, soft_cap=soft_cap)
+            near = min((n for n in (spec.window, packing.longest) if n is not None), default=None)
+            near_spec = spec._replace(window=near)
+            out_bthe = splash.splash_attention(*qkv, packing.segment_ids_bt, near_spec)
         case "tiled":
-            out_bthd = tiled.tiled_attention(
-                *arrays[:3], *arrays[4:], **asked, prefix=prefix, longest=longest
-            )
+            out_bthe = tiled.tiled_attention(*qkv, packing, spec)
         case "xla":
-            out_bthd = xla_attention(*arrays, **asked, prefix=prefix, longest=longest)
-    return checkpoint_name(out_bthd, triton.ATTENDED)
+            out_bthe = xla_attention(*qkv, packing, spec)
+    return checkpoint_name(out_bthe, triton.ATTENDED)

@@ -1,6 +1,6 @@
 """Where attention runs, and how a kernel that sees one device is run on a mesh.
 
-Axes: b batch, t query position, s key position, h query heads, k key/value heads, d head dimension.
+Axes: docs/contributing.md#axes; p key position, e head dimension.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from middo_jax.parallel.mesh import RULES
 
 Platform = Literal["cpu", "gpu", "tpu"]
-# (q_bthd, k_bskd, v_bskd, *ids_bt) of one device -> [b, t, h, d]
+# (q_bthe, k_bpke, v_bpke, *ids_bt) of one device -> [b, t, h, e]
 LocalKernel = Callable[..., jax.Array]
 
 
@@ -41,7 +41,7 @@ def shards(logical_axis: Literal["batch", "heads"]) -> int:
 
 
 def over_mesh(
-    kernel: LocalKernel, q_bthd: jax.Array, k_bskd: jax.Array, v_bskd: jax.Array, *ids_bt: jax.Array
+    kernel: LocalKernel, q_bthe: jax.Array, k_bpke: jax.Array, v_bpke: jax.Array, *ids_bt: jax.Array
 ) -> jax.Array:
     """Runs a kernel on every device's own rows and heads: XLA cannot split a custom call by itself.
 
@@ -49,14 +49,14 @@ def over_mesh(
     than devices along the heads, each device gets the one that its query heads read.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return kernel(q_bthd, k_bskd, v_bskd, *ids_bt)
-    kv_heads = k_bskd.shape[2]
+        return kernel(q_bthe, k_bpke, v_bpke, *ids_bt)
+    kv_heads = k_bpke.shape[2]
     if kv_heads % shards("heads"):
         copies = shards("heads") // kv_heads
-        k_bskd, v_bskd = jnp.repeat(k_bskd, copies, axis=2), jnp.repeat(v_bskd, copies, axis=2)
+        k_bpke, v_bpke = jnp.repeat(k_bpke, copies, axis=2), jnp.repeat(v_bpke, copies, axis=2)
     heads, rows = RULES.spec("batch", "length", "heads", None), RULES.spec("batch", "length")
     keys = RULES.spec("batch", "length", "kv_heads", None)
     specs: tuple[PartitionSpec, ...] = (heads, keys, keys, *(rows for _ in ids_bt))
     # check_vma is off: a Pallas call does not say along which axes its result varies.
     mapped = jax.shard_map(kernel, in_specs=specs, out_specs=heads, check_vma=False)
-    return mapped(q_bthd, k_bskd, v_bskd, *ids_bt)
+    return mapped(q_bthe, k_bpke, v_bpke, *ids_bt)

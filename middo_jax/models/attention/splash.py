@@ -1,6 +1,6 @@
 """Attention on TPUs by JAX's splash kernel (Pallas): no scores in memory, no work on blocks nobody sees.
 
-Axes: b batch, t position, h query heads, k key/value heads, d head dimension.
+Axes: docs/contributing.md#axes; e head dimension.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
+from middo_jax.models.attention.arguments import AttentionSpec
 from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.workload import Workload
 
@@ -27,67 +28,62 @@ def refusal(workload: Workload) -> str | None:
 
 
 def splash_attention(
-    q_bthd: jax.Array,
-    k_btkd: jax.Array,
-    v_btkd: jax.Array,
+    q_bthe: jax.Array,
+    k_btke: jax.Array,
+    v_btke: jax.Array,
     segment_ids_bt: jax.Array,
+    spec: AttentionSpec,
     *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
     """`packed_attention` of segments.
 
     Args:
-      q_bthd: queries, RoPE applied.
-      k_btkd: keys, RoPE applied.
-      v_btkd: values.
+      q_bthe: queries, RoPE applied.
+      k_btke: keys, RoPE applied.
+      v_btke: values.
       segment_ids_bt: which example a position belongs to, -1 for padding.
-      scale: factor of the scores.
-      window: how many positions a position sees, itself included.
-      soft_cap: c of c tanh(score / c).
+      spec: scale, window and soft cap.
       interpret: run the kernel's Python instead of compiling it: on any platform, slowly.
 
     Returns:
-      [b, t, h, d] in q's dtype.
+      [b, t, h, e] in q's dtype.
     """
     # The kernel does not scale. In float32: bfloat16 would round the factor, the same way for all scores.
-    scaled_bthd = (q_bthd.astype(jnp.float32) * scale).astype(q_bthd.dtype)
+    scaled_bthe = (q_bthe.astype(jnp.float32) * spec.scale).astype(q_bthe.dtype)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        return _one_device(q, k, v, segment_ids, window, soft_cap, interpret)
+        return _one_device(q, k, v, segment_ids, spec, interpret)
 
-    return over_mesh(local, scaled_bthd, k_btkd, v_btkd, segment_ids_bt)
+    return over_mesh(local, scaled_bthe, k_btke, v_btke, segment_ids_bt)
 
 
 def _one_device(
-    q_bthd: jax.Array,
-    k_btkd: jax.Array,
-    v_btkd: jax.Array,
+    q_bthe: jax.Array,
+    k_btke: jax.Array,
+    v_btke: jax.Array,
     segment_ids_bt: jax.Array,
-    window: int | None,
-    soft_cap: float | None,
+    spec: AttentionSpec,
     interpret: bool,
 ) -> jax.Array:
     # Pallas takes half a second to import, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    length = q_bthd.shape[1]
+    length = q_bthe.shape[1]
     missing = -length % min(BLOCKS)  # more padding behind the rows, which see none of it
     widths = ((0, 0), (0, missing), (0, 0), (0, 0))
-    q_bhtd, k_bktd, v_bktd = (jnp.pad(x, widths).swapaxes(1, 2) for x in (q_bthd, k_btkd, v_btkd))
+    q_bhte, k_bkte, v_bkte = (jnp.pad(x, widths).swapaxes(1, 2) for x in (q_bthe, k_btke, v_btke))
     segment_ids_bt = jnp.pad(segment_ids_bt, widths[:2], constant_values=-1)
     padded = length + missing
     # A segment's rows are neighbours and count up: near in positions is near in rows.
-    reach = None if window is None else window - 1
+    reach = None if spec.window is None else spec.window - 1
     mask = splash.LocalMask((padded, padded), window_size=(reach, 0), offset=0)
     block = next(block for block in BLOCKS if padded % block == 0)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * q_bthd.shape[2]),
+        splash.MultiHeadMask([mask] * q_bthe.shape[2]),
         head_shards=1,
         q_seq_shards=1,
-        attn_logits_soft_cap=soft_cap,
+        attn_logits_soft_cap=spec.soft_cap,
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -99,5 +95,5 @@ def _one_device(
         interpret=interpret,
     )
     segment_ids = splash.SegmentIds(q=segment_ids_bt, kv=segment_ids_bt)
-    attended_bhtd = cast(jax.Array, jax.vmap(kernel)(q_bhtd, k_bktd, v_bktd, segment_ids))
-    return attended_bhtd.swapaxes(1, 2)[:, :length]
+    attended_bhte = cast(jax.Array, jax.vmap(kernel)(q_bhte, k_bkte, v_bkte, segment_ids))
+    return attended_bhte.swapaxes(1, 2)[:, :length]

@@ -4,9 +4,9 @@ How far back a tile sees is known when it runs, not when it is compiled. So tile
 each of a few numbers of keys a loop goes over those tiles which it suffices for. An accelerator would wait
 for its host at every turn of such a loop.
 
-Axes: b batch, t query position, s key position, h query heads, k key/value heads, g query heads a key head,
-d head dimension; n positions of all rows, one row behind the other, c tiles of queries, u positions of a
-tile, x tiles of a group.
+Axes: docs/contributing.md#axes; p key position, e head dimension, g query heads per key/value head,
+z positions of all rows, one row behind the other, c tiles of queries, u positions of a tile,
+x tiles of a group.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from middo_jax.models.attention.arguments import AttentionSpec, Packing
 from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import attend
@@ -31,20 +32,18 @@ Carry = TypeVar("Carry")
 
 
 class _Asked(NamedTuple):
-    """What is known when it is compiled: positions of a row, whether they hold trees, keys a tile may be
-    given; and the rest as `packed_attention` has it."""
+    """What is known when it is compiled: positions of a padded row, whether rows hold trees, the numbers of
+    keys that a tile may get, positions of the prefix, and what to compute."""
 
     length: int
     has_trees: bool
     reaches: tuple[int, ...]
-    scale: float
-    window: int | None
-    soft_cap: float | None
     prefix: int
+    spec: AttentionSpec
 
 
 class _Places(NamedTuple):
-    """Of each position, [n] each; a segment is a tree without branches."""
+    """Of each position, [z] each; a segment is a tree without branches."""
 
     positions: jax.Array
     until: jax.Array
@@ -68,29 +67,25 @@ def refusal(workload: Workload) -> str | None:
 
 
 def tiled_attention(
-    q_bthd: jax.Array,
-    k_bskd: jax.Array,
-    v_bskd: jax.Array,
-    positions_bt: jax.Array,
-    until_bt: jax.Array | None,
-    *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    prefix: int = 0,
-    longest: int | None = None,
+    q_bthe: jax.Array,
+    k_bpke: jax.Array,
+    v_bpke: jax.Array,
+    packing: Packing,
+    spec: AttentionSpec,
 ) -> jax.Array:
     """`packed_attention`, whose segments begin where positions begin anew.
 
-    It costs what the batch at hand sees, in tiles; `longest` only saves loops, and so time to compile.
+    Its cost is the tiles that the batch at hand sees; `packing.longest` only saves loops, and so time to
+    compile.
     """
-    length = q_bthd.shape[1]
+    length, has_trees = q_bthe.shape[1], packing.until_bt is not None
     padded = length + -length % TILE
-    seen = min(n for n in (length, longest, window if until_bt is None else None) if n is not None)
+    window = None if has_trees else spec.window
+    seen = min(n for n in (length, packing.longest, window) if n is not None)
     reaches = _reaches(min(seen - 1 + TILE, padded))
-    asked = _Asked(padded, until_bt is not None, reaches, scale, window, soft_cap, prefix)
-    ids_bt = (positions_bt,) if until_bt is None else (positions_bt, until_bt)
-    return over_mesh(partial(_one_device, asked), q_bthd, k_bskd, v_bskd, *ids_bt)
+    asked = _Asked(padded, has_trees, reaches, packing.prefix, spec)
+    ids_bt = [x for x in (packing.positions_bt, packing.until_bt) if x is not None]
+    return over_mesh(partial(_one_device, asked), q_bthe, k_bpke, v_bpke, *ids_bt)
 
 
 def _reaches(last: int) -> tuple[int, ...]:
@@ -103,36 +98,36 @@ def _reaches(last: int) -> tuple[int, ...]:
 
 
 def _one_device(
-    asked: _Asked, q_bthd: jax.Array, k_bskd: jax.Array, v_bskd: jax.Array, *ids_bt: jax.Array
+    asked: _Asked, q_bthe: jax.Array, k_bpke: jax.Array, v_bpke: jax.Array, *ids_bt: jax.Array
 ) -> jax.Array:
-    b, t, h, d = q_bthd.shape
-    kv_heads = k_bskd.shape[2]
+    b, t, h, d = q_bthe.shape
+    kv_heads = k_bpke.shape[2]
 
     def flat(x_bt: jax.Array) -> jax.Array:
-        """[n, ...], each row padded to whole tiles."""
+        """[z, ...], each row padded to whole tiles."""
         widths = ((0, 0), (0, asked.length - t), *((0, 0),) * (x_bt.ndim - 2))
         return jnp.pad(x_bt, widths).reshape(-1, *x_bt.shape[2:])
 
     places = _places(asked, *map(flat, ids_bt))
-    q_cugkd = flat(q_bthd).reshape(-1, TILE, kv_heads, h // kv_heads, d)
-    out_ckgud = _attend(
+    q_cugke = flat(q_bthe).reshape(-1, TILE, kv_heads, h // kv_heads, d)
+    out_ckgue = _attend(
         asked,
-        q_cugkd.transpose(0, 2, 3, 1, 4),
-        flat(k_bskd).swapaxes(0, 1),
-        flat(v_bskd).swapaxes(0, 1),
+        q_cugke.transpose(0, 2, 3, 1, 4),
+        flat(k_bpke).swapaxes(0, 1),
+        flat(v_bpke).swapaxes(0, 1),
         places,
         _schedule(asked, places),
     )
-    return out_ckgud.transpose(0, 3, 1, 2, 4).reshape(b, asked.length, h, d)[:, :t]
+    return out_ckgue.transpose(0, 3, 1, 2, 4).reshape(b, asked.length, h, d)[:, :t]
 
 
-def _places(asked: _Asked, positions_n: jax.Array, until_n: jax.Array | None = None) -> _Places:
-    i_n = jnp.arange(len(positions_n))
-    if until_n is not None:
-        return _Places(positions_n, i_n // asked.length * asked.length + until_n)
-    begins_n = jnp.where((positions_n == 0) | (i_n % asked.length == 0), i_n, len(i_n))
-    next_n = jax.lax.cummin(begins_n, reverse=True)
-    return _Places(positions_n, jnp.append(next_n[1:], len(i_n)))
+def _places(asked: _Asked, positions_z: jax.Array, until_z: jax.Array | None = None) -> _Places:
+    i_z = jnp.arange(len(positions_z))
+    if until_z is not None:
+        return _Places(positions_z, i_z // asked.length * asked.length + until_z)
+    begins_z = jnp.where((positions_z == 0) | (i_z % asked.length == 0), i_z, len(i_z))
+    next_z = jax.lax.cummin(begins_z, reverse=True)
+    return _Places(positions_z, jnp.append(next_z[1:], len(i_z)))
 
 
 def _schedule(asked: _Asked, places: _Places) -> _Schedule:
@@ -140,13 +135,13 @@ def _schedule(asked: _Asked, places: _Places) -> _Schedule:
     row_c = start_c // asked.length
     # A tile's first key is the first whose `until` is behind the tile's start. There the running maximum
     # passes it too, and that can be searched.
-    until_bs = places.until.reshape(-1, asked.length).at[:, : asked.prefix].set(0)
-    furthest_bs = jax.lax.cummax(until_bs, axis=1)
+    until_bp = places.until.reshape(-1, asked.length).at[:, : asked.prefix].set(0)
+    furthest_bp = jax.lax.cummax(until_bp, axis=1)
     first_of = jax.vmap(partial(jnp.searchsorted, side="right"))
-    first_bc = first_of(furthest_bs, start_c.reshape(len(until_bs), -1))
+    first_bc = first_of(furthest_bp, start_c.reshape(len(until_bp), -1))
     first_c = jnp.minimum(row_c * asked.length + first_bc.ravel(), start_c)
-    if asked.window is not None and not asked.has_trees:  # whose near positions may be far rows
-        first_c = jnp.maximum(first_c, start_c - asked.window + 1)
+    if asked.spec.window is not None and not asked.has_trees:  # whose near positions may be far rows
+        first_c = jnp.maximum(first_c, start_c - asked.spec.window + 1)
     reach_c = start_c + TILE - first_c
     tiles_c = jnp.argsort(reach_c, descending=True)
     tiles = tiles_c.reshape(-1, GROUP if len(tiles_c) % GROUP == 0 else 1)
@@ -157,19 +152,19 @@ def _schedule(asked: _Asked, places: _Places) -> _Schedule:
 
 def _attention(
     asked: _Asked,
-    q_ckgud: jax.Array,
-    k_knd: jax.Array,
-    v_knd: jax.Array,
+    q_ckgue: jax.Array,
+    k_kze: jax.Array,
+    v_kze: jax.Array,
     places: _Places,
     schedule: _Schedule,
 ) -> jax.Array:
-    """Attention of all tiles, [c, k, g, u, d]."""
+    """Attention of all tiles, [c, k, g, u, e]."""
 
-    def body(group: _Group, out_ckgud: jax.Array) -> jax.Array:
-        of_group = group.tiles(q_ckgud), group.keys(k_knd), group.keys(v_knd)
-        return group.with_tiles(out_ckgud, group.attention(places)(*of_group))
+    def body(group: _Group, out_ckgue: jax.Array) -> jax.Array:
+        of_group = group.tiles(q_ckgue), group.keys(k_kze), group.keys(v_kze)
+        return group.with_tiles(out_ckgue, group.attention(places)(*of_group))
 
-    return _over_groups(asked, schedule, body, jnp.zeros_like(q_ckgud))
+    return _over_groups(asked, schedule, body, jnp.zeros_like(q_ckgue))
 
 
 def _attention_and_operands(asked: _Asked, *operands: *_Operands) -> tuple[jax.Array, _Operands]:
@@ -177,21 +172,21 @@ def _attention_and_operands(asked: _Asked, *operands: *_Operands) -> tuple[jax.A
 
 
 def _gradient(
-    asked: _Asked, operands: _Operands, by_out_ckgud: jax.Array
+    asked: _Asked, operands: _Operands, by_out_ckgue: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
-    q_ckgud, k_knd, v_knd, places, schedule = operands
+    q_ckgue, k_kze, v_kze, places, schedule = operands
 
     def body(group: _Group, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         by_q, by_k, by_v = gradients
-        of_group = group.tiles(q_ckgud), group.keys(k_knd), group.keys(v_knd)
+        of_group = group.tiles(q_ckgue), group.keys(k_kze), group.keys(v_kze)
         pull = jax.vjp(group.attention(places), *of_group)[1]
-        of_q, of_k, of_v = pull(group.tiles(by_out_ckgud))
+        of_q, of_k, of_v = pull(group.tiles(by_out_ckgue))
         return group.with_tiles(by_q, of_q), group.plus_keys(by_k, of_k), group.plus_keys(by_v, of_v)
 
     # A key is of several tiles: what they say of it is added in float32.
-    zeros = (jnp.zeros_like(q_ckgud), *(jnp.zeros(x.shape, jnp.float32) for x in (k_knd, v_knd)))
+    zeros = (jnp.zeros_like(q_ckgue), *(jnp.zeros(x.shape, jnp.float32) for x in (k_kze, v_kze)))
     by_q, by_k, by_v = _over_groups(asked, schedule, body, zeros)
-    return by_q, by_k.astype(k_knd.dtype), by_v.astype(v_knd.dtype), None, None
+    return by_q, by_k.astype(k_kze.dtype), by_v.astype(v_kze.dtype), None, None
 
 
 # XLA has no gradient of a loop whose number of turns it does not know.
@@ -230,34 +225,31 @@ class _Group:
             of_all = jax.lax.dynamic_update_index_in_dim(of_all, part, c, 0)
         return of_all
 
-    def keys(self, of_all_knd: jax.Array) -> jax.Array:
-        """[x, k, s, d] of [k, n, d]."""
+    def keys(self, of_all_kze: jax.Array) -> jax.Array:
+        """[x, k, p, e] of [k, z, e]."""
         return jnp.stack(
             [
                 jnp.concatenate(
-                    [jax.lax.dynamic_slice_in_dim(of_all_knd, *span, axis=1) for span in spans], axis=1
+                    [jax.lax.dynamic_slice_in_dim(of_all_kze, *span, axis=1) for span in spans], axis=1
                 )
                 for spans in self._spans()
             ]
         )
 
-    def plus_keys(self, of_all_knd: jax.Array, of_group_xksd: jax.Array) -> jax.Array:
-        """[k, n, d], with what its keys are given added to it."""
-        for part_ksd, spans in zip(of_group_xksd, self._spans(), strict=True):
+    def plus_keys(self, of_all_kze: jax.Array, of_group_xkpe: jax.Array) -> jax.Array:
+        """[k, z, e], with what its keys are given added to it."""
+        for part_kpe, spans in zip(of_group_xkpe, self._spans(), strict=True):
             taken = 0
             for start, size in spans:
-                more = part_ksd[:, taken : taken + size]
-                so_far = jax.lax.dynamic_slice_in_dim(of_all_knd, start, size, axis=1)
-                of_all_knd = jax.lax.dynamic_update_slice_in_dim(of_all_knd, so_far + more, start, axis=1)
+                more = part_kpe[:, taken : taken + size]
+                so_far = jax.lax.dynamic_slice_in_dim(of_all_kze, start, size, axis=1)
+                of_all_kze = jax.lax.dynamic_update_slice_in_dim(of_all_kze, so_far + more, start, axis=1)
                 taken += size
-        return of_all_knd
+        return of_all_kze
 
     def attention(self, places: _Places) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-        """(queries, keys, values) -> [x, k, g, u, d]."""
-        visible_xus = self._visible(places)
-        return partial(
-            attend, visible_bts=visible_xus, scale=self._asked.scale, soft_cap=self._asked.soft_cap
-        )
+        """(queries, keys, values) -> [x, k, g, u, e]."""
+        return partial(attend, visible_btp=self._visible(places), spec=self._asked.spec)
 
     def _spans(self) -> list[list[tuple[jax.Array, int]]]:
         """Of each tile, where its keys begin and how many: in the prefix if there is one, and near."""
@@ -269,21 +261,22 @@ class _Group:
         ]
 
     def _visible(self, places: _Places) -> jax.Array:
-        """Which keys each query sees: bool [x, u, s]."""
-        prefix, window = self._asked.prefix, self._asked.window
+        """Which keys each query sees: bool [x, u, p]."""
+        prefix, window = self._asked.prefix, self._asked.spec.window
         i_xu = self._tiles_x[:, None] * TILE + jnp.arange(TILE)
         # Computed, not sliced and stacked as the keys are: XLA fuses it into each use, where slices are slow.
         s = jnp.arange(prefix + self._reach)
-        j_xs = self._near_x[:, None] + s - prefix
+        j_xp = self._near_x[:, None] + s - prefix
+        is_twice_xp = None
         if prefix:
             shared_x1 = self._shared_x[:, None]
-            is_twice_xs = (s >= prefix) & (j_xs < shared_x1 + prefix)
-            j_xs = jnp.where(s < prefix, shared_x1 + s, j_xs)
-        until_xs = places.until.at[j_xs].get(mode="promise_in_bounds")
-        visible_xus = (j_xs[:, None] <= i_xu[:, :, None]) & (i_xu[:, :, None] < until_xs[:, None])
-        if prefix:
-            visible_xus &= ~is_twice_xs[:, None]
+            is_twice_xp = (s >= prefix) & (j_xp < shared_x1 + prefix)
+            j_xp = jnp.where(s < prefix, shared_x1 + s, j_xp)
+        until_xp = places.until.at[j_xp].get(mode="promise_in_bounds")
+        visible_xup = (j_xp[:, None] <= i_xu[:, :, None]) & (i_xu[:, :, None] < until_xp[:, None])
+        if is_twice_xp is not None:
+            visible_xup &= ~is_twice_xp[:, None]
         if window is not None:
-            at_xu, at_xs = (places.positions.at[x].get(mode="promise_in_bounds") for x in (i_xu, j_xs))
-            visible_xus &= at_xu[:, :, None] - at_xs[:, None] < window
-        return visible_xus
+            at_xu, at_xp = (places.positions.at[x].get(mode="promise_in_bounds") for x in (i_xu, j_xp))
+            visible_xup &= at_xu[:, :, None] - at_xp[:, None] < window
+        return visible_xup

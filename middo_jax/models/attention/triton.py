@@ -5,8 +5,8 @@ row's shared prefix and then one range of keys, from the first that any of its q
 range is exact for packed segments and windows; inside a tree it may hold a branch that the mask then hides.
 The mask is the tree rule: i sees j if j <= i < until_j. The algorithm is that of arXiv 2307.08691.
 
-Axes: b batch row, t position, h query heads, k key/value heads, g query heads per key/value head,
-d head dimension, q query within a block, s key within a block, c block.
+Axes: docs/contributing.md#axes; g query heads per key/value head, e head dimension, q query within a block,
+p key within a block, c block.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from middo_jax.models.attention.arguments import AttentionSpec, Packing
 from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.triton_kernels import (
     Asked,
@@ -55,60 +56,49 @@ def refusal(workload: Workload) -> str | None:
 
 
 def triton_attention(
-    q_bthd: jax.Array,
-    k_btkd: jax.Array,
-    v_btkd: jax.Array,
-    segment_ids_bt: jax.Array,
-    positions_bt: jax.Array,
-    until_bt: jax.Array | None,
+    q_bthe: jax.Array,
+    k_btke: jax.Array,
+    v_btke: jax.Array,
+    packing: Packing,
+    spec: AttentionSpec,
     *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    prefix: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
     """`packed_attention` on a GPU.
 
     Args:
-      q_bthd: queries, RoPE applied.
-      k_btkd: keys, RoPE applied.
-      v_btkd: values.
-      segment_ids_bt: the example of each position; read only without `until_bt`.
-      positions_bt: the place of each position in its example; read only with a window.
-      until_bt: for trees, the place behind the last position that sees this one.
-      scale: factor of the scores.
-      window: number of positions that a position sees, itself included.
-      soft_cap: c of c tanh(score / c).
-      prefix: number of positions at the start of a row that all its trees share.
+      q_bthe: queries, RoPE applied.
+      k_btke: keys, RoPE applied.
+      v_btke: values.
+      packing: how the rows are packed; positions are read only with a window.
+      spec: scale, window and soft cap.
       interpret: run the kernel in JAX's interpreter: on any platform, slowly.
 
     Returns:
-      [b, t, h, d] in q's dtype. A position that sees nothing gets a finite number without meaning.
+      [b, t, h, e] in q's dtype. A position that sees nothing gets a finite number without meaning.
     """
-    asked = Asked(scale, window, soft_cap, prefix, until_bt is not None, interpret)
-    if until_bt is None:
-        until_bt = segment_ends(segment_ids_bt)
+    asked = Asked(*spec, packing.prefix, packing.until_bt is not None, interpret)
+    until_bt = segment_ends(packing.segment_ids_bt) if packing.until_bt is None else packing.until_bt
     local = functools.partial(_one_device, asked)
-    return over_mesh(local, q_bthd, k_btkd, v_btkd, positions_bt, until_bt)
+    return over_mesh(local, q_bthe, k_btke, v_btke, packing.positions_bt, until_bt)
 
 
 def _one_device(
     asked: Asked,
-    q_bthd: jax.Array,
-    k_btkd: jax.Array,
-    v_btkd: jax.Array,
+    q_bthe: jax.Array,
+    k_btke: jax.Array,
+    v_btke: jax.Array,
     positions_bt: jax.Array,
     until_bt: jax.Array,
 ) -> jax.Array:
-    length = q_bthd.shape[1]
-    padded = length + -length % _row_multiple(q_bthd)
+    length = q_bthe.shape[1]
+    padded = length + -length % _row_multiple(q_bthe)
     widths = ((0, 0), (0, padded - length), (0, 0), (0, 0))
-    q_bthd, k_btkd, v_btkd = (jnp.pad(x, widths) for x in (q_bthd, k_btkd, v_btkd))
+    q_bthe, k_btke, v_btke = (jnp.pad(x, widths) for x in (q_bthe, k_btke, v_btke))
     # The added positions see nothing, and nothing sees them.
     places = _Places(jnp.pad(positions_bt, widths[:2]), jnp.pad(until_bt, widths[:2]))
-    out_bthd: jax.Array = _attend(asked, q_bthd, k_btkd, v_btkd, places)
-    return out_bthd[:, :length]
+    out_bthe: jax.Array = _attend(asked, q_bthe, k_btke, v_btke, places)
+    return out_bthe[:, :length]
 
 
 def blocks_of(head_dim: int, dtype: Any, kernel: str) -> Blocks:
@@ -127,8 +117,8 @@ BLOCKS = {
 }
 
 
-def _row_multiple(q_bthd: jax.Array) -> int:
-    sizes = [blocks_of(q_bthd.shape[3], q_bthd.dtype, kernel) for kernel in BLOCKS]
+def _row_multiple(q_bthe: jax.Array) -> int:
+    sizes = [blocks_of(q_bthe.shape[3], q_bthe.dtype, kernel) for kernel in BLOCKS]
     return math.lcm(*(n for size in sizes for n in (size.queries, size.keys)))
 
 
@@ -171,16 +161,16 @@ def _end_query_bc(asked: Asked, places: _Places, block: int) -> jax.Array:
 
 
 def _forward(
-    asked: Asked, q_bthd: jax.Array, k_btkd: jax.Array, v_btkd: jax.Array, places: _Places
+    asked: Asked, q_bthe: jax.Array, k_btke: jax.Array, v_btke: jax.Array, places: _Places
 ) -> tuple[jax.Array, jax.Array]:
-    """(attention [b, t, h, d], log2 of the sum of the scores' exponentials [b, h, t] float32)."""
-    b, t, h, d = q_bthd.shape
-    sizes = blocks_of(d, q_bthd.dtype, "forward")
+    """(attention [b, t, h, e], log2 of the sum of the scores' exponentials [b, h, t] float32)."""
+    b, t, h, d = q_bthe.shape
+    sizes = blocks_of(d, q_bthe.dtype, "forward")
     shapes = (
-        jax.ShapeDtypeStruct(q_bthd.shape, q_bthd.dtype),
+        jax.ShapeDtypeStruct(q_bthe.shape, q_bthe.dtype),
         jax.ShapeDtypeStruct((b, h, t), jnp.float32),
     )
-    specs = _QuerySpecs.of(q_bthd, k_btkd, sizes)
+    specs = _QuerySpecs.of(q_bthe, k_btke, sizes)
     return _call(
         functools.partial(forward_kernel, asked, sizes),
         asked,
@@ -190,7 +180,7 @@ def _forward(
         out_specs=(specs.queries, specs.of_query),
         out_shape=shapes,
         name="attention_forward",
-    )(q_bthd, k_btkd, v_btkd, places.positions, places.until, _first_key_bc(asked, places, sizes.queries))
+    )(q_bthe, k_btke, v_btke, places.positions, places.until, _first_key_bc(asked, places, sizes.queries))
 
 
 class _QuerySpecs(NamedTuple):
@@ -203,10 +193,10 @@ class _QuerySpecs(NamedTuple):
     of_query: Any
 
     @classmethod
-    def of(cls, q_bthd: jax.Array, k_btkd: jax.Array, sizes: Blocks) -> _QuerySpecs:
+    def of(cls, q_bthe: jax.Array, k_btke: jax.Array, sizes: Blocks) -> _QuerySpecs:
         pl, _ = pallas()
-        _, t, h, d = q_bthd.shape
-        group = h // k_btkd.shape[2]
+        _, t, h, d = q_bthe.shape
+        group = h // k_btke.shape[2]
         return cls(
             pl.BlockSpec((None, sizes.queries, None, d), lambda c, b, h: (b, c, h, 0)),
             pl.BlockSpec((None, t, None, d), lambda c, b, h: (b, 0, jax.lax.div(h, group), 0)),
@@ -228,34 +218,34 @@ def _call(kernel: Any, asked: Asked, sizes: Blocks, **how: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    asked: Asked, q_bthd: jax.Array, k_btkd: jax.Array, v_btkd: jax.Array, places: _Places
+    asked: Asked, q_bthe: jax.Array, k_btke: jax.Array, v_btke: jax.Array, places: _Places
 ) -> jax.Array:
-    return _forward(asked, q_bthd, k_btkd, v_btkd, places)[0]
+    return _forward(asked, q_bthe, k_btke, v_btke, places)[0]
 
 
 def _attend_and_residuals(
-    asked: Asked, q_bthd: jax.Array, k_btkd: jax.Array, v_btkd: jax.Array, places: _Places
+    asked: Asked, q_bthe: jax.Array, k_btke: jax.Array, v_btke: jax.Array, places: _Places
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    found = _forward(asked, q_bthd, k_btkd, v_btkd, places)
+    found = _forward(asked, q_bthe, k_btke, v_btke, places)
     # Named, so that a checkpointed layer can save them; unsaved, the backward pass runs the kernel again.
-    out_bthd, log_sum_bht = (checkpoint_name(x, ATTENDED) for x in found)
-    return out_bthd, (q_bthd, k_btkd, v_btkd, places, out_bthd, log_sum_bht)
+    out_bthe, log_sum_bht = (checkpoint_name(x, ATTENDED) for x in found)
+    return out_bthe, (q_bthe, k_btke, v_btke, places, out_bthe, log_sum_bht)
 
 
 def _gradient(
-    asked: Asked, residuals: tuple[Any, ...], by_out_bthd: jax.Array
+    asked: Asked, residuals: tuple[Any, ...], by_out_bthe: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     pl, _ = pallas()
-    q_bthd, k_btkd, v_btkd, places, out_bthd, log_sum_bht = residuals
-    b, t, h, d = q_bthd.shape
-    kv_heads = k_btkd.shape[2]
+    q_bthe, k_btke, v_btke, places, out_bthe, log_sum_bht = residuals
+    b, t, h, d = q_bthe.shape
+    kv_heads = k_btke.shape[2]
     group = h // kv_heads
-    wide = (x.astype(jnp.float32) for x in (out_bthd, by_out_bthd))
+    wide = (x.astype(jnp.float32) for x in (out_bthe, by_out_bthe))
     common_bht = functools.reduce(jnp.multiply, wide).sum(axis=3).swapaxes(1, 2)
 
-    sizes = blocks_of(d, q_bthd.dtype, "dq")
-    specs = _QuerySpecs.of(q_bthd, k_btkd, sizes)
-    dq_bthd = _call(
+    sizes = blocks_of(d, q_bthe.dtype, "dq")
+    specs = _QuerySpecs.of(q_bthe, k_btke, sizes)
+    dq_bthe = _call(
         functools.partial(dq_kernel, asked, sizes),
         asked,
         sizes,
@@ -265,33 +255,33 @@ def _gradient(
             *(specs.queries, specs.of_query, specs.of_query),
         ],
         out_specs=specs.queries,
-        out_shape=jax.ShapeDtypeStruct(q_bthd.shape, q_bthd.dtype),
+        out_shape=jax.ShapeDtypeStruct(q_bthe.shape, q_bthe.dtype),
         name="attention_dq",
     )(
-        *(q_bthd, k_btkd, v_btkd, places.positions, places.until),
-        *(_first_key_bc(asked, places, sizes.queries), by_out_bthd, log_sum_bht, common_bht),
+        *(q_bthe, k_btke, v_btke, places.positions, places.until),
+        *(_first_key_bc(asked, places, sizes.queries), by_out_bthe, log_sum_bht, common_bht),
     )
 
-    sizes = blocks_of(d, q_bthd.dtype, "dkv")
+    sizes = blocks_of(d, q_bthe.dtype, "dkv")
     heads = pl.BlockSpec((None, t, group, d), lambda c, b, k: (b, 0, k, 0))
     keys = pl.BlockSpec((None, sizes.keys, None, d), lambda c, b, k: (b, c, k, 0))
     row = pl.BlockSpec((None, t), lambda c, b, k: (b, 0))
     ends = pl.BlockSpec((None, t // sizes.keys), lambda c, b, k: (b, 0))
     of_queries = pl.BlockSpec((None, group, t), lambda c, b, k: (b, k, 0))
-    dk_btkd, dv_btkd = _call(
+    dk_btke, dv_btke = _call(
         functools.partial(dkv_kernel, asked, sizes, group),
         asked,
         sizes,
         grid=(t // sizes.keys, b, kv_heads),
         in_specs=[heads, keys, keys, row, row, ends, heads, of_queries, of_queries],
         out_specs=(keys, keys),
-        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_btkd, v_btkd)),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_btke, v_btke)),
         name="attention_dkv",
     )(
-        *(q_bthd, k_btkd, v_btkd, places.positions, places.until),
-        *(_end_query_bc(asked, places, sizes.keys), by_out_bthd, log_sum_bht, common_bht),
+        *(q_bthe, k_btke, v_btke, places.positions, places.until),
+        *(_end_query_bc(asked, places, sizes.keys), by_out_bthe, log_sum_bht, common_bht),
     )
-    return dq_bthd, dk_btkd, dv_btkd, None
+    return dq_bthe, dk_btke, dv_btke, None
 
 
 _attend.defvjp(_attend_and_residuals, _gradient)

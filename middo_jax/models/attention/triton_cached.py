@@ -2,8 +2,8 @@
 
 A loop of XLA's would wait for the host at every turn to learn whether another follows.
 
-Axes: b row, t position, s cache slot within a block, h query heads, k key/value heads, g query heads per
-key/value head, d head dimension, l layer; m query of a key/value head: a position and one of its g heads.
+Axes: docs/contributing.md#axes; p cache slot, e head dimension, g query heads per key/value head,
+q query of a key/value head: a position and one of its g heads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from middo_jax.models.attention.arguments import AttentionSpec, CachedLayer
 from middo_jax.models.attention.placement import shards
 from middo_jax.models.attention.triton import MAX_HEAD_DIM, MIN_HEAD_DIM
 from middo_jax.models.attention.triton_kernels import LOG2_E, UNSEEN, dot, pallas
@@ -25,7 +26,7 @@ _ADDRESSABLE = 2**31  # elements of an array that the kernel's offsets reach
 
 
 def refusal(platform: str, keys_shape: tuple[int, ...]) -> str | None:
-    """Why the kernel cannot read a cache [l, b, s, k, d]; None if it can."""
+    """Why the kernel cannot read a cache [l, b, p, k, e]; None if it can."""
     if platform != "gpu":
         return f"a {platform}: it is a GPU kernel"
     d = keys_shape[-1]
@@ -40,16 +41,11 @@ def refusal(platform: str, keys_shape: tuple[int, ...]) -> str | None:
 
 
 def triton_cached_attention(
-    q_bthd: jax.Array,
-    keys_lbskd: jax.Array,
-    values_lbskd: jax.Array,
-    layer: jax.Array,
+    q_bthe: jax.Array,
+    cached: CachedLayer,
     positions_bt: jax.Array,
-    first_row: jax.Array | int,
+    spec: AttentionSpec,
     *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
     """`cached_attention` on one GPU; idle rows read nothing, and get zeros.
@@ -57,23 +53,24 @@ def triton_cached_attention(
     Args and result are those of `cached_attention`; `interpret` runs the kernel in JAX's interpreter.
     """
     pl, plgpu = pallas()
-    b, t, h, d = q_bthd.shape
-    kv_heads = keys_lbskd.shape[3]
+    b, t, h, d = q_bthe.shape
+    keys_lbpke, values_lbpke, layer, first_row = cached
+    kv_heads = keys_lbpke.shape[3]
     group = h // kv_heads
-    q_bkmd = q_bthd.reshape(b, t, kv_heads, group, d).swapaxes(1, 2).reshape(b, kv_heads, t * group, d)
+    q_bkqe = q_bthe.reshape(b, t, kv_heads, group, d).swapaxes(1, 2).reshape(b, kv_heads, t * group, d)
     count = t * group
     queries = min(MOST_QUERIES, max(FEWEST_QUERIES, pl.next_power_of_2(count)))
     missing = -count % queries
     # The added queries are idle: their position is behind the cache.
-    slots = keys_lbskd.shape[2]
-    positions_bm = jnp.repeat(positions_bt.astype(jnp.int32), group, axis=1)
-    positions_bm = jnp.pad(positions_bm, ((0, 0), (0, missing)), constant_values=slots)
-    q_bkmd = jnp.pad(q_bkmd, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    slots = keys_lbpke.shape[2]
+    positions_bq = jnp.repeat(positions_bt.astype(jnp.int32), group, axis=1)
+    positions_bq = jnp.pad(positions_bq, ((0, 0), (0, missing)), constant_values=slots)
+    q_bkqe = jnp.pad(q_bkqe, ((0, 0), (0, 0), (0, missing), (0, 0)))
     at_2 = jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(first_row, jnp.int32)])
     of_queries = pl.BlockSpec((None, None, queries, d), lambda c, b, k: (b, k, c, 0))
-    whole = pl.BlockSpec(keys_lbskd.shape, lambda c, b, k: (0, 0, 0, 0, 0))
-    out_bkmd = pl.pallas_call(
-        functools.partial(_kernel, scale, window, soft_cap),
+    whole = pl.BlockSpec(keys_lbpke.shape, lambda c, b, k: (0, 0, 0, 0, 0))
+    out_bkqe = pl.pallas_call(
+        functools.partial(_kernel, spec),
         grid=((count + missing) // queries, b, kv_heads),
         in_specs=[
             pl.BlockSpec((2,), lambda c, b, k: (0,)),
@@ -83,19 +80,17 @@ def triton_cached_attention(
             whole,
         ],
         out_specs=of_queries,
-        out_shape=jax.ShapeDtypeStruct(q_bkmd.shape, q_bkmd.dtype),
+        out_shape=jax.ShapeDtypeStruct(q_bkqe.shape, q_bkqe.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="attention_cached",
-    )(at_2, positions_bm, q_bkmd, keys_lbskd, values_lbskd)
-    out_bktgd = out_bkmd[:, :, :count].reshape(b, kv_heads, t, group, d)
-    return out_bktgd.swapaxes(1, 2).reshape(q_bthd.shape)
+    )(at_2, positions_bq, q_bkqe, keys_lbpke, values_lbpke)
+    out_bktge = out_bkqe[:, :, :count].reshape(b, kv_heads, t, group, d)
+    return out_bktge.swapaxes(1, 2).reshape(q_bthe.shape)
 
 
 def _kernel(
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    spec: AttentionSpec,
     at_ref: Any,
     positions_ref: Any,
     q_ref: Any,
@@ -106,41 +101,41 @@ def _kernel(
     pl, plgpu = pallas()
     slots = keys_ref.shape[2]
     layer, row, head = at_ref[0], at_ref[1] + pl.program_id(1), pl.program_id(2)
-    q_md, at_m = q_ref[...], positions_ref[...]
-    is_idle_m = at_m >= slots
-    last = jnp.where(is_idle_m, -1, at_m).max()
+    q_qe, at_q = q_ref[...], positions_ref[...]
+    is_idle_q = at_q >= slots
+    last = jnp.where(is_idle_q, -1, at_q).max()
     first = jnp.int32(0)
-    if window is not None:
-        first = jnp.maximum(at_m.min() - window + 1, 0)  # idle ones are behind all others
+    if spec.window is not None:
+        first = jnp.maximum(at_q.min() - spec.window + 1, 0)  # idle ones are behind all others
 
     def body(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        sum_md, highest_m, total_m = carry
-        j_s = block * SLOTS + jnp.arange(SLOTS)
+        sum_qe, highest_q, total_q = carry
+        j_p = block * SLOTS + jnp.arange(SLOTS)
         there = (layer, row, pl.ds(block * SLOTS, SLOTS), head, slice(None))
-        exists_s1 = (j_s < slots)[:, None]
-        k_sd = plgpu.load(keys_ref.at[there], mask=exists_s1, other=0.0)
-        v_sd = plgpu.load(values_ref.at[there], mask=exists_s1, other=0.0)
-        scores_ms = dot(q_md, k_sd.T) * scale
-        if soft_cap is not None:
-            scores_ms = soft_cap * jnp.tanh(scores_ms / soft_cap)
-        visible_ms = j_s[None, :] <= at_m[:, None]
-        if window is not None:
-            visible_ms &= j_s[None, :] > at_m[:, None] - window
-        scores_ms = jnp.where(visible_ms, scores_ms * LOG2_E, UNSEEN)
-        new_highest_m = jnp.maximum(highest_m, scores_ms.max(axis=1))
-        rescale_m = jnp.exp2(highest_m - new_highest_m)
-        weights_ms = jnp.exp2(scores_ms - new_highest_m[:, None])
+        exists_p1 = (j_p < slots)[:, None]
+        k_pe = plgpu.load(keys_ref.at[there], mask=exists_p1, other=0.0)
+        v_pe = plgpu.load(values_ref.at[there], mask=exists_p1, other=0.0)
+        scores_qp = dot(q_qe, k_pe.T) * spec.scale
+        if spec.soft_cap is not None:
+            scores_qp = spec.soft_cap * jnp.tanh(scores_qp / spec.soft_cap)
+        visible_qp = j_p[None, :] <= at_q[:, None]
+        if spec.window is not None:
+            visible_qp &= j_p[None, :] > at_q[:, None] - spec.window
+        scores_qp = jnp.where(visible_qp, scores_qp * LOG2_E, UNSEEN)
+        new_highest_q = jnp.maximum(highest_q, scores_qp.max(axis=1))
+        rescale_q = jnp.exp2(highest_q - new_highest_q)
+        weights_qp = jnp.exp2(scores_qp - new_highest_q[:, None])
         return (
-            sum_md * rescale_m[:, None] + dot(weights_ms.astype(v_sd.dtype), v_sd),
-            new_highest_m,
-            total_m * rescale_m + weights_ms.sum(axis=1),
+            sum_qe * rescale_q[:, None] + dot(weights_qp.astype(v_pe.dtype), v_pe),
+            new_highest_q,
+            total_q * rescale_q + weights_qp.sum(axis=1),
         )
 
     carry = (
-        jnp.zeros(q_md.shape, jnp.float32),
-        jnp.full(at_m.shape, UNSEEN, jnp.float32),
-        jnp.zeros(at_m.shape, jnp.float32),
+        jnp.zeros(q_qe.shape, jnp.float32),
+        jnp.full(at_q.shape, UNSEEN, jnp.float32),
+        jnp.zeros(at_q.shape, jnp.float32),
     )
     end = jax.lax.div(last + SLOTS, SLOTS)
-    sum_md, _, total_m = jax.lax.fori_loop(jax.lax.div(first, SLOTS), end, body, carry)
-    out_ref[...] = (sum_md / jnp.maximum(total_m, 1e-30)[:, None]).astype(out_ref.dtype)
+    sum_qe, _, total_q = jax.lax.fori_loop(jax.lax.div(first, SLOTS), end, body, carry)
+    out_ref[...] = (sum_qe / jnp.maximum(total_q, 1e-30)[:, None]).astype(out_ref.dtype)

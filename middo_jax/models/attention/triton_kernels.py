@@ -1,7 +1,7 @@
 """The kernels of attention on GPUs: forward, the queries' gradient, and that of keys and values.
 
 A program handles one block of queries of one head, or one block of keys of one key/value head. Axes: as in
-`triton`.
+`triton`; docs/contributing.md#axes.
 """
 
 from __future__ import annotations
@@ -54,30 +54,30 @@ def dot(x: jax.Array, y: jax.Array) -> jax.Array:
 class _Scores(NamedTuple):
     """Scores of a block of queries and a block of keys, in units of log 2, and their mask."""
 
-    scores_qs: jax.Array
-    visible_qs: jax.Array
-    slope_qs: jax.Array | float  # of the soft cap
+    scores_qp: jax.Array
+    visible_qp: jax.Array
+    slope_qp: jax.Array | float  # of the soft cap
 
 
 def _scores(
     asked: Asked,
-    q_qd: jax.Array,
-    k_sd: jax.Array,
+    q_qe: jax.Array,
+    k_pe: jax.Array,
     i_q: jax.Array,
-    j_s: jax.Array,
-    until_s: jax.Array,
+    j_p: jax.Array,
+    until_p: jax.Array,
     positions: tuple[jax.Array, jax.Array] | None,
 ) -> _Scores:
-    scores_qs = dot(q_qd, k_sd.T) * asked.scale
-    slope_qs: jax.Array | float = 1.0
+    scores_qp = dot(q_qe, k_pe.T) * asked.scale
+    slope_qp: jax.Array | float = 1.0
     if asked.soft_cap is not None:
-        tanh_qs = jnp.tanh(scores_qs / asked.soft_cap)
-        scores_qs, slope_qs = asked.soft_cap * tanh_qs, 1.0 - tanh_qs * tanh_qs
-    visible_qs = (j_s[None, :] <= i_q[:, None]) & (i_q[:, None] < until_s[None, :])
+        tanh_qp = jnp.tanh(scores_qp / asked.soft_cap)
+        scores_qp, slope_qp = asked.soft_cap * tanh_qp, 1.0 - tanh_qp * tanh_qp
+    visible_qp = (j_p[None, :] <= i_q[:, None]) & (i_q[:, None] < until_p[None, :])
     if positions is not None and asked.window is not None:
-        at_q, at_s = positions
-        visible_qs &= at_q[:, None] - at_s[None, :] < asked.window
-    return _Scores(jnp.where(visible_qs, scores_qs * LOG2_E, UNSEEN), visible_qs, slope_qs)
+        at_q, at_p = positions
+        visible_qp &= at_q[:, None] - at_p[None, :] < asked.window
+    return _Scores(jnp.where(visible_qp, scores_qp * LOG2_E, UNSEEN), visible_qp, slope_qp)
 
 
 def _over_keys(asked: Asked, sizes: Blocks, first: jax.Array, body: Any, carry: Any) -> Any:
@@ -108,35 +108,35 @@ def forward_kernel(
     pl, _ = pallas()
     c = pl.program_id(0)
     here = pl.ds(c * sizes.queries, sizes.queries)
-    q_qd = q_ref[...]
+    q_qe = q_ref[...]
     i_q = c * sizes.queries + jnp.arange(sizes.queries)
     at_q = positions_ref[here] if asked.window is not None else None
 
     def body(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        sum_qd, highest_q, total_q = carry
+        sum_qe, highest_q, total_q = carry
         there = pl.ds(block * sizes.keys, sizes.keys)
-        j_s = block * sizes.keys + jnp.arange(sizes.keys)
+        j_p = block * sizes.keys + jnp.arange(sizes.keys)
         positions = None if at_q is None else (at_q, positions_ref[there])
-        v_sd = v_ref[there, :]
-        found = _scores(asked, q_qd, k_ref[there, :], i_q, j_s, until_ref[there], positions)
-        new_highest_q = jnp.maximum(highest_q, found.scores_qs.max(axis=1))
+        v_pe = v_ref[there, :]
+        found = _scores(asked, q_qe, k_ref[there, :], i_q, j_p, until_ref[there], positions)
+        new_highest_q = jnp.maximum(highest_q, found.scores_qp.max(axis=1))
         # 0 at a query's first visible key: whatever the blocks before it have left is forgotten.
         rescale_q = jnp.exp2(highest_q - new_highest_q)
-        weights_qs = jnp.exp2(found.scores_qs - new_highest_q[:, None])
+        weights_qp = jnp.exp2(found.scores_qp - new_highest_q[:, None])
         return (
-            sum_qd * rescale_q[:, None] + dot(weights_qs.astype(v_sd.dtype), v_sd),
+            sum_qe * rescale_q[:, None] + dot(weights_qp.astype(v_pe.dtype), v_pe),
             new_highest_q,
-            total_q * rescale_q + weights_qs.sum(axis=1),
+            total_q * rescale_q + weights_qp.sum(axis=1),
         )
 
     carry = (
-        jnp.zeros(q_qd.shape, jnp.float32),
+        jnp.zeros(q_qe.shape, jnp.float32),
         jnp.full((sizes.queries,), UNSEEN, jnp.float32),
         jnp.zeros((sizes.queries,), jnp.float32),
     )
-    sum_qd, highest_q, total_q = _over_keys(asked, sizes, first_ref[c], body, carry)
+    sum_qe, highest_q, total_q = _over_keys(asked, sizes, first_ref[c], body, carry)
     total_q = jnp.maximum(total_q, 1e-30)  # a query whose range is empty
-    out_ref[...] = (sum_qd / total_q[:, None]).astype(out_ref.dtype)
+    out_ref[...] = (sum_qe / total_q[:, None]).astype(out_ref.dtype)
     log_sum_ref[...] = highest_q + jnp.log2(total_q)
 
 
@@ -158,24 +158,24 @@ def dq_kernel(
     pl, _ = pallas()
     c = pl.program_id(0)
     here = pl.ds(c * sizes.queries, sizes.queries)
-    q_qd, by_out_qd = q_ref[...], by_out_ref[...]
+    q_qe, by_out_qe = q_ref[...], by_out_ref[...]
     log_sum_q, common_q = log_sum_ref[...], common_ref[...]
     i_q = c * sizes.queries + jnp.arange(sizes.queries)
     at_q = positions_ref[here] if asked.window is not None else None
 
-    def body(block: jax.Array, dq_qd: jax.Array) -> jax.Array:
+    def body(block: jax.Array, dq_qe: jax.Array) -> jax.Array:
         there = pl.ds(block * sizes.keys, sizes.keys)
-        j_s = block * sizes.keys + jnp.arange(sizes.keys)
+        j_p = block * sizes.keys + jnp.arange(sizes.keys)
         positions = None if at_q is None else (at_q, positions_ref[there])
-        k_sd = k_ref[there, :]
-        found = _scores(asked, q_qd, k_sd, i_q, j_s, until_ref[there], positions)
-        weights_qs = jnp.where(found.visible_qs, jnp.exp2(found.scores_qs - log_sum_q[:, None]), 0.0)
-        by_weights_qs = dot(by_out_qd, v_ref[there, :].T) - common_q[:, None]
-        by_scores_qs = weights_qs * by_weights_qs * found.slope_qs
-        return dq_qd + dot(by_scores_qs.astype(k_sd.dtype), k_sd)
+        k_pe = k_ref[there, :]
+        found = _scores(asked, q_qe, k_pe, i_q, j_p, until_ref[there], positions)
+        weights_qp = jnp.where(found.visible_qp, jnp.exp2(found.scores_qp - log_sum_q[:, None]), 0.0)
+        by_weights_qp = dot(by_out_qe, v_ref[there, :].T) - common_q[:, None]
+        by_scores_qp = weights_qp * by_weights_qp * found.slope_qp
+        return dq_qe + dot(by_scores_qp.astype(k_pe.dtype), k_pe)
 
-    dq_qd = _over_keys(asked, sizes, first_ref[c], body, jnp.zeros(q_qd.shape, jnp.float32))
-    dq_ref[...] = (dq_qd * asked.scale).astype(dq_ref.dtype)
+    dq_qe = _over_keys(asked, sizes, first_ref[c], body, jnp.zeros(q_qe.shape, jnp.float32))
+    dq_ref[...] = (dq_qe * asked.scale).astype(dq_ref.dtype)
 
 
 def dkv_kernel(
@@ -198,33 +198,33 @@ def dkv_kernel(
     pl, _ = pallas()
     c = pl.program_id(0)
     here = pl.ds(c * sizes.keys, sizes.keys)
-    k_sd, v_sd = k_ref[...], v_ref[...]
-    j_s, until_s = c * sizes.keys + jnp.arange(sizes.keys), until_ref[here]
-    at_s = positions_ref[here] if asked.window is not None else None
+    k_pe, v_pe = k_ref[...], v_ref[...]
+    j_p, until_p = c * sizes.keys + jnp.arange(sizes.keys), until_ref[here]
+    at_p = positions_ref[here] if asked.window is not None else None
     begin = jax.lax.div(c * sizes.keys, sizes.queries)
     end = jax.lax.div(end_ref[c] + sizes.queries - 1, sizes.queries)
 
     def of_head(g: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         def body(block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            dk_sd, dv_sd = carry
+            dk_pe, dv_pe = carry
             there = pl.ds(block * sizes.queries, sizes.queries)
             i_q = block * sizes.queries + jnp.arange(sizes.queries)
-            positions = None if at_s is None else (positions_ref[there], at_s)
-            q_qd, by_out_qd = q_ref[there, g, :], by_out_ref[there, g, :]
-            found = _scores(asked, q_qd, k_sd, i_q, j_s, until_s, positions)
-            weights_qs = jnp.where(
-                found.visible_qs, jnp.exp2(found.scores_qs - log_sum_ref[g, there][:, None]), 0.0
+            positions = None if at_p is None else (positions_ref[there], at_p)
+            q_qe, by_out_qe = q_ref[there, g, :], by_out_ref[there, g, :]
+            found = _scores(asked, q_qe, k_pe, i_q, j_p, until_p, positions)
+            weights_qp = jnp.where(
+                found.visible_qp, jnp.exp2(found.scores_qp - log_sum_ref[g, there][:, None]), 0.0
             )
-            by_weights_qs = dot(by_out_qd, v_sd.T) - common_ref[g, there][:, None]
-            by_scores_qs = weights_qs * by_weights_qs * found.slope_qs
+            by_weights_qp = dot(by_out_qe, v_pe.T) - common_ref[g, there][:, None]
+            by_scores_qp = weights_qp * by_weights_qp * found.slope_qp
             return (
-                dk_sd + dot(by_scores_qs.astype(q_qd.dtype).T, q_qd),
-                dv_sd + dot(weights_qs.astype(by_out_qd.dtype).T, by_out_qd),
+                dk_pe + dot(by_scores_qp.astype(q_qe.dtype).T, q_qe),
+                dv_pe + dot(weights_qp.astype(by_out_qe.dtype).T, by_out_qe),
             )
 
         return jax.lax.fori_loop(begin, end, body, carry)
 
-    zeros = jnp.zeros(k_sd.shape, jnp.float32)
-    dk_sd, dv_sd = jax.lax.fori_loop(0, group, of_head, (zeros, zeros))
-    dk_ref[...] = (dk_sd * asked.scale).astype(dk_ref.dtype)
-    dv_ref[...] = dv_sd.astype(dv_ref.dtype)
+    zeros = jnp.zeros(k_pe.shape, jnp.float32)
+    dk_pe, dv_pe = jax.lax.fori_loop(0, group, of_head, (zeros, zeros))
+    dk_ref[...] = (dk_pe * asked.scale).astype(dk_ref.dtype)
+    dv_ref[...] = dv_pe.astype(dv_ref.dtype)

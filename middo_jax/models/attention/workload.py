@@ -41,17 +41,17 @@ class Workload:
     head_shards: int = 1
 
     @classmethod
-    def of(cls, q_bthd: jax.Array, k_bskd: jax.Array, *, has_trees: bool, soft_cap: float | None) -> Workload:
+    def of(cls, q_bthe: jax.Array, k_bpke: jax.Array, *, has_trees: bool, soft_cap: float | None) -> Workload:
         """The workload of these arrays on the mesh in use."""
-        batch, length, heads, head_dim = q_bthd.shape
+        batch, length, heads, head_dim = q_bthe.shape
         return cls(
             platform(),
             batch,
             length,
             heads,
-            k_bskd.shape[2],
+            k_bpke.shape[2],
             head_dim,
-            q_bthd.dtype,
+            q_bthe.dtype,
             has_trees,
             soft_cap,
             shards("batch"),

@@ -1,7 +1,7 @@
 """Attention in plain XLA: runs everywhere, honours everything, and is what the kernels are compared with.
 
-Axes: b batch, t query position, s key position, h query heads, k key/value heads, g query heads a key head,
-m queries of all heads of a key head, d head dimension.
+Axes: docs/contributing.md#axes; p key position, e head dimension, g query heads per key/value head,
+q query of a key/value head: a position and one of its g heads.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from middo_jax.models.attention.arguments import AttentionSpec, Packing
+
 # Query positions handled at a time. A block needs only the keys up to its own end, so that shorter blocks
-# waste less on the upper triangle, and the scores [b, h, block, s] never grow with t squared.
+# waste less on the upper triangle, and the scores [b, h, block, p] never grow with t squared.
 QUERY_BLOCK = 128
 
 
@@ -25,39 +27,32 @@ class Places(NamedTuple):
     until: jax.Array | None
 
     @classmethod
-    def of(cls, segment_ids_bt: jax.Array, positions_bt: jax.Array, until_bt: jax.Array | None) -> Places:
+    def of(cls, packing: Packing) -> Places:
         """All of a batch's."""
-        return cls(jnp.arange(segment_ids_bt.shape[1])[None], segment_ids_bt, positions_bt, until_bt)
+        rows = jnp.arange(packing.segment_ids_bt.shape[1])[None]
+        return cls(rows, packing.segment_ids_bt, packing.positions_bt, packing.until_bt)
 
 
 def xla_attention(
-    q_bthd: jax.Array,
-    k_bskd: jax.Array,
-    v_bskd: jax.Array,
-    segment_ids_bt: jax.Array,
-    positions_bt: jax.Array,
-    until_bt: jax.Array | None,
-    *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    prefix: int = 0,
-    longest: int | None = None,
+    q_bthe: jax.Array,
+    k_bpke: jax.Array,
+    v_bpke: jax.Array,
+    packing: Packing,
+    spec: AttentionSpec,
 ) -> jax.Array:
-    """`packed_attention` in blocks of queries, whose cost does not grow with the row's length if there is a
-    window or a longest text: a block reads the prefix, and what lies no further back than that."""
-    length = q_bthd.shape[1]
+    """`packed_attention` in blocks of queries. A block reads the prefix, and the keys that the window or the
+    longest text lets it see: with either, the cost does not grow with the row's length."""
+    length, prefix = q_bthe.shape[1], packing.prefix
     # A segment's rows are neighbours and count up: none sees further back than the window. The branches of
     # a tree lie behind each other, so that near positions may be far rows.
-    reach = min(
-        length if longest is None else longest, length if window is None or until_bt is not None else window
-    )
-    places = Places.of(segment_ids_bt, positions_bt, until_bt)
-    b, _, h, d = q_bthd.shape
-    kv_heads = k_bskd.shape[2]
-    # Turned here, once: a product of what lies otherwise would turn the scores, which are larger.
-    q_bkgtd = q_bthd.reshape(b, length, kv_heads, h // kv_heads, d).transpose(0, 2, 3, 1, 4)
-    k_bksd, v_bksd = k_bskd.swapaxes(1, 2), v_bskd.swapaxes(1, 2)
+    window = spec.window if packing.until_bt is None else None
+    reach = min(n for n in (length, packing.longest, window) if n is not None)
+    places = Places.of(packing)
+    b, _, h, d = q_bthe.shape
+    kv_heads = k_bpke.shape[2]
+    # Transposed here, once: otherwise XLA would transpose the scores, which are larger.
+    q_bkgte = q_bthe.reshape(b, length, kv_heads, h // kv_heads, d).transpose(0, 2, 3, 1, 4)
+    k_bkpe, v_bkpe = k_bpke.swapaxes(1, 2), v_bpke.swapaxes(1, 2)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
@@ -73,60 +68,49 @@ def xla_attention(
             shared = jax.lax.slice_in_dim(x, 0, prefix, axis=axis)
             return jnp.concatenate([shared, near], axis=axis) if prefix else near
 
-        visible_bts = visible(jax.tree.map(queries, places), jax.tree.map(keys, places), window)
-        blocks.append(
-            attend(
-                queries(q_bkgtd, 3),
-                keys(k_bksd, 2),
-                keys(v_bksd, 2),
-                visible_bts,
-                scale=scale,
-                soft_cap=soft_cap,
-            )
-        )
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_bthd.shape)
+        visible_btp = visible(jax.tree.map(queries, places), jax.tree.map(keys, places), spec.window)
+        blocks.append(attend(queries(q_bkgte, 3), keys(k_bkpe, 2), keys(v_bkpe, 2), visible_btp, spec))
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_bthe.shape)
 
 
 def visible(queries: Places, keys: Places, window: int | None) -> jax.Array:
-    """Which keys each query sees, as `packed_attention` says: bool [b, t, s]."""
-    visible_bts = queries.rows[:, :, None] >= keys.rows[:, None]
+    """Which keys each query sees, as `packed_attention` says: bool [b, t, p]."""
+    visible_btp = queries.rows[:, :, None] >= keys.rows[:, None]
     if keys.until is None:
-        visible_bts &= queries.segment_ids[:, :, None] == keys.segment_ids[:, None]
+        visible_btp &= queries.segment_ids[:, :, None] == keys.segment_ids[:, None]
     else:
-        visible_bts &= queries.rows[:, :, None] < keys.until[:, None]
+        visible_btp &= queries.rows[:, :, None] < keys.until[:, None]
     if window is not None:
-        visible_bts &= queries.positions[:, :, None] - keys.positions[:, None] < window
-    return visible_bts
+        visible_btp &= queries.positions[:, :, None] - keys.positions[:, None] < window
+    return visible_btp
 
 
 def attend(
-    q_bkgtd: jax.Array,
-    k_bksd: jax.Array,
-    v_bksd: jax.Array,
-    visible_bts: jax.Array,
-    *,
-    scale: float,
-    soft_cap: float | None,
+    q_bkgte: jax.Array,
+    k_bkpe: jax.Array,
+    v_bkpe: jax.Array,
+    visible_btp: jax.Array,
+    spec: AttentionSpec,
 ) -> jax.Array:
     """softmax(q k * scale) v over the visible keys; every query must see at least one.
 
     Returns:
-      [b, k, g, t, d] in q's dtype; softmax in float32.
+      [b, k, g, t, e] in q's dtype; softmax in float32.
     """
-    b, kv_heads, g, t, d = q_bkgtd.shape
-    scores_bkms = _scores(q_bkgtd.reshape(b, kv_heads, g * t, d), k_bksd)
-    scores_bkgts = scores_bkms.reshape(b, kv_heads, g, t, -1)
-    scores_bkgts = masked(scores_bkgts, visible_bts, scale=scale, soft_cap=soft_cap)
-    return _mean(scores_bkgts.reshape(scores_bkms.shape), v_bksd).reshape(q_bkgtd.shape).astype(q_bkgtd.dtype)
+    b, kv_heads, g, t, d = q_bkgte.shape
+    scores_bkqp = _scores(q_bkgte.reshape(b, kv_heads, g * t, d), k_bkpe)
+    scores_bkgtp = scores_bkqp.reshape(b, kv_heads, g, t, -1)
+    scores_bkgtp = masked(scores_bkgtp, visible_btp, spec)
+    return _mean(scores_bkgtp.reshape(scores_bkqp.shape), v_bkpe).reshape(q_bkgte.shape).astype(q_bkgte.dtype)
 
 
 # Gradients by hand: JAX would multiply in float32, as what comes out is, which is slow on accelerators.
 
 
 @jax.custom_vjp
-def _scores(q_bkmd: jax.Array, k_bksd: jax.Array) -> jax.Array:
-    """q k, [b, k, m, s] float32."""
-    return _dot(q_bkmd, k_bksd, 3, 3)
+def _scores(q_bkqe: jax.Array, k_bkpe: jax.Array) -> jax.Array:
+    """q k, [b, k, q, p] float32."""
+    return _dot(q_bkqe, k_bkpe, 3, 3)
 
 
 def _scores_and_operands(q: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -134,45 +118,45 @@ def _scores_and_operands(q: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[j
 
 
 def _scores_gradient(
-    operands: tuple[jax.Array, jax.Array], by_scores_bkms: jax.Array
+    operands: tuple[jax.Array, jax.Array], by_scores_bkqp: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    q_bkmd, k_bksd = operands
-    by_scores_bkms = by_scores_bkms.astype(q_bkmd.dtype)
-    by_q = _dot(by_scores_bkms, k_bksd, 3, 2)
-    by_k = _dot(q_bkmd, by_scores_bkms, 2, 2).swapaxes(2, 3)
-    return by_q.astype(q_bkmd.dtype), by_k.astype(k_bksd.dtype)
+    q_bkqe, k_bkpe = operands
+    by_scores_bkqp = by_scores_bkqp.astype(q_bkqe.dtype)
+    by_q = _dot(by_scores_bkqp, k_bkpe, 3, 2)
+    by_k = _dot(q_bkqe, by_scores_bkqp, 2, 2).swapaxes(2, 3)
+    return by_q.astype(q_bkqe.dtype), by_k.astype(k_bkpe.dtype)
 
 
 _scores.defvjp(_scores_and_operands, _scores_gradient)
 
 
 @jax.custom_vjp
-def _mean(scores_bkms: jax.Array, v_bksd: jax.Array) -> jax.Array:
-    """softmax(scores) v, [b, k, m, d] float32."""
-    return _mean_and_weights(scores_bkms, v_bksd)[0]
+def _mean(scores_bkqp: jax.Array, v_bkpe: jax.Array) -> jax.Array:
+    """softmax(scores) v, [b, k, q, e] float32."""
+    return _mean_and_weights(scores_bkqp, v_bkpe)[0]
 
 
 def _mean_and_weights(
-    scores_bkms: jax.Array, v_bksd: jax.Array
+    scores_bkqp: jax.Array, v_bkpe: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    weights_bkms = jnp.exp(scores_bkms - scores_bkms.max(axis=-1, keepdims=True))
-    total_bkm1 = weights_bkms.sum(axis=-1, keepdims=True)
+    weights_bkqp = jnp.exp(scores_bkqp - scores_bkqp.max(axis=-1, keepdims=True))
+    total_bkq1 = weights_bkqp.sum(axis=-1, keepdims=True)
     # A head is narrower than its scores: divided here and not there.
-    mean_bkmd = _dot(weights_bkms.astype(v_bksd.dtype), v_bksd, 3, 2) / total_bkm1
-    return mean_bkmd, (weights_bkms, total_bkm1, v_bksd)
+    mean_bkqe = _dot(weights_bkqp.astype(v_bkpe.dtype), v_bkpe, 3, 2) / total_bkq1
+    return mean_bkqe, (weights_bkqp, total_bkq1, v_bkpe)
 
 
 def _mean_gradient(
-    residuals: tuple[jax.Array, jax.Array, jax.Array], by_mean_bkmd: jax.Array
+    residuals: tuple[jax.Array, jax.Array, jax.Array], by_mean_bkqe: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    weights_bkms, total_bkm1, v_bksd = residuals
-    weights_bkms /= total_bkm1
-    by_mean_bkmd = by_mean_bkmd.astype(v_bksd.dtype)
-    by_weights_bkms = _dot(by_mean_bkmd, v_bksd, 3, 3)
-    # What all values have in common goes out here, and with it how it was rounded.
-    common_bkm1 = (weights_bkms * by_weights_bkms).sum(axis=-1, keepdims=True)
-    by_v = _dot(by_mean_bkmd, weights_bkms.astype(v_bksd.dtype), 2, 2).swapaxes(2, 3)
-    return weights_bkms * (by_weights_bkms - common_bkm1), by_v.astype(v_bksd.dtype)
+    weights_bkqp, total_bkq1, v_bkpe = residuals
+    weights_bkqp /= total_bkq1
+    by_mean_bkqe = by_mean_bkqe.astype(v_bkpe.dtype)
+    by_weights_bkqp = _dot(by_mean_bkqe, v_bkpe, 3, 3)
+    # Subtracting the common part also removes its rounding error.
+    common_bkq1 = (weights_bkqp * by_weights_bkqp).sum(axis=-1, keepdims=True)
+    by_v = _dot(by_mean_bkqe, weights_bkqp.astype(v_bkpe.dtype), 2, 2).swapaxes(2, 3)
+    return weights_bkqp * (by_weights_bkqp - common_bkq1), by_v.astype(v_bkpe.dtype)
 
 
 _mean.defvjp(_mean_and_weights, _mean_gradient)
@@ -181,21 +165,18 @@ _mean.defvjp(_mean_and_weights, _mean_gradient)
 def _dot(x: jax.Array, y: jax.Array, axis_of_x: int, axis_of_y: int) -> jax.Array:
     """Over an axis of each, float32; x's other axis comes before y's.
 
-    XLA turns the first of two operands where it turns one: einsum may swap them, and turns the scores then,
-    the wider of the two.
+    Not `einsum`: it may swap the operands, and XLA would then transpose the scores, the larger array.
     """
     dimensions = ((axis_of_x,), (axis_of_y,)), ((0, 1), (0, 1))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
-def masked(
-    scores_bkgts: jax.Array, visible_bts: jax.Array, *, scale: float, soft_cap: float | None
-) -> jax.Array:
+def masked(scores_bkgtp: jax.Array, visible_btp: jax.Array, spec: AttentionSpec) -> jax.Array:
     """Scores: scaled, capped to c tanh(score / c), and float32's minimum where unseen.
 
     The cap is that of arXiv 2408.00118, section 2. The minimum is finite, so that no gradient is NaN.
     """
-    scores_bkgts = scale * scores_bkgts
-    if soft_cap is not None:
-        scores_bkgts = soft_cap * jnp.tanh(scores_bkgts / soft_cap)
-    return jnp.where(visible_bts[:, None, None], scores_bkgts, jnp.finfo(jnp.float32).min)
+    scores_bkgtp = spec.scale * scores_bkgtp
+    if spec.soft_cap is not None:
+        scores_bkgtp = spec.soft_cap * jnp.tanh(scores_bkgtp / spec.soft_cap)
+    return jnp.where(visible_btp[:, None, None], scores_bkgtp, jnp.finfo(jnp.float32).min)

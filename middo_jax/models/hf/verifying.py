@@ -12,10 +12,12 @@ import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import transformers
+from transformers import PreTrainedTokenizerBase
 
 from middo_jax.data.example import Message
 from middo_jax.data.tokenize import tokenize_prompt
@@ -25,9 +27,6 @@ from middo_jax.models.model import Model, Params, Structure, bound, structure
 from middo_jax.models.parameters import num_params
 from middo_jax.parallel.hosts import to_host, to_mesh
 from middo_jax.parallel.mesh import batch_divisor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Of the largest logit. Sums in float32 differ by 5e-6 of it in 30 layers; a wrong tensor or norm by far more.
 TOLERANCE = 1e-4
@@ -177,8 +176,7 @@ def compare(directory: Path, expectation: Expectation) -> Verification:
 
 
 def _open(directory: Path) -> tuple[PreTrainedTokenizerBase, Any]:
-    import torch
-    import transformers
+    import torch  # an optional package, see `obstacle`
 
     transformers.utils.logging.disable_progress_bar()
     offline = {"local_files_only": True, "trust_remote_code": False}
@@ -192,7 +190,7 @@ def _open(directory: Path) -> tuple[PreTrainedTokenizerBase, Any]:
 
 
 def _torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    import torch
+    import torch  # likewise
 
     with torch.no_grad():
         return model(input_ids=torch.from_numpy(tokens[None].astype(np.int64))).logits[0].numpy()

@@ -1,1 +1,1 @@
-"""Which rewrites are accepted: the checks of the table of gates, and what they compare with."""
+"""Which rewrites are accepted: the checks of the gates, and the values with which they compare."""

@@ -1,4 +1,4 @@
-"""A candidate as the gates see it: what is known of it at each phase of the table. Values only."""
+"""A candidate as the gates see it, with the values that are known in each phase of the table."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any, NamedTuple
 
 from middo_jax.data.example import Example
 from middo_jax.refinement.tasks import Task
+from middo_jax.rundir.rows import MeasurementRow
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What the model under training, M_t, says of one candidate. None is a number that is not finite.
+    """The measurement of one candidate with the model under training, M_t. None: the number is not finite.
 
     Attributes:
-      loss: mean NLL of its response's tokens, in nats.
-      similarity: cosine of its prompt's embedding and that of the sample it was made of.
-      nearest: cosine to the nearest sample of the dataset; one that it replaces is left out.
-      knn_similarity: mean cosine to the k nearest, likewise: its own s.
-      core_similarity: the s that a sparse sample would have with this one beside it.
-      truncated: whether it is over the model's length.
-      quality: the judge's q, None where nobody asked for it.
+      loss: mean NLL of the response's tokens, in nats.
+      similarity: cosine between the embeddings of its prompt and of the original's prompt.
+      nearest: cosine to the nearest sample of the dataset, without the sample that it replaces.
+      knn_similarity: mean cosine to the k nearest samples, likewise: its own s.
+      core_similarity: the s of a sparse sample if this candidate is added.
+      truncated: whether it exceeds model.max_length.
+      quality: the judge's q; None if it was not rated.
     """
 
     loss: float | None
@@ -32,16 +33,29 @@ class Measurement:
     truncated: bool = False
     quality: float | None = None
 
+    def to_json(self) -> MeasurementRow:
+        """As a row of candidates.jsonl has it."""
+        return {
+            "loss": self.loss,
+            "similarity": self.similarity,
+            "nearest": self.nearest,
+            "knn_similarity": self.knn_similarity,
+            "core_similarity": self.core_similarity,
+            "truncated": self.truncated,
+            "quality": self.quality,
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a round's dataset sets as bars; None is no bar.
+    """The limits that a round's dataset sets; None: no limit.
 
     Attributes:
-      loss: over it a sample is called hard.
-      context: similarity that only a small share of pairs of samples reach.
-      novelty: similarity that only a small share of samples have to their nearest neighbour.
-      prompt_chars: (fewest, most) characters of a prompt; `response_chars` of a response.
+      loss: samples with a higher loss are hard.
+      context: a similarity that only a small share of all pairs of samples reach.
+      novelty: a similarity that only a small share of samples have to their nearest neighbour.
+      prompt_chars: (minimum, maximum) characters of a prompt.
+      response_chars: (minimum, maximum) characters of a response.
     """
 
     loss: float | None = None
@@ -52,7 +66,7 @@ class Limits:
 
 
 class Finding(NamedTuple):
-    """Why a gate does not let a candidate pass: `detail` for people, `fault` where the gate has several."""
+    """Why a candidate does not pass a gate: `detail` for people, `fault` if the gate has several faults."""
 
     detail: str
     fault: str = ""
@@ -60,20 +74,20 @@ class Finding(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What the refiner made of a task. Each phase of the table fills in more; what is unknown yet is empty.
+    """The refiner's result for a task. Each phase of the table fills in more values.
 
     Attributes:
-      task: what was to be done with which sample.
-      special_tokens: the tokenizer's control tokens, which as text would end a turn or start another.
-      reply: from phase `prompt` on: what the refiner said.
-      prompt: the new prompt in it; None if none can be read.
-      finish_reason: the server's word for how the reply or the answer ended; see `endpoint.ending`.
+      task: the task.
+      special_tokens: the tokenizer's control tokens, which in a text would end a turn or start another one.
+      reply: from phase `prompt` on: the refiner's reply.
+      prompt: from phase `prompt` on: the new prompt in the reply; None if it is not readable.
+      finish_reason: of the reply, later of the answer, see `endpoint.ending`.
       response: from phase `answer` on: the answer to the new prompt.
-      example: from phase `dataset` on: both as a conversation.
-      truncated: whether that is over model.max_length.
-      limits: the bars that the dataset sets.
-      measured: from phase `measurement` on, with the judge's rating from phase `rating` on.
-      repeats: in phase `accepted`: which known conversation this one repeats, in words; None if none.
+      example: from phase `dataset` on: prompt and response as a conversation.
+      truncated: from phase `dataset` on: whether the conversation exceeds model.max_length.
+      limits: the limits that the dataset sets.
+      measured: from phase `measurement` on; includes the judge's rating from phase `rating` on.
+      repeats: in phase `accepted`: the known conversation that this one repeats, in words; None if none.
     """
 
     task: Task
@@ -89,5 +103,5 @@ class Candidate:
     repeats: str | None = None
 
 
-# (a candidate, the value of the gate's setting or None) -> what is wrong with it, or None
+# (candidate, value of the gate's setting or None) -> why the candidate does not pass, or None
 Check = Callable[[Candidate, Any], Finding | None]

@@ -1,7 +1,8 @@
-"""Numbers as texts write them: 10,000.50 and 10000.5, .5 and 0,5, 1 000 and 1000. Pure functions.
+"""The numbers of a text in any spelling: 10,000.50 and 10000.5, .5 and 0,5, 1 000 and 1000, 1/2 and ½.
 
-A separator groups digits or ends the whole part. Where a number alone does not say which, the language of the
-text does, then its other numbers. What is still open has both readings.
+A separator either groups digits or ends the integer part. If the number alone does not show which, the
+language of the text decides, then its other numbers. Otherwise the number has both readings. A sign, a
+percent sign and a fraction bar are parts of their number; `marks` reads them. Pure functions.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_SPACES = "\u00a0\u2009\u202f"  # that are used within numbers
+from middo_jax.refinement.acceptance.marks import fractions, is_negative, is_percent, percent_as_decimal
+
+_SPACES = "\u00a0\u2009\u202f"  # spaces that separate groups of digits
 _NUMBER = re.compile(rf"(?:(?<![\w.,)\]])\.)?\d+(?:[.,'’_\u066b\u066c{_SPACES}]\d+|[ ]\d{{3}}(?!\d))*")
 _SEPARATOR = re.compile(rf"[.,'’_\u066b\u066c{_SPACES} ]")
-_LIST_MARK = re.compile(r"^[ \t]*\d{1,3}[.)][ \t]", re.MULTILINE)  # they number the text, they are not in it
+_LIST_MARK = re.compile(r"^[ \t]*\d{1,3}[.)][ \t]", re.MULTILINE)  # numbers of list items do not count
 _WORD = re.compile(r"[^\W\d_]+")
-# Frequent words by which a text tells whether a comma or a point ends the whole part of its numbers.
+# Frequent words of languages in which a comma, or a point, ends the integer part of a number.
 _WORDS = {
     ",": set(
         _WORD.findall(
@@ -32,30 +35,52 @@ class Figure(NamedTuple):
     """One number of a text.
 
     Attributes:
-      plain: the likeliest reading; several numbers where the text turns out to list them without spaces.
-      readings: all of them.
+      plain: the likeliest reading; several numbers for a list without spaces.
+      readings: all readings.
+      parts: the integers with which a fraction is written; else empty.
     """
 
     plain: tuple[str, ...]
     readings: tuple[tuple[str, ...], ...]
+    parts: tuple[str, ...] = ()
 
 
 def figures(text: str, mark: str | None = None) -> list[Figure]:
-    """The numbers of a text in their order.
+    """The numbers of a text, in order.
 
-    "1. Add 10,000.50 to 2,50." -> 10000.5 and 2.5: the first number only numbers the text.
+    "1. Add 10,000.50 to 2,50." -> 10000.5 and 2.5. The number of the list item does not count.
+    "It fell by 1/2 to -5 or 20%." -> 1/2 (also read as 0.5), -5 and 20% (also read as 0.2)
 
     Args:
       text: any text.
-      mark: the decimal mark, if known; see `decimal_mark`.
+      mark: the decimal mark if it is known, see `decimal_mark`.
     """
     plain = _LIST_MARK.sub("", text)
-    found = (_readings(match.group(), mark) for match in _NUMBER.finditer(plain))
-    return [Figure(readings[0], tuple(readings)) for readings in found]
+    found = dict[int, Figure]()
+    for fraction in fractions(plain):
+        readings = [(value,) for value in fraction.values]
+        found[fraction.start] = _figure(readings, plain, fraction.start, fraction.end, fraction.parts)
+        plain = plain[: fraction.start] + "\0" * (fraction.end - fraction.start) + plain[fraction.end :]
+    for match in _NUMBER.finditer(plain):
+        readings = _readings(match.group(), mark)
+        found[match.start()] = _figure(readings, plain, match.start(), match.end())
+    return [figure for _, figure in sorted(found.items())]
+
+
+def _figure(
+    readings: list[tuple[str, ...]], text: str, start: int, end: int, parts: tuple[str, ...] = ()
+) -> Figure:
+    """A number with the sign before it and the percent sign behind it."""
+    if is_percent(text, start, end):
+        as_decimals = [(percent_as_decimal(values[0]),) for values in readings if len(values) == 1]
+        readings = [(*values[:-1], f"{values[-1]}%") for values in readings] + as_decimals
+    if is_negative(text, start):
+        readings = [(f"-{values[0]}", *values[1:]) for values in readings]
+    return Figure(readings[0], tuple(dict.fromkeys(readings)), parts)
 
 
 def decimal_mark(text: str) -> str | None:
-    """Whether a comma or a point ends the whole part of a text's numbers; None if nothing tells."""
+    """The decimal mark of a text's numbers, "," or "."; None if the text does not show it."""
     words = _WORD.findall(text.lower())
     votes = {mark: sum(word in known for word in words) for mark, known in _WORDS.items()}
     if votes[","] != votes["."]:
@@ -65,7 +90,7 @@ def decimal_mark(text: str) -> str | None:
 
 
 def _told_by(number: str) -> str | None:
-    """The decimal mark that a number of several parts has, if only one reading is possible."""
+    """The decimal mark that follows from one number, if it has only one possible reading; otherwise None."""
     parts, marks = _split(number)
     as_group, as_decimal = _grouped(parts, marks), _decimal(parts, marks)
     if as_group is None and as_decimal is not None and marks[-1] in ".,":
@@ -76,7 +101,7 @@ def _told_by(number: str) -> str | None:
 
 
 def _readings(number: str, mark: str | None) -> list[tuple[str, ...]]:
-    """All ways to read a number, the likeliest first."""
+    """All readings of a number, the likeliest first."""
     parts, marks = _split(number)
     if not marks:
         return [(_whole(parts[0]),)]
@@ -94,7 +119,7 @@ def _readings(number: str, mark: str | None) -> list[tuple[str, ...]]:
 
 
 def _may_list(parts: list[str], marks: list[str]) -> bool:
-    """Whether commas may part numbers: "1,2" is a decimal or two numbers, "1,200" one."""
+    """Whether commas may separate numbers: "1,2" may be two numbers, "1,200" may not."""
     return set(marks) == {","} and not all(len(part) == 3 for part in parts[1:])
 
 
@@ -106,7 +131,10 @@ def _split(number: str) -> tuple[list[str], list[str]]:
 
 
 def _grouped(parts: list[str], marks: list[str]) -> str | None:
-    """As a whole number whose digits are grouped, by threes or as in 1,00,000; None if it is none."""
+    """The integer whose digits are grouped, by threes or as in 1,00,000;
+
+    None if this reading is impossible.
+    """
     first, *rest = parts
     if not rest or len(set(marks)) != 1 or marks[0] == "\u066b" or first.startswith("0") or len(first) > 3:
         return None
@@ -117,7 +145,7 @@ def _grouped(parts: list[str], marks: list[str]) -> str | None:
 
 
 def _decimal(parts: list[str], marks: list[str]) -> str | None:
-    """As a number with a fraction; None if it is none."""
+    """The number with a fraction; None if this reading is impossible."""
     if not marks or marks[-1] not in ".,\u066b" or marks[-1] in marks[:-1]:
         return None
     whole = _whole(parts[0]) if len(parts) == 2 else _grouped(parts[:-1], marks[:-1])
@@ -128,7 +156,7 @@ def _decimal(parts: list[str], marks: list[str]) -> str | None:
 
 
 def _pieces(number: str, mark: str | None) -> tuple[str, ...]:
-    """As several numbers; what points alone part stays one: a version, a date."""
+    """The reading as several numbers. Parts that only points separate stay together: a version, a date."""
     if set(_split(number)[1]) == {"."}:
         return (".".join(part.lstrip("0") or "0" for part in _split(number)[0]),)
 

@@ -1,4 +1,4 @@
-"""Which language a text is in, where that can be told: py3langid, offline, with the model in its package."""
+"""The language of a text, if it is recognisable, by py3langid: offline, with the model in its package."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from middo_jax.refinement.acceptance.context import without_code
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
 
-# With both, no two of 20,000 pairs of English prompts were taken for different languages, and 99 % of foreign
-# prompts of one sentence were told from English ones.
-POSSIBLE = 0.02  # probability from which on a text may be in a language
+# With these two values, none of 20,000 pairs of English prompts was classified as different languages, and 99
+# % of foreign prompts of one sentence were distinguished from English ones.
+POSSIBLE = 0.02  # minimum probability of a possible language
 MIN_BYTES = 50  # of letters in UTF-8: fifty Latin ones, seventeen Chinese ones
-MAX_CHARS = 4000  # more would not change the answer
+MAX_CHARS = 4000  # more characters would not change the result
 NO_LANGUAGE = "zxx"
-SENTENCE_WORDS = 4  # fewer words between two commas are an item of a list
-NAMES = 0.6  # share of letters in capitalised words from which on an item is a name; German prose has 0.45
-LISTED = 0.7  # share of letters in such items from which on a text is a list
+SENTENCE_WORDS = 4  # fewer words between two commas are a list item
+NAMES = 0.6  # share of letters in capitalised words above which an item is a name; German prose has 0.45
+LISTED = 0.7  # share of letters in such items above which a text is a list
 CHINESE_SHARE = 0.02
 
 _ITEMS = re.compile(r"[\n,;:•|]|\.\s|(?<=\s)[-–*](?=\s)")
 _WORDS = re.compile(r"[^\W\d_]+")
 _HAN = re.compile(r"[\u3400-\u9fff]")
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
-# Words of Chinese in characters that Japanese has too, and uses seldom or never by themselves.
+# Chinese words whose characters are rarely or never separate words in Japanese.
 _CHINESE_WORDS = frozenset("了是我你他她們這那嗎呢吧很也沒把被給個就")
 
 
 def languages(text: str) -> tuple[str, ...]:
-    """The ISO 639 codes of the languages that a text may be in, likeliest first; none if nobody can tell.
+    """The ISO 639 codes of a text's possible languages, likeliest first; () if it is not recognisable.
 
     "Nombra tres ríos de España y di dónde nacen, por favor." -> ("es", "gl", "an", "ext")
 
     Raises:
-      ConfigError: the package that can tell is not installed.
+      ConfigError: py3langid is not installed.
     """
     prose = without_code(text)[:MAX_CHARS]
     if sum(len(c.encode("utf-8", "replace")) for c in prose if c.isalpha()) < MIN_BYTES:
@@ -51,9 +51,9 @@ def languages(text: str) -> tuple[str, ...]:
 
 
 def _is_list(prose: str) -> bool:
-    """Whether a text is mostly names, or items of a few words: these have no language of their own.
+    """Whether a text is mostly a list of names or of short items, which do not show a language.
 
-    "São Paulo, Rio de Janeiro, Salvador" may answer an English question. Scripts without spaces never count.
+    "São Paulo, Rio de Janeiro, Salvador" may answer an English question. Scripts without spaces do not count.
     """
     listed = told = 0
     for item in _ITEMS.split(prose):
@@ -79,9 +79,9 @@ def _may_be_japanese(prose: str) -> bool:
 
 
 def changed_language(text: str, known: Iterable[str]) -> str | None:
-    """Says from which to which language a text changed, or None.
+    """From which language to which a text changed, in words; None if it did not.
 
-    It did if it may be in some language, and in none that one of the known texts may be in.
+    It changed if its languages are recognisable and differ from all possible languages of the known texts.
     """
     before = [codes for codes in map(languages, known) if codes]
     now = languages(text) if before else ()
@@ -92,16 +92,16 @@ def changed_language(text: str, known: Iterable[str]) -> str | None:
 
 @functools.cache
 def load_identifier() -> LanguageIdentifier:
-    """What tells languages apart, loaded once.
+    """The language identifier, loaded once.
 
     Raises:
-      ConfigError: the package is not installed.
+      ConfigError: py3langid is not installed.
     """
-    try:
+    try:  # not at the top: the gate can be opened where the package is missing
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as e:
         raise ConfigError(
-            "config: refine.gates.language needs the package py3langid: install it, or set "
-            "refine.gates.language=false"
+            "config: the gate `language` needs the package py3langid: install it, or set "
+            "refine.gates.open=[language]"
         ) from e
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

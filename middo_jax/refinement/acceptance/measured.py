@@ -1,8 +1,8 @@
-"""The gates that the dataset and the model under training decide, and the bars that they compare with.
+"""The gates that depend on the dataset and on the model under training, and their limits. Pure functions.
 
-Pure functions over plain numbers; where these come from is not known here. All cosines are compared with
-similarities in the same dataset and never with a fixed number: the mean states of a language model lie in a
-narrow cone, so that even unrelated prompts reach 0.8 and more.
+Cosines are compared with similarities in the same dataset, never with a fixed number: the mean hidden states
+  of
+a language model are in a narrow cone, so even unrelated prompts have cosines of 0.8 and more.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import numpy as np
 
 from middo_jax.refinement.acceptance.candidate import Candidate, Finding, Measurement
 
-PAIRS = 100_000  # of samples stand for all: their 95th percentile is then known to 0.1 % of the pairs
-PAIR_BLOCK = 8192  # pairs whose embeddings are in memory at a time
+PAIRS = (
+    100_000  # pairs of samples that represent all pairs; their 95th percentile is exact to 0.1 % of the pairs
+)
+PAIR_BLOCK = 8192  # pairs whose embeddings are in memory at the same time
 NOTHING = Measurement(None, None, None, None, None)
 
 
 def length(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether prompt and response are about as long as the dataset's, and fit into the model."""
+    """Whether prompt and response have lengths like those in the dataset, and fit into model.max_length."""
     example, limits = candidate.example, candidate.limits
     if example is None:
         return None
@@ -34,7 +36,7 @@ def length(candidate: Candidate, _: Any) -> Finding | None:
 
 
 def context(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the prompt is about its original's task."""
+    """Whether the prompt is similar to its original."""
     measured, limit = candidate.measured or NOTHING, candidate.limits.context
     if limit is None or _at_least(measured.similarity, limit):
         return None
@@ -42,7 +44,7 @@ def context(candidate: Candidate, _: Any) -> Finding | None:
 
 
 def loss(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the loss fell, to below the bar."""
+    """Whether the loss fell, and to at most the limit."""
     measured, limit = candidate.measured or NOTHING, candidate.limits.loss
     before = candidate.task.scores.get("loss_post")
     if _above(before, measured.loss) and (limit is None or _at_most(measured.loss, limit)):
@@ -52,7 +54,7 @@ def loss(candidate: Candidate, _: Any) -> Finding | None:
 
 
 def coverage(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the sparse core has a nearer neighbour than before."""
+    """Whether the sparse core has nearer neighbours than before."""
     measured = candidate.measured or NOTHING
     if _above(measured.core_similarity, candidate.task.scores.get("knn_mean_sim")):
         return None
@@ -60,7 +62,7 @@ def coverage(candidate: Candidate, _: Any) -> Finding | None:
 
 
 def novelty(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether it is no paraphrase of a sample."""
+    """Whether the candidate is not a paraphrase of a sample."""
     measured, limit = candidate.measured or NOTHING, candidate.limits.novelty
     if limit is None or _at_most(measured.nearest, limit):
         return None
@@ -68,7 +70,7 @@ def novelty(candidate: Candidate, _: Any) -> Finding | None:
 
 
 def distribution(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether a new sample stays within the dataset: no farther out than its core, and not hard."""
+    """Whether a new sample is within the dataset's distribution: no sparser than its core, and not hard."""
     measured, limit = candidate.measured or NOTHING, candidate.limits.loss
     before = candidate.task.scores.get("knn_mean_sim")
     if before is not None and not _at_least(measured.knn_similarity, before):
@@ -87,15 +89,15 @@ def quality(candidate: Candidate, _: Any) -> Finding | None:
 
 
 def length_bounds(lengths_n: np.ndarray, factor: float) -> tuple[float, float]:
-    """From the 1st percentile over `factor` to the 99th times `factor`."""
+    """(1st percentile / factor, 99th percentile x factor)."""
     low, high = np.percentile(lengths_n, [1, 99])
     return float(low / factor), float(high * factor)
 
 
 def pair_similarity(embedding_nd: np.ndarray, quantile: float) -> float | None:
-    """The similarity that this share of all pairs of samples do not reach; None without two directions.
+    """A quantile of the similarities of all pairs of samples; None if no pair of samples has a similarity.
 
-    Some PAIRS pairs stand for all, evenly spread: i and i + shift (modulo n), for as many shifts as it takes.
+    About PAIRS pairs represent all pairs: i and i + shift (modulo n), for evenly spaced shifts.
 
     Args:
       embedding_nd: float32, any norm; may be a memory map.
@@ -116,14 +118,14 @@ def pair_similarity(embedding_nd: np.ndarray, quantile: float) -> float | None:
 
 
 def cosines(one_nd: np.ndarray, other_nd: np.ndarray) -> np.ndarray:
-    """Cosine of each row with its fellow, [n] float32; NaN where one is zero or not finite."""
+    """The cosine of each pair of rows, [n] float32; NaN if a row is zero or not finite."""
     norms_n = np.linalg.norm(one_nd, axis=1) * np.linalg.norm(other_nd, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.einsum("nd,nd->n", one_nd, other_nd) / norms_n
 
 
 def after_scores(measured: Measurement) -> Mapping[str, float | None]:
-    """A measurement under the names that lineage and scores.parquet use."""
+    """A measurement under the column names of scores.parquet, as lineage records it."""
     return {
         "loss_pre": None,
         "loss_post": measured.loss,

@@ -1,7 +1,7 @@
-"""Near-duplicates by their words: the share of word triples that two texts have in common, exactly.
+"""Near-duplicates by words: the exact share of word triples that two texts have in common.
 
-The candidates are the index and the corpus streams past it, so that memory follows the candidates, which are
-few, and time follows the corpus' text, read once.
+The index contains the candidates, which are few, and the corpus is read once. So memory is proportional to
+the candidates, and time to the corpus.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-N = 3  # words of a shingle: pairs are mostly grammar, and a changed word breaks too many longer ones
+N = 3  # words per shingle: pairs are mostly grammar, and one changed word affects too many longer shingles
 
-# A word, or one sign of a script that is written without spaces.
+# A word, or one character of a script without spaces.
 _TOKEN = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
 )
@@ -21,7 +21,7 @@ Shingles = frozenset[tuple[str, ...]]
 
 
 def shingles(text: str) -> Shingles:
-    """The distinct triples of neighbouring words, case and punctuation aside; a shorter text is one shingle.
+    """The distinct triples of consecutive words, without case and punctuation; a shorter text is one shingle.
 
     "Name a bird, please." -> {(name, a, bird), (a, bird, please)}
     """
@@ -32,29 +32,29 @@ def shingles(text: str) -> Shingles:
 
 
 def jaccard(one: Shingles, other: Shingles) -> float:
-    """Shingles in common over shingles in all, 0 where both are empty."""
+    """The Jaccard index: common shingles / all shingles; 0 if both sets are empty."""
     union = len(one | other)
     return len(one & other) / union if union else 0.0
 
 
 class Overlaps:
-    """Texts by number, asked which of them a further text is a near-duplicate of."""
+    """An index of texts, which finds those of which another text is a near-duplicate."""
 
     def __init__(self, threshold: float) -> None:
-        """`threshold`: the `jaccard` from which on two texts count as near-duplicates."""
+        """`threshold`: the minimum `jaccard` of near-duplicates."""
         self._threshold = threshold
         self._sizes: list[int] = []
         self._holders: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
 
     def add(self, text: str) -> None:
-        """Takes up a text; its number is how many there were before."""
+        """Adds a text. Its number is the count of the texts before it."""
         own = shingles(text)
         for shingle in own:
             self._holders[shingle].append(len(self._sizes))
         self._sizes.append(len(own))
 
     def matches(self, text: str) -> Iterator[tuple[int, float]]:
-        """(number, jaccard) of the texts that this one is a near-duplicate of, in the order of numbers."""
+        """(number, jaccard) of the texts of which this one is a near-duplicate, by ascending number."""
         own = shingles(text)
         common = Counter(number for shingle in own for number in self._holders.get(shingle, ()))
         for number, shared in sorted(common.items()):

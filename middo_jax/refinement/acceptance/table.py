@@ -1,13 +1,14 @@
-"""The checks of the table of gates, and asking them in order.
+"""The checks of the gates, and how they are applied in order.
 
-The rows are in `config.gates`, since settings and reports are read off them too. A gate of your own:
+The rows of the table are in `config.gates`, since settings and reports are derived from them too. A gate of
+your own:
 
     def polite(candidate: Candidate, minimum: float) -> Finding | None:
         return None if candidate.response.count("please") >= minimum else Finding("not polite")
 
     row = Gate("polite", needs="answer", accept="sane", of="all", title="polite", rule="...",
                feedback={"": "It was rude."}, switch=Switch(1.0, ge=0))
-    register(row, polite)      # refine.gates.polite=2 is a setting from now on
+    register(row, polite)      # from now on refine.gates.polite=2 is a setting
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from middo_jax.refinement.acceptance import measured, text
 from middo_jax.refinement.acceptance.candidate import Candidate, Check, Finding
 from middo_jax.refinement.tasks import Verdict
 
-_USERS = (RefineSettings, Config)  # the groups that contain the gates' settings, the innermost first
+_USERS = (RefineSettings, Config)  # the groups that contain the gates' settings, innermost first
 
 
 def _duplicate(candidate: Candidate, _: Any) -> Finding | None:
@@ -50,10 +51,10 @@ _CHECKS: dict[str, Check] = {
 
 
 def register(row: rows.Gate, check: Check) -> None:
-    """Adds a gate: its row behind those that need no more, its setting, and its check.
+    """Adds a gate: its row after the rows of the same phase, its setting, and its check.
 
     Raises:
-      ValueError: there is a gate of that name.
+      ValueError: a gate of that name exists.
     """
     rows.enter(row)
     _CHECKS[row.name] = check
@@ -61,10 +62,10 @@ def register(row: rows.Gate, check: Check) -> None:
 
 
 def unregister(name: str) -> None:
-    """Takes a gate out again.
+    """Removes a gate.
 
     Raises:
-      KeyError: there is none of that name.
+      KeyError: there is no gate of that name.
     """
     rows.strike(name)
     del _CHECKS[name]
@@ -72,7 +73,7 @@ def unregister(name: str) -> None:
 
 
 def asked(needs: rows.Needs, axes: Collection[str], settings: RefineSettings) -> list[rows.Gate]:
-    """The gates of one phase that a rewrite of these axes has to pass, in order."""
+    """The gates of one phase that a rewrite for these axes must pass, in order."""
     values = settings.gates.values()
     return [
         row
@@ -82,7 +83,7 @@ def asked(needs: rows.Needs, axes: Collection[str], settings: RefineSettings) ->
 
 
 def first_verdict(candidate: Candidate, needs: rows.Needs, settings: RefineSettings) -> Verdict | None:
-    """Asks the gates of one phase in order; the verdict of the first that the candidate does not pass."""
+    """The verdict of the first gate of one phase that the candidate does not pass; None if it passes all."""
     for row in asked(needs, candidate.task.axes, settings):
         finding = _CHECKS[row.name](candidate, _value(row, settings.gates))
         if finding is not None:

@@ -1,4 +1,4 @@
-"""The gates that look at a candidate's text alone, beside its original's. Pure functions."""
+"""The gates that compare a candidate's text with its original's. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from middo_jax.refinement.prompts import EXAMPLES, MATERIAL
 from middo_jax.refinement.reply import control_character, control_token, reasoning_mark
 from middo_jax.refinement.tasks import Task
 
-# Texts of our own requests that mark a candidate as an echo of them.
+# Texts of our own requests: a candidate that contains one is an echo.
 LEFTOVERS = ("<prompt>", "</prompt>", *EXAMPLES, MATERIAL)
 
 
 def readable(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the reply contains a prompt that can be trained on."""
+    """Whether the reply contains a prompt that is fit for training."""
     prompt = candidate.prompt
     if prompt is None:
         how = ending(candidate.finish_reason)
@@ -33,42 +33,43 @@ def readable(candidate: Candidate, _: Any) -> Finding | None:
 
 
 def sane(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the prompt is no refusal, no echo and no copy."""
+    """Whether the prompt is neither a refusal nor an echo nor a copy."""
     task, prompt = candidate.task, candidate.prompt or ""
     if is_refusal(prompt):
         return Finding("refused", "refused")
     if left := _leftover(task, prompt):
         return Finding(f"echo of {left} in the prompt", "echo")
-    # To rewrite for quality may be to answer better. But what was to become easier and did not has only got a
-    # model's own words for an answer, whose loss is low whether it is right or not.
-    if task.axes != ("quality",) and any(_same(prompt, e.prompt) for e in (task.source, *task.hints)):
+    # A rewrite for quality may keep the prompt and improve the answer. But an unchanged prompt that should
+    # have become easier only gets an answer in the model's own words, whose loss is low even if the answer is
+    # wrong.
+    if task.axes != ("quality",) and any(_same(prompt, e.prompt) for e in (task.original, *task.hints)):
         return Finding("unchanged", "unchanged")
     return None
 
 
 def numbers(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether a rewritten prompt has its original's numbers."""
+    """Whether a rewritten prompt keeps its original's numbers."""
     simpler = "complexity" in candidate.task.axes
     return _found(
-        changed_numbers(candidate.task.source.prompt, candidate.prompt or "", exchanged_only=simpler)
+        changed_numbers(candidate.task.original.prompt, candidate.prompt or "", exchanged_only=simpler)
     )
 
 
 def code(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether a rewritten prompt has its original's code blocks."""
-    return _found(lost_code(candidate.task.source.prompt, candidate.prompt or ""))
+    """Whether a rewritten prompt keeps its original's code blocks."""
+    return _found(lost_code(candidate.task.original.prompt, candidate.prompt or ""))
 
 
 def language(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether a prompt is in a language of its original, or of the core and its neighbours."""
+    """Whether a prompt has a language of its original; for an addition, of the core or a neighbour."""
     task = candidate.task
-    known = [task.source.prompt, *(hint.prompt for hint in task.hints)]
+    known = [task.original.prompt, *(hint.prompt for hint in task.hints)]
     fault = changed_language(candidate.prompt or "", known)
     return Finding(f"prompt in {fault}") if fault else None
 
 
 def answer_readable(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the answer is whole and can be trained on."""
+    """Whether the answer is whole and fit for training."""
     how = ending(candidate.finish_reason)
     if how == "cut":
         return Finding("truncated answer", "truncated answer")
@@ -82,7 +83,7 @@ def answer_readable(candidate: Candidate, _: Any) -> Finding | None:
 
 
 def answer_sane(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the answer is no refusal, no echo, and something changed."""
+    """Whether the answer is neither a refusal nor an echo, and prompt or answer changed."""
     task, prompt, response = candidate.task, candidate.prompt or "", candidate.response
     if is_refusal(response):
         return Finding("refused", "refused")
@@ -91,17 +92,14 @@ def answer_sane(candidate: Candidate, _: Any) -> Finding | None:
     if _same(prompt, response):
         return Finding("answer repeats the prompt", "answer repeats the prompt")
     replaces = task.op != "synthesize"
-    if replaces and _same(prompt, task.source.prompt) and _same(response, task.source.response):
+    if replaces and _same(prompt, task.original.prompt) and _same(response, task.original.response):
         return Finding("unchanged", "unchanged")
     return None
 
 
 def answer_language(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the answer is in a language of its original or of the prompt.
-
-    A new sample may ask for another language than its core does, such as for a translation.
-    """
-    original = candidate.task.source.response
+    """Whether the answer has a language of the original's answer or of the prompt."""
+    original = candidate.task.original.response
     if not languages(original):
         return None
     fault = changed_language(candidate.response, [original, candidate.prompt or ""])
@@ -113,14 +111,14 @@ def _found(fault: str | None) -> Finding | None:
 
 
 def _leftover(task: Task, text: str) -> str | None:
-    """A piece of our own request or a mark of reasoning, unless the samples contain it."""
+    """The first piece of our own request or mark of reasoning that the samples do not contain; or None."""
     lowered, given = text.lower(), task.given.lower()
     pieces = (piece for piece in LEFTOVERS if piece.lower() in lowered and piece.lower() not in given)
     return next(pieces, None) or reasoning_mark(text, given)
 
 
 def _control(candidate: Candidate, text: str, name: str) -> Finding | None:
-    """What no text of a dataset contains: control tokens, of any model, and control characters."""
+    """A finding if a text contains a control token of any model or a control character."""
     own = _first_in(text, candidate.special_tokens)
     if token := own or control_token(text, candidate.task.given):
         return Finding(f"control token {token} in the {name}", "control token")

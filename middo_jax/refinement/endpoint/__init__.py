@@ -1,1 +1,1 @@
-"""A client of any OpenAI-compatible server: it is given messages, and knows neither prompts nor axes."""
+"""A client of any OpenAI-compatible server. It sends messages; it does not depend on prompts or axes."""

@@ -1,7 +1,7 @@
-"""Refining without an endpoint: requests into a file of OpenAI's batch format, and results out of one.
+"""Refining without an endpoint: writes requests to files in OpenAI's batch format and reads the result files.
 
-A task asks several times, each time with what came before. So it goes back and forth: write what can be asked
-now, have it run, read the results into the cache, write again, until nothing is left to ask.
+A task sends several requests, and each depends on the answers before it. So several files are needed: write
+the requests that are possible now, have them answered, read the results into the cache, write the next ones.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 
 from middo_jax.refinement.endpoint.budget import NOTHING, Budget
 from middo_jax.refinement.endpoint.cache import AnswerCache
+from middo_jax.refinement.endpoint.context_check import check_context
 from middo_jax.refinement.endpoint.dialect import Dialect, refused_field
 from middo_jax.refinement.endpoint.faults import RETRIED, BudgetReached, NotAnswered, RequestRefused, words
 from middo_jax.refinement.endpoint.ledger import Ledger
-from middo_jax.refinement.endpoint.probe import JSON, TEXT, Probe, schema_refusal
+from middo_jax.refinement.endpoint.probe import JSON, TEXT, Probe
 from middo_jax.refinement.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
-from middo_jax.refinement.endpoint.room import watch_context
+from middo_jax.refinement.endpoint.stored import keep_schema_refusal, stored_answer
 from middo_jax.refinement.endpoint.usage import Ceiling, ceiling
 from middo_jax.rundir import RunError, write_jsonl
 
@@ -30,9 +31,13 @@ _OF_SCHEMA = re.compile(r"schema|grammar|response_format|json|structured|guided"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One line of a result file: an answer, or what the server said instead.
+    """One line of a result file.
 
-    `is_final` says that the same request would fail again; `field` that the server refuses this field of it.
+    Attributes:
+      answer: None if the request failed.
+      said: what the server said instead of an answer.
+      is_final: whether the same request would fail again.
+      field: the field of the request that the server refuses, if it refused one.
     """
 
     answer: Answer | None
@@ -42,10 +47,10 @@ class Result:
 
 
 class BatchClient:
-    """Answers from the cache; what is not there waits in `waiting`, by key, in the order of asking."""
+    """Answers from the cache. Other requests are collected in `waiting`, by key, in the order of asking."""
 
     def __init__(self, requests: Requests, cache: AnswerCache, ledger: Ledger) -> None:
-        """As a ChatClient, without an endpoint. Raises ConfigError if a budget is set without prices."""
+        """See `ChatClient`. Raises ConfigError if a budget in US dollars is set without prices."""
         settings = requests.settings
         self.model = requests.model
         self.ledger = ledger
@@ -59,12 +64,15 @@ class BatchClient:
         self._dialect = Dialect(cache, requests.served)
 
     async def honours(self, probe: Probe) -> bool:
-        """As was found out before; no server can be asked, so that it counts as no from then on."""
+        """The finding in the cache.
+
+        Without one the answer is no and is kept, since no server can be asked.
+        """
         return self._cache.learn(self._requests.form_fact, TEXT) == JSON
 
     async def refuse_schema(self, reason: str) -> None:
-        """Keeps that the server refuses schemas: no request with one is written any more."""
-        self._cache.learn(self._requests.schema_fact, reason)
+        """Records that the server refuses schemas: no request with a schema is written from then on."""
+        keep_schema_refusal(reason, self._requests, self._cache)
 
     async def complete(
         self,
@@ -75,21 +83,18 @@ class BatchClient:
         response_format: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
     ) -> Answer:
-        """The answer that the cache has.
+        """The answer in the cache.
 
         Raises:
-          NotAnswered: it has none.
-          RequestRefused: nor will it: a result says so.
-          BudgetReached: with what waits already, it could pass a budget.
+          NotAnswered: the cache has no answer; the request waits for a batch.
+          RequestRefused: a result file contains a refusal of this request.
+          BudgetReached: this request and those that wait could exceed a budget.
         """
         request = self._requests.build(
             messages, attempt=attempt, response_format=response_format, max_tokens=max_tokens
         )
-        if stored := self._cache.get(request.key):
-            self.ledger.hit(account)
+        if stored := stored_answer(request, account, self._requests, self._cache, self.ledger):
             return stored
-        if response_format is not None and (refusal := schema_refusal(self._cache, self._requests)):
-            raise refusal
         if refused := self._refused.get(request.key):
             raise RequestRefused(f"refused in the batch: {refused.said}", f"request refused: {refused.said}")
         if request.key not in self.waiting:
@@ -101,18 +106,18 @@ class BatchClient:
         raise NotAnswered("requests wait for a batch", "waits for a batch", stops_stage=True)
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: there are no connections."""
 
     def start_over(self) -> None:
-        """Nothing waits any more: all is about to be asked again."""
+        """Forgets the waiting requests, before all tasks are asked again."""
         self.waiting.clear()
         self._planned = NOTHING
 
     def take(self, results: Mapping[str, Result]) -> set[str]:
-        """Settles the waiting requests that `results` has something final about; their keys.
+        """Removes the waiting requests with a final result and returns their keys.
 
-        Answers go into the cache and the ledger; failures go nowhere, and refusals are known to this object
-        only. A request of which the server refused a field waits on, to be written without it.
+        Answers are written to the cache and the ledger. Refusals are kept in this object only, other failures
+        not at all. If the server refused a field, the request keeps waiting and is written without the field.
         """
         settled = set()
         for key, (request, account) in list(self.waiting.items()):
@@ -126,21 +131,21 @@ class BatchClient:
                 continue
             settled.add(key)
             if result.answer:
-                watch_context(self._cache, request.body["messages"], result.answer)
+                check_context(self._cache, request.body["messages"], result.answer)
                 prices = self._settings.prices
                 most = ceiling(prices, request.body["messages"], request.body["max_tokens"])
                 self.ledger.begin(account, most, retry=False)
                 self.ledger.answered(account, most, 0.0, result.answer, request.canonical, prices)
             else:
                 if "response_format" in request.body and _OF_SCHEMA.search(result.said):
-                    self._cache.learn(self._requests.schema_fact, f"request refused: {result.said}")
+                    keep_schema_refusal(f"request refused: {result.said}", self._requests, self._cache)
                 self._refused[key] = result
                 self.ledger.failed(account)
             del self.waiting[key]
         return settled
 
     def write(self, path: Path) -> None:
-        """Writes the waiting requests, one a line, whole or not at all."""
+        """Writes the waiting requests, one per line, whole or not at all."""
         rows = (
             {"custom_id": key, "method": "POST", "url": URL, "body": self._dialect.sent(request.body)}
             for key, (request, _) in self.waiting.items()
@@ -149,10 +154,10 @@ class BatchClient:
 
 
 def read_results(paths: Iterable[Path]) -> dict[str, Result]:
-    """Result files by request key; of several results for one request an answer wins, else the last.
+    """The results by request key. If a request has several, an answer is preferred, otherwise the last one.
 
     Raises:
-      RunError: a line is none of a batch's results; the message names file and line.
+      RunError: a line is not a result of a batch; the message names file and line.
     """
     results: dict[str, Result] = {}
     for path in paths:
@@ -165,8 +170,8 @@ def read_results(paths: Iterable[Path]) -> dict[str, Result]:
                     key = row["custom_id"]
                 except (ValueError, TypeError, LookupError) as e:
                     raise RunError(
-                        f"{path}:{number}: no line of a batch's results ({e!r}); it must be the output file "
-                        "of a batch that `middo refine --write-batch` wrote"
+                        f"{path}:{number}: not a result of a batch ({e!r}); give the output file of a batch "
+                        "that `middo refine --write-batch` wrote"
                     ) from e
                 if results.get(key) is None or results[key].answer is None:
                     results[key] = _read_result(row, key)

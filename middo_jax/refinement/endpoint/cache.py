@@ -1,6 +1,6 @@
-"""The refiner's answers and what they cost, in one SQLite file that rounds and runs may share.
+"""The refiner's answers and their cost, in one SQLite file that rounds and runs may share.
 
-An answer is keyed by what was asked, not by whom: neither the endpoint's address nor its key is part of it.
+The key of an answer depends on the request only, not on the endpoint's address or its API key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class CacheError(RuntimeError):
     """The cache file cannot be used; the message says what to do."""
 
 
-_KEPT = tuple(name for name in FIELDS if name != "from_cache")  # costs nothing, and every start counts anew
+_KEPT = tuple(name for name in FIELDS if name != "from_cache")  # free, and counted anew by every start
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT NOT NULL, text TEXT NOT NULL, "
     "finish_reason TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, "
@@ -38,23 +38,23 @@ _ENTER = (
 class AnswerCache:
     """Answers by request key, spending by run, round and account, and facts about servers.
 
-    Only answers are stored as such, never failures. Every write is committed at once: what was paid for
-    survives the process. Several processes may have the file open; an object is used from one thread.
+    Failures are never stored. Every write is committed at once, so paid answers survive the process. Several
+    processes may have the file open; one object is for one thread.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Opens or creates the file.
 
         Raises:
-          CacheError: the file is no cache, or its folder cannot be written.
+          CacheError: the file is not a cache, or its folder is not writable.
         """
         self.path = Path(path)
-        self.said = set[str]()  # warnings given since: each is given once
+        self.said = set[str]()  # names of warnings that were given: each is given once
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=30.0)  # seconds to wait for another run's write
             self._db.execute("PRAGMA journal_mode=WAL")
-            # In WAL mode NORMAL loses a commit only when the machine itself goes down, not the process.
+            # In WAL mode with NORMAL, a commit survives the death of the process, not that of the machine.
             self._db.execute("PRAGMA synchronous=NORMAL")
             for table in _TABLES:
                 self._db.execute(table)
@@ -77,15 +77,17 @@ class AnswerCache:
         change: Usage,
         answer: tuple[str, Answer] | None = None,
     ) -> None:
-        """Adds to what a run has spent and, in the same transaction, keeps an answer.
+        """Adds to the spending of a run and, in the same transaction, stores an answer.
 
         Args:
-          run: its name; `round_index` and `account` say where in it.
-          change: added to every counter.
-          answer: (canonical request, answer with its key). Of two for one request the first stays.
+          run: name of the run.
+          round_index: round of the run.
+          account: account within the round.
+          change: is added to the counters.
+          answer: (canonical request, answer with its key). The first answer to a request is kept.
 
         Raises:
-          CacheError: the file cannot be written any more.
+          CacheError: the file is no longer writable.
         """
         with self._explained(), self._db:
             values = (getattr(change, name) for name in _KEPT)
@@ -106,17 +108,17 @@ class AnswerCache:
                 )
 
     def spent(self, run: str) -> dict[tuple[int, str], Usage]:
-        """What a run has spent over all its starts, by (round, account)."""
+        """The spending of a run over all its starts, by (round, account)."""
         rows = self._db.execute(f"SELECT round, axis, {', '.join(_KEPT)} FROM spent WHERE run = ?", (run,))
         return {(row[0], row[1]): Usage(**dict(zip(_KEPT, row[2:], strict=True))) for row in rows}
 
     def fact(self, name: str) -> str | None:
-        """What was found out once, or None."""
+        """A fact that was found out earlier, or None."""
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return row[0] if row else None
 
     def learn(self, name: str, value: str, replace: bool = False) -> str:
-        """Keeps a fact and returns it; a known one stays, for answers were asked by it, unless `replace`."""
+        """Stores a fact and returns the stored one. A known fact is kept unless `replace`."""
         conflict = "REPLACE" if replace else "IGNORE"
         with self._explained(), self._db:
             self._db.execute(f"INSERT OR {conflict} INTO facts VALUES (?, ?)", (name, value))

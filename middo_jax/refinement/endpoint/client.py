@@ -1,7 +1,7 @@
 """The async client of any OpenAI-compatible chat endpoint, or of several that serve one model.
 
-What was answered once is never asked again; what failed is tried again only where that can help, and its last
-failure is final. The key is read from the environment and appears in no message, log or file.
+An answered request is never sent again. A failed request is tried again only if that can help; its last
+failure is final. The API key is read from the environment and appears in no message, log or file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from middo_jax.config import ConfigError, RefineSettings
+import openai
+
+from middo_jax.config import ConfigError, RefineSettings, RequestRate, TokenRate
 from middo_jax.refinement.endpoint.budget import Budget
 from middo_jax.refinement.endpoint.cache import AnswerCache
+from middo_jax.refinement.endpoint.context_check import check_context
 from middo_jax.refinement.endpoint.dialect import Dialect
 from middo_jax.refinement.endpoint.faults import (
     OVERLOAD,
@@ -33,9 +36,8 @@ from middo_jax.refinement.endpoint.faults import (
     read_fault,
 )
 from middo_jax.refinement.endpoint.ledger import Ledger
-from middo_jax.refinement.endpoint.probe import JSON, TEXT, Probe, schema_refusal
+from middo_jax.refinement.endpoint.probe import JSON, TEXT, Probe
 from middo_jax.refinement.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
-from middo_jax.refinement.endpoint.room import watch_context
 from middo_jax.refinement.endpoint.servers import (
     FAILURES_IN_A_ROW,
     Endpoint,
@@ -43,18 +45,22 @@ from middo_jax.refinement.endpoint.servers import (
     is_loopback,
     shown,
 )
+from middo_jax.refinement.endpoint.stored import keep_schema_refusal, stored_answer
 from middo_jax.refinement.endpoint.throttle import RateLimits, Throttle
-from middo_jax.refinement.endpoint.usage import CHARACTERS_A_TOKEN, Ceiling, ceiling, estimated_tokens
+from middo_jax.refinement.endpoint.usage import CHARACTERS_PER_TOKEN, Ceiling, ceiling, estimated_tokens
 
-WINDOW = 200  # requests, of which more than half may not fail
-DOUBLINGS = 3  # of the wait between two tries; longer ones would outlast the overload
-REFUSAL = 0.25  # of a try: one in an overload, while others get through, costs nothing and tells little
+WINDOW = 200  # requests; the stage stops if more than half of them failed
+DOUBLINGS = 3  # of the wait between two tries; longer waits would outlast an overload
+REFUSAL = 0.25  # of a try: weight of a refusal by overload while other requests are answered
 CONNECT_TIMEOUT_S = 10.0
-SECRET_CHARS = 16  # of a key that is one; local servers take any word
+SECRET_CHARS = 16  # a shorter key is a dummy for a local server
 
 
 class ChatClient:
-    """Asks, remembers every answer, and enters what it costs. For one event loop; `close()` it."""
+    """Sends requests, stores every answer, and enters its cost.
+
+    For one event loop; call `close()` at the end.
+    """
 
     def __init__(
         self,
@@ -66,16 +72,16 @@ class ChatClient:
         ledger: Ledger | None = None,
         backoff_s: float = 1.0,
     ) -> None:
-        """Prepares the connection pools; nothing is sent yet.
+        """Prepares the connection pools; sends nothing yet.
 
         Args:
-          requests: the model and the settings with which it is asked.
+          requests: builds the requests: the model and its settings.
           base_url: up to and including `/v1`; several are servers of the same model.
-          cache: where answers are looked up and kept.
+          cache: stores the answers.
           sends_key: whether requests carry the key of `refine.api_key_env`; otherwise a dummy. The key is
-            for the server that the user named, and for no other.
-          ledger: where costs are entered, so that a budget spans several clients.
-          backoff_s: before the first retry, doubled for each one after.
+            only for the server that the user named.
+          ledger: records costs; clients that share a ledger share its budget.
+          backoff_s: seconds before the first retry, doubled for each further one.
 
         Raises:
           ConfigError: the key cannot be sent, or a budget is set without prices.
@@ -94,7 +100,11 @@ class ChatClient:
             [_connect(url, self._key, settings) for url in urls], settings.max_retries, backoff_s
         )
         self._budget = Budget(settings, self.ledger)
-        self._rates = RateLimits(settings.requests_per_minute, settings.tokens_per_minute)
+        limit = settings.per_minute
+        self._rates = RateLimits(
+            limit.requests if isinstance(limit, RequestRate) else None,
+            limit.tokens if isinstance(limit, TokenRate) else None,
+        )
         self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._final: dict[str, RefinerError] = {}
         self._ended: collections.deque[bool] = collections.deque(maxlen=WINDOW)  # whether with an answer
@@ -110,15 +120,15 @@ class ChatClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connections. The cache stays open: it belongs to the caller."""
+        """Closes the connections. The caller closes the cache."""
         for endpoint in self.endpoints.all:
             await endpoint.api.close()
 
     async def honours(self, probe: Probe) -> bool:
-        """Whether the server holds its replies to a schema; found out once per model and kept in the cache.
+        """Whether the server enforces a schema; found out once per model and kept in the cache.
 
-        If the request with the schema fails, the same one without it tells a server that fails at schemas
-        from one that fails at everything. The finding is kept, since the requests that follow depend on it.
+        If the request with the schema fails, the same request without it shows whether the server fails at
+        schemas only. The finding is kept, since the later requests depend on it.
 
         Raises:
           RefinerError: the server does not answer.
@@ -137,15 +147,15 @@ class ChatClient:
         except (RequestRefused, EndpointFailed) as error:
             if error.stops_stage:
                 raise
-            if isinstance(error, EndpointFailed):  # llama-cpp-python's server says 500 to what it cannot read
+            if isinstance(error, EndpointFailed):  # llama-cpp-python's server answers a bad request with 500
                 with contextlib.suppress(BudgetReached):
                     await self._ask(plain, probe.account)
             return self._cache.learn(name, TEXT) == JSON
         return self._cache.learn(name, JSON if probe.is_held(answer.text) else TEXT) == JSON
 
     async def refuse_schema(self, reason: str) -> None:
-        """Keeps that the server refuses schemas: no request with one is sent any more."""
-        self._cache.learn(self._requests.schema_fact, reason)
+        """Records that the server refuses schemas: no request with a schema is sent from then on."""
+        keep_schema_refusal(reason, self._requests, self._cache)
 
     async def complete(
         self,
@@ -158,26 +168,23 @@ class ChatClient:
     ) -> Answer:
         """The answer to a conversation, from the cache or from an endpoint.
 
-        Equal requests asked at the same time are sent once. Another `attempt` is another request; its
-        cost is entered under `account`.
+        Equal requests at the same time are sent once. A request with another `attempt` is a different
+        request. Its cost is entered under `account`.
 
         Raises:
-          RequestRefused: the endpoint will not answer this.
-          EndpointFailed: it did not within `refine.max_retries`, or is away.
-          BudgetReached: asking could pass a budget.
+          RequestRefused: the endpoint refuses this request.
+          EndpointFailed: the endpoint did not answer within `refine.max_retries`, or is away.
+          BudgetReached: the request could exceed a budget.
         """
         request = self._requests.build(
             messages, attempt=attempt, response_format=response_format, max_tokens=max_tokens
         )
         lock = self._asking.setdefault(request.key, asyncio.Lock())
         async with lock:
-            if stored := self._cache.get(request.key):
-                self.ledger.hit(account)
+            if stored := stored_answer(request, account, self._requests, self._cache, self.ledger):
                 return stored
-            if response_format is not None and (refusal := schema_refusal(self._cache, self._requests)):
-                raise refusal
             if request.key in self._final:
-                # Without its old traceback, which would grow with every raise and hold all those frames.
+                # Without its old traceback, which would grow with every raise and keep all its frames alive.
                 raise self._final[request.key].with_traceback(None)
             try:
                 answer = await self._ask(request, account)
@@ -190,7 +197,7 @@ class ChatClient:
             return answer
 
     async def _ask(self, request: ChatRequest, account: str) -> Answer:
-        """Tries until there is an answer or none is to be had."""
+        """Tries until there is an answer, or until further tries cannot help."""
         answers_before = self.ledger.here.answers
         most = ceiling(self._settings.prices, request.body["messages"], request.body["max_tokens"])
         tries, sent = 0.0, 0
@@ -213,14 +220,14 @@ class ChatClient:
                 tries += REFUSAL if outcome.status in OVERLOAD and others_answered else 1.0
                 if not outcome.worth_waiting or tries > self._settings.max_retries:
                     silent = outcome.worth_waiting and outcome.endpoint_wide and not others_answered
-                    if silent and endpoint.has_answered:  # an outage, not the first that was seen of it
+                    if silent and endpoint.has_answered:  # an outage: the server has worked before
                         self.endpoints.leave_out(endpoint)
                         continue
-                    # Where others got through, an overload is this one's bad luck: the rest may fare better.
+                    # While other requests are answered, an overload says nothing about the rest.
                     unlucky = outcome.retried and outcome.overload and others_answered
                     raise self._gave_up(outcome, sent, stops=outcome.endpoint_wide and not unlucky)
                 delay = self._delay(outcome, sent)
-                if outcome.overload:  # it keeps its place meanwhile, so that less is asked of the server
+                if outcome.overload:  # still counts as in flight while it waits, which lowers the load
                     await self._sleep(delay)
             finally:
                 self.endpoints.give_back(endpoint)
@@ -239,10 +246,8 @@ class ChatClient:
     ) -> Answer | Fault:
         """Sends `body` once, for the request.
 
-        A failure is returned and not raised, so that no traceback drags the request along.
+        A failure is returned and not raised, since a traceback would keep the request alive.
         """
-        import openai
-
         taken = await self._rates.take(
             estimated_tokens(request.body["messages"]) + request.body["max_tokens"]
         )
@@ -250,9 +255,9 @@ class ChatClient:
         began = time.monotonic()
         try:
             try:
-                # The package's own limit is one between two bytes; this one is for the whole answer.
+                # The package's own time-out is for the time between two bytes; this one is for the answer.
                 async with asyncio.timeout(self._settings.timeout):
-                    # Not by the typed method, which would take the body apart twice and check nothing of it.
+                    # Not the typed method, which parses the body twice and checks nothing.
                     reply = await endpoint.api.post("/chat/completions", body=body, cast_to=object)
                 answer = self._without_key(read_answer(reply, request.key))
             except (
@@ -267,40 +272,39 @@ class ChatClient:
                 if not fault.charged:
                     self._rates.correct(taken, 0)
                 return fault
-            # Before any await: it is paid for.
+            # Before any await, so that no cancellation loses a paid answer.
             seconds = time.monotonic() - began
             self.ledger.answered(account, most, seconds, answer, request.canonical, self._settings.prices)
         finally:
             await self._budget.end()
-        watch_context(self._cache, request.body["messages"], answer)
-        tokens = answer.completion_tokens or len(answer.text) // CHARACTERS_A_TOKEN
+        check_context(self._cache, request.body["messages"], answer)
+        tokens = answer.completion_tokens or len(answer.text) // CHARACTERS_PER_TOKEN
         endpoint.throttle.answered(began, tokens)
         endpoint.answered()
         self._rates.correct(taken, answer.prompt_tokens + tokens)
         return answer
 
     def _without_key(self, answer: Answer) -> Answer:
-        """The answer, should it shout the key back. A short key is a dummy, a word that texts may hold."""
+        """The answer with the key removed, if the server echoed it. A short key may be a word of the text."""
         if self._key is None or len(self._key) < SECRET_CHARS or self._key not in answer.text:
             return answer
         return dataclasses.replace(answer, text=answer.text.replace(self._key, "***"))
 
     def _is_away(self, endpoint: Endpoint, fault: Fault, key: str) -> bool:
-        """Whether a fault is the server's rather than the request's, so that the try does not count."""
+        """Whether a fault is due to the server, not the request. Such a try does not count."""
         if not fault.worth_waiting:
             if not fault.retried:
-                endpoint.answered()  # it has, if only with a refusal
+                endpoint.answered()  # a refusal shows that the server works
             return False
         return self.endpoints.failed(endpoint, fault, key)
 
     def _delay(self, fault: Fault, sent: int) -> float:
-        """Seconds to wait: what the server asks for and some more, doubling; jitter parts those that failed
-        together."""
+        """Seconds to wait: what the server asks for, plus a back-off that doubles, with jitter."""
         backoff = self._backoff_s * 2.0 ** min(sent - 1, DOUBLINGS) * random.uniform(0.5, 1.0)
         return (fault.retry_after or 0.0) + backoff
 
     async def _sleep(self, seconds: float) -> None:
-        """Sleeps, unless the stage stops meanwhile."""
+        """Sleeps, but not longer than until the stage stops."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
@@ -318,7 +322,10 @@ class ChatClient:
         return error
 
     def _failed(self, error: RefinerError, account: str) -> RefinerError:
-        """Counts a request that was given up; the error to raise, which stops the stage if too many were."""
+        """Counts a request that was given up.
+
+        Returns the error to raise; it stops the stage after too many.
+        """
         self.ledger.failed(account)
         self._ended.append(False)
         if self._stopped:
@@ -335,27 +342,25 @@ class ChatClient:
         return error
 
     def _stop(self, error: RefinerError) -> None:
-        """Nothing more is sent; what is in flight is finished and kept."""
+        """Stops sending. Requests in flight are finished and their answers kept."""
         self._stopped = error
         self.endpoints.stop(error)
         self._stopping.set()
 
 
 def _connect(url: str, key: str | None, settings: RefineSettings) -> Endpoint:
-    import openai
-
-    # By its type: the package has had more than one HTTP library.
+    # By the type of the default, since the package has changed its HTTP library before.
     limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
         max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency
     )
     api = openai.AsyncOpenAI(
-        api_key=key or "none",  # the package insists on one, local servers don't
+        api_key=key or "none",  # the package requires a key, local servers do not
         base_url=url,
         max_retries=0,
         timeout=openai.Timeout(settings.timeout, connect=min(CONNECT_TIMEOUT_S, settings.timeout)),
         http_client=openai.DefaultAsyncHttpxClient(
             limits=limits,
-            # A proxy that the environment names cannot reach this machine's own loopback.
+            # A proxy from the environment cannot reach this machine's loopback.
             trust_env=not is_loopback(url),
         ),
     )
@@ -363,8 +368,8 @@ def _connect(url: str, key: str | None, settings: RefineSettings) -> Endpoint:
 
 
 def _read_key(variable: str) -> str | None:
-    """The key without the newline that `export KEY=$(cat file)` may leave; None where there is none."""
+    """The key without surrounding white space; None if it is not set."""
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"config: the key in ${variable} holds characters that no HTTP header can carry")
+        raise ConfigError(f"config: the key in ${variable} has characters that an HTTP header cannot carry")
     return key or None

@@ -1,7 +1,7 @@
-"""What a server calls the fields of a request: found out from its refusals, once, and kept in the cache.
+"""The names of a request's fields at a server: learnt from its refusals, once, and kept in the cache.
 
-Newer OpenAI models refuse `max_tokens` and call it `max_completion_tokens`; they and others refuse any
-`temperature` but their own, `top_p` or `seed`. The keys of answers do not depend on any of this.
+Newer OpenAI models refuse `max_tokens` and expect `max_completion_tokens`. They and others refuse `top_p`,
+`seed` and any `temperature` but their own. The keys of answers do not depend on these names.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAMED = re.compile(r"\b(?:max_tokens|max_completion_tokens|temperature|top_p|se
 
 
 def refused_field(said: object) -> str | None:
-    """The field of a request that a server's refusal says it does not know, or None.
+    """The field of a request that a refusal complains about; None if it has another reason.
 
     {"message": "Unsupported parameter: 'max_tokens' ...", "param": "max_tokens"}  ->  "max_tokens"
     """
@@ -41,13 +41,13 @@ def refused_field(said: object) -> str | None:
         named = [match.group() for match in _NAMED.finditer(f"{field} {text}")]
         if not named or not (code in _CODES or _UNSUPPORTED.search(text)):
             continue
-        # "`temperature` and `top_p` cannot both be specified": one of them says enough.
+        # "`temperature` and `top_p` cannot both be specified": leaving out one of them is enough.
         return "top_p" if "cannot both" in text and "top_p" in named else named[0]
     return None
 
 
 def _complaints(said: object) -> Iterator[tuple[str, str, str]]:
-    """(message, code, field) of each thing that a refusal names, as OpenAI and as pydantic write them."""
+    """(message, code, field) of each complaint in a refusal, in the formats of OpenAI and of pydantic."""
     if isinstance(said, str):
         yield said, "", ""
     if not isinstance(said, Mapping):
@@ -63,14 +63,14 @@ def _complaints(said: object) -> Iterator[tuple[str, str, str]]:
 
 
 class Dialect:
-    """How the fields of requests are sent to the servers of one model."""
+    """The fields of requests as the servers of one model accept them."""
 
     def __init__(self, cache: AnswerCache, served: str) -> None:
-        """Reads what is known.
+        """Reads the findings from the cache.
 
         Args:
-          cache: where findings are kept.
-          served: names the model and its revision.
+          cache: stores the findings.
+          served: the model and its revision, see `Requests.served`.
         """
         self._cache, self._served = cache, served
         self._names: dict[str, str] = {}  # a field -> its name for this server, or LEFT_OUT
@@ -80,29 +80,29 @@ class Dialect:
         self._tried = {(field, name) for field, name in self._names.items()}
 
     def sent(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """A request's body with the names that the server knows."""
+        """A request's body with the fields as the server accepts them."""
         named = {self._names.get(field, field): value for field, value in body.items()}
         named.pop(LEFT_OUT, None)
         return named
 
     def adapt(self, field: str | None, sent: Mapping[str, Any]) -> bool:
-        """Takes in that a server refused a field; says whether the request is worth sending once more.
+        """Learns that a server refused a field. Returns whether the request should be sent again.
 
         Args:
-          field: of `refused_field`.
+          field: as `refused_field` returns it.
           sent: the body that was refused.
         """
         if field is None or field not in sent:
             return False
         ours = LIMITS[0] if field in LIMITS else field
-        if self._names.get(ours, ours) != field:  # another request has found it out meanwhile
+        if self._names.get(ours, ours) != field:  # another request has learnt it meanwhile
             return True
         other = LIMITS[field == LIMITS[0]] if field in LIMITS else LEFT_OUT
         if (ours, other) in self._tried:
             return False
         self._tried |= {(ours, field), (ours, other)}
         self._names[ours] = self._cache.learn(self._fact(ours), other, replace=True)
-        instead = "left out, and the server's own holds" if other == LEFT_OUT else f"sent as {other!r}"
+        instead = "left out, and the server's own applies" if other == LEFT_OUT else f"sent as {other!r}"
         _log.warning("the refiner refuses the field %r: from now on it is %s", field, instead)
         return True
 

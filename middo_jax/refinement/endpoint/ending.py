@@ -1,4 +1,4 @@
-"""How a server says that an answer ended: one word for the many spellings of `finish_reason`."""
+"""How an answer ended: four endings for the many spellings of `finish_reason`."""
 
 from __future__ import annotations
 
@@ -6,25 +6,15 @@ import re
 from typing import Literal
 
 # whole     the model ended its answer
-# cut       a limit ended it, or a reason that nobody knows
+# cut       a limit ended it, or the reason is unknown
 # filtered  a filter ended it, or the model declined
-# broken    the server failed, or the model called a tool: the same request may be answered yet
+# broken    the server failed, or the model called a tool: another try may be answered
 Ending = Literal["whole", "cut", "filtered", "broken"]
 
 _WHOLE = {
     *("stop", "stopped", "stop_sequence", "stop_token", "stop_string", "stop_str", "stop_word", "stop_id"),
-    *(
-        "eos",
-        "eos_token",
-        "eos_token_id",
-        "eos_found",
-        "eot",
-        "eog",
-        "end",
-        "ended",
-        "end_turn",
-        "end_of_turn",
-    ),
+    *("eos", "eos_token", "eos_token_id", "eos_found", "eot", "eog", "end", "ended", "end_turn"),
+    *("end_of_turn",),
     *("end_of_text", "end_of_sequence", "endoftext", "complete", "completed", "finish", "finished", "done"),
     *("normal", "natural", "success", "succeeded", "null", "none", ""),
 }
@@ -44,9 +34,9 @@ _BROKEN = {
 
 
 def ending(finish_reason: str) -> Ending:
-    """How an answer ended, by its server's word: "stop" -> "whole", "MAX_TOKENS" -> "cut".
+    """How an answer ended, by its finish reason: "stop" -> "whole", "MAX_TOKENS" -> "cut".
 
-    A word that nobody knows counts as cut: an answer that may be a part of one is not learnt from.
+    An unknown reason counts as cut, so that no answer is trained on that may be incomplete.
     """
     word = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", finish_reason.strip()).lower()
     word = re.sub(r"[\s./-]+", "_", word).removeprefix("finish_reason_").removeprefix("finishreason_")

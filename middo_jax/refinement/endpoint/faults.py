@@ -1,8 +1,8 @@
-"""What can go wrong with a request: read from an exception, told apart, and said to the user.
+"""Failures of requests: how they are read from exceptions, classified, and explained to the user.
 
-Three questions decide what happens next. Can the same request succeed later (5xx, 429, time-outs, dropped
-connections, unreadable replies), or is the answer final (400, 401, 403, 404 and their like)? Is the request
-at fault, or the endpoint? And may the server charge for what it did not deliver?
+Three questions decide what happens after a failure. Can the same request succeed later (5xx, 429, time-outs,
+dropped connections, unreadable replies), or is the failure final (400, 401, 403, 404 and the like)? Is the
+request at fault, or the endpoint? May the server charge for the try?
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ import math
 import time
 from collections.abc import Mapping
 
+import openai
+
 from middo_jax.refinement.endpoint.dialect import refused_field
 
 RETRIED = {408, 409, 425, 429}  # and every 5xx
 OVERLOAD = {429, 503}
-UNREAD = {400, 422}  # the server could not take the request as it was written
-ENDPOINT_WIDE = {401, 402, 403, 404, 405, 429, 502, 503, 504}  # would meet any other request as well
-LONGEST_WAIT_S = 600.0  # that a server may ask for, or be away
-WORDS = 300  # characters kept of what a server says
+UNREAD = {400, 422}  # the server does not accept the request as it is
+ENDPOINT_WIDE = {401, 402, 403, 404, 405, 429, 502, 503, 504}  # any other request would fail alike
+LONGEST_WAIT_S = 600.0  # maximum `Retry-After`, and maximum time that a server may be away
+WORDS = 300  # characters kept of a server's message
 
 
 class RefinerError(RuntimeError):
-    """A request that will not be answered. The text tells the user what to do.
+    """A request will not be answered. The message says what to do.
 
-    `reason` is the short form for one sample's row; `stops_stage` says that no other would fare better.
+    Attributes:
+      reason: the short form for the row of one sample.
+      stops_stage: whether any other request would fail alike.
     """
 
     def __init__(self, message: str, reason: str, stops_stage: bool = False) -> None:
@@ -37,28 +41,35 @@ class RefinerError(RuntimeError):
 
 
 class RequestRefused(RefinerError):
-    """The endpoint said no, and would again: 400, 401, 403, 404, 422 and their like, or an empty quota."""
+    """The endpoint refuses the request for good: 400, 401, 403, 404, 422 and the like, or an empty quota."""
 
 
 class EndpointFailed(RefinerError):
-    """The endpoint gave no usable answer in all of the tries, or is away."""
+    """The endpoint gave no usable answer in any of the tries, or is away."""
 
 
 class BudgetReached(RefinerError):
-    """One more request could pass `refine.budget_usd` or `budget_tokens`. What is in flight is kept."""
+    """One more request could exceed `refine.budget`. Requests in flight are finished."""
 
 
 class NotAnswered(RefinerError):
-    """Nobody was asked: the request waits for a batch, and its task with it."""
+    """The request was not sent: it waits for a batch, and its task with it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
     """Why one try failed.
 
-    `retry_after` is in seconds; `retried` says that the same request may succeed later; `endpoint_wide` that
-    any other would have met the same; `away` that nobody listens; `overload` that there is too much at once;
-    `charged` that the server may ask money for it; `field` that it refuses this field of the request.
+    Attributes:
+      words: the server's message or the exception's.
+      status: the HTTP status, if there was one.
+      retry_after: seconds that the server asks to wait.
+      retried: whether the same request may succeed later.
+      endpoint_wide: whether any other request would have failed alike.
+      away: whether no server accepts connections.
+      overload: whether the server has too many requests.
+      charged: whether the server may charge for the try.
+      field: the field of the request that the server refuses, if it refuses one.
     """
 
     words: str
@@ -73,22 +84,20 @@ class Fault:
 
     @property
     def worth_waiting(self) -> bool:
-        """Whether to try again: it may succeed, and the server does not ask for hours."""
+        """Whether to try again: the request may succeed, and the server does not ask for a long wait."""
         return self.retried and (self.retry_after or 0.0) <= LONGEST_WAIT_S
 
     @property
     def status_text(self) -> str:
-        """ " (429)", or nothing where there was no status."""
+        """ " (429)", or "" without a status."""
         return f" ({self.status})" if self.status else ""
 
 
 def read_fault(error: Exception, timeout: float, key: str | None) -> Fault:
-    """What an exception of the openai package says about a try; `key` is kept out of the words."""
-    import openai
-
+    """The fault that an exception of the openai package describes; `key` is removed from its words."""
     if isinstance(error, openai.APIStatusError):
         status = error.status_code
-        empty_quota = error.code == "insufficient_quota"  # answered with 429, yet waiting does not help
+        empty_quota = error.code == "insufficient_quota"  # has status 429, but waiting does not help
         return Fault(
             words(error.body, key),
             status,
@@ -110,11 +119,11 @@ def read_fault(error: Exception, timeout: float, key: str | None) -> Fault:
 
 
 def words(said: object, key: str | None) -> str:
-    """What a server said, on one line, not without end, and without the key that some echo."""
+    """A server's message on one line, limited in length, and without the API key, which some servers echo."""
     if isinstance(said, Mapping):
         said = said.get("message") or said.get("detail") or json.dumps(said, default=str)
     text = str(said)
-    if key:  # before anything is cut, or half of it might stay
+    if key:  # before the text is cut, so that no part of the key stays
         text = text.replace(key, "***")
     line = " ".join(text.split()) or "(it gave no reason)"
     return line if len(line) <= WORDS else line[:WORDS] + "..."
@@ -137,7 +146,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def advice(fault: Fault, stops: bool, model: str, api_key_env: str, key: str | None) -> str:
-    """What the user can do about a fault that ended a request, or the stage, as a sentence; or ""."""
+    """What the user can do about a fault that ended a request or the stage, as a sentence; or ""."""
     if fault.retried and not fault.worth_waiting:
         return f". It asks to wait {fault.retry_after:.0f} s; run the same command again then."
     if fault.status in (401, 403):

@@ -1,8 +1,8 @@
-"""The ledger: what a round of a run has spent, by account. It survives the process.
+"""The ledger: the spending of a round, by account. It survives the process.
 
-A try is entered before it is sent, and the most that it can cost is set aside. Its answer, its counts and the
-end of that reserve are then written in one transaction. So a killed process leaves neither an answer without
-its cost nor a cost without its answer, and what was in flight stays set aside.
+A try is entered before it is sent, and its maximum cost is reserved. Its answer and its actual cost, which
+replaces the reserve, are then written in one transaction. So a killed process leaves no answer without its
+cost and no cost without its answer, and tries in flight stay reserved.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from middo_jax.refinement.endpoint.usage import Ceiling, Usage, cost_usd
 
 
 class Ledger:
-    """Entries of one round of a run by account, kept in the cache's file, so that a restart goes on counting.
+    """The entries of one round by account, in the cache's file, so that a restart continues the count.
 
-    `here` counts since this was opened, `by_account` the round over all starts, `run` all rounds and starts.
-    Runs that share a cache are told apart by name. Answers from the cache are counted but not kept: they cost
-    nothing, and every start gives them anew.
+    Runs that share a cache are distinguished by name. Answers from the cache are counted but not stored: they
+    are free, and every start counts them anew.
+
+    Attributes:
+      here: sum since this object was made.
+      by_account: sums of the round over all starts.
+      run: sum of the run over all rounds and starts.
     """
 
     def __init__(self, cache: AnswerCache, run: str = "run", round_index: int = 0) -> None:
@@ -32,14 +36,14 @@ class Ledger:
 
     @property
     def round(self) -> Usage:
-        """The round's sum over its accounts."""
+        """The sum of the round over its accounts."""
         total = Usage()
         for usage in self.by_account.values():
             total.add(usage)
         return total
 
     def hit(self, account: str) -> None:
-        """Counts an answer that the cache had."""
+        """Counts an answer from the cache."""
         self._count(account, Usage(from_cache=1))
 
     def failed(self, account: str) -> None:
@@ -52,7 +56,7 @@ class Ledger:
         self._enter(account, change)
 
     def end(self, account: str, most: Ceiling, seconds: float, *, charged: bool) -> None:
-        """Enters a try's failure. One that may have been charged for stays set aside."""
+        """Enters the failure of a try. If it may be charged for, its reserve stays."""
         if charged:
             self._enter(account, Usage(seconds=seconds))
         else:
@@ -61,7 +65,7 @@ class Ledger:
     def answered(
         self, account: str, most: Ceiling, seconds: float, answer: Answer, request_json: str, prices: Prices
     ) -> None:
-        """Enters an answer and keeps it, in one transaction."""
+        """Enters the cost of an answer and stores the answer, in one transaction."""
         counts = (answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens)
         counted = answer.prompt_tokens > 0
         change = Usage(

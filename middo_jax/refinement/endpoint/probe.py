@@ -1,4 +1,4 @@
-"""Whether a server holds its replies to a schema: one request that finds out, and the words it is kept in."""
+"""The request that finds out whether a server enforces a schema."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from middo_jax.refinement.endpoint.cache import AnswerCache
-from middo_jax.refinement.endpoint.faults import RequestRefused
-from middo_jax.refinement.endpoint.request import Messages, Requests
+from middo_jax.refinement.endpoint.request import Messages
 
-JSON, TEXT = "json", "text"  # as the cache keeps the finding
+JSON, TEXT = "json", "text"  # the finding as the cache stores it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +16,11 @@ class Probe:
     """A short request with a schema.
 
     Attributes:
-      messages: do not mention the schema: only a server that enforces it answers in its form.
+      messages: do not mention the schema, so that only a server that enforces it answers in its form.
       response_format: the schema.
-      max_tokens: of the answer.
-      is_held: whether an answer's text is in the schema's form.
-      account: where the cost is entered.
+      max_tokens: maximum of the answer.
+      is_held: returns whether an answer's text has the schema's form.
+      account: the ledger's account for the cost.
     """
 
     messages: Messages
@@ -30,9 +28,3 @@ class Probe:
     max_tokens: int
     is_held: Callable[[str], bool]
     account: str = "probe"
-
-
-def schema_refusal(cache: AnswerCache, requests: Requests) -> RequestRefused | None:
-    """The refusal that any request with a schema met, as the cache keeps it; None if none did."""
-    reason = cache.fact(requests.schema_fact)
-    return None if reason is None else RequestRefused(f"the refiner refuses schemas: {reason}", reason)

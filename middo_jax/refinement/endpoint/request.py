@@ -1,4 +1,4 @@
-"""One chat request: the body that is sent, the key under which its answer is kept, and the answer read."""
+"""One chat request: its body, the key of its answer, and how the answer is read."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ Messages = list[dict[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What an endpoint answered. Token counts are 0 where the server does not tell them.
+    """An endpoint's answer.
 
-    `cached_tokens` are the prompt tokens that the server had in its own prefix cache; `from_cache` says that
-    the whole answer came from ours and cost nothing.
+    Attributes:
+      text: of the answer.
+      finish_reason: as the server spells it, see `ending`.
+      prompt_tokens, completion_tokens: 0 if the server does not count them.
+      cached_tokens: prompt tokens from the server's own prefix cache.
+      from_cache: whether the answer is from our cache and was free.
+      key: of the request.
     """
 
     text: str
@@ -33,7 +38,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
-    """A request: `body` is sent, `canonical` tells it from all others, `key` is the hash of that."""
+    """A request: `body` is sent, `canonical` identifies the request, `key` is the hash of `canonical`."""
 
     key: str
     body: dict[str, Any]
@@ -42,13 +47,13 @@ class ChatRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """Builds the requests of one stage; holds what they have in common.
+    """Builds the requests of one stage from the values that they share.
 
     Attributes:
-      model: the name to ask for.
+      model: the model's name at the server.
       settings: sampling and limits.
-      seed: sent along where given.
-      prompt_version: part of every key, so that answers to older prompts are not taken for new ones.
+      seed: is sent unless None.
+      prompt_version: part of every key, so that answers to older prompts are not reused.
     """
 
     model: str
@@ -64,23 +69,23 @@ class Requests:
         response_format: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
     ) -> ChatRequest:
-        """A request under the settings' sampling.
+        """A request with the sampling of the settings.
 
-        Its key also depends on the model's revision, the version of the prompts and the attempt, but neither
-        on the server's address nor on the API key.
+        Its key depends on its body, the model's revision, the version of the prompts and the attempt. It does
+        not depend on the server's address or the API key.
 
         Args:
           messages: the conversation.
-          attempt: another attempt is another request.
-          response_format: a schema to which the server holds the reply; None for free text.
-          max_tokens: None takes the settings'.
+          attempt: requests of different attempts are different requests.
+          response_format: a schema that the server is to enforce; None for free text.
+          max_tokens: None: `refine.max_tokens`.
         """
         settings = self.settings
         body = {
             "messages": [{"role": m["role"], "content": encodable(m["content"])} for m in messages],
             "model": self.model,
             "temperature": settings.temperature,
-            "top_p": settings.top_p,
+            "top_p": 1.0,  # all tokens, as published
             "max_tokens": settings.max_tokens if max_tokens is None else max_tokens,
         }
         if self.seed is not None:
@@ -99,17 +104,17 @@ class Requests:
 
     @property
     def form_fact(self) -> str:
-        """The name under which the cache keeps whether this model's server honours schemas."""
+        """The cache's name for the fact whether this model's server enforces schemas."""
         return f"form of {self.served}"
 
     @property
     def schema_fact(self) -> str:
-        """The name under which the cache keeps why this model's server refuses schemas, if it does."""
+        """The cache's name for the reason why this model's server refuses schemas, if it does."""
         return f"schema refused by {self.served}"
 
     @property
     def served(self) -> str:
-        """The model and its revision, by which the cache tells what is known of its servers."""
+        """The model and its revision. The cache stores facts about servers under this name."""
         return f"{self.model} {self.settings.model_revision or ''}".rstrip()
 
 
@@ -124,13 +129,13 @@ def request_key(request: Mapping[str, Any]) -> str:
 
 
 def read_answer(body: Any, key: str) -> Answer:
-    """The first choice of a chat completion's JSON.
+    """The answer in a chat completion's JSON: its first choice.
 
-    Content may be a text or a list of parts, of which the text is taken. A reply that a limit or a filter
-    ended may have no text. Any other reply without text is unreadable: the same request may be answered yet.
+    The content may be a text, or a list of parts whose texts are joined. A reply that a limit or a filter
+    ended may have no text. Any other reply without text is unreadable, so that the request is tried again.
 
     Raises:
-      ValueError: there is no choice in it, no text, or the server broke it off.
+      ValueError: the reply has no choice or no text, or the server broke it off.
     """
     try:
         choice = body["choices"][0]
@@ -162,7 +167,7 @@ def read_answer(body: Any, key: str) -> Answer:
 
 
 def _content(content: Any) -> str | None:
-    """The text of a message's content; None where there is none.
+    """The text of a message's content; None if there is none.
 
     [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "A bird."}]  ->  "A bird."
     """
@@ -188,9 +193,9 @@ def _part_text(part: Any) -> str | None:
 
 def _count(usage: Any, name: str) -> int:
     count = usage.get(name) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and 0 < count < 2**53 else 0  # else a server's nonsense
+    return count if isinstance(count, int) and 0 < count < 2**53 else 0  # servers may send nonsense
 
 
 def encodable(text: str) -> str:
-    """Text without lone surrogates, which JSON can escape but neither UTF-8 nor SQLite can hold."""
+    """Text without lone surrogates, which JSON can escape but UTF-8 and SQLite cannot represent."""
     return text.encode("utf-8", "replace").decode("utf-8")

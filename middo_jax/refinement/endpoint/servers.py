@@ -1,9 +1,9 @@
-"""The servers of one model: who takes the next request, who is away, and when to ask again.
+"""The servers of one model: which takes the next request, which are away, and when they are tried again.
 
-A server is away when nobody listens, or when eight requests in a row, of different samples, failed there with
-no answer between. Then it is left out, and tried with one request at a time, less and less often; the others
-take the load, and if there are none, requests wait. So a restart costs time and no sample. What a server says
-while it is away counts against the server and not against the request.
+A server is away if it accepts no connection, or if eight requests of different samples failed there without
+an answer in between. It is then left out, and tried with one request at a time, less and less often. The
+other servers take the load; without any, requests wait. So the restart of a server costs time but no sample.
+The failures of a server that is away do not count as tries of the requests.
 """
 
 from __future__ import annotations
@@ -23,37 +23,41 @@ from middo_jax.refinement.endpoint.throttle import Clock, Throttle
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-FAILURES_IN_A_ROW = 8  # with no answer between them: no longer one sample's fault
-LONGEST_TRIAL = 5.0  # times the first wait, between two trials of a server that is away
+FAILURES_IN_A_ROW = 8  # without an answer in between: then the server is at fault, not a sample
+LONGEST_TRIAL = (
+    5.0  # maximum wait between two trials of a server that is away, as a multiple of the first wait
+)
 
 
 @dataclasses.dataclass(eq=False)
 class Endpoint:
-    """One server: how much it gets, and whether it is there."""
+    """One server, the limit of its requests in flight, and whether it is away."""
 
-    url: str  # as it is shown, without user and password
+    url: str  # for messages, without user and password
     api: AsyncOpenAI
     throttle: Throttle
     has_answered: bool = False
     away_since: float | None = None
-    trials: int = 0  # failed ones since it is away
+    trials: int = 0  # failed trials since it is away
     retry_at: float = 0.0
     on_trial: bool = False
-    _failing: set[str] = dataclasses.field(default_factory=set)  # keys of requests, since the last answer
+    _failing: set[str] = dataclasses.field(
+        default_factory=set
+    )  # keys of the requests that failed since the last answer
 
     def takes(self, now: float) -> bool:
-        """Whether it may be sent one more."""
+        """Whether one more request may be sent to this server."""
         if self.away_since is None:
             return self.throttle.has_room
         return not self.on_trial and now >= self.retry_at
 
     def answered(self) -> None:
-        """It is there, whatever was thought of it."""
+        """Records that the server works."""
         self.has_answered, self.away_since, self.trials = True, None, 0
         self._failing.clear()
 
     def failed(self, fault: Fault, key: str) -> bool:
-        """Takes in a fault of a request known by `key`; says whether the server is at fault."""
+        """Records a fault of the request `key`. Returns whether the server is at fault."""
         if self.away_since is not None:
             return True
         self._failing.add(key)
@@ -61,16 +65,18 @@ class Endpoint:
 
 
 class Endpoints:
-    """All of them. `take` one, tell what came of it, `give_back`; for one event loop."""
+    """All servers. `take` one, report how the try ended, `give_back`. For one event loop."""
 
     def __init__(
         self, endpoints: Sequence[Endpoint], most_trials: int, backoff_s: float, clock: Clock = time.monotonic
     ) -> None:
-        """Args:
-        endpoints: at least one.
-        most_trials: after which a server that never answered is given up.
-        backoff_s: before the first trial of one that is away, doubled for each one after.
-        clock: gives seconds.
+        """Starts with all servers present.
+
+        Args:
+          endpoints: at least one.
+          most_trials: number of trials after which a server that never answered is given up.
+          backoff_s: seconds before the first trial of a server that is away, doubled for each further one.
+          clock: returns seconds.
         """
         self.all = tuple(endpoints)
         self._most_trials = most_trials
@@ -81,14 +87,14 @@ class Endpoints:
 
     @property
     def away(self) -> list[Endpoint]:
-        """Those that are left out for now."""
+        """The servers that are left out for now."""
         return [endpoint for endpoint in self.all if endpoint.away_since is not None]
 
     async def take(self) -> Endpoint:
-        """The least loaded one that has room, in the order of asking.
+        """The least loaded server that can take a request. Callers are served in the order of their calls.
 
         Raises:
-          RefinerError: what `stop` was told.
+          RefinerError: the error that was given to `stop`.
         """
         turn: asyncio.Future[Endpoint | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
@@ -104,7 +110,7 @@ class Endpoints:
         if endpoint is not None:  # stopped after it was admitted
             self.give_back(endpoint)
         assert self._stopped is not None
-        # Without its old traceback, which would grow with every raise and hold all those frames.
+        # Without its old traceback, which would grow with every raise and keep all its frames alive.
         raise self._stopped.with_traceback(None)
 
     def give_back(self, endpoint: Endpoint) -> None:
@@ -114,18 +120,18 @@ class Endpoints:
         self._admit()
 
     def failed(self, endpoint: Endpoint, fault: Fault, key: str) -> bool:
-        """Takes in a fault; says whether it is the server's, so that the request's try does not count."""
+        """Records a fault. Returns whether the server is at fault, so that the try does not count."""
         if not endpoint.failed(fault, key):
             return False
         self.leave_out(endpoint)
         return True
 
     def leave_out(self, endpoint: Endpoint) -> None:
-        """Counts a server as away, or as away still, and has it tried again later."""
+        """Marks a server as away and schedules its next trial."""
         now = self._clock()
         if endpoint.away_since is None:
             endpoint.away_since, endpoint.trials = now, 0
-        elif now < endpoint.retry_at:  # a request that was under way when it went
+        elif now < endpoint.retry_at:  # a request that was already in flight when the server went away
             return
         delay = self._backoff_s * min(2.0**endpoint.trials, LONGEST_TRIAL) * random.uniform(0.5, 1.0)
         endpoint.trials += 1
@@ -134,18 +140,18 @@ class Endpoints:
 
     @property
     def hopeless(self) -> bool:
-        """Whether all are away and have been for too long."""
+        """Whether all servers have been away for too long."""
         return all(self._is_given_up(endpoint) for endpoint in self.all)
 
     def stop(self, error: RefinerError) -> None:
-        """Admits nobody any more: all who wait get `error`."""
+        """Serves no call of `take` any more: all waiting calls raise `error`."""
         self._stopped = error
         self._admit()
 
     def _is_given_up(self, endpoint: Endpoint) -> bool:
         if endpoint.away_since is None:
             return False
-        if not endpoint.has_answered:  # perhaps it is a wrong address
+        if not endpoint.has_answered:  # the address may be wrong
             return endpoint.trials > self._most_trials
         return self._clock() - endpoint.away_since > LONGEST_WAIT_S
 
@@ -168,7 +174,7 @@ class Endpoints:
 
 
 def shown(url: str) -> str:
-    """A URL without user, password and query, fit for messages."""
+    """A URL for messages: without user, password and query."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 

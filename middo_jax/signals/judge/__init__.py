@@ -1,1 +1,1 @@
-"""What the model is asked about its own training data, and how its answers are read."""
+"""The questions to the model about its own training data, and how its answers are read."""

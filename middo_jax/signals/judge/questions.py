@@ -1,4 +1,4 @@
-"""The six questions about a sample as one tree of tokens, and where in it the ratings are read.
+"""The six questions about a sample as one tree of tokens, and the positions where the ratings are read.
 
 Axes: n token of a tree.
 """
@@ -23,7 +23,7 @@ RATINGS = np.arange(11)  # "0" .. "10"
 
 
 class JudgeError(ValueError):
-    """The tokenizer spells the ratings in a way that one prefill cannot read."""
+    """The ratings cannot be read in one pass: the tokenizer splits them, or a question is too long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,9 @@ class RatingTokens:
     """How a tokenizer spells "0".."10" after the answer's first words.
 
     Attributes:
-      stem: tokens of the answer that all ratings share.
-      first: [11] the token that follows it; "10" has that of "1" where it is two tokens.
-      ten_second: the second token of "10" where it has one, else None.
+      stem: the tokens at the start of the answer that all ratings share.
+      first: [11] the token after the stem. If "10" is two tokens, its first is that of "1".
+      ten_second: the second token of "10"; None if "10" is one token.
     """
 
     stem: tuple[int, ...]
@@ -42,10 +42,10 @@ class RatingTokens:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> RatingTokens:
-        """Reads them off the tokenizer.
+        """Finds the tokens by encoding all ratings.
 
         Raises:
-          JudgeError: the ratings are neither eleven single tokens nor ten and a two-token "10".
+          JudgeError: the ratings are neither eleven single tokens nor ten single tokens and a "10" of two.
         """
         spelt = [
             np.asarray(tokenizer(f"{ANSWER_STEM}{n}", add_special_tokens=False).input_ids) for n in RATINGS
@@ -67,12 +67,12 @@ class RatingTokens:
 
 @dataclasses.dataclass(frozen=True)
 class RatingTree:
-    """The six questions about a sample. Each reading is a place whose next token tells.
+    """The six questions about a sample. The next token at each reading is a rating.
 
     Attributes:
-      tree: of the questions, and of the answers' first words.
-      readings: per column of `rubrics.COLUMNS` where its rating comes next; then, where "10" is two tokens,
-        per column the place of the "1" after it.
+      tree: the questions with the first words of their answers.
+      readings: for each column of `rubrics.COLUMNS` the index of the token before its rating. If "10" is two
+        tokens, then for each column also the index of the "1".
     """
 
     tree: Tree
@@ -82,12 +82,12 @@ class RatingTree:
 def rating_tree(
     example: Example, tokenizer: PreTrainedTokenizerBase, ratings: RatingTokens, max_length: int
 ) -> RatingTree:
-    """The six questions about a sample, sharing every token up to where they differ.
+    """The six questions about a sample as one tree: questions share all tokens up to their first difference.
 
-    They share the opening, the three about a part all of its text, and as a rule all six the prompt's.
+    All six share the opening and usually the prompt; the three about one part share all of its text.
 
     Raises:
-      JudgeError: the questions alone are over `max_length`.
+      JudgeError: a question without the sample exceeds `max_length`.
     """
     asked = {part: questions(example, part, tokenizer, ratings, max_length) for part in PARTS}
     tree, ends = trie([asked[part][i] for i in range(len(DIMENSIONS)) for part in PARTS])
@@ -97,9 +97,9 @@ def rating_tree(
     return RatingTree(tree, (*before, *ends))
 
 
-def _parent(tree: Tree, place: int) -> int:
-    """Place of the token before the one at `place` in its text."""
-    return int(np.flatnonzero(tree.positions_n[:place] == tree.positions_n[place] - 1)[-1])
+def _parent(tree: Tree, index: int) -> int:
+    """The index of the token before the one at `index` in its text."""
+    return int(np.flatnonzero(tree.positions_n[:index] == tree.positions_n[index] - 1)[-1])
 
 
 def questions(
@@ -109,13 +109,13 @@ def questions(
     ratings: RatingTokens,
     max_length: int,
 ) -> list[np.ndarray]:
-    """The tokens of the three questions about one part, each up to where the rating, or its "1", comes last.
+    """The tokens of the three questions about one part, each up to its rating, or including the "1".
 
-    A text too long for `max_length` is shortened in the sample, never in the question; prompt and response
-    share the room, and each keeps its beginning and end.
+    If a text exceeds `max_length`, the sample is shortened, never the question. Prompt and response share the
+    tokens that are left, and each keeps its beginning and its end.
 
     Raises:
-      JudgeError: the questions alone are over `max_length`.
+      JudgeError: a question without the sample exceeds `max_length`.
     """
     prompt, response = example.prompt, example.response if part == "response" else ""
     one = ratings.first[1:2] if ratings.ten_second is not None else ()
@@ -130,15 +130,15 @@ def questions(
         return texts
     originals = [(text, _offsets(text, tokenizer)) for text in (prompt, response)]
     shorter_one = min(len(offsets) for _, offsets in originals)
-    room = sum(len(offsets) for _, offsets in originals)
+    left = sum(len(offsets) for _, offsets in originals)
     while (excess := max(map(len, texts)) - max_length) > 0:
-        room -= excess
-        if room < 0:
+        left -= excess
+        if left < 0:
             raise JudgeError(
                 f"quality: a question takes {max(map(len, texts))} tokens, over model.max_length="
                 f"{max_length}; raise it, or leave this axis out"
             )
-        share = max(room // 2, room - shorter_one)  # of each text; what one does not need goes to the other
+        share = max(left // 2, left - shorter_one)  # of each text; a short text leaves its rest to the other
         prompt, response = (_shorten(text, offsets, share) for text, offsets in originals)
         texts = asked()
     return texts
@@ -150,7 +150,7 @@ def _offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, i
 
 
 def _shorten(text: str, offsets: Sequence[tuple[int, int]], kept: int) -> str:
-    """Keeps some `kept` tokens of a text: beginning and end, which say most about it."""
+    """Keeps about `kept` tokens of a text, from its beginning and its end."""
     if len(offsets) <= kept:
         return text
     head, tail = kept - kept // 2, kept // 2

@@ -1,4 +1,4 @@
-"""How the judge's answer is read: from the probabilities of the eleven ratings "0".."10" to one number."""
+"""Reads the judge's answer: from the probabilities of the eleven ratings "0".."10" to one number."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MIDDLE = 5  # neither a high rating nor a low one
 
 @dataclasses.dataclass(frozen=True)
 class Readout:
-    """One number of what a model says about the ratings; higher is better.
+    """One number from the probabilities of the ratings; higher is better.
 
-    The probabilities are normalised over the eleven: whatever else the model might have said does not count.
+    The probabilities are normalised over the eleven ratings, so other tokens do not count.
 
     Attributes:
-      score: "expected" is the sum of n P(n), 0 to 10; "log_odds" is log P(n > 5) - log P(n < 5), which a
-        model that is sure does not saturate.
+      score: "expected": the sum of n P(n), 0 to 10. "log_odds": log P(n > 5) - log P(n < 5), which does not
+        saturate for a model that is sure.
       temperature: log-probabilities are divided by it first.
     """
 

@@ -1,7 +1,7 @@
-"""What the model is asked about its own training data: three dimensions, of prompt and response.
+"""The judge's questions: three dimensions, each for prompt and response.
 
-The sample comes first and the question last: the three questions about one text share that text's keys and
-values, and a question that stands right before the answer is not forgotten over a long sample.
+The sample comes first and the question last, for two reasons. The three questions about one text share that
+text's keys and values. And a question right before the answer is not forgotten after a long sample.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _QUESTION: dict[tuple[Dimension, Part], str] = {
     ("factuality", "response"): "Is every statement, number and step of the response correct?",
 }
 
-# The first words of the model's answer are given, so that the number is what comes next.
+# The first words of the model's answer are given, so that the next token is the number.
 ANSWER_STEM = "Rating: "
 
 
 def judge_message(dimension: Dimension, part: Part, prompt: str, response: str) -> str:
     """The user message that asks for one rating; the sample's text is inserted, never interpreted."""
     values = {"{prompt}": prompt, "{response}": response}
-    # Split at our own marks, once: a prompt that happens to hold "{response}" is not filled in.
+    # Split once, at our own marks, so that "{response}" in a prompt is not replaced.
     pieces = re.split(r"(\{prompt\}|\{response\})", _TEXT[part])
     sample = "".join(values.get(piece, piece) for piece in pieces)
     return f"{_OPENING}{sample}### Question\n{_QUESTION[dimension, part]}"
 
 
 def quality(ratings_n6: np.ndarray) -> np.ndarray:
-    """q_n: mean over the dimensions of (prompt + response) / 2, hence the mean of all six."""
+    """q [n]: the mean over the dimensions of (prompt + response) / 2, which is the mean of all six."""
     return ratings_n6.mean(axis=1)

@@ -1,12 +1,13 @@
 """Quality by generation, as published: the model writes its rating, and the number is read from the text.
 
-Dearer than the expected rating by all the tokens that are decoded, and it can fail to be read; what cannot be
-read is missing, never 0.
+This costs more than the expected rating, by all the decoded tokens. A rating that is not readable is missing,
+never 0.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,11 @@ from middo_jax.signals.judge.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, judg
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Neither a part of another number, nor an end of a range such as "0-10", nor out of anything but 10.
+# Not part of another number, not the end of a range such as "0-10", not out of any number but 10.
 _SCALE = r"(?:/|out of|of|von|sur|de|su|из)"
 _NUMBER = (
     r"(?<![\d.,−-])(10(?:[.,]0+)?|[0-9](?:[.,][0-9]+)?)"
-    r"(?![\d%]|[.,]\d|\s*(?:-|–|to)\s*\d|\s*(?:percent|per cent)\b"
+    r"(?![\d%½¼¾]|[.,]\d|\s*(?:-|–|to)\s*\d|\s*(?:percent|per cent)\b"
     rf"|\s*(?:stars?|points?)?\s*{_SCALE}\s*(?!(?:10|ten)\b)(?:\d|one\b|two\b|three\b|four\b|five\b|six\b|seven\b"
     r"|twenty\b|hundred\b))"
 )
@@ -34,13 +35,13 @@ _STARTS = re.compile(r"[^\w−-]{0,5}[−-]?\d")
 
 
 def parse_rating(text: str) -> float | None:
-    """The rating that an answer gives, or None.
+    """The rating in an answer, or None.
 
-    The question ends in "Rating:", so that a number at the very start is the rating, and whatever follows it
-    explains; a number there that is none of 0 to 10 is no rating. Elsewhere a labelled number counts first,
-    then one "out of 10"; the last of its kind where there are several. "On a scale of 0 to 10 I give it a 9"
-    says none of these clearly: None.
+    The question ends in "Rating:", so a number at the very start is the rating, unless it is not in 0..10.
+    Otherwise a labelled number counts first, then a number "out of 10"; of several, the last one. "On a scale
+    of 0 to 10 I give it a 9" has neither: None.
     """
+    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     if _STARTS.match(text):
         first = _FIRST.match(text)
         return _value(first.group(1)) if first else None
@@ -55,9 +56,9 @@ def _value(number: str) -> float:
 
 
 def rating_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-    """The tokens of the questions about each example, `rubrics.COLUMNS` one after the other.
+    """The tokens of the questions about each example, in the order of `rubrics.COLUMNS`.
 
-    Each ends with the first words of the answer, so that the rating is what a model writes next.
+    Each ends with the first words of the answer, so that the model writes the rating next.
     """
     questions = [
         judge_message(dimension, part, example.prompt, example.response)

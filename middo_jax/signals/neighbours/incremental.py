@@ -1,8 +1,7 @@
-"""Neighbours after an edit of the dataset, where embeddings are frozen: old acquaintances are not compared.
+"""Neighbours after an edit of the dataset, with frozen embeddings: known similarities are not computed again.
 
-A kept sample whose neighbours were all kept has, among the kept ones, the neighbours that it had: its k
-nearest now are among those and the changed samples. One that lost a neighbour is searched anew, as the
-changed ones are.
+If a kept sample lost no neighbour, its k nearest samples are among its earlier neighbours and the changed
+samples. A sample that lost a neighbour is searched again among all samples, and so are the changed samples.
 
 Axes: n sample, e sample before the edit, k neighbour, u untouched sample.
 """
@@ -20,11 +19,11 @@ from middo_jax.signals.neighbours.search import BLOCK, nearest_neighbours, neigh
 
 
 class Earlier(NamedTuple):
-    """Neighbours before the edit, and what became of the samples.
+    """The neighbours before the edit, and the earlier row of each sample.
 
     Attributes:
-      neighbours: [e, k], as `nearest_neighbours` found them.
-      row_n: which of the e samples each one was, ascending where it is not -1; -1: it is new or changed.
+      neighbours: [e, k], as `nearest_neighbours` returned them.
+      row_n: the earlier row of each sample, ascending; -1 for new and changed samples.
     """
 
     neighbours: Neighbours
@@ -32,32 +31,32 @@ class Earlier(NamedTuple):
 
     @classmethod
     def nothing(cls, n: int, k: int) -> Earlier:
-        """Of n samples, none of which was there before."""
+        """The value for n samples that are all new."""
         nobody = Neighbours(np.empty((0, k), np.int32), np.empty((0, k), np.float32))
         return cls(nobody, np.full(n, -1))
 
     def now(self) -> np.ndarray:
-        """[e, k] the earlier neighbours' numbers today; -1 where there was none, -2 where it is gone."""
+        """[e, k] the present rows of the earlier neighbours; -1 for no neighbour, -2 for a lost one."""
         now_e = np.full(len(self.neighbours.index_nk) + 1, -2, np.int32)
-        now_e[-1] = -1  # of -1
+        now_e[-1] = -1  # so that index -1 gives -1
         now_e[self.row_n[self.row_n >= 0]] = np.flatnonzero(self.row_n >= 0)
         return now_e[self.neighbours.index_nk]
 
     def to_search(self) -> np.ndarray:
-        """[n] bool: changed, or has lost a neighbour."""
+        """[n] bool: whether a sample changed or lost a neighbour."""
         has_lost_e = (self.now() == -2).any(axis=1)
         return (self.row_n < 0) | np.append(has_lost_e, False)[self.row_n]
 
 
 def rows_before(keys: Sequence[Hashable], earlier_keys: Sequence[Hashable]) -> np.ndarray:
-    """[n] the place that each sample had, -1 where its key is new.
+    """[n] the earlier row of each sample; -1 if its key is new.
 
-    Of equally near samples the earlier one in the dataset is the nearer: who was overtaken counts as changed.
+    Ties go to the earlier row, so a kept sample that moved behind another one counts as changed.
 
     ["a", "x", "c", "b"], ["a", "b", "c"]  ->  [0, -1, 2, -1]
     """
-    place = {key: i for i, key in enumerate(earlier_keys)}
-    row_n = np.fromiter((place.get(key, -1) for key in keys), np.int64, len(keys))
+    row_of = {key: i for i, key in enumerate(earlier_keys)}
+    row_n = np.fromiter((row_of.get(key, -1) for key in keys), np.int64, len(keys))
     highest_n = np.maximum.accumulate(np.r_[-1, row_n])[:-1]
     return np.where(row_n > highest_n, row_n, -1)
 
@@ -72,14 +71,14 @@ def updated_neighbours(
     block: int = BLOCK,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Neighbours:
-    """What `nearest_neighbours` finds, from fewer products: those of `earlier.to_search()` with all samples.
+    """The result of `nearest_neighbours` with fewer products: only `earlier.to_search()` with all samples.
 
     Args:
       embedding_nd, k, mesh, group_n, block, on_progress: see `nearest_neighbours`.
-      earlier: found with the same k, of the same embeddings and groups where a sample was kept.
+      earlier: found with the same k. Kept samples must have the same embeddings and groups as before.
     """
     searched = np.flatnonzero(earlier.to_search())
-    if 2 * len(searched) >= len(embedding_nd):  # a whole search multiplies each pair but once
+    if 2 * len(searched) >= len(embedding_nd):  # a full search computes each pair only once
         return nearest_neighbours(
             embedding_nd, k, mesh, group_n=group_n, block=block, on_progress=on_progress
         )
@@ -99,7 +98,7 @@ def updated_neighbours(
 
 
 def _nearest_of_both(before: Neighbours, brought: Neighbours) -> Neighbours:
-    """The k nearest of the 2k, where a sample may be among both."""
+    """The k nearest of 2k neighbours; a sample may be in both halves."""
     is_again_uk = (brought.index_nk[:, :, None] == before.index_nk[:, None, :]).any(axis=2)
     index = np.concatenate([before.index_nk, np.where(is_again_uk, -1, brought.index_nk)], axis=1)
     similarity = np.concatenate([before.similarity_nk, brought.similarity_nk], axis=1)

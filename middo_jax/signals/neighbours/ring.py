@@ -4,11 +4,13 @@ Every device keeps its share of the rows and is visited by the others' shares in
 serves both sides: queries look for neighbours among the visitors, and visitors among the queries. What the
 visitors have found travels with them and is sent home at the end, so that half the ring is enough.
 
-Axes: q query, c candidate, g chunk of candidates, h candidate within it, k neighbour, d width, n row.
+Axes: docs/contributing.md#axes; here k is a neighbour, n a row, q a query, c a candidate, g a chunk of
+candidates, h a candidate within it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -117,11 +119,13 @@ def _around(
             brought,
             np.int32(step),
             np.int32(at),
-            mesh=mesh,
-            query_block=queries.block,
-            block=samples.block,
-            same=same,
-            both_ways=both_ways and not (same and step and 2 * step == mesh.size),
+            how=Meeting(
+                mesh,
+                queries.block,
+                samples.block,
+                same,
+                both_ways and not (same and step and 2 * step == mesh.size),
+            ),
         )
         jax.block_until_ready(found)
         on_progress(done / sum(tiles))
@@ -149,11 +153,26 @@ def _rotate(arrays: Arrays, *, mesh: Mesh, spec: PartitionSpec, by: int) -> Arra
     return jax.shard_map(send, mesh=mesh, in_specs=spec, out_specs=spec)(arrays)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("mesh", "query_block", "block", "same", "both_ways"),
-    donate_argnames=("found", "brought"),
-)
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """What is known of a meeting when its program is compiled.
+
+    Attributes:
+      mesh: where both sides are.
+      query_block: rows of a block of queries.
+      block: rows of a block of visitors.
+      same: queries and visitors are the same rows, so that at step 0 each share visits itself.
+      both_ways: the visitors look for neighbours too.
+    """
+
+    mesh: Mesh
+    query_block: int
+    block: int
+    same: bool
+    both_ways: bool
+
+
+@functools.partial(jax.jit, static_argnames="how", donate_argnames=("found", "brought"))
 def _meet(
     queries: Rows,
     visitors: Rows,
@@ -162,55 +181,50 @@ def _meet(
     step: jax.Array,
     at: jax.Array,
     *,
-    mesh: Mesh,
-    query_block: int,
-    block: int,
-    same: bool,
-    both_ways: bool,
+    how: Meeting,
 ) -> tuple[Best, Best]:
-    """Block `at` of each device's queries meets its visitors; if `both_ways`, these look for neighbours too.
-
-    `same` says that queries and visitors are the same rows, so that at step 0 each share visits itself.
-    """
+    """Block `at` of each device's queries meets its visitors."""
 
     def on_device(
         queries: Rows, visitors: Rows, found: Best, brought: Best, step: jax.Array, at: jax.Array
     ) -> tuple[Best, Best]:
-        query = _block(queries, at, query_block, axis=0)
+        query = _block(queries, at, how.query_block, axis=0)
 
         def tile(b: jax.Array, best: tuple[Best, Best]) -> tuple[Best, Best]:
             ours, brought = best
-            candidate = _block(visitors, b, block, axis=0)
+            candidate = _block(visitors, b, how.block, axis=0)
             # float32 all the way: bfloat16 cannot tell near neighbours apart.
             similarity_qc = jnp.einsum(
                 "qd,cd->qc", query.unit_nd, candidate.unit_nd, precision=jax.lax.Precision.HIGHEST
             )
-            theirs = _block(brought, b, block, axis=1)
+            theirs = _block(brought, b, how.block, axis=1)
 
             def with_all(similarity_qc: jax.Array) -> tuple[Best, Best]:
                 found = _updated(ours, similarity_qc, 1, candidate.number_n)
-                return found, _updated(theirs, similarity_qc, 0, query.number_n) if both_ways else theirs
+                if not how.both_ways:
+                    return found, theirs
+                return found, _updated(theirs, similarity_qc, 0, query.number_n)
 
             def with_pairs(similarity_qc: jax.Array) -> tuple[Best, Best]:
                 is_pair_qc = query.group_n[:, None] != candidate.group_n
                 is_pair_qc &= (query.group_n[:, None] != PADDING) & (candidate.group_n != PADDING)
-                if same:  # a share that visits itself: each pair counts once
+                if how.same:  # a share that visits itself: each pair counts once
                     is_pair_qc &= (step > 0) | (query.number_n[:, None] < candidate.number_n)
                 return with_all(jnp.where(is_pair_qc, similarity_qc, -jnp.inf))
 
             meets_strangers = _are_apart(query.group_n, candidate.group_n)
             ours, theirs = jax.lax.cond(meets_strangers, with_all, with_pairs, similarity_qc)
-            return ours, _replaced(brought, theirs, b * block) if both_ways else brought
+            return ours, _replaced(brought, theirs, b * how.block) if how.both_ways else brought
 
-        first = jnp.where(step == 0, at, 0) if same else 0
-        last = len(visitors.number_n) // block
-        ours = _block(found, at, query_block, axis=1)
+        first = jnp.where(step == 0, at, 0) if how.same else 0
+        last = len(visitors.number_n) // how.block
+        ours = _block(found, at, how.query_block, axis=1)
         ours, brought = jax.lax.fori_loop(first, last, tile, (ours, brought))
-        return _replaced(found, ours, at * query_block), brought
+        return _replaced(found, ours, at * how.query_block), brought
 
     here = PartitionSpec()
     return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(ROWS, ROWS, _BEST, _BEST, here, here), out_specs=(_BEST, _BEST)
+        on_device, mesh=how.mesh, in_specs=(ROWS, ROWS, _BEST, _BEST, here, here), out_specs=(_BEST, _BEST)
     )(queries, visitors, found, brought, step, at)
 
 
@@ -231,7 +245,7 @@ def _replaced(best: Best, part: Best, start: jax.Array) -> Best:
 class _Taking(NamedTuple):
     """Candidates of each row, taken in their order; the last that was, and the nearest left in each chunk."""
 
-    count: jax.Array
+    n_taken: jax.Array
     best: Best
     last_n: jax.Array
     last_at_n: jax.Array
@@ -262,7 +276,7 @@ def _updated(best: Best, similarity: jax.Array, axis: int, number_c: jax.Array) 
 
     def gains(state: _Taking) -> jax.Array:
         next_n = state.nearest_gn.max(axis=0)
-        return (state.count < k) & jnp.any((next_n >= state.best.similarity_kn[-1]) & (next_n > -jnp.inf))
+        return (state.n_taken < k) & jnp.any((next_n >= state.best.similarity_kn[-1]) & (next_n > -jnp.inf))
 
     def take(state: _Taking) -> _Taking:
         next_n = state.nearest_gn.max(axis=0)
@@ -274,7 +288,7 @@ def _updated(best: Best, similarity: jax.Array, axis: int, number_c: jax.Array) 
         is_left_hn = (inside_hn < next_n) | ((inside_hn == next_n) & (at_hn > at_n))
         left_n = jnp.where(is_left_hn, inside_hn, -jnp.inf).max(axis=0)
         return _Taking(
-            state.count + 1,
+            state.n_taken + 1,
             _insert(state.best, next_n, number_c[at_n]),
             next_n,
             at_n,

@@ -25,8 +25,8 @@ from middo_jax.signals.neighbours.ring import (
     k_nearest_both_ways,
 )
 
-BLOCK = 1024  # samples by samples whose similarities exist at a time: 4 MB, which a CPU's cache holds
-STRANGER = -2  # group of a query that is none of the samples
+BLOCK = 1024  # similarities of a block: 1024 x 1024 take 4 MB, which fits into a CPU's cache
+STRANGER = -2  # group of a query that is not one of the samples
 
 
 def nearest_neighbours(
@@ -39,19 +39,19 @@ def nearest_neighbours(
     block: int = BLOCK,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Neighbours:
-    """Exact k nearest neighbours by cosine similarity, the sample itself left out.
+    """The exact k nearest neighbours by cosine similarity, without the sample itself.
 
-    A device holds two shares of the samples and one block of similarities, whatever N. A row that is zero or
-    not finite has no direction: it has no neighbours and is nobody's neighbour.
+    Each device stores two shares of the samples and one block of similarities, for any n. A row that is zero
+    or not finite has no direction: it has no neighbours and is not a neighbour of any sample.
 
     Args:
       embedding_nd: float32, any norm.
-      k: neighbours.
+      k: number of neighbours.
       mesh: the samples are split over all its devices.
-      query_md: float32; the neighbours of these rows are sought, which are none of the samples. None: those
-        of the samples themselves.
-      group_n: int32 >= 0; samples of one group are not each other's neighbours. None: each has its own.
-      block: samples whose similarities to as many others exist at a time.
+      query_md: float32 rows, not among the samples, whose neighbours are searched. None: the samples
+        themselves.
+      group_n: int32 >= 0; samples of one group are not each other's neighbours. None: each has its own group.
+      block: rows and columns of a block of similarities.
       on_progress: called with (queries done, all queries).
     """
     directed = _Directed.of(embedding_nd)
@@ -84,15 +84,16 @@ def neighbours_through(
     block: int = BLOCK,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Neighbours, Neighbours]:
-    """Of the pairs that hold a chosen sample, and no others: the chosen's neighbours, and all samples' there.
+    """Neighbours from the pairs with a chosen sample only: those of the chosen samples, and those among them.
 
     Args:
       embedding_nd, k, mesh, group_n, block: see `nearest_neighbours`.
-      chosen_m: ascending numbers of some samples.
-      on_progress: called with (chosen samples done, all of them).
+      chosen_m: rows of the chosen samples, ascending.
+      on_progress: called with (chosen samples done, all chosen samples).
 
     Returns:
-      (the k nearest samples of each of the m chosen, the k nearest chosen ones of each of the n samples).
+      (the k nearest samples of each of the m chosen ones, the k nearest chosen ones of each of the n
+      samples).
     """
     directed = _Directed.of(embedding_nd)
     usable = directed.usable_u
@@ -116,12 +117,12 @@ def neighbours_through(
 
 
 class _Directed(NamedTuple):
-    """Rows, and which of them have a direction: are neither zero nor infinite nor NaN.
+    """Rows, and which of them have a direction, that is, are neither zero nor infinite nor NaN.
 
     Attributes:
       row_nd: float32, any norm.
-      norm_n: Euclidean.
-      usable_u: numbers of those that have one.
+      norm_n: Euclidean norms.
+      usable_u: indices of the rows with a direction.
     """
 
     row_nd: np.ndarray
@@ -130,13 +131,13 @@ class _Directed(NamedTuple):
 
     @classmethod
     def of(cls, row_nd: np.ndarray) -> _Directed:
-        """Without a copy of the squares."""
+        """Finds the rows with a direction, without storing their squares."""
         norm_n = np.sqrt(np.einsum("nd,nd->n", row_nd, row_nd))
         return cls(row_nd, norm_n, np.flatnonzero(np.isfinite(norm_n) & (norm_n > 0)))
 
 
 def _gathered(best: Best, row_u: np.ndarray, usable: np.ndarray, n: int) -> Neighbours:
-    """Of n rows: what was found for `row_u`, in samples; nothing for the others."""
+    """The neighbours of n rows: those found for `row_u`, as indices of samples; none for the other rows."""
     similarity_uk, number_uk = (best_ku[:, : len(row_u)].T for best_ku in to_host(best))
     index_nk = np.full((n, similarity_uk.shape[1]), -1, np.int32)
     similarity_nk = np.full(index_nk.shape, np.nan, np.float32)
@@ -154,7 +155,7 @@ def _spread(
     mesh: Mesh,
     block: int,
 ) -> Shares:
-    """Unit vectors of the chosen rows in equal shares; a process makes those of its own devices only."""
+    """The unit vectors of the chosen rows in equal shares. Each process makes those of its own devices."""
     count, width = len(chosen_u), directed.row_nd.shape[1]
     share = max(1, -(-count // mesh.size))
     blocks = -(-share // block)
@@ -166,7 +167,7 @@ def _spread(
         unit_nd = np.zeros((stop - start, width), np.float32)
         chosen_r = chosen_u[start:stop]
         real_rd = unit_nd[: len(chosen_r)]
-        # Any other mode copies once more.
+        # Any other mode makes another copy.
         np.take(directed.row_nd, chosen_r, axis=0, out=real_rd, mode="clip")
         real_rd /= directed.norm_n[chosen_r, None]
         return unit_nd

@@ -17,12 +17,10 @@ from middo_jax.refinement.acceptance.table import asked, first_verdict, register
 from middo_jax.refinement.rewrite import first_request
 from middo_jax.refinement.tasks import Outcome, Task, Verdict
 
+SWITCHES = {row.name: row.switch for row in gates() if isinstance(row.switch, Switch)}
 OPEN = GateSettings(
-    **{
-        row.name: False if row.switch.default is True else None
-        for row in gates()
-        if isinstance(row.switch, Switch)
-    }
+    open=tuple(name for name, switch in SWITCHES.items() if not switch.has_bar),
+    **{name: None for name, switch in SWITCHES.items() if switch.has_bar},
 )
 
 
@@ -47,7 +45,8 @@ def test_gates_stand_in_the_order_of_what_they_need_and_each_says_what_to_do_bet
     rows = gates()
     assert [PHASES.index(row.needs) for row in rows] == sorted(PHASES.index(row.needs) for row in rows)
     assert len({row.name for row in rows}) == len(rows)
-    assert set(GateSettings.model_fields) == {row.setting for row in rows if row.setting}
+    assert set(GateSettings().values()) == {row.setting for row in rows if row.setting}
+    assert set(GateSettings.model_fields) == {"open", *(name for name, s in SWITCHES.items() if s.has_bar)}
     for row in rows:
         assert row.feedback
         assert row.title
@@ -131,6 +130,7 @@ def test_a_gate_from_outside_is_asked_in_its_place_and_is_a_setting() -> None:
         of = task("simplify", "complexity", prompt="Prove it.")
         rude = text_verdict(of, "Why?", "So.")
         assert rude == Verdict("polite", "please said 0 times, 1 wanted")
+        assert rude is not None
         assert rude.feedback == "It was rude."
         assert text_verdict(of, "Why?", "Please see.") is None
         assert text_verdict(LOW, "Why?", "So.") is None

@@ -24,17 +24,11 @@ from middo_jax.refinement.tasks import Task, Verdict
 
 GATES = GateSettings()
 OPEN = GateSettings(
-    numbers=False,
-    code=False,
-    language=False,
+    open=("numbers", "code", "language", "loss", "coverage", "distribution", "quality"),
     length=None,
     duplicate=None,
     context=None,
-    loss=False,
-    coverage=False,
     novelty=None,
-    distribution=False,
-    quality=False,
 )
 ENGLISH = "Explain in one or two sentences why leaves turn red in autumn."
 GERMAN = "Erkläre in ein oder zwei Sätzen, warum sich die Blätter im Herbst rot färben."
@@ -69,7 +63,7 @@ GOOD = Measurement(
         ("1,000 and 1.000 and 1000", ["1000"]),
         ("2,50 or 2.5 or 10.00", ["2.5", "10"]),
         ("1. Boil 3 eggs.\n2) Peel them.", ["3"]),
-        ("COVID-19, 1st, H2O, 50%, ٣, ４", ["19", "1", "2", "50", "3", "4"]),
+        ("COVID-19, 1st, H2O, 50%, ٣, ４", ["19", "1", "2", "50%", "3", "4"]),
         ("v1.2.3 of 2019/07/14", ["1.2.3", "2019", "7", "14"]),
         ("None.", []),
     ],
@@ -82,7 +76,7 @@ def test_a_rewrite_keeps_every_number() -> None:
     assert changed_numbers("Take 15% off 120 euros.", "What is left of 120 euros after 15 percent?") is None
     assert changed_numbers("Name 3 birds.", "Name three birds and say what they eat.") is None
     assert changed_numbers("Name a bird.", "Name 5 birds.") is None
-    assert changed_numbers("Take 15% off 120.", "What is 10% of 120?") == "15 not kept"
+    assert changed_numbers("Take 15% off 120.", "What is 10% of 120?") == "15% not kept"
     assert changed_numbers("1, 2, 3, 4, 5, 6", "none") == "1, 2, 3, 4 and 2 more not kept"
 
 
@@ -124,7 +118,7 @@ def test_languages_are_told_apart_or_not_told() -> None:
 def test_a_missing_package_is_an_error_that_names_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     load_identifier.cache_clear()
-    with pytest.raises(ConfigError, match=r"py3langid.* refine\.gates\.language=false"):
+    with pytest.raises(ConfigError, match=r"py3langid.* refine\.gates\.open=\[language\]"):
         languages(ENGLISH)
 
 
@@ -288,8 +282,7 @@ def test_each_gate_alone_rejects_and_alone_can_be_opened(
     measured = dataclasses.replace(GOOD, **change)
     assert accepted(asked, GOOD, LIMITS, GATES)
     assert verdict(asked, measured, LIMITS, GATES) == Verdict(name, detail)
-    closed = GATES.model_dump()[name]
-    opened = GATES.model_copy(update={name: False if closed is True else None})
+    opened = GateSettings(open=(name,)) if GATES.value(name) is True else GateSettings(**{name: None})
     assert verdict(asked, measured, LIMITS, opened) is None
 
 

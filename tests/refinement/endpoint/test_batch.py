@@ -15,7 +15,7 @@ from support.loop_fixture import Finished, contents, fake_answer, selected
 from support.scripted_server import SETTINGS
 
 from middo_jax import cli
-from middo_jax.config import Prices
+from middo_jax.config import Dollars, Prices, Tokens
 from middo_jax.refinement.endpoint.batch import BatchClient, Result, read_results
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.faults import NotAnswered, RefinerError, RequestRefused
@@ -119,7 +119,7 @@ def test_failures_are_asked_again_or_end_their_sample(
     assert first[0]["custom_id"] not in again
 
     # Whoever gives the refusal once more ends with it; its sample keeps its original.
-    last = tmp_path / "last.jsonl"
+    last, said = tmp_path / "last.jsonl", ""
     for _ in range(3):
         write_jsonl(last, [rows[0], *map(answered, read_jsonl(ask))])
         said = middo("refine", here, "--read-batch", last, "--write-batch", ask, "--json", *set_)
@@ -136,7 +136,7 @@ def test_what_does_not_belong_is_refused(finished: Finished, middo: Middo, tmp_p
     ask, results = tmp_path / "ask.jsonl", tmp_path / "results.jsonl"
     middo("refine", here, "--write-batch", ask)
     results.write_text('{"custom_id": "a"}\nno json\n', encoding="utf-8")
-    assert f"{results}:2: no line of a batch's results" in middo("refine", here, "--read-batch", results)
+    assert f"{results}:2: not a result of a batch" in middo("refine", here, "--read-batch", results)
     write_jsonl(results, map(answered, read_jsonl(ask)))
     other = middo("refine", here, "--read-batch", results, "refine.temperature=0.7")
     assert "none of the results belongs to a request" in other
@@ -160,10 +160,10 @@ def test_results_of_one_request_in_several_files(tmp_path: Path) -> None:
         read_results([two])
 
 
-@pytest.mark.parametrize("limit", [{"budget_tokens": 3 * 190 + 100}, {"budget_usd": 3 * 190.0 + 100}])
-def test_no_more_waits_than_the_budget_may_pay(cache: AnswerCache, limit: dict[str, Any]) -> None:
+@pytest.mark.parametrize("limit", [Tokens(tokens=3 * 190 + 100), Dollars(usd=3 * 190.0 + 100)])
+def test_no_more_waits_than_the_budget_may_pay(cache: AnswerCache, limit: Dollars | Tokens) -> None:
     """A request of ten bytes can take 90 tokens of prompt and 100 of answer, here at a dollar each."""
-    settings = SETTINGS.model_copy(update={"prices": Prices(prompt=1e6, completion=1e6), **limit})
+    settings = SETTINGS.model_copy(update={"prices": Prices(prompt=1e6, completion=1e6), "budget": limit})
     client = BatchClient(requests("m", settings), cache, Ledger(cache))
 
     def asked(n: int) -> list[str]:

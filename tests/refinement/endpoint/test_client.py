@@ -15,7 +15,7 @@ import pytest
 from starlette.responses import JSONResponse, Response
 from support.scripted_server import SETTINGS, ScriptedServer, ask, dripping, dropped, fault, good, user
 
-from middo_jax.config import ConfigError, Prices, RefineSettings
+from middo_jax.config import ConfigError, Dollars, Prices, RefineSettings
 from middo_jax.data.example import Example, Message
 from middo_jax.refinement.endpoint.cache import AnswerCache, CacheError
 from middo_jax.refinement.endpoint.client import ChatClient
@@ -44,12 +44,12 @@ def test_sends_what_was_set_and_counts_what_came(server: ScriptedServer, cache: 
         "hello", 1000, 200, prompt_tokens_details={"cached_tokens": 400, "other": 1}
     )
     settings = RefineSettings(
-        temperature=0.0, top_p=0.9, max_tokens=77, prices=Prices(prompt=2.0, cached=1.0, completion=10.0)
+        temperature=0.0, max_tokens=77, prices=Prices(prompt=2.0, cached=1.0, completion=10.0)
     )
     [answer], client = ask(server.url, cache, "a", settings=settings, seed=7)
     assert (answer.text, answer.finish_reason, answer.from_cache) == ("hello", "stop", False)
     assert server.bodies == [
-        {"messages": user("a"), "model": "m", "temperature": 0.0, "top_p": 0.9, "max_tokens": 77, "seed": 7}
+        {"messages": user("a"), "model": "m", "temperature": 0.0, "top_p": 1.0, "max_tokens": 77, "seed": 7}
     ]
     usage = client.ledger.here
     assert (usage.requests, usage.retries, usage.answers) == (1, 0, 1)
@@ -279,7 +279,7 @@ def test_budget_is_never_passed_and_keeps_what_was_in_flight(
 ) -> None:
     # Every answer is as dear as it may be: 100 completion tokens, 0.01 dollars.
     server.script = lambda text, n: good("dear", 10, 100)
-    settings = PRICED.model_copy(update={"budget_usd": 0.055})
+    settings = PRICED.model_copy(update={"budget": Dollars(usd=0.055)})
     answers, client = ask(server.url, cache, *(f"q{i}" for i in range(30)), settings=settings)
     kept = [a for a in answers if isinstance(a, Answer)]
     assert len(kept) == server.requests == len(cache) == 5
@@ -291,7 +291,7 @@ def test_budget_is_never_passed_and_keeps_what_was_in_flight(
 def test_budget_waits_for_what_turns_out_cheaper(server: ScriptedServer, cache: AnswerCache) -> None:
     # Only two of the dearest fit at a time, but the real ones cost a tenth.
     server.script = lambda text, n: good("cheap", 10, 10)
-    settings = PRICED.model_copy(update={"budget_usd": 0.025})
+    settings = PRICED.model_copy(update={"budget": Dollars(usd=0.025)})
     answers, client = ask(server.url, cache, *(f"q{i}" for i in range(12)), settings=settings)
     assert all(isinstance(a, Answer) for a in answers)
     assert client.ledger.here.usd == pytest.approx(12 * 0.00101)
@@ -299,7 +299,7 @@ def test_budget_waits_for_what_turns_out_cheaper(server: ScriptedServer, cache: 
 
 def test_cached_answers_come_free_after_the_budget(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: good("dear", 10, 100)
-    settings = PRICED.model_copy(update={"budget_usd": 0.0125})
+    settings = PRICED.model_copy(update={"budget": Dollars(usd=0.0125)})
     ask(server.url, cache, "known", settings=PRICED, ledger=Ledger(cache, "another run"))
     answers, client = ask(server.url, cache, "x", "y", "known", settings=settings)
     assert [type(a) for a in answers] == [Answer, BudgetReached, Answer]
@@ -315,7 +315,7 @@ def test_uncounted_answers_cost_their_upper_bound(server: ScriptedServer, cache:
 
 def test_a_budget_needs_prices(cache: AnswerCache) -> None:
     with pytest.raises(ConfigError, match=r"refine\.prices\.prompt"):
-        ChatClient(requests("m", RefineSettings(budget_usd=1.0)), "http://127.0.0.1:9/v1", cache)
+        ChatClient(requests("m", RefineSettings(budget=Dollars(usd=1.0))), "http://127.0.0.1:9/v1", cache)
 
 
 @pytest.mark.parametrize("pad", [0, 280, 290])
@@ -481,7 +481,7 @@ def test_a_stage_under_faults_ends_every_task(server: ScriptedServer, cache: Ans
 
 def test_a_stage_beyond_its_budget_says_so(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = refiner
-    settings = PRICED.model_copy(update={"budget_usd": 0.05})
+    settings = PRICED.model_copy(update={"budget": Dollars(usd=0.05)})
     outcomes = run(tasks(200), ChatClient(requests("m", settings), server.url, cache), settings, 0)
     verdicts = {outcome.verdict for outcome in outcomes}
     assert verdicts == {None, Verdict(None, "budget")}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support.scripted_server import SETTINGS, ScriptedServer, ask, fault, good, user
 
+from middo_jax.config import RequestRate, TokenRate
 from middo_jax.refinement.endpoint import servers
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.client import WINDOW, ChatClient
@@ -149,7 +150,7 @@ def test_requests_a_minute_are_a_ceiling(
     server: ScriptedServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("middo_jax.refinement.endpoint.throttle.MINUTE_S", 0.5)
-    settings = SETTINGS.model_copy(update={"requests_per_minute": 10})
+    settings = SETTINGS.model_copy(update={"per_minute": RequestRate(requests=10)})
     began = time.monotonic()
     ask(server.url, cache, *texts(30), settings=settings)
     assert server.requests == 30
@@ -162,7 +163,7 @@ def test_tokens_a_minute_are_a_ceiling_that_knows_what_answers_took(
     monkeypatch.setattr("middo_jax.refinement.endpoint.throttle.MINUTE_S", 0.5)
     server.script = lambda text, n: good("fine", 10, 15)
     # By its ceiling of 101 tokens per minute holds two requests; by the 25 that it took, eight.
-    settings = SETTINGS.model_copy(update={"tokens_per_minute": 225, "concurrency": 1})
+    settings = SETTINGS.model_copy(update={"per_minute": TokenRate(tokens=225), "concurrency": 1})
     began = time.monotonic()
     ask(server.url, cache, *texts(24), settings=settings)
     assert time.monotonic() - began > 1.0
@@ -173,7 +174,7 @@ def test_tokens_of_a_refusal_are_given_back(
 ) -> None:
     monkeypatch.setattr("middo_jax.refinement.endpoint.throttle.MINUTE_S", 20.0)
     server.script = lambda text, n: fault(503) if n < 2 else good("fine")
-    ask(server.url, cache, "a", settings=SETTINGS.model_copy(update={"tokens_per_minute": 150}))
+    ask(server.url, cache, "a", settings=SETTINGS.model_copy(update={"per_minute": TokenRate(tokens=150)}))
     first, *_, last = server.times["a"]
     assert last - first < 10
 

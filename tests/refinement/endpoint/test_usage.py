@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from starlette.responses import JSONResponse, Response
 from support.scripted_server import SETTINGS, ScriptedServer, ask, fault, good, user
 
-from middo_jax.config import Prices, RefineSettings
+from middo_jax.config import Dollars, Prices, RefineSettings, Tokens
 from middo_jax.data.example import Example, Message
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.client import ChatClient
@@ -29,7 +29,7 @@ from middo_jax.refinement.endpoint.request import Answer
 from middo_jax.refinement.endpoint.usage import Ceiling, Usage, ceiling, cost_usd
 from middo_jax.refinement.meter import Meter
 from middo_jax.refinement.prompts import requests
-from middo_jax.refinement.tasks import Exchange, Outcome, Task
+from middo_jax.refinement.tasks import Exchange, Outcome, Task, Verdict
 
 pytest_plugins = ["support.scripted_server"]
 
@@ -119,14 +119,14 @@ def test_a_ceiling_is_one() -> None:
 # Budgets -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [{"budget_usd": 5.5 * DEAR}, {"budget_tokens": 5 * 110 + 150}])
+@pytest.mark.parametrize("limit", [Dollars(usd=5.5 * DEAR), Tokens(tokens=5 * 110 + 150)])
 def test_a_budget_holds_over_restarts_and_rounds(
-    server: ScriptedServer, cache: AnswerCache, limit: dict[str, Any]
+    server: ScriptedServer, cache: AnswerCache, limit: Dollars | Tokens
 ) -> None:
     server.script = dear
     kept = 0
     for start in range(3):
-        settings = PRICED.model_copy(update=limit)
+        settings = PRICED.model_copy(update={"budget": limit})
         ledger = Ledger(cache, "run", round_index=start)
         asked = [f"start {start} q{i}" for i in range(4)]
         answers, _ = ask(server.url, cache, *asked, settings=settings, ledger=ledger)
@@ -136,7 +136,11 @@ def test_a_budget_holds_over_restarts_and_rounds(
     assert kept == server.requests == 5
     # Another run has a purse of its own.
     answers, _ = ask(
-        server.url, cache, "mine", settings=PRICED.model_copy(update=limit), ledger=Ledger(cache, "2")
+        server.url,
+        cache,
+        "mine",
+        settings=PRICED.model_copy(update={"budget": limit}),
+        ledger=Ledger(cache, "2"),
     )
     assert isinstance(answers[0], Answer)
 
@@ -145,7 +149,7 @@ def test_a_try_that_may_have_been_charged_counts_against_the_budget(
     server: ScriptedServer, cache: AnswerCache
 ) -> None:
     server.script = lambda text, n: 1.0 if text == "hangs" else dear(text, n)
-    settings = PRICED.model_copy(update={"budget_usd": 2.5 * DEAR, "timeout": 0.2, "max_retries": 0})
+    settings = PRICED.model_copy(update={"budget": Dollars(usd=2.5 * DEAR), "timeout": 0.2, "max_retries": 0})
     ask(server.url, cache, "hangs", settings=settings)
     answers, client = ask(server.url, cache, "a", "b", settings=settings)
     assert sorted(type(answer).__name__ for answer in answers) == ["Answer", "BudgetReached"]
@@ -156,7 +160,7 @@ def test_a_try_that_may_have_been_charged_counts_against_the_budget(
 def test_a_refusal_costs_nothing(server: ScriptedServer, cache: AnswerCache) -> None:
     server.script = lambda text, n: fault(400) if text == "bad" else fault(503) if n == 0 else dear(text, n)
     _, client = ask(
-        server.url, cache, "bad", "a", settings=PRICED.model_copy(update={"budget_usd": 1.5 * DEAR})
+        server.url, cache, "bad", "a", settings=PRICED.model_copy(update={"budget": Dollars(usd=1.5 * DEAR)})
     )
     assert client.ledger.run.aside_usd == pytest.approx(0.0, abs=1e-12)
     assert client.ledger.run.usd == pytest.approx(DEAR)
@@ -180,7 +184,7 @@ def test_counts_that_make_no_sense_are_not_believed(server: ScriptedServer, cach
 ASKING = """
 import asyncio, sys
 from pathlib import Path
-from middo_jax.config import Prices, RefineSettings
+from middo_jax.config import Dollars, Prices, RefineSettings, Tokens
 from middo_jax.refinement import AnswerCache, ChatClient, Ledger
 from middo_jax.refinement.prompts import requests
 
@@ -261,7 +265,7 @@ def test_a_server_that_is_away_is_named(server: ScriptedServer, cache: AnswerCac
     _, client = ask(["http://me:hidden@127.0.0.1:9/v1", server.url], cache, *(f"q{i}" for i in range(8)))
     meter = Meter(client.ledger, 1, client.endpoints.all)
     task = Task("rewrite", ("quality",), Example((Message("user", "q"), Message("assistant", "a"))))
-    line = meter.ended(Outcome(task, None, "refused"))
+    line = meter.ended(Outcome(task, None, Verdict(None, "refused")))
     assert line.endswith("away: http://127.0.0.1:9/v1")
 
 

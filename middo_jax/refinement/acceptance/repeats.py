@@ -1,6 +1,6 @@
-"""Candidates that repeat a known conversation, exactly or nearly, or one another.
+"""Candidates that repeat a known conversation or an accepted candidate, exactly or nearly.
 
-An equal id is an equal conversation; near-duplicates are told by their prompts, see overlap.py.
+Conversations with equal ids are equal. Near-duplicates are found by their prompts, see overlap.py.
 """
 
 from __future__ import annotations
@@ -13,26 +13,25 @@ from middo_jax.refinement.tasks import Task
 
 
 class Known:
-    """What no rewrite may repeat: the dataset, the held-out samples, and the rewrites accepted so far.
+    """The conversations that no rewrite may repeat: the dataset, the held-out samples, the accepted rewrites.
 
-    A rewrite may be like its original, which it replaces, and like another sample as much as its original
-    was: where many prompts contain one long text, all of them are alike. It may not be like a held-out
-    prompt.
+    A replacement may resemble its original, and any other sample as much as its original does, since prompts
+    that share a long text all resemble each other. No rewrite may resemble a held-out prompt.
     """
 
     def __init__(
         self, training: Sequence[Example], heldout: Sequence[Example], threshold: float | None
     ) -> None:
-        """`threshold`: see `Overlaps`; None: only equal conversations count as repeated."""
+        """`threshold`: see `Overlaps`; None: only equal conversations count as repeats."""
         self._training, self._heldout, self._threshold = training, heldout, threshold
         self._ids = {example.id for example in (*training, *heldout)}
         self._accepted = None if threshold is None else Overlaps(threshold)
         self._accepted_ids: list[str] = []
 
     def near(self, children: Sequence[tuple[Task, Example]]) -> list[str | None]:
-        """Which training or held-out prompt each child is most like, in words; None: none.
+        """The training or held-out prompt that each child resembles most, in words; None: none.
 
-        The children are the index and the corpus streams past it once, for all of them.
+        The index contains the children, and the corpus is read once for all of them.
         """
         if self._threshold is None or not children:
             return [None] * len(children)
@@ -50,7 +49,7 @@ class Known:
                     replaces = is_training and task.op != "synthesize"
                     if (
                         replaces
-                        and jaccard(shingles(task.source.prompt), shingles(example.prompt)) >= overlap
+                        and jaccard(shingles(task.original.prompt), shingles(example.prompt)) >= overlap
                     ):
                         continue
                     if number not in worst or overlap > worst[number][0]:
@@ -58,11 +57,11 @@ class Known:
         return [worst[number][1] if number in worst else None for number in range(len(children))]
 
     def repeated_by(self, child: Example, near: str | None) -> str | None:
-        """Which known conversation a child repeats, in words; None: none.
+        """The known conversation that a child repeats, in words; None: none.
 
         Args:
           child: the candidate's conversation.
-          near: of `near`.
+          near: the child's value as `near` returns it.
         """
         if child.id in self._ids:
             return f"equals {child.id}"
@@ -72,7 +71,7 @@ class Known:
         return None if found is None else f"{found[1]:.2f} like {self._accepted_ids[found[0]]}"
 
     def take_in(self, child: Example) -> None:
-        """An accepted rewrite: those after it may not repeat it."""
+        """Adds an accepted rewrite, which later ones may not repeat."""
         self._ids.add(child.id)
         if self._accepted is not None:
             self._accepted.add(child.prompt)

@@ -1,0 +1,150 @@
+"""The table of axes: along which scores a sample can be found wanting, and what is done about it.
+
+What is said of an axis is said in its row: the columns of scores.parquet that decide, which end of them is
+bad, the set's name, what the refiner is asked, and the report's words. How an axis of your own computes its
+column is said in `signals.axes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pydantic.fields import FieldInfo
+
+from middo_jax.config.axes import AxisSettings, Threshold
+from middo_jax.config.settings import Config
+
+TaskOp = Literal["simplify", "rewrite", "synthesize"]
+_NAMES_OF_ROWS = frozenset({"id", "all"})  # of a column of selection.parquet, of an entry of its overlaps
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One row of the table.
+
+    Attributes:
+      name: as in `--axes` and selection.json; its threshold is the settings group of this name.
+      set_name: what selected samples are called, and the column of selection.parquet that marks them.
+      columns: the one or two columns of scores.parquet that decide; a sample is selected where all are bad.
+      bad: the end of these columns at which a sample is wanting.
+      label: the report's name of what each column measures, for people; unit included.
+      heading: the report's title of its plot.
+      op: what the refiner is asked to do with a selected sample; None: it is only marked.
+    """
+
+    name: str
+    set_name: str
+    columns: tuple[str, ...]
+    bad: Literal["high", "low"]
+    label: tuple[str, ...]
+    heading: str
+    op: TaskOp | None = None
+
+    @property
+    def sign(self) -> int:
+        """+1 if a high score is bad, -1 if a low one is."""
+        return 1 if self.bad == "high" else -1
+
+    @property
+    def title(self) -> str:
+        """The set's name for people."""
+        return self.set_name.replace("_", " ")
+
+
+_TABLE = [
+    Axis(
+        "complexity",
+        "hard",
+        ("loss_pre", "loss_post"),
+        bad="high",
+        label=("loss before training", "loss after training"),
+        heading="Complexity: loss before and after training",
+        op="simplify",
+    ),
+    Axis(
+        "diversity",
+        "sparse",
+        ("knn_mean_sim",),
+        bad="low",
+        label=("mean similarity to the nearest neighbours",),
+        heading="Diversity: nearness to neighbours",
+        op="synthesize",
+    ),
+    Axis(
+        "quality",
+        "low_quality",
+        ("quality",),
+        bad="low",
+        label=("quality, 0 to 10",),
+        heading="Quality: the model's own rating",
+        op="rewrite",
+    ),
+]
+BUILT_IN = tuple(row.name for row in _TABLE)
+
+
+def axes() -> tuple[Axis, ...]:
+    """All axes, in the order in which they are named and reported."""
+    return tuple(_TABLE)
+
+
+def axis(name: str) -> Axis:
+    """The row of a name.
+
+    Raises:
+      KeyError: there is none.
+    """
+    for row in _TABLE:
+        if row.name == name:
+            return row
+    raise KeyError(name)
+
+
+def axis_names() -> tuple[str, ...]:
+    """The names of all axes."""
+    return tuple(row.name for row in _TABLE)
+
+
+def threshold_of(config: Config, name: str) -> Threshold:
+    """Where an axis selects; its default if it was entered after these settings were made."""
+    settings: AxisSettings = getattr(config, name, AxisSettings())
+    return settings.threshold
+
+
+def enter(row: Axis) -> None:
+    """Adds an axis at the end, and its threshold to the settings.
+
+    Raises:
+      ValueError: a name of it is taken, or it asks for what only a built-in axis can ask for; says which.
+    """
+    if row.name in Config.model_fields or hasattr(Config, row.name):
+        raise ValueError(f"axis {row.name!r}: there is a setting of that name already")
+    for name in (row.name, row.set_name):
+        if not name.isidentifier():
+            raise ValueError(f"axis {row.name!r}: {name!r} must be letters, digits and underscores")
+    if row.set_name in {known.set_name for known in _TABLE} | _NAMES_OF_ROWS:
+        raise ValueError(f"axis {row.name!r}: there is a set called {row.set_name!r} already")
+    if len(row.columns) not in (1, 2) or len(row.label) != len(row.columns):
+        raise ValueError(f"axis {row.name!r}: must have one or two columns, and a label for each")
+    if row.op not in (None, "rewrite"):
+        raise ValueError(
+            f"axis {row.name!r}: op={row.op!r} belongs to a built-in axis, whose gates measure what comes of "
+            "it; give 'rewrite' or None"
+        )
+    _TABLE.append(row)
+    Config.__pydantic_fields__[row.name] = FieldInfo.from_annotated_attribute(AxisSettings, AxisSettings())
+    Config.model_rebuild(force=True)
+
+
+def strike(name: str) -> None:
+    """Removes an axis that was entered, and its threshold.
+
+    Raises:
+      KeyError: there is none of that name, or it is built in.
+    """
+    if name in BUILT_IN:
+        raise KeyError(name)
+    _TABLE.remove(axis(name))
+    del Config.__pydantic_fields__[name]
+    Config.model_rebuild(force=True)

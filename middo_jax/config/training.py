@@ -1,0 +1,195 @@
+"""The settings of training: the optimizer, what is kept and shown, what a bad step does, and adapters."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from middo_jax.config.base import Affects, Settings
+from middo_jax.config.unions import Alternative, OneOf
+
+# The matrices of a layer, by the names that PEFT knows them by too.
+AdaptedMatrix = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_WEIGHT_DECAY = "On matrices only, times the rate."
+
+
+class AdamW(Alternative):
+    """Two moments per parameter (arXiv 1711.05101)."""
+
+    affects: ClassVar[Affects | None] = Affects("training")
+
+    name: Literal["adamw"] = Field(
+        default="adamw",
+        description="adamw; adafactor: a factored second moment and no first, hence next to no state. "
+        "`train.optimizer: adafactor` for short.",
+    )
+    weight_decay: NonNegativeFloat = Field(default=0.0, description=_WEIGHT_DECAY)
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Decay rates of the two moments.")
+
+    @pydantic.field_validator("betas")
+    @classmethod
+    def _rates(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("must be two numbers from 0 to below 1")
+        return betas
+
+
+class Adafactor(Alternative):
+    """A factored second moment and no first (arXiv 1804.04235)."""
+
+    affects: ClassVar[Affects | None] = Affects("training")
+
+    name: Literal["adafactor"] = "adafactor"
+    weight_decay: NonNegativeFloat = Field(default=0.0, description=_WEIGHT_DECAY)
+
+
+class BadSteps(pydantic.BaseModel):
+    """What a bad step does: `stop`, `skip`, or with a spike factor `{skip: 3}`.
+
+    Attributes:
+      action: stop with an error, or leave the update out and go on.
+      spike_factor: a loss over so many times the median of the last 64 steps' makes a bad step too. None:
+        only what is not finite does.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    action: Literal["stop", "skip"] = "stop"
+    spike_factor: float | None = Field(default=None, gt=1)
+
+    @pydantic.model_serializer
+    def _shortened(self) -> str | dict[str, float]:
+        return self.action if self.spike_factor is None else {self.action: self.spike_factor}
+
+
+class WandB(pydantic.BaseModel):
+    """Weights & Biases shows a training in a project: `{wandb: PROJECT}`."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    wandb: str = Field(min_length=1)
+
+
+class TrainSettings(Settings):
+    """Supervised fine-tuning."""
+
+    learning_rate: Annotated[PositiveFloat, Affects("training")] = Field(
+        default=2e-5, description="Peak of the schedule."
+    )
+    num_epochs: Annotated[PositiveInt, Affects("training")] = Field(
+        default=1, description="Passes over the dataset."
+    )
+    batch_size: Annotated[PositiveInt, Affects("training")] = Field(
+        default=32, description="Packed sequences an optimizer step."
+    )
+    examples_per_step: Annotated[PositiveInt | None, Affects("training")] = Field(
+        default=None,
+        description="Examples an optimizer step, as far as batch_size sequences hold them: the global batch "
+        "size of a trainer that does not pack. None: as many as they hold.",
+    )
+    gradient_accumulation: Annotated[PositiveInt, Affects("speed")] = Field(
+        default=1,
+        description="Micro-batches a step; each holds batch_size / gradient_accumulation sequences.",
+    )
+    warmup_ratio: Annotated[float, Affects("training")] = Field(
+        default=0.03, ge=0, lt=1, description="Share of all steps with rising learning rate."
+    )
+    schedule: Annotated[Literal["cosine", "linear", "constant"], Affects("training")] = Field(
+        default="cosine", description="Of the learning rate after warm-up; cosine and linear end at 0."
+    )
+    optimizer: Annotated[AdamW | Adafactor, OneOf(by="name")] = AdamW()
+    param_dtype: Annotated[Literal["float32", "bfloat16"], Affects("training")] = Field(
+        default="float32",
+        description="What trained weights are kept in, whatever model.dtype computes in; adapters are "
+        "float32 in any case. bfloat16: updated weights are rounded by chance, so that small updates add up "
+        "instead of being lost.",
+    )
+    max_grad_norm: Annotated[PositiveFloat, Affects("training")] = Field(
+        default=1.0, description="Global-norm clipping."
+    )
+    remat: Annotated[Literal["none", "dots", "layer"], Affects("speed")] = Field(
+        default="layer",
+        description="What the backward pass finds of a layer: all; its input, its products with weights and "
+        "what attention gave (dots); its input alone (layer). It computes the rest again: less memory, more "
+        "time.",
+    )
+    start_from: Annotated[Literal["base", "previous"], Affects("training")] = Field(
+        default="base",
+        description="What every round fine-tunes from: the base model, or the model of the round before. "
+        "loss_pre is the loss under the same model.",
+    )
+    save_every: Annotated[PositiveInt, Affects("speed")] = Field(
+        default=50, description="Steps between checkpoints within a training."
+    )
+    eval_every: Annotated[PositiveInt | None, Affects("shown")] = Field(
+        default=None,
+        description="Steps between held-out losses, also by data.source_column; once more after the last. "
+        "None: none while training.",
+    )
+    keep_best: Annotated[bool, Affects("shown")] = Field(
+        default=False,
+        description="Keep the state with the lowest held-out loss too, as checkpoint/best.",
+    )
+    on_bad_step: Annotated[BadSteps, Affects("training")] = Field(
+        default=BadSteps(),
+        description="When loss or gradient is no finite number. stop: stop with an error; skip: leave that "
+        "update out and go on. {stop: 3} or {skip: 3}: also where the loss is over 3 times the median of the "
+        "last 64 steps'.",
+    )
+    trackers: Annotated[tuple[Literal["tensorboard"] | WandB, ...], Affects("shown")] = Field(
+        default=(),
+        description="Where the training is shown too, such as [tensorboard, {wandb: PROJECT}]; each needs "
+        "the extra of its name.",
+    )
+
+    @pydantic.field_validator("on_bad_step", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, BadSteps):
+            return value
+        short = {value: None} if isinstance(value, str) else value
+        if not isinstance(short, Mapping) or [*short] not in (["stop"], ["skip"]):
+            raise ValueError("must be stop or skip, or with a spike factor {stop: 3} or {skip: 3}")
+        [(action, factor)] = short.items()
+        return {"action": action, "spike_factor": factor}
+
+    @pydantic.field_validator("trackers", mode="before")
+    @classmethod
+    def _known_trackers(cls, trackers: Any) -> Any:
+        entries = trackers if isinstance(trackers, list | tuple) else [None]
+        for entry in entries:
+            project = entry["wandb"] if isinstance(entry, Mapping) and [*entry] == ["wandb"] else None
+            is_wandb = isinstance(entry, WandB) or (isinstance(project, str) and project)
+            if entry != "tensorboard" and not is_wandb:
+                raise ValueError("must be a list such as [tensorboard, {wandb: PROJECT}]")
+        if len({entry if isinstance(entry, str) else "wandb" for entry in entries}) < len(entries):
+            raise ValueError("names a tracker twice")
+        return trackers
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters beside frozen matrices (LoRA), trained instead of the model's own weights.
+
+    They want about ten times the learning rate of full fine-tuning, such as train.learning_rate=2e-4.
+    """
+
+    affects: ClassVar[Affects | None] = Affects("training")
+
+    rank: PositiveInt | None = Field(
+        default=None, description="Inner width of an adapter. None: no adapters, all weights are trained."
+    )
+    alpha: PositiveFloat = Field(default=16.0, description="An adapter's output is weighed alpha / rank.")
+    target_modules: tuple[AdaptedMatrix, ...] = Field(
+        default=typing.get_args(AdaptedMatrix),
+        min_length=1,
+        description="Matrices that get an adapter. All of them by default: attention's alone learn less.",
+    )
+
+    @pydantic.field_validator("target_modules")
+    @classmethod
+    def _in_order(cls, names: tuple[AdaptedMatrix, ...]) -> tuple[AdaptedMatrix, ...]:
+        return tuple(name for name in typing.get_args(AdaptedMatrix) if name in names)

@@ -1,0 +1,216 @@
+"""Where the turns of a conversation are in the text that its chat template renders.
+
+Most templates put constant text around each turn, so one rendering with marks in place of the turns shows
+that text (`_Layout`). If a template's own words depend on the turns, as those around reasoning may, each
+conversation is rendered again for each of its turns (`_by_rendering`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jinja2
+
+from middo_jax.data.example import Example, Message, Role
+from middo_jax.data.templates import TemplateError, template_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Span(NamedTuple):
+    """Where a turn's text is in a rendered conversation, [start, stop), in characters.
+
+    Attributes:
+      start: of the text.
+      stop: of the text.
+      opening: for an assistant's turn, the number of characters between the generation prompt and `start`.
+        The template writes them, but the model must produce them.
+      closing: for an assistant's turn, the number of characters after `stop` within which the control token
+        that ends the turn may start.
+    """
+
+    start: int
+    stop: int
+    opening: int = 0
+    closing: int = 0
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> str:
+    """The text of a conversation by the tokenizer's chat template.
+
+    Raises:
+      TemplateError: the template refuses these turns.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **template_arguments(tokenizer),
+        )
+    except jinja2.TemplateError as e:
+        raise TemplateError(f"the chat template refuses a conversation of {len(messages)} turns: {e}") from e
+    assert isinstance(text, str)
+    return text
+
+
+def locate(tokenizer: PreTrainedTokenizerBase, text: str, example: Example) -> list[Span]:
+    """The span of each turn: by the template's constant pieces, or by rendering if they vary.
+
+    Raises:
+      TemplateError: the text does not contain a turn as it is.
+    """
+    try:
+        return _layout(tokenizer, tuple(m.role for m in example.messages)).locate(text, example)
+    except TemplateError:
+        return _by_rendering(tokenizer, text, example)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """What a template puts around the turns of a conversation with given roles.
+
+    Attributes:
+      pieces: the template's own text before each turn, and after the last one.
+      openings: one per turn, see `Span`.
+      closings: one per turn, see `Span`.
+    """
+
+    pieces: tuple[str, ...]
+    openings: tuple[int, ...]
+    closings: tuple[int, ...]
+
+    def locate(self, text: str, example: Example) -> list[Span]:
+        """Each turn's span in the rendered text. Pieces and turns together must be all of the text."""
+        spans: list[Span] = []
+        start = len(self.pieces[0])
+        for turn, message in enumerate(example.messages):
+            following = self.pieces[turn + 1]
+            for content in _as_rendered(message.content):
+                stop = start + len(content)
+                if text.startswith(content, start) and text.startswith(following, stop):
+                    break
+            else:
+                raise _changed(example, turn)
+            spans.append(Span(start, stop, self.openings[turn], self.closings[turn]))
+            start = stop + len(following)
+        if not text.startswith(self.pieces[0]) or start != len(text):
+            raise _changed(example, 0)
+        return spans
+
+
+def _changed(example: Example, turn: int) -> TemplateError:
+    role = example.messages[turn].role
+    return TemplateError(
+        f"sample {example.id}: the chat template does not show the text of turn {turn + 1} (the {role}'s) as "
+        "it is; set model.template"
+    )
+
+
+def _as_rendered(content: str) -> list[str]:
+    """The forms in which templates may show a text: as it is, or stripped of white space or line breaks."""
+    ways = (content, content.strip(), content.rstrip(), content.lstrip())
+    return list(dict.fromkeys((*ways, content.strip("\n"), content.rstrip("\n"), content.lstrip("\n"))))
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(tokenizer: PreTrainedTokenizerBase, roles: tuple[Role, ...]) -> _Layout:
+    # Each turn is a mark of private-use characters, so that no turn can be confused with other text.
+    marks = [f"\ue000{turn}\ue001" for turn in range(len(roles))]
+    messages = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
+    text = render(tokenizer, messages)
+    pieces, openings, closings, rest = [], [], [], text
+    for turn, (role, mark) in enumerate(zip(roles, marks, strict=True)):
+        piece, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            raise TemplateError(
+                f"the chat template does not show turn {turn + 1}, the {role}'s, once and in its place; "
+                "set model.template"
+            )
+        pieces.append(piece)
+        is_answer = role == "assistant"
+        openings.append(
+            text.index(mark) - _generation_prompt(tokenizer, text, messages[:turn]) if is_answer else 0
+        )
+        closings.append(_closing(tokenizer, rest, messages[: turn + 1], mark) if is_answer else 0)
+    return _Layout((*pieces, rest), tuple(openings), tuple(closings))
+
+
+def _generation_prompt(tokenizer: PreTrainedTokenizerBase, text: str, messages: Sequence[Message]) -> int:
+    """The length of the prompt that asks for an answer to some messages;
+
+    `text` must begin with that prompt.
+    """
+    prompt = render(tokenizer, messages, add_generation_prompt=True)
+    if not text.startswith(prompt):
+        raise TemplateError("the chat template's generation prompt differs from the text before an answer")
+    return len(prompt)
+
+
+def _closing(
+    tokenizer: PreTrainedTokenizerBase, following: str, messages: Sequence[Message], mark: str
+) -> int:
+    """`Span.closing` of the last of some marked messages; `following` is the rendered text after that answer.
+
+    Text that the template also writes when the conversation ends with this answer belongs to this turn. The
+    opening of the next turn does not, unless only white space is between it and the answer.
+    """
+    own = render(tokenizer, messages).rpartition(mark)[2]
+    shared = sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, following, strict=False))
+    )
+    return max(shared, len(following) - len(following.lstrip()) + 1)
+
+
+_OPENING = 64  # characters of a generation prompt that may begin the answer
+# The end of reasoning, which a template may leave out of earlier answers.
+_END_OF_REASONING = re.compile(r"(</[\w:]+>|\[/\w+\])$")
+
+
+def _by_rendering(tokenizer: PreTrainedTokenizerBase, text: str, example: Example) -> list[Span]:
+    """The spans for templates whose own words depend on the turns' text, as those around reasoning may.
+
+    Each turn is rendered again with a mark after it; a user's or system turn also with a mark before it. An
+    answer begins where the generation prompt ends, even if that prompt contains its first words. White space
+    within a turn may differ, and an answer before the last one may lack its reasoning. All other text must be
+    there.
+    """
+    everything = "".join(m.content for m in example.messages)
+    mark = next(m for n in itertools.count() if (m := f"\ue000{n}\ue001") not in everything)
+    spans = []
+    for turn, message in enumerate(example.messages):
+        ahead, later = example.messages[:turn], example.messages[turn + 1 :]
+        ended = Message(message.role, message.content + mark)
+        _, found, tail = render(tokenizer, [*ahead, ended, *later]).partition(mark)
+        stop = len(text) - len(tail)
+        if not found or mark in tail or not text.endswith(tail):
+            raise _changed(example, turn)
+        wanted = "".join(message.content.split())
+        if message.role == "assistant":
+            start = _generation_prompt(tokenizer, text, ahead)
+            shown = "".join(text[start:stop].split())
+            # The generation prompt may write the answer's first words itself, such as `<think>`.
+            with_opening = "".join(text[max(0, start - _OPENING) : stop].split())
+            kept = with_opening.endswith(wanted) or (
+                bool(later)
+                and wanted.endswith(shown)
+                and _END_OF_REASONING.search(wanted.removesuffix(shown)) is not None
+            )
+            closing = _closing(tokenizer, text[stop:], [*ahead, ended], mark)
+        else:
+            begun = Message(message.role, mark + message.content)
+            head, found, _ = render(tokenizer, [*ahead, begun, *later]).partition(mark)
+            start, closing = len(head), 0
+            kept = bool(found) and text.startswith(head) and "".join(text[start:stop].split()) == wanted
+        if start > stop or not kept:
+            raise _changed(example, turn)
+        spans.append(Span(start, stop, closing=closing))
+    return spans

@@ -1,0 +1,313 @@
+"""The public files of a run: what each contains, the version of its format, and who may read it.
+
+    faults(row, schema("refined.jsonl").row)  ->  ["gate is missing"]
+
+A version is kept in the metadata of a Parquet file; in manifest.json, for itself and for all files that its
+stages wrote; and in each line of events.jsonl, since several programs may append to it. A file without a
+version is older than versions, and is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, Union
+
+from middo_jax.rundir import rows
+
+Form = Literal["JSON", "JSON lines", "Parquet"]
+ArrowType = Literal[
+    "string",
+    "bool",
+    "int32",
+    "int64",
+    "float32",
+    "float64",
+    "list<string>",
+    "list<float32>",
+    "vector<float32>",
+]
+
+
+class Column(NamedTuple):
+    """A column of a Parquet file; `type` as pyarrow calls it, or a vector: a list of one fixed size."""
+
+    name: str
+    type: ArrowType
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """The declaration of one public file.
+
+    Attributes:
+      name: of the file.
+      form: how it is encoded.
+      where: in which folder.
+      text: what it contains, one sentence.
+      version: of its format; a change that an older program would misread is the next one.
+      row: the type of a row, or of the whole value of a JSON file; None for Parquet.
+      columns: of a Parquet file, in order.
+    """
+
+    name: str
+    form: Form
+    where: str
+    text: str
+    version: int
+    row: type | None = None
+    columns: tuple[Column, ...] = ()
+
+
+_RATINGS = tuple(
+    Column(f"{dimension}_{part}", "float32", f"the judge's rating of the {part}'s {dimension}, 1 to 10")
+    for dimension in ("clarity", "completeness", "factuality")
+    for part in ("prompt", "response")
+)
+SCORES = Schema(
+    "scores.parquet",
+    "Parquet",
+    "a round",
+    "What was measured of each sample. Null where a column was not computed or a number is not finite. "
+    "`middo score` writes the user's own columns behind these.",
+    1,
+    columns=(
+        Column("id", "string", "the sample"),
+        Column("loss_pre", "float32", "mean nats per target token under the model before this training"),
+        Column("loss_post", "float32", "the same under the model under training"),
+        Column("n_target_tokens", "int32", "how many tokens the losses are means of"),
+        Column("truncated", "bool", "whether `model.max_length` cut any token"),
+        Column("knn_mean_sim", "float32", "mean cosine similarity to the k nearest other samples"),
+        Column("knn_ids", "list<string>", "these samples, the nearest first"),
+        Column("knn_sims", "list<float32>", "their similarities"),
+        Column("prompt_hash", "string", "hash of what is embedded; equal in exact duplicates"),
+        Column("loss_unconditional", "float32", "mean nats per token of the responses without their prompts"),
+        Column("ifd", "float32", "`loss_post / loss_unconditional`"),
+        *_RATINGS,
+        Column("quality", "float32", "mean of the six ratings"),
+        Column("error", "string", "which of the numbers are not finite"),
+    ),
+)
+SELECTED = Schema(
+    "selection.parquet",
+    "Parquet",
+    "a round",
+    "Which sets each sample is in. Null where an axis has no scores.",
+    1,
+    columns=(
+        Column("id", "string", "the sample"),
+        Column("hard", "bool", "selected by complexity"),
+        Column("sparse", "bool", "selected by diversity"),
+        Column("low_quality", "bool", "selected by quality"),
+        Column("complexity_z", "float32", "standard deviations by which it is worse than the mean"),
+        Column("diversity_z", "float32", "likewise"),
+        Column("quality_z", "float32", "likewise"),
+    ),
+)
+EMBEDDINGS = Schema(
+    "embeddings.parquet",
+    "Parquet",
+    "a round",
+    "The embedding of each sample: the mean of the last hidden state over its prompt, after the final norm.",
+    1,
+    columns=(
+        Column("id", "string", "the sample"),
+        Column("embedding", "vector<float32>", "d numbers, as many as the model is wide"),
+    ),
+)
+HELDOUT_ROWS = Schema(
+    "heldout_rows.parquet",
+    "Parquet",
+    "the run",
+    "The loss of each held-out sample under each model, models in the order of training.",
+    1,
+    columns=(
+        Column("model", "string", "`base`, `round_00`, ..., `final`"),
+        Column("id", "string", "the held-out sample"),
+        Column("nll", "float64", "sum over its target tokens, in nats"),
+        Column("n_target_tokens", "int64", "how many there are"),
+    ),
+)
+MANIFEST = Schema(
+    "manifest.json",
+    "JSON",
+    "a round or `final`",
+    "Which stages are done, and of what they were made.",
+    1,
+    rows.ManifestFile,
+)
+EVENTS = Schema("events.jsonl", "JSON lines", "the run", "What happened when.", 1, rows.EventRow)
+SCHEMAS: tuple[Schema, ...] = (
+    Schema(
+        "dataset.jsonl",
+        "JSON lines",
+        "a round or `final`",
+        "One row per sample that the training learns from.",
+        1,
+        rows.ExampleRow,
+    ),
+    Schema(
+        "merged.jsonl",
+        "JSON lines",
+        "the folder of `middo refine`",
+        "The dataset with its accepted rewrites, the next round's dataset.",
+        1,
+        rows.ExampleRow,
+    ),
+    Schema("heldout.jsonl", "JSON lines", "the run", "Samples that no training sees.", 1, rows.ExampleRow),
+    Schema(
+        "rejected.jsonl",
+        "JSON lines",
+        "the run, or the folder of a command that reads data",
+        "Rows of the input that cannot be used.",
+        1,
+        rows.RejectedRow,
+    ),
+    Schema(
+        "metrics.jsonl", "JSON lines", "a round or `final`", "One row per training step.", 1, rows.MetricsRow
+    ),
+    Schema(
+        "evaluations.jsonl",
+        "JSON lines",
+        "a round or `final`",
+        "One row per held-out loss during training (`train.eval_every`).",
+        1,
+        rows.EvaluationRow,
+    ),
+    SCORES,
+    EMBEDDINGS,
+    SELECTED,
+    Schema("selection.json", "JSON", "a round", "Thresholds, sets, their overlap.", 1, rows.SelectionFile),
+    Schema(
+        "requests.jsonl",
+        "JSON lines",
+        "a round",
+        "What the refiner was asked and what it answered.",
+        1,
+        rows.RequestRow,
+    ),
+    Schema("refined.jsonl", "JSON lines", "a round", "One row per task of the refiner.", 1, rows.RefinedRow),
+    Schema(
+        "candidates.jsonl",
+        "JSON lines",
+        "a round",
+        "One row per attempt of the refiner.",
+        1,
+        rows.CandidateRow,
+    ),
+    Schema(
+        "dropped.jsonl",
+        "JSON lines",
+        "a round",
+        "Samples that made room for additions, and additions that found none.",
+        1,
+        rows.DroppedRow,
+    ),
+    Schema(
+        "heldout_losses.json",
+        "JSON",
+        "the run",
+        "The held-out loss of every model.",
+        1,
+        rows.HeldoutLosses,
+    ),
+    HELDOUT_ROWS,
+    EVENTS,
+    MANIFEST,
+)
+_BY_NAME = {schema.name: schema for schema in SCHEMAS}
+
+
+def schema(name: str) -> Schema | None:
+    """The schema of a public file by its name, None for any other file."""
+    return _BY_NAME.get(name)
+
+
+def versions_of(names: Iterable[str]) -> dict[str, int]:
+    """The versions in which this program writes the public ones of some files, by relative path."""
+    known = ((name, schema(name.rpartition("/")[2])) for name in names)
+    return {name: found.version for name, found in known if found is not None}
+
+
+def newer(name: str, version: int, where: object) -> str | None:
+    """Why a file cannot be read: its format is newer than this program's. None if it can.
+
+    Args:
+      name: of the file.
+      version: in which it was written.
+      where: the file that says so.
+    """
+    found = schema(name.rpartition("/")[2])
+    if found is None or version <= found.version:
+        return None
+    return (
+        f"{where}: {name} has format version {version}, this middo-jax reads up to {found.version}. A newer "
+        "middo-jax wrote it: update this one"
+    )
+
+
+def faults(value: Any, expected: Any, where: str = "") -> list[str]:
+    """In what a value of a JSON file differs from its declared type: missing, unknown and ill-typed keys.
+
+    faults({"n": "3"}, SweepRow) = ["m is missing", "n is a str, not int"]
+
+    Args:
+      value: as `json.loads` gives it.
+      expected: a type of rows.py, or of one of its keys.
+      where: the key that has the value, for the messages.
+    """
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if expected is Any:
+        return []
+    if origin in (Annotated, NotRequired):
+        return faults(value, arguments[0], where)
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in arguments:
+            return []
+        choices = [choice for choice in arguments if choice is not types.NoneType]
+        return min((faults(value, choice, where) for choice in choices), key=len)
+    if origin is Literal:
+        return (
+            []
+            if value in arguments
+            else [f"{where} is {value!r}, not one of {', '.join(map(repr, arguments))}"]
+        )
+    if typing.is_typeddict(expected):
+        return _row_faults(value, expected, where)
+    if origin is list and isinstance(value, list):
+        return [f for i, item in enumerate(value) for f in faults(item, arguments[0], f"{where}[{i}]")]
+    if origin is dict and isinstance(value, dict):
+        return [f for key, item in value.items() for f in faults(item, arguments[1], f"{where}.{key}")]
+    plain = origin or expected
+    fits = type(value) is plain or (plain is float and type(value) is int)
+    return [] if fits else [f"{where} is a {type(value).__name__}, not {plain.__name__}"]
+
+
+def _row_faults(value: Any, expected: Any, where: str) -> list[str]:
+    if not isinstance(value, Mapping):
+        return [f"{where or 'the row'} is a {type(value).__name__}, not an object"]
+    declared = keys(expected)
+    prefix = f"{where}." if where else ""
+    found = [
+        f"{prefix}{name} is missing"
+        for name, type_ in declared.items()
+        if name not in value and not is_optional(type_)
+    ]
+    found += [f"{prefix}{name} is not declared" for name in value if name not in declared]
+    for name in value:
+        if name in declared:
+            found += faults(value[name], declared[name], f"{prefix}{name}")
+    return found
+
+
+def keys(row: Any) -> dict[str, Any]:
+    """The keys of a row with their annotated types, in the declared order."""
+    return typing.get_type_hints(row, include_extras=True)
+
+
+def is_optional(annotated: Any) -> bool:
+    """Whether a key may be absent."""
+    return typing.get_origin(annotated) is NotRequired

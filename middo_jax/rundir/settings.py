@@ -1,0 +1,22 @@
+"""The settings that a folder was made with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from middo_jax.config import Config, SettingsLike, layers_of, load
+from middo_jax.rundir.manifest import RunError
+
+
+def settings_of(directory: Path, settings: SettingsLike = None) -> Config:
+    """The settings of a folder, or of the run that it is a round of, with others laid over them.
+
+    Raises:
+      RunError: there is no config.yaml.
+    """
+    for path in (directory / "config.yaml", directory.parent / "config.yaml"):
+        if path.exists():
+            return load(path, layers_of(settings))
+    raise RunError(
+        f"{directory}: no config.yaml there or above; `middo score --data F --model M --out DIR` makes one"
+    )

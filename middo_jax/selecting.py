@@ -1,0 +1,84 @@
+"""`select` and `load_config`: the verbs that need neither a model nor JAX."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from middo_jax.config import Config, SettingsLike, layers_of, load
+from middo_jax.config.axis_table import axes
+from middo_jax.results import Scores, Selection
+from middo_jax.rundir import RoundDir, held
+from middo_jax.rundir.settings import settings_of
+from middo_jax.signals.select import select as choose
+from middo_jax.signals.table import as_scores, read_scores
+from middo_jax.stages.select import select_stage
+
+PathLike = str | os.PathLike[str]
+
+
+def load_config(path: PathLike | None = None, settings: SettingsLike = None) -> Config:
+    """Reads a YAML file of settings and lays others over it; see docs/settings.md for all of them.
+
+    Args:
+      path: the file; None starts from the defaults.
+      settings: {"train.learning_rate": 1e-4, "complexity": {"fraction": 0.05}}, or texts as a command takes
+        them: ["train.learning_rate=1e-4"].
+
+    Raises:
+      ConfigError: an unknown setting (with the nearest valid name), a wrong type or range, no such file.
+    """
+    return load(None if path is None else Path(path), layers_of(settings))
+
+
+def select(
+    scores: Scores | pa.Table | PathLike,
+    *,
+    complexity: Mapping[str, Any] | None = None,
+    diversity: Mapping[str, Any] | None = None,
+    quality: Mapping[str, Any] | None = None,
+    settings: SettingsLike = None,
+) -> Selection:
+    """The hard, sparse and low-quality samples of scores. Needs neither a model nor JAX.
+
+    Args:
+      scores: of `score`, or their table; or the folder that `score` or a round of a run wrote, whose
+        config.yaml then holds what is not given here, and which gets selection.json and selection.parquet.
+      complexity: {"m": 1.5}, standard deviations from the mean, or {"fraction": 0.05}, the share of the
+        samples; without either, m is 1.
+      diversity: the same.
+      quality: the same.
+      settings: others, see `load_config`; among them the thresholds of registered axes.
+
+    Raises:
+      ValueError: a wrong setting, or a table that holds no scores.
+      RunError: the folder holds no scores.
+      RunLocked: another process writes into the folder.
+    """
+    given = {"complexity": complexity, "diversity": diversity, "quality": quality}
+    # The thresholds lie over the settings, which may hold others.
+    layers = [*layers_of(settings), {axis: dict(of) for axis, of in given.items() if of is not None}]
+    if isinstance(scores, str | os.PathLike):
+        directory = RoundDir(Path(scores))
+        config = settings_of(directory.path, layers)
+        with held(directory.path):
+            chosen, facts = select_stage(config, directory)
+            table = read_scores(directory.scores)
+    else:
+        table = as_scores(scores.table if isinstance(scores, Scores) else scores, "the table of scores")
+        config = load(None, [{"model.path": "none", "data.path": "none"}, *layers])
+        chosen, facts = choose(table, config)
+    return Selection(_flagged(table, chosen), facts)
+
+
+def _flagged(table: pa.Table, chosen: pa.Table) -> pa.Table:
+    """The scores with one column per axis: whether a sample is in its set. The rows of both are the same."""
+    for name in (row.set_name for row in axes()):
+        at = table.schema.get_field_index(name)
+        column = chosen[name]
+        table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
+    return table

@@ -1,0 +1,69 @@
+"""The refiner's endpoint: the one that the settings name, or the embedded one."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from middo_jax.config import Config
+from middo_jax.data.templates import pin_date
+from middo_jax.inference import server
+from middo_jax.models.resolve import resolve
+from middo_jax.rundir import RunError
+from middo_jax.session import Session
+
+
+class Served(NamedTuple):
+    """The refiner's endpoint.
+
+    Attributes:
+      url: up to and including /v1; several are servers of the same model.
+      model: the name to ask for.
+      sends_key: whether it is the user's and gets their API key; the embedded one gets a dummy.
+    """
+
+    url: str | tuple[str, ...]
+    model: str
+    sends_key: bool
+
+
+def named_endpoint(config: Config) -> Served | None:
+    """The endpoint that `refine.base_url` or $OPENAI_BASE_URL names; None if neither does.
+
+    Raises:
+      RunError: one does, and `refine.model` is missing.
+    """
+    url = config.refine.base_url or os.environ.get("OPENAI_BASE_URL")
+    if url is None:
+        return None
+    if config.refine.model is None:
+        served = "refine.base_url" if config.refine.base_url else "$OPENAI_BASE_URL"
+        raise RunError(f"config: refine.model is missing: the name of a model that {served} serves")
+    return Served(url, config.refine.model, sends_key=True)
+
+
+@contextlib.contextmanager
+def endpoint(session: Session) -> Iterator[Served]:
+    """The refiner's endpoint; if none is named, the embedded one serves on loopback while the block runs."""
+    config = session.config
+    if (named := named_endpoint(config)) is not None:
+        yield named
+        return
+    if config.refine.model:
+        path, template = resolve(config.refine.model), None
+    else:
+        path, template = session.base, config.model.template
+    engine, tokenizer, eos_ids = server.load_engine(
+        path, config.serve, config.model.dtype, template, session.mesh
+    )
+    # A rewrite depends on what the template prints, so that another day's start must print the same.
+    pin_date(tokenizer, config.model.template_date or datetime.date.today())
+    name = path.resolve().name
+    app = server.build_app(engine, tokenizer, name, eos_ids)
+    with engine, server.serve_in_background(app, port=0) as url:
+        yield Served(url, name, sends_key=False)
+    gc.collect()

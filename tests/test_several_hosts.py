@@ -1,0 +1,173 @@
+"""The law of a job: any number of processes gives the datasets, scores, selections and models of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from support.loop_fixture import contents, fake_refiner, settings
+
+from middo_jax.config import load
+from middo_jax.parallel.preemption import EXIT_PREEMPTED
+from middo_jax.rundir import RunDir, read_jsonl
+
+DEVICES = 4  # of all processes together
+EQUAL = ("dataset.jsonl", "heldout.jsonl", "rejected.jsonl", "requests.jsonl")
+
+pytestmark = pytest.mark.multiprocess
+
+
+class Ended(NamedTuple):
+    code: int
+    output: str
+
+
+def start(processes: int, *arguments: str) -> list[subprocess.Popen[str]]:
+    """The processes of `middo ARGUMENTS`, each with its share of the devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = []
+    for process in range(processes):
+        job = ["--coordinator", address, "--processes", str(processes), "--process", str(process)]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "middo_jax", *(job if processes > 1 else ()), *arguments],
+                env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return started
+
+
+def end(started: list[subprocess.Popen[str]]) -> list[Ended]:
+    try:
+        outputs = [process.communicate(timeout=500)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    print(*outputs, sep="\n---\n")  # shown where a test fails
+    return [Ended(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+
+
+class Loop(NamedTuple):
+    """One refiner and one dataset for the runs of this file, and the run of one process."""
+
+    root: Path
+    url: str
+    alone: RunDir
+
+    def command(self, runs: Path) -> tuple[str, str]:
+        """The arguments of a run below `runs`."""
+        runs.mkdir(exist_ok=True)
+        chosen = settings(
+            self.root,
+            self.url,
+            runs_dir=runs,
+            train__batch_size=4,
+            refine__accept="measured",
+            hosts__stall_timeout=120,
+        )
+        (runs / "config.yaml").write_text(load(None, chosen).to_yaml(), encoding="utf-8")
+        return "run", str(runs / "config.yaml")
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    root = tmp_path_factory.mktemp("hosts")
+    with fake_refiner(seconds=0.05) as (url, _):
+        made = Loop(root, url, RunDir(root / "alone" / "run"))
+        [ended] = end(start(1, *made.command(root / "alone")))
+        assert ended.code == 0
+        yield made
+
+
+def assert_equal(run: RunDir, alone: RunDir) -> None:
+    """Equal bytes of data, requests and answers; the same selection; scores and losses within tolerance."""
+    ours, theirs = contents(run.path, *EQUAL), contents(alone.path, *EQUAL)
+    assert ours.keys() == theirs.keys()
+    first = [name for name in theirs if "final" not in name]  # later ones have scores in their lineage
+    assert [name for name in first if ours[name] != theirs[name]] == []
+    mine, other = (pq.read_table(r.round(0).scores) for r in (run, alone))
+    assert mine["id"].to_pylist() == other["id"].to_pylist()
+    for column in ("loss_pre", "loss_post", "knn_mean_sim", "quality"):
+        one, two = (np.asarray(table[column].to_pylist(), float) for table in (mine, other))
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+    chosen = [json.loads(r.round(0).selection.read_text())["axes"] for r in (run, alone)]
+    assert len({json.dumps({axis: facts["ids"] for axis, facts in axes.items()}) for axes in chosen}) == 1
+    judged = [[(row["task_id"], row["gate"]) for row in read_jsonl(r.round(0).refined)] for r in (run, alone)]
+    assert judged[0] == judged[1]
+    texts = [[json.loads(line)["id"] for line in r.final.dataset.open()] for r in (run, alone)]
+    assert texts[0] == texts[1]
+    losses = [json.loads(r.heldout_losses.read_text())["models"] for r in (run, alone)]
+    for one, two in zip(*losses, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_job_gives_what_one_process_gives(loop: Loop, tmp_path: Path, processes: int) -> None:
+    ended = end(start(processes, *loop.command(tmp_path)))
+    assert [e.code for e in ended] == [0] * processes
+    assert_equal(RunDir(tmp_path / "run"), loop.alone)
+    assert all("report.html" not in e.output for e in ended[1:])  # process 0 alone speaks
+
+
+def test_preempted_by_a_sigterm_to_any_process_and_continued_by_fewer(loop: Loop, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    started = start(2, *loop.command(tmp_path))
+    waited = time.monotonic() + 300
+    while not (run.round(0).path / "scores.parquet").exists() and time.monotonic() < waited:
+        time.sleep(0.2)
+    started[1].send_signal(signal.SIGTERM)
+    assert [e.code for e in end(started)] == [EXIT_PREEMPTED] * 2
+    [ended] = end(start(1, *loop.command(tmp_path)))
+    assert ended.code == 0
+    assert_equal(run, loop.alone)
+
+
+def test_where_a_process_is_killed_the_others_end_and_say_so(loop: Loop, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    started = start(2, *loop.command(tmp_path))
+    waited = time.monotonic() + 300
+    while not (run.round(0).path / "checkpoint" / "metadata.json").exists() and time.monotonic() < waited:
+        time.sleep(0.1)
+    started[1].kill()
+    killed = time.monotonic()
+    ended = end(started)
+    assert ended[0].code != 0
+    assert time.monotonic() - killed < 90
+    assert "process 1" in ended[0].output
+    assert all(e.code == 0 for e in end(start(2, *loop.command(tmp_path))))
+    assert_equal(run, loop.alone)
+
+
+def test_other_settings_on_one_host_are_named(loop: Loop, tmp_path: Path) -> None:
+    started = start(2, *loop.command(tmp_path))
+    started[1].kill()
+    started[1].wait()
+    # The second process again, with another seed.
+    arguments = [str(a) for a in started[1].args]  # type: ignore[union-attr]
+    started[1] = subprocess.Popen(
+        [*arguments, "seed=4"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // 2)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for e in end(started):
+        assert e.code == 1
+        assert "the processes differ in settings: process 0 on " in e.output
+    assert not (tmp_path / "run" / "config.yaml").exists()

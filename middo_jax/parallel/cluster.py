@@ -24,7 +24,7 @@ from middo_jax.progress import Progress, duration, in_job
 from middo_jax.rundir import RunError
 from middo_jax.rundir.files import only_read
 
-HEARTBEAT_TIMEOUT_S = 30
+HEARTBEAT_TIMEOUT_S = 60  # later than our own watch, which can say more
 SAY_AFTER_S = 30.0
 LOCKFILE = Path("/tmp/libtpu_lockfile")
 

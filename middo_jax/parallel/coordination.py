@@ -30,8 +30,8 @@ from middo_jax.rundir import RunError
 T = TypeVar("T")
 
 POLL_S = 5.0
-DEAD_AFTER_S = 45.0  # without a sign of life
-END_AFTER_S = 20.0  # that the main thread has to end by itself once another process has failed
+DEAD_AFTER_S = 25.0  # without a sign of life
+END_AFTER_S = 10.0  # that the main thread has to end by itself once another process has failed
 _PART = 1 << 20  # characters of one value: gRPC refuses messages over 4 MB
 
 _calls: collections.Counter[str] = collections.Counter()

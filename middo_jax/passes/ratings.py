@@ -27,9 +27,9 @@ from middo_jax.progress import Progress, Silent
 
 MIN_TREE = 128  # tokens a tree takes in the plan: its questions alone are longer
 
-# [..., 11] float32 log-probabilities of the ratings 0..10, up to a constant -> [...] float32.
 Array = TypeVar("Array")  # numpy's on the host, JAX's inside the program
 
+# [..., 11] float32 log-probabilities of the ratings 0..10, up to a constant -> [...] float32.
 Readout = Callable[[jax.Array], jax.Array]
 
 

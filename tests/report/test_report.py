@@ -168,11 +168,11 @@ def test_any_file_may_be_missing(run: RunDir, missing: str) -> None:
     render_status(status(run))
 
 
-def test_an_empty_round_says_not_yet_and_invents_nothing(tmp_path: Path) -> None:
+def test_a_run_of_empty_folders_says_not_yet_and_invents_nothing(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     with pytest.raises(RunError, match="not a run"):
         page(run)
-    run.round(0).path.mkdir()
+    run.final.path.mkdir()
     parsed = Page(page(run))
     assert parsed.words.count("not yet") >= 8
     assert parsed.count("svg") == 0

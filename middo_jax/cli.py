@@ -391,15 +391,15 @@ def inspect(
 
     base = tokenizer_directory(model) if model else "none"
     config = load(None, [f"model.path={base}", f"data.path={data}", *(overrides or ())])
-    data = read_rows(config.data.path, config.data.format, config.data.limit)
-    facts = inspect_rows(data.examples, data.rejections)
+    rows = read_rows(config.data.path, config.data.format, config.data.limit)
+    facts = inspect_rows(rows.examples, rows.rejections)
     if model:
         session, max_length = Session(config, for_stderr()), config.model.max_length
-        data = usable(session, data)
-        whole = tokenize_all(data.examples, session.tokenizer)
+        rows = usable(session, rows)
+        whole = tokenize_all(rows.examples, session.tokenizer)
         cut = [truncate(tokenized, max_length) for tokenized in whole]
         session.tell_of_no_end(cut)
-        facts = inspect_rows(data.examples, data.rejections) | inspect_tokens(
+        facts = inspect_rows(rows.examples, rows.rejections) | inspect_tokens(
             whole,
             cut,
             session.tokenizer,

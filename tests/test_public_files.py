@@ -20,6 +20,7 @@ from middo_jax.report.build import page
 from middo_jax.report.lineage import trace
 from middo_jax.report.status import status
 from middo_jax.rundir import RunDir, RunError, read_jsonl, write_json, write_jsonl
+from middo_jax.rundir.manifest import fingerprint
 from middo_jax.rundir.schemas import SCHEMAS, Schema, faults, schema
 from middo_jax.rundir.tables import VERSION, arrow_schema
 
@@ -89,7 +90,8 @@ def newer_losses(run: RunDir) -> None:
     table = pq.read_table(run.heldout_rows)
     pq.write_table(table.replace_schema_metadata({VERSION: b"2"}), run.heldout_rows)
     manifest = json.loads(run.final.manifest.read_text(encoding="utf-8"))
-    del manifest["stages"]["evaluate"]["files"]["../heldout_rows.parquet"]  # else it is stale, and not read
+    known = manifest["stages"]["evaluate"]["files"]  # else the stage is stale, and its files are not read
+    known["../heldout_rows.parquet"] = fingerprint(run.heldout_rows)
     write_json(run.final.manifest, manifest)
 
 

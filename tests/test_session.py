@@ -88,6 +88,7 @@ class PerStage(Silent):
 
         def shown(tokenizer: Any, messages: Any, *arguments: Any, **how: Any) -> Any:
             text = render(tokenizer, messages, *arguments, **how)
+            assert isinstance(text, str)
             self.rendered.setdefault(self._stage, Counter()).update([text])
             return text
 

@@ -139,8 +139,9 @@ def kernel_law(
     rng = np.random.default_rng(1)
     shape = rows.positions.shape
     arrays = [jnp.asarray(rng.standard_normal((*shape, n, dim)), dtype) for n in (8, 2, 2, 8)]
-    ids = (None if x is None else jnp.asarray(x) for x in rows[:3])
-    packing, spec = Packing(*ids, rows.prefix), AttentionSpec(dim**-0.5, window, soft_cap)
+    until = None if rows.until is None else jnp.asarray(rows.until)
+    packing = Packing(jnp.asarray(rows.segment_ids), jnp.asarray(rows.positions), until, rows.prefix)
+    spec = AttentionSpec(dim**-0.5, window, soft_cap)
     real_bt11 = jnp.asarray(rows.segment_ids >= 0)[..., None, None]
 
     def both(attend: Any, *arrays: jax.Array) -> Any:
@@ -170,11 +171,10 @@ def cached_law(dtype: str, dim: int, interpret: bool) -> Law:
     q = jnp.asarray(rng.standard_normal((4, 1, 8, dim)), dtype)
     cached, spec = CachedLayer(keys, values, jnp.int32(1)), AttentionSpec(dim**-0.5)
     ours = triton_cached_attention(q, cached, positions, spec, interpret=interpret)
-    wide_q, *wide = (np.asarray(x, np.float32) for x in (q, keys, values))
+    wide_q, wide_keys, wide_values = (np.asarray(x, np.float32) for x in (q, keys, values))
     with jax.default_device(jax.devices("cpu")[0]), jax.set_mesh(cpu_mesh()):
-        theirs = jax.jit(functools.partial(cached_attention, spec=spec))(
-            wide_q, CachedLayer(*wide, np.int32(1), 0), np.asarray(positions)
-        )
+        wide = CachedLayer(jnp.asarray(wide_keys), jnp.asarray(wide_values), jnp.int32(1))
+        theirs = jax.jit(functools.partial(cached_attention, spec=spec))(wide_q, wide, np.asarray(positions))
     return Law(f"decoding == CPU: {dtype}, {dim}", distance(ours, theirs), TOLERANCES[dtype])
 
 

@@ -74,7 +74,9 @@ def scoring_program(config: DecoderConfig, rows: int, mesh: Mesh) -> jax.stages.
     def of(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, LENGTH), dtype, sharding=named_sharding(mesh, "batch", None))
 
-    batch = LossInputs(*(of(jnp.int32) for _ in range(4)), of(jnp.bool_), of(jnp.bool_))
+    batch = LossInputs(
+        *(of(jnp.int32) for _ in range(4)), is_target_bt=of(jnp.bool_), in_prompt_bt=of(jnp.bool_)
+    )
     params = abstract_params(config, jnp.bfloat16, mesh)
     static: dict[str, Any] = {"max_segments": LENGTH // MIN_LENGTH, "chunk": 4096, "longest": LENGTH}
     return score_batch.trace(abstract(config)[0], params, batch, **static).lower(lowering_platforms=("cuda",))

@@ -25,14 +25,14 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, Self
+from typing import Generic, Literal, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from middo_jax.inference.sampling import Numbers, Request, Sampling, sample
+from middo_jax.inference.sampling import Request, Sampling, sample
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import KVCache, empty_cache
 from middo_jax.models.model import Params, Structure, bound
@@ -52,7 +52,10 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
-class PromptChunk(NamedTuple):
+Array = TypeVar("Array")  # numpy's on the host, JAX's inside the program
+
+
+class PromptChunk(NamedTuple, Generic[Array]):
     """A part of a prompt, and where it belongs.
 
     Attributes:
@@ -62,15 +65,15 @@ class PromptChunk(NamedTuple):
       slot: row of the cache.
     """
 
-    tokens_1t: Numbers
-    start: Numbers | np.int32
-    n_tokens: Numbers | np.int32
-    slot: Numbers | np.int32
+    tokens_1t: Array
+    start: Array
+    n_tokens: Array
+    slot: Array
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
 def prefill(
-    graphdef: Structure, params: Params, cache: KVCache, chunk: PromptChunk, sampling: Sampling
+    graphdef: Structure, params: Params, cache: KVCache, chunk: PromptChunk[jax.Array], sampling: Sampling
 ) -> tuple[jax.Array, KVCache]:
     """Reads one chunk of a prompt into its slot.
 

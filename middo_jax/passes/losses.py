@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,17 @@ from middo_jax.models.attention import shares_prefixes
 from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.models.nll import target_nll
 from middo_jax.parallel.mesh import batch_divisor
-from middo_jax.passes.runner import Array, Pass, PassFacts, Plan
+from middo_jax.passes.runner import Pass, PassFacts, Plan
 from middo_jax.progress import Progress, Silent
 
 MIN_LENGTH = 8  # tokens an example takes in the plan: a row of 1,024 holds at most 128
 MIN_PREFIX = 8  # tokens: a shorter one is not worth its place in every row
 
 
-class LossInputs(NamedTuple):
+Array = TypeVar("Array")  # numpy's on the host, JAX's inside the program
+
+
+class LossInputs(NamedTuple, Generic[Array]):
     """What `score_batch` reads: [b, t] each.
 
     Attributes:
@@ -77,7 +80,7 @@ class ExampleScores(NamedTuple):
 def score_batch(
     graphdef: Structure,
     params: Params,
-    batch: LossInputs,
+    batch: LossInputs[jax.Array],
     *,
     max_segments: int,
     chunk: int,
@@ -201,7 +204,7 @@ def _shared_prefix(examples: Sequence[TokenizedExample], trees: Sequence[Tree]) 
     return prefix if prefix >= MIN_PREFIX else 0
 
 
-def loss_inputs(examples: Sequence[TokenizedExample], packed: PackedTrees) -> LossInputs:
+def loss_inputs(examples: Sequence[TokenizedExample], packed: PackedTrees) -> LossInputs[np.ndarray]:
     """What `score_batch` reads of a batch; `until_bt` only where rows share a prefix."""
 
     def fill(values: Callable[[TokenizedExample], np.ndarray]) -> np.ndarray:

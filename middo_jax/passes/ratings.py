@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,12 @@ from middo_jax.data.trees import PackedTrees, Tree, common_prefix
 from middo_jax.models.decoder import Decoder
 from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.parallel.mesh import batch_divisor
-from middo_jax.passes.runner import Array, Pass, PassFacts, Plan
+from middo_jax.passes.runner import Pass, PassFacts, Plan
 from middo_jax.progress import Progress, Silent
 
 MIN_TREE = 128  # tokens a tree takes in the plan: its questions alone are longer
+
+Array = TypeVar("Array")  # numpy's on the host, JAX's inside the program
 
 # [..., 11] float32 log-probabilities of the ratings 0..10, up to a constant -> [...] float32.
 Readout = Callable[[jax.Array], jax.Array]
@@ -79,7 +81,7 @@ class RatingScale:
         return self.columns if self.spelling.ten_second is None else 2 * self.columns
 
 
-class RatingInputs(NamedTuple):
+class RatingInputs(NamedTuple, Generic[Array]):
     """What `judge_batch` reads.
 
     Attributes:
@@ -101,7 +103,7 @@ class RatingInputs(NamedTuple):
 def judge_batch(
     graphdef: Structure,
     params: Params,
-    batch: RatingInputs,
+    batch: RatingInputs[jax.Array],
     *,
     scale: RatingScale,
     prefix: int,
@@ -168,7 +170,7 @@ def rate(
     )
     rating_nc = np.full((len(asked), scale.columns), np.nan, np.float32)
 
-    def inputs(packed: PackedTrees) -> RatingInputs:
+    def inputs(packed: PackedTrees) -> RatingInputs[np.ndarray]:
         reading_bsr = np.zeros((packed.batch, packed.length // MIN_TREE, scale.readings), np.int32)
         for b, row in enumerate(packed.rows):
             for s, (i, start) in enumerate(zip(row, packed.starts(row), strict=True)):

@@ -26,8 +26,6 @@ from middo_jax.progress import Progress
 
 COMPILERS = 4  # at a time
 
-Array = jax.Array | np.ndarray  # numpy's on the host, JAX's inside a program
-
 
 @dataclasses.dataclass(frozen=True)
 class PassFacts:

@@ -68,7 +68,7 @@ def parse_prompt(reply: str) -> str | None:
     text = _without_later_reasoning(text)
     objects = _objects(text)
     tags = [tag for tag in _tags(text) if not any(o.start < tag.start < o.end for o in objects)]
-    deliveries, is_cut = _pairs(text, [tag for tag in tags if not tag.is_named])
+    deliveries, is_cut = _pairs(text, _used(tags))
     if is_cut:
         return None
     if not deliveries and not objects:
@@ -80,11 +80,18 @@ def parse_prompt(reply: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Tag:
-    """`<prompt>` or `</prompt>`. `is_named`: whether a sentence only mentions the tag."""
+    """`<prompt>` or `</prompt>`.
+
+    Attributes:
+      opens: whether it is the opening one.
+      is_quoted: whether it has quotation marks or backticks of its own.
+      is_named: whether a sentence only mentions the tag, as one does that quotes it.
+    """
 
     start: int
     end: int
     opens: bool
+    is_quoted: bool
     is_named: bool
 
 
@@ -101,7 +108,7 @@ def _tags(text: str) -> list[_Tag]:
     found = [(match, True) for match in _OPEN.finditer(text)]
     found += [(match, False) for match in _CLOSE.finditer(text)]
     return [
-        _Tag(match.start(), match.end(), opens, _is_named(text, match, opens))
+        _Tag(match.start(), match.end(), opens, is_quoted(text, match), _is_named(text, match, opens))
         for match, opens in sorted(found, key=lambda pair: pair[0].start())
     ]
 
@@ -119,6 +126,19 @@ def _is_named(text: str, match: re.Match[str], opens: bool) -> bool:
         named_at_end = not after and "\n" not in text[match.end() :].strip(" \t")[:1]
         return follows_word and goes_on and (bool(after.strip()) or named_at_end)
     return bool(re.search(r"[\w,>`][ \t]+\Z", before)) and bool(re.match(r"[ \t]+[^\W\d_]|[.,;)]", after))
+
+
+def _used(tags: Sequence[_Tag]) -> list[_Tag]:
+    """The tags that no sentence only mentions.
+
+    A closing tag that reads like a mention closes the last opening one if no other does:
+    "<prompt>Name a bird </prompt>."
+    """
+    used = [tag for tag in tags if not tag.is_named]
+    if used and used[-1].opens:
+        later = itertools.takewhile(lambda tag: not tag.opens, (t for t in tags if t.start > used[-1].start))
+        used += [tag for tag in later if not tag.is_quoted][-1:]
+    return used
 
 
 def _pairs(text: str, tags: Sequence[_Tag]) -> tuple[list[_Span], bool]:

@@ -132,5 +132,7 @@ class Hooks:
 
     def tell(self, metrics: StepMetrics | None) -> None:
         """A step's metrics, if there are any."""
-        for hook in self._hooks if metrics is not None else ():
+        if metrics is None:
+            return
+        for hook in self._hooks:
             hook.on_metrics(metrics)

@@ -40,7 +40,7 @@ def test_what_the_end_of_a_text_sees_is_the_text(texts: list[np.ndarray]) -> Non
 
 @pytest.mark.parametrize("texts", [[[]], [[1, 2], [1]], [[3], [3]]])
 def test_a_text_within_another_is_refused(texts: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match="begins with all of it"):
+    with pytest.raises(ValueError, match="empty, or is the beginning of another one"):
         trie([np.asarray(text, np.int32) for text in texts])
 
 

@@ -79,8 +79,8 @@ def test_packed_is_unpacked_under_a_window() -> None:
     window, lengths = 40, (150, 7, 100)
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, sum(lengths), n, 8)), jnp.float32) for n in (4, 2, 2))
-    segment_ids = np.repeat(np.arange(3), lengths)[None]
-    positions = np.concatenate([np.arange(n) for n in lengths])[None]
+    segment_ids = jnp.asarray(np.repeat(np.arange(3), lengths)[None])
+    positions = jnp.asarray(np.concatenate([np.arange(n) for n in lengths])[None])
     attend = jax.jit(functools.partial(packed_attention, spec=AttentionSpec(SCALE, window)))
     packed = attend(q, k, v, Packing(segment_ids, positions))
     for start, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):

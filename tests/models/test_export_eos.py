@@ -11,7 +11,7 @@ from support.tiny_model import CHAT_TEMPLATE, write_tiny_model
 from transformers import AutoTokenizer
 
 from middo_jax.data.tokenize import load_tokenizer
-from middo_jax.models.hf.companions import write_companions, write_tokenizer
+from middo_jax.models.hf.companions import ChatFormat, write_companions, write_tokenizer
 
 EOT = "<|im_end|>"
 
@@ -30,7 +30,7 @@ def exported_eos(directory: Path) -> str:
 
 
 def test_the_bases_own_template(tmp_path: Path) -> None:
-    write_companions(base_with(tmp_path / "base"), tmp_path, "float32")
+    write_companions(base_with(tmp_path / "base"), tmp_path, "float32", ChatFormat())
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == EOT
     assert exported_eos(tmp_path) == EOT
 
@@ -38,13 +38,13 @@ def test_the_bases_own_template(tmp_path: Path) -> None:
 def test_the_template_of_the_training(tmp_path: Path) -> None:
     base = base_with(tmp_path / "base", template=None)
     template = str(load_tokenizer(base, "chatml").chat_template)
-    write_companions(base, tmp_path, "float32", template)
+    write_companions(base, tmp_path, "float32", ChatFormat(template))
     assert exported_eos(tmp_path) == EOT
 
 
 def test_behind_white_space(tmp_path: Path) -> None:
     template = CHAT_TEMPLATE.replace("'<|im_end|>' + ", "'\n<|im_end|>' + ")
-    write_companions(base_with(tmp_path / "base", template), tmp_path, "float32")
+    write_companions(base_with(tmp_path / "base", template), tmp_path, "float32", ChatFormat())
     assert exported_eos(tmp_path) == EOT
 
 
@@ -71,5 +71,5 @@ def test_an_adapter_and_the_map_of_special_tokens(tmp_path: Path) -> None:
 )
 def test_an_end_token_that_stays(tmp_path: Path, template: str) -> None:
     base = base_with(tmp_path / "base", template)
-    write_companions(base, tmp_path, "float32")
+    write_companions(base, tmp_path, "float32", ChatFormat())
     assert (tmp_path / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()

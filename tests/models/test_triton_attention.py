@@ -80,9 +80,9 @@ def test_packed_is_unpacked_to_the_bit_where_blocks_are_the_same() -> None:
     positions = jnp.asarray(np.concatenate([np.arange(n) for n in lengths])[None])
 
     def attend(part: slice, segment_ids: jax.Array) -> jax.Array:
-        arrays = (x[:, part] for x in (q, k, v))
+        own_q, own_k, own_v = (x[:, part] for x in (q, k, v))
         packing = Packing(segment_ids, positions[:, part])
-        return triton.triton_attention(*arrays, packing, AttentionSpec(SCALE), interpret=True)
+        return triton.triton_attention(own_q, own_k, own_v, packing, AttentionSpec(SCALE), interpret=True)
 
     packed = attend(slice(None), segment_ids)
     for start, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.gate_verdicts import text_verdict, without_duplicates
 from support.scripted_refiner import HARD, refine, sample
@@ -44,7 +44,13 @@ UNPARSABLE = Verdict("readable", "unparsable")
         ("<prompt>\n```\nName a bird.\n```\n</prompt>", "Name a bird."),
         ("<prompt>```python\nx = 1\n```</prompt>", "```python\nx = 1\n```"),
         ("<prompt>Explain\n```\nx = 1\n```</prompt>", "Explain\n```\nx = 1\n```"),
+        ("Here: <prompt>Name a bird </prompt>.", "Name a bird"),
+        ("<prompt>Use the </prompt> tag </prompt>, as you wished.", "Use the </prompt> tag"),
+        ("<prompt>Name a bird </prompt>. It is between <prompt> and </prompt>.", "Name a bird"),
+        ("<prompt>Explain what `</prompt>` closes", None),
         ("<prompt></prompt>", ""),
+        ('<prompt>""</prompt>', ""),
+        ('<prompt>"</prompt>', '"'),
         ("<prompt>Name a bird.", None),
         ("Name a bird.</prompt>", None),
         ("<prompt>whole</prompt> better: <prompt>cut of", None),
@@ -56,11 +62,24 @@ def test_parse(reply: str, prompt: str | None) -> None:
     assert parse_prompt(reply) == prompt
 
 
+QUOTATIONS = {'""', "“”", "„“", "«»", "''"}
+MENTIONS = QUOTATIONS | {"``", "()"}
+
+
+def is_kept_whole(text: str) -> bool:
+    """Whether a text has none of the wrapping that is removed with the tags, as quotation marks around it."""
+    stripped = text.strip()
+    is_quoted = len(stripped) > 1 and stripped[0] + stripped[-1] in QUOTATIONS
+    return not is_quoted and "prompt" not in text.lower() and "```" not in text and "**" not in text
+
+
 @given(
-    st.text().filter(lambda t: "prompt" not in t.lower() and "```" not in t and "**" not in t),
+    st.text().filter(is_kept_whole),
     st.text().filter(lambda t: "prompt" not in t.lower() and "<" not in t and "*" not in t),
 )
 def test_parse_finds_what_was_wrapped(inner: str, around: str) -> None:
+    assume(inner[-1:] + around[:1] not in MENTIONS)  # `"</prompt>"` mentions the tag
+    assume(around[-1:] + inner[:1] not in MENTIONS)
     assert parse_prompt(f"{around}<prompt>{inner}</prompt>{around}") == inner.strip()
 
 

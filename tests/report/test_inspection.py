@@ -106,8 +106,9 @@ def test_what_is_said_of_scoring_is_what_runs(
     lower = losses.score_batch.lower
 
     class Watched:
-        def lower(self, graphdef: Any, params: Any, batch: losses.LossInputs, **static: Any) -> Any:
-            compiled.append((*batch.tokens_bt.shape, static["longest"]))
+        def lower(self, graphdef: Any, params: Any, batch: losses.LossInputs[Any], **static: Any) -> Any:
+            rows, length = batch.tokens_bt.shape
+            compiled.append((rows, length, static["longest"]))
             return lower(graphdef, params, batch, **static)
 
     monkeypatch.setattr(losses, "score_batch", Watched())

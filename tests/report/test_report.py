@@ -168,8 +168,12 @@ def test_any_file_may_be_missing(run: RunDir, missing: str) -> None:
     render_status(status(run))
 
 
-def test_an_empty_folder_says_not_yet_and_invents_nothing(tmp_path: Path) -> None:
-    parsed = Page(page(RunDir(tmp_path)))
+def test_a_run_of_empty_folders_says_not_yet_and_invents_nothing(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with pytest.raises(RunError, match="not a run"):
+        page(run)
+    run.final.path.mkdir()
+    parsed = Page(page(run))
     assert parsed.words.count("not yet") >= 8
     assert parsed.count("svg") == 0
     body = parsed.words[parsed.words.index("Rounds") :]
@@ -484,8 +488,10 @@ def test_an_unknown_id_is_answered_with_the_nearest(finished: RunDir) -> None:
 
 
 def test_a_run_without_datasets_has_nothing_to_trace(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.round(0).path.mkdir()
     with pytest.raises(RunError, match="no round has a dataset yet"):
-        trace(RunDir(tmp_path), "a")
+        trace(run, "a")
 
 
 def test_a_lineage_that_bites_its_tail_still_ends(run: RunDir) -> None:

@@ -20,6 +20,7 @@ from middo_jax.rundir import (
     write_jsonl,
     write_text,
 )
+from middo_jax.rundir.manifest import fingerprint
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_hash_of_a_folder(tmp_path: Path) -> None:
     def folder(name: str, files: dict[str, str]) -> str:
         for file, text in files.items():
             write_text(tmp_path / name / file, text)
-        return file_hash(tmp_path / name)
+        return fingerprint(tmp_path / name)
 
     same = folder("a", {"x": "1", "sub/y": "2"})
     assert folder("b", {"sub/y": "2", "x": "1"}) == same
@@ -122,9 +123,8 @@ def test_hash_of_a_folder(tmp_path: Path) -> None:
         {"x": "12", "sub/y": ""},
     ]
     assert len({same, *(folder(f"other{i}", files) for i, files in enumerate(others))}) == 1 + len(others)
-    assert (
-        file_hash(tmp_path / "a" / "x") == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
-    )
+    sha256_of_1 = "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+    assert fingerprint(tmp_path / "a" / "x") == file_hash(tmp_path / "a" / "x") == sha256_of_1
 
 
 def test_run_folder(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -84,7 +85,7 @@ def test_reading_holds_one_copy_and_a_row_group(tmp_path: Path, monkeypatch: pyt
     peaks: list[int] = []
     read_row_group = pq.ParquetFile.read_row_group
 
-    def watched(self: pq.ParquetFile, *args: object, **how: object) -> pa.Table:
+    def watched(self: pq.ParquetFile, *args: Any, **how: Any) -> pa.Table:
         table = read_row_group(self, *args, **how)
         peaks.append(pool.bytes_allocated() - before)
         return table

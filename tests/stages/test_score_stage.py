@@ -33,7 +33,7 @@ from middo_jax.stages.measure import UnderTraining
 
 
 @dataclasses.dataclass(frozen=True)
-class House:
+class Folder:
     """Two models, a dataset, and rounds scored in `root`."""
 
     root: Path
@@ -67,16 +67,16 @@ class House:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> House:
-    root = tmp_path_factory.mktemp("house")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    root = tmp_path_factory.mktemp("folder")
     settings(root)
     write_tiny_model(root / "tuned", seed=1)
-    return House(root)
+    return Folder(root)
 
 
 @pytest.fixture(scope="module")
-def examples(house: House) -> list[Example]:
-    return prepare(house.session())[0]
+def examples(folder: Folder) -> list[Example]:
+    return prepare(folder.session())[0]
 
 
 def edited(examples: list[Example]) -> list[Example]:
@@ -118,61 +118,61 @@ def assert_same_scores(ours: RoundDir, theirs: RoundDir) -> None:
 @pytest.mark.parametrize("text", ["templated", "raw"])
 @pytest.mark.parametrize("ignore", [False, True])
 def test_a_later_round_is_a_first_one(
-    house: House, examples: list[Example], embedder: str, text: str, ignore: bool
+    folder: Folder, examples: list[Example], embedder: str, text: str, ignore: bool
 ) -> None:
     how: dict[str, Any] = {
         "diversity__embedder": embedder,
         "diversity__text": text,
         "diversity__ignore_duplicates": str(ignore).lower(),
     }
-    first, later = house.score("first", examples, **how), edited(examples)
-    updated = house.score("updated", later, first, **how)
-    assert_same_scores(updated, house.score("scratch", later, **how))
+    first, later = folder.score("first", examples, **how), edited(examples)
+    updated = folder.score("updated", later, first, **how)
+    assert_same_scores(updated, folder.score("scratch", later, **how))
     record = score_record(updated)
     assert record["n_kept"] == len(later) - 3
     assert score_record(first)["n_kept"] == 0
     if embedder == "post":
         assert record["n_searched"] == len(later)
-        assert record["embedder"] == record["model"] == str(house.tuned)
+        assert record["embedder"] == record["model"] == str(folder.tuned)
     else:
         assert 3 <= record["n_searched"] < len(later)
-        assert record["embedder"] == str(house.base)
+        assert record["embedder"] == str(folder.base)
     # And on from there.
-    again = house.score("again", later[1:], updated, **how)
-    assert_same_scores(again, house.score("scratch", later[1:], **how))
+    again = folder.score("again", later[1:], updated, **how)
+    assert_same_scores(again, folder.score("scratch", later[1:], **how))
     assert score_record(again)["n_kept"] == len(later) - 1
 
 
-def test_embeddings_before_training_are_the_base_models(house: House, examples: list[Example]) -> None:
-    pre = house.score("pre", examples, diversity__embedder="pre")
-    shutil.rmtree(house.root / "base", ignore_errors=True)
-    directory, session = RoundDir(house.root / "base"), house.session()
+def test_embeddings_before_training_are_the_base_models(folder: Folder, examples: list[Example]) -> None:
+    pre = folder.score("pre", examples, diversity__embedder="pre")
+    shutil.rmtree(folder.root / "base", ignore_errors=True)
+    directory, session = RoundDir(folder.root / "base"), folder.session()
     write_dataset(directory, examples)
-    stages.score_stage(session, directory, house.base, None, ["diversity"])
+    stages.score_stage(session, directory, folder.base, None, ["diversity"])
     np.testing.assert_allclose(embeddings(pre), embeddings(directory), rtol=1e-5, atol=1e-5)
     names = ["knn_ids", "prompt_hash"]
     tables = [read_scores(d.scores).select(names).to_pydict() for d in (pre, directory)]
     assert tables[0] == tables[1]
     with pytest.raises(RunError, match=r"diversity\.embedder=pre.*--pre-model"):
         stages.score_stage(
-            house.session(diversity__embedder="pre"), directory, house.tuned, None, ["diversity"]
+            folder.session(diversity__embedder="pre"), directory, folder.tuned, None, ["diversity"]
         )
 
 
-def test_rewrites_are_compared_in_the_datasets_own_space(house: House, examples: list[Example]) -> None:
+def test_rewrites_are_compared_in_the_datasets_own_space(folder: Folder, examples: list[Example]) -> None:
     """Embedded by the model that embedded the dataset: a sample's own prompt is as similar as can be."""
-    directory = house.score("measured", examples, diversity__embedder="pre")
-    session = house.session(diversity__embedder="pre")
+    directory = folder.score("measured", examples, diversity__embedder="pre")
+    session = folder.session(diversity__embedder="pre")
     tasks = stages.plan_refinement(directory)
     outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.original) for task in tasks[:3]]
     assert outcomes
-    for m in UnderTraining(session, directory, house.tuned).measure(outcomes):
+    for m in UnderTraining(session, directory, folder.tuned).measure(outcomes):
         assert m.similarity == pytest.approx(1.0, abs=1e-5)
 
 
-def test_nothing_changed(house: House, examples: list[Example]) -> None:
-    first = house.score("first", examples, diversity__embedder="pre")
-    again = house.score("again", examples, first, diversity__embedder="pre")
+def test_nothing_changed(folder: Folder, examples: list[Example]) -> None:
+    first = folder.score("first", examples, diversity__embedder="pre")
+    again = folder.score("again", examples, first, diversity__embedder="pre")
     assert_same_scores(first, again)
     assert (score_record(again)["n_kept"], score_record(again)["n_searched"]) == (len(examples), 0)
 
@@ -194,19 +194,19 @@ def shuffled(directory: RoundDir) -> None:
 
 
 def test_the_order_of_the_rows_of_the_embeddings_does_not_matter(
-    house: House, examples: list[Example]
+    folder: Folder, examples: list[Example]
 ) -> None:
     """A later round, its selection, and what the gates see of a rewrite are the same, bit for bit."""
-    how = {"diversity__embedder": "pre", "refine__accept": "measured"}
-    first, session = house.score("ordered", examples, **how), house.session(**how)
+    how: dict[str, Any] = {"diversity__embedder": "pre", "refine__accept": "measured"}
+    first, session = folder.score("ordered", examples, **how), folder.session(**how)
 
     def seen() -> tuple[Any, ...]:
-        later = house.score("later", edited(examples), first, **how)
+        later = folder.score("later", edited(examples), first, **how)
         assert score_record(later)["n_kept"] == len(edited(examples)) - 3
-        limits = Acceptance(session, first, (), house.tuned).limits
+        limits = Acceptance(session, first, (), folder.tuned).limits
         tasks = stages.plan_refinement(first)[:3]
-        outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.source) for task in tasks]
-        measured = UnderTraining(session, first, house.tuned).measure(outcomes)
+        outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.original) for task in tasks]
+        measured = UnderTraining(session, first, folder.tuned).measure(outcomes)
         selection = later.selection.read_text(encoding="utf-8")
         return read_scores(later.scores), embeddings(later).tolist(), selection, limits, measured
 
@@ -235,25 +235,25 @@ def without_manifest(directory: RoundDir) -> None:
     ],
 )
 def test_what_was_measured_otherwise_is_not_used(
-    house: House, examples: list[Example], change: Callable[[RoundDir], None] | None, more: dict[str, Any]
+    folder: Folder, examples: list[Example], change: Callable[[RoundDir], None] | None, more: dict[str, Any]
 ) -> None:
-    first = house.score("first", examples, diversity__embedder="pre")
+    first = folder.score("first", examples, diversity__embedder="pre")
     if change is not None:
         change(first)
-    later = house.score("later", examples, first, **{"diversity__embedder": "pre", **more})
+    later = folder.score("later", examples, first, **{"diversity__embedder": "pre", **more})
     assert score_record(later)["n_kept"] == 0
 
 
-def test_other_weights_at_the_same_place_are_another_model(house: House, examples: list[Example]) -> None:
-    first = house.score("first", examples, diversity__embedder="pre")
-    kept = (house.base / "model.safetensors").read_bytes()
-    write_tiny_model(house.base, seed=9)
+def test_other_weights_at_the_same_place_are_another_model(folder: Folder, examples: list[Example]) -> None:
+    first = folder.score("first", examples, diversity__embedder="pre")
+    kept = (folder.base / "model.safetensors").read_bytes()
+    write_tiny_model(folder.base, seed=9)
     try:
-        later = house.score("later", examples, first, diversity__embedder="pre")
+        later = folder.score("later", examples, first, diversity__embedder="pre")
         assert score_record(later)["n_kept"] == 0
-        assert_same_scores(later, house.score("scratch", examples, diversity__embedder="pre"))
+        assert_same_scores(later, folder.score("scratch", examples, diversity__embedder="pre"))
     finally:
-        (house.base / "model.safetensors").write_bytes(kept)
+        (folder.base / "model.safetensors").write_bytes(kept)
 
 
 def repeated(examples: list[Example]) -> list[Example]:
@@ -262,11 +262,11 @@ def repeated(examples: list[Example]) -> list[Example]:
     return [*examples, *twins, Example((*examples[0].messages[:-1], Message("assistant", "Thrice.")))]
 
 
-def test_duplicates_are_reported_and_may_be_ignored(house: House, examples: list[Example]) -> None:
+def test_duplicates_are_reported_and_may_be_ignored(folder: Folder, examples: list[Example]) -> None:
     with_twins = repeated(examples)
-    directory = house.score("twins", with_twins)
+    directory = folder.score("twins", with_twins)
     table = read_scores(directory.scores)
-    _, selection = select(table, house.session().config)
+    _, selection = select(table, folder.session().config)
     expected = {"n_groups": 3, "n_samples": 7}
     assert selection["duplicates"] == score_record(directory)["duplicates"] == expected
     assert "same prompt       7 in 3 groups" in render_selection(selection)
@@ -275,7 +275,7 @@ def test_duplicates_are_reported_and_may_be_ignored(house: House, examples: list
     assert of[nearest[0]] == of[with_twins[0].id]  # as published: a twin is the nearest of all
     assert table["knn_sims"].to_pylist()[0][0] == pytest.approx(1, abs=1e-5)
 
-    ignoring = read_scores(house.score("ignoring", with_twins, diversity__ignore_duplicates="true").scores)
+    ignoring = read_scores(folder.score("ignoring", with_twins, diversity__ignore_duplicates="true").scores)
     for id_, ids in zip(ignoring["id"].to_pylist(), ignoring["knn_ids"].to_pylist(), strict=True):
         assert of[id_] not in [of[i] for i in ids]
     # Twins see the same others: the twin's own twins are out of sight, whichever of them one is.
@@ -298,12 +298,12 @@ def test_the_hash_is_of_what_the_embedding_sees() -> None:
     assert count_duplicates([]) == {"n_groups": 0, "n_samples": 0}
 
 
-def test_ifd_is_a_column(house: House, examples: list[Example]) -> None:
-    table = read_scores(house.score("ifd", examples, axes=("diversity",), scoring__ifd="true").scores)
+def test_ifd_is_a_column(folder: Folder, examples: list[Example]) -> None:
+    table = read_scores(folder.score("ifd", examples, axes=("diversity",), scoring__ifd="true").scores)
     post, alone, ratio = (
         np.asarray(table[name].to_pylist(), float) for name in ("loss_post", "loss_unconditional", "ifd")
     )
     assert np.isfinite(alone).all()
     np.testing.assert_allclose(ratio, post / alone, rtol=1e-6)
-    without = read_scores(house.score("plain", examples, axes=("diversity",)).scores)
+    without = read_scores(folder.score("plain", examples, axes=("diversity",)).scores)
     assert without["ifd"].null_count == without["loss_unconditional"].null_count == len(examples)

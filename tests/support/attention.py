@@ -78,8 +78,8 @@ class Batch:
 
     def packing(self, prefix: int = 0, longest: int | None = None) -> Packing:
         """What attention is told about the rows."""
-        arrays = (self.segment_ids, self.positions, self.until)
-        return Packing(*(None if x is None else jnp.asarray(x) for x in arrays), prefix, longest)
+        until = None if self.until is None else jnp.asarray(self.until)
+        return Packing(jnp.asarray(self.segment_ids), jnp.asarray(self.positions), until, prefix, longest)
 
     def values_and_gradients(self, attend: Callable[..., jax.Array]) -> list[np.ndarray]:
         """Attention of all that is not padding, and the gradients of q, k and v."""

@@ -22,6 +22,7 @@ _NO_WORD = re.compile(r"^[^\w\"“„«‹「『'‘—–―]+")  # list marks,
 _QUOTED = re.compile(r"\"[^\"]+\"|“[^“”]+”|„[^„“”]+[“”]|«[^«»]+»|‹[^‹›]+›|「[^「」]+」|『[^『』]+』")
 _SINGLE_QUOTED = re.compile(r"^['‘].+?[,.!?]['’](?=\s)")  # only in front: elsewhere it may be an apostrophe
 _DIALOGUE = re.compile(r"^[—–―]\s*.+?\s*[—–―]")  # —No puedo ayudarte —dijo ella.
+_REPORTED = re.compile(r"(?<!\bi )\b(?:said|says|replied|answered|wrote):\s[^.!?]*", re.IGNORECASE)
 _APOSTROPHES = str.maketrans("’´`ʼ", "''''")
 
 
@@ -29,7 +30,8 @@ def is_refusal(text: str) -> bool:
     """Whether a text opens as a model does that will not do what it was asked.
 
     The first two sentences are read. A partial refusal is one, whatever it offers instead. Words in quotation
-    marks count only where they are the whole text: a story or a translation may quote a refusal.
+    marks count only where they are the whole text, and words after "she said:" do not count: a story or a
+    translation may quote a refusal.
     """
     sentences = [*_sentences(_unquoted(text[: 4 * _OPENING]))][:_SENTENCES]
     return any(_declines(sentence, rule) for sentence in sentences for rule in _RULES)
@@ -69,7 +71,7 @@ def _unquoted(text: str) -> str:
     whole = _QUOTED.match(line)
     if whole and not any(c.isalnum() for c in line[whole.end() :]):
         return line[1:]
-    for spoken in (_DIALOGUE, _SINGLE_QUOTED, _QUOTED):
+    for spoken in (_DIALOGUE, _SINGLE_QUOTED, _QUOTED, _REPORTED):
         line = spoken.sub(" … ", line)
     return line
 

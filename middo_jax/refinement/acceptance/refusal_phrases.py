@@ -28,15 +28,17 @@ class Phrases(NamedTuple):
 
 PHRASES = {
     "English": Phrases(
-        cannot=r"i (?:(?:really|simply|just) )?(?:can't|cannot|can not|won't|will not"
+        # Not "I cannot thank you enough", which praises.
+        cannot=r"i (?:(?:really|simply|just) )?(?:(?:can't|cannot|can not)(?! (?:\w+ ){1,2}enough\b)"
+        r"|won't|will not"
         r"|must (?:\w+ )?(?:decline|refuse)|have to (?:decline|refuse)|decline to|do(?: not"
         r"|n't) feel comfortable|do(?: not|n't) have (?:any |my own |the )?(?:access|ability"
         r"|personal|real-time|physical|opinion|feeling|belief|emotion|memor|experience"
-        r"|preference|data|information)\w*)\b|i(?:'m| am) (?:going to have to decline|unable"
+        r"|preference|data|information|means)\w*)\b|i(?:'m| am) (?:going to have to decline|unable"
         r"|not (?:able|allowed|permitted|going|comfortable|programmed|designed))\b",
         serve=r"help(?:ing)?(?= (?:you )?(?:with|in)\b| you\b| further\b| here\b| on (?:this"
         r"|that)\b|[.,!;:]|$)|assist|comply|fulfil|accommodate|(?:decline|refuse) to"
-        r"|do (?:that|this)(?=[.,!;:]|$)|engage (?:in|with)|proceed with|respond\b"
+        r"|(?:do (?:that|this)|continue)(?=[.,!;:]|$)|engage (?:in|with)|proceed with|respond\b"
         r"|answer\b(?! (?:the|my|your) (?:door|phone|call))",
         deed=r"answer|complete|process|provide|respond|support|write|generate|create|discuss|give"
         r"|share|produce|reproduce|offer|perform|decline|refuse|retrieve|access|draw|design"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -26,14 +25,14 @@ from middo_jax.data.example import Example
 from middo_jax.loop import run_loop
 from middo_jax.passes.losses import score_examples
 from middo_jax.progress import Silent
-from middo_jax.refinement import AnswerCache, Outcome
+from middo_jax.refinement import AnswerCache
 from middo_jax.refinement.acceptance import table
 from middo_jax.refinement.acceptance.candidate import Candidate, Check, Finding
 from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
 from middo_jax.session import Session
 from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.table import SCHEMA, read_scores, write_scores
-from middo_jax.stages.measure import UnderTraining
+from middo_jax.stages.measure import Rewrite, UnderTraining
 
 TOPICS = ("the sea", "a cat", "fractions", "Paris", "rain", "bread", "the moon", "a train")
 MEASURED = {
@@ -352,8 +351,8 @@ def test_raw_prompts_are_measured_as_the_dataset_was(measured: Measured, tmp_pat
     session = Session(measured.config.model_copy(update={"diversity": diversity}), Silent())
     stages.score_stage(session, directory, directory.checkpoint, None, ["diversity"])
     tasks = stages.plan_refinement(measured.round)
-    outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.original) for task in tasks[:4]]
-    for m in UnderTraining(session, directory, directory.checkpoint).measure(outcomes):
+    rewrites = [Rewrite(task.original, task.original.id, "rewrite") for task in tasks[:4]]
+    for m in UnderTraining(session, directory, directory.checkpoint).measure(rewrites):
         assert m.similarity == pytest.approx(1.0, abs=1e-5)
         assert m.nearest is not None
         assert m.nearest < 1 - 1e-5

@@ -20,7 +20,6 @@ from middo_jax.config import load
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.progress import Silent
-from middo_jax.refinement import Outcome
 from middo_jax.report.terminal import render_selection
 from middo_jax.rundir import RoundDir, RunError, fingerprint
 from middo_jax.session import Session, prepare, write_dataset
@@ -29,7 +28,7 @@ from middo_jax.signals.embeddings import read_embeddings, write_embeddings
 from middo_jax.signals.select import select
 from middo_jax.signals.table import read_scores
 from middo_jax.stages.accept import Acceptance
-from middo_jax.stages.measure import UnderTraining
+from middo_jax.stages.measure import Rewrite, UnderTraining
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +163,9 @@ def test_rewrites_are_compared_in_the_datasets_own_space(folder: Folder, example
     directory = folder.score("measured", examples, diversity__embedder="pre")
     session = folder.session(diversity__embedder="pre")
     tasks = stages.plan_refinement(directory)
-    outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.original) for task in tasks[:3]]
-    assert outcomes
-    for m in UnderTraining(session, directory, folder.tuned).measure(outcomes):
+    rewrites = [Rewrite(task.original, task.original.id, "rewrite") for task in tasks[:3]]
+    assert rewrites
+    for m in UnderTraining(session, directory, folder.tuned).measure(rewrites):
         assert m.similarity == pytest.approx(1.0, abs=1e-5)
 
 
@@ -205,8 +204,8 @@ def test_the_order_of_the_rows_of_the_embeddings_does_not_matter(
         assert score_record(later)["n_kept"] == len(edited(examples)) - 3
         limits = Acceptance(session, first, (), folder.tuned).limits
         tasks = stages.plan_refinement(first)[:3]
-        outcomes = [Outcome(dataclasses.replace(task, op="rewrite"), task.original) for task in tasks]
-        measured = UnderTraining(session, first, folder.tuned).measure(outcomes)
+        rewrites = [Rewrite(task.original, task.original.id, "rewrite") for task in tasks]
+        measured = UnderTraining(session, first, folder.tuned).measure(rewrites)
         selection = later.selection.read_text(encoding="utf-8")
         return read_scores(later.scores), embeddings(later).tolist(), selection, limits, measured
 

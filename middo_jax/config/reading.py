@@ -133,7 +133,7 @@ class _Names(NamedTuple):
 
 
 def _nested(settings: Mapping[str, Any], names: _Names) -> dict[str, Any]:
-    """{"train.seed": 2, "train": {"keep": 4}}  ->  {"train": {"seed": 2, "keep": 4}}"""
+    """{"train.num_epochs": 2, "train": {"remat": "dots"}}  ->  {"train": {"num_epochs": 2, "remat": "dots"}}"""
     tree: dict[str, Any] = {}
     for name, value in _leaves(settings):
         inside, last = names.inside(tree, name)

@@ -177,10 +177,10 @@ class RefineSettings(Settings):
     )
     per_minute: Annotated[RequestRate | TokenRate | None, OneOf()] = None
     max_retries: Annotated[NonNegativeInt, Affects("speed")] = Field(
-        default=5, description="Tries after the first, of what can succeed only."
+        default=5, description="Retries of a request that may still succeed."
     )
     timeout: Annotated[PositiveFloat, Affects("speed")] = Field(
-        default=300.0, description="Seconds a request."
+        default=300.0, description="Seconds per request."
     )
     max_corrections: Annotated[NonNegativeInt, Affects("rewrites")] = Field(
         default=2, description="Turns that ask again when an answer cannot be read."

@@ -39,8 +39,8 @@ class ModelSettings(Settings):
     )
     template_date: Annotated[datetime.date | None, Affects("text")] = Field(
         default=None,
-        description="The day that templates print which print today's, as 2026-11-27. None: the day of the "
-        "first start, which is recorded in the run's config.yaml.",
+        description="The date that chat templates print as today's, such as 2026-11-27. None: the date of "
+        "the first start, which is recorded in the run's config.yaml.",
     )
     max_length: Annotated[PositiveInt, Affects("text")] = Field(
         default=2048, description="Tokens of a rendered conversation; longer ones are cut."

@@ -84,16 +84,16 @@ class TrainSettings(Settings):
         default=1, description="Passes over the dataset."
     )
     batch_size: Annotated[PositiveInt, Affects("training")] = Field(
-        default=32, description="Packed sequences an optimizer step."
+        default=32, description="Packed sequences per optimizer step."
     )
     examples_per_step: Annotated[PositiveInt | None, Affects("training")] = Field(
         default=None,
-        description="Examples an optimizer step, as far as batch_size sequences hold them: the global batch "
+        description="Examples per optimizer step, as far as batch_size sequences hold them: the global batch "
         "size of a trainer that does not pack. None: as many as they hold.",
     )
     gradient_accumulation: Annotated[PositiveInt, Affects("speed")] = Field(
         default=1,
-        description="Micro-batches a step; each holds batch_size / gradient_accumulation sequences.",
+        description="Micro-batches per step; each holds batch_size / gradient_accumulation sequences.",
     )
     warmup_ratio: Annotated[float, Affects("training")] = Field(
         default=0.03, ge=0, lt=1, description="Share of all steps with rising learning rate."
@@ -113,9 +113,9 @@ class TrainSettings(Settings):
     )
     remat: Annotated[Literal["none", "dots", "layer"], Affects("speed")] = Field(
         default="layer",
-        description="What the backward pass finds of a layer: all; its input, its products with weights and "
-        "what attention gave (dots); its input alone (layer). It computes the rest again: less memory, more "
-        "time.",
+        description="What each layer saves for the backward pass; the rest is recomputed. none: everything; "
+        "dots: its input, its products with weights and attention's output; layer: its input only, which "
+        "needs the least memory and the most time.",
     )
     start_from: Annotated[Literal["base", "previous"], Affects("training")] = Field(
         default="base",

@@ -123,7 +123,7 @@ _nll_sum.defvjp(_with_gradient, _scaled, symbolic_zeros=True)
 
 
 def _gathered(head_vd: jax.Array, hidden_btd: jax.Array) -> jax.Array:
-    """As it is multiplied: in the hidden states' dtype, and sent to all shares, once for all chunks."""
+    """The head in the hidden states' dtype, gathered once on every device and used for all chunks."""
     return constrain(head_vd.astype(hidden_btd.dtype), "vocab", None)
 
 

@@ -124,7 +124,7 @@ class RoundDir:
         return int(match[1]) if match and self.run else 0
 
     def stages(self) -> dict[str, Any]:
-        """Records of the finished stages by name, see `run.manifest`."""
+        """Records of the finished stages by name, see `rundir.manifest`."""
         return Manifest(self.path).records()
 
     def is_done(self, stage: str) -> bool:

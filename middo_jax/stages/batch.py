@@ -15,8 +15,13 @@ from middo_jax.stages.surroundings import heldout_of, model_of
 
 @dataclasses.dataclass(frozen=True)
 class BatchState:
-    """Where a batch stands: `taken` results were of use now; `waiting` requests have no answer yet, of which
-    `failed` have a result that is none, the first one saying `first_failure`. Nothing waits: it is finished.
+    """The state of a batch.
+
+    Attributes:
+      taken: results that this call used.
+      waiting: unanswered requests; 0 when the stage is finished.
+      failed: those among them whose result was an error.
+      first_failure: the message of the first such error.
     """
 
     taken: int

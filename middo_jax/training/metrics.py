@@ -128,13 +128,13 @@ class StepMetrics:
         return {k: float(v) for k, v in (learnt | speed).items() if isinstance(v, int | float)}
 
     def note(self) -> str:
-        """For a live line: "loss 1.234, grad norm 0.8, lr 2.00e-05, 3,210 tokens/s a device, MFU 41.0%"."""
+        """For a live line: "loss 1.234, grad norm 0.8, lr 2.00e-05, 3,210 tokens/s per device, MFU 41.0%"."""
         speed = self.speed
         parts = [
             f"loss {self.loss:.3f}",
             f"grad norm {self.grad_norm:.3g}",
             f"lr {self.learning_rate:.2e}",
-            f"{speed.tokens_per_second_device:,.0f} tokens/s a device",
+            f"{speed.tokens_per_second_device:,.0f} tokens/s per device",
             "MFU not known for this device" if speed.mfu is None else f"MFU {speed.mfu:.1%}",
             f"data wait {speed.waited_for_data:.1%}",
         ]

@@ -19,7 +19,7 @@ from support.synthetic_run import write_run
 from support.tiny_model import VOCAB_SIZE, write_tiny_model
 
 import middo_jax as middo
-from middo_jax.config import ConfigError, load
+from middo_jax.config import Affects, ConfigError, load
 from middo_jax.config.axis_table import Axis
 from middo_jax.data import formats
 from middo_jax.data.example import Example, Message
@@ -340,3 +340,11 @@ def test_the_test_that_the_page_names_for_a_setting_exists() -> None:
     (name,) = re.findall(r"`(test_\w+)`", section)
     (path,) = re.findall(r"`(tests/\S+\.py)`", section)
     assert f"def {name}(" in (PAGE.parents[1] / path).read_text(encoding="utf-8")
+
+
+def test_the_marks_that_the_page_shows_are_marks() -> None:
+    section = PAGE.read_text(encoding="utf-8").split("\n## A setting\n")[1]
+    shown = re.findall(r"Affects\(.*?\)(?=[`\]])", section)
+    assert len(shown) == 2
+    for mark in shown:
+        assert isinstance(eval(mark, {"Affects": Affects}), Affects)

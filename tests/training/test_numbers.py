@@ -80,7 +80,7 @@ def test_the_live_line() -> None:
     speed = Speed(2.0, 8000.0, 2000.0, 0.4123, 0.001, 3 * 2**30, 16 * 2**30, 60.0)
     metrics = StepMetrics(7, 100, 0, 1.2345, 512, 0.8765, 2e-5, (), speed)
     assert metrics.note() == (
-        "loss 1.234, grad norm 0.876, lr 2.00e-05, 2,000 tokens/s a device, MFU 41.2%, data wait 0.1%, "
+        "loss 1.234, grad norm 0.876, lr 2.00e-05, 2,000 tokens/s per device, MFU 41.2%, data wait 0.1%, "
         "memory 3.0 of 16.0 GiB"
     )
     left_out = dataclasses.replace(metrics, loss=float("nan"), skipped=("a",))

@@ -19,7 +19,7 @@ BLOCKS = (512, 256, 128)
 
 
 def refusal(workload: Workload) -> str | None:
-    """What of it the kernel cannot honour; None if it can all of it."""
+    """Why the kernel cannot do this work; None if it can."""
     if workload.platform != "tpu":
         return f"a {workload.platform}: it is a TPU kernel"
     if workload.has_trees:

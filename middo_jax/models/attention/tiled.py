@@ -1,4 +1,4 @@
-"""Attention on CPUs, in tiles of queries that are each given as many keys as they see: none of strangers.
+"""Attention on CPUs in tiles of queries. Each tile reads the keys that its queries attend to.
 
 How far back a tile sees is known when it runs, not when it is compiled. So tiles are sorted by that, and for
 each of a few numbers of keys a loop goes over those tiles which it suffices for. An accelerator would wait

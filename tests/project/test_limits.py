@@ -1,0 +1,38 @@
+"""What keeps the package readable: short functions, few parameters, and pages that name files that exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LINES, PARAMETERS = 60, 7
+MODULES = sorted((ROOT / "middo_jax").rglob("*.py"))
+# Pallas passes references by position; typer makes an option of each parameter.
+MANY_PARAMETERS = {"forward_kernel", "dq_kernel", "dkv_kernel", "cli.score"}
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_functions_are_short_and_take_few_parameters(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < LINES, node.name
+            arguments = node.args
+            names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+            taken = len(set(names) - {"self", "cls"})
+            excepted = {node.name, f"{path.stem}.{node.name}"} & MANY_PARAMETERS
+            assert taken <= PARAMETERS or excepted, f"{node.name} takes {taken}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(
+        re.findall(r"(?<![\w/])((?:tests|middo_jax|benchmarks|configs|launch|docs)/[\w./-]+\.\w+)", text)
+    )
+    theirs = {name for name in named if Path(name).stem == "mine"}  # the reader's
+    assert [name for name in sorted(named - theirs) if not (ROOT / name).exists()] == []

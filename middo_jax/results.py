@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.config.axis_table import axis_names
 from middo_jax.data.sources import Rejection
-from middo_jax.rundir.rows import SelectionFile
+from middo_jax.rundir.rows import MetricsRow, RefinedRow, SelectionFile, UsageRow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,8 +67,8 @@ class Refined:
     """
 
     merged: Path
-    rows: list[dict[str, Any]]
-    usage: dict[str, Any]
+    rows: list[RefinedRow]
+    usage: dict[str, UsageRow]
 
     @property
     def n_accepted(self) -> int:
@@ -87,7 +87,7 @@ class Trained:
     """
 
     checkpoint: Path
-    metrics: list[dict[str, Any]]
+    metrics: list[MetricsRow]
     heldout: HeldoutLoss | None
 
 

@@ -133,7 +133,7 @@ class _Names(NamedTuple):
 
 
 def _nested(settings: Mapping[str, Any], names: _Names) -> dict[str, Any]:
-    """{"train.num_epochs": 2, "train": {"remat": "dots"}}  ->  {"train": {"num_epochs": 2, "remat": "dots"}}"""
+    """{"lora.rank": 8, "lora": {"alpha": 4}}  ->  {"lora": {"rank": 8, "alpha": 4}}"""
     tree: dict[str, Any] = {}
     for name, value in _leaves(settings):
         inside, last = names.inside(tree, name)

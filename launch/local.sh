@@ -63,9 +63,10 @@ if [[ -z $port && -z $dry_run ]]; then
   port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 fi
 
-# One process; the last three options are how it finds the others.
+# One process; the options before the command are how it finds the others.
 command_of() {
-  command=("${environment[@]}" "$middo" run "${@:2}" --coordinator "127.0.0.1:${port:-PORT}" --processes "$processes" --process "$1")
+  local job=(--coordinator "127.0.0.1:${port:-PORT}" --processes "$processes" --process "$1")
+  command=("${environment[@]}" "$middo" "${job[@]}" run "${@:2}")
 }
 if [[ -n $dry_run ]]; then
   for ((i = 0; i < processes; i++)); do

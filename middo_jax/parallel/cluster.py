@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from middo_jax.config import HostsSettings
+from middo_jax.parallel.preemption import Preempted
 from middo_jax.parallel.roll_call import RollCall
 from middo_jax.progress import Progress, duration, in_job
 from middo_jax.rundir import RunError
@@ -252,10 +253,12 @@ def joined(
     if not coordination.is_first():
         only_read()
     coordination.Watch(settings.stall_timeout).start()
-    coordination.check_shared(shared)
     try:
+        coordination.check_shared(shared)
         yield
-    except SystemExit:  # preempted, as all of them are
+        # JAX's own exit waits for the others too, but only for five minutes.
+        coordination.barrier("end")
+    except Preempted:  # as all of them are
         coordination.tell_good_end()
         raise
     except BaseException as error:

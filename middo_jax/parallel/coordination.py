@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -18,13 +19,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 from jax._src import distributed  # the client has no public name; Orbax uses it as well
 from jax.experimental import multihost_utils
 
-from middo_jax.parallel.preemption import Preempted
+from middo_jax.parallel.preemption import EXIT_PREEMPTED, Preempted
 from middo_jax.rundir import RunError
 
 T = TypeVar("T")
@@ -32,16 +33,25 @@ T = TypeVar("T")
 POLL_S = 5.0
 DEAD_AFTER_S = 25.0  # without a sign of life
 END_AFTER_S = 10.0  # that the main thread has to end by itself once another process has failed
+# How a message of XLA begins where a collective broke. The class may be ValueError, from the quick dispatch.
+_BROKEN = re.compile(
+    "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
+)
 _PART = 1 << 20  # characters of one value: gRPC refuses messages over 4 MB
 
 _calls: collections.Counter[str] = collections.Counter()
 _points = itertools.count(1)
 _count = 0  # of pieces of work done by this process
 _at = "start"
+_watch_ends = threading.Event()  # the watch has found a reason, and ends this process
 
 
 class HostsError(RunError):
     """Another process of the job failed, or the processes disagree."""
+
+
+class Unreachable(HostsError):
+    """Process 0, which coordinates, is dead or cut off."""
 
 
 def is_first() -> bool:
@@ -68,8 +78,8 @@ def barrier(name: str) -> None:
 def from_first(name: str, function: Callable[[], T]) -> T:
     """The value, of JSON, that the function has in process 0; no other process calls it.
 
-    The others wait as long as it takes. If it raises there, they raise HostsError. A SIGTERM to any process
-    raises `Preempted` in all of them.
+    The others wait as long as it takes. If it raises there, process 0 has to `leave`, and each of the others
+    is ended by its `Watch`. A SIGTERM to any process raises `Preempted` in all of them.
     """
     if jax.process_count() == 1:
         return function()
@@ -119,7 +129,7 @@ def lead(name: str) -> Iterator[Together]:
             with together(children):
                 measure(children)
 
-    What `together` is given, of JSON, is what `follow` yields.
+    What `together` is given, of JSON, is what `follow` yields. The values are kept to the end of the job.
     """
     if jax.process_count() == 1:
         yield lambda value: contextlib.nullcontext()
@@ -188,11 +198,16 @@ def stop_point() -> None:
 
 
 def leave(error: BaseException) -> NoReturn:
-    """Ends this process at once with exit code 1, after it has told the others why.
+    """Ends this process with exit code 1, after it has told the others why.
 
     JAX would wait at its own exit for processes that wait for this one. Process 0, whose end is the service's
     and so all others', stays until they have read it.
+
+    Where a process is lost, the collectives of the others break first, and the watch finds the loss later. So
+    an error that may come from a loss waits for the watch, which ends the process with EXIT_PREEMPTED.
     """
+    if _may_be_a_loss(error) and _watch_ends.wait(DEAD_AFTER_S + 3 * POLL_S):
+        time.sleep(END_AFTER_S + 3 * POLL_S)  # the watch ends the process within this time
     _tell_end(f"{type(error).__name__}: {error}")
     patience = time.monotonic() + END_AFTER_S + 3 * POLL_S
     with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -202,7 +217,16 @@ def leave(error: BaseException) -> NoReturn:
             time.sleep(POLL_S / 5)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(EXIT_PREEMPTED if isinstance(error, Unreachable) else 1)
+
+
+def _may_be_a_loss(error: BaseException | None) -> bool:
+    """Whether an error, or its cause, may come from the loss of another process."""
+    while error is not None:
+        if _BROKEN.match(str(error)) or isinstance(error, Unreachable):
+            return True
+        error = error.__cause__
+    return False
 
 
 def tell_good_end() -> None:
@@ -256,7 +280,7 @@ def _try_get(key: str) -> str | None:
     except jax.errors.JaxRuntimeError as error:
         if "NOT_FOUND" in str(error):
             return None
-        raise HostsError(f"process 0 cannot be reached: {error}") from error
+        raise Unreachable(f"process 0 cannot be reached: {error}") from error
 
 
 @contextlib.contextmanager
@@ -293,10 +317,20 @@ def _ticking(call: str, every_s: float = 2.0) -> Iterator[None]:
         signal.signal(signal.SIGUSR2, before)
 
 
+class _End(NamedTuple):
+    """Why this process has to end, with which exit code, and after how many seconds."""
+
+    reason: str
+    code: int
+    after_s: float
+
+
 class Watch:
     """Ends this process with a message when another has failed, is dead, or nobody gets further.
 
-    The main thread may be in a collective that never returns, so that only ending the process helps.
+    The main thread may be in a collective that never returns, so that only ending the process helps. The exit
+    code is 1 where another process raised an error, which a second start would meet again. It is
+    EXIT_PREEMPTED where one is dead, cut off or stuck: there the scheduler has to start all again.
     """
 
     def __init__(self, stall_timeout_s: float) -> None:
@@ -317,14 +351,15 @@ class Watch:
     def _watch(self) -> None:
         while True:
             try:
-                reason = self._reason()
+                end = self._look()
             except jax.errors.JaxRuntimeError as error:
                 reason = f"process 0, which coordinates, cannot be reached: {str(error).splitlines()[0]}"
-            if reason is not None:
-                self._end(reason)
+                end = _End(reason, EXIT_PREEMPTED, END_AFTER_S)
+            if end is not None:
+                self._end(end)
             time.sleep(POLL_S)
 
-    def _reason(self) -> str | None:
+    def _look(self) -> _End | None:
         client, me = distributed.global_state.client, str(self._me)
         if client is None:  # shut down in good order
             sys.exit()
@@ -333,7 +368,7 @@ class Watch:
         ended = {key.rsplit("/", 1)[1]: text for key, text in client.key_value_dir_get("middo/end/")}
         for process, text in ended.items():
             if text and process != me:
-                return f"process {process} ended: {text}"
+                return _End(f"process {process} ended: {text}", 1, END_AFTER_S)
         table = {key.rsplit("/", 1)[1]: json.loads(x) for key, x in client.key_value_dir_get("middo/alive/")}
         now = time.monotonic()
         for process, row in table.items():
@@ -344,10 +379,11 @@ class Watch:
         for process, (_, since) in self._seen.items():
             if process not in ended and now - since > DEAD_AFTER_S:
                 row = table[process]
-                return (
+                reason = (
                     f"process {process} on {row['host']} has given no sign of life for {now - since:.0f} s, "
                     f"last at {row['at']}: it is dead or cut off"
                 )
+                return _End(reason, EXIT_PREEMPTED, END_AFTER_S)
         still = now - max(since for _, since in self._moved.values())
         if still > self._stall_timeout_s:
             least = min(row["count"] for row in table.values())
@@ -356,14 +392,20 @@ class Watch:
                 for process, row in sorted(table.items())
                 if row["count"] == least
             ]
-            return f"nobody got further for {still:.0f} s (hosts.stall_timeout); last is {', '.join(behind)}"
+            reason = (
+                f"nobody got further for {still:.0f} s (hosts.stall_timeout); last is {', '.join(behind)}"
+            )
+            return _End(reason, EXIT_PREEMPTED, 0)
         return None
 
-    def _end(self, reason: str) -> None:
-        time.sleep(0 if "nobody" in reason else END_AFTER_S)
-        print(f"middo: {reason}; the same command goes on from what is saved", file=sys.stderr, flush=True)
+    def _end(self, end: _End) -> None:
+        _watch_ends.set()
+        time.sleep(end.after_s)
+        print(
+            f"middo: {end.reason}; the same command goes on from what is saved", file=sys.stderr, flush=True
+        )
         if (
             self._me == 0
         ):  # the others would end at once, and without a word, with the service in this process
             time.sleep(2 * POLL_S)
-        os._exit(1)
+        os._exit(end.code)

@@ -26,6 +26,20 @@ def is_reader() -> bool:
 
 
 @contextlib.contextmanager
+def own_files() -> Iterator[None]:
+    """Within the block this process writes, even if it only reads otherwise.
+
+    For files that each host needs for itself, such as those of a cache in the home folder.
+    """
+    global _is_reader
+    before, _is_reader = _is_reader, False
+    try:
+        yield
+    finally:
+        _is_reader = before
+
+
+@contextlib.contextmanager
 def atomic(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path` and renames it over `path` once the block has ended well.
 

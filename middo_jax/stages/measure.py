@@ -121,13 +121,17 @@ class UnderTraining:
 
     def measure(self, rewrites: Sequence[Rewrite]) -> list[Measurement]:
         """All but the rating of each rewrite: losses and embeddings in one pass, then neighbours."""
-        with self._together({"measure": [rewrite.to_json() for rewrite in rewrites]}):
+        with self._with_others("measure", [rewrite.to_json() for rewrite in rewrites]):
             return self._measure(rewrites)
 
     def rate(self, examples: Sequence[Example]) -> list[float | None]:
         """The judge's q of each, None where it could not be read."""
-        with self._together({"rate": [example.to_json() for example in examples]}):
+        with self._with_others("rate", [example.to_json() for example in examples]):
             return self._rate(examples)
+
+    def _with_others(self, what: str, rows: list[Any]) -> contextlib.AbstractContextManager[None]:
+        """All processes have to load the model at the same time: reading a checkpoint is collective."""
+        return self._together({what: rows, "loads": "_loaded" not in vars(self)})
 
     def follow(self, told: Mapping[str, Any]) -> None:
         """Does this process's part of what process 0 measures."""

@@ -128,7 +128,7 @@ def follow_refinement(session: Session, directory: RoundDir) -> None:
     model, under = model_of(directory) or scored_model(directory), None
     with session.stage():
         for told in follow(FOLLOWED):
-            if "measure" in told or under is None:  # as process 0, which loads the model for each attempt
+            if told["loads"] or under is None:  # process 0 loads the model for each attempt
                 under = None
                 gc.collect()
                 under = UnderTraining(session, directory, model)

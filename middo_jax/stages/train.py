@@ -61,7 +61,8 @@ def train_stage(
             if not restart:
                 raise
             session.progress.say(f"{directory.checkpoint} is of another training; it is trained anew")
-            from_first("remove training", lambda: remove_training(directory))
+            barrier("another training: found")  # by all, before its files go
+            from_first("another training: remove", lambda: remove_training(directory))
             _train(session, directory, start, heldout)
     gc.collect()
     begun.finish(session.config, time.monotonic() - began)

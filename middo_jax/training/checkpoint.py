@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from middo_jax.models.checkpoint import NOT_THE_FILES, arrays_handler, arrays_into, reason, save_params
 from middo_jax.models.model import Params
+from middo_jax.parallel.coordination import from_first
 from middo_jax.rundir import RunError
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,18 @@ class _NewestAndBest:
         return [info.step in (newest, self.best_step) for info in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which does not look for a preemption itself.
+
+    It would pass the training step to JAX's counter of sync points, for which `stop_point` counts its calls.
+    A SIGTERM during a save would then name a point that never comes.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Always False."""
+        return False
+
+
 class TrainingCheckpoints:
     """The newest checkpoint of a training under way, as a context; leaving it waits for a save under way.
 
@@ -65,7 +78,7 @@ class TrainingCheckpoints:
         self._directory = Path(directory).absolute()
         self._identity = identity
         self._policy = _NewestAndBest()
-        self._orbax = ocp.CheckpointManager(
+        self._orbax = _Manager(
             self._directory / "steps",
             item_handlers={
                 "trained": arrays_handler(),
@@ -132,8 +145,12 @@ class TrainingCheckpoints:
     def _set_aside(self, step: int, error: Exception) -> None:
         found = self._directory / "steps" / str(step)
         aside = self._directory / f"unreadable_step_{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        found.rename(aside)
+
+        def move() -> None:
+            shutil.rmtree(aside, ignore_errors=True)
+            found.rename(aside)
+
+        from_first("checkpoint: set aside", move)
         self._orbax.reload()
         _log.warning("checkpoint %s cannot be read; it is set aside as %s: %s", found, aside, reason(error))
 

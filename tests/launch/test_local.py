@@ -15,7 +15,7 @@ from support.launching import ROOT
 PROGRAM = """
 import os, signal, sys, time
 
-process, mode = int(sys.argv[sys.argv.index("--process") + 1]), sys.argv[2]
+process, mode = int(sys.argv[sys.argv.index("--process") + 1]), sys.argv[sys.argv.index("run") + 1]
 
 def save(number, frame):
     print("saved", flush=True)
@@ -73,7 +73,7 @@ def test_processes_find_each_other_and_their_lines_have_their_numbers(tmp_path: 
     lines = output.splitlines()
     for number in range(3):
         given = f"--coordinator 127.0.0.1:4711 --processes 3 --process {number}"
-        assert f"[{number}] run end rounds=2 {given}" in lines
+        assert f"[{number}] {given} run end rounds=2" in lines
         assert f"[{number}] cpu 2" in lines
     assert len(lines) == 6
 

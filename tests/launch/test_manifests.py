@@ -121,9 +121,12 @@ def test_jobset_s_hosts_have_what_a_slice_needs(jobset: dict[str, Any]) -> None:
     assert pod["dnsPolicy"] == "ClusterFirstWithHostNet"  # without it, names of the cluster are unknown
     assert pod["terminationGracePeriodSeconds"] >= 300
     assert {port["containerPort"] for port in container["ports"]} >= {8471, 8080}
-    [volume] = pod["volumes"]
-    assert volume["emptyDir"] == {"medium": "Memory"}
-    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
+    memory, runs = pod["volumes"]
+    assert memory["emptyDir"] == {"medium": "Memory"}
+    assert runs["nfs"]["path"]
+    places = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert places == {memory["name"]: "/dev/shm", runs["name"]: "/runs"}
+    assert "runs_dir=/runs" in container["args"]  # a bucket is refused by the program
     assert container["command"][:2] == ["tini", "--"]
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     assert rows * columns == job["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
@@ -179,6 +182,8 @@ def test_skypilot_s_task_is_valid_and_restarts_on_75() -> None:
         "--process ",
     ):
         assert word in task.run
+    # The program takes these options before the command.
+    assert task.run.index("--coordinator") < task.run.index("--process ") < task.run.index(" run ")
     assert task.secrets == {"OPENAI_API_KEY": ""}  # a name, never a key
 
 

@@ -320,6 +320,14 @@ def test_resolve_converts_once(model: Path, tmp_path: Path, monkeypatch: pytest.
     assert (first / "model.safetensors").stat().st_mtime_ns == written
 
 
+def test_a_process_that_only_reads_a_run_converts_for_its_own_host(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("middo_jax.rundir.files._is_reader", True)
+    converted = convert(write_gguf(tmp_path / "m.gguf", model), tmp_path / "converted")
+    assert read_config(converted) == read_config(model)
+
+
 def test_counting_tokens_needs_no_weights(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

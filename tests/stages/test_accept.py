@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -341,6 +342,27 @@ def test_the_model_that_scored_is_named_or_the_error_says_what_to_do(
         write_json(directory.manifest, manifest)
         with pytest.raises(RunError, match=rf"{words}.* run `middo score` again.*refine\.accept=sane"):
             measured.again(tmp_path)
+
+
+def test_the_other_processes_load_the_model_when_process_0_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an attempt has nothing to measure and something to rate."""
+    told: list[bool] = []
+
+    def together(value: Any) -> contextlib.AbstractContextManager[None]:
+        told.append(value["loads"])
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(Session, "load_model", lambda self, path: path)
+    monkeypatch.setattr("middo_jax.stages.measure.ratings", lambda session, model, examples: ({}, None))
+    monkeypatch.setattr("middo_jax.stages.measure.quality", lambda answers: [])
+    session = Session(load(None, ["model.path=none", "data.path=none"]), Silent())
+    for _ in range(2):  # two attempts
+        under = UnderTraining(session, RoundDir(tmp_path), tmp_path, together)
+        under.rate([])
+        under.rate([])
+    assert told == [True, False, True, False]
 
 
 def test_raw_prompts_are_measured_as_the_dataset_was(measured: Measured, tmp_path: Path) -> None:

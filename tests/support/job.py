@@ -13,6 +13,8 @@ import traceback
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from middo_jax.parallel import cluster, coordination
 from middo_jax.parallel.coordination import advanced, agree, barrier, follow, from_first, lead
@@ -63,6 +65,14 @@ def vanish(me: int) -> None:
     if me == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     barrier("never")
+
+
+def lost(me: int) -> None:
+    """Process 1 is killed, and the collective of the others breaks before the watch can say why."""
+    multihost_utils.process_allgather(np.ones(1))
+    if me == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    multihost_utils.process_allgather(np.ones(1))
 
 
 def stall(me: int) -> None:

@@ -13,6 +13,7 @@ from middo_jax.models.gguf.tokenizer import build_tokenizer, tokenizer_config
 from middo_jax.models.hf import CheckpointError, LazyTensor, new_directory, tensor_table, write_weights
 from middo_jax.models.parameters import ParameterSpec
 from middo_jax.rundir import write_json
+from middo_jax.rundir.files import own_files
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -47,7 +48,7 @@ def convert(gguf_path: str | Path, out_dir: str | Path, *, weights: bool = True)
         raise CheckpointError(f"{gguf_path}: metadata field {error} is missing") from error
     except (ValueError, IndexError) as error:
         raise CheckpointError(f"{gguf_path}: {error}") from error
-    with new_directory(out_dir) as directory:
+    with own_files(), new_directory(out_dir) as directory:
         write_json(directory / "config.json", config)
         write_json(directory / "generation_config.json", _generation_config(config, metadata))
         write_json(directory / "tokenizer_config.json", tokenizer_fields)

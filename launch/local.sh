@@ -113,7 +113,12 @@ done
 # Each process as it ends. A signal ends `wait` too, without a process.
 while [[ ${#pids[@]} -gt 0 ]]; do
   status=0
-  wait -n -p ended "${pids[@]}" || status=$?
+  wait -n -p ended "${pids[@]}" 2>/dev/null || status=$?
+  if [[ -z ${ended:-} && $status -eq 127 ]]; then
+    # All that are left ended at once, and `wait -n` knows them no more; `wait` still has their status.
+    ended=${pids[0]} status=0
+    wait "$ended" || status=$?
+  fi
   [[ -n ${ended:-} ]] || continue
   running=()
   for pid in "${pids[@]}"; do [[ $pid == "$ended" ]] || running+=("$pid"); done

@@ -13,7 +13,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.tiny_model import FAMILIES, write_tiny_model
 
-from middo_jax.models import gguf
 from middo_jax.models.hf import CheckpointError, load, write_weights
 from middo_jax.models.hf.files import LazyTensor
 from middo_jax.models.parameters import num_params
@@ -262,7 +261,7 @@ def test_resolve_gguf_while_another_process_does(tmp_path: Path, monkeypatch: py
             write_tiny_model(out)
         raise OSError("Directory not empty")
 
-    monkeypatch.setattr(gguf, "convert", beaten)
+    monkeypatch.setattr("middo_jax.models.resolve.convert", beaten)
     finished = False
     with pytest.raises(OSError, match="not empty"):
         resolve(str(file))

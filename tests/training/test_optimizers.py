@@ -160,7 +160,7 @@ def test_adafactor_keeps_next_to_nothing_and_learns(tmp_path: Path) -> None:
 
 def test_moments_are_float32_whatever_is_trained() -> None:
     params = abstract_model(CONFIG, ONE, "bfloat16").params
-    for name in ("adamw", "adafactor"):
-        optimizer = make_optimizer(SETTINGS.model_copy(update={"optimizer": name}), 10)
+    for chosen in (AdamW(), Adafactor()):
+        optimizer = make_optimizer(SETTINGS.model_copy(update={"optimizer": chosen}), 10)
         state = abstract_opt_state(optimizer, params, ONE)
         assert {str(x.dtype) for x in jax.tree.leaves(state)} == {"float32", "int32", "bool"}

@@ -55,7 +55,8 @@ $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(TEST_EXTRAS)]' $(if $(JAX),'jax$(JAX)')
 	touch $@
 
-$(MODEL)/config.json: $(VENV)/.demo
+# Only if it is missing: a newer environment needs no other model, and the folder is not overwritten.
+$(MODEL)/config.json: | $(VENV)/.demo
 	$(BIN)/python -m middo_jax.models.gguf demo $(MODEL)
 
 clean:

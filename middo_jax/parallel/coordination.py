@@ -336,9 +336,8 @@ class Watch:
     def __init__(self, stall_timeout_s: float) -> None:
         """`stall_timeout_s`: how long nobody may get further."""
         self._stall_timeout_s = stall_timeout_s
-        self._me = (
-            jax.process_index()
-        )  # asked here: when the program ends JAX would start a new backend for it
+        # Read here: when the program ends, the call would make JAX start a new backend.
+        self._me = jax.process_index()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._seen: dict[str, tuple[int, float]] = {}
         self._moved: dict[str, tuple[int, float]] = {}

@@ -13,9 +13,8 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-ALIVE_S = (
-    5.0  # between two signs of life; a file that is three of these older than our own is a dead process's
-)
+# Between two signs of life. A file that is three of these older than our own is a dead process's.
+ALIVE_S = 5.0
 
 
 class RollCall:

@@ -222,9 +222,8 @@ def count(settings: type[Settings]) -> int:
 
 
 def test_there_are_no_more_settings_than_can_be_read() -> None:
-    assert (
-        count(Config) - len(HostsSettings.model_fields) <= 82
-    )  # there were 107, and no job of several hosts
+    # There were 107, and no job of several hosts.
+    assert count(Config) - len(HostsSettings.model_fields) <= 82
     names = [leaf.name for leaf in leaves()]
     assert len(names) == len(set(names))
 

@@ -56,8 +56,10 @@ Detector = tuple[np.ndarray, np.ndarray]  # badness [n], selected [n]
 Figures = dict[str, float | None]
 
 
-def clean_rows(data: str, tokenizer: Any, rows: int, seed: int) -> list[Example]:
-    """Single-turn rows of at most MAX_TOKENS with different prompts, drawn by the seed.
+def clean_rows(
+    data: str, tokenizer: Any, rows: int, seed: int, max_tokens: int = MAX_TOKENS
+) -> list[Example]:
+    """Single-turn rows of at most `max_tokens` with different prompts, drawn by the seed.
 
     Raises:
       ValueError: there are too few.
@@ -68,11 +70,11 @@ def clean_rows(data: str, tokenizer: Any, rows: int, seed: int) -> list[Example]
         example = examples[i]
         if len(example.messages) == 2 and example.prompt not in prompts:
             prompts.add(example.prompt)
-            if len(tokenize(example, tokenizer, 1 << 30)) <= MAX_TOKENS:
+            if len(tokenize(example, tokenizer, 1 << 30)) <= max_tokens:
                 drawn.append(example)
         if len(drawn) == rows:
             return drawn
-    raise ValueError(f"{data}: only {len(drawn)} rows of at most {MAX_TOKENS} tokens, {rows} are wanted")
+    raise ValueError(f"{data}: only {len(drawn)} rows of at most {max_tokens} tokens, {rows} are wanted")
 
 
 def run_seed(arguments: argparse.Namespace, seed: int) -> Path:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -54,14 +54,21 @@ class Planted:
     twin: dict[str, str]
 
 
-def plant(clean: Sequence[Example], foreign: Sequence[Example], seed: int, share: float = SHARE) -> Planted:
-    """Every fault into round(share * n) rows, no row with two; the same seed, the same dataset.
+def plant(
+    clean: Sequence[Example],
+    foreign: Sequence[Example],
+    seed: int,
+    share: float = SHARE,
+    faults: Collection[str] = FAULTS,
+) -> Planted:
+    """Plants each fault into round(share * n) rows, at most one per row; equal seeds give equal datasets.
 
     Args:
       clean: single-turn rows with different prompts.
       foreign: rows of another domain.
-      seed: of which rows, and of what is done to them.
-      share: of the rows, for each fault.
+      seed: determines the rows and what is done to them.
+      share: the share of the rows that get each fault.
+      faults: the faults that are planted.
 
     Raises:
       ValueError: too few rows can carry a fault.
@@ -71,10 +78,13 @@ def plant(clean: Sequence[Example], foreign: Sequence[Example], seed: int, share
     free = [int(i) for i in rng.permutation(len(clean))]
     examples, fault, twin = list(clean), dict[str, str](), dict[str, str]()
 
-    def take(what: str, can: Callable[[Example], bool] = lambda example: True) -> list[int]:
-        chosen = [i for i in free if can(clean[i])][:count]
-        if len(chosen) < count:
-            raise ValueError(f"{what}: only {len(chosen)} of {len(clean)} rows can carry it, not {count}")
+    def take(kind: str, can: Callable[[Example], bool] = lambda example: True, what: str = "") -> list[int]:
+        wanted = count if kind in faults else 0
+        chosen = [i for i in free if can(clean[i])][:wanted]
+        if len(chosen) < wanted:
+            raise ValueError(
+                f"{what or kind}: only {len(chosen)} of {len(clean)} rows can carry it, not {count}"
+            )
         free[:] = [i for i in free if i not in set(chosen)]
         return chosen
 
@@ -101,15 +111,17 @@ def plant(clean: Sequence[Example], foreign: Sequence[Example], seed: int, share
     swapped = take("swapped response", is_new)
     for i, giver in zip(swapped, swapped[1:] + swapped[:1], strict=True):
         put(i, "swapped response", clean[i].prompt, clean[giver].response)
-    strangers = rng.permutation(len(foreign))[:count]
-    if len(strangers) < count:
+    places, strangers = take("foreign topic"), rng.permutation(len(foreign))[:count]
+    if len(strangers) < len(places):
         raise ValueError(f"foreign topic: there are only {len(foreign)} foreign rows, not {count}")
-    for i, j in zip(take("foreign topic"), strangers, strict=True):
+    for i, j in zip(places, strangers, strict=False):
         put(i, "foreign topic", foreign[j].prompt, foreign[j].response)
     words = sorted({word for example in clean for word in example.prompt.split() if word.isalpha()})
     for name in ("exact duplicate", "near duplicate"):
         places = take(name)
-        originals = take(f"the original of an {name}", lambda e: len(e.prompt.split()) >= MIN_PROMPT_WORDS)
+        originals = take(
+            name, lambda e: len(e.prompt.split()) >= MIN_PROMPT_WORDS, f"the original of an {name}"
+        )
         for i, original in zip(places, originals, strict=True):
             prompt = clean[original].prompt
             prompt = prompt if name == "exact duplicate" else with_other_words(prompt, words, rng)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
-import runpy
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +75,7 @@ def listing() -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Lists, or runs a benchmark as if it were the program."""
+    """Prints the list, or runs a benchmark."""
     if arguments in ([], ["--list"], ["-h"], ["--help"]):
         print(__doc__, "", listing(), sep="\n")
         return
@@ -83,7 +83,8 @@ def main(arguments: list[str]) -> None:
     if name not in {row.name for row in INDEX}:
         sys.exit(f"there is no benchmark {name!r}; python -m benchmarks --list shows all")
     sys.argv = [f"python -m benchmarks {name}", *rest]
-    runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=False)
+    # Imported, not run as `__main__`: worker processes unpickle functions by the name of their module.
+    sys.exit(importlib.import_module(f"benchmarks.{name}").main())
 
 
 if __name__ == "__main__":

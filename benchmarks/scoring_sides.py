@@ -152,5 +152,10 @@ def measure_rate(arguments: argparse.Namespace, scratch: Path) -> float:
     return float(run([sys.executable, __file__, arguments.model], scratch / "compiled")[0])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Prints the rate for the model that the command names."""
     print(matmul_rate(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from middo_jax.results import Scores, Selection
 from middo_jax.rundir import RoundDir, held
 from middo_jax.rundir.settings import settings_of
 from middo_jax.signals.select import select as choose
-from middo_jax.signals.table import as_scores, read_scores
+from middo_jax.signals.table import as_scores, completed, read_scores
 from middo_jax.stages.select import select_stage
 
 PathLike = str | os.PathLike[str]
@@ -46,8 +46,9 @@ def select(
     """The hard, sparse and low-quality samples of scores. Needs neither a model nor JAX.
 
     Args:
-      scores: of `score`, or their table; or the folder that `score` or a round of a run wrote, whose
-        config.yaml then holds what is not given here, and which gets selection.json and selection.parquet.
+      scores: the result of `score`; or a table with `id` and the columns of at least one axis; or the folder
+        of `score` or of a round. A folder's config.yaml has the settings that are not given here, and the
+        folder gets selection.json and selection.parquet.
       complexity: {"m": 1.5}, standard deviations from the mean, or {"fraction": 0.05}, the share of the
         samples; without either, m is 1.
       diversity: the same.
@@ -69,10 +70,26 @@ def select(
             chosen, facts = select_stage(config, directory)
             table = read_scores(directory.scores)
     else:
-        table = as_scores(scores.table if isinstance(scores, Scores) else scores, "the table of scores")
+        table = scores.table if isinstance(scores, Scores) else _checked(scores)
         config = load(None, [{"model.path": "none", "data.path": "none"}, *layers])
         chosen, facts = choose(table, config)
     return Selection(_flagged(table, chosen), facts)
+
+
+def _checked(table: pa.Table) -> pa.Table:
+    """A caller's table as a table of scores: the columns that it lacks are null.
+
+    Raises:
+      ValueError: it has no `id`, or no axis has all its columns.
+    """
+    columns = {row.name: row.columns for row in axes()}
+    present = set(table.column_names)
+    if "id" not in present:
+        raise ValueError(f"the table of scores has no column id, only {', '.join(sorted(present)) or 'none'}")
+    if not any(present.issuperset(of) for of in columns.values()):
+        needed = "; ".join(f"{axis} needs {' and '.join(of)}" for axis, of in columns.items())
+        raise ValueError(f"the table of scores has the columns of no axis: {needed}")
+    return as_scores(completed(table), "the table of scores")
 
 
 def _flagged(table: pa.Table, chosen: pa.Table) -> pa.Table:

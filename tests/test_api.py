@@ -302,10 +302,21 @@ def test_select_takes_thresholds_and_says_what_is_wrong_with_them(scores: middo.
         middo.select(scores, diversity={"fracton": 0.25})
     with pytest.raises(middo.ConfigError, match="give either m or fraction, not both"):
         middo.select(scores, diversity={"m": 1, "fraction": 0.25})
-    with pytest.raises(ValueError, match="not a score table: no column id"):
+    with pytest.raises(ValueError, match="has no column id, only x"):
         middo.select(pa.table({"x": [1]}))
+    with pytest.raises(ValueError, match="the columns of no axis: complexity needs loss_pre and loss_post;"):
+        middo.select(pa.table({"id": ["a"], "loss_pre": [1.0]}))
     with pytest.raises(middo.RunError, match="there or above"):
         middo.select("nowhere")
+
+
+def test_select_takes_a_table_with_the_columns_of_one_axis() -> None:
+    table = pa.table({"id": list("abcd"), "knn_mean_sim": [0.9, 0.8, 0.1, 0.85], "mine": [1, 2, 3, 4]})
+    chosen = middo.select(table, diversity={"m": 1})
+    assert chosen.facts["axes"]["diversity"]["ids"] == ["c"]
+    assert list(chosen.facts["axes"]) == ["diversity"]
+    assert chosen.table["sparse"].to_pylist() == [False, False, True, False]
+    assert chosen.table["mine"].to_pylist() == [1, 2, 3, 4]
 
 
 # Settings

@@ -128,7 +128,7 @@ def test_every_command_explains_itself_with_an_example(middo: Middo, command: st
         ("inspect columns.json", "fit no format"),
         ("run none.yaml", "cannot read none.yaml"),
         ("run wrong.yaml", "wrong.yaml is not valid YAML"),
-        ("run partial.yaml", "data is missing"),
+        ("run partial.yaml", "data.path is missing; set it"),
         ("select .", "no config.yaml there or above"),
         ("refine .", "no config.yaml there or above"),
         ("export . out", "no finished checkpoint there"),

@@ -198,6 +198,7 @@ def _explain(error: Any) -> str:
         return not_a_setting(".".join([*_written(groups), str(last)]))
     name = ".".join(_written(error["loc"]))
     if error["type"] == "missing":
+        name = _required(name)
         return f"config: {name} is missing; set it in the file or as {name}=... on the command line"
     if error["type"] == OTHER_ALTERNATIVE:
         of = error["ctx"]
@@ -205,6 +206,15 @@ def _explain(error: Any) -> str:
         return f"config: {name} is a setting of {by}={of['of']}, and {by} is {of['chosen']}"
     message = error["msg"].removeprefix("Value error, ")
     return f"config: {name}: {message}" if name else f"config: {message}"
+
+
+def _required(name: str) -> str:
+    """A missing setting's name; for a missing group, that of its first setting without a default."""
+    field = Config.model_fields.get(name)
+    group = None if field is None else field.annotation
+    if isinstance(group, type) and issubclass(group, Settings):
+        return next((f"{name}.{own}" for own, f in group.model_fields.items() if f.is_required()), name)
+    return name
 
 
 def not_a_setting(name: str) -> str:

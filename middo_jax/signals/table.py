@@ -116,6 +116,14 @@ def as_scores(table: pa.Table, where: str) -> pa.Table:
     return with_columns(table.select(SCHEMA.names).cast(SCHEMA), own)
 
 
+def completed(table: pa.Table) -> pa.Table:
+    """A table with the columns of SCHEMA that it lacks, as nulls; `as_scores` then takes it."""
+    for field in SCHEMA:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
+
+
 def with_columns(table: pa.Table, others: pa.Table) -> pa.Table:
     """A table with the columns of another one appended; both have the same rows."""
     for name in others.column_names:

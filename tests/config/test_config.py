@@ -144,8 +144,8 @@ def test_a_threshold_is_one_deviation_unless_another_is_given() -> None:
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(ConfigError) as caught:
         load(None)
-    assert "config: model is missing" in str(caught.value)
-    assert "config: data is missing" in str(caught.value)
+    assert "config: model.path is missing" in str(caught.value)
+    assert "config: data.path is missing" in str(caught.value)
     with pytest.raises(ConfigError, match=r"model\.path is missing; set it"):
         load(None, ["model.dtype=float32", "data.path=d"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import subprocess
 import sys
@@ -64,6 +65,16 @@ def test_listing_imports_no_benchmark_and_a_name_runs_one(tmp_path: Path) -> Non
     ran = call("-m", "benchmarks", "refine_examples", str(tmp_path))
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr.startswith(f"{tmp_path}: nothing refined there yet; run `middo refine")
+
+
+def test_a_benchmark_runs_under_the_name_of_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `__main__` its functions could not be pickled for worker processes."""
+    module = pytest.importorskip("benchmarks.training")
+    pickled = []
+    monkeypatch.setattr(module, "main", lambda: pickled.append(pickle.dumps(module.turn_of)))
+    with pytest.raises(SystemExit) as ended:
+        main(["training"])
+    assert (len(pickled), ended.value.code) == (1, None)
 
 
 def test_pages_start_benchmarks_by_name_and_name_none_that_is_missing() -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from middo_jax import stages
+from middo_jax import refinement, stages
 from middo_jax.config import Config, SettingsLike, layers_of, load
 from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.config.axis_table import axis_names
@@ -27,6 +27,7 @@ from middo_jax.models.resolve import resolve
 from middo_jax.parallel.coordination import barrier
 from middo_jax.progress import for_stderr
 from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
+from middo_jax.refinement import DryRun
 from middo_jax.report.status import status
 from middo_jax.results import Exported, Refined, Run, Scores, Trained
 from middo_jax.rundir import RoundDir, RunDir, RunError, held, local, read_jsonl, write_jsonl, write_text
@@ -34,6 +35,7 @@ from middo_jax.selecting import PathLike, load_config
 from middo_jax.session import Session, prepare, read_data, session_for, session_of, write_dataset
 from middo_jax.signals.axes import computed_names
 from middo_jax.signals.table import SCHEMA, with_columns
+from middo_jax.stages.batch import BatchState
 from middo_jax.stages.score import measure
 
 
@@ -135,14 +137,52 @@ def refine(folder: PathLike, *, settings: SettingsLike = None) -> Refined:
     session, directory = session_of(Path(folder), settings), RoundDir(Path(folder))
     with held(directory.path):
         stages.refine_round(session, directory)
-        return merged(session, directory)
+        return _merged(session, directory)
 
 
-def merged(session: Session, directory: RoundDir) -> Refined:
-    """Writes the next dataset of a folder whose samples were refined: merged.jsonl."""
-    path = directory / "merged.jsonl"
-    write_jsonl(path, (example.to_json() for example in stages.merge_stage(session, directory)))
-    return Refined(path, read_jsonl(directory.refined), directory.stages()["refine"]["usage"])
+def dry_run(folder: PathLike, *, settings: SettingsLike = None) -> DryRun:
+    """The requests that `refine` would send, and their estimated cost. Sends and writes nothing.
+
+    Args:
+      folder: see `refine`.
+      settings: see `refine`.
+
+    Raises:
+      RunError: the folder holds no selection.
+    """
+    refine_settings = session_of(Path(folder), settings).config.refine
+    form = "json" if refine_settings.response_format == "json" else "text"
+    return refinement.dry_run(stages.plan_refinement(RoundDir(Path(folder))), refine_settings, form)
+
+
+def refine_by_batch(
+    folder: PathLike,
+    read: Sequence[PathLike] = (),
+    write: PathLike | None = None,
+    *,
+    settings: SettingsLike = None,
+) -> Refined | BatchState:
+    """Like `refine`, but requests and answers are files of OpenAI's batch API.
+
+    Args:
+      folder: see `refine`.
+      read: result files.
+      write: the file that gets the requests without an answer.
+      settings: see `refine`; `refine.model` must be set.
+
+    Returns:
+      The rewrites once all requests have an answer; the state of the batch until then.
+
+    Raises:
+      RunLocked: another process writes into the folder.
+      RunError: the folder holds no selection, `refine.model` is not set, or a file holds no results of these
+        requests.
+    """
+    session, directory = session_of(Path(folder), settings), RoundDir(Path(folder))
+    files, out = [Path(path) for path in read], None if write is None else Path(write)
+    with held(directory.path), stages.answer_cache(session, directory) as cache:
+        state = stages.batch_stage(session, directory, cache, files, out)
+        return _merged(session, directory) if state.is_finished else state
 
 
 def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike = None) -> Trained:
@@ -255,3 +295,10 @@ def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Re
     write_dataset(directory, kept)
     barrier("dataset: written")  # all processes of a job read it next
     return directory
+
+
+def _merged(session: Session, directory: RoundDir) -> Refined:
+    """Writes the next dataset of a folder whose samples were refined: merged.jsonl."""
+    path = directory / "merged.jsonl"
+    write_jsonl(path, (example.to_json() for example in stages.merge_stage(session, directory)))
+    return Refined(path, read_jsonl(directory.refined), directory.stages()["refine"]["usage"])

@@ -1,0 +1,10 @@
+"""The commands: parse, call `api`, print. Results go to stdout, progress goes to stderr.
+
+The functions import what they call, so `--help` is quick.
+"""
+
+# In the order in which `middo --help` lists the commands.
+from middo_jax.cli import running, steps, datasets, serving  # isort: skip
+from middo_jax.cli.program import app, main
+
+__all__ = ["app", "datasets", "main", "running", "serving", "steps"]

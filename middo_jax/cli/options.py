@@ -1,0 +1,63 @@
+"""What the commands share: common options, the job of several processes, and printing a result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[a.b=c]...", help="Settings or YAML files of settings; later ones take precedence."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Data = Annotated[str, typer.Option(help="A file, a dataset directory, tfds:NAME:SPLIT or hf:NAME:SPLIT.")]
+MODEL_HELP = "A Hugging Face directory, a checkpoint, a LoRA adapter, a .gguf file or a hub id."
+Model = Annotated[str, typer.Option(help=MODEL_HELP)]
+
+JOB: dict[str, Any] = {}  # what the program's own options say of the job that this process belongs to
+
+
+@contextlib.contextmanager
+def in_job(shared: Path, overrides: list[str] | None, config: Path | None = None) -> Iterator[None]:
+    """The block runs in all processes of a job, if there is one; all of them see the folder `shared`."""
+    from middo_jax.config import load
+    from middo_jax.parallel.cluster import find_job, joined
+    from middo_jax.progress import for_stderr
+
+    unnamed = [] if config else [{"model.path": "-", "data.path": "-"}]
+    hosts = load(config, [*unnamed, *(overrides or ())]).hosts
+    with joined(find_job(os.environ, **JOB), for_stderr(), shared, hosts, print_error):
+        yield
+
+
+def print_error(error: BaseException) -> None:
+    """Prints an error; one that is meant for the user without its traceback."""
+    if not isinstance(error, (ValueError, OSError, RuntimeError)) or os.environ.get("MIDDO_TRACEBACK"):
+        traceback.print_exception(error)
+        return
+    print(f"middo: {error}", file=sys.stderr)
+    print("(MIDDO_TRACEBACK=1 shows the traceback)", file=sys.stderr)
+
+
+def names_in(text: str) -> list[str]:
+    """The names of a comma-separated option."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def show(as_json: bool, value: Any, text: str) -> None:
+    """Prints a result, once per job: as JSON, or as text."""
+    from middo_jax.rundir.files import is_reader
+
+    if is_reader():  # another process of the job prints it
+        return
+    print(json.dumps(value, ensure_ascii=False, indent=2) if as_json else text)

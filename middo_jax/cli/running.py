@@ -1,0 +1,78 @@
+"""Commands that run the loop, and commands that read a run: run, quickstart, report, status, trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from middo_jax.cli.options import AsJson, Overrides, in_job, show
+from middo_jax.cli.program import app
+
+if TYPE_CHECKING:
+    from middo_jax.results import Run
+
+
+@app.command("run", epilog="Example: middo run configs/quickstart.yaml rounds=2 train.learning_rate=1e-4")
+def run_command(
+    config: Annotated[Path, typer.Argument(help="A YAML file of settings.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Runs the closed loop: train, score, select, refine, merge, repeat. Continues where it stopped."""
+    from middo_jax import api
+
+    runs_dir = Path(api.load_config(config, overrides).runs_dir)
+    with in_job(runs_dir, overrides, config):
+        _show_run(api.run(config, overrides), as_json)
+
+
+@app.command(epilog="Example: middo quickstart train.num_epochs=2")
+def quickstart(overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Runs the loop on a small model and rows that ship with the program, in runs/quickstart."""
+    from middo_jax import api
+
+    _show_run(api.run(*api.quickstart(overrides)), as_json)
+
+
+@app.command(epilog="Example: middo report runs/quickstart")
+def report(run: Path) -> None:
+    """Writes RUN/report.html again, from the present files."""
+    from middo_jax.report.build import build
+    from middo_jax.rundir import RunDir
+
+    print(build(RunDir(run)))
+
+
+@app.command(epilog="Example: middo status runs/quickstart")
+def status(run: Path, as_json: AsJson = False) -> None:
+    """Shows the finished stages of a run, the stale ones, and the next one."""
+    from middo_jax.report.status import render_status
+    from middo_jax.report.status import status as of
+    from middo_jax.rundir import RunDir
+
+    facts = of(RunDir(run))
+    show(as_json, facts, render_status(facts))
+
+
+@app.command(epilog="Example: middo trace runs/quickstart 3fa9c2")
+def trace(
+    run: Path,
+    sample: Annotated[str, typer.Argument(metavar="ID", help="An id, or the beginning of one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Shows the ancestors and descendants of a sample over the rounds, with their scores."""
+    from middo_jax.report.lineage import trace as of
+    from middo_jax.report.terminal import render_trace
+    from middo_jax.rundir import RunDir
+
+    chain = of(RunDir(run), sample)
+    show(as_json, chain, render_trace(chain))
+
+
+def _show_run(done: Run, as_json: bool) -> None:
+    from middo_jax.report.effects import effect_lines
+
+    text = "\n".join([*effect_lines(done.facts["effects"]), str(done.report)])
+    show(as_json, {"report": str(done.report), **done.facts}, text)

@@ -1,0 +1,162 @@
+"""The steps of the loop as commands of their own: score, select, refine, train, eval, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from middo_jax.cli.options import AsJson, Data, Model, Overrides, in_job, names_in, show
+from middo_jax.cli.program import app
+
+if TYPE_CHECKING:
+    from middo_jax.evaluation.heldout import HeldoutLoss
+
+
+@app.command(epilog="Example: middo score --data alpaca.json --model ./tuned --pre-model ./base --out scored")
+def score(
+    data: Data,
+    model: Model,
+    out: Annotated[
+        Path, typer.Option(help="The folder for dataset.jsonl, scores.parquet and embeddings.parquet.")
+    ],
+    pre_model: Annotated[str | None, typer.Option(help="The model before training, for loss_pre.")] = None,
+    axes: Annotated[str, typer.Option(help="Comma-separated.")] = "complexity,diversity,quality",
+    keep_columns: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns of the data to write next to the scores, comma-separated. Default: all scalar ones."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measures losses, neighbours and ratings of a dataset, without the loop."""
+    from middo_jax import api
+    from middo_jax.rundir import RoundDir
+
+    wanted = names_in(axes)
+    api.require_axes(wanted, "--axes")
+    kept = None if keep_columns is None else names_in(keep_columns)
+    with in_job(out.absolute().parent, overrides):
+        scores = api.score(data, model, pre_model, wanted, keep_columns=kept, out=out, settings=overrides)
+    path = str(RoundDir(out).scores)
+    result = {"out": str(out), "n": len(scores.table), "rejected": len(scores.rejected), "scores": path}
+    show(as_json, result, path)
+
+
+@app.command(epilog="Example: middo select scored complexity.m=1.5 quality.fraction=0.05")
+def select(directory: Path, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Selects the hard, sparse and low-quality samples of DIRECTORY/scores.parquet."""
+    from middo_jax import selecting
+    from middo_jax.report.terminal import render_selection
+
+    selection = selecting.select(directory, settings=overrides).facts
+    show(as_json, selection, render_selection(selection))
+
+
+@app.command(
+    epilog="Example: middo refine scored --dry-run refine.base_url=http://127.0.0.1:8000/v1 refine.model=m"
+)
+def refine(
+    directory: Path,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the requests and their estimated cost.")
+    ] = False,
+    write_batch: Annotated[
+        Path | None,
+        typer.Option(help="Send nothing; write the requests that are possible now as an OpenAI batch file."),
+    ] = None,
+    read_batch: Annotated[
+        list[Path] | None, typer.Option(help="A result file of a batch; repeat the option for further files.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrites the selected samples of DIRECTORY by a served LLM, into refined.jsonl and merged.jsonl."""
+    from middo_jax import api
+    from middo_jax.report.terminal import render_batch, render_dry_run
+    from middo_jax.results import Refined
+
+    if dry_run:
+        facts = dataclasses.asdict(api.dry_run(directory, settings=overrides))
+        show(as_json, facts, render_dry_run(facts))
+        return
+    if write_batch or read_batch:
+        refined = api.refine_by_batch(directory, read_batch or (), write_batch, settings=overrides)
+        if not isinstance(refined, Refined):
+            facts = dataclasses.asdict(refined)
+            command = shlex.join(["middo", "refine", str(directory), *(overrides or ())])
+            show(as_json, facts, render_batch(facts, command, write_batch))
+            return
+    else:
+        refined = api.refine(directory, settings=overrides)
+    counts = {"tasks": len(refined.rows), "accepted": refined.n_accepted}
+    result = {**counts, "merged": str(refined.merged), "usage": refined.usage}
+    text = f"{refined.n_accepted} of {len(refined.rows)} rewrites accepted\n{refined.merged}"
+    show(as_json, result, text)
+
+
+@app.command(epilog="Example: middo train --data alpaca.json --model ./base --out tuned train.num_epochs=3")
+def train(
+    data: Data,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder for checkpoint/ and metrics.jsonl.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tunes a model on a dataset. Continues where it stopped."""
+    from middo_jax import api
+
+    with in_job(out.absolute().parent, overrides):
+        trained = api.train(data, model, out, settings=overrides)
+    checkpoint = str(trained.checkpoint)
+    result: dict[str, Any] = {"checkpoint": checkpoint, "last": trained.metrics[-1]}
+    if trained.heldout is not None:
+        result["heldout"] = _loss(trained.heldout)
+    show(as_json, result, checkpoint)
+
+
+@app.command(
+    "eval", epilog="Example: middo eval --data heldout.jsonl --model runs/quickstart/final/checkpoint"
+)
+def evaluate(data: Data, model: Model, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Measures the loss per target token of a model on a dataset."""
+    from middo_jax import api
+
+    with in_job(Path.cwd(), overrides):
+        result = _loss(api.evaluate(data, model, settings=overrides))
+    show(as_json, result, f"{result['loss']:.6f} nats per token over {result['n_target_tokens']:,} tokens")
+
+
+@app.command(epilog="Example: middo export runs/quickstart/final/checkpoint ./tuned --dtype bfloat16")
+def export(
+    checkpoint: Path,
+    out: Path,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; as trained, float32, if not given.")
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="If torch is installed, compare logits with transformers; needs memory for a second model."
+        ),
+    ] = True,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write the LoRA adapter alone, as a PEFT directory.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Writes a checkpoint as a Hugging Face directory; a LoRA adapter is merged."""
+    from middo_jax import api
+
+    with in_job(out.absolute().parent, None):
+        exported = api.export(checkpoint, out, dtype=dtype, verify=verify, adapter=adapter)
+    show(as_json, {"out": str(exported.path), **(exported.verification or {})}, str(exported.path))
+
+
+def _loss(of: HeldoutLoss) -> dict[str, Any]:
+    return {"loss": of.loss, "n_target_tokens": of.n_target_tokens}

@@ -160,7 +160,7 @@ class DecoderConfig:
 
 
 def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
-    """Converts the fields of a config.json, from transformers 4 or 5.
+    """Reads the fields of a config.json, written by transformers 4 or 5.
 
     Missing fields get the defaults of transformers' config class.
 

@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
     def hidden_cached(
         self, tokens_bt: jax.Array, positions_bt: jax.Array, cache: KVCache, first_row: jax.Array | int = 0
     ) -> tuple[jax.Array, KVCache]:
-        """Reads t more tokens for b rows of the cache, and writes their keys and values into it.
+        """Processes t more tokens for b rows of the cache, and writes their keys and values into it.
 
         Prefill and decode are the same pass. A position attends to all cache slots up to its own, so a prompt
         may be padded on the right: the padding's slots follow the prompt, and are overwritten before any

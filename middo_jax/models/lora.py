@@ -23,7 +23,7 @@ from middo_jax.models.parameters import ParameterSpec, adapters, parameters
 
 
 def from_settings(settings: LoraSettings) -> Lora | None:
-    """The adapters' shape by the settings; None without a rank."""
+    """The adapters' shape according to the settings; None without a rank."""
     if settings.rank is None:
         return None
     return Lora(settings.rank, settings.alpha, tuple(settings.target_modules))
@@ -35,7 +35,7 @@ def trained_parameters(config: DecoderConfig) -> tuple[ParameterSpec, ...]:
 
 
 def partition(params: Params, config: DecoderConfig) -> tuple[Params, Params]:
-    """(parameters that are trained, parameters that are frozen); the latter is empty without adapters."""
+    """(trained parameters, frozen parameters); the latter is empty without adapters."""
     return parted(params, {spec.path for spec in trained_parameters(config)})
 
 
@@ -46,7 +46,7 @@ def with_adapters(base: Model, lora: Lora, adapters: Params) -> Model:
 
 
 def without_adapters(model: Model) -> Model:
-    """The base model, sharing the arrays. A model without adapters is returned unchanged."""
+    """The base model; it shares the arrays. A model without adapters is returned unchanged."""
     if model.config.lora is None:
         return model
     config = dataclasses.replace(model.config, lora=None)

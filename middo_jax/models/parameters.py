@@ -38,7 +38,7 @@ class ParameterSpec:
     init: Literal["normal", "scale", "zeros", "fan_in"] = "normal"
 
     def shape(self, config: DecoderConfig) -> tuple[int, ...]:
-        """Its shape; `heads` and `kv_heads` count heads times head_dim."""
+        """The parameter's shape; `heads` and `kv_heads` count heads times head_dim."""
         size = {
             "layers": config.num_layers,
             "vocab": config.vocab_size,
@@ -57,7 +57,7 @@ class ParameterSpec:
         return math.prod(self.shape(config))
 
     def sharding(self, mesh: Mesh) -> NamedSharding:
-        """Its sharding on the mesh."""
+        """The parameter's sharding on the mesh."""
         return named_sharding(mesh, *self.axes)
 
     @property
@@ -66,7 +66,7 @@ class ParameterSpec:
         return self.axes[0] == "layers"
 
     def initial(self, key: jax.Array, config: DecoderConfig, dtype: Any = jnp.float32) -> jax.Array:
-        """Its value in an untrained model, as Hugging Face and PEFT initialise it."""
+        """The parameter's value in an untrained model, as Hugging Face and PEFT initialise it."""
         shape = self.shape(config)
         match self.init:
             case "normal":

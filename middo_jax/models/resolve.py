@@ -1,4 +1,4 @@
-"""Resolves a user's name of a model to a Hugging Face directory on this machine."""
+"""Resolves the model that a user names to a Hugging Face directory on this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TOKENIZER_FILES = [
 
 
 def resolve(path: str, *, weights: bool = True) -> Path:
-    """Resolves a user's name of a model to a Hugging Face directory on this machine.
+    """Resolves the model that a user names to a Hugging Face directory on this machine.
 
     A directory is returned unchanged. A .gguf file is converted once, into
     $XDG_CACHE_HOME/middo-jax/gguf/HASH. Anything else is treated as a hub repo id and downloaded

@@ -61,7 +61,7 @@ def tokenizer_directory(path: str) -> Path:
     """The directory of the tokenizer of the model that a user names; it may lack the weights.
 
     Raises:
-      CheckpointError: there is no such model, and none can be downloaded.
+      CheckpointError: the model does not exist and cannot be downloaded.
     """
     return locate(resolve(path, weights=False), weights=False).base
 

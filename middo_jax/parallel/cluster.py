@@ -122,7 +122,7 @@ def _complete(source: str, named: Mapping[str, str | int | None], scheduler: Job
 
 
 def _scheduler(environment: Mapping[str, str]) -> Job | None:
-    """The job by a scheduler's variables; `processes` is 1 for a job of one process."""
+    """The job according to a scheduler's variables; `processes` is 1 for a job of one process."""
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in slurm):
         return Job(

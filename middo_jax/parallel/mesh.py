@@ -34,7 +34,7 @@ class ShardingRules:
     hidden: tuple[str, ...] | None = None
 
     def spec(self, *logical_axes: str | None) -> PartitionSpec:
-        """The PartitionSpec of an array whose axes have these names; None is a replicated axis."""
+        """The PartitionSpec of an array whose axes have these names; None: a replicated axis."""
         return PartitionSpec(*(None if axis is None else getattr(self, axis) for axis in logical_axes))
 
 

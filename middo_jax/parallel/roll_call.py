@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-# Between two writes of a file. One that is three intervals older than this process's is a dead process's.
+# Between two writes of a file. A file three intervals older than this process's belongs to a dead process.
 ALIVE_S = 5.0
 
 

@@ -50,8 +50,8 @@ class _Places(NamedTuple):
 
 
 class _Schedule(NamedTuple):
-    """Groups of tiles [groups, x], the furthest reach first; the first group of each key count, and the end
-    of its groups (exclusive)."""
+    """Groups of tiles [groups, x], the furthest reach first; per key count, its first group and the end
+    (exclusive) of its groups."""
 
     tiles: jax.Array
     begins: jax.Array

@@ -38,7 +38,8 @@ ATTENDED = "attended"
 
 
 class _Places(NamedTuple):
-    """Per position, int32 [b, t]: its index in its text, and the end (exclusive) of its visibility."""
+    """Per position, int32 [b, t]: its index in its text, and the end (exclusive) of the positions in the row
+    that see it."""
 
     positions: jax.Array
     until: jax.Array

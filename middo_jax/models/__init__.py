@@ -1,1 +1,1 @@
-"""The dense decoder: declaration, forward passes, weights in and out, generation."""
+"""The dense decoder: parameters, forward passes, loading and exporting of weights."""

@@ -1,12 +1,12 @@
-"""A checkpoint of ours: what a training ends with, on Orbax, and what it says about itself.
+"""Checkpoints of trained models: parameters, written by Orbax, and metadata.
 
     checkpoint/
-      params/         what was trained, by the names of models/parameters.py: all parameters, or the adapters
-      metadata.json   says that params/ is complete: {"base": "path of the source model", "step": 120, ...}
+      params/         the trained parameters by their names in models/parameters.py: all, or only the adapters
+      metadata.json   marks params/ as complete: {"base": "path of the source model", "step": 120, ...}
 
-The base is a Hugging Face directory: of a model with adapters it is the rest of the model, of any other it
-is where config and tokenizer stand. Orbax writes to a temporary name and renames, so that a save cut short
-leaves nothing that looks whole.
+`base` is a Hugging Face directory. It supplies the config and the tokenizer and, where only adapters were
+trained, the base weights. Orbax writes to a temporary name and renames it, so an interrupted save leaves
+nothing that looks complete.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from middo_jax.models.lora import partition
 from middo_jax.models.model import Params, abstract_model, as_dict, of_dict
 from middo_jax.rundir import RunError, write_json
 
-# The machine's trouble: a checkpoint that cannot be read for it is a good one.
+# Errors of the machine, not of the files: the checkpoint may be intact.
 NOT_THE_FILES = (MemoryError, jax.errors.JaxRuntimeError)
 
 
 def save_params(directory: str | Path, params: Params, metadata: Mapping[str, Any]) -> None:
-    """Writes DIRECTORY/params and then DIRECTORY/metadata.json, which says that the former is complete.
+    """Writes DIRECTORY/params and then DIRECTORY/metadata.json, which marks the former as complete.
 
     Args:
-      directory: what stood there of an earlier save is replaced.
-      params: what was trained, on whatever mesh.
-      metadata: JSON values: `base` is what loading and exporting need, `lora` too where only adapters were
-        trained, such as {"rank": 8, "alpha": 16, "target_modules": ["q_proj"]}; `step` is what is worth
-        knowing.
+      directory: directory of the checkpoint; an earlier save in it is replaced.
+      params: the trained parameters, on any mesh.
+      metadata: JSON values. Loading and exporting need `base` and, where only adapters were trained, `lora`,
+        such as {"rank": 8, "alpha": 16, "target_modules": ["q_proj"]}. `step` is only informative.
     """
     directory = Path(directory).absolute()
     (directory / "metadata.json").unlink(missing_ok=True)
@@ -49,7 +48,7 @@ def save_params(directory: str | Path, params: Params, metadata: Mapping[str, An
 
 
 def read_metadata(directory: str | Path) -> dict[str, Any] | None:
-    """What `save_params` was told, or None if there is no finished checkpoint."""
+    """The metadata passed to `save_params`; None if there is no finished checkpoint."""
     path = Path(directory) / "metadata.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -57,25 +56,25 @@ def read_metadata(directory: str | Path) -> dict[str, Any] | None:
 def restore_params(
     directory: str | Path, config: DecoderConfig, mesh: Mesh, dtype: str | None = None
 ) -> Params:
-    """Reads what `save_params` wrote, each device its part only, on whatever mesh it was saved.
+    """Reads what `save_params` wrote. Each device reads only its part; the saving mesh may be another one.
 
     Args:
       directory: a round's `checkpoint` folder.
-      config: of the model that was trained.
-      mesh: where the parameters shall lie.
-      dtype: what they are cast to; None keeps what is stored.
+      config: config of the trained model.
+      mesh: mesh to put the parameters on.
+      dtype: dtype that the parameters are cast to; None keeps the stored one.
 
     Returns:
-      The model's parameters; where the config has adapters, these alone.
+      The model's parameters; only the adapters if the config has any.
 
     Raises:
-      RunError: no finished checkpoint is there, it is of another model, or its files are damaged.
+      RunError: there is no finished checkpoint, it belongs to another model, or its files are damaged.
       ConfigError: a parameter does not divide by the mesh.
     """
     directory = Path(directory).absolute()
     if read_metadata(directory) is None:
         raise RunError(
-            f"{directory} holds no finished checkpoint; train again, an interrupted training goes on"
+            f"{directory} holds no finished checkpoint; train again: an interrupted training resumes"
         )
     with ocp.Checkpointer(arrays_handler()) as checkpointer:
         try:
@@ -87,22 +86,22 @@ def restore_params(
             raise
         except Exception as error:  # Orbax raises even plain `Exception` on a damaged file
             raise RunError(
-                f"{directory} is damaged or of another model than its config describes: {reason(error)}"
+                f"{directory} is damaged, or of another model than its config describes: {reason(error)}"
             ) from error
     return of_dict(target, restored)
 
 
 def arrays_handler() -> ocp.PyTreeCheckpointHandler:
-    """How arrays are written."""
-    # Compression takes a tenth off float32 weights, for twice the time and as much memory again.
+    """The Orbax handler for arrays."""
+    # Compression saves a tenth of float32 weights' size, but doubles time and memory.
     return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
 def arrays_into(target: Any) -> ocp.args.PyTreeRestore:
-    """Restores into shapes with dtypes and shardings, each device reading its part."""
+    """Arguments that restore into shapes with dtypes and shardings; each device reads only its part."""
     return ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
 
 
 def reason(error: Exception) -> str:
-    """The first line: what follows in Orbax's messages is pages of its own settings."""
+    """The error's first line; in Orbax's messages, pages of its own settings follow."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -1,4 +1,4 @@
-"""DecoderConfig: what the one dense decoder needs to know, read from a Hugging Face config."""
+"""DecoderConfig: shapes and constants of the dense decoder, read from a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from middo_jax.models.families import families, family
 
-# Fields of any family that would change what is computed, and the one value that is.
+# Fields of any family that would change the computation, and their only supported value.
 _ONLY: tuple[tuple[str, Any], ...] = (
     ("attention_bias", False),
     ("mlp_bias", False),
@@ -24,7 +24,7 @@ _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_p
 
 
 _INT, _NUMBER, _BOOL, _TEXT = (int,), (int, float), (bool,), (str,)
-# What fields must hold, and whether they may be null; a field that is missing has transformers' default.
+# Per field: its types, their name in messages, whether null is allowed. Missing: transformers' default.
 _FIELDS: dict[str, tuple[tuple[type, ...], str, bool]] = {
     **dict.fromkeys(
         (
@@ -50,12 +50,12 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str, bool]] = {
 
 
 class UnsupportedModel(ValueError):
-    """The checkpoint's config asks for something that the decoder does not compute; names the field."""
+    """The config requires something that the decoder does not compute; the message names the field."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearRope:
-    """All positions divided by `factor` (arXiv 2306.15595)."""
+    """RoPE with all positions divided by `factor` (arXiv 2306.15595)."""
 
     factor: float
 
@@ -75,12 +75,12 @@ _SCALINGS = {"linear": LinearRope, "llama3": Llama3Rope}
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What may differ between two layers of one model.
+    """Properties that may differ between the layers of a model.
 
     Attributes:
-      window: a position sees the last `window` ones, itself included; None sees all before it.
+      window: a position sees the last `window` positions, itself included; None: all up to itself.
       rope_theta: base of the rotary angles.
-      rope_scaling: of the same, None if plain.
+      rope_scaling: scaling of the rotary angles; None: not scaled.
     """
 
     window: int | None = None
@@ -94,8 +94,8 @@ class Lora:
 
     Attributes:
       rank: width of A and B.
-      alpha: numerator of their weight.
-      target_modules: names of the matrices that have one, such as q_proj.
+      alpha: numerator of the adapters' weight.
+      target_modules: names of the matrices that have an adapter, such as q_proj.
     """
 
     rank: int
@@ -104,7 +104,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """Weight of what the adapters add."""
+        """Weight of the adapters' output, alpha / rank."""
         return self.alpha / self.rank
 
 
@@ -113,19 +113,19 @@ class DecoderConfig:
     """Shapes and constants of a decoder. Hashable: it is a static argument of jitted functions.
 
     Attributes:
-      kinds: the kinds of layer that the model has.
-      kind_of_layer: index into `kinds` of each layer; empty if there is only one kind.
+      kinds: the model's kinds of layer.
+      kind_of_layer: each layer's index into `kinds`; empty if there is only one kind.
       qkv_bias: whether queries, keys and values have a bias.
       qk_norm: whether each head's query and key are normed before RoPE.
-      post_norms: whether what attention and MLP give is normed again before it is added.
-      norm_offset: what is added to every norm's scale: 1 where checkpoints store the difference from 1.
-      embed_scale: factor of the embeddings as they enter the first layer.
-      query_scale: factor of the attention scores; None is head_dim ** -0.5.
-      attention_soft_cap: c of c * tanh(scores / c).
-      final_soft_cap: the same, of the logits.
-      lora: adapters, None if it has none.
-      attention: the kernel that attends in `hidden`; see `packed_attention`.
-      dtype: of activations; parameters are cast to it where they are used.
+      post_norms: whether the outputs of attention and MLP are normed again before they are added.
+      norm_offset: added to every norm's scale: 1 where checkpoints store the difference from 1.
+      embed_scale: factor of the embeddings before the first layer.
+      query_scale: factor of the attention scores; None: head_dim ** -0.5.
+      attention_soft_cap: c of c * tanh(scores / c); None: off.
+      final_soft_cap: the same for the logits.
+      lora: shape of the adapters; None: no adapters.
+      attention: kernel of the attention in `hidden`; see `packed_attention`.
+      dtype: dtype of activations; parameters are cast to it where they are used.
     """
 
     vocab_size: int
@@ -160,9 +160,9 @@ class DecoderConfig:
 
 
 def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
-    """Reads the fields of a config.json, of transformers 4 or 5.
+    """Reads the fields of a config.json, written by transformers 4 or 5.
 
-    What a file leaves out is what transformers' own config class makes of it.
+    Missing fields get the defaults of transformers' config class.
 
     Raises:
       UnsupportedModel: a model type or field that the decoder would not compute exactly.
@@ -170,7 +170,7 @@ def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> Deco
     model_type = config.get("model_type")
     row = family(model_type)
     if row is None:
-        hint = "; of Gemma 3 only text models are, gemma3_text" if model_type == "gemma3" else ""
+        hint = "; of Gemma 3, only the text models (gemma3_text) are" if model_type == "gemma3" else ""
         raise UnsupportedModel(
             f"config.json: model_type {model_type!r} is not supported; supported: "
             f"{', '.join(row.model_type for row in families())}{hint}"
@@ -212,14 +212,14 @@ def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> Deco
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All fields as transformers reads them, the RoPE parameters in the form of version 5."""
+    """All fields as transformers reads them, with the RoPE parameters in version 5's form."""
     for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
-        if not isinstance(config.get(field), int):  # no default of a class can be right for these
-            raise UnsupportedModel(f"config.json: {field} is missing or no whole number")
+        if not isinstance(config.get(field), int):  # a class's default would be wrong for these
+            raise UnsupportedModel(f"config.json: {field} is missing or not a whole number")
     try:
-        # A copy: the class writes into the dictionaries that it is given.
+        # A copy, because the class modifies dictionaries passed to it.
         return AutoConfig.for_model(**copy.deepcopy(dict(config))).to_dict()
-    except Exception as error:  # its validation raises whatever the broken field leads to
+    except Exception as error:  # its validation raises many unrelated classes
         raise UnsupportedModel(f"config.json: {type(error).__name__}: {error}") from error
 
 
@@ -232,7 +232,7 @@ def _activation(fields: Mapping[str, Any], name: str) -> Literal["silu", "gelu_t
 
 
 def _layers(fields: Mapping[str, Any]) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
-    """The kinds of layer, and which each layer is."""
+    """The kinds of layer, and each layer's index into them."""
     window = fields.get("sliding_window")
     everywhere = "full_attention" if window is None else "sliding_attention"
     names = fields.get("layer_types") or [everywhere] * fields["num_hidden_layers"]
@@ -279,11 +279,11 @@ def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_fields(directory: str | Path) -> dict[str, Any]:
-    """The fields of DIRECTORY/config.json, each of the type that it must have.
+    """Reads the fields of DIRECTORY/config.json and checks their types.
 
     Raises:
-      FileNotFoundError: it is not there.
-      UnsupportedModel: it is no JSON object, or a field has another type; names file and field.
+      FileNotFoundError: the file is missing.
+      UnsupportedModel: it is not a JSON object, or a field has the wrong type; names file and field.
     """
     path = Path(directory) / "config.json"
     try:
@@ -304,7 +304,7 @@ def read_config(directory: str | Path, dtype: str = "float32") -> DecoderConfig:
     """Reads DIRECTORY/config.json.
 
     Raises:
-      FileNotFoundError: it is not there.
+      FileNotFoundError: the file is missing.
       UnsupportedModel: see `from_hugging_face`.
     """
     return from_hugging_face(read_fields(directory), dtype)

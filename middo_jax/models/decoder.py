@@ -3,7 +3,7 @@
     graphdef, params = split(Decoder(config, key))        # once, at the boundary: see models/model.py
     hidden_btd = bound(graphdef, params).hidden(tokens_bt, segment_ids_bt, positions_bt)
 
-Loss, embedding, judge, training and generation all stand on `hidden()`, and on what `unembed()` is made of.
+Losses, embeddings, ratings and training are built on `hidden()`, generation on `hidden_cached()`.
 Axes: docs/contributing.md#axes; e head dimension.
 """
 
@@ -38,7 +38,7 @@ Remat = Literal["none", "dots", "layer"]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of what was read so far: [layers, b, s, kv heads, head_dim] each."""
+    """Keys and values of the tokens read so far, each [layers, b, s, kv heads, head_dim]."""
 
     keys: jax.Array
     values: jax.Array
@@ -78,10 +78,10 @@ class Decoder(nnx.Module):
 
         Args:
           tokens_bt: int32 token ids.
-          segment_ids_bt: which example a position belongs to, -1 for padding.
+          segment_ids_bt: each position's example, -1 for padding.
           positions_bt: position within the example, for RoPE and windows.
           until_bt, prefix, longest: see `Packing`.
-          remat: what each layer saves for the backward pass, which recomputes the rest. "none": everything;
+          remat: what each layer saves for the backward pass; the rest is recomputed. "none": everything;
             "dots": its input, its products with weights and the result of attention; "layer": its input.
 
         Returns:
@@ -103,17 +103,17 @@ class Decoder(nnx.Module):
     def hidden_cached(
         self, tokens_bt: jax.Array, positions_bt: jax.Array, cache: KVCache, first_row: jax.Array | int = 0
     ) -> tuple[jax.Array, KVCache]:
-        """Reads t more tokens of b rows of the cache, writing their keys and values into it.
+        """Processes t more tokens for b rows of the cache, and writes their keys and values into it.
 
-        Prefill and decode are the same pass. A position attends to all cache slots up to itself, so that a
-        prompt padded on the right is harmless: what its padding wrote lies behind, and is overwritten before
-        it is ever seen. A position >= s (an idle row) writes nothing.
+        Prefill and decode are the same pass. A position attends to all cache slots up to its own, so a prompt
+        may be padded on the right: the padding's slots follow the prompt, and are overwritten before any
+        position attends to them. A position >= s (an idle row) writes nothing.
 
         Args:
           tokens_bt: int32 token ids.
-          positions_bt: where in its row of the cache each token belongs.
-          cache: of b rows or more.
-          first_row: the first of the rows that are read; the others follow it.
+          positions_bt: cache slot of each token within its row.
+          cache: cache of b rows or more.
+          first_row: index of the first row that is read; the others follow it.
 
         Returns:
           ([b, t, d] last hidden state after the final norm, the cache with t more tokens).
@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
         ropes, attends = self._ropes(positions_bt), self._by_kind(cached_attention)
         rows_b1 = first_row + jnp.arange(tokens_bt.shape[0])[:, None]
 
-        # The cache is carried, not scanned over: as a scanned input and output it would be copied every call.
+        # The cache is part of the carry: as a scanned input and output it would be copied on every call.
         def layer(
             carry: tuple[jax.Array, KVCache], inputs: tuple[dict[str, jax.Array], jax.Array, jax.Array]
         ) -> tuple[tuple[jax.Array, KVCache], None]:
@@ -134,17 +134,17 @@ class Decoder(nnx.Module):
             return (self._finish(x_btd, attended, weights), KVCache(keys, values)), None
 
         layers = (self._stacked(), self._kinds(), jnp.arange(self.config.num_layers))
-        # A loop on a GPU copies each layer's weights out of the stack: three times the bytes per decode step.
+        # On a GPU, a loop copies each layer's weights out of the stack, which triples a decode step's bytes.
         unroll = self.config.num_layers if platform() == "gpu" else 1
         (x_btd, cache), _ = jax.lax.scan(layer, (self._embed(tokens_bt), cache), layers, unroll=unroll)
         return self._norm(x_btd, self.final_norm[...]), cache
 
     def unembed(self, hidden_nd: jax.Array) -> jax.Array:
-        """Logits [n, v] in float32 of n hidden states."""
+        """Float32 logits [n, v] of n hidden states."""
         return soft_capped(head_product(self.head(), hidden_nd), self.config.final_soft_cap)
 
     def head(self) -> jax.Array:
-        """[v, d] the matrix that unembeds, in the parameters' dtype."""
+        """The unembedding matrix [v, d], in the parameters' dtype."""
         return (self.embed if self.config.tie_word_embeddings else self.lm_head)[...]
 
     def _stacked(self) -> dict[str, jax.Array]:
@@ -153,16 +153,16 @@ class Decoder(nnx.Module):
         return {name: getattr(self.layers, name)[...] for name in names}
 
     def _kinds(self) -> jax.Array:
-        """[l] index of each layer's kind."""
+        """Index of each layer's kind, [l]."""
         return jnp.asarray(self.config.kind_of_layer or (0,) * self.config.num_layers)
 
     def _ropes(self, positions_bt: jax.Array) -> list[Callable[[], Rope]]:
-        """A kind of layer -> its rotary angles, made once for all layers."""
+        """Per kind of layer, a function that returns its rotary angles, computed once for all layers."""
         tables = [rope_tables(kind, self.config.head_dim, positions_bt) for kind in self.config.kinds]
         return [functools.partial(lambda table: table, table) for table in tables]
 
     def _by_kind(self, attention: Callable[..., jax.Array]) -> list[Callable[..., jax.Array]]:
-        """A kind of layer -> its attention."""
+        """Per kind of layer, its attention function."""
         scale, soft_cap = self.config.attention_scale, self.config.attention_soft_cap
         specs = (AttentionSpec(scale, kind.window, soft_cap) for kind in self.config.kinds)
         return [functools.partial(attention, spec=spec) for spec in specs]
@@ -179,7 +179,7 @@ class Decoder(nnx.Module):
         return constrain(x_btd, "batch", "length", "hidden")
 
     def _linear(self, x_btd: jax.Array, weights: dict[str, jax.Array], name: str) -> jax.Array:
-        """x W, with the matrix's adapter and bias where it has them."""
+        """x W, plus the output of the matrix's adapter and its bias, where it has them."""
         y_btf = _matmul(x_btd, weights[name])
         if (lora := self.config.lora) and name in lora.target_modules:
             low_btr = checkpoint_name(_matmul(x_btd, weights[f"{name}_lora_a"]), _PRODUCT)
@@ -226,24 +226,24 @@ class Decoder(nnx.Module):
 
 
 def head_product(head_vd: jax.Array, hidden_nd: jax.Array) -> jax.Array:
-    """[n, v] float32, of products in the dtype of the hidden states."""
+    """Logits before the soft cap, [n, v] float32; the product is in the hidden states' dtype."""
     return jnp.einsum(
         "nd,vd->nv", hidden_nd, head_vd.astype(hidden_nd.dtype), preferred_element_type=jnp.float32
     )
 
 
 def soft_capped(logits_nv: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(logits / cap), or the logits as they are (arXiv 2408.00118, section 2)."""
+    """cap * tanh(logits / cap), or the logits unchanged without a cap (arXiv 2408.00118, section 2)."""
     return logits_nv if cap is None else cap * jnp.tanh(logits_nv / cap)
 
 
 def split(model: Decoder) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
-    """(static structure, parameters): the only place where NNX meets the rest of the program."""
+    """Splits a decoder into its static structure and its parameters."""
     return nnx.split(model)
 
 
 def abstract(config: DecoderConfig) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
-    """The same without any array: the parameters are shapes and dtypes."""
+    """Structure and parameters without any array: the parameters are shapes and dtypes."""
     return split(nnx.eval_shape(lambda: Decoder(config, jax.random.key(0))))
 
 
@@ -256,8 +256,8 @@ def empty_cache(config: DecoderConfig, batch: int, length: int) -> KVCache:
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
     """x / rms(x) * (offset + scale) over the last axis, the quotient in float32 (arXiv 1910.07467).
 
-    With an offset the product is rounded only after the scale, without one before it: so the models that
-    store such scales were trained.
+    With an offset, the result is rounded after the multiplication by the scale; without one, before it. The
+    models with and without an offset were trained this way.
     """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
@@ -283,10 +283,10 @@ def rope_tables(kind: LayerKind, head_dim: int, positions_bt: jax.Array) -> Rope
 
 
 def _llama3_frequencies(frequencies: jax.Array, scaling: Llama3Rope) -> jax.Array:
-    """Low frequencies are divided by `factor`, high ones kept, those between interpolated.
+    """Divides low frequencies by `factor`, keeps high ones, and interpolates between them.
 
-    The formula is that of Llama 3.1's reference code: a wavelength longer than
-    original_max_position_embeddings / low_freq_factor is low, one shorter than .../high_freq_factor is high.
+    The formula is that of Llama 3.1's reference code. Low: the wavelength is longer than
+    original_max_position_embeddings / low_freq_factor. High: it is shorter than .../high_freq_factor.
     """
     wavelengths = 2 * math.pi / frequencies
     ratio = scaling.original_max_position_embeddings / wavelengths
@@ -296,26 +296,26 @@ def _llama3_frequencies(frequencies: jax.Array, scaling: Llama3Rope) -> jax.Arra
 
 
 def apply_rope(x_bthe: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates the pairs (i, i + head_dim / 2) by their angles (arXiv 2104.09864, Hugging Face's layout)."""
+    """Rotates each pair (i, i + head_dim / 2) by its angle (arXiv 2104.09864, Hugging Face's layout)."""
     cos, sin = rope
     first, second = jnp.split(x_bthe.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_bthe.dtype)
 
 
-# What a checkpointed layer saves for the backward pass beside its input; the rest is recomputed. An adapter's
-# product is saved as part of the sum, not once more for itself.
+# What a checkpointed layer saves for the backward pass besides its input; the rest is recomputed. The output
+# of an adapter is saved only as part of the sum.
 _PRODUCT = "product"
 _KEPT = {"dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT, ATTENDED), "layer": None}
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 def _of_kind(kind: jax.Array, functions: Sequence[Callable[..., Result]], *operands: Any) -> Result:
-    """Calls the function of a layer's kind; only that one runs, and with a single kind nothing is decided."""
+    """Calls the function of a layer's kind. Only that one runs; with a single kind there is no switch."""
     return functions[0](*operands) if len(functions) == 1 else jax.lax.switch(kind, functions, *operands)
 
 
 def _matmul(x_btd: jax.Array, weight_df: jax.Array) -> jax.Array:
-    # Flat, since XLA would transpose what a weight's gradient contracts over two axes.
+    # Flattened: XLA would transpose the operands of a weight's gradient that contracts over two axes.
     rows_nd = x_btd.reshape(-1, x_btd.shape[-1])
     return (rows_nd @ weight_df.astype(x_btd.dtype)).reshape(*x_btd.shape[:-1], -1)

@@ -1,7 +1,7 @@
-"""The families of models that the decoder computes, one row each.
+"""The model families that the decoder computes, one row each.
 
-A row says what of the decoder's options a `model_type` implies. Everything else is read from the checkpoint's
-config.json, by `models.config`. A family of your own whose layers are made of the same parts:
+A row contains the decoder's options that a `model_type` implies. `models.config` reads everything else from
+the checkpoint's config.json. To add a family whose layers are made of the same parts:
 
     register(Family("ministral", "MinistralForCausalLM"))
 """
@@ -17,7 +17,7 @@ class Family:
 
     Attributes:
       model_type: as in config.json; transformers must have a config class for it.
-      architecture: the one architecture of this type that the decoder computes, as in config.json.
+      architecture: the one supported architecture of this type, as in config.json.
       activation: the field of config.json that names the activation of the MLP.
       qkv_bias: queries, keys and values have a bias.
       qk_norm: each head's query and key are normed before RoPE.
@@ -70,7 +70,7 @@ def families() -> tuple[Family, ...]:
 
 
 def family(model_type: object) -> Family | None:
-    """The row of a model type; None if the decoder does not compute it."""
+    """The row of a model type; None if there is none."""
     return _TABLE.get(model_type) if isinstance(model_type, str) else None
 
 
@@ -78,7 +78,7 @@ def register(row: Family) -> None:
     """Adds a family.
 
     Raises:
-      ValueError: there is a family of that model type.
+      ValueError: a family of that model type exists already.
     """
     if row.model_type in _TABLE:
         raise ValueError(f"there is a family with model_type {row.model_type!r} already")
@@ -89,6 +89,6 @@ def unregister(model_type: str) -> None:
     """Removes a family.
 
     Raises:
-      KeyError: there is none of that model type.
+      KeyError: no family has that model type.
     """
     del _TABLE[model_type]

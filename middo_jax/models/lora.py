@@ -1,6 +1,6 @@
-"""LoRA (arXiv 2106.09685): adapters and the base that they stand on, as two parts of one parameter tree.
+"""LoRA (arXiv 2106.09685): adapters and their base model, as two parts of one parameter tree.
 
-    base = without_adapters(model)                       # the same arrays, for the model without adapters
+    base = without_adapters(model)                       # the same arrays, without the adapters
     model = with_adapters(base, lora, adapters)          # and back
     trained, frozen = partition(model.params, model.config)
 
@@ -23,30 +23,30 @@ from middo_jax.models.parameters import ParameterSpec, adapters, parameters
 
 
 def from_settings(settings: LoraSettings) -> Lora | None:
-    """What the settings ask for; None without a rank."""
+    """The adapters' shape according to the settings; None without a rank."""
     if settings.rank is None:
         return None
     return Lora(settings.rank, settings.alpha, tuple(settings.target_modules))
 
 
 def trained_parameters(config: DecoderConfig) -> tuple[ParameterSpec, ...]:
-    """The rows that training changes, and that a checkpoint holds: the adapters, or all if there are none."""
+    """The rows that training changes and a checkpoint contains: the adapters, or all if there are none."""
     return adapters(config) or parameters(config)
 
 
 def partition(params: Params, config: DecoderConfig) -> tuple[Params, Params]:
-    """(what training changes, what it leaves alone); the latter is empty without adapters."""
+    """(trained parameters, frozen parameters); the latter is empty without adapters."""
     return parted(params, {spec.path for spec in trained_parameters(config)})
 
 
 def with_adapters(base: Model, lora: Lora, adapters: Params) -> Model:
-    """The model that has these adapters on this base."""
+    """The base model with these adapters."""
     config = dataclasses.replace(base.config, lora=lora)
     return Model.of(config, joined(base.params, adapters), base.mesh)
 
 
 def without_adapters(model: Model) -> Model:
-    """The model that the adapters stand on: the same arrays. One without adapters is given back as it is."""
+    """The base model; it shares the arrays. A model without adapters is returned unchanged."""
     if model.config.lora is None:
         return model
     config = dataclasses.replace(model.config, lora=None)
@@ -54,10 +54,10 @@ def without_adapters(model: Model) -> Model:
 
 
 def with_fresh_adapters(base: Model, lora: Lora, seed: int) -> Model:
-    """The model with adapters on this base that change nothing yet: A is random, B is 0.
+    """The base model with new adapters that change nothing yet: A is random, B is 0.
 
-    They are float32 whatever the base is stored in: a step of the size of the learning rate would be lost in
-    bfloat16. The same seed gives the same adapters on any mesh.
+    Adapters are float32 whatever the base's dtype: bfloat16 would lose steps of the learning rate's size. The
+    same seed produces the same adapters on any mesh.
     """
     config = dataclasses.replace(base.config, lora=lora)
     specs = adapters(config)
@@ -75,12 +75,12 @@ def _initial(specs: tuple[ParameterSpec, ...], config: DecoderConfig, key: jax.A
 
 
 def merge_adapters(model: Model) -> Model:
-    """The model without adapters that computes the same: W + scale * A B, in float32, then as W is stored.
+    """The equivalent model without adapters: W + scale * A B in float32, cast to W's dtype.
 
-    One parameter after another takes the place of its base, of which only one layer is ever held in float32.
+    Parameters are merged one by one and layer by layer, so only one layer is ever in float32.
 
     Args:
-      model: with adapters. Its base is consumed: the memory is reused, the arrays are gone.
+      model: model with adapters. The arrays of its target matrices are donated and cannot be used again.
     """
     config, base = model.config, without_adapters(model)
     if config.lora is None:
@@ -98,7 +98,7 @@ def _merged(w_lio: jax.Array, a_lir: jax.Array, b_lro: jax.Array, scale: float) 
 
     def merge(layer: int, w_lio: jax.Array) -> jax.Array:
         a_ir, b_ro = (x[layer].astype(jnp.float32) for x in (a_lir, b_lro))
-        # HIGHEST: on accelerators a float32 product is otherwise rounded to bfloat16 or TF32.
+        # HIGHEST: accelerators would otherwise round float32 operands to bfloat16 or TF32.
         change_io = scale * jnp.matmul(a_ir, b_ro, precision=jax.lax.Precision.HIGHEST)
         return w_lio.at[layer].set((w_lio[layer].astype(jnp.float32) + change_io).astype(w_lio.dtype))
 

@@ -1,10 +1,10 @@
-"""A model as a value: its config, structure and parameters, and the mesh that they lie on.
+"""A model as a value: its config, structure, parameters and mesh.
 
     model = load(locate(path), "bfloat16", mesh=mesh)     # models/source.py
     hidden_btd = model.decoder().hidden(tokens_bt, segment_ids_bt, positions_bt)
 
-Flax NNX declares the decoder (decoder.py) and is met here. Everything else holds a `Model`, or its
-parameters as a JAX tree; a jitted function takes `graphdef` as a static argument and calls `bound`.
+Flax NNX declares the decoder (decoder.py); this module wraps it. Other modules use a `Model`, or its
+parameters as a JAX pytree. A jitted function takes `graphdef` as a static argument and calls `bound`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Path = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A decoder with its parameters in their place.
+    """A decoder with its parameters on a mesh.
 
     Attributes:
-      config: of the decoder.
-      graphdef: the decoder's static structure, of the same config.
-      params: by the paths of models/parameters.py; their shapes with shardings if the model is abstract.
-      mesh: where the parameters lie, and where whoever computes with them computes.
+      config: the decoder's config.
+      graphdef: the decoder's static structure, for the same config.
+      params: parameters by their paths in models/parameters.py; in an abstract model, shapes with shardings.
+      mesh: mesh of the parameters and of all computations with them.
     """
 
     config: DecoderConfig
@@ -50,15 +50,15 @@ class Model:
         return cls(config, structure(config), params, mesh)
 
     def with_params(self, params: Params) -> Model:
-        """The same decoder with other parameters, such as those that a training ends with."""
+        """The same decoder with other parameters, such as trained ones."""
         return dataclasses.replace(self, params=params)
 
     def with_config(self, config: DecoderConfig) -> Model:
-        """The same parameters in a decoder that computes otherwise, such as with another kernel."""
+        """The same parameters in a decoder with another config, such as another kernel."""
         return Model.of(config, self.params, self.mesh)
 
     def decoder(self) -> Decoder:
-        """The decoder itself."""
+        """The decoder with its parameters."""
         return bound(self.graphdef, self.params)
 
 
@@ -74,7 +74,7 @@ def bound(graphdef: Structure, *params: Params) -> Decoder:
 
 
 def with_values(params: Params, values: Mapping[Path, Any]) -> Params:
-    """The same tree with another value at each path; `values` must hold all of them."""
+    """The same tree with new values; `values` must contain every path."""
     return nnx.map_state(lambda path, param: param.replace(values[path]), params)
 
 
@@ -90,12 +90,12 @@ def parted(params: Params, paths: Collection[Path]) -> tuple[Params, Params]:
 
 
 def joined(*parts: Params) -> Params:
-    """One tree of several that have no path in common."""
+    """Merges trees that have no path in common."""
     return nnx.merge_state(*parts)
 
 
 def as_dict(params: Params) -> dict[Any, Any]:
-    """Nested dicts of the same values, which is how a checkpoint stores them."""
+    """The same values as nested dicts, the form that a checkpoint stores."""
     return nnx.to_pure_dict(params)
 
 

@@ -1,8 +1,8 @@
-"""Token negative log-likelihoods without the whole logits: [b, t, v] never exists.
+"""Token negative log-likelihoods without the full logits: [b, t, v] never exists.
 
-Only targets are unembedded. The rows that lie on the same devices are a share; its targets are moved to its
-front, and a loop takes a chunk of every share at a time until none has any left. Shares are on their own: in
-the loop nothing passes between devices but what `tensor` splits.
+Only targets are unembedded. The rows on the same devices form a share, whose targets are moved to its front.
+A loop processes one chunk of every share per iteration, until no share has targets left. Shares are
+independent: in the loop, devices exchange only data that is sharded along `tensor`.
 
 Axes: docs/contributing.md#axes; here s is a device's share of the positions, n a position within it.
 """
@@ -21,7 +21,7 @@ from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, head_product, soft_capped
 from middo_jax.parallel.mesh import RULES, batch_shards, constrain
 
-# By the head [v, d] and by the hidden states [b, t, d]; None where nobody asks.
+# Gradients by the head [v, d] and by the hidden states [b, t, d]; None where not needed.
 Gradient = tuple[jax.Array | None, jax.Array | None]
 
 
@@ -29,14 +29,14 @@ Gradient = tuple[jax.Array | None, jax.Array | None]
 def target_nll(
     model: Decoder, hidden_btd: jax.Array, next_bt: jax.Array, is_target_bt: jax.Array, chunk: int
 ) -> jax.Array:
-    """-log p(next token) where that is a target, 0 elsewhere; `target_nll_sum` is what has a gradient.
+    """-log p(next token) where it is a target, 0 elsewhere. Not differentiable; see `target_nll_sum`.
 
     Args:
-      model: whose head is used.
+      model: decoder whose head is used.
       hidden_btd: last hidden state of each position.
-      next_bt: int32, the token that follows in the text; any where that is no target.
-      is_target_bt: bool; the next token is a target.
-      chunk: targets of a share whose logits exist at one time.
+      next_bt: int32, the next token in the text; any value where it is not a target.
+      is_target_bt: bool, whether the next token is a target.
+      chunk: number of targets per share whose logits exist at the same time.
 
     Returns:
       [b, t] float32.
@@ -57,11 +57,11 @@ def target_nll(
 def target_nll_sum(
     model: Decoder, hidden_btd: jax.Array, next_bt: jax.Array, is_target_bt: jax.Array, chunk: int
 ) -> jax.Array:
-    """Sum of `target_nll`, a float32 scalar, whose gradient is made while a chunk's logits exist.
+    """Sum of `target_nll`, a float32 scalar. Its gradient is computed while a chunk's logits exist.
 
-    Logits are computed once then, where a backward pass of its own would compute them again, and what is
-    kept for it is as large as the head and the hidden states (as in arXiv 2410.10989). The head's gradient is
-    added up in float32; products are of the hidden states' dtype.
+    So logits are computed once; a separate backward pass would recompute them. The values saved for the
+    backward pass are as large as the head and the hidden states (as in arXiv 2410.10989). The head's gradient
+    is accumulated in float32; products are in the hidden states' dtype.
     """
     return _nll_sum(model.config, chunk, model.head(), hidden_btd, next_bt, is_target_bt)
 
@@ -69,7 +69,7 @@ def target_nll_sum(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 @jax.named_scope("head")
 def _nll_sum(config: DecoderConfig, chunk: int, *arrays: jax.Array) -> jax.Array:
-    """Without a gradient, of (head_vd, hidden_btd, next_bt, is_target_bt)."""
+    """The sum without a gradient; `arrays` is (head_vd, hidden_btd, next_bt, is_target_bt)."""
     return _with_gradient(config, chunk, *(CustomVJPPrimal(x, perturbed=False) for x in arrays))[0]
 
 
@@ -101,7 +101,7 @@ def _with_gradient(
                 by_hidden = at.added(by_hidden, by_product_mv @ head_vd)
             return nll + nll_m.sum(), (by_head, by_hidden)
 
-        # What a share adds up of the head's gradient is added to the others' at the end, once.
+        # Each share accumulates its own gradient of the head; the shares' are summed once, at the end.
         by_head = constrain(jnp.zeros(head_vd.shape, jnp.float32), "vocab", None) if head.perturbed else None
         by_hidden = jnp.zeros_like(hidden_nd) if hidden.perturbed else None
         return jax.lax.fori_loop(0, chunks.n_chunks, step, (jnp.float32(0), (by_head, by_hidden)))
@@ -128,21 +128,21 @@ def _gathered(head_vd: jax.Array, hidden_btd: jax.Array) -> jax.Array:
 
 
 class _Chunk(NamedTuple):
-    """Some targets of a share; slots not in use repeat a position and have no loss."""
+    """Some targets of a share. Unused slots repeat a position and have no loss."""
 
     position_m: jax.Array
     next_m: jax.Array
     in_use_m: jax.Array
 
     def nll(self, logits_mv: jax.Array) -> jax.Array:
-        """[m] float32, 0 where the slot is not in use."""
+        """The slots' losses, [m] float32; 0 where the slot is unused."""
         return self.nll_and_gradient(logits_mv)[0]
 
     def nll_and_gradient(self, logits_mv: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The same, and its gradient by the logits [m, v]: the probabilities, less 1 at the target."""
+        """The same, and its gradient by the logits [m, v]: the probabilities, minus 1 at the target."""
         logits_mv = constrain(logits_mv, None, "vocab")
         highest_m = logits_mv.max(axis=1)
-        weight_mv = jnp.exp(logits_mv - highest_m[:, None])  # once for both
+        weight_mv = jnp.exp(logits_mv - highest_m[:, None])  # used by the loss and the gradient
         total_m = weight_mv.sum(axis=1)
         chosen_m = jnp.take_along_axis(logits_mv, self.next_m[:, None], axis=1)[:, 0]
         is_chosen_mv = jnp.arange(logits_mv.shape[1]) == self.next_m[:, None]
@@ -153,21 +153,21 @@ class _Chunk(NamedTuple):
         )
 
     def added(self, x_n: jax.Array, y_m: jax.Array) -> jax.Array:
-        """[n, ...] with [m, ...] added at the targets."""
+        """x [n, ...] with y [m, ...] added at the targets."""
         return x_n.at[self.position_m].add(y_m)
 
 
 class _Chunks(NamedTuple):
     """The targets of a share, chunk by chunk."""
 
-    n_chunks: jax.Array  # of the share that has the most
+    n_chunks: jax.Array  # that of the share with the most targets
     width: int
-    position_n: jax.Array  # targets first, in their order; a multiple of the width
+    position_n: jax.Array  # targets first, in order; padded to a multiple of the width
     next_n: jax.Array
     n_targets: jax.Array
 
     def at(self, i: jax.Array) -> _Chunk:
-        """The i-th."""
+        """The i-th chunk."""
         start = i * self.width
         position_m = jax.lax.dynamic_slice_in_dim(self.position_n, start, self.width)
         in_use_m = start + jnp.arange(self.width) < self.n_targets
@@ -181,7 +181,7 @@ def _each_share(
     chunk: int,
     hidden_btd: jax.Array,
 ) -> Any:
-    """`of_share(chunks, hidden_nd)` of each, stacked, where its rows lie."""
+    """Computes `of_share(chunks, hidden_nd)` of each share on the devices of its rows; stacks the results."""
     shares = batch_shards(len(next_bt))
     next_sn, is_target_sn, hidden_snd = (
         x.reshape(shares, -1, *x.shape[2:]) for x in (next_bt, is_target_bt, hidden_btd)

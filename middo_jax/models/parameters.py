@@ -1,6 +1,6 @@
 """Every parameter of the decoder, one row each: name, axes, Hugging Face name, initial value.
 
-Shape, sharding, initialisation, loading and export are all read off this table. Layers are stacked on a
+Shape, sharding, initialisation, loading and export are all derived from this table. Layers are stacked on a
 leading `layers` axis; a matrix is stored [in, out], the transpose of Hugging Face's [out, in].
 """
 
@@ -23,12 +23,12 @@ class ParameterSpec:
     """One parameter.
 
     Attributes:
-      path: where it stands in the parameter tree.
-      axes: logical axes, which give both its shape and its place on the mesh.
-      hf_name: its name in a Hugging Face checkpoint; `{layer}` where there is one tensor a layer. Of an
-        adapter, its name in a PEFT directory.
+      path: its path in the parameter tree.
+      axes: logical axes, which determine its shape and its sharding.
+      hf_name: its name in a Hugging Face checkpoint, with `{layer}` where there is one tensor per layer; for
+        an adapter, its name in a PEFT directory.
       transposed: whether Hugging Face stores the last two axes swapped.
-      init: how a random model starts: `scale` is a norm's, `fan_in` uniform within 1 / sqrt(inputs).
+      init: initial value: `scale` for a norm, `fan_in` uniform within 1 / sqrt(inputs).
     """
 
     path: tuple[str, ...]
@@ -38,7 +38,7 @@ class ParameterSpec:
     init: Literal["normal", "scale", "zeros", "fan_in"] = "normal"
 
     def shape(self, config: DecoderConfig) -> tuple[int, ...]:
-        """Its shape; `heads` and `kv_heads` count heads times head_dim."""
+        """The parameter's shape; `heads` and `kv_heads` count heads times head_dim."""
         size = {
             "layers": config.num_layers,
             "vocab": config.vocab_size,
@@ -57,16 +57,16 @@ class ParameterSpec:
         return math.prod(self.shape(config))
 
     def sharding(self, mesh: Mesh) -> NamedSharding:
-        """Its place on the mesh."""
+        """The parameter's sharding on the mesh."""
         return named_sharding(mesh, *self.axes)
 
     @property
     def is_stacked(self) -> bool:
-        """Whether it holds one tensor a layer."""
+        """Whether it stacks one tensor per layer."""
         return self.axes[0] == "layers"
 
     def initial(self, key: jax.Array, config: DecoderConfig, dtype: Any = jnp.float32) -> jax.Array:
-        """Its value in a model that has learnt nothing, as Hugging Face and PEFT start one."""
+        """The parameter's value in an untrained model, as Hugging Face and PEFT initialise it."""
         shape = self.shape(config)
         match self.init:
             case "normal":
@@ -118,7 +118,7 @@ _NORMS = (
     _norm("attention_norm", "input_layernorm"),
     _norm("mlp_norm", "post_attention_layernorm"),
 )
-# What the two-norm layer calls post_attention_layernorm stands before its MLP; here that is another one.
+# Without post-norms, post_attention_layernorm precedes the MLP; with them, it norms attention's output.
 _NORMS_WITH_POST = (
     _norm("attention_norm", "input_layernorm"),
     _norm("post_attention_norm", "post_attention_layernorm"),
@@ -132,7 +132,7 @@ LORA_TARGETS = tuple(spec.path[-1] for spec in _MATRICES)
 
 
 def parameters(config: DecoderConfig) -> tuple[ParameterSpec, ...]:
-    """All rows that a model of this config has, less its adapters; a tied head is the embedding itself."""
+    """All rows of a model of this config, without adapters; a tied head is the embedding and has no row."""
     return (
         _EMBED,
         *(_NORMS_WITH_POST if config.post_norms else _NORMS),
@@ -145,7 +145,7 @@ def parameters(config: DecoderConfig) -> tuple[ParameterSpec, ...]:
 
 
 def adapters(config: DecoderConfig) -> tuple[ParameterSpec, ...]:
-    """The rows of the model's LoRA adapters: for each target matrix A, as if small, and B, which is 0."""
+    """The rows of the model's LoRA adapters: per target matrix A, initially random, and B, initially 0."""
     targets = config.lora.target_modules if config.lora else ()
     return tuple(row for spec in _MATRICES if spec.path[-1] in targets for row in _adapter(spec))
 
@@ -167,5 +167,5 @@ def _adapter(spec: ParameterSpec) -> tuple[ParameterSpec, ParameterSpec]:
 
 
 def num_params(config: DecoderConfig) -> int:
-    """All elements of all parameters, less adapters; a tied embedding counts once."""
+    """Number of elements of all parameters, without adapters; a tied embedding counts once."""
     return sum(spec.size(config) for spec in parameters(config))

@@ -1,4 +1,4 @@
-"""What a user calls a model -> a Hugging Face directory on this machine."""
+"""Resolves the model that a user names to a Hugging Face directory on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from middo_jax.models.gguf import convert
 from middo_jax.models.hf import CheckpointError
 from middo_jax.rundir import file_hash
 
-# Holds a GGUF file's metadata, the vocabulary and its merges among them, whatever follows.
+# Large enough for a GGUF file's metadata, including vocabulary and merges, which precede the weights.
 _HEAD_BYTES = 64 << 20
 # *.model: tokenizer.model, spiece.model, sentencepiece.bpe.model.
 _TOKENIZER_FILES = [
@@ -24,24 +24,25 @@ _TOKENIZER_FILES = [
 
 
 def resolve(path: str, *, weights: bool = True) -> Path:
-    """Turns what a user calls a model into a Hugging Face directory on this machine.
+    """Resolves the model that a user names to a Hugging Face directory on this machine.
 
-    A directory is itself. A .gguf file is converted, once, into $XDG_CACHE_HOME/middo-jax/gguf/HASH. Anything
-    else is taken for a hub repo id and downloaded (safetensors, JSON and tokenizer files only).
+    A directory is returned unchanged. A .gguf file is converted once, into
+    $XDG_CACHE_HOME/middo-jax/gguf/HASH. Anything else is treated as a hub repo id and downloaded
+    (safetensors, JSON and tokenizer files only).
 
     Args:
-      path: what the user calls it.
+      path: directory, .gguf file or hub repo id.
       weights: whether the weights are needed. Without them nothing is dequantized and no weights are
         downloaded; the directory may lack them.
 
     Raises:
-      CheckpointError: there is no such file, and no such repo within reach.
-      UnsupportedModel: a field of its config.json has another type than it must have.
+      CheckpointError: there is no such file, and no such repo can be downloaded.
+      UnsupportedModel: a field of config.json has the wrong type.
     """
     local = Path(path).expanduser()
     if local.is_dir():
         if (local / "config.json").is_file():
-            read_fields(local)  # else transformers trips over a field of another type, in many lines
+            read_fields(local)  # checks types: transformers' error would have many lines
         return local
     if local.suffix == ".gguf" and local.is_file():
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -51,7 +52,7 @@ def resolve(path: str, *, weights: bool = True) -> Path:
             try:
                 convert(local, converted, weights=weights)
             except OSError:
-                if not converted.exists():  # else another process was faster
+                if not converted.exists():  # else another process has converted it
                     raise
         return converted
     if local.exists():
@@ -73,7 +74,7 @@ def resolve(path: str, *, weights: bool = True) -> Path:
 
 
 def _head_hash(file: Path) -> str:
-    """SHA-256 of a file's size and beginning, without reading gigabytes of weights."""
+    """SHA-256 of a file's size and beginning; it avoids reading gigabytes of weights."""
     with file.open("rb") as stream:
         head = stream.read(_HEAD_BYTES)
     return hashlib.sha256(f"{file.stat().st_size} ".encode() + head).hexdigest()

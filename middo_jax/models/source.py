@@ -1,6 +1,6 @@
-"""What a model is made of, and loading it: a Hugging Face directory, and perhaps what was trained on it.
+"""Locates a model's parts, a Hugging Face directory and possibly weights trained from it, and loads them.
 
-source = locate(path)                                # a directory, a checkpoint of ours, a PEFT adapter
+source = locate(path)                                # a directory, a middo-jax checkpoint, a PEFT adapter
 model = load(source, "bfloat16", mesh=mesh)
 """
 
@@ -23,12 +23,12 @@ from middo_jax.rundir import RunError
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where the parts of a model lie.
+    """The directories of a model's parts.
 
     Attributes:
-      base: Hugging Face directory: its config and tokenizer, and its weights unless they were trained.
-      trained: a checkpoint of ours or a PEFT directory; None if the model is the base itself.
-      lora: shape of the adapters that `trained` holds; None if it holds all weights.
+      base: Hugging Face directory of the config, the tokenizer and, unless all were trained, the weights.
+      trained: a middo-jax checkpoint or a PEFT directory; None if the model is the base itself.
+      lora: shape of the adapters in `trained`; None if it contains all weights.
     """
 
     base: Path
@@ -37,15 +37,15 @@ class Source:
 
     @property
     def weights(self) -> Path:
-        """Where the weights lie that any adapters stand on. Models that have it in common can share them."""
+        """Directory of the weights without adapters; models with the same directory can share them."""
         return (self.base if self.trained is None or self.lora else self.trained).resolve()
 
 
 def locate(path: Path, *, weights: bool = True) -> Source:
-    """What a directory that `resolve` gives is made of; see there for `weights`, of an adapter's base.
+    """The parts of a model in a directory returned by `resolve`; `weights` is passed on to find the base.
 
     Raises:
-      CheckpointError: it is an adapter that cannot be used, or whose base is not to be found.
+      CheckpointError: the adapter cannot be used, or its base cannot be found.
     """
     if (metadata := read_metadata(path)) is not None:
         lora = metadata.get("lora")
@@ -58,10 +58,10 @@ def locate(path: Path, *, weights: bool = True) -> Source:
 
 
 def tokenizer_directory(path: str) -> Path:
-    """The directory whose tokenizer belongs to what a user calls a model; it may lack the weights.
+    """The directory of the tokenizer of the model that a user names; it may lack the weights.
 
     Raises:
-      CheckpointError: there is no such model within reach.
+      CheckpointError: the model does not exist and cannot be downloaded.
     """
     return locate(resolve(path, weights=False), weights=False).base
 
@@ -76,14 +76,14 @@ def load(
     """Loads a model.
 
     Args:
-      source: of `locate`.
-      dtype: what forward passes compute in.
-      param_dtype: what weights are stored in; None is `dtype`. Adapters are float32 in any case.
-      mesh: where the parameters lie; None is the first device alone. With a `base`, the base's.
-      base: the model at `source.weights`, if it is loaded already: its arrays become part of this one.
+      source: as returned by `locate`.
+      dtype: dtype of forward passes.
+      param_dtype: dtype of the weights in memory; None: `dtype`. Adapters are always float32.
+      mesh: mesh to put the parameters on; None: the first device alone. With a `base`, its mesh is used.
+      base: the model at `source.weights`, if it is loaded already; the new model shares its arrays.
 
     Raises:
-      CheckpointError, UnsupportedModel, RunError: a part is missing, damaged or not what it should be.
+      CheckpointError, UnsupportedModel, RunError: a part is missing, damaged or invalid.
       ConfigError: a parameter does not divide by the mesh.
     """
     if base is None:
@@ -94,14 +94,14 @@ def load(
 
 
 def load_adapters(source: Source, config: DecoderConfig, mesh: Mesh) -> Params:
-    """Loads the adapters of a model alone, in float32; `config` is the base's.
+    """Loads only a model's adapters, in float32; `config` is the base's.
 
     Raises:
-      RunError: it has none.
-      CheckpointError: a part is missing, damaged or not what it should be.
+      RunError: the model has no adapters.
+      CheckpointError: a part is missing, damaged or invalid.
     """
     if source.lora is None or source.trained is None:
-        raise RunError(f"{source.trained or source.base} holds no LoRA adapters, but a whole model")
+        raise RunError(f"{source.trained or source.base} contains a whole model, not LoRA adapters")
     restore = hf.load_adapters if hf.is_adapter(source.trained) else restore_params
     return restore(source.trained, dataclasses.replace(config, lora=source.lora), mesh, "float32")
 

@@ -1,7 +1,7 @@
-"""Joining the other hosts of a job: they are found in the environment, or given, before any backend is used.
+"""Joins the other processes of a job, found in the environment or given, before any JAX backend is used.
 
-JAX reads most clusters by itself. This module adds what it leaves to the user: variables of its own for any
-scheduler, all GPUs of a node for a single task, a start that takes as long as a cold pod, and messages.
+JAX detects most clusters by itself. This module adds what JAX leaves to the user: variables for any
+scheduler, all GPUs of a node for a single task, a timeout long enough for cold pods, and messages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from middo_jax.progress import Progress, duration, in_job
 from middo_jax.rundir import RunError
 from middo_jax.rundir.files import only_read
 
-HEARTBEAT_TIMEOUT_S = 60  # later than our own watch, which can say more
+HEARTBEAT_TIMEOUT_S = 60  # longer than `coordination.Watch` takes, whose message is more precise
 SAY_AFTER_S = 30.0
 LOCKFILE = Path("/tmp/libtpu_lockfile")
 
@@ -34,13 +34,13 @@ _GIVEN = {"coordinator": "--coordinator", "processes": "--processes", "process":
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """How this process joins others.
+    """How this process joins others. JAX finds a field that is None in the cluster's environment.
 
     Attributes:
-      source: what told us, for messages.
-      coordinator: host:port of process 0; None: JAX finds it in the cluster's environment.
-      processes: how many there are; None: likewise.
-      process: which of them this is; None: likewise.
+      source: where these values come from, for messages.
+      coordinator: host:port of process 0.
+      processes: number of processes.
+      process: index of this process.
       local_devices: indices of this host's GPUs that this process uses; None: JAX's choice.
     """
 
@@ -57,19 +57,19 @@ def find_job(
     processes: int | None = None,
     process: int | None = None,
 ) -> Job | None:
-    """The job that this process belongs to; None if it is alone.
+    """The job that this process belongs to; None if it runs alone.
 
-    The options win over JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. These variables win
-    over what a scheduler sets: Slurm, Open MPI, an Indexed Job of Kubernetes, Cloud TPU and GKE.
+    The options override JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. These variables
+    override a scheduler's: Slurm, Open MPI, an Indexed Job of Kubernetes, Cloud TPU and GKE.
 
     Args:
       environment: `os.environ`.
-      coordinator: of `--coordinator`, host:port.
-      processes: of `--processes`.
-      process: of `--process`, from 0.
+      coordinator: value of `--coordinator`, host:port.
+      processes: value of `--processes`.
+      process: value of `--process`, from 0.
 
     Raises:
-      RunError: a job is named in part only, or its numbers cannot be.
+      RunError: a job is specified only in part, or its numbers are invalid.
     """
     named = {"coordinator": coordinator, "processes": processes, "process": process}
     scheduler = _scheduler(environment)
@@ -86,8 +86,8 @@ def find_job(
         return None
     if scheduler.source == "Open MPI" and "OMPI_MCA_orte_hnp_uri" not in environment:
         raise RunError(
-            "Open MPI 5 does not say where its first process is: give --coordinator HOST:PORT, or set "
-            "JAX_COORDINATOR_ADDRESS, to the host of rank 0"
+            "Open MPI 5 does not say on which host rank 0 runs: give --coordinator HOST:PORT, or set "
+            "JAX_COORDINATOR_ADDRESS, with that host"
         )
     if scheduler.source == "Kubernetes" and importlib.util.find_spec("kubernetes") is None:
         raise RunError(
@@ -98,7 +98,7 @@ def find_job(
 
 
 def _complete(source: str, named: Mapping[str, str | int | None], scheduler: Job | None) -> Job:
-    """The job with the numbers that were not named taken from the scheduler, if there is one."""
+    """The job, with missing numbers taken from the scheduler, if there is one."""
     known = dict(named)
     for name in ("processes", "process"):
         if known[name] is None and scheduler is not None:
@@ -106,9 +106,9 @@ def _complete(source: str, named: Mapping[str, str | int | None], scheduler: Job
     missing = [_GIVEN[name] for name, value in known.items() if value is None]
     if missing:
         raise RunError(
-            f"{source} name a job of several processes, and {' and '.join(missing)} "
+            f"{source} specify a job of several processes, but {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, "
-            "JAX_PROCESS_ID serve as well)"
+            "JAX_PROCESS_ID work as well)"
         )
     coordinator, processes, process = str(known["coordinator"]), known["processes"], known["process"]
     assert isinstance(processes, int)
@@ -122,7 +122,7 @@ def _complete(source: str, named: Mapping[str, str | int | None], scheduler: Job
 
 
 def _scheduler(environment: Mapping[str, str]) -> Job | None:
-    """What a scheduler's variables say; `processes` of 1 is a job of one process."""
+    """The job according to a scheduler's variables; `processes` is 1 for a job of one process."""
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in slurm):
         return Job(
@@ -154,9 +154,9 @@ def _on_tpu(environment: Mapping[str, str]) -> bool:
 
 
 def _gpus_of_task(environment: Mapping[str, str]) -> tuple[int, ...] | None:
-    """The GPUs of a Slurm task, which JAX would leave all but one of; None if it cannot be told.
+    """The GPUs of a Slurm task, of which JAX would use only one; None if they cannot be determined.
 
-    Indices are those of CUDA_VISIBLE_DEVICES, where Slurm sets it.
+    Indices refer to CUDA_VISIBLE_DEVICES, where Slurm sets it.
     """
     tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     of_node = re.search(r"\d+$", environment.get("SLURM_GPUS_ON_NODE", ""))
@@ -165,7 +165,7 @@ def _gpus_of_task(environment: Mapping[str, str]) -> tuple[int, ...] | None:
     if tasks is None or not n_gpus:
         return None
     if visible and visible < n_gpus:
-        return tuple(range(visible))  # Slurm shows each task its own share already
+        return tuple(range(visible))  # Slurm already restricts each task to its own share
     share, rest = divmod(n_gpus, int(tasks.group()))
     if not share or rest:
         return None
@@ -183,18 +183,18 @@ def _integer(environment: Mapping[str, str], name: str) -> int | None:
 
 
 def start(job: Job, progress: Progress, shared: Path, timeout_s: float) -> None:
-    """Joins the other processes. Must be called before anything asks JAX for its devices.
+    """Joins the other processes. Must be called before any use of JAX's devices.
 
     Args:
-      job: of `find_job`.
-      progress: is told who is missing after half a minute.
-      shared: a folder that all hosts see; who has arrived is written there.
-      timeout_s: how long to wait for all of them.
+      job: as returned by `find_job`.
+      progress: reports after half a minute which processes are missing.
+      shared: folder that all hosts share; each process records its arrival there.
+      timeout_s: how long to wait for all processes.
 
     Raises:
       RunError: the devices are in use, or not all hosts arrived in time.
     """
-    import jax  # waits: `middo select` and `--help` need no JAX
+    import jax  # imported late: `middo select` and `--help` do not need JAX
 
     _check_lockfile(job)
     if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -205,7 +205,7 @@ def start(job: Job, progress: Progress, shared: Path, timeout_s: float) -> None:
         RollCall(shared, job.coordinator or "", job.process) as roll,
         _waiting(progress, job, roll, timeout_s),
     ):
-        progress.say(f"joining {where} as {_who(job)} (told by {job.source})")
+        progress.say(f"joining {where} as {_who(job)} (according to {job.source})")
         try:
             jax.distributed.initialize(
                 job.coordinator,
@@ -218,7 +218,7 @@ def start(job: Job, progress: Progress, shared: Path, timeout_s: float) -> None:
         except (RuntimeError, ValueError, OSError) as error:
             raise RunError(f"could not join {where}: {error}") from error
     progress.say(
-        f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: all are there "
+        f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: all have joined "
         f"after {duration(time.monotonic() - began)}"
     )
 
@@ -231,22 +231,22 @@ def joined(
     settings: HostsSettings,
     on_error: Callable[[BaseException], None],
 ) -> Iterator[None]:
-    """The block runs in this process as one of a job; without a job it just runs.
+    """Runs the block in this process as one of a job's; without a job, just runs it.
 
-    Process 0 writes files and speaks to the user. All watch each other. Where one fails, all end.
+    Process 0 writes files and prints for the user. All processes watch each other; if one fails, all end.
 
     Args:
-      job: of `find_job`.
-      progress: is told who is missing.
-      shared: a folder that all hosts see.
+      job: as returned by `find_job`.
+      progress: reports which processes are missing.
+      shared: folder that all hosts share.
       settings: how long to wait for others.
-      on_error: tells the user of an error in this process, which ends right after it.
+      on_error: reports an error of this process to the user; the process ends right after it.
     """
     if job is None:
         yield
         return
     start(job, progress, shared, settings.start_timeout)
-    # wait: nothing of this is of use to one process, nor JAX to a command that needs none
+    # imported late: one process alone does not need it, and some commands do not need JAX
     from middo_jax.parallel import coordination
 
     in_job(coordination.is_first(), coordination.advanced)
@@ -258,7 +258,7 @@ def joined(
         yield
         # JAX's own exit waits for the others too, but only for five minutes.
         coordination.barrier("end")
-    except Preempted:  # as all of them are
+    except Preempted:  # all processes are preempted
         coordination.tell_good_end()
         raise
     except BaseException as error:
@@ -273,7 +273,7 @@ def _who(job: Job) -> str:
 
 
 def _check_lockfile(job: Job) -> None:
-    """A TPU's lock file that its owner left behind makes JAX wait, or fall back to the CPU."""
+    """Raises RunError if a TPU's lock file exists: JAX would wait, or fall back to the CPU."""
     if job.source != "Cloud TPU" or not LOCKFILE.exists():
         return
     holders = _processes_with_chips()
@@ -282,7 +282,7 @@ def _check_lockfile(job: Job) -> None:
             f"this host's TPU is in use by process {', '.join(map(str, holders))}; end it, or run elsewhere"
         )
     raise RunError(
-        f"{LOCKFILE} is there and no process uses the TPU: an earlier one left it; `sudo rm {LOCKFILE}` and "
+        f"{LOCKFILE} exists, but no process uses the TPU: an earlier one left it; `sudo rm {LOCKFILE}` and "
         "start again"
     )
 
@@ -292,7 +292,7 @@ def _processes_with_chips() -> list[int]:
     for link in glob.glob("/proc/[0-9]*/fd/*"):
         try:
             target = os.readlink(link)
-        except OSError:  # another user's, or gone
+        except OSError:  # another user's process, or ended
             continue
         if target.startswith(("/dev/accel", "/dev/vfio/")):
             found.add(int(link.split("/")[2]))
@@ -300,7 +300,7 @@ def _processes_with_chips() -> list[int]:
 
 
 class _waiting:
-    """Says after half a minute, and then every minute, who is missing."""
+    """Reports after half a minute, and then every minute, which processes are missing."""
 
     def __init__(self, progress: Progress, job: Job, roll: RollCall, timeout_s: float) -> None:
         self._progress, self._job, self._roll, self._timeout_s = progress, job, roll, timeout_s

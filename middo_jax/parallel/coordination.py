@@ -1,7 +1,7 @@
-"""What the processes of a job tell each other beside the devices: decisions, barriers, ends, signs of life.
+"""Communication between the processes of a job without the devices: decisions, barriers, ends, heartbeats.
 
-Everything goes through the key-value store of JAX's coordination service, which process 0 runs. No wait here
-is a collective of the devices, since those give up after their own time, or never.
+All of it uses the key-value store of JAX's coordination service, which process 0 runs. No wait here is a
+device collective, since those have timeouts of their own, or none.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from middo_jax.rundir import RunError
 T = TypeVar("T")
 
 POLL_S = 5.0
-DEAD_AFTER_S = 25.0  # without a sign of life
-END_AFTER_S = 10.0  # that the main thread has to end by itself once another process has failed
-# How a message of XLA begins where a collective broke. The class may be ValueError, from the quick dispatch.
+DEAD_AFTER_S = 25.0  # without a heartbeat
+END_AFTER_S = 10.0  # for the main thread to end by itself after another process has failed
+# Start of XLA's message when a collective breaks. The class may be ValueError, from JAX's fast dispatch.
 _BROKEN = re.compile(
     "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
 )
-_PART = 1 << 20  # characters of one value: gRPC refuses messages over 4 MB
+_PART = 1 << 20  # characters per value; gRPC rejects messages over 4 MB
 
 _calls: collections.Counter[str] = collections.Counter()
 _points = itertools.count(1)
-_count = 0  # of pieces of work done by this process
+_count = 0  # pieces of work done by this process
 _at = "start"
-_watch_ends = threading.Event()  # the watch has found a reason, and ends this process
+_watch_ends = threading.Event()  # set when the watch ends this process
 
 
 class HostsError(RunError):
@@ -55,18 +55,18 @@ class Unreachable(HostsError):
 
 
 def is_first() -> bool:
-    """Whether this process decides and writes; the only process of a job does."""
+    """Whether this process decides and writes: process 0, or the only process."""
     return jax.process_index() == 0
 
 
 def advanced(where: str) -> None:
-    """Notes that this process has got further, for whoever looks for the one that is stuck."""
+    """Records progress of this process, so that `Watch` can find a process that is stuck."""
     global _count, _at
     _count, _at = _count + 1, where
 
 
 def barrier(name: str) -> None:
-    """Returns once all processes have come here. Waits as long as others make progress (see `Watch`)."""
+    """Returns once all processes have called it. Waits as long as others make progress (see `Watch`)."""
     if jax.process_count() == 1:
         return
     call = _next_call(name)
@@ -76,10 +76,10 @@ def barrier(name: str) -> None:
 
 
 def from_first(name: str, function: Callable[[], T]) -> T:
-    """The value, of JSON, that the function has in process 0; no other process calls it.
+    """Calls the function in process 0 only and returns its value, which must be JSON, in all processes.
 
-    The others wait as long as it takes. If it raises there, process 0 has to `leave`, and each of the others
-    is ended by its `Watch`. A SIGTERM to any process raises `Preempted` in all of them.
+    The others wait as long as it takes. If the function raises, process 0 must `leave`, and every other
+    process is ended by its `Watch`. A SIGTERM to any process raises `Preempted` in all of them.
     """
     if jax.process_count() == 1:
         return function()
@@ -96,7 +96,7 @@ def agree(facts: Mapping[str, str]) -> None:
     """Checks that all processes have the same facts, such as hashes of their inputs.
 
     Raises:
-      HostsError: some differ; it names hosts and values.
+      HostsError: some differ; the message names hosts and values.
     """
     if jax.process_count() == 1:
         return
@@ -122,14 +122,14 @@ Together = Callable[[Any], contextlib.AbstractContextManager[None]]
 
 @contextlib.contextmanager
 def lead(name: str) -> Iterator[Together]:
-    """In process 0: the block works alone, and every now and then together with the others, who `follow`.
+    """For process 0: the block runs here alone, and parts of it together with the others, which `follow`.
 
         with lead("refine") as together:
             children = ...
             with together(children):
                 measure(children)
 
-    What `together` is given, of JSON, is what `follow` yields. The values are kept to the end of the job.
+    `together` takes a JSON value, which `follow` yields. The values are kept until the job ends.
     """
     if jax.process_count() == 1:
         yield lambda value: contextlib.nullcontext()
@@ -141,7 +141,7 @@ def lead(name: str) -> Iterator[Together]:
         @contextlib.contextmanager
         def together(value: Any) -> Iterator[None]:
             nonlocal call
-            alone.close()  # what all do together has stop points of its own
+            alone.close()  # the joint part has stop points of its own
             _put(call, json.dumps({"do": value}))
             yield
             call = _next_call(name)
@@ -153,16 +153,16 @@ def lead(name: str) -> Iterator[Together]:
 
 
 def follow(name: str) -> Iterator[Any]:
-    """In every other process: what process 0 tells, until its block has ended."""
+    """For all other processes: yields each value of `together`, until the block of `lead` ends."""
     while (told := json.loads(_get(_next_call(name), follow_ticks=True))) is not None:
         yield told["do"]
 
 
 def check_shared(folder: Path) -> None:
-    """Checks that all processes see one and the same folder.
+    """Checks that all processes see the same folder.
 
     Raises:
-      HostsError: a process does not see what process 0 wrote; it names its host.
+      HostsError: a process does not see a file of process 0; the message names its host.
     """
     if jax.process_count() == 1:
         return
@@ -189,22 +189,24 @@ def _marked(path: Path) -> tuple[str, str]:
 
 
 def stop_point() -> None:
-    """Raises `Preempted` in all processes at the same call, once any of them has got a SIGTERM.
+    """Raises `Preempted` in all processes at the same call, once any of them has received a SIGTERM.
 
-    All processes must call it equally often. Alone it does nothing: a signal reaches the process itself.
+    All processes must call it equally often. It does nothing in a single process, which handles the signal
+    itself.
     """
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_points)):
         raise Preempted
 
 
 def leave(error: BaseException) -> NoReturn:
-    """Ends this process with exit code 1, after it has told the others why.
+    """Reports the error to the others and ends this process, with exit code 1.
 
-    JAX would wait at its own exit for processes that wait for this one. Process 0, whose end is the service's
-    and so all others', stays until they have read it.
+    JAX's own exit would wait for processes that wait for this one. When process 0 ends, so do the service and
+    all others; so it stays until they have read the error.
 
-    Where a process is lost, the collectives of the others break first, and the watch finds the loss later. So
-    an error that may come from a loss waits for the watch, which ends the process with EXIT_PREEMPTED.
+    If a process is lost, the collectives of the others break first, and the watch detects the loss later. So
+    an error that may come from a loss waits for the watch, which ends the process with EXIT_PREEMPTED. If
+    process 0 is unreachable, the exit code is EXIT_PREEMPTED too.
     """
     if _may_be_a_loss(error) and _watch_ends.wait(DEAD_AFTER_S + 3 * POLL_S):
         time.sleep(END_AFTER_S + 3 * POLL_S)  # the watch ends the process within this time
@@ -230,13 +232,13 @@ def _may_be_a_loss(error: BaseException | None) -> bool:
 
 
 def tell_good_end() -> None:
-    """Tells the others that this process ends because its work is done."""
+    """Reports to the others that this process ends because its work is done."""
     _tell_end("")
 
 
 def _tell_end(text: str) -> None:
     if jax.process_count() > 1 and (client := distributed.global_state.client) is not None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone as well
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service has ended as well
             client.key_value_set(f"middo/end/{jax.process_index()}", text, allow_overwrite=True)
 
 
@@ -268,7 +270,7 @@ def _get(key: str, follow_ticks: bool = False) -> str:
             tick = next(ticks)
             continue
         time.sleep(0.02 if not follow_ticks else 0.2)
-    while follow_ticks and _try_get(f"{key}/tick{tick}") is not None:  # so that all called equally often
+    while follow_ticks and _try_get(f"{key}/tick{tick}") is not None:  # all must call it equally often
         stop_point()
         tick = next(ticks)
     return "".join(client.blocking_key_value_get(f"{key}/part{i}", 60_000) for i in range(int(found)))
@@ -285,9 +287,9 @@ def _try_get(key: str) -> str | None:
 
 @contextlib.contextmanager
 def _ticking(call: str, every_s: float = 2.0) -> Iterator[None]:
-    """While process 0 works alone, it and those who wait ask in step whether to stop.
+    """While process 0 works alone, it and the waiting processes call `stop_point` in step.
 
-    The others follow numbered ticks, since processes that are not in step cannot agree on a point.
+    The others follow numbered ticks, since only processes in step can agree on a stop point.
     """
     done = threading.Event()
 
@@ -299,7 +301,7 @@ def _ticking(call: str, every_s: float = 2.0) -> Iterator[None]:
             try:
                 stop_point()
             except Preempted:
-                # Not SIGTERM, which is JAX's: its handler told the others.
+                # Not SIGTERM: JAX handles it, and its handler has informed the others.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
                 return
 
@@ -318,7 +320,7 @@ def _ticking(call: str, every_s: float = 2.0) -> Iterator[None]:
 
 
 class _End(NamedTuple):
-    """Why this process has to end, with which exit code, and after how many seconds."""
+    """Why this process must end, its exit code, and the delay in seconds."""
 
     reason: str
     code: int
@@ -326,17 +328,17 @@ class _End(NamedTuple):
 
 
 class Watch:
-    """Ends this process with a message when another has failed, is dead, or nobody gets further.
+    """Ends this process with a message when another process has failed or is dead, or when all are stuck.
 
-    The main thread may be in a collective that never returns, so that only ending the process helps. The exit
-    code is 1 where another process raised an error, which a second start would meet again. It is
-    EXIT_PREEMPTED where one is dead, cut off or stuck: there the scheduler has to start all again.
+    The main thread may be in a collective that never returns, so only ending the process helps. The exit code
+    is 1 if another process raised an error, which would recur after a restart. It is EXIT_PREEMPTED if a
+    process is dead, cut off or stuck: the scheduler must then restart all of them.
     """
 
     def __init__(self, stall_timeout_s: float) -> None:
-        """`stall_timeout_s`: how long nobody may get further."""
+        """`stall_timeout_s`: how long all processes may make no progress."""
         self._stall_timeout_s = stall_timeout_s
-        # Read here: when the program ends, the call would make JAX start a new backend.
+        # Read here: at the program's end, the call would make JAX start a new backend.
         self._me = jax.process_index()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._seen: dict[str, tuple[int, float]] = {}
@@ -344,7 +346,7 @@ class Watch:
         self._beats = itertools.count()
 
     def start(self) -> None:
-        """Begins to watch, in a thread of its own."""
+        """Starts watching in a thread of its own."""
         self._thread.start()
 
     def _watch(self) -> None:
@@ -360,7 +362,7 @@ class Watch:
 
     def _look(self) -> _End | None:
         client, me = distributed.global_state.client, str(self._me)
-        if client is None:  # shut down in good order
+        if client is None:  # shut down normally
             sys.exit()
         about = {"beat": next(self._beats), "count": _count, "at": _at, "host": socket.gethostname()}
         client.key_value_set(f"middo/alive/{me}", json.dumps(about), allow_overwrite=True)
@@ -401,10 +403,9 @@ class Watch:
         _watch_ends.set()
         time.sleep(end.after_s)
         print(
-            f"middo: {end.reason}; the same command goes on from what is saved", file=sys.stderr, flush=True
+            f"middo: {end.reason}; the same command resumes from what is saved", file=sys.stderr, flush=True
         )
-        if (
-            self._me == 0
-        ):  # the others would end at once, and without a word, with the service in this process
+        # The service ends with this process, and the others would then end at once, without a message.
+        if self._me == 0:
             time.sleep(2 * POLL_S)
         os._exit(end.code)

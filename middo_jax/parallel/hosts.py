@@ -1,4 +1,4 @@
-"""Between this host and the mesh: arrays in and out, the same on one process or many."""
+"""Moves arrays between this host and the mesh, the same way in one process or many."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from middo_jax.parallel.mesh import named_sharding
 
 
 def to_mesh(mesh: Mesh, array: np.ndarray, *logical_axes: str | None) -> jax.Array:
-    """Puts an array that every process holds whole onto the mesh; each device receives its own part only."""
+    """Puts an array that every process has in full onto the mesh; each device receives only its part."""
     sharding = named_sharding(mesh, *logical_axes)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def to_host(tree: Any) -> Any:
-    """The whole arrays of a tree as numpy, on every process."""
+    """Gathers the arrays of a pytree as numpy, in full on every process."""
 
     def gather(x: jax.Array) -> np.ndarray:
         if x.is_fully_addressable or x.is_fully_replicated:

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says which array axis lies along which mesh axis."""
+"""The device mesh, and the one table that maps array axes to mesh axes."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class ShardingRules:
     heads: tuple[str, ...] | None = ("tensor",)
     kv_heads: tuple[str, ...] | None = ("tensor",)
     mlp: tuple[str, ...] | None = ("tensor",)
-    # A hidden vector stays whole on each device: only parameters are split along `embed`.
+    # A hidden vector stays whole on each device: only parameters are sharded along `embed`.
     hidden: tuple[str, ...] | None = None
 
     def spec(self, *logical_axes: str | None) -> PartitionSpec:
-        """The PartitionSpec of an array whose axes have these names; None is a replicated axis."""
+        """The PartitionSpec of an array whose axes have these names; None: a replicated axis."""
         return PartitionSpec(*(None if axis is None else getattr(self, axis) for axis in logical_axes))
 
 
@@ -42,7 +42,7 @@ RULES = ShardingRules()
 
 
 def make_mesh(settings: MeshSettings | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 and takes what is left.
+    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 and gets the remaining devices.
 
     Raises:
       ConfigError: the axes' product is not the number of devices.
@@ -69,26 +69,26 @@ def one_device() -> Mesh:
 
 
 def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
-    """Where an array with these logical axes lies on the mesh."""
+    """The sharding of an array with these logical axes on the mesh."""
     return NamedSharding(mesh, RULES.spec(*logical_axes))
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Pins an intermediate to its place on the mesh that is set by `jax.set_mesh`; without a mesh, identity.
+    """Constrains an intermediate's sharding on the mesh set by `jax.set_mesh`; without a mesh, identity.
 
-    It acts on every platform, so that tests on simulated devices exercise what a pod runs.
+    It acts on every platform, so tests on simulated devices exercise what a pod runs.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     if logical_axes[0] == "batch" and batch_shards(x.shape[0]) == 1:
-        logical_axes = (None, *logical_axes[1:])  # a single prompt, say: every device reads all of it
+        logical_axes = (None, *logical_axes[1:])  # such as a single prompt: it is replicated
     return jax.lax.with_sharding_constraint(x, RULES.spec(*logical_axes))
 
 
 def fitting_spec(mesh: Mesh | AbstractMesh, shape: Sequence[int], *logical_axes: str | None) -> PartitionSpec:
-    """As `RULES.spec`, without what does not divide.
+    """Like `RULES.spec`, without mesh axes that do not divide the array.
 
-    An axis is split over the first of its mesh axes, as many as divide it together.
+    An axis is sharded over as many of its leading mesh axes as together divide its size.
 
     8 slots over data=2, fsdp=2 -> ("data", "fsdp"); 6 slots -> ("data",); 3 slots -> ()
     """
@@ -103,12 +103,12 @@ def fitting_spec(mesh: Mesh | AbstractMesh, shape: Sequence[int], *logical_axes:
 
 
 def batch_shards(batch: int) -> int:
-    """Into how many parts the mesh that is set by `jax.set_mesh` splits so many rows; 1 if it does not."""
+    """Number of parts into which the mesh set by `jax.set_mesh` splits `batch` rows; 1 if it does not."""
     mesh = jax.sharding.get_abstract_mesh()
     ways = 1 if mesh.empty else batch_divisor(mesh)
     return 1 if batch % ways else ways
 
 
 def batch_divisor(mesh: Mesh | AbstractMesh) -> int:
-    """How many ways a batch is split, along `data` and `fsdp`: its rows must be a multiple of this."""
+    """Number of parts into which `data` and `fsdp` split a batch; it must divide the number of rows."""
     return math.prod(mesh.shape[axis] for axis in RULES.batch or ())

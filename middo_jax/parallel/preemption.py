@@ -1,4 +1,4 @@
-"""How a program ends that the scheduler told to stop."""
+"""How a preempted program ends."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 
 
 class Preempted(SystemExit):
-    """The scheduler takes the machine back; all is saved, and the same call continues from there.
+    """The scheduler takes the machine back. Everything is saved, and the same call resumes from there.
 
-    A `SystemExit`, so that a program that does nothing about it ends with EXIT_PREEMPTED.
+    A `SystemExit`, so a program that does not catch it ends with EXIT_PREEMPTED.
     """
 
     def __init__(self) -> None:
@@ -18,5 +18,5 @@ class Preempted(SystemExit):
 
 
 def preempted(*_: object) -> NoReturn:
-    """The handler of SIGTERM: ends whatever runs, since each stage leaves what it needs to be continued."""
+    """Handler of SIGTERM: ends whatever runs, since each stage saves what it needs to resume."""
     raise Preempted

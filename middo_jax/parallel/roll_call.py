@@ -1,6 +1,6 @@
-"""Who has arrived at the start of a job: one small file per process in a folder that all hosts share.
+"""Records which processes have arrived at a job's start: one file per process in a folder that hosts share.
 
-JAX's coordination service ends the process when its start times out, and does not say who was missing.
+JAX's coordination service ends the process when its start times out, and does not report who was missing.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-# Between two signs of life. A file that is three of these older than our own is a dead process's.
+# Between two writes of a file. A file three intervals older than this process's belongs to a dead process.
 ALIVE_S = 5.0
 
 
 class RollCall:
-    """While the block runs, this process's file is kept fresh; afterwards it is removed."""
+    """Keeps this process's file fresh while the block runs, and then removes it."""
 
     def __init__(self, shared: Path, job: str, process: int | None) -> None:
-        """`job` tells several jobs in one folder apart; `process` None is told by host and pid instead."""
+        """`job` separates jobs that share a folder. If `process` is None, the pid identifies the process."""
         self._folder = shared / f".joining-{hashlib.sha256(job.encode()).hexdigest()[:8]}"
         self._mine = self._folder / (f"pid{os.getpid()}" if process is None else str(process))
         self._done = threading.Event()
@@ -39,7 +39,7 @@ class RollCall:
         self._done.set()
         self._thread.join()
         self._mine.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # others are still there
+        with contextlib.suppress(OSError):  # other processes still use it
             self._folder.rmdir()
 
     def _sign(self) -> None:
@@ -47,11 +47,11 @@ class RollCall:
 
     def _keep_fresh(self) -> None:
         while not self._done.wait(ALIVE_S):
-            with contextlib.suppress(OSError):  # a shared folder that is gone for a moment
+            with contextlib.suppress(OSError):  # the shared folder may be unavailable for a moment
                 self._sign()
 
     def arrived(self) -> dict[str, str]:
-        """{process: host} of those that wait now. All times are the file system's."""
+        """{process: host} of the processes that wait now; ages are by the file system's clock."""
         found, now = {}, self._mine.stat().st_mtime
         for path in sorted(self._folder.iterdir()):
             with contextlib.suppress(OSError):
@@ -60,18 +60,18 @@ class RollCall:
         return found
 
     def missing(self, processes: int | None) -> str:
-        """A sentence about who has not arrived."""
+        """A message about the processes that have not arrived."""
         try:
             arrived = self.arrived()
         except OSError as error:
-            return f"not all hosts are there; who is cannot be read from {self._folder}: {error}"
+            return f"not all hosts have arrived; those that have cannot be read from {self._folder}: {error}"
         hosts = ", ".join(f"{name} on {host}" for name, host in arrived.items())
         if processes is None:
-            return f"not all hosts are there; arrived are {hosts}"
+            return f"not all hosts have arrived (here: {hosts})"
         absent = [str(i) for i in range(processes) if str(i) not in arrived]
         if not absent:
             return (
-                f"all {processes} processes have arrived ({hosts}), and do not reach the coordinator's port"
+                f"all {processes} processes have arrived ({hosts}), but do not reach the coordinator's port"
             )
         return (
             f"process {', '.join(absent)} of {processes} has not arrived (here: {hosts}), or does not share "

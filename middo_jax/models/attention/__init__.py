@@ -1,4 +1,4 @@
-"""Attention, exact for packed sequences: a token sees what its own segment holds up to itself."""
+"""Exact attention for packed sequences: a token attends to its own segment, up to itself."""
 
 from middo_jax.models.attention.arguments import AttentionSpec, CachedLayer, Packing
 from middo_jax.models.attention.cached import CACHE_BLOCK, cached_attention

@@ -1,4 +1,4 @@
-"""The values that every kernel takes: how rows are packed, what attention computes, one layer of a KV cache.
+"""Arguments shared by the kernels: the packing of rows, a layer's constants, one layer of a KV cache.
 
 Axes: docs/contributing.md#axes; p cache slot, e head dimension.
 """
@@ -19,17 +19,17 @@ import jax
 )
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How the rows of a batch are packed: who sees whom, by `packed_attention`'s rule.
+    """How the rows of a batch are packed; `packed_attention` derives the mask from it.
 
-    A JAX tree of its arrays; the numbers are known when a program is compiled.
+    A JAX pytree of its arrays; `prefix` and `longest` are static.
 
     Attributes:
-      segment_ids_bt: the example of each position; padding is -1 and sees only padding. Not read with trees.
-      positions_bt: the position within the example; a segment counts up from 0, row by row.
-      until_bt: for trees: the place in the row behind the last position that sees this one. None: segments.
+      segment_ids_bt: each position's example; padding is -1 and sees only padding. Not read with trees.
+      positions_bt: each position's index within its example; it counts up from 0 in a segment.
+      until_bt: for trees: the end (exclusive) of the positions in the row that see this one. None: segments.
       prefix: number of positions at the start of a row that all its trees share.
-      longest: no segment is longer, nor a tree without the prefix. It changes no result; kernels skip what
-        lies further back.
+      longest: upper bound of a segment's length, and of a tree's without the prefix. It changes no result;
+        kernels skip keys that are further back. None: no bound.
     """
 
     segment_ids_bt: jax.Array
@@ -40,12 +40,12 @@ class Packing:
 
 
 class AttentionSpec(NamedTuple):
-    """What a layer's attention computes; known when a program is compiled.
+    """Constants of a layer's attention, static when a program is compiled.
 
     Attributes:
       scale: factor of the scores, usually 1 / sqrt(head_dim).
-      window: i sees j only if positions_i - positions_j < window; None is no limit.
-      soft_cap: c of c tanh(score / c), after scaling and before masking; None is off.
+      window: i sees j only if positions_i - positions_j < window; None: no limit.
+      soft_cap: c of c tanh(score / c), applied after scaling and before masking; None: off.
     """
 
     scale: float
@@ -54,13 +54,13 @@ class AttentionSpec(NamedTuple):
 
 
 class CachedLayer(NamedTuple):
-    """One layer of a KV cache, and the rows of it that are read.
+    """One layer of a KV cache, and which of its rows are read.
 
     Attributes:
-      keys_lbpke: keys of all layers, RoPE applied; a slice outside the kernel would be a copy.
+      keys_lbpke: keys of all layers, RoPE applied; slicing them outside the kernel would copy.
       values_lbpke: values of all layers.
       layer: index of the layer.
-      first_row: the first row that is read; the others follow it.
+      first_row: index of the first row that is read; the others follow it.
     """
 
     keys_lbpke: jax.Array

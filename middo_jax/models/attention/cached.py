@@ -13,27 +13,28 @@ from middo_jax.models.attention.arguments import AttentionSpec, CachedLayer
 from middo_jax.models.attention.placement import platform, shards
 from middo_jax.models.attention.xla import masked
 
-# Cache slots read at a time.
+# Cache slots per block.
 CACHE_BLOCK = 128
 
-# Of each query, over the slots so far: highest score, sum of exponentials, weighted sum of values.
+# Per query, over the slots read so far: highest score, sum of exponentials, weighted sum of values.
 _Softmax = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def cached_attention(
     q_bthe: jax.Array, cached: CachedLayer, positions_bt: jax.Array, spec: AttentionSpec
 ) -> jax.Array:
-    """Attention of new positions to one layer's cache slots up to themselves.
+    """Attention of new positions to one layer's cache slots, up to their own.
 
-    The softmax is accumulated over blocks of slots (arXiv 2205.14135), from the first that any row still sees
-    to the last that the longest row reaches: a step costs what is seen and not what fits. A block that a row
-    does not see changes nothing in it, to the bit: rows do not see how long their neighbours are. Positions
-    behind the last slot (idle rows) get numbers without meaning.
+    The softmax is accumulated over blocks of slots (arXiv 2205.14135), from the first slot that any row still
+    sees to the last that the longest row reaches. So a step's cost depends on the slots in use, not on the
+    cache's capacity. A block that a row does not see leaves the row's result unchanged, bit for bit; so the
+    result does not depend on other rows' lengths. Positions past the last slot (idle rows) get values without
+    meaning.
 
     Args:
       q_bthe: queries, RoPE applied.
       cached: the layer and its rows.
-      positions_bt: slot of each query, whose key and value are already in the cache.
+      positions_bt: slot of each query; its key and value are already in the cache.
       spec: scale, window and soft cap; a window counts slots.
 
     Returns:
@@ -47,7 +48,7 @@ def cached_attention(
     q_btkge = q_bthe.reshape(b, t, kv_heads, h // kv_heads, e)
 
     def read(index: jax.Array, state: _Softmax) -> _Softmax:
-        # The last block is moved back to fit; what the one before has read is masked.
+        # The last block is shifted back to fit; slots that the block before it has read are masked.
         start = jnp.minimum(index * block, n_slots - block)
         keys_bpke, values_bpke = _blocks(cached, b, start, block)
         slots = start + jnp.arange(block)
@@ -58,7 +59,8 @@ def cached_attention(
         return _accumulated(state, masked(scores, visible_btp, spec), values_bpke)
 
     last = jnp.max(jnp.where(positions_bt < n_slots, positions_bt, 0))
-    # Idle rows are behind all others, so that they do not count here; if all are idle, one block is read.
+    # Idle rows have the largest positions, so they do not affect the minimum; if all are idle, one block is
+    # read.
     first = jnp.int32(0) if window is None else jnp.clip(jnp.min(positions_bt) - window + 1, 0, last)
     shape = (b, kv_heads, h // kv_heads, t)
     state = (jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros((*shape, e)))
@@ -73,7 +75,7 @@ def _blocks(cached: CachedLayer, b: int, start: jax.Array, block: int) -> tuple[
 
     def block_of(cache_lbpke: jax.Array) -> jax.Array:
         if b < rows and shards("batch") > 1:
-            # Devices keep different rows: they exchange the rows that are read, and not the whole cache.
+            # The rows are sharded: devices exchange only this block of the rows, not the whole cache.
             corner, size = (cached.layer, 0, start, 0, 0), (1, rows, block, kv_heads, d)
             all_bpke = jax.lax.dynamic_slice(cache_lbpke, corner, size)[0]
             return all_bpke[cached.first_row + jnp.arange(b)]
@@ -84,10 +86,10 @@ def _blocks(cached: CachedLayer, b: int, start: jax.Array, block: int) -> tuple[
 
 
 def _accumulated(state: _Softmax, scores_bkgtp: jax.Array, values_bpke: jax.Array) -> _Softmax:
-    """The softmax after one more block of slots."""
+    """The softmax state after one more block of slots."""
     highest_bkgt, total_bkgt, sum_bkgte = state
     new_highest_bkgt = jnp.maximum(highest_bkgt, scores_bkgtp.max(axis=-1))
-    # 0 for a row's first visible block: what blocks before its window have left is forgotten.
+    # 0 at a row's first visible block: this discards what masked blocks have accumulated.
     rescale_bkgt = jnp.exp(highest_bkgt - new_highest_bkgt)
     weights = jnp.exp(scores_bkgtp - new_highest_bkgt[..., None])
     added_bkgte = jnp.einsum(

@@ -1,4 +1,4 @@
-"""One call, several kernels: which of them attends is a matter of platform, shape and need."""
+"""Chooses the attention kernel by platform, shape and options, and calls it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _FASTEST: dict[Platform, Literal["tiled", "splash", "triton"]] = {
 
 
 class AttentionError(ValueError):
-    """A kernel was asked for by name that cannot honour what is asked of it."""
+    """The kernel that the caller named cannot compute the workload."""
 
 
 def choose(workload: Workload, kernel: Kernel = "auto") -> Literal["xla", "tiled", "splash", "triton"]:
-    """The kernel that attends: the one that is asked for, or with "auto" the fastest that honours everything.
+    """Returns the kernel to use: the named one, or for "auto" the fastest one that supports the workload.
 
-    That is splash on a TPU, Triton's on a GPU, and on a CPU the tiled one for rows of several tiles; XLA's
-    where these refuse.
+    "auto" is splash on a TPU, Triton on a GPU, and on a CPU the tiled kernel for rows of several tiles. It is
+    XLA where that kernel refuses the workload.
 
     Raises:
-      AttentionError: the kernel that is asked for cannot honour the workload.
+      AttentionError: the named kernel cannot compute the workload.
     """
     if kernel == "auto":
         if workload.platform == "cpu" and workload.length <= tiled.GROUP * tiled.TILE:
@@ -49,13 +49,13 @@ def choose(workload: Workload, kernel: Kernel = "auto") -> Literal["xla", "tiled
     if kernel != "xla" and (reason := _REFUSALS[kernel](workload)):
         raise AttentionError(
             f"attention: kernel {kernel!r} cannot honour {reason}. "
-            "Ask for 'auto' to take one that can, or for 'xla', which always can"
+            "Use 'auto', which chooses one that can, or 'xla', which always can"
         )
     return kernel
 
 
 def shares_prefixes(kernel: Kernel) -> bool:
-    """Whether trees can be attended to by what would attend to segments on the mesh in use; splash cannot."""
+    """Whether the kernel that computes segments on the mesh in use also supports trees; splash does not."""
     return kernel not in ("auto", "splash") or (kernel == "auto" and platform() != "tpu")
 
 
@@ -68,37 +68,37 @@ def packed_attention(
     spec: AttentionSpec,
     kernel: Kernel = "auto",
 ) -> jax.Array:
-    """Causal attention inside segments, or along the branches of trees.
+    """Causal attention within segments, or along the branches of trees.
 
     Position i sees position j <= i of its own segment. With `packing.until_bt` a row contains trees instead,
-    in depth-first order: the positions that grow from j follow it, up to until_j, and i sees j if
-    j <= i < until_j. So texts that begin alike share keys and values, at any depth:
+    in depth-first order: the descendants of j directly follow it, up to until_j (exclusive), and i sees j if
+    j <= i < until_j. So texts with a common beginning share its keys and values, at any depth:
 
       tokens   [S S A A a a b B]      S A a, S A b and S B
       until    [8 8 7 7 6 6 7 8]      b sees S, A and itself, never a.
 
     Args:
       q_bthe: queries, RoPE applied.
-      k_bpke: keys, RoPE applied; heads a multiple of k.
+      k_bpke: keys, RoPE applied; h is a multiple of k.
       v_bpke: values.
       packing: segments or trees; see `Packing`.
       spec: scale, window and soft cap; see `AttentionSpec`.
-      kernel: "auto" is the fastest of the platform that honours all of this; see `choose`.
+      kernel: name of the kernel, or "auto"; see `choose`.
 
     Returns:
       [b, t, h, e] in q's dtype; softmax in float32.
 
     Raises:
-      AttentionError: the kernel that was asked for cannot honour this.
+      AttentionError: the named kernel cannot compute the workload.
     """
     has_trees = packing.until_bt is not None
     workload = Workload.of(q_bthe, k_bpke, has_trees=has_trees, soft_cap=spec.soft_cap)
     qkv = q_bthe, k_bpke, v_bpke
     match choose(workload, kernel):
-        case "triton":  # names what its backward pass reads, inside
+        case "triton":  # calls checkpoint_name itself, on its log-sum-exp too
             return triton.triton_attention(*qkv, packing, spec)
         case "splash":
-            # No segment is longer: as a window it masks nothing, but whole blocks are known to be unseen.
+            # A window of the longest segment's length masks nothing, but lets the kernel skip whole blocks.
             near = min((n for n in (spec.window, packing.longest) if n is not None), default=None)
             near_spec = spec._replace(window=near)
             out_bthe = splash.splash_attention(*qkv, packing.segment_ids_bt, near_spec)

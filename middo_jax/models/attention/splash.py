@@ -1,4 +1,4 @@
-"""Attention on TPUs by JAX's splash kernel (Pallas): no scores in memory, no work on blocks nobody sees.
+"""Attention on TPUs by JAX's splash kernel (Pallas): no scores in memory, no work on fully masked blocks.
 
 Axes: docs/contributing.md#axes; e head dimension.
 """
@@ -14,16 +14,16 @@ from middo_jax.models.attention.arguments import AttentionSpec
 from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.workload import Workload
 
-# Positions that the kernel handles at a time, the largest that divides the length; its lanes ask for 128.
+# Positions per block: the largest size that divides the length. A TPU's lanes require multiples of 128.
 BLOCKS = (512, 256, 128)
 
 
 def refusal(workload: Workload) -> str | None:
-    """Why the kernel cannot do this work; None if it can."""
+    """Why the kernel cannot compute the workload; None if it can."""
     if workload.platform != "tpu":
         return f"a {workload.platform}: it is a TPU kernel"
     if workload.has_trees:
-        return "trees: it knows segments and windows only"
+        return "trees: it supports segments and windows only"
     return workload.misfit()
 
 
@@ -42,14 +42,14 @@ def splash_attention(
       q_bthe: queries, RoPE applied.
       k_btke: keys, RoPE applied.
       v_btke: values.
-      segment_ids_bt: which example a position belongs to, -1 for padding.
+      segment_ids_bt: each position's example, -1 for padding.
       spec: scale, window and soft cap.
-      interpret: run the kernel's Python instead of compiling it: on any platform, slowly.
+      interpret: run the kernel's Python instead of compiling it: on any platform, but slowly.
 
     Returns:
       [b, t, h, e] in q's dtype.
     """
-    # The kernel does not scale. In float32: bfloat16 would round the factor, the same way for all scores.
+    # The kernel does not scale. float32: bfloat16 would round the factor, an error common to all scores.
     scaled_bthe = (q_bthe.astype(jnp.float32) * spec.scale).astype(q_bthe.dtype)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -70,12 +70,12 @@ def _one_device(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length = q_bthe.shape[1]
-    missing = -length % min(BLOCKS)  # more padding behind the rows, which see none of it
+    missing = -length % min(BLOCKS)  # added behind the rows, which do not see it
     widths = ((0, 0), (0, missing), (0, 0), (0, 0))
     q_bhte, k_bkte, v_bkte = (jnp.pad(x, widths).swapaxes(1, 2) for x in (q_bthe, k_btke, v_btke))
     segment_ids_bt = jnp.pad(segment_ids_bt, widths[:2], constant_values=-1)
     padded = length + missing
-    # A segment's rows are neighbours and count up: near in positions is near in rows.
+    # A segment is contiguous, so distances in positions are distances in the row.
     reach = None if spec.window is None else spec.window - 1
     mask = splash.LocalMask((padded, padded), window_size=(reach, 0), offset=0)
     block = next(block for block in BLOCKS if padded % block == 0)

@@ -1,11 +1,11 @@
-"""Attention on CPUs in tiles of queries. Each tile reads the keys that its queries attend to.
+"""Attention on CPUs in tiles of queries. Each tile reads only the keys that its queries attend to.
 
-How far back a tile sees is known when it runs, not when it is compiled. So tiles are sorted by that, and for
-each of a few numbers of keys a loop goes over those tiles which it suffices for. An accelerator would wait
-for its host at every turn of such a loop.
+How far back a tile sees (its reach) is known at run time, not at compile time. So tiles are sorted by reach,
+and for each of a few key counts one loop runs over the tiles that need no more keys. An accelerator would
+wait for its host at every iteration of such a loop.
 
 Axes: docs/contributing.md#axes; p key position, e head dimension, g query heads per key/value head,
-z positions of all rows, one row behind the other, c tiles of queries, u positions of a tile,
+z positions of all rows, concatenated, c tiles of queries, u positions of a tile,
 x tiles of a group.
 """
 
@@ -23,17 +23,17 @@ from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import attend
 
-# Query positions of a tile: fewer see fewer keys of others, more make better products.
+# Query positions per tile. Smaller tiles read fewer masked keys; larger tiles multiply more efficiently.
 TILE = 64
-# Tiles that are handled at a time, if their number is a multiple of it: they get as many keys as one needs.
+# Tiles per group, if it divides their number. Each gets as many keys as the one that needs the most.
 GROUP = 2
 
 Carry = TypeVar("Carry")
 
 
 class _Asked(NamedTuple):
-    """What is known when it is compiled: positions of a padded row, whether rows hold trees, the numbers of
-    keys that a tile may get, positions of the prefix, and what to compute."""
+    """Compile-time constants: positions per padded row, whether rows contain trees, the key counts that a
+    tile may get, positions of the prefix, and the layer's constants."""
 
     length: int
     has_trees: bool
@@ -43,15 +43,15 @@ class _Asked(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """Of each position, [z] each; a segment is a tree without branches."""
+    """Values per position, each [z]; a segment is a tree without branches."""
 
     positions: jax.Array
     until: jax.Array
 
 
 class _Schedule(NamedTuple):
-    """Groups of tiles [groups, x], those that see furthest first; of each reach, its first group and the
-    one behind its last."""
+    """Groups of tiles [groups, x], the furthest reach first; per key count, its first group and the end
+    (exclusive) of its groups."""
 
     tiles: jax.Array
     begins: jax.Array
@@ -62,7 +62,7 @@ _Operands = tuple[jax.Array, jax.Array, jax.Array, _Places, _Schedule]
 
 
 def refusal(workload: Workload) -> str | None:
-    """What of it the kernel cannot honour; None if it can all of it."""
+    """Why the kernel cannot compute the workload; None if it can."""
     return workload.misfit()
 
 
@@ -73,10 +73,10 @@ def tiled_attention(
     packing: Packing,
     spec: AttentionSpec,
 ) -> jax.Array:
-    """`packed_attention`, whose segments begin where positions begin anew.
+    """`packed_attention`; a segment begins wherever positions restart at 0.
 
-    Its cost is the tiles that the batch at hand sees; `packing.longest` only saves loops, and so time to
-    compile.
+    The cost depends on the keys that the batch's tiles see. `packing.longest` only saves loops, and so time
+    to compile.
     """
     length, has_trees = q_bthe.shape[1], packing.until_bt is not None
     padded = length + -length % TILE
@@ -89,7 +89,7 @@ def tiled_attention(
 
 
 def _reaches(last: int) -> tuple[int, ...]:
-    """Numbers of keys up to the last, each a loop to compile: multiples of a tile, then four from n to 2n."""
+    """Key counts up to `last`, each with a loop to compile: multiples of a tile, then four from n to 2n."""
     reaches, reach = [], TILE
     while reach < last:
         reaches.append(reach)
@@ -104,7 +104,7 @@ def _one_device(
     kv_heads = k_bpke.shape[2]
 
     def flat(x_bt: jax.Array) -> jax.Array:
-        """[z, ...], each row padded to whole tiles."""
+        """[b, t, ...] -> [z, ...], each row padded to whole tiles."""
         widths = ((0, 0), (0, asked.length - t), *((0, 0),) * (x_bt.ndim - 2))
         return jnp.pad(x_bt, widths).reshape(-1, *x_bt.shape[2:])
 
@@ -133,14 +133,14 @@ def _places(asked: _Asked, positions_z: jax.Array, until_z: jax.Array | None = N
 def _schedule(asked: _Asked, places: _Places) -> _Schedule:
     start_c = jnp.arange(0, len(places.until), TILE)
     row_c = start_c // asked.length
-    # A tile's first key is the first whose `until` is behind the tile's start. There the running maximum
-    # passes it too, and that can be searched.
+    # A tile's first key is the first whose `until` exceeds the tile's start. The running maximum of `until`
+    # exceeds the start from the same key on, and it is sorted, so it can be searched.
     until_bp = places.until.reshape(-1, asked.length).at[:, : asked.prefix].set(0)
     furthest_bp = jax.lax.cummax(until_bp, axis=1)
     first_of = jax.vmap(partial(jnp.searchsorted, side="right"))
     first_bc = first_of(furthest_bp, start_c.reshape(len(until_bp), -1))
     first_c = jnp.minimum(row_c * asked.length + first_bc.ravel(), start_c)
-    if asked.spec.window is not None and not asked.has_trees:  # whose near positions may be far rows
+    if asked.spec.window is not None and not asked.has_trees:  # close positions may be far apart
         first_c = jnp.maximum(first_c, start_c - asked.spec.window + 1)
     reach_c = start_c + TILE - first_c
     tiles_c = jnp.argsort(reach_c, descending=True)
@@ -183,13 +183,13 @@ def _gradient(
         of_q, of_k, of_v = pull(group.tiles(by_out_ckgue))
         return group.with_tiles(by_q, of_q), group.plus_keys(by_k, of_k), group.plus_keys(by_v, of_v)
 
-    # A key is of several tiles: what they say of it is added in float32.
+    # Several tiles contribute to the gradient of a key; it is accumulated in float32.
     zeros = (jnp.zeros_like(q_ckgue), *(jnp.zeros(x.shape, jnp.float32) for x in (k_kze, v_kze)))
     by_q, by_k, by_v = _over_groups(asked, schedule, body, zeros)
     return by_q, by_k.astype(k_kze.dtype), by_v.astype(v_kze.dtype), None, None
 
 
-# XLA has no gradient of a loop whose number of turns it does not know.
+# JAX cannot reverse-differentiate a loop whose trip count is known only at run time.
 _attend = jax.custom_vjp(_attention, nondiff_argnums=(0,))
 _attend.defvjp(_attention_and_operands, _gradient)
 
@@ -207,26 +207,26 @@ def _over_groups(
 
 
 class _Group:
-    """Tiles that are handled together, each with its row's prefix as keys and so many up to its own end."""
+    """Tiles processed together. The keys of each are its row's prefix and `reach` keys up to its own end."""
 
     def __init__(self, asked: _Asked, tiles_x: jax.Array, reach: int) -> None:
         self._asked, self._reach, self._tiles_x = asked, reach, tiles_x
         self._shared_x = tiles_x * TILE // asked.length * asked.length
-        # Never before its row: what is not finite there would come here as 0 * NaN.
+        # Not before the tile's row: a non-finite value there would contribute 0 * NaN.
         self._near_x = jnp.maximum((tiles_x + 1) * TILE - reach, self._shared_x)
 
     def tiles(self, of_all: jax.Array) -> jax.Array:
-        """[x, ...] of [c, ...]."""
+        """Selects the group's tiles: [c, ...] -> [x, ...]."""
         return jnp.stack([jax.lax.dynamic_index_in_dim(of_all, c, keepdims=False) for c in self._tiles_x])
 
     def with_tiles(self, of_all: jax.Array, of_group: jax.Array) -> jax.Array:
-        """[c, ...] with these tiles replaced by [x, ...]."""
+        """[c, ...] with the group's tiles replaced by [x, ...]."""
         for part, c in zip(of_group, self._tiles_x, strict=True):
             of_all = jax.lax.dynamic_update_index_in_dim(of_all, part, c, 0)
         return of_all
 
     def keys(self, of_all_kze: jax.Array) -> jax.Array:
-        """[x, k, p, e] of [k, z, e]."""
+        """Selects the keys of each tile: [k, z, e] -> [x, k, p, e]."""
         return jnp.stack(
             [
                 jnp.concatenate(
@@ -237,7 +237,7 @@ class _Group:
         )
 
     def plus_keys(self, of_all_kze: jax.Array, of_group_xkpe: jax.Array) -> jax.Array:
-        """[k, z, e], with what its keys are given added to it."""
+        """[k, z, e] with [x, k, p, e] added at the keys of each tile."""
         for part_kpe, spans in zip(of_group_xkpe, self._spans(), strict=True):
             taken = 0
             for start, size in spans:
@@ -248,11 +248,11 @@ class _Group:
         return of_all_kze
 
     def attention(self, places: _Places) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-        """(queries, keys, values) -> [x, k, g, u, e]."""
+        """The function (queries, keys, values) -> [x, k, g, u, e]."""
         return partial(attend, visible_btp=self._visible(places), spec=self._asked.spec)
 
     def _spans(self) -> list[list[tuple[jax.Array, int]]]:
-        """Of each tile, where its keys begin and how many: in the prefix if there is one, and near."""
+        """(start, size) of each range of keys per tile: the prefix, if there is one, and the near keys."""
         near = [[(start, self._reach)] for start in self._near_x]
         if not self._asked.prefix:
             return near
@@ -261,10 +261,10 @@ class _Group:
         ]
 
     def _visible(self, places: _Places) -> jax.Array:
-        """Which keys each query sees: bool [x, u, p]."""
+        """Mask of the keys that each query sees: bool [x, u, p]."""
         prefix, window = self._asked.prefix, self._asked.spec.window
         i_xu = self._tiles_x[:, None] * TILE + jnp.arange(TILE)
-        # Computed, not sliced and stacked as the keys are: XLA fuses it into each use, where slices are slow.
+        # Computed instead of sliced like the keys: XLA fuses this into each use, where slices are slow.
         s = jnp.arange(prefix + self._reach)
         j_xp = self._near_x[:, None] + s - prefix
         is_twice_xp = None

@@ -1,9 +1,10 @@
-"""Attention on GPUs by a kernel of our own (Pallas, compiled by Triton), forward and backward.
+"""Attention on GPUs by this package's own Pallas kernels, compiled by Triton, forward and backward.
 
-No scores in memory, and no work on keys that a block of queries cannot see: each block of queries reads the
-row's shared prefix and then one range of keys, from the first that any of its queries sees up to itself. The
-range is exact for packed segments and windows; inside a tree it may hold a branch that the mask then hides.
-The mask is the tree rule: i sees j if j <= i < until_j. The algorithm is that of arXiv 2307.08691.
+The kernels keep no scores in memory and skip keys that a block of queries cannot see. Each block of queries
+reads the row's shared prefix and then one range of keys: from the first key that any of its queries sees up
+to the block itself. The range is exact for packed segments and windows. Inside a tree it may include a
+branch, which is masked. The mask is the tree rule: i sees j if j <= i < until_j. The algorithm is that of
+arXiv 2307.08691.
 
 Axes: docs/contributing.md#axes; g query heads per key/value head, e head dimension, q query within a block,
 p key within a block, c block.
@@ -32,19 +33,20 @@ from middo_jax.models.attention.triton_kernels import (
 from middo_jax.models.attention.workload import Workload
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
-# The name of what a layer may save for its backward pass: the output and the log-sum-exp of the scores.
+# Name of the values that a layer may save for the backward pass: attention's output and log-sum-exp.
 ATTENDED = "attended"
 
 
 class _Places(NamedTuple):
-    """Per position [b, t], int32: its place in its text, and the place behind the last query that sees it."""
+    """Per position, int32 [b, t]: its index in its text, and the end (exclusive) of the positions in the row
+    that see it."""
 
     positions: jax.Array
     until: jax.Array
 
 
 def refusal(workload: Workload) -> str | None:
-    """The part of the workload that the kernel cannot compute; None if it computes all of it."""
+    """Why the kernel cannot compute the workload; None if it can."""
     if workload.platform != "gpu":
         return f"a {workload.platform}: it is a GPU kernel"
     if workload.dtype not in (jnp.bfloat16, jnp.float32):
@@ -75,7 +77,7 @@ def triton_attention(
       interpret: run the kernel in JAX's interpreter: on any platform, slowly.
 
     Returns:
-      [b, t, h, e] in q's dtype. A position that sees nothing gets a finite number without meaning.
+      [b, t, h, e] in q's dtype. A position that sees no key gets finite values without meaning.
     """
     asked = Asked(*spec, packing.prefix, packing.until_bt is not None, interpret)
     until_bt = segment_ends(packing.segment_ids_bt) if packing.until_bt is None else packing.until_bt
@@ -95,21 +97,21 @@ def _one_device(
     padded = length + -length % _row_multiple(q_bthe)
     widths = ((0, 0), (0, padded - length), (0, 0), (0, 0))
     q_bthe, k_btke, v_btke = (jnp.pad(x, widths) for x in (q_bthe, k_btke, v_btke))
-    # The added positions see nothing, and nothing sees them.
+    # The added positions see no position, and no position sees them.
     places = _Places(jnp.pad(positions_bt, widths[:2]), jnp.pad(until_bt, widths[:2]))
     out_bthe: jax.Array = _attend(asked, q_bthe, k_btke, v_btke, places)
     return out_bthe[:, :length]
 
 
 def blocks_of(head_dim: int, dtype: Any, kernel: str) -> Blocks:
-    """The sizes for a kernel: "forward", "dq" or "dkv". float32 tiles take twice the shared memory."""
+    """Block sizes of a kernel: "forward", "dq" or "dkv". float32 blocks take twice the shared memory."""
     if jnp.dtype(dtype) == jnp.float32:
         return Blocks(32, 32, 4, 1) if head_dim > 64 else Blocks(64, 32, 4, 1)
     return BLOCKS[kernel][max(64, head_dim)]
 
 
-# 64 and 128: of the sizes tried in benchmarks/gpu/attention.py on an H200, those that are fast both on packed
-# rows and on one text per row. The sizes of 256 were not tuned.
+# Block sizes per head_dim. Those for 64 and 128 are fast both on packed rows and on one text per row, among
+# the sizes tried by benchmarks/gpu/attention.py on an H200. Those for 256 are not tuned.
 BLOCKS = {
     "forward": {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 4, 3), 256: Blocks(64, 32, 8, 2)},
     "dq": {64: Blocks(64, 64, 4, 2), 128: Blocks(128, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
@@ -123,7 +125,7 @@ def _row_multiple(q_bthe: jax.Array) -> int:
 
 
 def segment_ends(segment_ids_bt: jax.Array) -> jax.Array:
-    """[b, t] int32 place behind the last position of each position's segment; padding ends behind itself.
+    """End of each position's segment (exclusive), int32 [b, t]; each padding position is its own segment.
 
     segment_ids [0 0 0 1 1 -1 -1]  ->  [3 3 3 5 5 6 7]
     """
@@ -137,21 +139,21 @@ def segment_ends(segment_ids_bt: jax.Array) -> jax.Array:
 
 
 def _first_key_bc(asked: Asked, places: _Places, block: int) -> jax.Array:
-    """[b, c] the first key behind the prefix that a block of `block` queries may see."""
+    """First key after the prefix that each block of `block` queries may see, [b, c]."""
     length = places.until.shape[1]
     start_c = jnp.arange(0, length, block, dtype=jnp.int32)
-    # That is the first key whose `until` is behind the block's start. There the running maximum passes the
-    # start as well; so the keys whose running maximum does not are those before it.
+    # This is the first key whose `until` exceeds the block's start. The running maximum of `until` exceeds
+    # the start from the same key on, so the number of keys where it does not is that key's index.
     furthest_bt = jax.lax.cummax(places.until.at[:, : asked.prefix].set(0), axis=1)
     before_bc = (furthest_bt[:, None] <= start_c[:, None]).sum(axis=2, dtype=jnp.int32)
     first_bc = jnp.minimum(before_bc, start_c)
-    if asked.window is not None and not asked.has_trees:  # in a tree, near positions may be far in the row
+    if asked.window is not None and not asked.has_trees:  # in a tree, close positions may be far apart
         first_bc = jnp.maximum(first_bc, start_c - asked.window + 1)
     return first_bc
 
 
 def _end_query_bc(asked: Asked, places: _Places, block: int) -> jax.Array:
-    """[b, c] the place behind the last query that may see any of a block of `block` keys."""
+    """End of the queries (exclusive) that may see any key of each block of `block` keys, [b, c]."""
     b, length = places.until.shape
     end_bc = places.until.reshape(b, -1, block).max(axis=2)
     if asked.window is not None and not asked.has_trees:
@@ -227,7 +229,7 @@ def _attend_and_residuals(
     asked: Asked, q_bthe: jax.Array, k_btke: jax.Array, v_btke: jax.Array, places: _Places
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     found = _forward(asked, q_bthe, k_btke, v_btke, places)
-    # Named, so that a checkpointed layer can save them; unsaved, the backward pass runs the kernel again.
+    # Named so that a checkpointed layer can save them; otherwise the backward pass reruns the kernel.
     out_bthe, log_sum_bht = (checkpoint_name(x, ATTENDED) for x in found)
     return out_bthe, (q_bthe, k_btke, v_btke, places, out_bthe, log_sum_bht)
 

@@ -1,9 +1,9 @@
-"""Attention of new positions to a KV cache on GPUs: one kernel, each row reads the slots that it sees.
+"""Attention of new positions to a KV cache on GPUs: one kernel, in which each row reads the slots it sees.
 
-A loop of XLA's would wait for the host at every turn to learn whether another follows.
+An XLA loop would wait for the host at every iteration, to decide whether another one follows.
 
 Axes: docs/contributing.md#axes; p cache slot, e head dimension, g query heads per key/value head,
-q query of a key/value head: a position and one of its g heads.
+q query of a key/value head: a pair of a position and one of its g heads.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from middo_jax.models.attention.triton import MAX_HEAD_DIM, MIN_HEAD_DIM
 from middo_jax.models.attention.triton_kernels import LOG2_E, UNSEEN, dot, pallas
 
 SLOTS = 64  # cache slots per block
-# Queries per program: a tensor core's product has at least 16 rows.
+# Queries per program; a tensor core multiplies at least 16 rows.
 FEWEST_QUERIES, MOST_QUERIES = 16, 64
-_ADDRESSABLE = 2**31  # elements of an array that the kernel's offsets reach
+_ADDRESSABLE = 2**31  # elements of an array that the kernel's offsets can address
 
 
 def refusal(platform: str, keys_shape: tuple[int, ...]) -> str | None:
@@ -33,7 +33,7 @@ def refusal(platform: str, keys_shape: tuple[int, ...]) -> str | None:
     if d & (d - 1) or not MIN_HEAD_DIM <= d <= MAX_HEAD_DIM:
         return f"head_dim={d}: it takes powers of two from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
     if (devices := shards("batch") * shards("heads")) > 1:
-        return f"a mesh of {devices} devices: it sees one"
+        return f"a mesh of {devices} devices: it runs on one"
     elements = functools.reduce(int.__mul__, keys_shape)
     if elements >= _ADDRESSABLE:
         return f"a cache of {elements} elements: its offsets reach {_ADDRESSABLE}"
@@ -48,9 +48,9 @@ def triton_cached_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`cached_attention` on one GPU; idle rows read nothing, and get zeros.
+    """`cached_attention` on one GPU; idle rows read nothing and get zeros.
 
-    Args and result are those of `cached_attention`; `interpret` runs the kernel in JAX's interpreter.
+    Arguments and result are those of `cached_attention`; `interpret` runs the kernel in JAX's interpreter.
     """
     pl, plgpu = pallas()
     b, t, h, d = q_bthe.shape
@@ -61,7 +61,7 @@ def triton_cached_attention(
     count = t * group
     queries = min(MOST_QUERIES, max(FEWEST_QUERIES, pl.next_power_of_2(count)))
     missing = -count % queries
-    # The added queries are idle: their position is behind the cache.
+    # The added queries are idle: their position is past the end of the cache.
     slots = keys_lbpke.shape[2]
     positions_bq = jnp.repeat(positions_bt.astype(jnp.int32), group, axis=1)
     positions_bq = jnp.pad(positions_bq, ((0, 0), (0, missing)), constant_values=slots)
@@ -106,7 +106,7 @@ def _kernel(
     last = jnp.where(is_idle_q, -1, at_q).max()
     first = jnp.int32(0)
     if spec.window is not None:
-        first = jnp.maximum(at_q.min() - spec.window + 1, 0)  # idle ones are behind all others
+        first = jnp.maximum(at_q.min() - spec.window + 1, 0)  # idle ones have the largest positions
 
     def body(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         sum_qe, highest_q, total_q = carry

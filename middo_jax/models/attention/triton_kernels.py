@@ -1,4 +1,4 @@
-"""The kernels of attention on GPUs: forward, the queries' gradient, and that of keys and values.
+"""The attention kernels for GPUs: forward, gradient of the queries, gradients of keys and values.
 
 A program handles one block of queries of one head, or one block of keys of one key/value head. Axes: as in
 `triton`; docs/contributing.md#axes.
@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What is known when the kernel is compiled; the fields are those of `packed_attention`."""
+    """Compile-time constants of a kernel; the fields are arguments of `packed_attention`."""
 
     scale: float
     window: int | None
@@ -37,7 +37,7 @@ class Asked(NamedTuple):
 
 
 def pallas() -> tuple[Any, Any]:
-    """(pallas, its Triton part)."""
+    """The modules (pallas, pallas.triton)."""
     # Pallas takes half a second to import, and only GPUs need it.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
@@ -46,17 +46,17 @@ def pallas() -> tuple[Any, Any]:
 
 
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x y in float32. HIGHEST: Triton otherwise rounds float32 operands to TF32."""
+    """x y in float32. HIGHEST: Triton would otherwise round float32 operands to TF32."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 class _Scores(NamedTuple):
-    """Scores of a block of queries and a block of keys, in units of log 2, and their mask."""
+    """Scores of a block of queries and a block of keys, times log2(e) for exp2, and their mask."""
 
     scores_qp: jax.Array
     visible_qp: jax.Array
-    slope_qp: jax.Array | float  # of the soft cap
+    slope_qp: jax.Array | float  # derivative of the soft cap
 
 
 def _scores(
@@ -81,7 +81,7 @@ def _scores(
 
 
 def _over_keys(asked: Asked, sizes: Blocks, first: jax.Array, body: Any, carry: Any) -> Any:
-    """Runs `body` over the blocks of keys that this program's block of queries sees, in their order."""
+    """Runs `body` over the blocks of keys that this program's block of queries sees, in order."""
     pl, _ = pallas()
     end = jax.lax.div((pl.program_id(0) + 1) * sizes.queries + sizes.keys - 1, sizes.keys)
     near = jax.lax.div(first, sizes.keys)
@@ -104,7 +104,7 @@ def forward_kernel(
     out_ref: Any,
     log_sum_ref: Any,
 ) -> None:
-    """Attention of a block of queries, and log2 of the sum of its scores' exponentials."""
+    """Computes the attention of a block of queries, and log2 of the sum of its scores' exponentials."""
     pl, _ = pallas()
     c = pl.program_id(0)
     here = pl.ds(c * sizes.queries, sizes.queries)
@@ -120,7 +120,7 @@ def forward_kernel(
         v_pe = v_ref[there, :]
         found = _scores(asked, q_qe, k_ref[there, :], i_q, j_p, until_ref[there], positions)
         new_highest_q = jnp.maximum(highest_q, found.scores_qp.max(axis=1))
-        # 0 at a query's first visible key: whatever the blocks before it have left is forgotten.
+        # 0 at a query's first visible key: this discards what masked blocks have accumulated.
         rescale_q = jnp.exp2(highest_q - new_highest_q)
         weights_qp = jnp.exp2(found.scores_qp - new_highest_q[:, None])
         return (
@@ -135,7 +135,7 @@ def forward_kernel(
         jnp.zeros((sizes.queries,), jnp.float32),
     )
     sum_qe, highest_q, total_q = _over_keys(asked, sizes, first_ref[c], body, carry)
-    total_q = jnp.maximum(total_q, 1e-30)  # a query whose range is empty
+    total_q = jnp.maximum(total_q, 1e-30)  # not 0 for a query without keys
     out_ref[...] = (sum_qe / total_q[:, None]).astype(out_ref.dtype)
     log_sum_ref[...] = highest_q + jnp.log2(total_q)
 
@@ -154,7 +154,7 @@ def dq_kernel(
     common_ref: Any,
     dq_ref: Any,
 ) -> None:
-    """The gradient of a block of queries; `common` is the sum over d of the output times its gradient."""
+    """Computes a block of queries' gradient; `common` is the output times its gradient, summed over e."""
     pl, _ = pallas()
     c = pl.program_id(0)
     here = pl.ds(c * sizes.queries, sizes.queries)
@@ -194,7 +194,7 @@ def dkv_kernel(
     dk_ref: Any,
     dv_ref: Any,
 ) -> None:
-    """The gradients of a block of keys and values, summed over the `group` query heads that read them."""
+    """Computes a block of keys' and values' gradients, summed over the `group` query heads that read them."""
     pl, _ = pallas()
     c = pl.program_id(0)
     here = pl.ds(c * sizes.keys, sizes.keys)

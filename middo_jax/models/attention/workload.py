@@ -1,4 +1,4 @@
-"""What is asked of a kernel, as far as its choice depends on it."""
+"""The properties of an attention call that determine its kernel."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from middo_jax.models.attention.placement import Platform, platform, shards
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The shape of the arrays, the masks beyond causal segments, and the devices.
+    """Shapes, options and devices of an attention call.
 
     Attributes:
-      platform: what it will run on.
-      batch: rows, all devices together.
-      length: positions of a row.
+      platform: the platform that it will run on.
+      batch: rows on all devices together.
+      length: positions per row.
       heads: query heads.
       kv_heads: key/value heads.
-      head_dim: numbers a head.
-      dtype: of queries, keys and values.
-      has_trees: whether rows hold trees.
-      soft_cap: bound of the scores, None if there is none.
+      head_dim: width of a head.
+      dtype: dtype of queries, keys and values.
+      has_trees: whether rows contain trees.
+      soft_cap: soft cap of the scores; None: off.
       batch_shards: devices along the rows.
       head_shards: devices along the heads.
     """
@@ -59,7 +59,7 @@ class Workload:
         )
 
     def misfit(self) -> str | None:
-        """Why the mesh cannot give every device whole rows and heads of its own; None if it can."""
+        """Why rows or heads cannot be sharded evenly over the devices; None if they can."""
         if self.batch % self.batch_shards:
             return f"{self.batch} rows on {self.batch_shards} devices along the batch"
         if self.heads % self.head_shards:

@@ -1,7 +1,7 @@
-"""Attention in plain XLA: runs everywhere, honours everything, and is what the kernels are compared with.
+"""Attention in plain XLA: it runs on every platform, supports every option, and is the kernels' reference.
 
 Axes: docs/contributing.md#axes; p key position, e head dimension, g query heads per key/value head,
-q query of a key/value head: a position and one of its g heads.
+q query of a key/value head: a pair of a position and one of its g heads.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 
 from middo_jax.models.attention.arguments import AttentionSpec, Packing
 
-# Query positions handled at a time. A block needs only the keys up to its own end, so that shorter blocks
-# waste less on the upper triangle, and the scores [b, h, block, p] never grow with t squared.
+# Query positions per block. A block reads only the keys up to its own end, so shorter blocks waste less on
+# the upper triangle. The scores [b, h, block, p] never grow with t squared.
 QUERY_BLOCK = 128
 
 
 class Places(NamedTuple):
-    """Where some positions stand: what decides who sees whom. Each [b, t], rows [1, t]."""
+    """Values per position that the mask is computed from. Each is [b, t]; `rows` is [1, t]."""
 
     rows: jax.Array
     segment_ids: jax.Array
@@ -28,7 +28,7 @@ class Places(NamedTuple):
 
     @classmethod
     def of(cls, packing: Packing) -> Places:
-        """All of a batch's."""
+        """The values of a whole batch."""
         rows = jnp.arange(packing.segment_ids_bt.shape[1])[None]
         return cls(rows, packing.segment_ids_bt, packing.positions_bt, packing.until_bt)
 
@@ -40,17 +40,20 @@ def xla_attention(
     packing: Packing,
     spec: AttentionSpec,
 ) -> jax.Array:
-    """`packed_attention` in blocks of queries. A block reads the prefix, and the keys that the window or the
-    longest text lets it see: with either, the cost does not grow with the row's length."""
+    """`packed_attention` in blocks of queries.
+
+    A block reads the prefix and the keys that are within the window and the longest text's length. With
+    either limit, a block's cost does not grow with the row's length.
+    """
     length, prefix = q_bthe.shape[1], packing.prefix
-    # A segment's rows are neighbours and count up: none sees further back than the window. The branches of
-    # a tree lie behind each other, so that near positions may be far rows.
+    # A segment is contiguous, so the window also limits how far back in the row a query sees. The branches
+    # of a tree follow one another, so close positions may be far apart in the row.
     window = spec.window if packing.until_bt is None else None
     reach = min(n for n in (length, packing.longest, window) if n is not None)
     places = Places.of(packing)
     b, _, h, d = q_bthe.shape
     kv_heads = k_bpke.shape[2]
-    # Transposed here, once: otherwise XLA would transpose the scores, which are larger.
+    # Transposes once, here: XLA would otherwise transpose the scores, which are larger.
     q_bkgte = q_bthe.reshape(b, length, kv_heads, h // kv_heads, d).transpose(0, 2, 3, 1, 4)
     k_bkpe, v_bkpe = k_bpke.swapaxes(1, 2), v_bpke.swapaxes(1, 2)
     blocks = []
@@ -74,7 +77,7 @@ def xla_attention(
 
 
 def visible(queries: Places, keys: Places, window: int | None) -> jax.Array:
-    """Which keys each query sees, as `packed_attention` says: bool [b, t, p]."""
+    """Mask of the keys that each query sees, by `packed_attention`'s rule: bool [b, t, p]."""
     visible_btp = queries.rows[:, :, None] >= keys.rows[:, None]
     if keys.until is None:
         visible_btp &= queries.segment_ids[:, :, None] == keys.segment_ids[:, None]
@@ -104,7 +107,7 @@ def attend(
     return _mean(scores_bkgtp.reshape(scores_bkqp.shape), v_bkpe).reshape(q_bkgte.shape).astype(q_bkgte.dtype)
 
 
-# Gradients by hand: JAX would multiply in float32, as what comes out is, which is slow on accelerators.
+# Gradients are written by hand: JAX would multiply in the result's float32, which is slow on accelerators.
 
 
 @jax.custom_vjp
@@ -141,7 +144,7 @@ def _mean_and_weights(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     weights_bkqp = jnp.exp(scores_bkqp - scores_bkqp.max(axis=-1, keepdims=True))
     total_bkq1 = weights_bkqp.sum(axis=-1, keepdims=True)
-    # A head is narrower than its scores: divided here and not there.
+    # Divides the mean and not the weights, which are the larger array.
     mean_bkqe = _dot(weights_bkqp.astype(v_bkpe.dtype), v_bkpe, 3, 2) / total_bkq1
     return mean_bkqe, (weights_bkqp, total_bkq1, v_bkpe)
 
@@ -163,18 +166,19 @@ _mean.defvjp(_mean_and_weights, _mean_gradient)
 
 
 def _dot(x: jax.Array, y: jax.Array, axis_of_x: int, axis_of_y: int) -> jax.Array:
-    """Over an axis of each, float32; x's other axis comes before y's.
+    """Contracts one axis of x with one of y, in float32; x's other axis precedes y's in the result.
 
-    Not `einsum`: it may swap the operands, and XLA would then transpose the scores, the larger array.
+    Uses `dot_general`: `einsum` may swap the operands, and XLA would then transpose the scores, the larger
+    array.
     """
     dimensions = ((axis_of_x,), (axis_of_y,)), ((0, 1), (0, 1))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
 def masked(scores_bkgtp: jax.Array, visible_btp: jax.Array, spec: AttentionSpec) -> jax.Array:
-    """Scores: scaled, capped to c tanh(score / c), and float32's minimum where unseen.
+    """The scores, scaled, capped to c tanh(score / c), and set to float32's minimum where masked.
 
-    The cap is that of arXiv 2408.00118, section 2. The minimum is finite, so that no gradient is NaN.
+    The cap is that of arXiv 2408.00118, section 2. The minimum is finite, so no gradient is NaN.
     """
     scores_bkgtp = spec.scale * scores_bkgtp
     if spec.soft_cap is not None:

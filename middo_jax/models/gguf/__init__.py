@@ -3,7 +3,7 @@
     python -m middo_jax.models.gguf model.gguf OUT_DIR
     python -m middo_jax.models.gguf demo [NAME] OUT_DIR      a small real model, from its Python package
 
-Of each file exactly what llama.cpp would compute is written down, or the file is refused by name.
+A converted model computes exactly what llama.cpp would. Otherwise the file is refused and the reason named.
 """
 
 from middo_jax.models.gguf.convert import convert

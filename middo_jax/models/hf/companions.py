@@ -1,4 +1,4 @@
-"""What a model directory holds besides its weights: configs, the tokenizer, the chat template."""
+"""The files of a model directory besides its weights: configs, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _CHAT_TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
 
 
 class ChatFormat(NamedTuple):
-    """How a training formatted conversations, where that may differ from the base model's files.
+    """How training formatted conversations, where that may differ from the base model's files.
 
     Attributes:
-      chat_template: that of the tokenizer that the model was trained with; None is the base's own.
-      eos_token_ids: tokens that end an answer. A server stops at those that generation_config.json names, so
-        those that are missing there are added.
+      chat_template: chat template used in training; None: the base's own.
+      eos_token_ids: tokens that end an answer. Servers stop at the tokens in generation_config.json, so
+        missing ones are added to it.
     """
 
     chat_template: Any = None
@@ -36,19 +36,19 @@ class ChatFormat(NamedTuple):
 
 
 def write_companions(source: Path, directory: Path, dtype: str, chat: ChatFormat) -> None:
-    """Copies from one model directory to another, with what a training changed.
+    """Copies a base model's companion files to another directory, with the changes that training made.
 
     Args:
-      source: of the base model.
-      directory: gets the files.
-      dtype: of the weights, for config.json.
-      chat: the training's template and end tokens.
+      source: directory of the base model.
+      directory: directory to write to.
+      dtype: dtype of the weights, for config.json.
+      chat: template and end tokens used in training.
 
     Raises:
       CheckpointError: the source has no config.json.
     """
     if not (source / "config.json").is_file():
-        raise CheckpointError(f"{source}: no config.json there, so that none can be exported")
+        raise CheckpointError(f"{source}: no config.json there; an export needs one")
     config = _read_json(source / "config.json")
     # transformers 5 writes `dtype`, 4 wrote `torch_dtype`.
     config.update(dict.fromkeys(config.keys() & {"dtype", "torch_dtype"} or {"dtype"}, dtype))
@@ -58,16 +58,16 @@ def write_companions(source: Path, directory: Path, dtype: str, chat: ChatFormat
 
 
 def write_tokenizer(source: Path, directory: Path, chat_template: str | None = None) -> None:
-    """Copies the tokenizer's files and the chat template, or `chat_template` in its place.
+    """Copies the tokenizer's files and the chat template, or writes `chat_template` in its place.
 
-    The written tokenizer's `eos_token` is the end of turn that the template teaches: some servers stop at no
-    other token.
+    The written tokenizer's `eos_token` is the template's end of turn, because some servers stop at no other
+    token.
     """
     _copy(source, directory, _TOKENIZER)
     if chat_template is None or chat_template == _own_template(source):
         _copy(source, directory, _CHAT_TEMPLATES)
     else:
-        # In both places: readers of before 2025 know only the second, and the first wins where it is known.
+        # In both places: readers from before 2025 read only the second; newer ones prefer the first.
         write_text(directory / "chat_template.jinja", chat_template)
         tokenizer = _read_json(directory / _TOKENIZER_CONFIG)
         write_json(directory / _TOKENIZER_CONFIG, tokenizer | {"chat_template": chat_template})
@@ -80,11 +80,11 @@ def _name_end_of_turn(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     try:
         end = end_of_turn_token(tokenizer)
-    except TemplateError:  # nothing can be trained with a template that does not show answers
+    except TemplateError:  # training rejects a template that does not show answers
         return
     if end is None or end == tokenizer.eos_token_id:
         return
-    # A template that writes `eos_token` elsewhere would write another token there.
+    # A template that uses `eos_token` would render another token there.
     if "eos_token" in str(tokenizer.chat_template):
         return
     eos_token = tokenizer.convert_ids_to_tokens(end)
@@ -106,7 +106,7 @@ def _write_generation_config(
 ) -> None:
     path = source / _GENERATION_CONFIG
     named = ("bos_token_id", "eos_token_id", "pad_token_id")
-    # Without a file, transformers takes what config.json says.
+    # Without this file, transformers uses the ids in config.json.
     settings = _read_json(path) if path.is_file() else {k: config[k] for k in named if k in config}
     eos = settings.get("eos_token_id")
     known = eos if isinstance(eos, list) else [] if eos is None else [eos]

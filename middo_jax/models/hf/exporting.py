@@ -1,4 +1,4 @@
-"""Parameters -> a Hugging Face directory, gathering one layer's tensor at a time."""
+"""Parameters -> a Hugging Face directory, gathering one tensor of one layer at a time."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def export(
     In a program of several processes all must call it; the first one writes.
 
     Args:
-      model: what `load` returned, or what became of it by training; sharded or not.
-      source_dir: the directory it was loaded from; config.json and the tokenizer's files are copied.
-      out_dir: must not exist, or be empty; it appears only once it is complete, and as expected.
-      dtype: float32, bfloat16 or float16; None keeps each parameter's own.
-      max_shard_bytes: weights are split into files of at most this size (but one tensor each at least).
-      chat: how the training formatted conversations; None is as the source does.
-      expectation: what transformers shall compute from the directory; None asks nothing.
+      model: model as returned by `load`, possibly trained since; sharded or not.
+      source_dir: directory that it was loaded from; config.json and the tokenizer's files are copied.
+      out_dir: directory that is missing or empty; it appears only once it is complete and verified.
+      dtype: float32, bfloat16 or float16; None keeps each parameter's dtype.
+      max_shard_bytes: maximum size of a file of weights; a larger tensor gets a file of its own.
+      chat: how training formatted conversations; None: as the source does.
+      expectation: what transformers must compute from the directory; None: not verified.
 
     Returns:
-      How well the expectation is met; None without one, and on all processes but the first.
+      How closely the expectation is met; None without one, and on all processes but the first.
 
     Raises:
-      ValueError: another dtype.
-      FileExistsError: out_dir holds something.
+      ValueError: the dtype is not supported.
+      FileExistsError: out_dir is not empty.
       CheckpointError: source_dir has no config.json, or the expectation is not met.
     """
     if dtype not in (None, *(names := list(map(str, DTYPES.values())))):
@@ -78,7 +78,7 @@ def _lazy(row: TensorRow, values: Mapping[Any, jax.Array], dtype: str | None) ->
 
 
 def _of_layer(values: Mapping[Any, jax.Array], row: TensorRow) -> jax.Array:
-    """The value of a row's tensor in our layout, sharded as its parameter is."""
+    """The value of a row's tensor in the decoder's layout, sharded as its parameter is."""
     value = values[row.spec.path]
     return value if row.layer is None else _slice_of(value, row.layer)
 

@@ -1,8 +1,7 @@
 """Safetensors files: tensors read in parts, and written one at a time.
 
-Why not with the safetensors library: it maps whole files into memory, where all that was ever read of them
-stays resident, and it writes only what is in memory as a whole. The format is a length, a JSON header and the
-bytes.
+The safetensors library is not used: it maps whole files into memory, where all pages once read stay resident,
+and it writes only tensors that are all in memory. The format is a length, a JSON header and the bytes.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ DTYPES = {
 _DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _BLOCK_BYTES = 1 << 24
-_ALIGNMENT = 64  # of arrays that a CPU device takes as they are; others it copies
+_ALIGNMENT = 64  # bytes; a CPU device uses aligned arrays without copying
 
 
 class CheckpointError(ValueError):
-    """A model's files are missing, damaged or not those that its config describes; names file and tensor."""
+    """A model's files are missing, damaged or do not match its config; the message names file and tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `dtype` is the format's code, `start` counts bytes from the file's beginning."""
+    """Location of a tensor: `dtype` is the format's code, `start` the offset in the file in bytes."""
 
     file: Path
     dtype: str
@@ -49,15 +48,15 @@ class StoredTensor:
 
 
 class Weights:
-    """The tensors of a directory's safetensors files; nothing is read before it is asked for.
+    """The tensors of a directory's safetensors files; their data is read on demand.
 
     Attributes:
-      listing: the file that says which tensors there are: the index, or the only file.
-      tensors: what there is, by name.
+      listing: the file that lists the tensors: the index, or the only file.
+      tensors: the tensors by name.
     """
 
     def __init__(self, directory: Path, stem: str = "model") -> None:
-        """`stem` is what the files' names begin with."""
+        """`stem` is the beginning of the files' names."""
         self.listing = directory / f"{stem}.safetensors.index.json"
         named: dict[str, str] = {}
         if self.listing.is_file():
@@ -81,7 +80,7 @@ class Weights:
                 raise CheckpointError(f"{self.listing}: tensor {name} is not in {file}")
 
     def read(self, name: str, parts: Sequence[tuple[range, ...]]) -> list[np.ndarray]:
-        """Parts of a tensor, a range an axis, each in memory of its own; no byte is read twice.
+        """Reads parts of a tensor, one range per axis, each into its own memory; no byte is read twice.
 
         Raises:
           CheckpointError: the file ends before the tensor does.
@@ -98,7 +97,7 @@ class Weights:
         return arrays
 
     def blocks(self, name: str, first: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of its first row, rows) of a tensor's rows [first, end); the next block overwrites it."""
+        """Yields (index of the first row, rows) for the rows [first, end); the next block overwrites it."""
         tensor = self.tensors[name]
         dtype = DTYPES[tensor.dtype]
         row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
@@ -120,7 +119,7 @@ def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Tensor -> name of its file, which must lie beside the index."""
+    """Tensor -> name of its file, which must be in the index's directory."""
     try:
         named = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         strange = [name for name in named.values() if Path(name).name != name or name in ("", "..")]
@@ -134,7 +133,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file, whose bytes must follow each other and end with it."""
+    """The tensors of a file; their bytes must be contiguous and end with the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -169,7 +168,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor to be written, made by `read` when its turn comes."""
+    """A tensor to be written; `read` produces its value when it is needed."""
 
     name: str
     shape: tuple[int, ...]
@@ -185,7 +184,7 @@ class LazyTensor:
 def write_weights(
     directory: Path, tensors: Sequence[LazyTensor], max_shard_bytes: int, stem: str = "model"
 ) -> None:
-    """Writes STEM.safetensors, or several files and their index, holding one tensor in memory at a time."""
+    """Writes STEM.safetensors, or several files and their index, with one tensor in memory at a time."""
     shards: list[list[LazyTensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > max_shard_bytes:
@@ -227,24 +226,24 @@ def _write_file(path: Path, tensors: Sequence[LazyTensor]) -> None:
 
 
 def require_vacant(path: Path) -> None:
-    """Raises FileExistsError if `path` is there and holds something."""
+    """Raises FileExistsError if `path` exists and is not an empty directory."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty directory; choose another or remove it")
 
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path`, renamed to it once the block has ended well.
+    """A temporary directory beside `path`, renamed to `path` when the block succeeds.
 
     Raises:
-      FileExistsError: `path` is there and holds something.
+      FileExistsError: `path` exists and is not an empty directory.
     """
     require_vacant(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes 0700, which would surprise who shares a model
+        temporary.chmod(0o755)  # mkdtemp sets 0700, but models are shared
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

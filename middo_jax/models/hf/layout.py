@@ -1,4 +1,4 @@
-"""How a checkpoint lays out what we stack: a tensor a layer, a matrix as [out, in]."""
+"""A checkpoint's layout of the stacked parameters: one tensor per layer, matrices as [out, in]."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class TensorRow(NamedTuple):
     """One tensor of a Hugging Face checkpoint.
 
     Attributes:
-      name: its name there.
-      shape: its shape there, [out, in] of a matrix.
-      spec: the parameter that it is, or is a layer of.
-      layer: which layer of it; None of a parameter that is not stacked.
+      name: its name in the checkpoint.
+      shape: its shape in the checkpoint, [out, in] for a matrix.
+      spec: its parameter.
+      layer: its layer within the parameter; None if the parameter is not stacked.
     """
 
     name: str
@@ -31,7 +31,7 @@ class TensorRow(NamedTuple):
 
 
 def tensor_table(config: DecoderConfig) -> Iterator[TensorRow]:
-    """All tensors of a model: what stands before the layers, then layer by layer, then what stands behind."""
+    """All tensors of a model: those before the layers, then layer by layer, then those after the layers."""
 
     def row(spec: ParameterSpec, layer: int | None = None) -> TensorRow:
         shape = spec.shape(config)[spec.is_stacked :]
@@ -48,6 +48,6 @@ def tensor_table(config: DecoderConfig) -> Iterator[TensorRow]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def turned(tensor: jax.Array, transposed: bool, dtype: np.dtype) -> jax.Array:
-    """One tensor from their layout into ours, or back; always a copy, where the tensor lies."""
+    """Converts a tensor between the checkpoint's layout and the decoder's, on its devices; always copies."""
     tensor = jnp.array(tensor, dtype, copy=True)
     return tensor.T if transposed else tensor

@@ -1,9 +1,9 @@
-"""A Hugging Face directory -> parameters, straight to their place on the mesh.
+"""A Hugging Face directory -> parameters, read directly onto the mesh.
 
-Tensors are read in the order of the files, one at a time: of each, this process reads the rows that its
-devices hold a part of, in the file's layout and dtype. Transposing and casting is the devices' work, and a
-stacked parameter is filled in place, layer by layer. So the host holds one tensor of one layer, whatever the
-model's size; on a CPU, where device memory is the host's, that tensor once more as it is stored.
+Tensors are read one at a time, in the order of the files. This process reads only the rows of which its
+devices have a part, in the file's layout and dtype. The devices transpose and cast, and fill a stacked
+parameter in place, layer by layer. So host memory contains one tensor of one layer at a time, whatever the
+model's size. On a CPU, whose device memory is the host's, it also contains a copy of it in the final dtype.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def load(
     In a program of several processes all must call it.
 
     Args:
-      directory: holds config.json and safetensors in float32, float16 or bfloat16, one file or several.
-      dtype: what forward passes compute in.
-      param_dtype: what the parameters are stored in; None is `dtype`.
-      mesh: where the parameters lie, each device holding its part only; None is the first device alone.
+      directory: directory with config.json and safetensors in float32, float16 or bfloat16, one file or more.
+      dtype: dtype of forward passes.
+      param_dtype: dtype of the parameters in memory; None: `dtype`.
+      mesh: mesh to shard the parameters over; None: the first device alone.
 
     Raises:
       CheckpointError: a file or tensor is missing, surplus, damaged or of the wrong shape or dtype.
-      UnsupportedModel: the config asks for what the decoder does not compute.
+      UnsupportedModel: the config requires something that the decoder does not compute.
       ConfigError: a parameter does not divide by the mesh.
     """
     directory = Path(directory)
@@ -61,10 +61,10 @@ def load(
         if spec.is_stacked
     }
     for row in sorted(tensor_table(config), key=lambda row: _place(weights, row)):
-        # A copy in any case: on a CPU what was put is the reader's memory, not the device's to give away.
+        # `turned` always copies: on a CPU, `_put`'s array is the reader's memory, which JAX does not own.
         tensor, path = turned(_put(weights, row, mesh), row.spec.transposed, stored), row.spec.path
         values[path] = tensor if row.layer is None else _with_layer(values[path], tensor, row.layer)
-        # Before the next one is read: else the host would hold as many as reading is faster than the devices.
+        # Waits before the next read: where reading is faster than the devices, tensors would pile up.
         values[path].block_until_ready()
     graphdef, shapes = abstract(config)
     return Model(config, graphdef, with_values(shapes, values), mesh)
@@ -83,7 +83,7 @@ def _check_divisible(config: DecoderConfig, mesh: Mesh) -> None:
 
 
 def _check(weights: Weights, config: DecoderConfig) -> None:
-    """Raises CheckpointError unless exactly the config's tensors are there, with its shapes."""
+    """Raises CheckpointError unless the tensors and their shapes are exactly the config's."""
     wanted = {row.name: row.shape for row in tensor_table(config)}
     for name, shape in wanted.items():
         if name not in weights.tensors:
@@ -102,14 +102,14 @@ def _check(weights: Weights, config: DecoderConfig) -> None:
     for name in weights.tensors.keys() - wanted.keys():
         if name in untied:
             _check_tied(weights, name, embedding)
-        elif not name.endswith(".rotary_emb.inv_freq"):  # a constant that old exports carry
+        elif not name.endswith(".rotary_emb.inv_freq"):  # a constant in old exports
             raise CheckpointError(
                 f"{weights.tensors[name].file}: tensor {name} is not part of config.json's model"
             )
 
 
 def _check_tied(weights: Weights, head: str, embedding: str) -> None:
-    """A tied model may carry its head once more, but no other one: readers differ in what they make of it."""
+    """Raises CheckpointError if a tied model contains a different head, which only some readers would use."""
     a, b = weights.tensors[head], weights.tensors[embedding]
     same = (a.shape, a.dtype) == (b.shape, b.dtype) and all(
         np.array_equal(x.view(np.uint8), y.view(np.uint8))
@@ -130,14 +130,14 @@ def _place(weights: Weights, row: TensorRow) -> tuple[Path, int]:
 
 
 def _put(weights: Weights, row: TensorRow, mesh: Mesh) -> jax.Array:
-    """A tensor on the devices as it is in the file, each device's part where its parameter's part will be."""
+    """A tensor on the devices in the file's layout and dtype, sharded as its parameter is."""
     axes = row.spec.axes[row.spec.is_stacked :]
     sharding = named_sharding(mesh, *(axes[::-1] if row.spec.transposed else axes))
 
     def part(index: Sequence[slice] | None) -> tuple[range, ...]:
         return tuple(range(size)[cut] for cut, size in zip(index or (), row.shape, strict=True))
 
-    # Devices along `data` hold the same part, which is read once.
+    # Devices along `data` have the same part, which is read once.
     parts = list(set(map(part, sharding.addressable_devices_indices_map(row.shape).values())))
     arrays = dict(zip(parts, weights.read(row.name, parts), strict=True))
     return jax.make_array_from_callback(row.shape, sharding, lambda index: arrays[part(index)])
@@ -148,7 +148,7 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> 
     return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
-# Not one program with `turned`: fused into the update, a CPU's transposition takes four times as long.
+# Compiled separately from `turned`: on a CPU, a transpose fused into the update takes four times as long.
 @functools.partial(jax.jit, donate_argnums=0)
 def _with_layer(stacked: jax.Array, tensor: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stacked, tensor, layer, axis=0)

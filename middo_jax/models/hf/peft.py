@@ -1,6 +1,6 @@
 """LoRA adapters as a PEFT directory: adapter_config.json and adapter_model.safetensors, both directions.
 
-It is what `peft.PeftModel.from_pretrained` opens and what vLLM serves beside the base model.
+`peft.PeftModel.from_pretrained` opens such a directory, and vLLM serves it beside the base model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from middo_jax.rundir import write_json
 
 _CONFIG = "adapter_config.json"
 _STEM = "adapter_model"
-# Fields that would change what is computed, and the values with which they do not.
+# Fields that could change the computation, and the values with which they do not.
 _ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("peft_type", ("LORA",)),
     ("bias", ("none",)),
@@ -48,10 +48,10 @@ _ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("alpha_pattern", ({}, None)),
     ("layer_replication", (None, [])),
     ("trainable_token_indices", (None, [])),
-    # PiSSA and its like change the base's weights too.
+    # PiSSA and similar methods also change the base's weights.
     ("init_lora_weights", (True, False, "gaussian", "orthogonal", "eva")),
 )
-# Fields that do not change what is computed from the tensors: how it was trained, or where it comes from.
+# Fields that do not affect the computation: how the adapter was trained, or where it comes from.
 _WITHOUT_EFFECT = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
@@ -64,24 +64,24 @@ _WITHOUT_EFFECT = frozenset(
             "qalora_group_size",
         ),
         *("r", "revision", "runtime_config", "target_modules", "task_type", "use_rslora"),
-        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # with the fields of _ONLY, unused
+        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # unused with _ONLY's values
     }
 )
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds a PEFT adapter."""
+    """Whether a directory contains a PEFT adapter."""
     return (directory / _CONFIG).is_file()
 
 
 def read_adapter_config(directory: Path) -> tuple[str, Lora]:
-    """(what its base model is called, the adapters' shape) of a PEFT directory.
+    """(name of the base model, shape of the adapters) of a PEFT directory.
 
-    Which matrices have an adapter is read off the tensors: `target_modules` may be a pattern.
+    The tensors determine which matrices have an adapter, because `target_modules` may be a pattern.
 
     Raises:
       CheckpointError: a file is missing or damaged, or the base is not named.
-      UnsupportedModel: the adapter is of a kind that the decoder does not compute.
+      UnsupportedModel: the decoder does not compute this kind of adapter.
     """
     path = directory / _CONFIG
     try:
@@ -96,10 +96,10 @@ def read_adapter_config(directory: Path) -> tuple[str, Lora]:
         if fields[field] not in (None, False, "", [], {}):
             raise UnsupportedModel(f"{path}: {field}={fields[field]!r} is not supported")
     if not base:
-        raise CheckpointError(f"{path}: base_model_name_or_path is empty; say there which model it adapts")
+        raise CheckpointError(f"{path}: base_model_name_or_path is empty; set it to the model that it adapts")
     found = {name.rsplit(".", 3)[-3] for name in Weights(directory, _STEM).tensors}
     targets = tuple(name for name in LORA_TARGETS if name in found)
-    # Rank-stabilised adapters (arXiv 2312.03732) are weighed alpha / sqrt(rank).
+    # Rank-stabilised adapters (arXiv 2312.03732) have the weight alpha / sqrt(rank).
     return base, Lora(rank, alpha * rank**0.5 if fields.get("use_rslora") else alpha, targets)
 
 
@@ -108,9 +108,9 @@ def load_adapters(directory: Path, config: DecoderConfig, mesh: Mesh, dtype: str
 
     Args:
       directory: the PEFT directory.
-      config: of the base, with the adapters that `read_adapter_config` has found.
-      mesh: where they shall lie.
-      dtype: what they are stored in.
+      config: the base's config with the adapters found by `read_adapter_config`.
+      mesh: mesh to put the adapters on.
+      dtype: dtype of the adapters in memory.
 
     Returns:
       The adapters alone.
@@ -137,21 +137,21 @@ def export_adapters(
     dtype: str | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """Writes a model's adapters as a PEFT directory, with the tokenizer that they were trained with.
+    """Writes a model's adapters as a PEFT directory, with the tokenizer used in training.
 
     In a program of several processes all must call it; the first one writes.
 
     Args:
-      params: with or without the base's.
-      config: of the same model, with its adapters.
-      base: the Hugging Face directory of the base. The adapter names it; where it lies in the hub's cache, by
-        its repo id.
-      out_dir: must not exist, or be empty; it appears only once it is complete.
-      dtype: float32, bfloat16 or float16; None keeps each adapter's own.
-      chat_template: what the model was trained with; None is the base's own.
+      params: the adapters' parameters, with or without the base's.
+      config: the model's config, with its adapters.
+      base: Hugging Face directory of the base. The adapter names it by path, or by repo id if it is in the
+        hub's cache.
+      out_dir: directory that is missing or empty; it appears only once it is complete.
+      dtype: float32, bfloat16 or float16; None keeps each adapter's dtype.
+      chat_template: chat template used in training; None: the base's own.
 
     Raises:
-      FileExistsError: out_dir holds something.
+      FileExistsError: out_dir is not empty.
     """
     assert config.lora is not None
     values = by_path(params)
@@ -200,7 +200,7 @@ def _lazy(row: TensorRow, stacked: jax.Array, dtype: str | None) -> LazyTensor:
 
 
 def _check(weights: Weights, table: list[TensorRow]) -> None:
-    """Raises CheckpointError unless exactly the table's tensors are there, with its shapes."""
+    """Raises CheckpointError unless the tensors and their shapes are exactly the table's."""
     shapes = {row.name: row.shape for row in table}
     for name, shape in shapes.items():
         if name not in weights.tensors:

@@ -1,8 +1,8 @@
-"""Does transformers compute from an export what we compute from the parameters? Logits of a few prompts.
+"""Verifies an export: transformers must compute the same logits from it as the decoder, for a few prompts.
 
-Both sides compute in float32 from weights that are rounded to the export's dtype, so that the difference is
-rounding of sums alone. The prompts are rendered twice, with the tokenizer of the training and with the
-exported one, which so are compared too.
+Both compute in float32 from weights that are rounded to the export's dtype, so they differ only by the
+rounding of sums. The prompts are rendered with training's tokenizer and with the exported one, so these are
+compared too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from middo_jax.models.parameters import num_params
 from middo_jax.parallel.hosts import to_host, to_mesh
 from middo_jax.parallel.mesh import batch_divisor
 
-# Of the largest logit. Sums in float32 differ by 5e-6 of it in 30 layers; a wrong tensor or norm by far more.
+# Relative to the largest logit. After 30 layers, sums in float32 differ by 5e-6; a wrong tensor by far more.
 TOLERANCE = 1e-4
 _QUESTIONS = (
     "What is the capital of France?",
@@ -43,13 +43,13 @@ _TEXT = (
 
 
 class Verification(NamedTuple):
-    """How far transformers' logits are from ours.
+    """How far transformers' logits are from the decoder's.
 
     Attributes:
       max_difference: largest absolute difference of two logits.
       largest_logit: largest absolute logit.
-      n_prompts: of how many prompts.
-      n_tokens: of how many tokens in all.
+      n_prompts: number of prompts.
+      n_tokens: number of tokens in all prompts.
     """
 
     max_difference: float
@@ -66,14 +66,14 @@ class Verification(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Expectation:
-    """Of each prompt its tokens [t] and our float32 logits [t, v]."""
+    """Per prompt, its tokens [t] and the decoder's float32 logits [t, v]."""
 
     tokens: tuple[np.ndarray, ...]
     logits: tuple[np.ndarray, ...]
 
 
 def obstacle(config: DecoderConfig) -> str | None:
-    """Why an export of such a model cannot be verified here; None if it can."""
+    """Why an export of such a model cannot be verified on this machine; None if it can."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
     needed, available = 4 * num_params(config), _available_bytes()
@@ -85,7 +85,7 @@ def obstacle(config: DecoderConfig) -> str | None:
 
 
 def _available_bytes() -> int | None:
-    """Memory that the kernel says a program can still have; None where it says nothing."""
+    """Available memory according to /proc/meminfo; None on systems without it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except FileNotFoundError:
@@ -94,19 +94,19 @@ def _available_bytes() -> int | None:
 
 
 def expect(model: Model, tokenizer: PreTrainedTokenizerBase, dtype: str | None) -> Expectation:
-    """What an export of this model shall compute.
+    """What an export of this model must compute.
 
     In a program of several processes all must call it.
 
     Args:
-      model: without adapters.
-      tokenizer: with the chat template of the training.
-      dtype: of the export; None keeps each parameter's own.
+      model: model without adapters.
+      tokenizer: tokenizer with the chat template used in training.
+      dtype: dtype of the export; None keeps each parameter's dtype.
     """
     params = model.params if dtype is None else _rounded(model.params, dtype)
     tokens = _probes(tokenizer)
     n, divisor = len(tokens), batch_divisor(model.mesh)
-    # Whole tiles of 128, as some attention kernels want them.
+    # A multiple of 128, which some attention kernels require.
     length = -(-max(map(len, tokens)) // 128) * 128
     tokens_bt = np.zeros((-(-n // divisor) * divisor, length), np.int32)
     segment_ids_bt = np.full_like(tokens_bt, -1)
@@ -136,18 +136,18 @@ def _logits(
     positions_bt: jax.Array,
     n: int,
 ) -> jax.Array:
-    """[n, t, v] float32 of the first n rows."""
+    """Float32 logits [n, t, v] of the first n rows."""
     model = bound(graphdef, params)
     hidden_btd = model.hidden(tokens_bt, segment_ids_bt, positions_bt)[:n]
     return model.unembed(hidden_btd.reshape(-1, hidden_btd.shape[-1])).reshape(*hidden_btd.shape[:2], -1)
 
 
 def compare(directory: Path, expectation: Expectation) -> Verification:
-    """What transformers computes from an export, against what was expected.
+    """Compares what transformers computes from an export with what is expected.
 
     Raises:
-      CheckpointError: transformers misses a tensor or knows one not, the tokenizer gives other tokens, or
-        logits differ by more than TOLERANCE of the largest; names where.
+      CheckpointError: transformers reports a missing or unknown tensor, the tokenizer returns other tokens,
+        or logits differ by more than TOLERANCE times the largest; the message names the place.
     """
     tokenizer, model = _open(directory)
     for prompt, (ours, theirs) in enumerate(zip(expectation.tokens, _probes(tokenizer), strict=True)):
@@ -167,8 +167,8 @@ def compare(directory: Path, expectation: Expectation) -> Verification:
     if worst[0] > TOLERANCE * largest:
         prompt, position, token = worst[1]
         raise CheckpointError(
-            f"the export is not our model: transformers' logit of token {token} at position {position} of "
-            f"prompt {prompt} differs by {worst[0]:.2e}, the largest is {largest:.2e}"
+            f"the export differs from the model: transformers' logit of token {token} at position {position} "
+            f"of prompt {prompt} differs by {worst[0]:.2e}, the largest is {largest:.2e}"
         )
     return Verification(
         worst[0], largest, len(expectation.tokens), sum(len(tokens) for tokens in expectation.tokens)
@@ -190,13 +190,13 @@ def _open(directory: Path) -> tuple[PreTrainedTokenizerBase, Any]:
 
 
 def _torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    import torch  # likewise
+    import torch  # an optional package, see `obstacle`
 
     with torch.no_grad():
         return model(input_ids=torch.from_numpy(tokens[None].astype(np.int64))).logits[0].numpy()
 
 
 def _probes(tokenizer: PreTrainedTokenizerBase) -> Sequence[np.ndarray]:
-    """Tokens of each prompt: questions as the template renders them, and a text without it."""
+    """Tokens of each prompt: questions rendered by the template, and a text without it."""
     questions = [tokenize_prompt([Message("user", question)], tokenizer) for question in _QUESTIONS]
     return [*questions, np.asarray(tokenizer(_TEXT)["input_ids"], np.int32)]

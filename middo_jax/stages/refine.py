@@ -232,8 +232,8 @@ def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[D
     if room is not None and room < len(together) and not neighbours:
         raise RunError(
             f"{directory.path}: its scores have no neighbours, and refine.growth="
-            f"{session.config.refine.growth} needs them to drop samples: score the diversity axis too, or set "
-            "refine.growth=free"
+            f"{session.config.refine.growth} needs them to drop samples: score the diversity axis too, or "
+            "set refine.growth=free"
         )
     axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
     selected = {id_ for axis in axes.values() for id_ in axis["ids"]}

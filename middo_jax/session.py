@@ -95,7 +95,7 @@ class Session:
 
     @contextlib.contextmanager
     def stage(self) -> Iterator[None]:
-        """Caches tokenized conversations within the block. Blocks can be nested; the outermost clears."""
+        """Caches tokenized conversations within the block; of nested blocks, to the end of the outermost."""
         self._kept.depth += 1
         try:
             yield

@@ -37,7 +37,7 @@ def scored_model(directory: RoundDir) -> Path:
     named = directory.stages().get("score", {}).get("model")
     if named is not None and Path(named).exists():
         return Path(named)
-    missing = "its manifest does not name the model that scored it" if named is None else f"{named} is gone"
+    missing = "the model that scored it is not in its manifest" if named is None else f"{named} is gone"
     raise RunError(
         f"{directory.path}: {missing}, and refine.accept=measured needs that model: run `middo score` again, "
         "or set refine.accept=sane"

@@ -5,8 +5,8 @@ import middo_jax as middo
 scores = middo.score(rows, model="./tuned", pre_model="./base", axes=("complexity", "diversity"))
 chosen = middo.select(scores, complexity={"fraction": 0.05})
 
-Names are imported when they are first used, so that `import middo_jax` takes no time and needs no JAX.
-docs/python.md shows all of them.
+Names are imported on first use, so `import middo_jax` is fast and does not load JAX. docs/python.md describes
+all of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The verbs behind both the commands and Python: each takes values, returns values and prints nothing.
+"""The public functions behind the commands and the Python API. They return values; progress goes to stderr.
 
-Progress goes to stderr. `import middo_jax` has these functions without importing this module, which loads
-JAX; `select` is in `selecting`, which does not.
+This module loads JAX, so `import middo_jax` imports it only when one of its functions is used. `select` is in
+`selecting`, which does not load JAX.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from middo_jax.stages.score import measure
 
 
 def run(config: Config | PathLike, settings: SettingsLike = None) -> Run:
-    """The closed loop: train, score, select, refine, merge, again; resumed where it stopped.
+    """Runs the closed loop: train, score, select, refine, merge, repeat. Resumes an interrupted run.
 
     Args:
-      config: of `load_config`, or a YAML file.
-      settings: laid over a YAML file, see `load_config`.
+      config: return value of `load_config`, or path of a YAML file.
+      settings: override those of `config`, see `load_config`.
 
     Raises:
-      ValueError: a wrong setting, or data that cannot be used.
-      RunError: the folder holds a run of an earlier version.
+      ValueError: a setting is wrong, or the data cannot be used.
+      RunError: the folder contains a run of an earlier version.
     """
     if isinstance(config, Config):
         config = load(None, [*layers_of(config), *layers_of(settings)])
@@ -59,11 +59,11 @@ def run(config: Config | PathLike, settings: SettingsLike = None) -> Run:
 
 
 def quickstart(settings: SettingsLike = None) -> tuple[Path, list[str | Mapping[str, Any]]]:
-    """What `run` takes for the loop on a small model and the rows that ship with the package."""
+    """Returns the arguments of `run` for a small model and the rows that ship with the package."""
     layers = layers_of(settings)
     data, nowhere = {"data.path": str(shipped() / DATA)}, {"model.path": ""}
     own = load(shipped() / CONFIG, [data, nowhere, *layers]).model.path
-    # The demo model is looked for, and downloaded, only if the settings name no other.
+    # The demo model is searched and downloaded only if the settings name no other model.
     here = {**data, "model.path": own or demo_model()}
     return shipped() / CONFIG, [here, *layers]
 
@@ -78,21 +78,23 @@ def score(
     out: PathLike | None = None,
     settings: SettingsLike = None,
 ) -> Scores:
-    """Losses, neighbours and ratings of a dataset under a model.
+    """Computes losses, neighbours and ratings of a dataset under a model.
 
     Args:
       rows: a path, tfds:NAME:SPLIT or hf:NAME:SPLIT; or a list of dicts, a pyarrow Table, a pandas DataFrame
-        or a Hugging Face Dataset. The columns tell the format (`data.format`).
-      model: a Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf file or a hub repo id.
-      pre_model: the model before training, for `loss_pre`. None leaves that empty, and no sample can be hard.
-      axes: what to measure, of complexity, diversity, quality and registered axes; None is all.
-      keep_columns: which of the user's columns come back; None is all that hold scalars only.
-      out: a folder that gets dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select`
-        and `middo refine`. None writes nothing.
-      settings: see `load_config`; or a Config, of which the model and the data are replaced.
+        or a Hugging Face Dataset. The format is detected from the columns (`data.format`).
+      model: a Hugging Face directory, a checkpoint of this package, a LoRA adapter, a .gguf file or a hub
+        repo ID.
+      pre_model: the model before training, for `loss_pre`. None leaves `loss_pre` empty, and no sample can be
+        selected as hard.
+      axes: axes to measure: complexity, diversity, quality or registered axes; None means all.
+      keep_columns: the user's columns to return; None means all columns with only scalars.
+      out: folder for dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select` and
+        `middo refine`. None writes nothing.
+      settings: see `load_config`; or a Config, whose model and data are replaced.
 
     Raises:
-      ValueError: an unknown axis, a wrong setting, or data that cannot be used; the message says which.
+      ValueError: an axis is unknown, a setting is wrong, or the data cannot be used.
       RunLocked: another process writes into `out`.
     """
     axes = axis_names() if axes is None else axes
@@ -106,7 +108,7 @@ def score(
         own = _own_columns(data, kept, keep_columns)
         if pre_model is None and "complexity" in axes:
             session.progress.say(
-                "no --pre-model (pre_model in Python): loss_pre stays empty, and no sample can be called hard"
+                "no --pre-model (pre_model in Python): loss_pre stays empty, and no sample can be hard"
             )
         pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
         if place is None:
@@ -121,18 +123,18 @@ def score(
 
 
 def refine(folder: PathLike, *, settings: SettingsLike = None) -> Refined:
-    """Has the selected samples of a folder rewritten by a served LLM, and accepts what helps.
+    """Rewrites the selected samples of a folder with a served LLM, and accepts or rejects the rewrites.
 
-    Every answer is in a cache as soon as it comes: called again, it pays for nothing twice.
+    Each answer is cached when it arrives, so a second call pays for no request twice.
 
     Args:
-      folder: that `score` and `select` wrote, or a round of a run.
-      settings: laid over its config.yaml, such as {"refine.base_url": URL, "refine.model": NAME}.
+      folder: folder written by `score` and `select`, or a round of a run.
+      settings: override those of its config.yaml, such as {"refine.base_url": URL, "refine.model": NAME}.
 
     Raises:
       RunLocked: another process writes into the folder.
-      RunError: the folder holds no selection.
-      RefinerError: the endpoint fails for all requests alike; what it answered is kept.
+      RunError: the folder contains no selection.
+      RefinerError: the endpoint fails for every request; earlier answers stay in the cache.
     """
     session, directory = session_of(Path(folder), settings), RoundDir(Path(folder))
     with held(directory.path):
@@ -186,19 +188,19 @@ def refine_by_batch(
 
 
 def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike = None) -> Trained:
-    """Supervised fine-tuning; called again with the same arguments, it goes on where it was stopped.
+    """Fine-tunes a model (SFT). A second call with the same arguments resumes a stopped training.
 
     Args:
       rows: see `score`.
-      model: where training starts, see `score`.
-      out: a folder that gets checkpoint/, metrics.jsonl, dataset.jsonl and the manifest.
+      model: the model that training starts from, see `score`.
+      out: folder for checkpoint/, metrics.jsonl, dataset.jsonl and the manifest.
       settings: see `load_config`, such as {"train.num_epochs": 3, "lora.rank": 16}.
 
     Raises:
-      ValueError: a wrong setting, or data that cannot be used.
+      ValueError: a setting is wrong, or the data cannot be used.
       RunLocked: another process writes into the folder.
-      AnotherTraining: the folder holds another training; it stays as it was.
-      RunError: the folder is a run's.
+      AnotherTraining: the folder contains another training, which stays unchanged.
+      RunError: the folder belongs to a run.
       TrainingDiverged, OutOfMemory: the message says what to do.
     """
     place, model_path = local(Path(out)), resolve(os.fspath(model))
@@ -206,7 +208,7 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
         session = session_for(model_path, _path(rows), settings, place)
         data = read_data(session, None if _path(rows) else rows)
         kept, heldout, rejections = prepare(session, data)
-        with session.stage():  # checks, training and the loss at its end read the same conversations
+        with session.stage():  # the checks, the training and the final loss share tokenized conversations
             stages.check_training(session, kept, heldout)
             stages.check_continues(session, RoundDir(place), kept)
             directory = _begin(session, place, kept, rejections)
@@ -218,7 +220,7 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
 
 
 def evaluate(rows: Any, model: PathLike, *, settings: SettingsLike = None) -> HeldoutLoss:
-    """The loss per target token of a model on a dataset, in nats, and on each of its sources.
+    """Computes the loss of a model on a dataset and on each of its sources, in nats per target token.
 
     Args:
       rows: see `score`.
@@ -226,7 +228,7 @@ def evaluate(rows: Any, model: PathLike, *, settings: SettingsLike = None) -> He
       settings: see `load_config`.
 
     Raises:
-      ValueError: a wrong setting, or data that cannot be used.
+      ValueError: a setting is wrong, or the data cannot be used.
     """
     path = resolve(os.fspath(model))
     session = session_for(path, _path(rows), settings)
@@ -245,16 +247,16 @@ def export(
     """Writes a trained model as a Hugging Face directory, adapters merged into their base.
 
     Args:
-      checkpoint: of `train` or of a run, or a PEFT adapter.
-      out: must not exist, or be empty.
-      dtype: float32, bfloat16 or float16; None is float32, in which training keeps its weights.
-      verify: whether transformers, if torch is installed, has to compute the same logits.
-      adapter: write the LoRA adapter alone, as a PEFT directory.
+      checkpoint: checkpoint of `train` or of a run, or a PEFT adapter.
+      out: folder for the export; it must be empty or not exist.
+      dtype: float32, bfloat16 or float16; None means float32, in which training keeps its weights.
+      verify: whether to compare logits with transformers, if torch is installed.
+      adapter: whether to write only the LoRA adapter, as a PEFT directory.
 
     Raises:
       RunError: there is no finished checkpoint, or no adapter in it.
-      FileExistsError: `out` holds something.
-      CheckpointError: the export computes something else; nothing is left of it.
+      FileExistsError: `out` is not empty.
+      CheckpointError: the export's logits differ from the model's; the export is removed.
     """
     source, directory = Path(checkpoint), local(Path(out))
     if adapter:
@@ -265,13 +267,13 @@ def export(
 
 
 def require_axes(axes: Collection[str], name: str = "axes") -> None:
-    """Raises ValueError if one of them is unknown; `name` is what the user calls them."""
+    """Raises ValueError if an axis is unknown; `name` is the user's name of the argument."""
     if unknown := [axis for axis in axes if axis not in axis_names()]:
         raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(axis_names())}")
 
 
 def _path(rows: Any) -> str | None:
-    """The path that `rows` is; None if it is a table."""
+    """Returns `rows` as a string if it is a path, else None."""
     return os.fspath(rows) if isinstance(rows, str | os.PathLike) else None
 
 
@@ -282,23 +284,23 @@ def _own_columns(data: UserRows, kept: list[Example], wanted: Collection[str] | 
 
 
 def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Rejection]) -> RoundDir:
-    """A folder with the settings, the dataset, and the rows that could not be used.
+    """Creates a folder with the settings, the dataset and the rejected rows.
 
     Raises:
-      RunError: the folder is a run, or a round of one.
+      RunError: the folder is a run or a round of a run.
     """
     directory = RoundDir(local(out))
     if RunDir(out).rounds() or directory.run is not None:
-        raise RunError(f"{out}: holds a run, whose files this would replace; give another folder")
+        raise RunError(f"{out}: holds a run, and this would replace its files; give another folder")
     write_text(out / "config.yaml", session.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)
-    barrier("dataset: written")  # all processes of a job read it next
+    barrier("dataset: written")  # all processes of a job read the dataset next
     return directory
 
 
 def _merged(session: Session, directory: RoundDir) -> Refined:
-    """Writes the next dataset of a folder whose samples were refined: merged.jsonl."""
+    """Writes merged.jsonl, the next dataset, in a folder whose samples were refined."""
     path = directory / "merged.jsonl"
     write_jsonl(path, (example.to_json() for example in stages.merge_stage(session, directory)))
     return Refined(path, read_jsonl(directory.refined), directory.stages()["refine"]["usage"])

@@ -1,7 +1,8 @@
-"""The closed loop: train, score, select, refine, merge, round after round; then a last training, judged.
+"""The closed loop: train, score, select, refine and merge in each round; then a final training, evaluated.
 
-Before anything is done, the chain says which stages are stale and why. Those and what follows from them are
-redone, so that an interrupted run continues where it stopped, and a changed setting costs what depends on it.
+Before the first stage, `assess` determines which stages are stale and why. These and the stages that depend
+on them are redone. An interrupted run continues where it stopped, and a changed setting repeats only the
+stages that depend on it.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from middo_jax.session import Session, prepare, read_dataset
 from middo_jax.version import __version__
 
 PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
-BY_ONE = (PREPARE, "select", "merge")  # no devices: process 0 does them, the others read the results
+BY_ONE = (PREPARE, "select", "merge")  # need no devices: process 0 runs them, the others read the results
 
 
 class FreshData(NamedTuple):
-    """The user's data, newly read.
+    """The user's data, just read.
 
     Attributes:
-      begun: the stage that read it.
-      kept: examples to train on.
+      begun: record of the started stage that read the data.
+      kept: training examples.
       rejections: rows that cannot be used.
     """
 
@@ -48,11 +49,11 @@ class FreshData(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known before a run's folder is touched.
+    """Inputs of a run that are determined before its folder is changed.
 
     Attributes:
       run: the run.
-      session: settings and all that loads a model.
+      session: settings, tokenizer, mesh.
       heldout: examples that are never trained on.
       links: all stages, in order.
       fresh: the user's data, if it had to be read.
@@ -67,17 +68,17 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage as a value: what it reads, writes and depends on, and the function that does it."""
+    """A stage: its link (inputs, outputs, dependencies) and the function that runs it."""
 
     link: Link
     function: Callable[[Plan, Link], None]
 
     def is_done(self, config: Config) -> bool:
-        """Whether it is done, and nothing has to be redone."""
+        """Whether the stage is recorded as done and is not stale."""
         return self.link.name in self.link.folder.stages() and self.link.why_stale(config) is None
 
     def do(self, plan: Plan) -> None:
-        """Does it in all processes, or in the first one for all. Earlier results are removed before."""
+        """Removes earlier results, then runs the stage in all processes or, for `BY_ONE`, in the first."""
         name, where = self.link.name, self.link.where
         from_first(f"{where}: begin", self._remove_earlier)
         if name in BY_ONE:
@@ -87,7 +88,7 @@ class Stage:
         barrier(f"{where}: end")
 
     def _remove_earlier(self) -> None:
-        """Removes results of an earlier start, if they could be taken for those of this one."""
+        """Removes results of an earlier start that could be mistaken for new ones."""
         folder, name = self.link.folder, self.link.name
         if name in folder.stages():
             if name == "train":
@@ -96,13 +97,13 @@ class Stage:
 
 
 def run_loop(config: Config, progress: Progress) -> RunDir:
-    """Runs all rounds, or what is left of them; returns the run's folder with its report.
+    """Runs all rounds that are not done yet; returns the run's folder with its report.
 
     Raises:
       RunLocked: another process writes into the folder.
-      RunError: the folder holds a run of the previous version.
-      ValueError, RuntimeError: whatever stage fails says what to do; what was done stays done. What can be
-        known before the first stage is raised before the folder is made or changed.
+      RunError: the folder contains a run of an earlier version.
+      ValueError, RuntimeError: a stage failed; the message says what to do, and finished stages stay done.
+        Errors that can be found before the first stage are raised before the folder is created or changed.
     """
     run = RunDir(Path(config.runs_dir) / config.name)
     with held(run.path, progress.say):
@@ -113,7 +114,7 @@ def run_loop(config: Config, progress: Progress) -> RunDir:
 def _run(run: RunDir, session: Session) -> None:
     config, progress, began = session.config, session.progress, time.monotonic()
     with contextlib.ExitStack() as checked:
-        checked.enter_context(session.stage())  # what the checks tokenize is the first training's
+        checked.enter_context(session.stage())  # the first training reuses what the checks tokenize
         plan = _checked(run, session)
         agree(_facts(plan))
         if run.config.exists() and run.round(0).stages():
@@ -146,7 +147,7 @@ def _run(run: RunDir, session: Session) -> None:
 
 
 def _checked(run: RunDir, session: Session) -> Plan:
-    """Says what will be redone, and checks what can be checked before the folder is made or changed."""
+    """Reports the stages to redo, and runs all checks that are possible before the folder is changed."""
     config, first = session.config, run.round(0)
     _refuse_previous_version(run)
     data = Path(config.data.path).expanduser()
@@ -170,7 +171,7 @@ def _checked(run: RunDir, session: Session) -> Plan:
 
 
 def _facts(plan: Plan) -> dict[str, str]:
-    """What all processes of a job must have alike before any of them does anything."""
+    """Returns facts that must be equal in all processes of a job before any of them starts."""
     ids = [example.id for example in (*plan.heldout, *(plan.fresh.kept if plan.fresh else ()))]
     return {
         "version": __version__,
@@ -185,12 +186,12 @@ def _short_hash(text: str) -> str:
 
 
 def redone(states: Sequence[tuple[Link, State]]) -> list[str]:
-    """What was done and will be redone, with the reasons, one line each; what follows from it in one more."""
+    """Returns one line per done stage that is stale, with the reason, and one for all dependent stages."""
     stale = [(link, state.why) for link, state in states if state.is_done and state.why is not None]
     lines = [f"{link.where} will be redone: {why}" for link, why in stale if not why.startswith("follows ")]
     following = [link.where for link, why in stale if why.startswith("follows ")]
     if following:
-        lines.append(f"redone as well where that changes what they read: {', '.join(following)}")
+        lines.append(f"will also be redone if their inputs change: {', '.join(following)}")
     return lines
 
 
@@ -198,7 +199,7 @@ def _refuse_previous_version(run: RunDir) -> None:
     for directory in (*run.rounds(), run.final):
         for name, record in directory.stages().items():
             if "settings" not in record:
-                why = "does not say what was read"
+                why = "does not record the settings"
             elif old := sorted(RENAMED.keys() & record["settings"].keys()):
                 why = f"names {old[0]}, which is now {RENAMED[old[0]]}"
             else:
@@ -216,7 +217,7 @@ def _prepare(plan: Plan, link: Link) -> None:
         begun = link.begin()
         kept, _ = stages.merged(plan.session, link.earlier)
     else:
-        assert plan.fresh is not None  # `_checked` read it, since this stage was not done
+        assert plan.fresh is not None  # `_checked` read the data, because this stage is not done
         begun, kept, rejections = plan.fresh
         write_jsonl(plan.run.rejected, (r.to_json() for r in rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
@@ -262,7 +263,7 @@ def _evaluate(plan: Plan, link: Link) -> None:
 def _export(plan: Plan, link: Link) -> None:
     began, begun, session = time.monotonic(), link.begin(), plan.session
     out, checkpoint, dtype = link.writes[0], link.folder.checkpoint, session.config.model.dtype
-    # Of a run that ended before the manifest could name it.
+    # Removes the export of a run that was killed before the manifest recorded it.
     from_first(f"{link.where}: remove", lambda: shutil.rmtree(out, ignore_errors=True))
     facts = stages.export_checkpoint(checkpoint, out, dtype, session.progress, mesh=session.mesh)
     begun.finish(session.config, time.monotonic() - began, **facts)

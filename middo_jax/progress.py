@@ -23,14 +23,14 @@ class Advance(Protocol):
 
 
 class Progress(Protocol):
-    """Where stages report their progress."""
+    """Interface through which stages report their progress."""
 
     def say(self, text: str) -> None:
         """Prints one line for the user."""
         ...
 
     def task(self, name: str, unit: str = "samples") -> contextlib.AbstractContextManager[Advance]:
-        """A context that yields a function of (done, total, note), which the block calls."""
+        """Returns a context manager; it yields a function of (done, total, note) that the block calls."""
         ...
 
 
@@ -38,11 +38,11 @@ class Silent:
     """Prints nothing."""
 
     def say(self, text: str) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     @contextlib.contextmanager
     def task(self, name: str, unit: str = "samples") -> Iterator[Advance]:
-        """Nothing."""
+        """Shows nothing."""
         yield lambda done, total, note="", /: None
 
 
@@ -55,10 +55,10 @@ class Lines:
 
     @contextlib.contextmanager
     def task(self, name: str, unit: str = "samples") -> Iterator[Advance]:
-        """Lines with the count, the time passed and the time left."""
+        """Prints lines with the count, the elapsed time and the time left."""
         started = spoken = time.monotonic()
         last = (0, 0, "")
-        first: tuple[int, float] | None = None  # work before this start does not count for the speed
+        first: tuple[int, float] | None = None  # the speed excludes work that was done before this start
 
         def line(done: int, total: int, note: str) -> str:
             passed = time.monotonic() - started
@@ -91,7 +91,7 @@ class Bars:
 
     @contextlib.contextmanager
     def task(self, name: str, unit: str = "samples") -> Iterator[Advance]:
-        """A bar with the count, the time passed and the time left. It stays on the terminal."""
+        """Shows a bar with the count, the elapsed time and the time left. It stays on the terminal."""
         columns = (
             progress.TextColumn("  {task.description:<26}", markup=False),
             progress.BarColumn(bar_width=28),
@@ -112,18 +112,18 @@ class Bars:
 
 
 class Observed:
-    """Reports to another progress, and calls an observer with a task's name whenever a task gets further."""
+    """Reports to another progress, and calls an observer with the task's name at each advance."""
 
     def __init__(self, progress: Progress, observer: Callable[[str], None]) -> None:
         self._progress, self._observer = progress, observer
 
     def say(self, text: str) -> None:
-        """One line for the user."""
+        """Prints one line for the user."""
         self._progress.say(text)
 
     @contextlib.contextmanager
     def task(self, name: str, unit: str = "samples") -> Iterator[Advance]:
-        """A task of the other progress."""
+        """Opens a task of the other progress."""
         self._observer(name)
         with self._progress.task(name, unit) as advance:
 
@@ -138,13 +138,13 @@ _in_job: tuple[bool, Callable[[str], None]] | None = None
 
 
 def in_job(speaks: bool, observer: Callable[[str], None]) -> None:
-    """Makes `for_stderr` fit a job of several processes, of which one speaks; all call the observer."""
+    """Configures `for_stderr` for a job of several processes: only one reports; all call the observer."""
     global _in_job
     _in_job = speaks, observer
 
 
 def for_stderr() -> Progress:
-    """Bars if stderr is a terminal, otherwise lines; nothing in processes that do not speak for their job."""
+    """Returns bars if stderr is a terminal, otherwise lines; silent in processes that must not report."""
     progress = Bars() if sys.stderr.isatty() else Lines()
     if _in_job is None:
         return progress

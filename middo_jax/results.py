@@ -23,10 +23,10 @@ class Scores:
 
     Attributes:
       table: one row per sample: the columns of scores.parquet, `id` first (docs/scoring.md), then the user's
-        own columns. A column of the user's whose name is taken has the suffix `_user`.
+        own columns. The user's columns get the suffix `_user` if their name is taken.
       embeddings: float32 [n, d], the mean hidden state over each prompt; rows as in the table.
-      rejected: rows that could not be used, each with its place and the reason.
-      passes: seconds, tokens and shapes of each pass over a model.
+      rejected: rows that could not be used, each with its position and the reason.
+      passes: seconds, tokens and shapes of each model pass, by name.
     """
 
     table: pa.Table
@@ -40,9 +40,9 @@ class Selection:
     """The result of `select`.
 
     Attributes:
-      table: the table of the scores with one column per axis: `hard`, `sparse`, `low_quality`, and those of
-        registered axes: whether a sample is in that set; null if the axis has no scores.
-      facts: the contents of selection.json: thresholds, counts, ids, overlap, the number of samples for each
+      table: the table of scores with one more boolean column per axis (`hard`, `sparse`, `low_quality`, and
+        those of registered axes): whether a sample is in that set; null if the axis has no scores.
+      facts: the contents of selection.json: thresholds, counts, IDs, overlap, the number of samples for each
         m.
     """
 
@@ -50,7 +50,7 @@ class Selection:
     facts: SelectionFile
 
     def ids(self, axis: str) -> list[str]:
-        """The ids that an axis selects, such as `complexity`, in the table's order."""
+        """Returns the IDs that an axis, such as `complexity`, selects, in the table's order."""
         if axis not in axis_names():
             raise ValueError(f"{axis!r} is none of {', '.join(axis_names())}")
         return self.facts["axes"].get(axis, {"ids": []})["ids"]

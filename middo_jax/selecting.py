@@ -1,4 +1,4 @@
-"""`select` and `load_config`: the verbs that need neither a model nor JAX."""
+"""`select` and `load_config`: the public functions that need neither a model nor JAX."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ PathLike = str | os.PathLike[str]
 
 
 def load_config(path: PathLike | None = None, settings: SettingsLike = None) -> Config:
-    """Reads a YAML file of settings and lays others over it; see docs/settings.md for all of them.
+    """Reads settings from a YAML file and overrides some of them. docs/settings.md lists all settings.
 
     Args:
       path: the file; None starts from the defaults.
-      settings: {"train.learning_rate": 1e-4, "complexity": {"fraction": 0.05}}, or texts as a command takes
-        them: ["train.learning_rate=1e-4"].
+      settings: {"train.learning_rate": 1e-4, "complexity": {"fraction": 0.05}}, or strings as on the command
+        line: ["train.learning_rate=1e-4"].
 
     Raises:
-      ConfigError: an unknown setting (with the nearest valid name), a wrong type or range, no such file.
+      ConfigError: a setting is unknown (the message suggests the nearest name) or has a wrong type or range,
+        or the file does not exist.
     """
     return load(None if path is None else Path(path), layers_of(settings))
 
@@ -43,25 +44,25 @@ def select(
     quality: Mapping[str, Any] | None = None,
     settings: SettingsLike = None,
 ) -> Selection:
-    """The hard, sparse and low-quality samples of scores. Needs neither a model nor JAX.
+    """Selects the hard, sparse and low-quality samples. Needs neither a model nor JAX.
 
     Args:
       scores: the result of `score`; or a table with `id` and the columns of at least one axis; or the folder
         of `score` or of a round. A folder's config.yaml has the settings that are not given here, and the
         folder gets selection.json and selection.parquet.
       complexity: {"m": 1.5}, standard deviations from the mean, or {"fraction": 0.05}, the share of the
-        samples; without either, m is 1.
-      diversity: the same.
-      quality: the same.
-      settings: others, see `load_config`; among them the thresholds of registered axes.
+        samples; m is 1 by default.
+      diversity: as `complexity`.
+      quality: as `complexity`.
+      settings: further settings, see `load_config`; also the thresholds of registered axes.
 
     Raises:
-      ValueError: a wrong setting, or a table that holds no scores.
-      RunError: the folder holds no scores.
+      ValueError: a setting is wrong, or the table contains no scores.
+      RunError: the folder contains no scores.
       RunLocked: another process writes into the folder.
     """
     given = {"complexity": complexity, "diversity": diversity, "quality": quality}
-    # The thresholds lie over the settings, which may hold others.
+    # The arguments override thresholds in `settings`.
     layers = [*layers_of(settings), {axis: dict(of) for axis, of in given.items() if of is not None}]
     if isinstance(scores, str | os.PathLike):
         directory = RoundDir(Path(scores))
@@ -93,7 +94,7 @@ def _checked(table: pa.Table) -> pa.Table:
 
 
 def _flagged(table: pa.Table, chosen: pa.Table) -> pa.Table:
-    """The scores with one column per axis: whether a sample is in its set. The rows of both are the same."""
+    """Adds one boolean column per axis to the scores: whether a sample is in its set. Rows must match."""
     for name in (row.set_name for row in axes()):
         at = table.schema.get_field_index(name)
         column = chosen[name]

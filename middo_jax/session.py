@@ -1,4 +1,4 @@
-"""What every stage needs: settings, tokenizer, mesh, models and the user's data."""
+"""The session: settings, tokenizer, mesh, models and the user's data, shared by all stages."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from middo_jax.rundir.settings import settings_of
 
 @dataclasses.dataclass
 class _Kept:
-    """What was tokenized within a stage, by content; `depth`: blocks of `Session.stage` under way."""
+    """Cache of tokenized conversations within a stage. `depth`: number of open blocks of `Session.stage`."""
 
     depth: int = 0
     tokenized: dict[tuple[Message, ...], TokenizedExample] = dataclasses.field(default_factory=dict)
@@ -53,8 +53,9 @@ class _Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What all stages share: the settings, where to say how far one is, and, made when first needed, the
-    base model's directory, its tokenizer and the mesh.
+    """Settings and progress display, shared by all stages.
+
+    The base model's directory, its tokenizer and the mesh are created on first use.
     """
 
     config: Config
@@ -65,28 +66,28 @@ class Session:
     def base(self) -> Path:
         """The base model as a Hugging Face directory."""
         base = resolve(self.config.model.path)
-        if not (base / "config.json").is_file():  # else the tokenizer would complain first, of other things
+        if not (base / "config.json").is_file():  # else the tokenizer would raise a less clear error
             raise RunError(f"model {base}: no config.json there; it is not a Hugging Face model directory")
         return base
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's, with the template and its date that the settings ask for."""
+        """The base model's tokenizer, with the template and date of the settings."""
         date = self.config.model.template_date or datetime.date.today()
         return load_tokenizer(self.base, self.config.model.template, date)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """All devices, as `mesh.*` arranges them. Compiled programs are kept for the next start."""
+        """All devices, arranged by `mesh.*`. Also enables JAX's compilation cache, unless it is set."""
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
             jax.config.update("jax_compilation_cache_dir", str(cache / "middo-jax" / "jax"))
         return make_mesh(self.config.mesh)
 
     def load_model(self, path: Path, param_dtype: str | None = None, base: Model | None = None) -> Model:
-        """A model from a Hugging Face directory, a checkpoint of ours or a PEFT adapter, on the mesh.
+        """Loads a model from a Hugging Face directory, a checkpoint or a PEFT adapter, onto the mesh.
 
-        See `models.source.load`, also for `base`.
+        See `models.source.load` for the arguments.
         """
         settings = self.config.model
         model = load(locate(path), settings.dtype, param_dtype, self.mesh, base)
@@ -94,10 +95,7 @@ class Session:
 
     @contextlib.contextmanager
     def stage(self) -> Iterator[None]:
-        """Within the block each conversation is tokenized once; what was tokenized is dropped at its end.
-
-        Blocks may be nested: what an inner one tokenized is kept to the end of the outermost one.
-        """
+        """Caches tokenized conversations within the block; of nested blocks, to the end of the outermost."""
         self._kept.depth += 1
         try:
             yield
@@ -107,7 +105,7 @@ class Session:
                 self._kept.tokenized.clear()
 
     def tokenize(self, examples: Sequence[Example]) -> list[TokenizedExample]:
-        """All examples; those that cannot be rendered were refused when the data was read."""
+        """Tokenizes examples. Examples that cannot be rendered were rejected when the data was read."""
         kept = self._kept.tokenized if self._kept.depth else {}
         new = {e.messages: e for e in examples if e.messages not in kept}
         found = tokenize_all(list(new.values()), self.tokenizer, self.config.model.max_length)
@@ -117,7 +115,7 @@ class Session:
         return tokenized
 
     def tell_of_no_end(self, tokenized: Sequence[TokenizedExample]) -> None:
-        """Says, once per session, that none of these examples learns where an answer ends, if that is so."""
+        """Warns, once per session and reason, if no example has an end-of-answer token among its targets."""
         if tokenized and not self._told and (reason := self._why_no_end(tokenized)) is not None:
             self._told.add(reason)
             self.progress.say(
@@ -129,16 +127,16 @@ class Session:
         return set()
 
     def _why_no_end(self, tokenized: Sequence[TokenizedExample]) -> str | None:
-        """Why no example's targets hold a token that ends an answer; None if some do, as a rule the first."""
+        """Returns why no example has an end-of-answer token among its targets; None if one has."""
         ends = eos_token_ids(self.base, self.tokenizer)
         if not ends or any(not ends.isdisjoint(learnt_controls(t, self.tokenizer)) for t in tokenized):
             return None
         if all(t.truncated for t in tokenized):
             return f"every conversation is cut at model.max_length={self.config.model.max_length}"
-        return "the chat template puts no control token behind an answer; set model.template"
+        return "the chat template writes no control token after an answer; set model.template"
 
     def plan_losses(self, tokenized: Sequence[TokenizedExample]) -> Plan:
-        """The batches of a scoring pass over these examples, on this mesh and with these settings."""
+        """Returns the batches of a scoring pass over these examples, for this mesh and these settings."""
         with jax.set_mesh(self.mesh):
             share_prefix = shares_prefixes(self.config.model.attention)
         ways = batch_divisor(self.mesh)
@@ -150,9 +148,9 @@ def _named(tokenized: TokenizedExample, id_: str) -> TokenizedExample:
 
 
 def new_session(settings: Sequence[str | Mapping[str, Any]]) -> Session:
-    """A session with these settings, that reports on stderr.
+    """Returns a session with these settings that reports on stderr.
 
-    Unless they say otherwise it computes in float32 on a CPU, where that is the fast dtype.
+    On a CPU the default of `model.dtype` becomes float32, the fast dtype there.
     """
     dtype = [{"model.dtype": "float32"}] if jax.default_backend() == "cpu" else []
     return Session(load_config(None, [*dtype, *settings]), for_stderr())
@@ -161,15 +159,15 @@ def new_session(settings: Sequence[str | Mapping[str, Any]]) -> Session:
 def session_for(
     model: Path, data: str | None, settings: SettingsLike = None, out: Path | None = None
 ) -> Session:
-    """A session for one model and one dataset, of which nothing is held out unless `settings` say so.
+    """Returns a session for one model and one dataset. Nothing is held out by default.
 
-    A template's date is that of an earlier start in `out`, or of the training that made the model.
+    The date for the template is that of an earlier start in `out`, or of the training that made the model.
 
     Args:
-      model: as `resolve` gives it; its base and tokenizer become the session's.
-      data: what `data.path` takes; None is for rows in memory.
-      settings: laid over these; a whole tree lies under them.
-      out: the folder that gets the results, if there is one.
+      model: path from `resolve`; its base and tokenizer become the session's.
+      data: value for `data.path`; None for rows in memory.
+      settings: override the session's own; a `Config` does not override model, data and held-out share.
+      out: folder for the results, if there is one.
     """
     named = {
         "model": {"path": str(locate(model).base)},
@@ -183,7 +181,7 @@ def session_for(
 
 
 def session_of(directory: Path, settings: SettingsLike = None) -> Session:
-    """A session with the settings of a folder, or of the run that it is a round of, and others over them.
+    """Returns a session with the settings of a folder or its run, overridden by `settings`.
 
     Raises:
       RunError: there is no config.yaml.
@@ -194,14 +192,14 @@ def session_of(directory: Path, settings: SettingsLike = None) -> Session:
 def prepare(
     session: Session, data: UserRows | None = None
 ) -> tuple[list[Example], list[Example], list[Rejection]]:
-    """The user's data: (to train on, held out, refused with the reason).
+    """Returns the user's data: (training examples, held-out examples, rejected rows with reasons).
 
     Args:
-      session: settings, tokenizer.
-      data: as `read_data` gives it, if it was read already.
+      session: settings and tokenizer.
+      data: return value of `read_data`, if the data was already read.
 
     Raises:
-      DataError: the data cannot be read, or nothing of it can be used.
+      DataError: the data cannot be read, or no row can be used.
     """
     settings = session.config.data
     data = data or read_data(session)
@@ -217,14 +215,14 @@ def prepare(
 
 
 def read_data(session: Session, rows: Any = None) -> UserRows:
-    """Reads the user's data, and refuses what the model cannot read.
+    """Reads the user's data and rejects rows that the template or tokenizer cannot render.
 
     Args:
-      session: settings, tokenizer.
-      rows: in memory, see `rows_in_memory`; None reads `data.path`.
+      session: settings and tokenizer.
+      rows: rows in memory, see `rows_in_memory`; None reads `data.path`.
 
     Raises:
-      DataError: the data cannot be read, or nothing of it can be used.
+      DataError: the data cannot be read, or no row can be used.
     """
     settings = session.config.data
     data = read_rows(settings.path if rows is None else rows, settings.format, settings.limit)
@@ -232,10 +230,10 @@ def read_data(session: Session, rows: Any = None) -> UserRows:
 
 
 def usable(session: Session, data: UserRows) -> UserRows:
-    """The dataset without the examples that the template or the tokenizer cannot take; these are rejections.
+    """Moves examples that the template or the tokenizer cannot render to the dataset's rejections.
 
     Raises:
-      DataError: no example can be used.
+      DataError: no example is left.
     """
     reasons = [refusal(example, session.tokenizer) for example in data.examples]
     rows = [row for row, reason in zip(data.rows, reasons, strict=True) if reason is None]
@@ -256,15 +254,15 @@ def usable(session: Session, data: UserRows) -> UserRows:
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:
-    """The examples of a round's folder."""
+    """Reads the examples of a round's folder."""
     if not directory.dataset.exists():
         raise RunError(
-            f"{directory.path}: no dataset.jsonl there; `middo score --data F --out DIR` makes one"
+            f"{directory.path}: no dataset.jsonl there; `middo score --data F --out DIR` writes one"
         )
     return [Example.from_json(row) for row in read_jsonl(directory.dataset)]
 
 
 def write_dataset(directory: RoundDir, examples: Sequence[Example]) -> None:
-    """Writes a round's examples and enters them in its manifest."""
+    """Writes a round's examples and records them in its manifest."""
     write_jsonl(directory.dataset, (e.to_json() for e in examples))
     directory.finish("prepare", [directory.dataset], 0.0, n=len(examples))

@@ -1,4 +1,4 @@
-"""The day that a chat template prints: it is pinned for a run and recorded in its settings."""
+"""The date that a chat template prints: it is pinned for a run and recorded in its settings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from middo_jax.models.resolve import resolve
 
 
 def pin(config: Config, recorded: Iterable[Path]) -> Config:
-    """The settings with `model.template_date`, if the chat template prints the date.
+    """Returns the settings with `model.template_date` set, if the chat template prints the date.
 
     Args:
-      config: settings with a date are returned unchanged.
-      recorded: files of settings, such as those of the run's earlier start. The first one with a date gives
-        the day; without any it is today.
+      config: the settings; returned unchanged if they have a date.
+      recorded: files of settings, such as those of the run's earlier start. The date is taken from the first
+        file that has one; without any it is today.
 
     Raises:
       ConfigError: a recorded file cannot be read.

@@ -1,8 +1,8 @@
-"""Every setting of the program: one frozen tree of small classes, validated when it is read.
+"""All settings of the program: one frozen tree of small classes, validated when it is read.
 
-A setting's description gives its unit and reason; its mark, `Affects`, gives what changes with it. `load()`
-reads YAML, applies `a.b=c` overrides and answers an unknown key with the nearest valid name, an old one with
-the new spelling.
+A setting's description gives its unit and reason. Its mark, `Affects`, lists what changes with it. `load()`
+reads YAML and applies `a.b=c` overrides. For an unknown key its error suggests the nearest valid name; for a
+renamed key it gives the new name.
 """
 
 from middo_jax.config.axes import (

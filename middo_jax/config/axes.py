@@ -1,4 +1,4 @@
-"""The settings of the three axes: where each selects, and how its scores are made."""
+"""The settings of the three axes: their thresholds, and how their scores are computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from middo_jax.config.unions import Alternative, Inlining, OneOf
 
 
 class Deviations(Alternative):
-    """An axis selects beyond so many population standard deviations from the mean."""
+    """Selects the samples beyond m population standard deviations from the mean."""
 
     affects: ClassVar[Affects | None] = Affects("selection")
 
@@ -21,12 +21,12 @@ class Deviations(Alternative):
 
 
 class Fraction(Alternative):
-    """An axis selects a share of the samples; the threshold follows."""
+    """Selects a share of the samples; the threshold follows from it."""
 
     affects: ClassVar[Affects | None] = Affects("selection")
 
     fraction: float = Field(
-        gt=0, lt=1, description="Wanted share of samples, in place of `m`; the threshold follows."
+        gt=0, lt=1, description="Share of samples to select, instead of `m`; the threshold follows from it."
     )
 
 
@@ -34,7 +34,7 @@ Threshold = Deviations | Fraction
 
 
 class AxisSettings(Inlining):
-    """What all axes share. `m` and `fraction` exclude each other."""
+    """Settings of every axis. `m` and `fraction` exclude each other."""
 
     threshold: Annotated[Deviations | Fraction, OneOf(inline=True)] = Deviations()
 
@@ -42,33 +42,37 @@ class AxisSettings(Inlining):
 class ComplexitySettings(AxisSettings):
     """Hard samples: high loss both before and after training.
 
-    Before training: under the model that train.start_from names.
+    The loss before training is the loss under the model of train.start_from.
     """
 
     normalise: Annotated[Literal["none", "length"], Affects("selection")] = Field(
         default="none",
-        description="none: the losses as they are, as published; length: less what their dependence on log "
-        "answer length explains, so that short answers are not hard for being short.",
+        description="none: the losses unchanged, as published; length: the losses minus the part that a "
+        "regression on log answer length explains, so that short answers are not hard for being short.",
     )
 
 
 class DiversitySettings(AxisSettings):
     """Sparse samples: far from their nearest neighbours."""
 
-    k: Annotated[PositiveInt, Affects("scores")] = Field(default=2, description="Nearest neighbours.")
+    k: Annotated[PositiveInt, Affects("scores")] = Field(
+        default=2, description="Number of nearest neighbours."
+    )
     text: Annotated[Literal["templated", "raw"], Affects("scores")] = Field(
         default="templated",
-        description="templated: the prompt's span of the rendered conversation; raw: the prompt alone.",
+        description="Embedded text. templated: the prompt's part of the rendered conversation; raw: the "
+        "prompt alone.",
     )
     embedder: Annotated[Literal["post", "pre"], Affects("scores")] = Field(
         default="post",
-        description="Whose embeddings. post: of the model under training, as published; pre: of the model "
-        "that train.start_from names. base is frozen, so that a later round compares only what changed.",
+        description="Model that computes the embeddings. post: the model in training, as published; pre: the "
+        "model of train.start_from. With `base` that model never changes, so later rounds compare only "
+        "changed samples.",
     )
     ignore_duplicates: Annotated[bool, Affects("scores")] = Field(
         default=False,
-        description="Samples with exactly the same prompt are not each other's neighbours. They are reported "
-        "either way.",
+        description="Whether samples with equal prompts are excluded from each other's neighbours. They are "
+        "reported in both cases.",
     )
 
 
@@ -79,29 +83,31 @@ class ExpectedRating(Alternative):
 
     method: Literal["expected"] = Field(
         default="expected",
-        description="expected: mean rating under the model's own probabilities; sample: generate and parse, "
-        "with the published top_p of 0.7 and top_k of 50.",
+        description="expected: mean rating under the model's own probabilities; sample: a generated and "
+        "parsed rating, with the published top_p of 0.7 and top_k of 50.",
     )
     score: Literal["expected", "log_odds"] = Field(
         default="expected",
-        description="expected: the mean of the eleven ratings, 0 to 10; log_odds: of a rating above 5 "
-        "against one below, in nats.",
+        description="expected: the mean of the eleven ratings, 0 to 10; log_odds: the log-odds of a rating "
+        "above 5 against one below 5, in nats.",
     )
     score_temperature: PositiveFloat = Field(
         default=1.0,
-        description="Divides the ratings' log-probabilities before `score` is taken of them; under 1 the "
-        "likeliest rating counts for more.",
+        description="Divides the ratings' log-probabilities before `score` is computed; below 1 the "
+        "likeliest rating gets more weight.",
     )
 
 
 class SampledRating(Alternative):
-    """The rating that the model writes."""
+    """The rating that the model generates."""
 
     affects: ClassVar[Affects | None] = Affects("scores")
 
     method: Literal["sample"] = "sample"
-    max_new_tokens: PositiveInt = Field(default=1024, description="Tokens of a rating and its explanation.")
-    temperature: PositiveFloat = Field(default=0.1, description="As published.")
+    max_new_tokens: PositiveInt = Field(
+        default=1024, description="Maximum tokens of a rating and its explanation."
+    )
+    temperature: PositiveFloat = Field(default=0.1, description="Sampling temperature, as published.")
 
 
 class QualitySettings(AxisSettings):

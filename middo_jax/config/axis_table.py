@@ -1,8 +1,8 @@
-"""The table of axes: along which scores a sample can be found wanting, and what is done about it.
+"""The table of axes: the scores by which samples are selected, and how the selected samples are refined.
 
-What is said of an axis is said in its row: the columns of scores.parquet that decide, which end of them is
-bad, the set's name, what the refiner is asked, and the report's words. How an axis of your own computes its
-column is said in `signals.axes`.
+A row declares everything about an axis: the columns of scores.parquet that decide, the end of them that is
+bad, the name of the selected set, the refiner's task, and the report's texts. `signals.axes` describes how a
+registered axis computes its column.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from middo_jax.config.axes import AxisSettings, Threshold
 from middo_jax.config.settings import Config
 
 TaskOp = Literal["simplify", "rewrite", "synthesize"]
-_NAMES_OF_ROWS = frozenset({"id", "all"})  # of a column of selection.parquet, of an entry of its overlaps
+_NAMES_OF_ROWS = frozenset({"id", "all"})  # a column of selection.parquet, and a key of `overlap`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Axis:
     """One row of the table.
 
     Attributes:
-      name: as in `--axes` and selection.json; its threshold is the settings group of this name.
-      set_name: what selected samples are called, and the column of selection.parquet that marks them.
-      columns: the one or two columns of scores.parquet that decide; a sample is selected where all are bad.
-      bad: the end of these columns at which a sample is wanting.
-      label: the report's name of what each column measures, for people; unit included.
-      heading: the report's title of its plot.
-      op: what the refiner is asked to do with a selected sample; None: it is only marked.
+      name: name in `--axes` and selection.json; the settings group of this name has the axis's threshold.
+      set_name: name of the selected set, and of the column of selection.parquet that marks it.
+      columns: the one or two columns of scores.parquet that decide; a sample is selected if all are bad.
+      bad: whether high or low values of these columns are bad.
+      label: label of each column in the report, with its unit.
+      heading: title of the plot in the report.
+      op: the refiner's task for a selected sample; None: the sample is only marked.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Axis:
 
     @property
     def sign(self) -> int:
-        """+1 if a high score is bad, -1 if a low one is."""
+        """+1 if high scores are bad, -1 if low scores are."""
         return 1 if self.bad == "high" else -1
 
     @property
     def title(self) -> str:
-        """The set's name for people."""
+        """The set's name with spaces, for the report."""
         return self.set_name.replace("_", " ")
 
 
@@ -85,15 +85,15 @@ BUILT_IN = tuple(row.name for row in _TABLE)
 
 
 def axes() -> tuple[Axis, ...]:
-    """All axes, in the order in which they are named and reported."""
+    """Returns all axes, in the order in which they are reported."""
     return tuple(_TABLE)
 
 
 def axis(name: str) -> Axis:
-    """The row of a name.
+    """Returns the row of an axis.
 
     Raises:
-      KeyError: there is none.
+      KeyError: there is no axis of that name.
     """
     for row in _TABLE:
         if row.name == name:
@@ -102,21 +102,21 @@ def axis(name: str) -> Axis:
 
 
 def axis_names() -> tuple[str, ...]:
-    """The names of all axes."""
+    """Returns the names of all axes."""
     return tuple(row.name for row in _TABLE)
 
 
 def threshold_of(config: Config, name: str) -> Threshold:
-    """Where an axis selects; its default if it was entered after these settings were made."""
+    """Returns the threshold of an axis; the default if the axis was entered after `config` was created."""
     settings: AxisSettings = getattr(config, name, AxisSettings())
     return settings.threshold
 
 
 def enter(row: Axis) -> None:
-    """Adds an axis at the end, and its threshold to the settings.
+    """Appends an axis to the table, and its threshold to the settings.
 
     Raises:
-      ValueError: a name of it is taken, or it asks for what only a built-in axis can ask for; says which.
+      ValueError: one of its names is taken, or it uses an option that only built-in axes can use.
     """
     if row.name in Config.model_fields or hasattr(Config, row.name):
         raise ValueError(f"axis {row.name!r}: there is a setting of that name already")
@@ -129,8 +129,8 @@ def enter(row: Axis) -> None:
         raise ValueError(f"axis {row.name!r}: must have one or two columns, and a label for each")
     if row.op not in (None, "rewrite"):
         raise ValueError(
-            f"axis {row.name!r}: op={row.op!r} belongs to a built-in axis, whose gates measure what comes of "
-            "it; give 'rewrite' or None"
+            f"axis {row.name!r}: op={row.op!r} belongs to a built-in axis, because only its gates check the "
+            "result; give 'rewrite' or None"
         )
     _TABLE.append(row)
     Config.__pydantic_fields__[row.name] = FieldInfo.from_annotated_attribute(AxisSettings, AxisSettings())
@@ -138,10 +138,10 @@ def enter(row: Axis) -> None:
 
 
 def strike(name: str) -> None:
-    """Removes an axis that was entered, and its threshold.
+    """Removes an entered axis and its threshold.
 
     Raises:
-      KeyError: there is none of that name, or it is built in.
+      KeyError: there is no axis of that name, or it is built in.
     """
     if name in BUILT_IN:
         raise KeyError(name)

@@ -1,4 +1,4 @@
-"""What all groups of settings share."""
+"""The base of all groups of settings, and the marks of what a setting affects."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import Any, ClassVar, Literal, get_args
 
 import pydantic
 
-# The start of a URL, also of gs:/bucket, which pathlib makes of gs://bucket; a drive letter is one letter.
+# The start of a URL, also gs:/bucket, into which pathlib turns gs://bucket. A drive letter does not match.
 URL = r"[A-Za-z][A-Za-z0-9+.-]+:/"
 
-# What a setting affects. The first five change no result; each of the others makes the stages that depend on
-# it stale (rundir/chain.py says which do).
+# What a setting affects. The first five change no result. A change of any other makes the stages that depend
+# on it stale (rundir/chain.py lists them).
 Effect = Literal[
-    "place",  # where something lies, or who does it
-    "speed",  # time and memory; results up to rounding
-    "cost",  # what may be spent
-    "shown",  # what can be watched, and which state is kept beside the last
-    "rounds",  # how many rounds there are
-    "data",  # which rows are used, and which are held out
+    "place",  # paths, devices, servers
+    "speed",  # time and memory; results change only by rounding
+    "cost",  # limits of spending
+    "shown",  # what is displayed or kept in addition
+    "rounds",  # the number of rounds
+    "data",  # the rows that are used or held out
     "text",  # how a row becomes tokens
-    "model",  # which model, in which dtype
+    "model",  # the model and its dtype
     "training",
     "scores",
     "selection",
-    "rewrites",  # what the refiner is asked
-    "acceptance",  # which of its answers are taken
-    "growth",  # what makes room for additions
+    "rewrites",  # requests to the refiner
+    "acceptance",  # which of its answers are accepted
+    "growth",  # which samples make room for additions
 ]
 RESULTLESS: frozenset[Effect] = frozenset(("place", "speed", "cost", "shown", "rounds"))
 
 
 class ConfigError(ValueError):
-    """A setting is unknown, malformed or out of range; the message names it and what to do."""
+    """A setting is unknown, malformed or out of range; the message has its name and what to do."""
 
 
 Condition = tuple[str, Any]  # dotted name of a setting, and the value that it must have
@@ -41,14 +41,13 @@ Condition = tuple[str, Any]  # dotted name of a setting, and the value that it m
 
 @dataclasses.dataclass(frozen=True)
 class Affects:
-    """The mark of a setting: what changes with it, always or on a condition.
+    """The mark of a setting: what it affects, always or on a condition.
 
         remat: Annotated[Literal["none", "layer"], Affects("speed")] = "layer"
         max_context: Annotated[int, Affects("rewrites", scores=("quality.method", "sample"))] = 2048
 
     Attributes:
-      effects: all that it may affect, each with its condition; None: always. Conditions name settings from
-        the top of the tree.
+      effects: effect -> its condition; None: always. Conditions contain full names of settings.
     """
 
     effects: Mapping[Effect, Condition | None]
@@ -61,9 +60,9 @@ class Affects:
 
 
 class Settings(pydantic.BaseModel):
-    """Base of all groups: frozen; an unknown key is an error, and so is a number that is not finite.
+    """Base of all groups: frozen; unknown keys and numbers that are not finite are errors.
 
-    Every setting is marked with what it affects: in its annotation, or by `affects` of its group, where all
+    Every setting has a mark of what it affects: in its annotation, or in `affects` of its group if all
     settings of the group affect the same.
     """
 

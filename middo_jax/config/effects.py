@@ -1,4 +1,4 @@
-"""The one walk over all settings, and which of them affect what."""
+"""Iterates over all settings, and finds those with given effects."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Leaf(NamedTuple):
     """A setting that a user can write.
 
     Attributes:
-      name: dotted, `quality.score`.
+      name: dotted name, such as `quality.score`.
       field: its declaration.
-      mark: what it affects; None where it has no mark.
-      default: None also where it has none.
-      alternative: the setting and the value without which it does not exist, ("quality.method", "expected").
-      excludes: other settings of which only one of them can be given: `complexity.m`, `complexity.fraction`.
+      mark: what it affects; None if it has no mark.
+      default: its default; None also if it has none.
+      alternative: the setting and value that it requires, such as ("quality.method", "expected").
+      excludes: settings that cannot be given together with it: `complexity.m` and `complexity.fraction`.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(group: type[Settings] = Config, prefix: str = "") -> Iterator[Leaf]:
-    """All settings below a group, those of all alternatives, in the order of their declaration."""
+    """Yields all settings below a group, those of all alternatives, in the order of declaration."""
     for name, field in group.model_fields.items():
         below = field.annotation
         union = union_of(field)
@@ -51,12 +51,12 @@ def leaves(group: type[Settings] = Config, prefix: str = "") -> Iterator[Leaf]:
 
 
 def affecting(settings: Settings, effects: Collection[Effect]) -> dict[str, Any]:
-    """Dotted names and values, as in JSON, of the settings that affect at least one of `effects`.
+    """Returns dotted names and JSON values of the settings that have at least one of `effects`.
 
-    A setting of an alternative that was not chosen is None where nothing else names the alternative
-    (`complexity.m` beside `complexity.fraction`), and is left out otherwise.
+    Settings of an alternative that was not chosen are left out. Where no setting names the alternative
+    (`complexity.m` and `complexity.fraction`), they are None instead.
 
-    Conditions name settings from the top of the tree: in a group taken alone they hold for none.
+    Conditions contain full names of settings, so in a group on its own none of them is met.
     """
     tree = settings.model_dump(mode="json")
     found = {}
@@ -70,7 +70,7 @@ def affecting(settings: Settings, effects: Collection[Effect]) -> dict[str, Any]
 
 
 def default_of(name: str) -> Any:
-    """A setting's default, as in JSON; None if it has none, or if there is no such setting."""
+    """Returns a setting's default as a JSON value; None if it has none, or if there is no such setting."""
     default = next((leaf.default for leaf in leaves() if leaf.name == name), None)
     return json.loads(json.dumps(default, default=lambda value: value.model_dump(mode="json")))
 
@@ -88,7 +88,7 @@ def _leaves_of_union(field: FieldInfo, prefix: str) -> Iterator[Leaf]:
             default = leaf.default if isinstance(field.default, member) else None
             if union.by is None:
                 yield leaf._replace(default=default, excludes=others)
-            elif leaf.name in others:  # of several alternatives, as the one that names them
+            elif leaf.name in others:  # a setting of several alternatives, such as their name
                 yield leaf._replace(default=default)
             else:
                 of = (prefix + union.by, union.named(member))

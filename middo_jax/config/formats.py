@@ -1,4 +1,4 @@
-"""The names that `data.format` may have. What they mean is said in `data.formats`."""
+"""The valid values of `data.format`; `data.formats` defines them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUILT_IN_FORMATS: tuple[str, ...] = tuple(
 
 
 def name_formats(names: Iterable[str]) -> None:
-    """Makes `auto` and these names the values of `data.format`."""
+    """Makes `auto` and these names the valid values of `data.format`."""
     field = DataSettings.__pydantic_fields__["format"]
     field.annotation = Literal["auto", *names]  # pyright: ignore[reportAttributeAccessIssue]
     for group in (DataSettings, Config):

@@ -1,8 +1,8 @@
-"""The table of gates: what a rewrite has to pass before it enters the dataset, in the order of asking.
+"""The table of gates: the checks that a rewrite must pass before it enters the dataset, in order.
 
-Everything that is said of a gate is said here: its setting, its place in the order, what a next attempt is
-told, the report's row and the docs' row. Only the check itself is elsewhere, in
-`refine.acceptance.table`: it needs packages that neither settings nor reports may import.
+A row declares everything about a gate: its setting, its place in the order, the feedback to the next attempt,
+and its texts in the report and the docs. Only the check itself is in `refinement.acceptance.table`, because
+it needs packages that neither settings nor reports may import.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-Accept = Literal["none", "sane", "measured"]  # the values of refine.accept, the laxest first
+Accept = Literal["none", "sane", "measured"]  # the values of refine.accept, the most lenient first
 Needs = Literal["prompt", "answer", "dataset", "measurement", "rating", "accepted"]
-# What a gate looks at, in the order in which it becomes known:
+# The input that a gate needs, in the order in which the inputs become available:
 #   prompt       the refiner's reply and the new prompt in it; the answer is not paid for yet
 #   answer       the answer to the new prompt
 #   dataset      the dataset's lengths, and the tokenizer
-#   measurement  what the model under training says of the candidate
-#   rating       its judge's rating
+#   measurement  the candidate's measurements under the model in training
+#   rating       the judge's rating of the candidate
 #   accepted     every known conversation, and the rewrites accepted so far
 PHASES: tuple[Needs, ...] = typing.get_args(Needs)
 Of = Literal["all", "replacements", "hard", "low quality", "additions"]
@@ -27,14 +27,14 @@ Of = Literal["all", "replacements", "hard", "low quality", "additions"]
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """A gate's setting: a bar, `refine.gates.NAME`, within bounds or null.
+    """A gate's setting: a bar (threshold), `refine.gates.NAME`, within bounds or null.
 
-    Without a bar, the gate is opened by its name in `refine.gates.open`.
+    A gate without a bar is opened (disabled) by its name in `refine.gates.open`.
 
     Attributes:
-      default: a number is a bar; True: there is none.
-      gt, ge, lt, le: bounds of a bar, named as by pydantic.
-      opens: whether a bar of null opens the gate; otherwise it makes the gate ask less.
+      default: default of the bar; True if the gate has no bar.
+      gt, ge, lt, le: bounds of the bar, with pydantic's names.
+      opens: whether a bar of null opens the gate; if False, null only makes the gate more lenient.
     """
 
     default: bool | float
@@ -55,15 +55,16 @@ class Gate:
     """One row of the table.
 
     Attributes:
-      name: as in candidates.jsonl.
-      needs: what its check looks at; gates are asked in the order of PHASES.
-      accept: the laxest `refine.accept` under which it is asked.
-      of: the rewrites that it is asked of.
-      title: the report's words for what passes.
+      name: name in candidates.jsonl.
+      needs: the input of its check; gates run in the order of PHASES.
+      accept: the most lenient `refine.accept` under which it runs.
+      of: the rewrites that it checks.
+      title: the report's text for rewrites that pass.
       rule: a sentence for the settings and the docs: what passes.
-      feedback: what the next attempt is told, by fault; "" is the gate's only fault. No numbers: what was
-        measured depends on the machine in its last digits, and equal requests are answered from the cache.
-      switch: its setting; the name of a gate that shares its setting with this one; or None: always shut.
+      feedback: fault -> text for the next attempt; "" is the key if the gate has only one fault. It contains
+        no numbers: the last digits of measurements depend on the machine, and equal requests are answered
+        from the cache.
+      switch: its setting; or the name of the gate whose setting it shares; or None: it cannot be opened.
     """
 
     name: str
@@ -77,13 +78,13 @@ class Gate:
 
     @property
     def setting(self) -> str | None:
-        """The gate whose setting is its own: itself, another one, or None."""
+        """The name of the gate that has its setting: itself, another gate, or None."""
         if self.switch is None:
             return None
         return self.switch if isinstance(self.switch, str) else self.name
 
     def concerns(self, axes: Collection[str]) -> bool:
-        """Whether it is asked of rewrites that these axes asked for."""
+        """Whether it checks rewrites of samples that these axes selected."""
         return {
             "all": True,
             "replacements": "diversity" not in axes,
@@ -93,12 +94,12 @@ class Gate:
         }[self.of]
 
     def is_shut(self, accept: str, gates: Mapping[str, Any]) -> bool:
-        """Whether it is asked at all.
+        """Whether the gate runs.
 
         Args:
           accept: `refine.accept`.
-          gates: `refine.gates` as a mapping, or `GateSettings.values()`, also of an earlier version's folder,
-            where every gate had a setting of its own; what is not in it has its default.
+          gates: `refine.gates` as a mapping, or `GateSettings.values()`; missing gates have their default. In
+            folders of an earlier version every gate has a setting of its own.
         """
         levels: tuple[str, ...] = typing.get_args(Accept)
         if levels.index(self.accept) > levels.index(accept):
@@ -313,15 +314,15 @@ _TABLE = [
 
 
 def gates() -> tuple[Gate, ...]:
-    """All gates, in the order in which a candidate meets them."""
+    """Returns all gates, in the order in which they run."""
     return tuple(_TABLE)
 
 
 def gate(name: str) -> Gate:
-    """The row of a name.
+    """Returns the row of a gate.
 
     Raises:
-      KeyError: there is none.
+      KeyError: there is no gate of that name.
     """
     for row in _TABLE:
         if row.name == name:
@@ -330,23 +331,25 @@ def gate(name: str) -> Gate:
 
 
 def enter(row: Gate) -> None:
-    """Adds a row behind all that need no more than it does.
+    """Adds a row after all gates of its phase and of earlier phases.
 
     Raises:
-      ValueError: there is a gate of that name, or its setting is another gate's that does not exist.
+      ValueError: the name is taken, or the gate whose setting it shares does not exist.
     """
     if any(known.name == row.name for known in _TABLE):
         raise ValueError(f"there is a gate called {row.name!r} already")
     if isinstance(row.switch, str) and not any(known.name == row.switch for known in _TABLE):
-        raise ValueError(f"gate {row.name!r}: no gate is called {row.switch!r}, whose setting it is to share")
+        raise ValueError(
+            f"gate {row.name!r}: no gate is called {row.switch!r}, so it cannot share its setting"
+        )
     behind = [known for known in _TABLE if PHASES.index(known.needs) <= PHASES.index(row.needs)]
     _TABLE.insert(len(behind), row)
 
 
 def strike(name: str) -> None:
-    """Takes a row out again.
+    """Removes a row.
 
     Raises:
-      KeyError: there is none.
+      KeyError: there is no gate of that name.
     """
     _TABLE.remove(gate(name))

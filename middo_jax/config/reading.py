@@ -1,4 +1,4 @@
-"""YAML files, `a.b=c` overrides and mappings -> settings; what is wrong with them, in words."""
+"""Reads settings from YAML files, `a.b=c` overrides and mappings, and explains errors in them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from middo_jax.config.renamed import RENAMED
 from middo_jax.config.settings import Config
 from middo_jax.config.unions import OTHER_ALTERNATIVE, is_inline, union_of
 
-# Settings as a caller gives them: {"train.learning_rate": 1e-4, "complexity": {"fraction": 0.05}}, texts as a
-# command takes them, or a whole tree.
+# Forms in which callers pass settings: {"train.learning_rate": 1e-4, "complexity": {"fraction": 0.05}},
+# strings as on the command line, or a whole Config.
 SettingsLike = Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | Config | None
 
 
 def layers_of(settings: SettingsLike) -> list[str | Mapping[str, Any]]:
-    """What `load` takes as overrides; of a whole tree, the settings that were given when it was made."""
+    """Returns overrides for `load`; for a Config, the settings that were set explicitly."""
     if settings is None:
         return []
     if isinstance(settings, Config):
@@ -32,16 +32,16 @@ def layers_of(settings: SettingsLike) -> list[str | Mapping[str, Any]]:
 
 
 def load(path: str | Path | None, overrides: Sequence[str | Mapping[str, Any]] = ()) -> Config:
-    """Reads a YAML file and applies what follows, the last one winning.
+    """Reads a YAML file and applies overrides; the last one wins.
 
     Args:
-      path: the YAML file; None starts from the defaults alone.
-      overrides: `train.learning_rate=1e-4`, values read as YAML; further YAML files, whose settings are laid
-        over those before, such as `hardware/v5e-64.yaml`; or mappings of dotted names or groups.
+      path: the YAML file; None starts from the defaults.
+      overrides: `train.learning_rate=1e-4`, with values parsed as YAML; further YAML files, such as
+        `hardware/v5e-64.yaml`; or mappings of dotted names or groups.
 
     Raises:
-      ConfigError: a file is missing or no mapping, a key is unknown (with the nearest valid one), a value has
-        the wrong type or range.
+      ConfigError: a file is missing or not a mapping, a key is unknown (the message suggests the nearest
+        valid one), or a value has the wrong type or range.
     """
     tree: dict[str, Any] = {} if path is None else read_tree(path)
     names = _Names.known()
@@ -59,7 +59,7 @@ def load(path: str | Path | None, overrides: Sequence[str | Mapping[str, Any]] =
 
 
 def stored(tree: Mapping[str, Any]) -> Config | None:
-    """The settings of a stored config.yaml, or None if they are another version's."""
+    """Returns the settings of a stored config.yaml; None if another version wrote it."""
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError:
@@ -67,10 +67,10 @@ def stored(tree: Mapping[str, Any]) -> Config | None:
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """A YAML file of settings as a plain tree, not validated.
+    """Reads a YAML file of settings as a plain tree, without validation.
 
     Raises:
-      ConfigError: it cannot be read, or holds no mapping.
+      ConfigError: the file cannot be read or is not a mapping.
     """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -84,7 +84,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
 
 class _Names(NamedTuple):
-    """What has to be known of settings' names when some are laid over others.
+    """The names of all settings, for applying overrides.
 
     Attributes:
       groups: dotted names of groups, and of alternatives that have settings of their own.
@@ -96,14 +96,14 @@ class _Names(NamedTuple):
 
     @classmethod
     def known(cls) -> _Names:
-        """Those of the settings as they are declared now: a gate may have added one."""
+        """Returns the names as declared now, because registered gates and axes add settings."""
         by_name = {leaf.name: leaf for leaf in leaves()}
         parts = [name.split(".") for name in by_name]
         groups = frozenset(".".join(of[:n]) for of in parts for n in range(1, len(of)))
         return cls(groups, by_name)
 
     def displaced(self, name: str, value: Any) -> set[str]:
-        """The settings of other alternatives than the one that this setting chooses, when it is given."""
+        """Returns the settings of other alternatives, which this setting removes when it is given."""
         leaf = self.leaves.get(name)
         if leaf is None or value is None:
             return set()
@@ -112,14 +112,14 @@ class _Names(NamedTuple):
         return others | set(leaf.excludes)
 
     def as_group(self, name: str, value: Any) -> Any:
-        """`{name: adamw}` for `adamw`, the short form of an alternative; anything else as it is."""
+        """Expands the short form of an alternative, `adamw`, to `{name: adamw}`; leaves others unchanged."""
         return {"name": value} if isinstance(value, str) and f"{name}.name" in self.leaves else value
 
     def inside(self, tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-        """(the mapping that contains a setting, the setting's own name); groups are made where missing.
+        """Returns (the mapping that contains a setting, the last part of its name); creates missing groups.
 
         Raises:
-          ConfigError: a part of the name is no group.
+          ConfigError: a part of the name is not a group.
         """
         *groups, last = name.split(".")
         for depth, group in enumerate(groups, start=1):
@@ -128,7 +128,7 @@ class _Names(NamedTuple):
             tree[group] = {} if is_unset else self.as_group(path, below)
             tree = tree[group]
             if not isinstance(tree, dict):
-                raise ConfigError(f"config: {name} is not a setting: {group} holds no settings of its own")
+                raise ConfigError(f"config: {name} is not a setting: {group} is not a group of settings")
         return tree, last
 
 
@@ -150,7 +150,7 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def _lay_over(tree: dict[str, Any], other: Mapping[str, Any], names: _Names, prefix: str = "") -> None:
-    """Lays settings over others; one of several alternatives takes the place of the others."""
+    """Overrides settings by others; a given alternative replaces the other alternatives."""
     for key, value in other.items():
         name = f"{prefix}{key}"
         if name in names.groups and isinstance(value, dict) and tree.get(key) is not None:
@@ -166,7 +166,7 @@ def _lay_over(tree: dict[str, Any], other: Mapping[str, Any], names: _Names, pre
 
 
 def _parse(override: str | Mapping[str, Any], names: _Names) -> tuple[str | None, Any]:
-    """(dotted name, value) of `a.b=value`; (None, settings) of a YAML file or a mapping."""
+    """Returns (dotted name, value) of `a.b=value`, or (None, settings) of a YAML file or a mapping."""
     if isinstance(override, Mapping):
         return None, _nested(override, names)
     key, equals, text = override.partition("=")
@@ -178,14 +178,14 @@ def _parse(override: str | Mapping[str, Any], names: _Names) -> tuple[str | None
         value = yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise ConfigError(f"config: the value of {override!r} is not valid YAML: {e}") from e
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text.
+    if isinstance(value, str):  # YAML 1.1 parses 1e-4 as a string.
         with contextlib.suppress(ValueError):
             value = float(value)
     return key, value
 
 
 def _override(tree: dict[str, Any], key: str, value: Any, names: _Names, given: Collection[str]) -> None:
-    """Sets one setting; those of other alternatives go, unless they are `given` too."""
+    """Sets one setting; removes those of other alternatives, unless they are in `given`."""
     inside, last = names.inside(tree, key)
     for gone in names.displaced(key, value) - set(given):
         inside.pop(gone.rpartition(".")[2], None)
@@ -218,7 +218,7 @@ def _required(name: str) -> str:
 
 
 def not_a_setting(name: str) -> str:
-    """What to say of a name that is no setting: the new spelling of an old one, or the nearest valid name."""
+    """Returns the error for an unknown name: the new name of a renamed setting, or the nearest valid name."""
     if name in RENAMED:
         return f"config: {name} is now {RENAMED[name]}"
     names = _Names.known()
@@ -228,9 +228,9 @@ def not_a_setting(name: str) -> str:
 
 
 def _written(loc: Sequence[int | str]) -> Iterator[str]:
-    """The parts of a name as a user writes them.
+    """Yields the parts of a name as users write them.
 
-    Fields that are written in their group, and what pydantic appends to a setting's name, are left out.
+    Leaves out inline fields, and parts that pydantic appends to a setting's name.
     """
     group: Any = Config
     for part in loc:

@@ -1,4 +1,4 @@
-"""The refiner's settings: whom to ask, what it may cost, and what of its answers is taken."""
+"""The refiner's settings: endpoint, costs, and acceptance of its answers."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ from middo_jax.config.unions import Alternative, OneOf
 
 
 class Prices(Settings):
-    """What the endpoint charges, in US dollars per million tokens."""
+    """The endpoint's prices, in US dollars per million tokens."""
 
     affects: ClassVar[Affects | None] = Affects("cost")
 
-    prompt: NonNegativeFloat = Field(default=0.0, description="US dollars per million tokens.")
+    prompt: NonNegativeFloat = Field(default=0.0, description="US dollars per million prompt tokens.")
     cached: NonNegativeFloat | None = Field(
-        default=None, description="Of prompt tokens that the server had cached. None: as `prompt`."
+        default=None,
+        description="US dollars per million prompt tokens from the server's cache. None: as `prompt`.",
     )
-    completion: NonNegativeFloat = Field(default=0.0, description="US dollars per million tokens.")
+    completion: NonNegativeFloat = Field(default=0.0, description="US dollars per million completion tokens.")
 
 
 class Dollars(Alternative):
-    """What a run may cost, by refine.prices."""
+    """The budget of a run in US dollars, by refine.prices."""
 
     affects: ClassVar[Affects | None] = Affects("cost")
 
     usd: PositiveFloat = Field(
-        description="Stop refining before a run, all its rounds and starts, costs more US dollars."
+        description="Refinement stops before a run, with all its rounds and starts, costs more US dollars."
     )
 
 
 class Tokens(Alternative):
-    """How many tokens a run may take."""
+    """The budget of a run in tokens."""
 
     affects: ClassVar[Affects | None] = Affects("cost")
 
     tokens: PositiveInt = Field(
-        description="The same in tokens, prompts and completions together, in place of `usd`."
+        description="Refinement stops before a run uses more tokens, of prompts and completions together; "
+        "instead of `usd`."
     )
 
 
@@ -52,8 +54,8 @@ class RequestRate(Alternative):
     affects: ClassVar[Affects | None] = Affects("speed")
 
     requests: PositiveInt = Field(
-        description="An account's limit of requests per minute, retries included. Give the limit that is "
-        "reached first: a server's refusals slow requests down too."
+        description="The account's limit of requests per minute, retries included. Give the limit that is "
+        "reached first; refusals by the server also slow requests down."
     )
 
 
@@ -63,16 +65,16 @@ class TokenRate(Alternative):
     affects: ClassVar[Affects | None] = Affects("speed")
 
     tokens: PositiveInt = Field(
-        description="An account's limit of tokens per minute, of prompts and completions together."
+        description="The account's limit of tokens per minute, of prompts and completions together."
     )
 
 
 class GateSettings(Settings):
-    """What a rewrite must pass under refine.accept: the bars of gates that have one, and the gates left open.
+    """The bars (thresholds) of the gates that have one, and the gates left open (disabled).
 
-    docs/refine.md lists the gates in the order in which they are asked. A share sets the bar by the dataset's
-    own similarities: cosines of mean states are high even between unrelated prompts, and how high differs
-    from model to model. `null` opens a gate that has a bar.
+    docs/refine.md lists the gates in the order in which they run. A bar given as a share is converted to a
+    similarity from the dataset: cosines of mean states are high even between unrelated prompts, and differ
+    between models. `null` opens a gate that has a bar.
     """
 
     affects: ClassVar[Affects | None] = Affects("acceptance")
@@ -82,7 +84,7 @@ class GateSettings(Settings):
         def __init__(self, **values: Any) -> None: ...
 
     open: tuple[str, ...] = Field(
-        default=(), description="Gates that are not asked, of those without a bar: [numbers, code]."
+        default=(), description="Gates without a bar that do not run, such as [numbers, code]."
     )
 
     @pydantic.field_validator("open")
@@ -98,9 +100,9 @@ class GateSettings(Settings):
         return tuple(name for name in openable if name in names)
 
     def value(self, name: str) -> Any:
-        """A gate's bar; of a gate without one, whether it is shut.
+        """Returns a gate's bar; for a gate without a bar, whether it runs.
 
-        A gate that was declared after these settings were made has its default.
+        A gate that was declared after these settings were created has its default.
         """
         switch = gate(name).switch
         if isinstance(switch, Switch) and not switch.has_bar:
@@ -108,12 +110,12 @@ class GateSettings(Settings):
         return getattr(self, name, type(self).model_fields[name].default)
 
     def values(self) -> dict[str, Any]:
-        """All gates that have a setting, by name."""
+        """Returns name -> value of all gates that have a setting."""
         return {row.name: self.value(row.name) for row in gates() if isinstance(row.switch, Switch)}
 
 
 def declare(rows: Iterable[Gate], users: Iterable[type[Settings]] = ()) -> None:
-    """Makes the bars of gates fields of `GateSettings`; `users` are the groups that contain it."""
+    """Adds the bars of gates as fields of `GateSettings`; `users` are the groups that contain it."""
     for row in rows:
         if isinstance(row.switch, Switch) and row.switch.has_bar:
             bounds = {name: getattr(row.switch, name) for name in ("gt", "ge", "lt", "le")}
@@ -125,8 +127,8 @@ def declare(rows: Iterable[Gate], users: Iterable[type[Settings]] = ()) -> None:
 
 
 def withdraw(name: str, users: Iterable[type[Settings]] = ()) -> None:
-    """Takes a gate's setting back."""
-    if name in GateSettings.__pydantic_fields__:  # it has none where the gate has no bar
+    """Removes a gate's setting."""
+    if name in GateSettings.__pydantic_fields__:  # a gate without a bar has no field
         del GateSettings.__pydantic_fields__[name]
     _rebuild(users)
 
@@ -144,70 +146,72 @@ class RefineSettings(Settings):
 
     base_url: Annotated[str | tuple[str, ...] | None, Affects("place")] = Field(
         default=None,
-        description="One URL, or a list of servers of the same model that share the load. "
+        description="One URL, or a list of URLs of servers with the same model, which share the load. "
         "None: $OPENAI_BASE_URL, else the embedded endpoint is started.",
     )
     model: Annotated[str | None, Affects("rewrites")] = Field(
         default=None,
-        description="Model to ask for, or to serve with the embedded endpoint. None: the base model.",
+        description="Model name in requests, or the model that the embedded endpoint serves. None: the base "
+        "model.",
     )
     model_revision: Annotated[str | None, Affects("rewrites")] = Field(
         default=None,
-        description="Part of the cache's key: change it when the served weights change and not their name.",
+        description="Part of the cache's key: change it when the served weights change but not their name.",
     )
     api_key_env: Annotated[str, Affects("place")] = Field(
-        default="OPENAI_API_KEY", description="NAME of the environment variable that holds the key."
+        default="OPENAI_API_KEY", description="NAME of the environment variable that contains the key."
     )
     temperature: Annotated[NonNegativeFloat, Affects("rewrites")] = Field(
-        default=1.0, description="0: greedy, hence repeatable."
+        default=1.0, description="Sampling temperature. 0: greedy, hence repeatable."
     )
     max_tokens: Annotated[PositiveInt, Affects("rewrites")] = Field(
         default=1024,
-        description="Completion tokens per request; an answer cut there is asked once more for twice.",
+        description="Maximum completion tokens per request; a truncated answer is requested once more with "
+        "twice the maximum.",
     )
     response_format: Annotated[Literal["auto", "text", "json"], Affects("rewrites")] = Field(
         default="auto",
-        description="How new prompts are asked for. json: by a schema that the server enforces; text: "
-        "between tags; auto: json if the server honours a schema, found out once and kept in the cache.",
+        description="Format of the refiner's new prompts. json: a schema that the server enforces; text: "
+        "between tags; auto: json if the server supports schemas, which is probed once and cached.",
     )
     concurrency: Annotated[PositiveInt, Affects("speed")] = Field(
         default=64,
-        description="Most requests in flight. It starts at 4, grows while answers come, and shrinks by a "
-        "quarter when the server refuses or slows down.",
+        description="Maximum number of requests in flight. The number starts at 4, grows while answers "
+        "arrive, and shrinks by a quarter when the server refuses or slows down.",
     )
     per_minute: Annotated[RequestRate | TokenRate | None, OneOf()] = None
     max_retries: Annotated[NonNegativeInt, Affects("speed")] = Field(
-        default=5, description="Retries of a request that may still succeed."
+        default=5, description="Maximum retries of a request after a temporary error."
     )
     timeout: Annotated[PositiveFloat, Affects("speed")] = Field(
-        default=300.0, description="Seconds per request."
+        default=300.0, description="Maximum seconds per request."
     )
     max_corrections: Annotated[NonNegativeInt, Affects("rewrites")] = Field(
-        default=2, description="Turns that ask again when an answer cannot be read."
+        default=2, description="Maximum correction turns if an answer cannot be parsed."
     )
     budget: Annotated[Dollars | Tokens | None, OneOf()] = None
     cache: Annotated[str | None, Affects("place")] = Field(
         default=None,
-        description="SQLite file of all answers. None: in the run's folder; runs may share one elsewhere.",
+        description="SQLite file for all answers. None: in the run's folder; several runs may share a file.",
     )
     show_response: Annotated[bool, Affects("rewrites")] = Field(
         default=True,
-        description="Whether the refiner also sees the original response; false is the published way.",
+        description="Whether the refiner's prompt also contains the original response; false as published.",
     )
     accept: Annotated[Literal["measured", "sane", "none"], Affects("acceptance")] = Field(
         default="measured",
-        description="measured: sane, and better on its axis under the model under training; sane: the text "
-        "alone is looked at; none: readable is enough, the published way.",
+        description="measured: sane, and better on its axis under the model in training; sane: only the text "
+        "is checked; none: any readable text is accepted, as published.",
     )
     max_attempts: Annotated[PositiveInt, Affects("acceptance")] = Field(
         default=2,
-        description="Times that a sample is tried, told why the last rewrite was not accepted; then the "
-        "original stays. 1 is the published way.",
+        description="Maximum attempts per sample; each later prompt says why the last rewrite was rejected. "
+        "If all fail, the original stays. 1 as published.",
     )
     growth: Annotated[Literal["free", "keep"] | NonNegativeFloat, Affects("growth")] = Field(
         default="free",
-        description="free: additions come on top, the published way; keep, or a share to grow by at most: "
-        "the most redundant samples that were never selected make room.",
+        description="free: the dataset grows by all additions, as published; keep, or a maximum share of "
+        "growth: the most redundant samples that were never selected are dropped.",
     )
     prices: Prices = Prices()
     gates: GateSettings = GateSettings()

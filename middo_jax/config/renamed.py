@@ -1,4 +1,4 @@
-"""Settings of earlier versions, and what is written in their place."""
+"""Settings of earlier versions, and their replacements."""
 
 from __future__ import annotations
 

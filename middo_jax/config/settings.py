@@ -19,18 +19,18 @@ IF_SAMPLED = ("quality.method", "sample")
 
 
 class ModelSettings(Settings):
-    """Which model is fine-tuned and how its text is rendered."""
+    """The model to fine-tune, and how text is rendered for it."""
 
     path: Annotated[str, Affects("model")] = Field(
         description="A Hugging Face directory, a .gguf file, or a hub repo id."
     )
     dtype: Annotated[Literal["bfloat16", "float32"], Affects("model")] = Field(
-        default="bfloat16", description="Compute dtype of forward passes. float32 is the fast one on a CPU."
+        default="bfloat16", description="Compute dtype of forward passes. On a CPU float32 is faster."
     )
     attention: Annotated[Literal["auto", "xla", "tiled", "splash", "triton"], Affects("speed")] = Field(
         default="auto",
-        description="auto: splash on TPUs, triton on GPUs, tiled on CPUs, and xla where these cannot do what "
-        "is asked. By name: that one, or an error.",
+        description="Attention kernel. auto: splash on TPUs, triton on GPUs, tiled on CPUs, and xla if these "
+        "do not support a case. A named kernel is used, or raises an error.",
     )
     template: Annotated[str | None, Affects("text")] = Field(
         default=None,
@@ -43,7 +43,7 @@ class ModelSettings(Settings):
         "the first start, which is recorded in the run's config.yaml.",
     )
     max_length: Annotated[PositiveInt, Affects("text")] = Field(
-        default=2048, description="Tokens of a rendered conversation; longer ones are cut."
+        default=2048, description="Maximum tokens of a rendered conversation; longer ones are truncated."
     )
 
 
@@ -56,14 +56,14 @@ class DataSettings(Settings):
         description="A .json/.jsonl/.parquet file, a dataset directory, tfds:NAME:SPLIT or hf:NAME:SPLIT."
     )
     format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion"] = Field(
-        default="auto", description="Shape of a row. auto: told by its columns."
+        default="auto", description="Format of the rows. auto: detected from the columns."
     )
-    limit: PositiveInt | None = Field(default=None, description="Take only the first rows.")
+    limit: PositiveInt | None = Field(default=None, description="Number of first rows to use. None: all.")
     eval_fraction: float = Field(
         default=0.1,
         ge=0,
         lt=1,
-        description="Share of the rows that is held out: never trained on, never rewritten.",
+        description="Share of the rows to hold out: never trained on, never rewritten.",
     )
     source_column: str = Field(
         default="source", description="Column by which the held-out split is stratified, if present."
@@ -71,40 +71,41 @@ class DataSettings(Settings):
 
 
 class MeshSettings(Settings):
-    """Devices along each mesh axis, -1: what is left. `data` spans slices, the others stay inside one."""
+    """Devices along each mesh axis, -1: all that remain. `data` spans slices, the others stay inside one."""
 
     affects: ClassVar[Affects | None] = Affects("place")
 
     data: int = Field(default=1, ge=-1, description="Data parallel, parameters replicated.")
-    fsdp: int = Field(default=-1, ge=-1, description="Data parallel, parameters split.")
-    tensor: int = Field(default=1, ge=-1, description="Heads, MLP and vocabulary split.")
+    fsdp: int = Field(default=-1, ge=-1, description="Data parallel, parameters sharded.")
+    tensor: int = Field(default=1, ge=-1, description="Tensor parallel: heads, MLP and vocabulary sharded.")
 
 
 class HostsSettings(Settings):
-    """Several processes that run one job; each finds the others in its cluster's environment."""
+    """Jobs of several processes; each process finds the others through its cluster's environment."""
 
     affects: ClassVar[Affects | None] = Affects("place")
 
     start_timeout: float = Field(
-        default=1800, gt=0, description="Seconds to wait for all processes at the start; pods start slowly."
+        default=1800, gt=0, description="Seconds to wait for all processes at the start. Pods start slowly."
     )
     stall_timeout: float = Field(
-        default=1800, gt=0, description="Seconds without progress of any process, after which all end."
+        default=1800, gt=0, description="Seconds without progress of any process, after which all are ended."
     )
 
 
 class ScoringSettings(Settings):
-    """The forward passes that score: their speed and memory, and one more column. No selection changes."""
+    """The scoring passes: their speed and memory, and one optional column. No effect on selections."""
 
     batch_tokens: Annotated[PositiveInt, Affects("speed")] = Field(
-        default=2048, description="Tokens of a packed batch, all devices together."
+        default=2048, description="Tokens per packed batch, all devices together."
     )
     unembed_chunk: Annotated[PositiveInt, Affects("speed")] = Field(
-        default=512, description="Target positions of a device whose logits exist at one time."
+        default=512, description="Target positions per device whose logits exist at one time."
     )
     ifd: Annotated[bool, Affects("scores")] = Field(
         default=False,
-        description="Also score each response without its prompt, for the column `ifd`. Takes one more pass.",
+        description="Whether to score each response without its prompt too, for the column `ifd`. Takes one "
+        "more pass.",
     )
 
 
@@ -112,10 +113,10 @@ class ServeSettings(Settings):
     """The embedded endpoint, and the engine of quality.method: sample."""
 
     max_batch: Annotated[PositiveInt, Affects("speed")] = Field(
-        default=8, description="Requests decoded together."
+        default=8, description="Maximum number of requests decoded together."
     )
     max_context: Annotated[PositiveInt, Affects("rewrites", scores=IF_SAMPLED)] = Field(
-        default=2048, description="Tokens of prompt and answer together."
+        default=2048, description="Maximum tokens of prompt and answer together."
     )
 
 
@@ -126,13 +127,13 @@ class Config(Settings):
         default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The run's folder under runs_dir."
     )
     runs_dir: Annotated[str, Affects("place")] = Field(
-        default="runs", description="Folder on this machine that holds the runs."
+        default="runs", description="Folder on this machine that contains the runs."
     )
     seed: Annotated[NonNegativeInt, Affects("data", "training", "rewrites", scores=IF_SAMPLED)] = Field(
-        default=0, description="Of the held-out split, the order of training, sampling."
+        default=0, description="Seed of the held-out split, the order of training and sampling."
     )
     rounds: Annotated[PositiveInt, Affects("rounds")] = Field(
-        default=1, description="Times that the dataset is diagnosed and improved."
+        default=1, description="Number of rounds of diagnosing and improving the dataset."
     )
     model: ModelSettings
     data: DataSettings
@@ -159,16 +160,16 @@ class Config(Settings):
         if self.train.batch_size % self.train.gradient_accumulation:
             raise ValueError("train.gradient_accumulation must divide train.batch_size")
         if self.train.keep_best and self.train.eval_every is None:
-            raise ValueError("train.keep_best needs train.eval_every, to know which state is the best")
+            raise ValueError("train.keep_best needs train.eval_every, to find the best state")
         return self
 
     def to_yaml(self) -> str:
-        """The resolved settings, all of them, as YAML that `load` reads back to an equal tree."""
+        """Returns all resolved settings as YAML, which `load` reads back to an equal tree."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML would otherwise break into lines where Unicode has a line end."""
+    """Quotes text with Unicode line ends, at which YAML would otherwise break it into lines."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

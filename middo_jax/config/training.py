@@ -1,4 +1,4 @@
-"""The settings of training: the optimizer, what is kept and shown, what a bad step does, and adapters."""
+"""The settings of training: optimizer, checkpoints, evaluation, trackers, bad steps and adapters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from middo_jax.config.base import Affects, Settings
 from middo_jax.config.unions import Alternative, OneOf
 
-# The matrices of a layer, by the names that PEFT knows them by too.
+# The matrices of a layer; PEFT uses the same names.
 AdaptedMatrix = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_WEIGHT_DECAY = "On matrices only, times the rate."
+_WEIGHT_DECAY = (
+    "Decoupled weight decay, times the learning rate; only for matrices that project hidden states."
+)
 
 
 class AdamW(Alternative):
@@ -24,8 +26,8 @@ class AdamW(Alternative):
 
     name: Literal["adamw"] = Field(
         default="adamw",
-        description="adamw; adafactor: a factored second moment and no first, hence next to no state. "
-        "`train.optimizer: adafactor` for short.",
+        description="adamw; adafactor: a factored second moment and no first, hence almost no state. Short "
+        "form: `train.optimizer: adafactor`.",
     )
     weight_decay: NonNegativeFloat = Field(default=0.0, description=_WEIGHT_DECAY)
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Decay rates of the two moments.")
@@ -51,9 +53,9 @@ class BadSteps(pydantic.BaseModel):
     """What a bad step does: `stop`, `skip`, or with a spike factor `{skip: 3}`.
 
     Attributes:
-      action: stop with an error, or leave the update out and go on.
-      spike_factor: a loss over so many times the median of the last 64 steps' makes a bad step too. None:
-        only what is not finite does.
+      action: stop with an error, or skip the update and continue.
+      spike_factor: a step is also bad if its loss is over this many times the median of the last 64 losses.
+        None: only values that are not finite make a step bad.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -67,7 +69,7 @@ class BadSteps(pydantic.BaseModel):
 
 
 class WandB(pydantic.BaseModel):
-    """Weights & Biases shows a training in a project: `{wandb: PROJECT}`."""
+    """The Weights & Biases project that shows a training: `{wandb: PROJECT}`."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
@@ -78,38 +80,37 @@ class TrainSettings(Settings):
     """Supervised fine-tuning."""
 
     learning_rate: Annotated[PositiveFloat, Affects("training")] = Field(
-        default=2e-5, description="Peak of the schedule."
+        default=2e-5, description="Peak learning rate of the schedule."
     )
     num_epochs: Annotated[PositiveInt, Affects("training")] = Field(
-        default=1, description="Passes over the dataset."
+        default=1, description="Number of passes over the dataset."
     )
     batch_size: Annotated[PositiveInt, Affects("training")] = Field(
         default=32, description="Packed sequences per optimizer step."
     )
     examples_per_step: Annotated[PositiveInt | None, Affects("training")] = Field(
         default=None,
-        description="Examples per optimizer step, as far as batch_size sequences hold them: the global batch "
-        "size of a trainer that does not pack. None: as many as they hold.",
+        description="Examples per optimizer step, if they fit into batch_size sequences: the global batch "
+        "size of a trainer that does not pack. None: as many as fit.",
     )
     gradient_accumulation: Annotated[PositiveInt, Affects("speed")] = Field(
         default=1,
-        description="Micro-batches per step; each holds batch_size / gradient_accumulation sequences.",
+        description="Micro-batches per step; each has batch_size / gradient_accumulation sequences.",
     )
     warmup_ratio: Annotated[float, Affects("training")] = Field(
-        default=0.03, ge=0, lt=1, description="Share of all steps with rising learning rate."
+        default=0.03, ge=0, lt=1, description="Share of all steps in which the learning rate rises."
     )
     schedule: Annotated[Literal["cosine", "linear", "constant"], Affects("training")] = Field(
-        default="cosine", description="Of the learning rate after warm-up; cosine and linear end at 0."
+        default="cosine", description="Learning rate after warm-up; cosine and linear end at 0."
     )
     optimizer: Annotated[AdamW | Adafactor, OneOf(by="name")] = AdamW()
     param_dtype: Annotated[Literal["float32", "bfloat16"], Affects("training")] = Field(
         default="float32",
-        description="What trained weights are kept in, whatever model.dtype computes in; adapters are "
-        "float32 in any case. bfloat16: updated weights are rounded by chance, so that small updates add up "
-        "instead of being lost.",
+        description="Dtype of the trained weights, independent of model.dtype; adapters are always float32. "
+        "bfloat16: updated weights are rounded stochastically, so that small updates are not lost.",
     )
     max_grad_norm: Annotated[PositiveFloat, Affects("training")] = Field(
-        default=1.0, description="Global-norm clipping."
+        default=1.0, description="Maximum global norm of the gradient; larger gradients are scaled down."
     )
     remat: Annotated[Literal["none", "dots", "layer"], Affects("speed")] = Field(
         default="layer",
@@ -119,30 +120,30 @@ class TrainSettings(Settings):
     )
     start_from: Annotated[Literal["base", "previous"], Affects("training")] = Field(
         default="base",
-        description="What every round fine-tunes from: the base model, or the model of the round before. "
-        "loss_pre is the loss under the same model.",
+        description="The model that every round fine-tunes: the base model, or the previous round's model. "
+        "loss_pre is the loss under this model.",
     )
     save_every: Annotated[PositiveInt, Affects("speed")] = Field(
         default=50, description="Steps between checkpoints within a training."
     )
     eval_every: Annotated[PositiveInt | None, Affects("shown")] = Field(
         default=None,
-        description="Steps between held-out losses, also by data.source_column; once more after the last. "
-        "None: none while training.",
+        description="Steps between measurements of the held-out loss, also by data.source_column; one more "
+        "after the last step. None: no measurement during training.",
     )
     keep_best: Annotated[bool, Affects("shown")] = Field(
         default=False,
-        description="Keep the state with the lowest held-out loss too, as checkpoint/best.",
+        description="Whether to keep the state with the lowest held-out loss too, as checkpoint/best.",
     )
     on_bad_step: Annotated[BadSteps, Affects("training")] = Field(
         default=BadSteps(),
-        description="When loss or gradient is no finite number. stop: stop with an error; skip: leave that "
-        "update out and go on. {stop: 3} or {skip: 3}: also where the loss is over 3 times the median of the "
-        "last 64 steps'.",
+        description="Action if the loss or gradient is not finite. stop: stop with an error; skip: skip the "
+        "update and continue. {stop: 3} or {skip: 3}: also if the loss is over 3 times the median of the "
+        "last 64 losses.",
     )
     trackers: Annotated[tuple[Literal["tensorboard"] | WandB, ...], Affects("shown")] = Field(
         default=(),
-        description="Where the training is shown too, such as [tensorboard, {wandb: PROJECT}]; each needs "
+        description="Trackers that show the training, such as [tensorboard, {wandb: PROJECT}]; each needs "
         "the extra of its name.",
     )
 
@@ -172,21 +173,21 @@ class TrainSettings(Settings):
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters beside frozen matrices (LoRA), trained instead of the model's own weights.
+    """Low-rank adapters of frozen matrices (LoRA), trained instead of the model's own weights.
 
-    They want about ten times the learning rate of full fine-tuning, such as train.learning_rate=2e-4.
+    They need about ten times the learning rate of full fine-tuning, such as train.learning_rate=2e-4.
     """
 
     affects: ClassVar[Affects | None] = Affects("training")
 
     rank: PositiveInt | None = Field(
-        default=None, description="Inner width of an adapter. None: no adapters, all weights are trained."
+        default=None, description="Rank of an adapter. None: no adapters, all weights are trained."
     )
-    alpha: PositiveFloat = Field(default=16.0, description="An adapter's output is weighed alpha / rank.")
+    alpha: PositiveFloat = Field(default=16.0, description="An adapter's output is scaled by alpha / rank.")
     target_modules: tuple[AdaptedMatrix, ...] = Field(
         default=typing.get_args(AdaptedMatrix),
         min_length=1,
-        description="Matrices that get an adapter. All of them by default: attention's alone learn less.",
+        description="Matrices with an adapter. Default: all, because adapting only attention learns less.",
     )
 
     @pydantic.field_validator("target_modules")

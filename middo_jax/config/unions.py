@@ -1,4 +1,4 @@
-"""Settings of which only one of several alternatives can be given.
+"""Settings with several alternatives, of which only one can be given.
 
     optimizer: Annotated[AdamW | Adafactor, OneOf(by="name")] = AdamW()
     threshold: Annotated[Deviations | Fraction, OneOf(inline=True)] = Deviations()
@@ -25,10 +25,10 @@ OTHER_ALTERNATIVE = "other_alternative"  # the type of pydantic's error for a se
 
 
 class Alternative(Settings):
-    """One of several groups of settings of which one is given. It is given as a whole, defaults included."""
+    """One of several alternative groups of settings. The chosen one counts as set, defaults included."""
 
     def model_post_init(self, context: Any, /) -> None:
-        """Marks all settings as given, so that settings laid over others carry the whole alternative."""
+        """Marks all settings as set, so that overrides replace the whole alternative."""
         self.model_fields_set.update(type(self).model_fields)
 
 
@@ -37,7 +37,7 @@ class OneOf:
     """The mark of a field whose type is a union of alternatives; the first is the default.
 
     Attributes:
-      by: the setting whose value names the alternative. Without it, the settings that are given tell it.
+      by: name of the setting whose value chooses the alternative. None: the given settings determine it.
       inline: whether its settings are written in the group that contains the field.
     """
 
@@ -52,13 +52,13 @@ class OneOf:
         return core_schema.no_info_before_validator_function(choose, handler(source))
 
     def named(self, alternative: type[Alternative]) -> str | None:
-        """The value of `by` that names an alternative."""
+        """Returns the value of `by` that chooses an alternative."""
         if self.by is None:
             return None
         return typing.get_args(alternative.model_fields[self.by].annotation)[0]
 
     def _choose(self, members: tuple[type[Alternative], ...], is_optional: bool, value: Any) -> Any:
-        """A mapping or a name -> the alternative."""
+        """Converts a mapping or a name to the alternative."""
         if self.by is not None and isinstance(value, str):
             value = {self.by: value}
         if not isinstance(value, Mapping):
@@ -70,7 +70,7 @@ class OneOf:
         return self._by_name(members, value)
 
     def _forms(self, members: Sequence[type[Alternative]]) -> str:
-        """`adamw or adafactor`, or `{usd: ...} or {tokens: ...}`."""
+        """Returns `adamw or adafactor`, or `{usd: ...} or {tokens: ...}`."""
         forms = (self.named(member) or f"{{{next(iter(member.model_fields))}: ...}}" for member in members)
         return " or ".join(forms)
 
@@ -97,12 +97,12 @@ class OneOf:
 
 
 def union_of(field: FieldInfo) -> OneOf | None:
-    """The mark of a field that is one of several alternatives."""
+    """Returns the `OneOf` mark of a field, None if it has none."""
     return next((entry for entry in field.metadata if isinstance(entry, OneOf)), None)
 
 
 def members_of(field: FieldInfo) -> tuple[type[Alternative], ...]:
-    """The alternatives of such a field."""
+    """Returns the alternatives of a field with such a mark."""
     return _members(field.annotation)
 
 
@@ -123,7 +123,7 @@ class Inlining(Settings):
         rest = dict(data)
         for name, field in _inlined(cls):
             if name in rest and not isinstance(rest[name], Settings):
-                raise _invalid(_detail("extra_forbidden", name, rest[name]))  # no one writes that name
+                raise _invalid(_detail("extra_forbidden", name, rest[name]))  # the name is internal
             own = {key for member in members_of(field) for key in member.model_fields}
             given = {key: rest.pop(key) for key in data if key in own}
             if given and name in rest:

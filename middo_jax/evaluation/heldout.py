@@ -1,4 +1,4 @@
-"""Held-out loss: the loss on examples that no training saw, from a scoring pass.
+"""Held-out loss: the loss on examples that are never trained on, computed from a scoring pass.
 
 Axes: docs/contributing.md#axes.
 """
@@ -13,12 +13,12 @@ import numpy as np
 
 
 class RowLosses(NamedTuple):
-    """Sums of the loss of each of n examples, in their order.
+    """Summed loss of each of n examples, in order.
 
     Attributes:
-      ids: of the examples.
+      ids: IDs of the examples.
       nll_n: float64 [n], sum of the negative log-likelihoods of the example's target tokens, in nats.
-      n_targets_n: int64 [n], how many target tokens that sum has.
+      n_targets_n: int64 [n], number of the example's target tokens.
     """
 
     ids: Sequence[str]
@@ -27,20 +27,20 @@ class RowLosses(NamedTuple):
 
 
 class SourceLoss(NamedTuple):
-    """The same as `HeldoutLoss`, for the examples of one source."""
+    """Held-out loss over the examples of one source; see `HeldoutLoss`."""
 
     loss: float
     n_target_tokens: int
 
 
 class HeldoutLoss(NamedTuple):
-    """Mean negative log-likelihood of all target tokens, each weighing the same.
+    """Mean negative log-likelihood over all target tokens, with equal weights.
 
     Attributes:
-      loss: nats per token.
-      n_target_tokens: over how many.
-      n: of how many examples.
-      by_source: the same of each source, by name; empty if there is but one.
+      loss: nats per target token.
+      n_target_tokens: number of target tokens.
+      n: number of examples.
+      by_source: source -> its loss; empty if there is only one source.
     """
 
     loss: float
@@ -50,7 +50,7 @@ class HeldoutLoss(NamedTuple):
 
 
 def row_losses(ids: Sequence[str], loss_n: np.ndarray, n_targets_n: np.ndarray) -> RowLosses:
-    """Means per target, as a scoring pass gives them, as sums; an example without targets adds nothing.
+    """Converts the mean losses of a scoring pass to sums; the sum of an example without targets is 0.
 
     loss [2, nan, 5], targets [3, 0, 1]  ->  sums [6, 0, 5]
 
@@ -64,7 +64,7 @@ def row_losses(ids: Sequence[str], loss_n: np.ndarray, n_targets_n: np.ndarray) 
 
 
 def total(rows: RowLosses, sources: Sequence[str] = ()) -> HeldoutLoss:
-    """The loss over all rows, and that of each source where `sources` names several (one name per row)."""
+    """Returns the loss over all rows and, if `sources` (a name per row) has several, of each source."""
 
     def mean(chosen_n: np.ndarray) -> SourceLoss:
         n_targets = int(rows.n_targets_n[chosen_n].sum())

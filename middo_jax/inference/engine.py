@@ -1,17 +1,17 @@
-"""Answers from a Decoder: prefill, decode and sampling on the device, continuous batching on the host.
+"""Text generation: prefill, decode and sampling on the device, continuous batching on the host.
 
     with Engine(graphdef, params, max_batch=8, max_context=2048) as engine:
         future = engine.submit(Request(prompt_tokens, max_tokens=256))
         future.result().tokens
 
-One cache holds `max_batch` slots. A prompt is read into a free slot in chunks; between the chunks all slots
-that are being answered are decoded together, one token per step, so that nobody's answer waits for a long
-prompt. A slot that ends is refilled before the next step. Whole chunks of a prompt that still lie in some
-slot are copied instead of read: requests that begin alike, as a refiner's do, share that work.
+The KV cache has `max_batch` slots. A prompt is prefilled into a free slot in chunks. Between the chunks, all
+slots with a complete prompt are decoded together, one token per step, so no answer waits for a long prompt. A
+finished slot is refilled before the next step. If another slot already contains whole chunks of a prompt,
+they are copied instead of computed: requests with a common prefix, such as a refiner's, share that work.
 
-A request's answer depends on the request alone, to the bit: not on its slot, not on what its neighbours ask,
-not on when it came. A chunk starts at a multiple of its length and sees only what is before it, so that a
-copied one is the one that would have been computed.
+A request's answer depends only on the request, bit for bit: not on its slot, the other requests or the time
+of its arrival. A chunk starts at a multiple of its length and attends only to earlier positions, so a copied
+chunk equals the computed one.
 Axes: docs/contributing.md#axes; b is a slot, p a position in it, e head dimension.
 """
 
@@ -38,15 +38,15 @@ from middo_jax.models.decoder import KVCache, empty_cache
 from middo_jax.models.model import Params, Structure, bound
 from middo_jax.parallel.mesh import fitting_spec
 
-# Tokens of a prompt that are read at a time, and the fewest that the last chunk is padded to.
+# Tokens of a prompt that are prefilled at a time, and the minimum padded length of the last chunk.
 CHUNK, SHORTEST_CHUNK = 128, 32
-# Chunks between two decode steps: more fill free slots sooner, fewer keep the answers in progress flowing.
+# Chunks between two decode steps: more chunks fill free slots sooner, fewer delay running answers less.
 CHUNKS_PER_STEP = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """An answer. `tokens` is without the stop token; "length": it was cut by max_tokens or the context."""
+    """An answer. `tokens` excludes the stop token; "length": max_tokens or the context was reached."""
 
     tokens: list[int]
     finish_reason: Literal["stop", "length"]
@@ -56,12 +56,12 @@ Array = TypeVar("Array")  # numpy's on the host, JAX's inside the program
 
 
 class PromptChunk(NamedTuple, Generic[Array]):
-    """A part of a prompt, and where it belongs.
+    """A part of a prompt and its place in the cache.
 
     Attributes:
-      tokens_1t: int32, padded on the right.
+      tokens_1t: int32 token IDs, padded on the right.
       start: position of the first token in its slot.
-      n_tokens: tokens without the padding.
+      n_tokens: number of tokens without padding.
       slot: row of the cache.
     """
 
@@ -75,7 +75,7 @@ class PromptChunk(NamedTuple, Generic[Array]):
 def prefill(
     graphdef: Structure, params: Params, cache: KVCache, chunk: PromptChunk[jax.Array], sampling: Sampling
 ) -> tuple[jax.Array, KVCache]:
-    """Reads one chunk of a prompt into its slot.
+    """Prefills one chunk of a prompt into its slot.
 
     Returns:
       (the token [1] that follows the chunk, the cache).
@@ -93,7 +93,7 @@ def copy_chunks(cache: KVCache, source: jax.Array, target: jax.Array, n_chunks: 
 
     def copy(index: jax.Array, cache: KVCache) -> KVCache:
         at = index * CHUNK + jnp.arange(CHUNK)
-        # Gathered and scattered: a slice of an axis that devices split would collect all of it first.
+        # Gather and scatter: XLA would all-gather the sharded slot axis for a dynamic slice.
         return KVCache(*(x_lbpke.at[:, target, at].set(x_lbpke[:, source, at]) for x_lbpke in cache))
 
     return _in_place(jax.lax.fori_loop(0, n_chunks, copy, cache))
@@ -108,7 +108,7 @@ def decode(
     positions_b: jax.Array,
     sampling: Sampling,
 ) -> tuple[jax.Array, KVCache]:
-    """Reads one token a slot; an idle slot's position is the cache's length.
+    """Decodes one token per slot; the position of an idle slot is the cache's length.
 
     Returns:
       (the next token [b], the cache).
@@ -118,11 +118,11 @@ def decode(
     return sample(model.unembed(hidden_b1d[:, 0]), sampling), _in_place(cache)
 
 
-_CACHE_AXES = (None, "batch", None, "kv_heads", None)  # of a cache: layers, slots, positions, heads, width
+_CACHE_AXES = (None, "batch", None, "kv_heads", None)  # layers, slots, positions, heads, head dimension
 
 
 def _in_place(cache: KVCache) -> KVCache:
-    """The cache, split over the mesh in use as it always is: so its memory is used again."""
+    """Constrains the cache to its usual sharding, so that donation can reuse its memory."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return cache
@@ -131,7 +131,7 @@ def _in_place(cache: KVCache) -> KVCache:
 
 
 def _mesh_of(params: Params) -> Mesh | None:
-    """The mesh on which parameters lie; None where they lie on a single device without one."""
+    """Returns the mesh of the parameters; None if they are on a single device without a mesh."""
     sharding = jax.tree.leaves(params)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
@@ -144,7 +144,7 @@ def _made_cache(config: DecoderConfig, max_batch: int, max_context: int) -> KVCa
 
 @dataclasses.dataclass
 class _Answer:
-    """A request that is queued or being answered, and its answer so far."""
+    """A queued or running request, and its answer so far."""
 
     request: Request
     future: concurrent.futures.Future[Completion]
@@ -152,7 +152,7 @@ class _Answer:
 
     @property
     def chunks(self) -> list[tuple[int, ...]]:
-        """The prompt's whole chunks, less what has to be read in any case: its last token."""
+        """The prompt's whole chunks, without the last token, which must always be computed."""
         prompt = tuple(self.request.prompt_tokens)
         return [prompt[start : start + CHUNK] for start in range(0, len(prompt) - CHUNK, CHUNK)]
 
@@ -162,10 +162,10 @@ class _Slot:
     """A row of the cache.
 
     Attributes:
-      answer: what it is used for, None if free.
-      n_read: tokens of its prompt that are in the cache.
-      chunks: the whole chunks at the row's start, of this prompt or of the one before.
-      used: when it was last given to a request.
+      answer: the answer that uses the row; None if the row is free.
+      n_read: number of tokens of the prompt that are in the cache.
+      chunks: the whole chunks at the row's start, of this prompt or of the previous one.
+      used: sequence number of the last request that got the row.
     """
 
     answer: _Answer | None = None
@@ -175,29 +175,29 @@ class _Slot:
 
     @property
     def decoding(self) -> _Answer | None:
-        """Its answer, if its prompt is read."""
+        """Its answer, if the prompt is complete, else None."""
         return self.answer if self.answer is not None and self.answer.tokens else None
 
     def shared(self, chunks: list[tuple[int, ...]]) -> int:
-        """How many chunks it has in common with a prompt, from the start."""
+        """Returns the number of leading chunks that it has in common with a prompt."""
         pairs = zip(self.chunks, chunks, strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Engine:
-    """Answers requests from any number of threads, up to `max_batch` at a time, on a thread of its own.
+    """Answers up to `max_batch` requests at a time, on a thread of its own. Thread-safe.
 
-    It runs on the mesh of its parameters. The cache is split over the same devices: its slots over `data` and
-    `fsdp`, its heads over `tensor`, as far as they divide. The answers are the same on any mesh.
+    Runs on the mesh of the parameters. The cache is sharded over the same devices, slots over `data` and
+    `fsdp`, heads over `tensor`, if the sizes are divisible. The answers are the same on any mesh.
 
     Args:
       graphdef: the decoder's structure, from `split`.
-      params: its parameters.
-      max_batch: slots, hence requests decoded together.
-      max_context: tokens of prompt and answer together.
+      params: the decoder's parameters.
+      max_batch: number of slots: requests decoded together.
+      max_context: maximum number of tokens of prompt and answer together.
 
     Raises:
-      ValueError: max_context is more than the model has positions.
+      ValueError: max_context is over the model's max_position_embeddings.
     """
 
     def __init__(self, graphdef: Structure, params: Params, max_batch: int, max_context: int) -> None:
@@ -214,7 +214,7 @@ class Engine:
         with self._on_mesh():
             self._cache = _made_cache(self.config, max_batch, max_context)
         self._slots = [_Slot() for _ in range(max_batch)]
-        self._reading: deque[_Slot] = deque()  # slots whose prompt is not read yet, the oldest first
+        self._reading: deque[_Slot] = deque()  # slots with an incomplete prompt, the oldest first
         self._begun = itertools.count(1)
         self._queue: deque[_Answer] = deque()
         self._changed = threading.Condition()
@@ -224,14 +224,14 @@ class Engine:
 
     @property
     def is_running(self) -> bool:
-        """Whether requests are taken: not closed, and no failure on the device."""
+        """Whether the engine accepts requests: it is not closed and has not failed."""
         return self._ended is None
 
     def submit(self, request: Request) -> concurrent.futures.Future[Completion]:
         """Queues a request. Cancelling the future frees its place in the queue or its slot.
 
         Raises:
-          ValueError: the prompt is empty, too long or not of this vocabulary, or a setting is out of range.
+          ValueError: the prompt is empty, too long or outside the vocabulary, or a setting is out of range.
           RuntimeError: the engine is closed or has failed.
         """
         self._check(request)
@@ -244,7 +244,7 @@ class Engine:
         return answer.future
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        """Answers of all requests, in their order; raises what `submit` raises."""
+        """Returns the answers of all requests, in order. Raises the errors of `submit`."""
         futures: list[concurrent.futures.Future[Completion]] = []
         try:
             futures.extend(self.submit(request) for request in requests)
@@ -254,7 +254,7 @@ class Engine:
                 future.cancel()
 
     def close(self) -> None:
-        """Stops after the step in progress; what is not answered fails with RuntimeError."""
+        """Stops after the current step; unanswered requests fail with RuntimeError."""
         self._end(RuntimeError("the engine was closed"))
         self._thread.join()
 
@@ -286,17 +286,17 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with self._on_mesh():  # which is a thread's own
+            with self._on_mesh():  # JAX's mesh context is per thread
                 while self._wait():
                     self._admit()
                     self._read()
                     self._step()
-        except BaseException as error:  # whatever it is, nobody may wait for ever
+        except BaseException as error:  # after any error, waiting requests must fail instead of blocking
             self._end(error)
         for answer in (*self._queue, *(slot.answer for slot in self._slots)):
             if answer is not None and answer.future.set_running_or_notify_cancel():
                 answer.future.set_exception(self._ended or RuntimeError("the engine has ended"))
-        del self._params, self._cache  # who closes an engine wants its memory
+        del self._params, self._cache  # frees their memory even if the engine object lives on
 
     def _end(self, reason: BaseException) -> None:
         with self._changed:
@@ -310,7 +310,7 @@ class Engine:
             return self._ended is None
 
     def _admit(self) -> None:
-        """Gives free slots to queued requests, each the one that holds most of its prompt already."""
+        """Assigns free slots to queued requests; each gets the slot that contains most of its prompt."""
         for slot in self._slots:
             if slot.answer is not None and slot.answer.future.cancelled():
                 slot.answer = None
@@ -333,7 +333,7 @@ class Engine:
             self._reading.append(slot)
 
     def _read(self) -> None:
-        """Reads a few chunks of the prompts that are not read yet, the oldest request's first."""
+        """Prefills a few chunks of incomplete prompts, the oldest request first."""
         for _ in range(CHUNKS_PER_STEP):
             if not self._reading:
                 return
@@ -355,7 +355,7 @@ class Engine:
                 self._append(slot, answer, int(next_1[0]))
 
     def _step(self) -> None:
-        """Decodes one token of every slot whose prompt is read."""
+        """Decodes one token for every slot with a complete prompt."""
         answers = [slot.decoding for slot in self._slots]
         if not any(answers):
             return
@@ -374,7 +374,7 @@ class Engine:
                 self._append(slot, answer, int(token))
 
     def _append(self, slot: _Slot, answer: _Answer, token: int) -> None:
-        """Adds a token to an answer and, if that ends it, hands it over and frees its slot."""
+        """Adds a token to an answer. If that ends it, sets its result and frees its slot."""
         request = answer.request
         if token in request.stop_ids:
             completion = Completion(answer.tokens, "stop")
@@ -390,5 +390,5 @@ class Engine:
 
 
 def _padded(n_tokens: int) -> int:
-    """The length that a chunk of a prompt is padded to: a power of two, so that few programs are compiled."""
+    """Returns the padded length of a chunk: a power of two, so that few programs are compiled."""
     return max(SHORTEST_CHUNK, 1 << (n_tokens - 1).bit_length())

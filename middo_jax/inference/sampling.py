@@ -1,4 +1,4 @@
-"""What is asked of a model, and how the next token is drawn from its logits.
+"""Requests, and sampling of the next token from logits.
 
 Axes: docs/contributing.md#axes.
 """
@@ -16,22 +16,22 @@ import numpy as np
 Numbers = jax.Array | np.ndarray  # numpy's on the host, JAX's inside a program
 
 COLDEST = 1e-4  # lowest temperature that is not greedy
-# Halvings that find a sampling threshold: 2**-32 of the logits' range is finer than float32 tells apart.
+# Bisections for a sampling threshold: 2**-32 of the logits' range is below float32's resolution.
 BISECTIONS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be answered, and how.
+    """A prompt and its sampling parameters.
 
     Attributes:
-      prompt_tokens: token ids, at least one and fewer than the engine's max_context.
-      max_tokens: at most so many tokens; fewer where the context is full.
-      temperature: 0 takes the likeliest token, always.
-      top_p: sample from the likeliest tokens that hold this share of the probability; 1 is off.
-      top_k: sample from so many likeliest tokens, before top_p; 0 is off.
+      prompt_tokens: token IDs, at least one and fewer than the engine's max_context.
+      max_tokens: maximum length of the answer; the answer also ends when the context is full.
+      temperature: 0 means greedy.
+      top_p: samples from the smallest set of likeliest tokens with this total probability; 1 is off.
+      top_k: samples from the k likeliest tokens, applied before top_p; 0 is off.
       seed: the same request with the same seed has the same answer; taken modulo 2**32.
-      stop_ids: tokens that end the answer.
+      stop_ids: IDs of tokens that end the answer.
     """
 
     prompt_tokens: Sequence[int]
@@ -44,7 +44,7 @@ class Request:
 
 
 class Sampling(NamedTuple):
-    """How each row is sampled; `index` counts the tokens that its answer already has."""
+    """Sampling parameters of each row; `index` is the number of tokens that its answer already has."""
 
     temperature_b: Numbers
     top_p_b: Numbers
@@ -54,9 +54,9 @@ class Sampling(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Request, int] | None]) -> Sampling:
-        """Arrays from (request, index) a row; None is an idle row, which is greedy since that costs least."""
+        """Builds the arrays from one (request, index) per row; None is an idle row, sampled greedily."""
         filled = [(Request((), 0), 0) if row is None else row for row in rows]
-        # numpy's: arrays of JAX would be sent to the device one by one, at every token.
+        # numpy arrays: JAX arrays would be sent to the device one by one, for every token.
         return cls(
             np.array([request.temperature for request, _ in filled], np.float32),
             np.array([request.top_p for request, _ in filled], np.float32),
@@ -67,17 +67,17 @@ class Sampling(NamedTuple):
 
 
 def sample(logits_bv: jax.Array, sampling: Sampling) -> jax.Array:
-    """The next token [b] of every row; each row is drawn as if it were alone.
+    """Returns the next token of every row, [b]. A row's result does not depend on the other rows.
 
-    What only some rows need (random numbers, thresholds) is computed for all rows or for none, and leaves
-    the other rows' logits as they are, to the bit.
+    Noise and thresholds are computed for all rows if any row needs them; they do not change the logits of
+    rows that do not need them, bit for bit.
     """
     greedy_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
     needs_noise_b = sampling.temperature_b > 0
     needs_threshold_b = needs_noise_b & ((sampling.top_p_b < 1) | (sampling.top_k_b > 0))
 
     def draw() -> jax.Array:
-        # Relative to the highest and not colder than that: the quotients stay finite.
+        # Subtracting the maximum and limiting the temperature keeps the quotients finite.
         temperature_b = jnp.maximum(sampling.temperature_b, COLDEST)
         scaled_bv = (logits_bv - logits_bv.max(axis=-1, keepdims=True)) / temperature_b[:, None]
         likely_bv = jax.lax.cond(
@@ -85,7 +85,7 @@ def sample(logits_bv: jax.Array, sampling: Sampling) -> jax.Array:
             lambda: keep_likely(scaled_bv, sampling.top_k_b, sampling.top_p_b),
             lambda: scaled_bv,
         )
-        # A named generator: the default one may be configured to draw differently under vmap.
+        # Names the generator, because the default can be configured to one that draws differently under vmap.
         keys_b = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(sampling.seed_b)
         keys_b = jax.vmap(jax.random.fold_in)(keys_b, sampling.index_b)
         noise_bv = jax.vmap(lambda key: jax.random.gumbel(key, logits_bv.shape[1:]))(keys_b)
@@ -96,11 +96,11 @@ def sample(logits_bv: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def keep_likely(logits_bv: jax.Array, top_k_b: Numbers, top_p_b: Numbers) -> jax.Array:
-    """Sets to -inf what is not among a row's top_k logits (0: all), then not in its top_p nucleus (1: all).
+    """Sets all logits outside a row's top_k (0: all), and then outside its top_p nucleus (1: all), to -inf.
 
-    The nucleus (arXiv 1904.09751) is the smallest set of likeliest tokens whose share of the probability is
-    at least top_p. Equal logits are kept or dropped together. Thresholds are found by bisection: on a CPU a
-    sort of 50k logits takes as long as a decode step of a small model.
+    The nucleus (arXiv 1904.09751) is the smallest set of likeliest tokens with a total probability of at
+    least top_p. Equal logits are kept or dropped together. Thresholds are found by bisection, because on a
+    CPU a sort of 50k logits takes as long as a decode step of a small model.
     """
     count_b = _threshold(logits_bv, jnp.ones_like(logits_bv), top_k_b.astype(logits_bv.dtype))
     kept_bv = logits_bv >= jnp.where(top_k_b > 0, count_b, -jnp.inf)[:, None]
@@ -111,7 +111,7 @@ def keep_likely(logits_bv: jax.Array, top_k_b: Numbers, top_p_b: Numbers) -> jax
 
 
 def _threshold(logits_bv: jax.Array, mass_bv: jax.Array, wanted_b: Numbers) -> jax.Array:
-    """The highest threshold [b] at or above which the logits hold at least the wanted mass."""
+    """Returns the highest threshold [b] such that the logits at or above it have at least the wanted mass."""
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         enough_b, short_b = bounds

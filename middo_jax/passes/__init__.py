@@ -1,1 +1,1 @@
-"""A model over many examples, once: losses and embeddings, and ratings."""
+"""Passes of a model over many examples: losses and embeddings, ratings."""

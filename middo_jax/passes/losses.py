@@ -1,7 +1,8 @@
 """The fused pass: each example's loss and the embedding of its prompt, from one forward of packed batches.
 
-What all examples begin with, such as a template's system turn, is read once per row where attention can share
-it; what no loss and no embedding needs, such as the end of the last turn, is not read at all.
+The common prefix of all examples, such as a template's system turn, is computed once per row if the attention
+kernel can share it. Tokens that no loss and no embedding needs, such as the end of the last turn, are left
+out.
 Axes: docs/contributing.md#axes.
 """
 
@@ -25,23 +26,23 @@ from middo_jax.parallel.mesh import batch_divisor
 from middo_jax.passes.runner import Pass, PassFacts, Plan
 from middo_jax.progress import Progress, Silent
 
-MIN_LENGTH = 8  # tokens an example takes in the plan: a row of 1,024 holds at most 128
-MIN_PREFIX = 8  # tokens: a shorter one is not worth its place in every row
+MIN_LENGTH = 8  # an example counts at least 8 tokens in the plan: a row of 1,024 has at most 128 segments
+MIN_PREFIX = 8  # tokens; sharing a shorter prefix is not worth its positions in every row
 
 
 Array = TypeVar("Array")  # numpy's on the host, JAX's inside the program
 
 
 class LossInputs(NamedTuple, Generic[Array]):
-    """What `score_batch` reads: [b, t] each.
+    """Inputs of `score_batch`: [b, t] each.
 
     Attributes:
-      tokens_bt: int32 token ids.
-      segment_ids_bt: int32, the segment of each position; -1 is in no segment.
-      positions_bt: int32, the position within the example.
-      next_bt: int32, the token that follows.
-      is_target_bt: bool; the next token's loss counts.
-      in_prompt_bt: bool; the hidden state is part of the prompt's embedding.
+      tokens_bt: int32 token IDs.
+      segment_ids_bt: int32, segment of each position; -1 means none.
+      positions_bt: int32, position within the example.
+      next_bt: int32, ID of the next token.
+      is_target_bt: bool, whether the loss of the next token counts.
+      in_prompt_bt: bool, whether the hidden state is part of the prompt's embedding.
       until_bt: int32, only with a shared prefix; see `models.attention.Packing`.
     """
 
@@ -55,7 +56,7 @@ class LossInputs(NamedTuple, Generic[Array]):
 
 
 class SegmentScores(NamedTuple):
-    """What a batch gives for each of its segments, in float32; 0 where a row has no such segment."""
+    """Results of a batch per segment, float32; for a missing segment the sums are 0, the embedding is NaN."""
 
     nll_sum_bs: jax.Array
     n_targets_bs: jax.Array
@@ -63,12 +64,12 @@ class SegmentScores(NamedTuple):
 
 
 class ExampleScores(NamedTuple):
-    """What a pass gives for each example, in the order in which they came.
+    """Results of a pass per example, in the order of the examples.
 
     Attributes:
-      loss_n: mean NLL of the targets in nats, float32 sums; NaN where there is no target.
-      n_targets_n: int32.
-      embedding_nd: float32, mean of the last hidden state over the prompt; NaN where there is no prompt.
+      loss_n: float32, mean NLL of the targets, in nats; NaN if there is no target.
+      n_targets_n: int32, number of target tokens.
+      embedding_nd: float32, mean of the last hidden state over the prompt; NaN if there is no prompt.
     """
 
     loss_n: np.ndarray
@@ -87,14 +88,14 @@ def score_batch(
     prefix: int = 0,
     longest: int | None = None,
 ) -> SegmentScores:
-    """Loss sums and prompt embeddings of all segments of a packed batch.
+    """Returns loss sums and prompt embeddings of all segments of a packed batch.
 
     Args:
       graphdef: the decoder's structure.
-      params: its parameters.
+      params: the decoder's parameters.
       batch: packed rows.
-      max_segments: segments of a row at most: the size of axis s.
-      chunk: target positions of a device whose logits exist at one time.
+      max_segments: maximum number of segments per row: the size of axis s.
+      chunk: number of target positions per device whose logits exist at one time.
       prefix, longest: see `models.attention.Packing`.
     """
     model = bound(graphdef, params)
@@ -103,7 +104,7 @@ def score_batch(
     nll_bt = target_nll(model, hidden_btd, batch.next_bt, batch.is_target_bt, chunk)
     in_segment_bts = (batch.segment_ids_bt[..., None] == jnp.arange(max_segments)).astype(jnp.float32)
     prompt_bts = in_segment_bts * batch.in_prompt_bt[..., None]
-    # HIGHEST: on accelerators a float32 product is otherwise rounded to bfloat16 or TF32.
+    # HIGHEST: otherwise accelerators round the operands of a float32 product to bfloat16 or TF32.
     total_bsd = jnp.einsum(
         "bts,btd->bsd", prompt_bts, hidden_btd.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
@@ -126,21 +127,21 @@ def score_examples(
     """Scores every example; the result depends on neither the packing nor the mesh.
 
     Args:
-      model: whose losses and embeddings are wanted, on its mesh.
-      examples: what to score.
-      batch_tokens: tokens of a batch, all devices together.
-      chunk: target positions of a device whose logits exist at one time.
-      progress: is told how far the pass is, under this name.
-      name: of the pass.
+      model: the model to score with; runs on its mesh.
+      examples: the examples.
+      batch_tokens: tokens per batch, all devices together.
+      chunk: number of target positions per device whose logits exist at one time.
+      progress: progress display.
+      name: name of the pass in the progress display.
     """
     return LossPass(examples, model, batch_tokens, chunk)(model, progress or Silent(), name)
 
 
 class LossPass:
-    """The pass over some examples, to run for one model or several of a size on one mesh.
+    """The pass over some examples, for one or several models with the same width and mesh.
 
-    What is compiled for one model is used again for the next whose parameters are alike, as those of a
-    training are from step to step.
+    Compiled programs are reused for the next model if its parameters have the same shapes, dtypes and
+    shardings, as in the evaluations of one training.
     """
 
     def __init__(
@@ -163,14 +164,14 @@ class LossPass:
         self._pass = Pass(score_batch, self.plan, functools.partial(loss_inputs, examples), static)
 
     def __call__(self, model: Model, progress: Progress, name: str) -> tuple[ExampleScores, PassFacts]:
-        """The scores of all examples under a model; `name` is what the user sees."""
+        """Returns the scores of all examples under a model; the progress display shows `name`."""
         loss_n = np.full(self._n, np.nan, np.float32)
         n_targets_n = np.zeros(self._n, np.int32)
         embedding_nd = np.full((self._n, self._width), np.nan, np.float32)
 
         def keep(index_m: np.ndarray, scores: SegmentScores) -> None:
             n_targets_n[index_m] = scores.n_targets_bs
-            with np.errstate(invalid="ignore", divide="ignore"):  # no target: 0/0 is NaN, as promised
+            with np.errstate(invalid="ignore", divide="ignore"):  # 0/0 is the NaN for no target
                 loss_n[index_m] = scores.nll_sum_bs / scores.n_targets_bs
             embedding_nd[index_m] = scores.embedding_bsd
 
@@ -181,13 +182,13 @@ class LossPass:
 def plan_losses(
     examples: Sequence[TokenizedExample], share_prefix: bool, ways: int, batch_tokens: int
 ) -> Plan:
-    """The batches that a pass computes. Tokens that no loss and no embedding needs are left out.
+    """Plans the batches of a pass. Tokens that no loss and no embedding needs are left out.
 
     Args:
-      examples: what to score.
-      share_prefix: whether attention can share what all examples begin with, so that a row reads it once.
-      ways: into how many parts the mesh splits a batch, see `batch_divisor`.
-      batch_tokens: tokens of a batch, all devices together.
+      examples: the examples to score.
+      share_prefix: whether attention can share a common prefix, so that it is computed once per row.
+      ways: number of parts into which the mesh splits a batch, see `batch_divisor`.
+      batch_tokens: tokens per batch, all devices together.
     """
     trees = [Tree.line(e.tokens_n[: _needed(e)]) for e in examples]
     prefix = _shared_prefix(examples, trees) if share_prefix else 0
@@ -197,7 +198,7 @@ def plan_losses(
 def _shared_prefix(examples: Sequence[TokenizedExample], trees: Sequence[Tree]) -> int:
     if len(examples) < 2:
         return 0
-    # Every example keeps a token of its own, and all whose hidden state counts.
+    # Every example keeps at least one token of its own, and all positions whose hidden state is needed.
     own = min(int(np.r_[_counts(e), True].argmax()) for e in examples)
     shortest = min(len(tree.tokens_n) for tree in trees)
     prefix = min(common_prefix([tree.tokens_n for tree in trees]), own, shortest - 1)
@@ -205,7 +206,7 @@ def _shared_prefix(examples: Sequence[TokenizedExample], trees: Sequence[Tree]) 
 
 
 def loss_inputs(examples: Sequence[TokenizedExample], packed: PackedTrees) -> LossInputs[np.ndarray]:
-    """What `score_batch` reads of a batch; `until_bt` only where rows share a prefix."""
+    """Returns the inputs of `score_batch`; `until_bt` only if rows share a prefix."""
 
     def fill(values: Callable[[TokenizedExample], np.ndarray]) -> np.ndarray:
         return packed.fill(lambda i: values(examples[i])[: len(packed.trees[i].tokens_n)])
@@ -222,10 +223,10 @@ def loss_inputs(examples: Sequence[TokenizedExample], packed: PackedTrees) -> Lo
 
 
 def _counts(example: TokenizedExample) -> np.ndarray:
-    """bool [n]: its hidden state is read: the next token is a target, or it is of the prompt itself."""
+    """Returns bool [t], whether a hidden state is needed: it predicts a target or belongs to the prompt."""
     return example.in_prompt_n | np.append(example.is_target_n[1:], False)
 
 
 def _needed(example: TokenizedExample) -> int:
-    """Tokens up to the last position whose hidden state is read; all if none is."""
+    """Returns the number of tokens up to the last needed hidden state; all tokens if none is needed."""
     return len(example) - int(_counts(example)[::-1].argmax()) if len(example) else 0

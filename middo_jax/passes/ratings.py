@@ -1,8 +1,8 @@
-"""The pass of ratings: a model's number for each question about an example, in one prefill, nothing decoded.
+"""The pass of ratings: a model's rating for each question about an example, from one prefill, no decoding.
 
-The questions about an example are one tree of tokens (see `signals.judge.questions`): what they share is read
-once, and what all examples' trees begin with is read once per row.
-Axes: docs/contributing.md#axes; s tree within a row, r reading (a position whose next token is looked at),
+The questions about an example form one tree of tokens (see `signals.judge.questions`). Their common parts are
+computed once per example, and the common prefix of all trees once per row.
+Axes: docs/contributing.md#axes; s tree within a row, r reading (a position whose next-token logits are used),
 c column (a rating of an example), m example of a batch.
 """
 
@@ -25,7 +25,7 @@ from middo_jax.parallel.mesh import batch_divisor
 from middo_jax.passes.runner import Pass, PassFacts, Plan
 from middo_jax.progress import Progress, Silent
 
-MIN_TREE = 128  # tokens a tree takes in the plan: its questions alone are longer
+MIN_TREE = 128  # a tree counts at least 128 tokens in the plan; its questions alone are longer
 
 Array = TypeVar("Array")  # numpy's on the host, JAX's inside the program
 
@@ -38,12 +38,12 @@ class Spelling(Protocol):
 
     @property
     def first(self) -> tuple[int, ...]:
-        """[11] the token of each rating; "10" has that of "1" where it is two tokens."""
+        """[11], the token of each rating; "10" has the token of "1" if it is two tokens."""
         ...
 
     @property
     def ten_second(self) -> int | None:
-        """The second token of "10" where it has one."""
+        """The second token of "10"; None if "10" is one token."""
         ...
 
 
@@ -52,23 +52,23 @@ class Asked(Protocol):
 
     @property
     def tree(self) -> Tree:
-        """Of the questions and of what each answer begins with."""
+        """The tokens of the questions and of the beginning of each answer."""
         ...
 
     @property
     def readings(self) -> tuple[int, ...]:
-        """Per column the place whose next token is its rating; then, with a two-token "10", of its "1"."""
+        """Position per column whose next token is the rating; then, if "10" is two tokens, those of "1"."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class RatingScale:
-    """What is asked for, and how it is read; hashable.
+    """The ratings and their readout; hashable.
 
     Attributes:
-      spelling: how the tokenizer spells the ratings.
-      readout: from the ratings' log-probabilities to one number; hashable.
-      columns: ratings of an example.
+      spelling: the tokens of the ratings.
+      readout: function from the ratings' log-probabilities to one number; hashable.
+      columns: number of ratings per example.
     """
 
     spelling: Spelling
@@ -77,19 +77,19 @@ class RatingScale:
 
     @property
     def readings(self) -> int:
-        """Places per tree whose next token is read."""
+        """Number of positions per tree whose next-token logits are used."""
         return self.columns if self.spelling.ten_second is None else 2 * self.columns
 
 
 class RatingInputs(NamedTuple, Generic[Array]):
-    """What `judge_batch` reads.
+    """Inputs of `judge_batch`.
 
     Attributes:
-      tokens_bt: int32 token ids.
-      segment_ids_bt: int32, the tree of each position; -1 is in none.
-      positions_bt: int32, the position within its text.
+      tokens_bt: int32 token IDs.
+      segment_ids_bt: int32, tree of each position; -1 means none.
+      positions_bt: int32, position within its text.
       until_bt: int32; see `models.attention.Packing`.
-      reading_bsr: int32, the places of each tree whose next token is read.
+      reading_bsr: int32, positions of each tree whose next-token logits are used.
     """
 
     tokens_bt: Array
@@ -109,7 +109,7 @@ def judge_batch(
     prefix: int,
     longest: int,
 ) -> jax.Array:
-    """Ratings [b, s, c] in float32 of every tree; meaningless where there is none."""
+    """Returns the ratings of every tree, float32 [b, s, c]; meaningless where a row has no such tree."""
     model = bound(graphdef, params)
     places = batch.segment_ids_bt, batch.positions_bt, batch.until_bt
     hidden_btd = model.hidden(batch.tokens_bt, *places, prefix=prefix, longest=longest)
@@ -122,15 +122,15 @@ def judge_batch(
 
 
 def rating_log_p(model: Decoder, hidden_brd: jax.Array, spelling: Spelling) -> jax.Array:
-    """The model's own log-probabilities of the ratings 0..10, up to a constant that these eleven share.
+    """Returns the model's log-probabilities of the ratings 0..10, up to a constant common to all eleven.
 
-    Where "10" is the token of "1" and one more, P(10) = P("1") P(second | "1") and
-    P(1) = P("1") (1 - P(second | "1")): exact, and all in one prefill, since the "1" was read too.
+    If "10" is the token of "1" and a second one, P(10) = P("1") P(second | "1") and
+    P(1) = P("1") (1 - P(second | "1")). This is exact and needs one prefill, since the tree contains the "1".
 
     Args:
-      model: whose `unembed` is used.
-      hidden_brd: of the readings: [b, c, d], or with a two-token "10" [b, 2 c, d].
-      spelling: the tokens.
+      model: the decoder; its `unembed` is used.
+      hidden_brd: hidden states of the readings: [b, c, d], or [b, 2 c, d] with a two-token "10".
+      spelling: the tokens of the ratings.
 
     Returns:
       [b, c, 11] float32.
@@ -154,15 +154,15 @@ def rate(
     progress: Progress | None = None,
     name: str = "ratings",
 ) -> tuple[np.ndarray, PassFacts]:
-    """The ratings of every example, [n, c] float32.
+    """Returns the ratings of every example, [n, c] float32, and the facts of the pass.
 
     Args:
-      model: that rates, on its mesh.
+      model: the rating model; runs on its mesh.
       asked: the questions about each example.
-      scale: the columns, how the tokenizer spells the answers, and how they are read.
-      batch_tokens: tokens of a batch, all devices together.
-      progress: is told how far the pass is, under this name.
-      name: of the pass.
+      scale: the number of ratings, their tokens and their readout.
+      batch_tokens: tokens per batch, all devices together.
+      progress: progress display.
+      name: name of the pass in the progress display.
     """
     trees = [one.tree for one in asked]
     prefix = (

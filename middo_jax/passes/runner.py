@@ -1,8 +1,8 @@
-"""The runner of every pass: plan, compile every shape, then run, with results by example as they come.
+"""Runs passes: plans the batches, compiles every shape, then runs them and returns results per example.
 
-While the device works on one batch, the host makes the next and takes in the results of the one before.
+While the device computes a batch, the host packs the next one and collects the results of the previous one.
 
-Axes: docs/contributing.md#axes; s an example's place in its row, m example of a batch.
+Axes: docs/contributing.md#axes; s index of an example in its row, m example of a batch.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from middo_jax.parallel.coordination import stop_point
 from middo_jax.parallel.hosts import to_host, to_mesh
 from middo_jax.progress import Progress
 
-COMPILERS = 4  # at a time
+COMPILERS = 4  # maximum number of threads that compile
 
 
 @dataclasses.dataclass(frozen=True)
 class PassFacts:
-    """What a pass took.
+    """Size and duration of a pass.
 
     Attributes:
-      real_tokens: positions that some text needs.
-      computed_tokens: those and the padding.
-      shapes: programs that were compiled for it, or found compiled.
-      compile_seconds: until all were.
-      seconds: from then on.
+      real_tokens: number of computed positions without padding.
+      computed_tokens: number of computed positions, padding included.
+      shapes: number of programs, newly compiled or reused.
+      compile_seconds: time until all programs were compiled.
+      seconds: time of the pass after compilation.
     """
 
     real_tokens: int
@@ -47,18 +47,18 @@ class PassFacts:
 
     @property
     def fill(self) -> float:
-        """Share of the computed positions that is real."""
+        """Share of the computed positions that is not padding."""
         return self.real_tokens / max(self.computed_tokens, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which texts lie in which row of which batch, and what each row begins with.
+    """The rows and batches of a pass, and the shared prefix of its rows.
 
     Attributes:
-      trees: the texts of each example.
-      prefix: tokens that all of them begin with, which stand once per row.
-      buckets: rows of indices into the trees, by shape.
+      trees: token tree of each example.
+      prefix: length in tokens of the prefix common to all trees, which each row contains once.
+      buckets: rows of indices of trees, by shape.
     """
 
     trees: Sequence[Tree]
@@ -70,52 +70,52 @@ class Plan:
         """Plans the batches.
 
         Args:
-          trees: the texts of each example.
-          prefix: tokens that all of them begin with.
-          batch_tokens: tokens of a batch, all devices together.
-          ways: into how many parts the mesh splits a batch, see `batch_divisor`.
-          min_length: tokens that an example takes at least in a row.
+          trees: token tree of each example.
+          prefix: length in tokens of the common prefix.
+          batch_tokens: tokens per batch, all devices together.
+          ways: number of parts into which the mesh splits a batch, see `batch_divisor`.
+          min_length: minimum number of tokens that an example counts in a row.
         """
         lengths = [len(tree.tokens_n) - prefix for tree in trees]
         buckets = plan_buckets(lengths, batch_tokens, ways, prefix=prefix, min_length=min_length)
         return cls(trees, prefix, buckets)
 
     def packed(self, bucket: Bucket, rows: list[list[int]]) -> PackedTrees:
-        """A batch of the plan."""
+        """Returns the packed batch of some rows."""
         return PackedTrees(self.trees, rows, bucket.batch, bucket.length, self.prefix)
 
     @property
     def real_tokens(self) -> int:
-        """Positions that some text needs; a row's prefix counts once."""
+        """Number of computed positions without padding; a row's prefix counts once."""
         packed = (self.packed(bucket, bucket.rows) for bucket in self.buckets)
         return sum(self.prefix + sum(batch.sizes(row)) for batch in packed for row in batch.rows if row)
 
     @property
     def computed_tokens(self) -> int:
-        """Those and the padding."""
+        """Number of computed positions, padding included."""
         return sum(b.length * b.batch * -(-len(b.rows) // b.batch) for b in self.buckets)
 
     def facts(self) -> dict[str, Any]:
-        """The `fill`, the `shapes` and the shared `prefix` of the pass, known before it runs."""
+        """Returns `fill`, `shapes` and `prefix` of the pass, which are known before it runs."""
         fill = self.real_tokens / max(self.computed_tokens, 1)
         return {"fill": fill, "shapes": self.shapes, "prefix": self.prefix}
 
     @property
     def shapes(self) -> list[list[int]]:
-        """[rows of a batch, tokens of a row, tokens of the longest example], as each is compiled."""
+        """[rows per batch, tokens per row, tokens of the longest example] of each compiled program."""
         return [[bucket.batch, bucket.length, bucket.longest] for bucket in self.buckets]
 
 
 @dataclasses.dataclass
 class Pass:
-    """A program over a plan, to run for one model or several; it is compiled once for models that are alike.
+    """A program over a plan, for one or several models. Models with the same shapes share the compiled code.
 
     Attributes:
       program: a jitted function of (graphdef, params, batch, **static); graphdef and static are static. It
-        returns a tree of arrays [b, s, ...]: of each row's examples.
-      plan: the batches; for a mesh that splits a batch as the models' do.
-      inputs: what the program reads of a batch: a tree of arrays [b, ...].
-      static: the program's static arguments of a shape.
+        returns a pytree of arrays [b, s, ...], the results of the examples in each row.
+      plan: the batches, planned for a mesh with the same `batch_divisor` as the models' mesh.
+      inputs: function from a packed batch to the program's inputs, a pytree of arrays [b, ...].
+      static: function from a bucket to the program's static arguments.
     """
 
     program: Any
@@ -130,10 +130,10 @@ class Pass:
         """Computes every batch on the model's mesh.
 
         Args:
-          model: whose parameters are used.
-          keep: receives [m] indices of examples, in any order, and the tree of their results [m, ...].
-          progress: is told how far it is, under this name.
-          name: of the pass.
+          model: the model to run.
+          keep: called with [m] indices of examples, in any order, and the pytree of their results [m, ...].
+          progress: progress display.
+          name: name of the pass in the progress display.
         """
         began = time.monotonic()
         with jax.set_mesh(model.mesh):
@@ -155,7 +155,7 @@ class Pass:
                 for run, rows, inputs in self._batches(programs):
                     stop_point()
                     result = run(model.params, _on_mesh(model, inputs))
-                    # The next batch is under way before the last one's numbers are waited for.
+                    # Waits for the previous batch's results only after this batch was dispatched.
                     if running is not None:
                         finish(*running)
                     running = rows, result
@@ -176,7 +176,7 @@ class Pass:
                 yield run, rows, self.inputs(self.plan.packed(bucket, rows))
 
     def _programs(self, model: Model, progress: Progress, name: str) -> list[Any]:
-        """The compiled program of each bucket."""
+        """Returns the compiled program of each bucket."""
         kind = (model.graphdef, model.mesh, *((x.aval, x.sharding) for x in jax.tree.leaves(model.params)))
         if self._compiled is not None and self._compiled[0] == kind:
             return self._compiled[1]
@@ -192,12 +192,12 @@ class Pass:
 
 
 def _on_mesh(model: Model, inputs: Any) -> Any:
-    """Every array is split along its rows; each device has the whole of the other axes."""
+    """Shards every array along its rows; the other axes are not split."""
     return jax.tree.map(lambda x: to_mesh(model.mesh, x, "batch", *(None,) * (x.ndim - 1)), inputs)
 
 
 def _compile(lowered: Sequence[Any], advance: Callable[[int, int], None]) -> list[Any]:
-    """Several at a time, since the compiler mostly works on one core."""
+    """Compiles several programs at a time, because the compiler mostly uses one core."""
     workers = min(COMPILERS, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(program.compile) for program in lowered]

@@ -1,7 +1,7 @@
-"""A run's folder: where each file lies, how it is written, and which stages are done, stale, and why.
+"""A run's folder: its paths, how its files are written, and which stages are done or stale, and why.
 
-layout.py: paths. files.py: writing. manifest.py: what is done, stale, and why. chain.py: which stage
-reads and writes which files, and which settings it depends on. lock.py: one process at a time writes.
+layout.py: paths. files.py: atomic writing. manifest.py: records of finished stages. chain.py: the files that
+each stage reads and writes and the settings that it depends on. lock.py: one writing process at a time.
 """
 
 from middo_jax.rundir.files import (

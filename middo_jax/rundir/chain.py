@@ -1,9 +1,9 @@
-"""The chain of stages: which files each reads and writes, which settings it depends on, and what is stale.
+"""The chain of stages: the files that each reads and writes, its settings, and which stages are stale.
 
     for link, state in assess(chain(run, config), config): ...
 
 A stage is stale if a file it wrote is missing or damaged, if a setting it depends on or a file it read has
-changed, or if it reads what a stale stage writes. Nothing else makes a stage stale.
+changed, or if it reads a file that a stale stage writes. Nothing else makes a stage stale.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from middo_jax.config import Config, Effect, affecting, default_of
 from middo_jax.rundir.layout import RoundDir, RunDir
 from middo_jax.rundir.manifest import Manifest, Seen
 
-# What each stage depends on. "prepare" is the first round's, which reads the user's data; "follow" prepares a
-# later one. A stage that reads another's files need not repeat that one's effects.
+# The effects of settings that each stage depends on. "prepare" is the first round's, which reads the user's
+# data; "follow" prepares a later round. A stage need not repeat the effects of a stage whose files it reads.
 AFFECTED_BY: Mapping[str, frozenset[Effect]] = {
     "prepare": frozenset(("data", "text", "model")),
     "follow": frozenset(("growth",)),
@@ -35,17 +35,17 @@ AFFECTED_BY: Mapping[str, frozenset[Effect]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """What a stage is to the chain.
+    """A stage in the chain: its inputs, outputs and dependencies.
 
     Attributes:
-      name: of the stage, as in the manifest.
-      folder: its manifest records the stage.
-      affected_by: the effects of settings that it depends on.
-      files: what it reads within the run, models aside.
-      writes: files, or folders.
-      models: the models that it reads, by role; None where the place is not known.
-      data: the user's data, if it reads that and the place is known.
-      earlier: the round before this folder's, if there is one.
+      name: name of the stage in the manifest.
+      folder: folder whose manifest records the stage.
+      affected_by: effects of settings that the stage depends on.
+      files: files within the run that it reads, except models.
+      writes: files or folders that it writes.
+      models: models that it reads, by role; None if the path is not known.
+      data: path of the user's data, if the stage reads it and the path is known.
+      earlier: the previous round's folder, if there is one.
     """
 
     name: str
@@ -59,40 +59,40 @@ class Link:
 
     @property
     def where(self) -> str:
-        """Such as `round_00 score`."""
+        """Folder and name, such as `round_00 score`."""
         return f"{self.folder.path.name} {self.name}"
 
     @property
     def reads(self) -> tuple[Path, ...]:
-        """Files within the run.
+        """Files within the run that the stage reads.
 
-        A checkpoint is known by its metadata.json, which names the training that decided every weight; the
-        files of the weights are in the record of that training.
+        A checkpoint is represented by its metadata.json, which contains the identity of the training and so
+        determines every weight. The training's record contains the files of the weights.
         """
         ours = (path / "metadata.json" for path in self.models.values() if path and _is_ours(path))
         return (*self.files, *dict.fromkeys(ours))
 
     @property
     def inputs(self) -> dict[str, Path]:
-        """Files and folders outside of the run, by role."""
+        """Files and folders outside the run that the stage reads, by role."""
         roles = {"data": self.data, **self.models}
         return {role: p for role, p in roles.items() if p and not _is_ours(p) and p.exists()}
 
     def begin(self) -> Begun:
-        """To be called before the stage reads anything. Refuses what a newer version wrote."""
+        """Starts the stage, before it reads anything. Raises RunError for files of a newer version."""
         for folder in {self.folder.path, *(path.parent for path in self.reads)}:
             Manifest(folder).records()
         return Begun(self, Manifest(self.folder.path).see(self.reads, self.inputs))
 
     def why_stale(self, config: Config) -> str | None:
-        """Why the record of the stage is stale, None if it is not; the stages before it are not looked at."""
+        """Returns why the stage's record is stale, None if it is not. Ignores the state of earlier stages."""
         manifest = Manifest(self.folder.path)
         record = manifest.records()[self.name]
-        if "settings" not in record:  # the previous version's: it says which files there were, no more
+        if "settings" not in record:  # the previous version's: it contains only the names of files
             return manifest.why_stale(self.name)
         before = record["settings"]
         settings = affecting(config, self.affected_by)
-        # First what the record names: what it does not name may be asked now because of such a change.
+        # Recorded settings come first: a setting may be missing from the record because another one changed.
         for name in sorted(settings, key=lambda name: name not in before):
             if (was := before.get(name, default_of(name))) != (now := settings[name]):
                 return f"{name} was {_shown(was)}, is {_shown(now)}"
@@ -108,7 +108,7 @@ class Link:
 
 
 class Begun(NamedTuple):
-    """A stage under way, and what it found to read."""
+    """A started stage, and the hashes of its inputs at the start."""
 
     link: Link
     seen: Seen
@@ -121,21 +121,21 @@ class Begun(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where a stage stands: `is_done` if it has a record, and `why` that is stale, None if it is not."""
+    """State of a stage. `is_done`: it has a record; `why`: why the record is stale, None if it is not."""
 
     is_done: bool
     why: str | None
 
     @property
     def is_fresh(self) -> bool:
-        """Whether nothing has to be done."""
+        """Whether the stage is done and not stale."""
         return self.is_done and self.why is None
 
 
 def assess(links: Sequence[Link], config: Config) -> list[tuple[Link, State]]:
-    """The state of each link under these settings, in order."""
+    """Returns the state of each link under these settings, in order."""
     states: list[tuple[Link, State]] = []
-    pending: list[tuple[Path, Link]] = []  # what will be written anew, and the first link to blame
+    pending: list[tuple[Path, Link]] = []  # paths that will be rewritten, and the first link that causes it
     for link in links:
         record = link.folder.stages().get(link.name)
         why = None if record is None else link.why_stale(config)
@@ -149,13 +149,13 @@ def assess(links: Sequence[Link], config: Config) -> list[tuple[Link, State]]:
 
 
 def chain(run: RunDir, config: Config, base: Path | None = None, data: Path | None = None) -> list[Link]:
-    """All stages of a run in order.
+    """Returns all stages of a run in order.
 
     Args:
       run: the run.
-      config: how many rounds, from which models; and whether rewrites are measured.
-      base: the base model's directory; None where it is not known.
-      data: the user's data, if it is a file or folder; None where it is not known.
+      config: settings; `rounds`, `train.start_from` and `refine.accept` are used.
+      base: the base model's directory; None if it is not known.
+      data: the user's data, if it is a file or folder; None if it is not known.
     """
     links = [prepare(run, data)]
     ends = [*(run.round(t) for t in range(config.rounds)), run.final]
@@ -175,14 +175,14 @@ def chain(run: RunDir, config: Config, base: Path | None = None, data: Path | No
 
 
 def prepare(run: RunDir, data: Path | None) -> Link:
-    """The user's data -> the first round's dataset, and what is held out."""
+    """The user's data -> the first round's dataset, held-out rows and rejected rows."""
     here = run.round(0)
     writes = (here.dataset, run.heldout, run.rejected)
     return Link("prepare", here, AFFECTED_BY["prepare"], (), writes, data=data)
 
 
 def follow(here: RoundDir, earlier: RoundDir) -> Link:
-    """A round and what was refined of it -> the next one's dataset."""
+    """A round with its rewrites -> the next round's dataset."""
     files = (earlier.dataset, earlier.scores, earlier.selection, earlier.refined)
     return Link("prepare", here, AFFECTED_BY["follow"], files, (here.dataset,), earlier=earlier)
 
@@ -194,19 +194,19 @@ def train(here: RoundDir, start: Path | None) -> Link:
 
 
 def score(here: RoundDir, model: Path, pre_model: Path | None) -> Link:
-    """Dataset -> scores and embeddings, under the model and the one before it."""
+    """Dataset -> scores and embeddings, under the model after training and the one before."""
     models, writes = {"model": model, "pre_model": pre_model}, (here.scores, here.embeddings)
     return Link("score", here, AFFECTED_BY["score"], (here.dataset,), writes, models)
 
 
 def select(here: RoundDir) -> Link:
-    """Scores -> the three sets."""
+    """Scores -> one set of samples per axis."""
     writes = (here.selected, here.selection)
     return Link("select", here, AFFECTED_BY["select"], (here.scores,), writes)
 
 
 def refine(here: RoundDir, heldout: Path | None, model: Path | None) -> Link:
-    """The selected samples -> rewrites; `model` measures them, if they are measured."""
+    """The selected samples -> rewrites; `model` measures them, None if they are not measured."""
     held = () if heldout is None else (heldout,)
     measured = () if model is None else (here.embeddings,)
     files = (here.dataset, here.scores, here.selection, *held, *measured)
@@ -215,13 +215,13 @@ def refine(here: RoundDir, heldout: Path | None, model: Path | None) -> Link:
 
 
 def merge(here: RoundDir) -> Link:
-    """Rewrites -> which samples make room for them."""
+    """Rewrites -> the samples that are dropped to make room for them."""
     files = (here.dataset, here.scores, here.selection, here.refined)
     return Link("merge", here, AFFECTED_BY["merge"], files, (here.dropped,))
 
 
 def evaluate(run: RunDir, trained: Iterable[RoundDir], base: Path | None) -> Link:
-    """Held-out rows -> their loss under the base and every trained model."""
+    """Held-out rows -> their losses under the base and every trained model."""
     models = {"base": base} | {directory.path.name: directory.checkpoint for directory in trained}
     writes = (run.heldout_losses, run.heldout_rows)
     return Link("evaluate", run.final, AFFECTED_BY["evaluate"], (run.heldout,), writes, models)
@@ -234,7 +234,7 @@ def export(final: RoundDir) -> Link:
 
 
 def _is_ours(model: Path) -> bool:
-    """Whether a model is a checkpoint of ours, also one that is not there yet or not complete."""
+    """Whether a path is a checkpoint of this package; it may be missing or incomplete."""
     others = ("config.json", "adapter_config.json")
     named = model.name == "checkpoint" and not any((model / name).exists() for name in others)
     return named or (model / "metadata.json").exists()

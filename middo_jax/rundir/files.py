@@ -1,4 +1,4 @@
-"""Files that are whole or not there: each is written to a temporary name and renamed over the old one."""
+"""Atomic writing of files: each file is written under a temporary name and renamed over the old one."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _is_reader = False
 
 
 def only_read() -> None:
-    """From now on this process writes no file: another process of its job does, and this one reads them."""
+    """Makes this process write no more files: another process of the job writes them, and this one reads."""
     global _is_reader
     _is_reader = True
 
 
 def is_reader() -> bool:
-    """Whether another process writes what this one would."""
+    """Whether `only_read` was called: another process writes the files."""
     return _is_reader
 
 
 @contextlib.contextmanager
 def own_files() -> Iterator[None]:
-    """Within the block this process writes, even if it only reads otherwise.
+    """Lets this process write within the block, even after `only_read`.
 
-    For files that each host needs for itself, such as those of a cache in the home folder.
+    Needed for files that each host has for itself, such as a cache in the home folder.
     """
     global _is_reader
     before, _is_reader = _is_reader, False
@@ -41,9 +41,9 @@ def own_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path` and renames it over `path` once the block has ended well.
+    """Opens a temporary file in the folder of `path` and renames it to `path` if the block succeeds.
 
-    A process that only reads (`only_read`) writes nothing.
+    After `only_read` nothing is written.
     """
     if _is_reader:
         with open(os.devnull, mode) as nowhere:
@@ -57,7 +57,7 @@ def atomic(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes 0600, which would surprise who shares a run
+        os.chmod(temporary, 0o644)  # mkstemp sets 0600, and other users could not read a shared run
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -66,41 +66,41 @@ def atomic(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
+    """Writes a text file atomically."""
     with atomic(path) as file:
         file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON whole or not at all."""
+    """Writes indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-# Characters that JSON may hold as they are, but that readers of lines, such as `str.splitlines`, split at.
+# JSON may contain these characters unescaped, but readers of lines, such as `str.splitlines`, split at them.
 _LINE_SEPARATORS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\u0085\u2028\u2029"})
 
 
 def json_line(value: Any) -> str:
-    """A value as one line of JSON, its end included; no reader finds another line's end within."""
+    """Returns a value as one line of JSON with its line end, and without other line separators."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     return text.translate(_LINE_SEPARATORS) + "\n"
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Writes one JSON value per line, whole or not at all."""
+    """Writes one JSON value per line, atomically."""
     with atomic(path) as file:
         for row in rows:
             file.write(json_line(row))
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Reads one JSON value per line; a missing file is an error, as everywhere."""
+    """Reads one JSON value per line; raises FileNotFoundError for a missing file."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes.
+    """Returns the SHA-256 of a file's bytes.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -109,4 +109,4 @@ def file_hash(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} was to be hashed and is not there") from error
+        raise FileNotFoundError(f"{path} must be hashed but does not exist") from error

@@ -1,4 +1,4 @@
-"""Where each file of a run's folder lies.
+"""The paths of all files in a run's folder.
 
 runs/NAME/   config.yaml  events.jsonl  heldout.jsonl ...
   round_00/  dataset.jsonl  scores.parquet  checkpoint/  manifest.json ...
@@ -22,10 +22,10 @@ _ROUND = re.compile(r"round_(\d{2,})")
 
 
 def local(path: str | Path) -> Path:
-    """The path, if it is one on this machine.
+    """Returns the path, if it is not a URL.
 
     Raises:
-      RunError: it is a URL, such as gs://bucket/runs.
+      RunError: the path is a URL, such as gs://bucket/runs.
     """
     if re.match(URL, str(path)):
         raise RunError(f"{path}: buckets and other URLs are not supported yet; give a folder on this machine")
@@ -48,7 +48,7 @@ class RoundDir:
 
     @property
     def scores(self) -> Path:
-        """One row per sample: what was measured of it."""
+        """One row per sample with its measurements."""
         return self.path / "scores.parquet"
 
     @property
@@ -68,7 +68,7 @@ class RoundDir:
 
     @property
     def requests(self) -> Path:
-        """What the refiner was asked and what it answered."""
+        """Requests to the refiner, and its answers."""
         return self.path / "requests.jsonl"
 
     @property
@@ -78,12 +78,12 @@ class RoundDir:
 
     @property
     def rejected(self) -> Path:
-        """Input rows that could not be used, with the reason, where a command reads them into this folder."""
+        """Input rows that could not be used, with the reason, if a command has read data into this folder."""
         return self.path / "rejected.jsonl"
 
     @property
     def candidates(self) -> Path:
-        """One row per attempt of the refiner: the gate that rejected it, and what was measured of it."""
+        """One row per attempt of the refiner: the gate that rejected it, and its measurements."""
         return self.path / "candidates.jsonl"
 
     @property
@@ -124,11 +124,11 @@ class RoundDir:
         return int(match[1]) if match and self.run else 0
 
     def stages(self) -> dict[str, Any]:
-        """Records of the finished stages by name, see `rundir.manifest`."""
+        """Returns the records of the finished stages by name, see `rundir.manifest`."""
         return Manifest(self.path).records()
 
     def is_done(self, stage: str) -> bool:
-        """Whether the stage has a record, and what it read and wrote is still the same."""
+        """Whether the stage has a record, and the files that it read and wrote are unchanged."""
         manifest = Manifest(self.path)
         return stage in manifest.records() and manifest.why_stale(stage) is None
 
@@ -137,7 +137,7 @@ class RoundDir:
         Manifest(self.path).finish(stage, files, seconds, **record)
 
     def forget(self, stage: str) -> None:
-        """Removes a stage's record: what it wrote is about to be overwritten."""
+        """Removes a stage's record, because its files are about to be overwritten."""
         Manifest(self.path).forget(stage)
 
 
@@ -154,7 +154,7 @@ class RunDir:
 
     @property
     def events(self) -> Path:
-        """What happened when, one line each."""
+        """One line per event, with its time."""
         return self.path / "events.jsonl"
 
     @property
@@ -202,12 +202,12 @@ class RunDir:
 
     @property
     def is_begun(self) -> bool:
-        """Whether the folder is a run's: it holds a round, or settings without the files of a round."""
+        """Whether the folder belongs to a run: it contains a round, or settings but no round's files."""
         holds_settings = self.config.exists() and not RoundDir(self.path).manifest.exists()
         return bool(self.rounds()) or self.final.path.is_dir() or holds_settings
 
     def log(self, event: str, **facts: Any) -> None:
-        """Appends one line to events.jsonl: when, what, and its facts."""
+        """Appends one line to events.jsonl: time, event and facts."""
         if is_reader():
             return
         self.path.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""The lock of a folder: one process at a time writes there, and its file says which.
+"""The lock of a folder: only one process at a time writes there.
 
     with held(folder, say): ...
 
-The file `middo.lock` contains the owner: process, host, command and time. It is made with a hard link, which
-either makes it whole or fails, also on NFS. A lock is removed only where its owner has provably ended: it was
-of this host, and there is no such process, or one that started at another time. docs/design.md says why the
-file is not an fcntl lock.
+The file `middo.lock` contains the owner: process, host, command and time. It is created by a hard link, which
+is atomic, also on NFS. A left-over lock is removed only if its owner has provably ended: the owner ran on
+this host, and no process has its ID, or one with another start time. docs/design.md explains why this is not
+an fcntl lock.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from middo_jax.rundir.layout import RoundDir
 from middo_jax.rundir.manifest import RunError
 
 NAME = "middo.lock"
-_FIRST_NAMESPACE = "pid:[4026531836]"  # of processes that are in no container; Linux gives it this number
-# A file system that has no hard links answers with one of these.
+_FIRST_NAMESPACE = "pid:[4026531836]"  # Linux's number for the PID namespace outside of containers
+# A file system without hard links raises one of these.
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
 class RunLocked(RunError):
-    """Another process writes into the folder; the message names it and says what to do."""
+    """Another process writes into the folder; the message contains the process and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Owner:
     """The process that holds a lock.
 
     Attributes:
-      pid: its number.
-      started: when the process started, as the system counts it; the number may be another process's later.
-      host: the name of its machine.
-      boot: of the machine's present start; "" where the system does not tell.
-      namespace: of process numbers, which containers have of their own; "" where there are none.
-      machine: an id that the machine keeps over its restarts; "" where it has none.
-      command: what the user typed.
-      since: seconds since the epoch.
-      token: of this lock alone.
+      pid: process ID.
+      started: start time of the process, in the system's format; process IDs are reused.
+      host: host name.
+      boot: ID of the machine's present boot; "" if the system has none.
+      namespace: PID namespace, which differs between containers; "" if the system has none.
+      machine: ID of the machine, the same after a reboot; "" if the system has none.
+      command: the command line.
+      since: time when the lock was taken, in seconds since the epoch.
+      token: unique ID of this lock.
     """
 
     pid: int
@@ -67,7 +67,7 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
-        """The present process, with a new token."""
+        """Returns the present process, with a new token."""
         pid = os.getpid()
         return cls(
             pid=pid,
@@ -83,20 +83,20 @@ class Owner:
 
     @classmethod
     def of(cls, text: str) -> Owner | None:
-        """The owner that a lock's file names; None if the file is damaged."""
+        """Parses the owner from a lock's file; None if the file is damaged."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError):
             return None
 
     def has_ended(self) -> bool:
-        """Whether this process has provably ended. Of another host or container nothing can be proven."""
+        """Whether this process has provably ended; False on another host or in another container."""
         here = Owner.this_process()
         if self.host != here.host:
             return False
         if (self.boot, self.namespace) == (here.boot, here.namespace):
             return _started(self.pid) != self.started
-        # The machine was restarted. In a container an id may be that of an image, and many machines have it.
+        # The machine was rebooted. In a container the machine ID may come from the image and not be unique.
         is_same_machine = bool(here.machine) and self.machine == here.machine
         return is_same_machine and self.namespace == here.namespace == _FIRST_NAMESPACE
 
@@ -107,7 +107,7 @@ class Owner:
 
 @dataclasses.dataclass
 class _Held:
-    """A lock of this process: how often it was taken, by which process id, and its token."""
+    """A lock of this process: number of nested blocks, process ID and token."""
 
     depth: int
     pid: int
@@ -125,17 +125,17 @@ def _to_stderr(text: str) -> None:
 def held(folder: Path, say: Callable[[str], None] = _to_stderr) -> Iterator[None]:
     """Locks a folder against other processes while the block runs.
 
-    A round of a run has its run's lock. The same process may take a lock again within the block. If the
-    folder does not exist, it is made, and removed afterwards if nothing else was written into it.
+    A round of a run uses its run's lock. The same process may take the lock again within the block. A missing
+    folder is created, and removed afterwards if it is empty.
 
     Args:
-      folder: that the block writes into.
-      say: is told if a left-over lock was removed.
+      folder: folder that the block writes into.
+      say: called with a message if a left-over lock was removed.
 
     Raises:
-      RunLocked: another process holds the lock, or may hold it. The folder is as it was.
+      RunLocked: another process holds the lock, or may hold it. The folder is unchanged.
     """
-    if is_reader():  # the process of the job that writes holds it
+    if is_reader():  # the job's writing process holds the lock
         yield
         return
     run = RoundDir(folder).run
@@ -163,7 +163,7 @@ def held(folder: Path, say: Callable[[str], None] = _to_stderr) -> Iterator[None
 
 
 def _take(root: Path, say: Callable[[str], None]) -> str:
-    """Makes the lock's file, once a left-over one is removed; returns its token."""
+    """Creates the lock's file, after removing a left-over one; returns its token."""
     path, owner = root / NAME, Owner.this_process()
     while not _create(path, json_line(dataclasses.asdict(owner))):
         text = _read(path)
@@ -187,15 +187,13 @@ def _refusal(root: Path, path: Path, other: Owner) -> str:
     of = f"{root} is locked by {other}"
     if (other.host, other.boot, other.namespace) == (here.host, here.boot, here.namespace):
         return f"{of}: wait until it ends, or stop it"
-    return (
-        f"{of}, and from here nobody can tell if it still runs: if it does not, delete {path} and start again"
-    )
+    return f"{of}, and this host cannot check whether it still runs: if not, delete {path} and start again"
 
 
 def _create(path: Path, text: str) -> bool:
-    """Makes a file with this text, whole and only if there is none; whether it did."""
+    """Atomically creates a file with this text, unless it exists; returns whether it did."""
     temporary = path.with_name(f".{NAME}.{uuid.uuid4().hex}")
-    path.parent.mkdir(parents=True, exist_ok=True)  # whoever made it may have removed it meanwhile
+    path.parent.mkdir(parents=True, exist_ok=True)  # the process that created it may have removed it again
     try:
         temporary.write_text(text, encoding="utf-8")
         try:
@@ -204,7 +202,7 @@ def _create(path: Path, text: str) -> bool:
             return _has_two_names(temporary)
         except OSError as error:
             if error.errno not in _NO_LINKS:
-                if _has_two_names(temporary):  # the answer of an NFS server was lost, the link was made
+                if _has_two_names(temporary):  # an NFS server's reply was lost, but the link was created
                     return True
                 raise
             return _create_exclusively(path, text)
@@ -227,10 +225,10 @@ def _create_exclusively(path: Path, text: str) -> bool:
 
 
 def _break(path: Path, text: str) -> bool:
-    """Removes a lock of which the owner has ended, if it still has this text; whether it did.
+    """Removes a lock whose owner has ended, if the file still has this text; returns whether it did.
 
-    Two processes may find the same left-over lock. All that may remove it are on one host, so that an fcntl
-    lock, which the system releases at any end, orders them: the second one finds another text, or no file.
+    Two processes may find the same left-over lock. Both run on the lock's host, so an fcntl lock, which the
+    system always releases, can order them: the second one finds another text or no file.
     """
     guard = path.with_name(f"{NAME}.removing")
     with guard.open("a") as file:
@@ -238,20 +236,20 @@ def _break(path: Path, text: str) -> bool:
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
             raise RunLocked(
-                f"{path} is left over, and the file system cannot order those that would remove it "
-                f"({error}): delete it and start again"
+                f"{path} is left over, and the file system has no locks to remove it safely ({error}): "
+                "delete it and start again"
             ) from error
         is_it = _read(path) == text
         if is_it:
             path.unlink()
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), guard.stat()):  # another one's may be there by now
+            if os.path.samestat(os.fstat(file.fileno()), guard.stat()):  # may be another process's by now
                 guard.unlink()
     return is_it
 
 
 def _release(path: Path, token: str) -> None:
-    """Removes the lock, unless somebody has deleted it and another process holds one there now."""
+    """Removes the lock, unless it was deleted and another process has taken a new one since."""
     owner = Owner.of(_read(path) or "")
     if owner is not None and owner.token == token:
         path.unlink(missing_ok=True)
@@ -265,7 +263,7 @@ def _read(path: Path) -> str | None:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Makes a folder; returns what was made, the innermost first."""
+    """Creates a folder with its parents; returns the created folders, the innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
@@ -273,15 +271,15 @@ def _make(folder: Path) -> list[Path]:
 
 def _remove_empty(made: list[Path]) -> None:
     for path in made:
-        with contextlib.suppress(OSError):  # something is in it, or another process has removed it
+        with contextlib.suppress(OSError):  # it is not empty, or another process has removed it
             path.rmdir()
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in the system's own words; None if it has ended."""
+    """Returns the start time of a process in the system's format; None if it has ended."""
     if sys.platform == "linux":
         try:
-            # The name of the program, in parentheses, may hold anything; state and start time are behind it.
+            # The program's name, in parentheses, may contain any text; state and start time follow it.
             fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             return None
@@ -311,7 +309,7 @@ def _first_line(path: str) -> str:
 
 
 def _command() -> str:
-    """What the user typed, short enough for a line."""
+    """Returns the command line, shortened to about 200 characters."""
     program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
     text = shlex.join([{"__main__.py": "middo"}.get(program, program), *sys.argv[1:]])
     return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -1,15 +1,15 @@
-"""The manifest of a folder: which stages are done, of what they were made, and whether that still holds.
+"""The manifest of a folder: the finished stages, their inputs and outputs, and whether these have changed.
 
 `manifest.json` has its format's `version` and the records of the stages. A record:
 
-    finished, seconds    when, and how long it took
-    files                {name: SHA-256} of what it wrote, a folder file by file
-    versions             {name: version} of the formats of the public ones among them, see schemas.py
-    reads                {name: SHA-256} of what it read within the run
-    inputs               {role: {path, hash, stat}} of what it read outside: the user's data, models
-    stats                {name: [size, mtime in ns]} of files and reads when they were hashed
+    finished, seconds    end time, duration
+    files                {name: SHA-256} of the files that it wrote
+    versions             {name: version} of the formats of public files among them, see schemas.py
+    reads                {name: SHA-256} of the files within the run that it read
+    inputs               {role: {path, hash, stat}} of data and models outside the run that it read
+    stats                {name: [size, mtime in ns]} of `files` and `reads` when they were hashed
     settings             {dotted name: value} of the settings that it depends on
-    ...                  facts worth keeping: counts, losses
+    ...                  other facts: counts, losses
 
 Names are relative to the folder. A file is hashed again only when its size or its mtime has changed.
 """
@@ -28,16 +28,16 @@ from typing import Any, NamedTuple
 from middo_jax.rundir.files import file_hash, is_reader, write_json
 from middo_jax.rundir.schemas import MANIFEST, newer, versions_of
 
-_WHOLE = 1 << 30  # bytes up to which a file is hashed whole
-_SAMPLES, _SAMPLE = 64, 64 << 10  # of a larger one: so many blocks of so many bytes
+_WHOLE = 1 << 30  # maximum size in bytes of a file that is hashed whole
+_SAMPLES, _SAMPLE = 64, 64 << 10  # number and size in bytes of the blocks that are hashed of a larger file
 
 
 class RunError(RuntimeError):
-    """The run's folder does not fit what is asked of it; the message says what to do."""
+    """The run's folder is not in the state that an operation needs; the message says what to do."""
 
 
 class Seen(NamedTuple):
-    """What a stage read, as its record will say: `reads`, `inputs` and `stats` of the former."""
+    """Inputs of a stage, for its record: `reads`, `inputs`, and `stats` of `reads`."""
 
     reads: dict[str, str]
     inputs: dict[str, dict[str, str]]
@@ -52,10 +52,10 @@ class Manifest:
         self.path = folder / "manifest.json"
 
     def records(self) -> dict[str, Any]:
-        """Records of the finished stages by name.
+        """Returns the records of the finished stages by name.
 
         Raises:
-          RunError: the file is not a manifest, or a newer version wrote it or a file that it names.
+          RunError: the file is not a manifest, or a newer version wrote it or one of the recorded files.
         """
         try:
             manifest = json.loads(self.path.read_text(encoding="utf-8"))
@@ -72,14 +72,14 @@ class Manifest:
             raise RunError(f"{self.path}: not a manifest ({e!r}); delete it to run the round again") from e
 
     def see(self, reads: Iterable[Path], inputs: Mapping[str, Path]) -> Seen:
-        """Hashes what a stage is about to read, before it does: an edit while it runs makes it stale.
+        """Hashes a stage's inputs before it reads them, so that an edit during the stage makes it stale.
 
         Args:
           reads: files within the run.
-          inputs: files and folders outside of it, by role.
+          inputs: files and folders outside the run, by role.
 
         Raises:
-          FileNotFoundError: one of them is not there.
+          FileNotFoundError: one of them does not exist.
         """
         found = {self.name(path): path for path in reads}
         return Seen(
@@ -101,15 +101,15 @@ class Manifest:
         """Records a stage as done.
 
         Args:
-          stage: its name.
-          files: what it wrote; a folder stands for all files below it.
-          seconds: how long it took.
-          seen: what it read; None records nothing of that, so that only damage to its files makes it stale.
-          settings: the settings it depends on, by dotted name.
-          facts: small JSON values worth keeping (counts, losses).
+          stage: name of the stage.
+          files: files that it wrote; a folder means all files below it.
+          seconds: duration.
+          seen: inputs of the stage; None records none, so that only damage to its files makes it stale.
+          settings: settings that it depends on, by dotted name.
+          facts: small JSON values to keep (counts, losses).
 
         Raises:
-          FileNotFoundError: a file that it wrote is not there.
+          FileNotFoundError: one of `files` does not exist.
         """
         if is_reader():
             return
@@ -128,16 +128,16 @@ class Manifest:
         self._write(self.records() | {stage: record})
 
     def forget(self, stage: str) -> None:
-        """Removes a stage's record: what it wrote is about to be overwritten."""
+        """Removes a stage's record, because its files are about to be overwritten."""
         records = self.records()
         if records.pop(stage, None) is not None:
             self._write(records)
 
     def why_stale(self, stage: str) -> str | None:
-        """Why a finished stage does not fit the files that are there; None if it does.
+        """Returns why a finished stage does not match the present files; None if it does.
 
-        A missing file that was read is no reason: within the run its writer is stale, and outside of it
-        what was made of it stands.
+        A missing input does not make a stage stale: within the run the stage that wrote it is stale, and
+        outside the run the results remain valid.
         """
         record = self.records()[stage]
         for name, known in record["files"].items():
@@ -151,7 +151,7 @@ class Manifest:
         return _changed_input(record.get("inputs", {}))
 
     def name(self, path: Path) -> str:
-        """A path as records name it: relative to the folder."""
+        """Returns a path's name in records: relative to the folder."""
         return Path(os.path.relpath(path, self.folder)).as_posix()
 
     def _write(self, records: Mapping[str, Any]) -> None:
@@ -164,16 +164,16 @@ class Manifest:
 
     def _has_changed(self, record: Mapping[str, Any], name: str, known: str) -> bool:
         path, stats = self.folder / name, record.get("stats")
-        if stats is None:  # the previous version's record: all it promised was that the file is there
+        if stats is None:  # the previous version's records contain no hashes to compare
             return False
         return _stat(path) != stats[name] and fingerprint(path) != known
 
 
 def fingerprint(path: Path) -> str:
-    """A hash of a file, or of all files of a folder with their names, hidden ones left out.
+    """Returns the hash of a file, or of all files of a folder with their names, except hidden ones.
 
-    Files up to 1 GiB are hashed whole. Of larger ones, which are weights, the size and 64 blocks spread
-    evenly over the file: to read all of them would take minutes after every training and every copy.
+    Files up to 1 GiB are hashed whole. For larger files, which contain weights, the size and 64 evenly spread
+    blocks are hashed, because reading them whole would take minutes after every training and every copy.
     """
     if path.is_file():
         return file_hash(path) if path.stat().st_size <= _WHOLE else _sampled_hash(path)
@@ -182,7 +182,7 @@ def fingerprint(path: Path) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _fingerprint_of_folder(folder: Path, stat: str) -> str:
-    # `stat` tells a changed folder from the one that was hashed before.
+    # `stat` is part of the cache's key, so that a changed folder is hashed again.
     digest = hashlib.sha256()
     for path in _visible_files(folder):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{fingerprint(path)}\n".encode())
@@ -205,7 +205,7 @@ def _stat(path: Path) -> list[int]:
 
 
 def _stat_of(path: Path) -> str:
-    """Sizes and mtimes of a file, or of all files of a folder, as one hash."""
+    """Returns one hash of the sizes and mtimes of a file, or of all files of a folder."""
     files = [path] if path.is_file() else _visible_files(path)
     rows = [f"{file.relative_to(path).as_posix()} {_stat(file)}" for file in files]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
@@ -213,7 +213,7 @@ def _stat_of(path: Path) -> str:
 
 def _files_below(path: Path) -> list[Path]:
     if not path.exists():
-        raise FileNotFoundError(f"{path} was to be hashed and is not there")
+        raise FileNotFoundError(f"{path} must be hashed but does not exist")
     return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 

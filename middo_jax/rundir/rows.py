@@ -1,7 +1,7 @@
-"""The rows of the public JSON files: every key with its type and one line about it.
+"""The rows of the public JSON files: every key with its type and a description.
 
-Writers build these rows and docs/files.md is made from them; `schemas.SCHEMAS` says which file has which.
-A change that an older program would misread needs the next version of its file in `schemas.SCHEMAS`.
+Writers build these rows, and docs/files.md is generated from them. `schemas.SCHEMAS` maps files to rows. A
+change that an older program would misread needs the next version of its file in `schemas.SCHEMAS`.
 """
 
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
@@ -12,24 +12,24 @@ Scores = dict[str, float | None]
 class TurnRow(TypedDict):
     """One turn of a conversation."""
 
-    role: Annotated[Literal["system", "user", "assistant"], "who speaks"]
+    role: Annotated[Literal["system", "user", "assistant"], "the speaker"]
     content: Annotated[str, "the text of the turn"]
-    weight: NotRequired[Annotated[int, "0 where no token of an answer is a target; else the key is absent"]]
+    weight: NotRequired[Annotated[int, "0 if no token of an answer is a target; else the key is absent"]]
 
 
 class LineageRow(TypedDict):
-    """Where a sample comes from, and what was measured of it."""
+    """The origin of a sample, and its scores."""
 
-    parent_ids: Annotated[list[str], "the samples that it was made of; empty for the user's own rows"]
+    parent_ids: Annotated[list[str], "the samples that it was made from; empty for the user's own rows"]
     root_id: Annotated[str, "the user's own row at the start of the chain"]
-    round: Annotated[int, "the round whose dataset it first is in, counted from 0"]
-    op: Annotated[Literal["seed", "simplify", "rewrite", "synthesize"], "how it was made; `seed`: the user's"]
+    round: Annotated[int, "the first round whose dataset contains it, counted from 0"]
+    op: Annotated[Literal["seed", "simplify", "rewrite", "synthesize"], "how it was made; `seed`: by a user"]
     axis: Annotated[str | None, "the axes that selected its parent, joined by `+`"]
-    hint_ids: Annotated[list[str], "the neighbours that the refiner was shown"]
+    hint_ids: Annotated[list[str], "neighbours in the refiner's prompt"]
     refiner: Annotated[str | None, "the model that wrote it"]
-    prompt_version: Annotated[str | None, "version of the prompts that the refiner was given"]
+    prompt_version: Annotated[str | None, "version of the refiner's prompts"]
     scores_before: Annotated[Scores | None, "the parent's scores when it was selected"]
-    scores_after: Annotated[Scores | None, "its own: as it was accepted, else in its first round"]
+    scores_after: Annotated[Scores | None, "its own scores: at its acceptance, else in its first round"]
 
 
 class ExampleRow(TypedDict):
@@ -38,7 +38,7 @@ class ExampleRow(TypedDict):
     id: Annotated[str, "16 hexadecimal digits of the SHA-256 of the conversation"]
     messages: Annotated[list[TurnRow], "the turns in order"]
     extra: NotRequired[Annotated[dict[str, Any], "the user's own columns, carried through; absent if none"]]
-    lineage: Annotated[LineageRow, "where it comes from"]
+    lineage: Annotated[LineageRow, "its origin and scores"]
 
 
 class RejectedRow(TypedDict):
@@ -46,24 +46,20 @@ class RejectedRow(TypedDict):
 
     where: Annotated[str, "`file:line` of a .jsonl file, else `row N`, counted from 1"]
     reason: Annotated[str, "why it cannot be used"]
-    row: Annotated[
-        Any, "the row as read; the line's text where it is no JSON; null where it is nested too deeply"
-    ]
+    row: Annotated[Any, "the row as read; the line's text if it is not JSON; null if it is nested too deeply"]
 
 
 class SpeedRow(TypedDict):
-    """How fast a training step was."""
+    """The speed of a training step."""
 
-    seconds: Annotated[float, "since the step before was read, without compiling"]
+    seconds: Annotated[float, "time since the previous step was read, without compilation"]
     tokens_per_second: Annotated[float, "tokens of samples, without padding, all devices together"]
-    tokens_per_second_device: Annotated[float, "the same per device"]
-    mfu: Annotated[float | None, "share of the devices' published FLOP/s; null where that is not known"]
+    tokens_per_second_device: Annotated[float, "`tokens_per_second` per device"]
+    mfu: Annotated[float | None, "share of the devices' published FLOP/s; null for an unknown device"]
     waited_for_data: Annotated[float, "share of `seconds` in which the device may have waited for a batch"]
-    memory_bytes: Annotated[
-        int | None, "the most that the first device has held; null where it does not tell"
-    ]
-    memory_limit_bytes: Annotated[int | None, "what that device has"]
-    seconds_left: Annotated[float, "of the training, at its mean speed so far"]
+    memory_bytes: Annotated[int | None, "peak memory of the first device; null if it does not report it"]
+    memory_limit_bytes: Annotated[int | None, "memory limit of that device; null if it does not report it"]
+    seconds_left: Annotated[float, "estimated time to the end of the training, at its mean speed so far"]
 
 
 class MetricsRow(TypedDict):
@@ -72,70 +68,70 @@ class MetricsRow(TypedDict):
     step: Annotated[int, "counted from 1"]
     epoch: Annotated[int, "counted from 0"]
     loss: Annotated[float | None, "mean nats per target token, before the update; null if not finite"]
-    n_target_tokens: Annotated[int, "target tokens of the batch"]
-    grad_norm: Annotated[float | None, "global norm before clipping; null if not finite"]
-    learning_rate: Annotated[float, "of this step"]
-    skipped: NotRequired[Annotated[list[str], "ids of the batch if the step was left out; else absent"]]
-    speed: Annotated[SpeedRow, "what differs from machine to machine"]
+    n_target_tokens: Annotated[int, "number of target tokens in the batch"]
+    grad_norm: Annotated[float | None, "global norm of the gradient before clipping; null if not finite"]
+    learning_rate: Annotated[float, "learning rate of this step"]
+    skipped: NotRequired[Annotated[list[str], "ids of the batch if the step was skipped; else absent"]]
+    speed: Annotated[SpeedRow, "speed, which differs between machines"]
 
 
 class SourceLossRow(TypedDict):
     """Held-out loss on the samples of one source."""
 
     loss: Annotated[float, "nats per target token"]
-    n_target_tokens: Annotated[int, "over how many"]
+    n_target_tokens: Annotated[int, "number of target tokens"]
 
 
 class EvaluationRow(TypedDict):
     """One held-out loss during training."""
 
-    step: Annotated[int, "after which step"]
+    step: Annotated[int, "the step after which it was measured"]
     loss: Annotated[float, "nats per target token"]
-    n_target_tokens: Annotated[int, "over how many"]
-    by_source: Annotated[dict[str, SourceLossRow], "the same by `data.source_column`; empty for one source"]
+    n_target_tokens: Annotated[int, "number of target tokens"]
+    by_source: Annotated[dict[str, SourceLossRow], "loss by `data.source_column`; empty for one source"]
 
 
 class DuplicatesRow(TypedDict):
-    """Samples whose prompts the model cannot tell apart."""
+    """Samples with equal prompts."""
 
-    n_groups: Annotated[int, "prompts that several samples have"]
-    n_samples: Annotated[int, "samples that have these prompts"]
+    n_groups: Annotated[int, "number of prompts that several samples have"]
+    n_samples: Annotated[int, "number of samples with these prompts"]
 
 
 class AxisStatistics(TypedDict):
-    """How the scores of one axis are distributed, and from where on samples are selected."""
+    """The distribution of the scores of one axis, and the threshold of the selection."""
 
-    n_scored: Annotated[int, "samples with a score"]
-    n_null: Annotated[int, "samples without one"]
-    m: Annotated[float | None, "standard deviations from the mean; null where all samples are selected"]
-    fraction: Annotated[float | None, "the wanted share, if that was given in place of m"]
-    mean: Annotated[dict[str, float | None], "by column"]
-    std: Annotated[dict[str, float | None], "by column"]
-    threshold: Annotated[dict[str, float | None], "by column: samples that are worse are selected"]
-    n_selected: Annotated[int, "samples that are"]
+    n_scored: Annotated[int, "number of samples with a score"]
+    n_null: Annotated[int, "number of samples without a score"]
+    m: Annotated[float | None, "standard deviations from the mean; null if all samples are selected"]
+    fraction: Annotated[float | None, "the share to select, if the settings have it instead of m"]
+    mean: Annotated[dict[str, float | None], "mean by column"]
+    std: Annotated[dict[str, float | None], "standard deviation by column"]
+    threshold: Annotated[dict[str, float | None], "threshold by column; samples that are worse are selected"]
+    n_selected: Annotated[int, "number of selected samples"]
 
 
 class AxisFacts(AxisStatistics):
-    """What one axis selects."""
+    """The selection by one axis."""
 
-    ids: Annotated[list[str], "which these are, in the order of the dataset"]
+    ids: Annotated[list[str], "ids of the selected samples, in the order of the dataset"]
 
 
 class SweepRow(TypedDict):
-    """What another m would select."""
+    """The size of the selection with another m."""
 
-    m: Annotated[float, "standard deviations"]
-    n: Annotated[int, "samples"]
+    m: Annotated[float, "standard deviations from the mean"]
+    n: Annotated[int, "number of samples"]
 
 
 class SelectionFile(TypedDict):
     """The three sets of a round."""
 
-    n: Annotated[int, "samples of the dataset"]
-    axes: Annotated[dict[str, AxisFacts], "by axis; one without scores is absent"]
-    overlap: Annotated[dict[str, int], "samples in two sets (`hard&sparse`) and in all three (`all`)"]
-    sweep: Annotated[dict[str, list[SweepRow]], "by axis: how many samples each m would select"]
-    duplicates: Annotated[DuplicatesRow | None, "exact duplicates; null where not looked for"]
+    n: Annotated[int, "number of samples in the dataset"]
+    axes: Annotated[dict[str, AxisFacts], "selection by axis; an axis without scores is absent"]
+    overlap: Annotated[dict[str, int], "number of samples in two sets (`hard&sparse`) and in all (`all`)"]
+    sweep: Annotated[dict[str, list[SweepRow]], "by axis: number of samples that each m would select"]
+    duplicates: Annotated[DuplicatesRow | None, "exact duplicates; null if not searched for"]
 
 
 class RequestRow(TypedDict):
@@ -143,53 +139,53 @@ class RequestRow(TypedDict):
 
     task_id: Annotated[str, "the task that it belongs to"]
     attempt: Annotated[int, "counted from 0"]
-    step: Annotated[Literal["prompt", "correction", "answer"], "what was asked for"]
-    key: Annotated[str, "of the answer in llm_cache.sqlite"]
-    model: Annotated[str, "the model that was asked"]
-    messages: Annotated[list[dict[str, str]], "the conversation that was sent: `role` and `content` each"]
+    step: Annotated[Literal["prompt", "correction", "answer"], "the step of the task"]
+    key: Annotated[str, "key of the answer in llm_cache.sqlite"]
+    model: Annotated[str, "the model in the request"]
+    messages: Annotated[list[dict[str, str]], "the conversation sent: `role` and `content` each"]
     answer: Annotated[str, "the reply as the server sent it"]
-    finish_reason: Annotated[str, "the server's word for how it ended"]
-    prompt_tokens: Annotated[int, "as the server counted"]
-    completion_tokens: Annotated[int, "as the server counted"]
+    finish_reason: Annotated[str, "finish reason from the server"]
+    prompt_tokens: Annotated[int, "tokens of the prompt, counted by the server"]
+    completion_tokens: Annotated[int, "tokens of the answer, counted by the server"]
 
 
 class TaskUsageRow(TypedDict):
-    """What the answers of one task took."""
+    """Answers and tokens of one task."""
 
-    requests: Annotated[int, "answers that it needed, cached ones among them"]
-    prompt_tokens: Annotated[int, "of these"]
-    completion_tokens: Annotated[int, "of these"]
+    requests: Annotated[int, "answers that it needed, including cached ones"]
+    prompt_tokens: Annotated[int, "prompt tokens of these answers"]
+    completion_tokens: Annotated[int, "completion tokens of these answers"]
 
 
 class RefinedRow(TypedDict):
-    """How one task of the refiner ended."""
+    """The result of one task of the refiner."""
 
     task_id: Annotated[str, "`op:source_id`, unique within a round"]
-    op: Annotated[Literal["simplify", "rewrite", "synthesize"], "what was to be done"]
+    op: Annotated[Literal["simplify", "rewrite", "synthesize"], "kind of the task"]
     axes: Annotated[list[str], "the axes that selected the sample"]
-    source_id: Annotated[str, "the selected sample"]
-    hint_ids: Annotated[list[str], "neighbours that the refiner was shown"]
-    attempts: Annotated[int, "how many there were"]
+    source_id: Annotated[str, "id of the selected sample"]
+    hint_ids: Annotated[list[str], "neighbours in the refiner's prompt"]
+    attempts: Annotated[int, "number of attempts"]
     accepted: Annotated[bool, "whether there is a new sample"]
     gate: Annotated[str | None, "the gate that rejected the last candidate; null if none did"]
     detail: Annotated[str | None, "what that gate found, or how the request failed"]
-    replaces: Annotated[str | None, "the sample that the new one replaces; null for an addition"]
+    replaces: Annotated[str | None, "id of the sample that the new one replaces; null for an addition"]
     scores_before: Annotated[Scores, "the selected sample's scores"]
     example: Annotated[ExampleRow | None, "the new sample; null if none was accepted"]
     original: Annotated[ExampleRow, "the selected sample"]
-    usage: Annotated[TaskUsageRow, "what the task's answers took"]
+    usage: Annotated[TaskUsageRow, "answers and tokens of the task"]
 
 
 class MeasurementRow(TypedDict):
-    """What the model under training measures of a candidate; null is a number that is not finite."""
+    """Measurements of a candidate under the model in training; null if a number is not finite."""
 
     loss: Annotated[float | None, "mean nats per token of its response"]
     similarity: Annotated[float | None, "cosine of its prompt's embedding and its source's"]
-    nearest: Annotated[float | None, "cosine to the nearest sample of the dataset, its source left out"]
-    knn_similarity: Annotated[float | None, "mean cosine to the k nearest, likewise"]
-    core_similarity: Annotated[float | None, "the mean cosine that a sparse source would have beside it"]
+    nearest: Annotated[float | None, "cosine to the nearest sample of the dataset, except a replaced source"]
+    knn_similarity: Annotated[float | None, "mean cosine to the k nearest, except a replaced source"]
+    core_similarity: Annotated[float | None, "mean cosine of a sparse source to its k nearest, with it"]
     truncated: Annotated[bool, "whether it is over `model.max_length`"]
-    quality: Annotated[float | None, "the judge's rating; null where it was not asked for"]
+    quality: Annotated[float | None, "the judge's rating; null if it was not rated"]
 
 
 class CandidateRow(TypedDict):
@@ -197,26 +193,26 @@ class CandidateRow(TypedDict):
 
     task_id: Annotated[str, "the task in refined.jsonl"]
     attempt: Annotated[int, "counted from 0"]
-    op: Annotated[Literal["simplify", "rewrite", "synthesize"], "what was to be done"]
+    op: Annotated[Literal["simplify", "rewrite", "synthesize"], "kind of the task"]
     axes: Annotated[list[str], "the axes that selected the sample"]
-    source_id: Annotated[str, "the selected sample"]
-    candidate_id: Annotated[str | None, "the candidate's id; null where there was no whole one"]
+    source_id: Annotated[str, "id of the selected sample"]
+    candidate_id: Annotated[str | None, "the candidate's id; null if the attempt produced none"]
     accepted: Annotated[bool, "whether it passed all gates"]
     gate: Annotated[str | None, "the gate that rejected it; null if none did"]
     detail: Annotated[str | None, "what that gate found, or how the request failed"]
     before: Annotated[Scores, "the selected sample's scores"]
-    measured: Annotated[MeasurementRow | None, "null where it was not measured"]
-    measured_under: Annotated[str | None, "hash of what the dataset was scored with, if it was measured"]
+    measured: Annotated[MeasurementRow | None, "its measurements; null if it was not measured"]
+    measured_under: Annotated[str | None, "hash of the dataset's scores, if it was measured"]
 
 
 class DroppedRow(TypedDict):
-    """A sample that is not in the next dataset, and that no other one replaces."""
+    """A sample that the next dataset does not contain, and that no other one replaces."""
 
-    id: Annotated[str, "of the sample"]
-    reason: Annotated[str, "why it went, or did not come in"]
-    nearest_id: Annotated[str | None, "the sample that it is redundant to"]
+    id: Annotated[str, "id of the sample"]
+    reason: Annotated[str, "why it was dropped or not added"]
+    nearest_id: Annotated[str | None, "id of the sample that makes it redundant"]
     similarity: Annotated[float | None, "cosine of the two"]
-    example: Annotated[ExampleRow, "the sample itself"]
+    example: Annotated[ExampleRow, "the sample"]
 
 
 class ModelLossRow(TypedDict):
@@ -224,20 +220,20 @@ class ModelLossRow(TypedDict):
 
     name: Annotated[str, "`base`, `round_00`, ..., `final`"]
     loss: Annotated[float, "nats per target token"]
-    n_target_tokens: Annotated[int, "over how many"]
+    n_target_tokens: Annotated[int, "number of target tokens"]
 
 
 class HeldoutLosses(TypedDict):
     """Held-out losses of all models of a run."""
 
-    n: Annotated[int, "held-out samples"]
-    models: Annotated[list[ModelLossRow], "in the order of training; empty without held-out samples"]
+    n: Annotated[int, "number of held-out samples"]
+    models: Annotated[list[ModelLossRow], "losses in the order of training; empty without held-out samples"]
 
 
 class EventRow(TypedDict):
     """One event of a run."""
 
-    version: Annotated[int, "of this file's format; several programs may have appended to it"]
+    version: Annotated[int, "version of this file's format; several program versions may append to it"]
     time: Annotated[str, "UTC, such as `2026-01-31T12:00:00Z`"]
     event: Annotated[str, "`start` and `done` of a stage, `resume`, `report`"]
     round: NotRequired[Annotated[str, "the stage's folder, with `start` and `done`"]]
@@ -245,22 +241,22 @@ class EventRow(TypedDict):
 
 
 class InputRecord(TypedDict):
-    """A file or folder outside of the run that a stage read."""
+    """A file or folder outside the run that a stage read."""
 
-    path: Annotated[str, "where it was"]
-    hash: Annotated[str, "of its bytes"]
+    path: Annotated[str, "its path"]
+    hash: Annotated[str, "hash of its bytes"]
     stat: Annotated[str, "hash of sizes and mtimes"]
 
 
 class StageRecord(TypedDict):
     """A finished stage."""
 
-    finished: Annotated[str, "when, UTC"]
-    seconds: Annotated[float, "how long it took"]
+    finished: Annotated[str, "end time, UTC"]
+    seconds: Annotated[float, "duration"]
     files: Annotated[dict[str, str], "SHA-256 of each file that it wrote, by name relative to the folder"]
-    versions: NotRequired[Annotated[dict[str, int], "version of the format of each of them that has one"]]
+    versions: NotRequired[Annotated[dict[str, int], "format version of each public file among them"]]
     reads: NotRequired[Annotated[dict[str, str], "hash of each file within the run that it read"]]
-    inputs: NotRequired[Annotated[dict[str, InputRecord], "what it read outside of the run, by role"]]
+    inputs: NotRequired[Annotated[dict[str, InputRecord], "files outside the run that it read, by role"]]
     settings: NotRequired[Annotated[dict[str, Any], "the settings that it depends on, by dotted name"]]
     stats: Annotated[dict[str, list[int]], "size and mtime in ns of files and reads when they were hashed"]
 
@@ -268,74 +264,74 @@ class StageRecord(TypedDict):
 class PrepareRecord(StageRecord):
     """The dataset was written."""
 
-    n: Annotated[int, "samples"]
+    n: Annotated[int, "number of samples"]
 
 
 class PassRow(TypedDict):
-    """What a scoring pass took."""
+    """Size and duration of a scoring pass."""
 
-    real_tokens: Annotated[int, "positions that some text needs"]
-    computed_tokens: Annotated[int, "those and the padding"]
-    shapes: Annotated[int, "programs that it needed"]
-    compile_seconds: Annotated[float, "until these were compiled"]
-    seconds: Annotated[float, "from then on"]
+    real_tokens: Annotated[int, "number of computed positions without padding"]
+    computed_tokens: Annotated[int, "number of computed positions, padding included"]
+    shapes: Annotated[int, "number of compiled programs"]
+    compile_seconds: Annotated[float, "time until all programs were compiled"]
+    seconds: Annotated[float, "time after compilation"]
 
 
 class ScoreRecord(StageRecord):
     """The dataset was scored."""
 
-    n: Annotated[int, "samples"]
-    model: Annotated[str, "the model under training"]
-    embedder: Annotated[str, "the model that embedded"]
-    n_searched: Annotated[int, "samples whose neighbours were searched"]
+    n: Annotated[int, "number of samples"]
+    model: Annotated[str, "the model in training"]
+    embedder: Annotated[str, "the model that computed the embeddings"]
+    n_searched: Annotated[int, "number of samples whose neighbours were searched"]
     duplicates: Annotated[DuplicatesRow, "exact duplicates"]
-    pre_identity: NotRequired[Annotated[str, "hash of all but the samples that `loss_pre` depends on"]]
-    n_kept: NotRequired[Annotated[int, "samples that the earlier round had measured"]]
-    passes: Annotated[dict[str, PassRow], "by name of the pass"]
+    pre_identity: NotRequired[Annotated[str, "hash of all that `loss_pre` depends on, except the samples"]]
+    n_kept: NotRequired[Annotated[int, "number of samples with measurements reused from the earlier round"]]
+    passes: Annotated[dict[str, PassRow], "passes by name"]
 
 
 class SelectRecord(StageRecord):
-    """The three sets were chosen."""
+    """The three sets were selected."""
 
-    complexity: NotRequired[Annotated[int, "hard samples"]]
-    diversity: NotRequired[Annotated[int, "sparse samples"]]
-    quality: NotRequired[Annotated[int, "samples of low quality"]]
+    complexity: NotRequired[Annotated[int, "number of hard samples"]]
+    diversity: NotRequired[Annotated[int, "number of sparse samples"]]
+    quality: NotRequired[Annotated[int, "number of samples of low quality"]]
 
 
 class UsageRow(TypedDict):
-    """What requests cost."""
+    """Requests, tokens and cost."""
 
-    requests: Annotated[int, "tries"]
-    retries: Annotated[int, "tries after a request's first"]
-    answers: Annotated[int, "answers that came"]
-    failed: Annotated[int, "requests that were given up"]
-    from_cache: Annotated[int, "answers that were there already"]
-    prompt_tokens: Annotated[int, "as the server counted"]
-    completion_tokens: Annotated[int, "as the server counted"]
-    cached_tokens: Annotated[int, "prompt tokens that the server had cached"]
-    aside_tokens: Annotated[int, "upper bound of the tokens of tries whose cost is not known"]
-    seconds: Annotated[float, "that the tries took, summed"]
-    usd: Annotated[float, "by `refine.prices`"]
-    aside_usd: Annotated[float, "upper bound of the cost of tries whose cost is not known"]
+    requests: Annotated[int, "HTTP requests, including retries"]
+    retries: Annotated[int, "repeated HTTP requests after a failure"]
+    answers: Annotated[int, "answers received"]
+    failed: Annotated[int, "requests given up"]
+    from_cache: Annotated[int, "answers found in the cache"]
+    prompt_tokens: Annotated[int, "prompt tokens, counted by the server"]
+    completion_tokens: Annotated[int, "completion tokens, counted by the server"]
+    cached_tokens: Annotated[int, "prompt tokens from the server's cache"]
+    aside_tokens: Annotated[int, "upper bound of the tokens of HTTP requests with unknown cost"]
+    seconds: Annotated[float, "total duration of the HTTP requests"]
+    usd: Annotated[float, "cost by `refine.prices`"]
+    aside_usd: Annotated[float, "upper bound of the cost of HTTP requests with unknown cost"]
 
 
 class LimitsRow(TypedDict):
-    """Bars that the dataset sets for candidates; null is no bar."""
+    """Limits for candidates, computed from the dataset; null means no limit."""
 
-    loss: Annotated[float | None, "over it a sample is hard"]
+    loss: Annotated[float | None, "a sample with a higher loss is hard"]
     context: Annotated[float | None, "similarity that few pairs of samples reach"]
     novelty: Annotated[float | None, "similarity that few samples have to their nearest neighbour"]
-    prompt_chars: Annotated[list[float] | None, "fewest and most characters of a prompt"]
-    response_chars: Annotated[list[float] | None, "fewest and most characters of a response"]
+    prompt_chars: Annotated[list[float] | None, "minimum and maximum characters of a prompt"]
+    response_chars: Annotated[list[float] | None, "minimum and maximum characters of a response"]
 
 
 class RefineRecord(StageRecord):
     """The selected samples were refined."""
 
-    n: Annotated[int, "tasks"]
-    accepted: Annotated[int, "tasks that ended with a new sample"]
-    usage: Annotated[dict[str, UsageRow], "by axes"]
-    limits: Annotated[LimitsRow, "bars for candidates"]
+    n: Annotated[int, "number of tasks"]
+    accepted: Annotated[int, "number of tasks with a new sample"]
+    usage: Annotated[dict[str, UsageRow], "usage by axes"]
+    limits: Annotated[LimitsRow, "limits for candidates"]
 
 
 class EvaluateRecord(StageRecord):
@@ -351,12 +347,12 @@ class ExportRecord(StageRecord):
     reason: NotRequired[Annotated[str, "why that was not checked"]]
     max_difference: NotRequired[Annotated[float, "largest absolute difference of two logits"]]
     largest_logit: NotRequired[Annotated[float, "largest absolute logit"]]
-    n_prompts: NotRequired[Annotated[int, "prompts that were compared"]]
-    n_tokens: NotRequired[Annotated[int, "tokens of these"]]
+    n_prompts: NotRequired[Annotated[int, "number of compared prompts"]]
+    n_tokens: NotRequired[Annotated[int, "number of their tokens"]]
 
 
 class Stages(TypedDict):
-    """The finished stages; one that is not done is absent."""
+    """The finished stages; other stages are absent."""
 
     prepare: NotRequired[Annotated[PrepareRecord, "dataset.jsonl"]]
     train: NotRequired[Annotated[StageRecord, "checkpoint/, metrics.jsonl"]]
@@ -371,5 +367,5 @@ class Stages(TypedDict):
 class ManifestFile(TypedDict):
     """The finished stages of a folder."""
 
-    version: Annotated[int, "of this file's format"]
-    stages: Annotated[Stages, "by name"]
+    version: Annotated[int, "version of this file's format"]
+    stages: Annotated[Stages, "records of the stages by name"]

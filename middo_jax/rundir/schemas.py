@@ -1,10 +1,10 @@
-"""The public files of a run: what each contains, the version of its format, and who may read it.
+"""The public files of a run: their contents and the versions of their formats.
 
     faults(row, schema("refined.jsonl").row)  ->  ["gate is missing"]
 
-A version is kept in the metadata of a Parquet file; in manifest.json, for itself and for all files that its
-stages wrote; and in each line of events.jsonl, since several programs may append to it. A file without a
-version is older than versions, and is read.
+Versions are stored in the metadata of a Parquet file; in manifest.json, for itself and for all files that its
+stages wrote; and in each line of events.jsonl, since several program versions may append to it. A file
+without a version was written before there were versions, and can be read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ArrowType = Literal[
 
 
 class Column(NamedTuple):
-    """A column of a Parquet file; `type` as pyarrow calls it, or a vector: a list of one fixed size."""
+    """A column of a Parquet file. `type` is pyarrow's name, or a vector: a list of fixed size."""
 
     name: str
     type: ArrowType
@@ -44,13 +44,13 @@ class Schema:
     """The declaration of one public file.
 
     Attributes:
-      name: of the file.
-      form: how it is encoded.
-      where: in which folder.
-      text: what it contains, one sentence.
-      version: of its format; a change that an older program would misread is the next one.
+      name: name of the file.
+      form: encoding.
+      where: folders that contain it.
+      text: description, one sentence.
+      version: version of the format; it grows with a change that an older program would misread.
       row: the type of a row, or of the whole value of a JSON file; None for Parquet.
-      columns: of a Parquet file, in order.
+      columns: columns of a Parquet file, in order.
     """
 
     name: str
@@ -71,19 +71,19 @@ SCORES = Schema(
     "scores.parquet",
     "Parquet",
     "a round",
-    "What was measured of each sample. Null where a column was not computed or a number is not finite. "
-    "`middo score` writes the user's own columns behind these.",
+    "The measurements of each sample. Null if a column was not computed or a number is not finite. "
+    "`middo score` writes the user's own columns after these.",
     1,
     columns=(
         Column("id", "string", "the sample"),
         Column("loss_pre", "float32", "mean nats per target token under the model before this training"),
-        Column("loss_post", "float32", "the same under the model under training"),
-        Column("n_target_tokens", "int32", "how many tokens the losses are means of"),
+        Column("loss_post", "float32", "mean nats per target token under the model in training"),
+        Column("n_target_tokens", "int32", "number of target tokens, over which the losses are means"),
         Column("truncated", "bool", "whether `model.max_length` cut any token"),
         Column("knn_mean_sim", "float32", "mean cosine similarity to the k nearest other samples"),
-        Column("knn_ids", "list<string>", "these samples, the nearest first"),
-        Column("knn_sims", "list<float32>", "their similarities"),
-        Column("prompt_hash", "string", "hash of what is embedded; equal in exact duplicates"),
+        Column("knn_ids", "list<string>", "ids of these samples, the nearest first"),
+        Column("knn_sims", "list<float32>", "their cosine similarities"),
+        Column("prompt_hash", "string", "hash of the embedded text; equal in exact duplicates"),
         Column("loss_unconditional", "float32", "mean nats per token of the responses without their prompts"),
         Column("ifd", "float32", "`loss_post / loss_unconditional`"),
         *_RATINGS,
@@ -95,16 +95,16 @@ SELECTED = Schema(
     "selection.parquet",
     "Parquet",
     "a round",
-    "Which sets each sample is in. Null where an axis has no scores.",
+    "The sets that each sample is in. Null if an axis has no scores.",
     1,
     columns=(
         Column("id", "string", "the sample"),
         Column("hard", "bool", "selected by complexity"),
         Column("sparse", "bool", "selected by diversity"),
         Column("low_quality", "bool", "selected by quality"),
-        Column("complexity_z", "float32", "standard deviations by which it is worse than the mean"),
-        Column("diversity_z", "float32", "likewise"),
-        Column("quality_z", "float32", "likewise"),
+        Column("complexity_z", "float32", "how much worse than the mean, in standard deviations"),
+        Column("diversity_z", "float32", "as `complexity_z`"),
+        Column("quality_z", "float32", "as `complexity_z`"),
     ),
 )
 EMBEDDINGS = Schema(
@@ -115,7 +115,7 @@ EMBEDDINGS = Schema(
     1,
     columns=(
         Column("id", "string", "the sample"),
-        Column("embedding", "vector<float32>", "d numbers, as many as the model is wide"),
+        Column("embedding", "vector<float32>", "d numbers, d: the model's width"),
     ),
 )
 HELDOUT_ROWS = Schema(
@@ -127,25 +127,25 @@ HELDOUT_ROWS = Schema(
     columns=(
         Column("model", "string", "`base`, `round_00`, ..., `final`"),
         Column("id", "string", "the held-out sample"),
-        Column("nll", "float64", "sum over its target tokens, in nats"),
-        Column("n_target_tokens", "int64", "how many there are"),
+        Column("nll", "float64", "negative log-likelihood, summed over its target tokens, in nats"),
+        Column("n_target_tokens", "int64", "number of its target tokens"),
     ),
 )
 MANIFEST = Schema(
     "manifest.json",
     "JSON",
     "a round or `final`",
-    "Which stages are done, and of what they were made.",
+    "The finished stages, with the hashes of their inputs and outputs.",
     1,
     rows.ManifestFile,
 )
-EVENTS = Schema("events.jsonl", "JSON lines", "the run", "What happened when.", 1, rows.EventRow)
+EVENTS = Schema("events.jsonl", "JSON lines", "the run", "One row per event.", 1, rows.EventRow)
 SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "dataset.jsonl",
         "JSON lines",
         "a round or `final`",
-        "One row per sample that the training learns from.",
+        "One row per training sample.",
         1,
         rows.ExampleRow,
     ),
@@ -157,7 +157,7 @@ SCHEMAS: tuple[Schema, ...] = (
         1,
         rows.ExampleRow,
     ),
-    Schema("heldout.jsonl", "JSON lines", "the run", "Samples that no training sees.", 1, rows.ExampleRow),
+    Schema("heldout.jsonl", "JSON lines", "the run", "Samples never trained on.", 1, rows.ExampleRow),
     Schema(
         "rejected.jsonl",
         "JSON lines",
@@ -185,7 +185,7 @@ SCHEMAS: tuple[Schema, ...] = (
         "requests.jsonl",
         "JSON lines",
         "a round",
-        "What the refiner was asked and what it answered.",
+        "Requests to the refiner, and its answers.",
         1,
         rows.RequestRow,
     ),
@@ -222,23 +222,23 @@ _BY_NAME = {schema.name: schema for schema in SCHEMAS}
 
 
 def schema(name: str) -> Schema | None:
-    """The schema of a public file by its name, None for any other file."""
+    """Returns the schema of a public file by its name; None for any other file."""
     return _BY_NAME.get(name)
 
 
 def versions_of(names: Iterable[str]) -> dict[str, int]:
-    """The versions in which this program writes the public ones of some files, by relative path."""
+    """Returns the versions in which this program writes the public files among `names`, by relative path."""
     known = ((name, schema(name.rpartition("/")[2])) for name in names)
     return {name: found.version for name, found in known if found is not None}
 
 
 def newer(name: str, version: int, where: object) -> str | None:
-    """Why a file cannot be read: its format is newer than this program's. None if it can.
+    """Returns why a file is too new for this program; None if it can be read.
 
     Args:
-      name: of the file.
-      version: in which it was written.
-      where: the file that says so.
+      name: name of the file.
+      version: version in which the file was written.
+      where: the file that contains this version.
     """
     found = schema(name.rpartition("/")[2])
     if found is None or version <= found.version:
@@ -250,14 +250,14 @@ def newer(name: str, version: int, where: object) -> str | None:
 
 
 def faults(value: Any, expected: Any, where: str = "") -> list[str]:
-    """In what a value of a JSON file differs from its declared type: missing, unknown and ill-typed keys.
+    """Returns missing, undeclared and wrongly typed keys of a value of a JSON file.
 
     faults({"n": "3"}, SweepRow) = ["m is missing", "n is a str, not int"]
 
     Args:
-      value: as `json.loads` gives it.
+      value: return value of `json.loads`.
       expected: a type of rows.py, or of one of its keys.
-      where: the key that has the value, for the messages.
+      where: the value's key, for the messages.
     """
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if expected is Any:
@@ -304,7 +304,7 @@ def _row_faults(value: Any, expected: Any, where: str) -> list[str]:
 
 
 def keys(row: Any) -> dict[str, Any]:
-    """The keys of a row with their annotated types, in the declared order."""
+    """Returns the keys of a row with their annotated types, in the declared order."""
     return typing.get_type_hints(row, include_extras=True)
 
 

@@ -9,7 +9,7 @@ from middo_jax.rundir.manifest import RunError
 
 
 def settings_of(directory: Path, settings: SettingsLike = None) -> Config:
-    """The settings of a folder, or of the run that it is a round of, with others laid over them.
+    """Returns the settings of a folder or of its run, overridden by `settings`.
 
     Raises:
       RunError: there is no config.yaml.
@@ -18,5 +18,5 @@ def settings_of(directory: Path, settings: SettingsLike = None) -> Config:
         if path.exists():
             return load(path, layers_of(settings))
     raise RunError(
-        f"{directory}: no config.yaml there or above; `middo score --data F --model M --out DIR` makes one"
+        f"{directory}: no config.yaml there or above; `middo score --data F --model M --out DIR` writes one"
     )

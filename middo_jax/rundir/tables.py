@@ -21,11 +21,11 @@ _TYPES: dict[ArrowType, pa.DataType] = {
 
 
 def arrow_schema(of: Schema, width: int = 0) -> pa.Schema:
-    """The columns of a public Parquet file. The metadata has the version; a table and its file inherit it.
+    """Returns the pyarrow schema of a public Parquet file, with the format version in its metadata.
 
     Args:
       of: the file's schema.
-      width: numbers of a vector, if it has a column of vectors.
+      width: size of the vectors, if the file has a column of vectors.
     """
     types = _TYPES | {"vector<float32>": pa.list_(pa.float32(), width)}
     fields = [pa.field(column.name, types[column.type]) for column in of.columns]
@@ -33,15 +33,15 @@ def arrow_schema(of: Schema, width: int = 0) -> pa.Schema:
 
 
 def refuse_newer(schema: pa.Schema, of: Schema, where: object) -> None:
-    """Raises RunError if a table was written in a newer version; one without a version is an older one.
+    """Raises RunError if a table was written in a newer version. A table without a version is older.
 
     Args:
-      schema: of the table, with the metadata of its file.
+      schema: pyarrow schema of the table, with the metadata of its file.
       of: the file's schema.
       where: the file, for the message.
     """
     said = (schema.metadata or {}).get(VERSION, b"0")
     if not said.isdigit():
-        raise RunError(f"{where}: its format version is no number but {said!r}; the file is damaged")
+        raise RunError(f"{where}: its format version is {said!r}, not a number; the file is damaged")
     if (reason := newer(of.name, int(said), where)) is not None:
         raise RunError(reason)

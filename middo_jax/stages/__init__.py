@@ -1,7 +1,7 @@
-"""The stages of a round, each a function from files to files; the loop and the commands both call them.
+"""The stages of a round: functions from files to files, called by the loop and by the commands.
 
-A stage reads what earlier ones left in a round's folder, writes its own files, and only then records itself
-in the manifest. So any of them can be killed and started again.
+A stage reads the files of earlier stages in a round's folder, writes its own files, and only then records
+itself in the manifest. So every stage can be killed and started again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from middo_jax.stages.surroundings import answer_cache
     from middo_jax.stages.train import remove_training, train_stage
 
-# Imported when first used: `select` is a stage that needs no JAX, and all others load it.
+# Imported on first use: all stages but `select` import JAX, and `select` must run without it.
 _MODULES = {
     "batch": "batch_stage",
     "checks": "check_continues check_refiner check_training",

@@ -1,8 +1,9 @@
-"""Which of the refiner's candidates are accepted, and candidates.jsonl, which records it.
+"""Accepts or rejects the refiner's candidates, and records it in candidates.jsonl.
 
-The text's gates have been asked already, where the candidate was written. Here follow, gate by gate in the
-order of the table: the dataset's lengths, what the model under training measures in one pass over all
-candidates of an attempt, its rating of those that pass all that, and whether a candidate repeats another one.
+The gates on the text have run already, when the candidate was written. This module runs the other gates, in
+the order of the table: lengths compared with the dataset; measurements by the model under training, in one
+pass over all candidates of an attempt; its ratings of the candidates that passed so far; repetitions of other
+samples.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from middo_jax.stages.measure import Rewrite, UnderTraining, alone, scored_as, s
 
 @dataclasses.dataclass
 class _Case:
-    """A candidate while it is decided: its outcome so far, and what the gates see of it."""
+    """A candidate during acceptance: its outcome so far, and the input of the gates."""
 
     outcome: Outcome
     child: Example
@@ -43,12 +44,12 @@ class _Case:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Under which its measurement is kept."""
+        """The key of its stored measurement."""
         return self.outcome.task.task_id, self.child.id
 
     @property
     def rewrite(self) -> Rewrite:
-        """What is measured of it."""
+        """The input of `UnderTraining.measure`."""
         return Rewrite(self.child, self.outcome.task.original.id, self.outcome.task.op)
 
     @property
@@ -57,15 +58,15 @@ class _Case:
         return self.outcome.example is not None
 
     def learn(self, **facts: Any) -> None:
-        """Fills in what the next gates need."""
+        """Adds facts that the next gates need."""
         self.candidate = dataclasses.replace(self.candidate, **facts)
 
 
 class Acceptance:
-    """Decides a round's candidates, attempt after attempt.
+    """Accepts or rejects a round's candidates, one attempt after the other.
 
-    A measurement is kept as soon as its attempt is decided, under the name of what the dataset was scored
-    with: a second start measures nothing twice, and other scores invalidate all measurements.
+    Measurements are stored after each attempt, with `scored_as` of the folder. A restart therefore repeats no
+    measurement, and new scores invalidate all measurements.
     """
 
     def __init__(
@@ -76,17 +77,17 @@ class Acceptance:
         model: Path | None,
         together: Together = alone,
     ) -> None:
-        """Reads what the gates compare with.
+        """Reads the files that the gates compare candidates with.
 
         Args:
-          session: settings and all that loads a model.
-          directory: contains the round's dataset, scores, embeddings and selection.
-          heldout: what no candidate may repeat.
-          model: M_t; None takes the one that the folder's manifest names.
-          together: of `lead`, if other processes of the job follow.
+          session: settings, tokenizer, mesh.
+          directory: folder with the round's dataset, scores, embeddings and selection.
+          heldout: held-out examples, which no candidate may repeat.
+          model: M_t; None takes the model that the folder's manifest names.
+          together: value that `lead` yields, if other processes of the job follow.
 
         Raises:
-          RunError: `refine.accept` is `measured` and that model cannot be found.
+          RunError: `refine.accept` is `measured` and the model cannot be found.
           ConfigError: a gate needs a package that is not installed.
         """
 
@@ -97,7 +98,7 @@ class Acceptance:
         self._examples = read_dataset(directory)
         self._model = (model or scored_model(directory)) if self._settings.accept == "measured" else None
         if by_text and gates.value("language"):
-            load_identifier()  # that it is missing should be known before anything is paid for
+            load_identifier()  # raises if the package is missing, before any request is paid for
         self._known = Known(self._examples, heldout, gates.value("duplicate") if by_text else None)
         self.limits = self._read_limits()
         self._under = scored_as(directory)
@@ -105,7 +106,7 @@ class Acceptance:
         self._rows: list[CandidateRow] = []
 
     def decide(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """The outcomes of one attempt, in order; those that a gate does not let pass are rejected."""
+        """Returns the outcomes of one attempt, in order, after all gates."""
         cases = {
             place: _Case(outcome, outcome.example, self._candidate(outcome.task, outcome.example))
             for place, outcome in enumerate(outcomes)
@@ -125,14 +126,14 @@ class Acceptance:
         return decided
 
     def _candidate(self, task: Task, child: Example) -> Candidate:
-        """What the gates see of a child that has passed those of its text."""
+        """Returns the input of the gates for a child that passed the gates on its text."""
 
         return Candidate(
             task, prompt=child.prompt, response=child.response, example=child, limits=self.limits
         )
 
     def _ask(self, cases: Sequence[_Case], needs: Needs) -> None:
-        """Asks the gates of one phase of all that are still open."""
+        """Runs the gates of one phase on all cases that are still open."""
 
         for case in cases:
             if case.is_open and (verdict := first_verdict(case.candidate, needs, self._settings)):
@@ -150,7 +151,7 @@ class Acceptance:
         model = UnderTraining(self._session, self._directory, path, self._together)
         still = [case for case in cases if case.is_open]
         new = [case for case in still if case.key not in self._stored]
-        # Within an attempt a task has one candidate, so that no key is measured twice.
+        # A task has one candidate per attempt, so no key is measured twice.
         if new:
             for case, measured in zip(new, model.measure([c.rewrite for c in new]), strict=True):
                 case.learn(measured=measured)
@@ -165,13 +166,13 @@ class Acceptance:
                 case.learn(measured=dataclasses.replace(case.candidate.measured, quality=quality))
         del model
         gc.collect()
-        # A later attempt that writes the same again is not measured again either: in another batch its last
-        # digits would be others, and a second start could not tell which were whose.
+        # If a later attempt returns the same text, the first measurement is used again: in another batch its
+        # last digits would differ, and a restart could not tell the two measurements apart.
         self._stored |= {case.key: case.candidate.measured for case in still if case.candidate.measured}
         self._ask(rated, "rating")
 
     def _ask_accepted(self, cases: Sequence[_Case]) -> None:
-        """The last gates, of one candidate after the other: what is accepted binds those after it."""
+        """Runs the last gates on one candidate after the other: later ones must not repeat accepted ones."""
         still = [case for case in cases if case.is_open]
         near = self._known.near([(case.outcome.task, case.child) for case in still])
         for case, like in zip(still, near, strict=True):
@@ -236,7 +237,7 @@ class Acceptance:
 
 
 def _with_scores(outcome: Outcome, measured: Measurement | None) -> Outcome:
-    """The outcome with what was measured of its child in the child's lineage."""
+    """Returns the outcome with the measurement added to its child's lineage."""
 
     if outcome.example is None or measured is None:
         return outcome

@@ -1,4 +1,4 @@
-"""Refining by batch files: what can be asked now goes into one, results come out of others, and so on."""
+"""Refinement with batch files: writes all possible requests to a file, and reads results from other files."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ def batch_stage(
     read: Sequence[Path] = (),
     write: Path | None = None,
 ) -> BatchState:
-    """Takes results in, finishes the stage if that was all, else writes the next requests.
+    """Reads results. Finishes the stage if all requests are answered, else writes the next requests.
 
     Args:
       session: settings, tokenizer, mesh; `refine.model` must be set.
-      directory: holds dataset, scores and selection.
-      cache: of the refiner's answers.
-      read: result files. A request that was refused in one of them is not asked again, and its sample keeps
-        its original; other failures are asked again.
-      write: gets the requests that wait, if any do.
+      directory: folder with dataset, scores and selection.
+      cache: cache of the refiner's answers.
+      read: result files. A refused request is not sent again, and its sample stays as it is; other failed
+        requests are sent again.
+      write: file for the unanswered requests, if there are any.
 
     Raises:
-      RunError: `refine.model` is not set, a file holds no results, or results of other requests only.
+      RunError: `refine.model` is not set, or a file contains no results or only results of other requests.
     """
     config = session.config
     if config.refine.model is None:
-        raise RunError("config: refine.model is missing: the name of the model that the batch is for")
+        raise RunError("config: refine.model is missing: set it to the name of the model that runs the batch")
     results = read_results(read)
     index, heldout = directory.index, heldout_of(directory)
     requests = prompts.requests(config.refine.model, config.refine, config.seed)
@@ -76,8 +76,8 @@ def batch_stage(
     known = client.waiting.keys() | taken
     if results and not any(key in known or cache.get(key) for key in results):
         raise RunError(
-            f"{read[0]}: none of the results belongs to a request of {directory.path}: they are of other "
-            "data or other settings (refine.model, refine.temperature, ...)"
+            f"{read[0]}: none of the results belongs to a request of {directory.path}: they were requested "
+            "for other data or with other settings (refine.model, refine.temperature, ...)"
         )
     failed = [results[key].said for key in client.waiting if key in results]
     if write is not None:

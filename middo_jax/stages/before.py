@@ -1,6 +1,6 @@
-"""What the model before training says of a dataset. Where it is frozen, what an earlier round measured holds.
+"""Measures a dataset under the model before training. If that model is frozen, reuses an earlier round.
 
-Axes: n sample, e sample of the earlier round, d width.
+Axes: n sample, e sample of the earlier round, d model width.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from middo_jax.training.identity import checksums
 
 
 class Wanted(NamedTuple):
-    """What is measured under the model before training."""
+    """Which quantities to measure under the model before training."""
 
     loss: bool
     embeddings: bool
 
 
 class Before(NamedTuple):
-    """What the model before training says of N samples.
+    """Measurements of n samples under the model before training.
 
     Attributes:
-      loss_n: mean NLL of the targets; None if not asked for.
-      embedding_nd: of the prompts; None if not asked for.
-      earlier: if embeddings were: which sample of the earlier round each one is, and the neighbours there.
-      n_kept: samples that were not measured again.
-      identity: of what was measured, for the manifest.
+      loss_n: mean NLL of the targets; None if not wanted.
+      embedding_nd: embeddings of the prompts; None if not wanted.
+      earlier: rows of the samples in the earlier round, and their neighbours there; empty without embeddings.
+      n_kept: number of samples whose measurements were reused.
+      identity: identity of the measurements, for the manifest.
     """
 
     loss_n: np.ndarray | None
@@ -54,12 +54,12 @@ class Before(NamedTuple):
 
 
 class _Standing(NamedTuple):
-    """What holds of an earlier round.
+    """The reusable measurements of an earlier round.
 
     Attributes:
-      table: its scores; None if nothing holds.
-      embedding_ed: its embeddings, the table's rows; None if nothing holds.
-      row_n: which of the e samples each one is, -1 where it is new or changed.
+      table: its scores; None if nothing is reusable.
+      embedding_ed: its embeddings, one row per row of the table; None if nothing is reusable or wanted.
+      row_n: row of each sample in the earlier round, -1 if it is new or changed.
     """
 
     table: pa.Table | None
@@ -68,16 +68,16 @@ class _Standing(NamedTuple):
 
     @property
     def new(self) -> list[int]:
-        """The samples that are to be measured."""
+        """Indices of the samples to measure."""
         return np.flatnonzero(self.row_n < 0).tolist()
 
     @property
     def n_kept(self) -> int:
-        """How many are not."""
+        """Number of samples whose measurements are reused."""
         return int((self.row_n >= 0).sum())
 
     def of_all(self, of_new: np.ndarray, of_earlier: np.ndarray | None) -> np.ndarray:
-        """[n, ...] of what was measured now, and what was before."""
+        """Returns [n, ...]: new measurements and, for all other samples, those of the earlier round."""
         values = np.empty((len(self.row_n), *of_new.shape[1:]), of_new.dtype)
         values[self.row_n < 0] = of_new
         if of_earlier is not None:
@@ -95,19 +95,19 @@ def measure_before(
     earlier: RoundDir | None,
     passes: Passes,
 ) -> Before:
-    """Measures what is new since an earlier round; the rest is taken from its files.
+    """Measures the samples that are new since an earlier round; reads the others from that round's files.
 
-    A sample is the same if its id, which is a hash of its text, and the hash of its prompt's tokens are. The
-    earlier round counts only if its manifest names the same identity, and its files are those it names.
+    A sample is unchanged if both its ID, a hash of its text, and the hash of its prompt's tokens are. The
+    earlier round is used only if its manifest has the same identity and the hashes of its present files.
 
     Args:
-      session: settings, tokenizer.
+      session: settings and tokenizer.
       model: the model before training.
-      path: where it was loaded from.
+      path: path that the model was loaded from.
       texts: the samples.
       wanted: losses, embeddings or both.
       earlier: the earlier round's folder, if there is one.
-      passes: runs a pass under a name.
+      passes: runs the passes and keeps their facts.
     """
     identity = _identity(session, path, model, wanted)
     standing = _standing(session, texts, wanted, earlier, identity)
@@ -126,7 +126,7 @@ def measure_before(
     if texts.raw is not None:
         new = [texts.raw[i] for i in standing.new]
         embedding_nd = passes("embeddings of raw prompts", model, new).embedding_nd
-    assert embedding_nd is not None  # of one pass or the other
+    assert embedding_nd is not None  # one of the two passes above has run
     embedding_nd = standing.of_all(embedding_nd, standing.embedding_ed)
     return Before(loss_n, embedding_nd, known, standing.n_kept, identity)
 
@@ -134,12 +134,12 @@ def measure_before(
 def _standing(
     session: Session, texts: Texts, wanted: Wanted, earlier: RoundDir | None, identity: str
 ) -> _Standing:
-    """What holds of an earlier round, and says so. Its embeddings are read only if they are wanted."""
+    """Returns and reports the reusable measurements. Embeddings are read only if they are wanted."""
     nothing = _Standing(None, None, np.full(len(texts.examples), -1))
     if earlier is None:
         return nothing
     if not _was_measured_under(earlier, identity):
-        session.progress.say(f"under the model before training: of {earlier.path.name} nothing stands")
+        session.progress.say(f"under the model before training: nothing of {earlier.path.name} is reusable")
         return nothing
     table = read_scores(earlier.scores)
     ids = table["id"].to_pylist()
@@ -149,21 +149,21 @@ def _standing(
         table, read_embeddings(earlier.embeddings, ids) if wanted.embeddings else None, row_n
     )
     session.progress.say(
-        f"under the model before training: of {earlier.path.name} {standing.n_kept:,} of "
-        f"{len(texts.examples):,} samples stand"
+        f"under the model before training: {standing.n_kept:,} of {len(texts.examples):,} samples are reused "
+        f"from {earlier.path.name}"
     )
     return standing
 
 
 def _identity(session: Session, path: Path, model: Model, wanted: Wanted) -> str:
-    """SHA-256 of all but the samples that the losses, embeddings and neighbours depend on.
+    """Returns the SHA-256 of all inputs of losses, embeddings and neighbours, except the samples.
 
-    The model's place, shape and weights; the tokenizer, the template and the day it prints, how rows become
-    text; what is embedded and which neighbours are sought. The mesh and the attention kernel change rounding
-    alone.
+    These are the model's path, config and weights; the tokenizer, the template and the date in it; the
+    settings that turn rows into text; and those of embeddings and neighbours. The mesh and the attention
+    kernel are left out, because they change only the rounding.
     """
     config, tokenizer = session.config, session.tokenizer
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)  # `load_tokenizer` gives no other
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)  # `load_tokenizer` returns no other
     neighbours = affecting(config.diversity, {"scores"})
     decisive = [
         str(path.resolve()),
@@ -180,7 +180,7 @@ def _identity(session: Session, path: Path, model: Model, wanted: Wanted) -> str
 
 
 def _was_measured_under(earlier: RoundDir, identity: str) -> bool:
-    """Whether a round's scores and embeddings are of this identity, and those that its manifest names."""
+    """Whether a round's manifest has this identity and the hashes of its present scores and embeddings."""
     record = earlier.stages().get("score", {})
     if record.get("pre_identity") != identity:
         return False

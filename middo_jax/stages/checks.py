@@ -1,4 +1,4 @@
-"""What would stop a run later and can be known before its folder exists."""
+"""Checks before a run's folder is created, for errors that would otherwise stop the run later."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from middo_jax.training.trackers import require_trackers
 
 
 def check_continues(session: Session, directory: RoundDir, examples: Sequence[Example]) -> None:
-    """Checks that a checkpoint in a folder, if there is one, is of a training on these examples and settings.
+    """Checks that a checkpoint in the folder, if any, belongs to a training on these examples and settings.
 
-    Before anything is written there: a training that is refused leaves the folder as it was.
+    Call it before anything is written to the folder, so that a refused training leaves the folder unchanged.
 
     Raises:
-      AnotherTraining: it is of another one.
+      AnotherTraining: the checkpoint belongs to another training.
     """
     settings = directory.path / "config.yaml"
     if not all(path.exists() for path in (directory.checkpoint, settings, directory.dataset)):
@@ -40,12 +40,12 @@ def check_continues(session: Session, directory: RoundDir, examples: Sequence[Ex
 
 
 def check_training(session: Session, examples: Sequence[Example], heldout: Sequence[Example]) -> None:
-    """Checks that a dataset can be trained on, under these settings and on these devices.
+    """Checks that a dataset can be trained on with these settings and devices.
 
     Raises:
-      ConfigError: the mesh fits neither devices, model nor batch; the examples do not fill a batch or do not
-        fit its rows; nothing is held out, and losses on it are asked for; or a package is missing.
-      TrainingDataError: there is nothing to learn in the examples.
+      ConfigError: the mesh does not fit the devices, the model or the batch; the examples do not fill a batch
+        or do not fit its rows; `train.eval_every` is set and nothing is held out; or a package is missing.
+      TrainingDataError: the examples cannot be trained on, see `check_examples`.
     """
     config, mesh = session.config, session.mesh
     settings, pack_length = config.train, config.model.max_length
@@ -62,10 +62,10 @@ def check_training(session: Session, examples: Sequence[Example], heldout: Seque
 
 
 def check_refiner(config: Config) -> None:
-    """Checks what can be known of the refiner without asking it.
+    """Checks the refiner's settings without sending a request.
 
     Raises:
-      RunError: a server is named and the model is not.
+      RunError: an endpoint is set, but `refine.model` is not.
       ConfigError: a gate needs a package that is not installed.
     """
     named_endpoint(config)

@@ -1,4 +1,4 @@
-"""The refiner's endpoint: the one that the settings name, or the embedded one."""
+"""The refiner's endpoint: the one in the settings, or the embedded one."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Served(NamedTuple):
     """The refiner's endpoint.
 
     Attributes:
-      url: up to and including /v1; several are servers of the same model.
-      model: the name to ask for.
-      sends_key: whether it is the user's and gets their API key; the embedded one gets a dummy.
+      url: URL up to and including /v1; several URLs if several servers serve the same model.
+      model: name of the model for requests.
+      sends_key: whether requests carry the user's API key; the embedded endpoint gets a dummy key.
     """
 
     url: str | tuple[str, ...]
@@ -32,10 +32,10 @@ class Served(NamedTuple):
 
 
 def named_endpoint(config: Config) -> Served | None:
-    """The endpoint that `refine.base_url` or $OPENAI_BASE_URL names; None if neither does.
+    """Returns the endpoint that `refine.base_url` or $OPENAI_BASE_URL names; None if neither is set.
 
     Raises:
-      RunError: one does, and `refine.model` is missing.
+      RunError: one of them is set, but `refine.model` is not.
     """
     url = config.refine.base_url or os.environ.get("OPENAI_BASE_URL")
     if url is None:
@@ -48,7 +48,7 @@ def named_endpoint(config: Config) -> Served | None:
 
 @contextlib.contextmanager
 def endpoint(session: Session) -> Iterator[Served]:
-    """The refiner's endpoint; if none is named, the embedded one serves on loopback while the block runs."""
+    """Yields the refiner's endpoint. If none is set, serves the embedded one on loopback during the block."""
     config = session.config
     if (named := named_endpoint(config)) is not None:
         yield named
@@ -60,7 +60,7 @@ def endpoint(session: Session) -> Iterator[Served]:
     engine, tokenizer, eos_ids = server.load_engine(
         path, config.serve, config.model.dtype, template, session.mesh
     )
-    # A rewrite depends on what the template prints, so that another day's start must print the same.
+    # A rewrite depends on the date that the template prints, so a restart on another day must print the same.
     pin_date(tokenizer, config.model.template_date or datetime.date.today())
     name = path.resolve().name
     app = server.build_app(engine, tokenizer, name, eos_ids)

@@ -1,4 +1,4 @@
-"""What becomes of a trained model: its held-out loss, its export."""
+"""Held-out losses and exports of trained models."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from middo_jax.session import Session
 
 
 class HeldOut:
-    """Held-out examples, tokenized once, and the loss of one model after another on them."""
+    """Held-out examples, tokenized once, and the losses of several models on them."""
 
     def __init__(self, session: Session, examples: Sequence[Example]) -> None:
-        """Examples of several sources (`data.source_column`) are told apart."""
+        """Tokenizes the examples and groups them by source (`data.source_column`)."""
         self._session = session
         self._tokenized = session.tokenize(examples)
         column = session.config.data.source_column
@@ -43,7 +43,7 @@ class HeldOut:
         self._pass: LossPass | None = None
 
     def rows(self, model: Model) -> RowLosses:
-        """The loss of each example under a loaded model. Models that are alike share what is compiled."""
+        """Returns the loss of each example. Models with the same config share the compiled pass."""
         if self._pass is None:
             scoring = self._session.config.scoring
             self._pass = LossPass(self._tokenized, model, scoring.batch_tokens, scoring.unembed_chunk)
@@ -51,14 +51,14 @@ class HeldOut:
         return row_losses([e.id for e in self._tokenized], scores.loss_n, scores.n_targets_n)
 
     def loss(self, model: Model) -> HeldoutLoss:
-        """The loss of a loaded model over all examples, and over those of each source."""
+        """Returns the loss over all examples, and over the examples of each source."""
         return total(self.rows(model), self._sources)
 
 
 def measure_heldout(
     session: Session, run: RunDir, models: Mapping[str, Path], heldout: Sequence[Example]
 ) -> dict[str, float]:
-    """Writes heldout_losses.json and heldout_rows.parquet; returns the loss of each model by its name.
+    """Writes heldout_losses.json and heldout_rows.parquet; returns model name -> loss.
 
     heldout_rows.parquet has one row per model and held-out example, models in the given order: `model`, `id`,
     `nll` (sum over the target tokens, in nats) and `n_target_tokens`. Without held-out examples both files
@@ -101,16 +101,16 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Writes a trained model as a Hugging Face directory, adapters merged into their base.
 
-    It carries the chat template of the training. Where torch is installed and memory allows, transformers
-    opens it, and its logits have to be ours.
+    The export contains the chat template of the training. If torch is installed and memory suffices,
+    transformers loads the export, and its logits are compared with those of this package.
 
     Args:
-      checkpoint: of ours, or a PEFT adapter.
-      out: must not exist, or be empty.
-      dtype: float32, bfloat16 or float16; None is float32, in which training keeps its weights.
-      progress: is told how well the export agrees with us, or why nobody knows.
-      mesh: where the parameters lie meanwhile; None is all devices, parameters split.
-      verify: whether to compare.
+      checkpoint: checkpoint of this package, or a PEFT adapter.
+      out: folder for the export; it must be empty or not exist.
+      dtype: float32, bfloat16 or float16; None means float32, in which training keeps its weights.
+      progress: receives the result of the comparison, or the reason why there was none.
+      mesh: mesh for loading the parameters; None means all devices, with sharded parameters.
+      verify: whether to compare logits.
 
     Returns:
       {"verified": True, "max_difference", "largest_logit", "n_prompts", "n_tokens"}, or {"verified": False,
@@ -118,13 +118,13 @@ def export_checkpoint(
 
     Raises:
       RunError: there is no finished checkpoint.
-      FileExistsError: `out` holds something.
-      CheckpointError: the export is not our model; nothing is left of it.
+      FileExistsError: `out` is not empty.
+      CheckpointError: the export's logits differ from the model's; the export is removed.
     """
     source = locate(checkpoint)
     if source.trained is None:
         raise RunError(f"{checkpoint}: no finished checkpoint there; a round's is at round_XX/checkpoint")
-    hf.require_vacant(out)  # rather now than when all is computed
+    hf.require_vacant(out)  # raises before anything is computed
     config, mesh = read_config(source.base), mesh or make_mesh()
     model = merge_adapters(load(source, mesh=mesh))
     tokenizer = _tokenizer(source.base, checkpoint)
@@ -140,14 +140,14 @@ def export_checkpoint(
     if reason is not None:
         progress.say(f"not verified: {reason}")
         return {"verified": False, "reason": reason}
-    if verification is None:  # the first process has it
+    if verification is None:  # only the first process compares
         return {"verified": True}
     progress.say(str(verification))
     return {"verified": True, **verification._asdict()}
 
 
 def _tokenizer(base: Path, checkpoint: Path) -> PreTrainedTokenizerBase:
-    """The base model's, with the chat template of the training."""
+    """Returns the base model's tokenizer with the chat template of the training."""
     tokenizer = load_tokenizer(base)
     if template := (read_metadata(checkpoint) or {}).get("chat_template"):
         tokenizer.chat_template = template
@@ -155,11 +155,11 @@ def _tokenizer(base: Path, checkpoint: Path) -> PreTrainedTokenizerBase:
 
 
 def export_adapter(checkpoint: Path, out: Path, dtype: str | None = None) -> None:
-    """Writes the LoRA adapters of a checkpoint of ours as a PEFT directory, which names their base.
+    """Writes the LoRA adapters of a checkpoint as a PEFT directory, which refers to their base model.
 
     Raises:
-      RunError: it has none.
-      FileExistsError: `out` holds something.
+      RunError: the checkpoint has no adapters.
+      FileExistsError: `out` is not empty.
     """
     source = locate(checkpoint)
     config = dataclasses.replace(read_config(source.base), lora=source.lora)

@@ -1,4 +1,4 @@
-"""What the model under training says of the refiner's candidates: one pass for all, and ratings if asked."""
+"""Measures the refiner's candidates under the model in training: one pass for all, and ratings if needed."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from middo_jax.stages.ratings import ratings
 
 
 def scored_model(directory: RoundDir) -> Path:
-    """The model whose scores a folder holds, as its manifest names it.
+    """Returns the path of the model that a folder was scored with, from its manifest.
 
     Raises:
-      RunError: it names none, or that is no longer there.
+      RunError: the manifest has no such path, or the path no longer exists.
     """
     named = directory.stages().get("score", {}).get("model")
     if named is not None and Path(named).exists():
         return Path(named)
-    missing = "which model scored it is not in its manifest" if named is None else f"{named} is gone"
+    missing = "the model that scored it is not in its manifest" if named is None else f"{named} is gone"
     raise RunError(
-        f"{directory.path}: {missing}, and refine.accept=measured asks that model: run `middo score` again, "
+        f"{directory.path}: {missing}, and refine.accept=measured needs that model: run `middo score` again, "
         "or set refine.accept=sane"
     )
 
 
 def scored_as(directory: RoundDir) -> str:
-    """16 hex digits that name what a folder was scored with: its rows, the models, the settings.
+    """Returns 16 hex digits that identify a folder's scores: a hash of its rows, models and settings.
 
-    A measurement of a rewrite is of use only to scores that have the same name. The embeddings alone would
-    not tell: with diversity.embedder=pre they are the same under every model that is trained.
+    A rewrite's measurement is valid only for scores with the same hash. The embeddings alone do not identify
+    the scores: with diversity.embedder=pre they are the same for every trained model.
     """
     require_embeddings(directory.embeddings)
     record = directory.stages()["score"]
@@ -63,12 +63,12 @@ def scored_as(directory: RoundDir) -> str:
 
 
 class Rewrite(NamedTuple):
-    """A rewrite to be measured.
+    """A rewrite to measure.
 
     Attributes:
       child: the rewritten sample.
-      original_id: the sample of the dataset that it replaces, or grew from.
-      op: of its task.
+      original_id: ID of the sample that it replaces or was synthesized from.
+      op: op of the task.
     """
 
     child: Example
@@ -76,7 +76,7 @@ class Rewrite(NamedTuple):
     op: str
 
     def to_json(self) -> dict[str, Any]:
-        """For the other processes of a job."""
+        """Returns a JSON object, to send to the other processes of a job."""
         return {"child": self.child.to_json(), "original_id": self.original_id, "op": self.op}
 
     @classmethod
@@ -86,23 +86,23 @@ class Rewrite(NamedTuple):
 
 
 def alone(told: Any) -> contextlib.AbstractContextManager[None]:
-    """No other process follows."""
+    """A `Together` for a job without followers; does nothing."""
     return contextlib.nullcontext()
 
 
 class UnderTraining:
-    """The round's model, M_t, loaded when it is first asked; drop the object to give its memory back."""
+    """The round's model, M_t, loaded on first use. Delete the object to free its memory."""
 
     def __init__(
         self, session: Session, directory: RoundDir, model: Path, together: Together = alone
     ) -> None:
-        """Loads nothing yet.
+        """Does not load the model yet.
 
         Args:
           session: settings, tokenizer, mesh.
-          directory: holds scores and embeddings of the round's dataset under `model`.
-          model: M_t.
-          together: of `lead`, if other processes follow; they measure their part of what this one measures.
+          directory: folder with scores and embeddings of the round's dataset under `model`.
+          model: path of M_t.
+          together: value that `lead` yields, if other processes follow; they take part in each measurement.
         """
         self._together = together
         self._session, self._directory, self._model = session, directory, model
@@ -114,27 +114,27 @@ class UnderTraining:
 
     @functools.cached_property
     def _embedder(self) -> Model | None:
-        """The model that made the dataset's embeddings, if it is another."""
+        """The model that computed the dataset's embeddings; None if it is M_t."""
         record = self._directory.stages()["score"]
         named = record.get("embedder", record["model"])
         return None if named == record["model"] else self._session.load_model(Path(named))
 
     def measure(self, rewrites: Sequence[Rewrite]) -> list[Measurement]:
-        """All but the rating of each rewrite: losses and embeddings in one pass, then neighbours."""
+        """Measures all but the ratings: losses and embeddings in one pass, then neighbours."""
         with self._with_others("measure", [rewrite.to_json() for rewrite in rewrites]):
             return self._measure(rewrites)
 
     def rate(self, examples: Sequence[Example]) -> list[float | None]:
-        """The judge's q of each, None where it could not be read."""
+        """Returns the judge's quality of each example; None where it cannot be parsed."""
         with self._with_others("rate", [example.to_json() for example in examples]):
             return self._rate(examples)
 
     def _with_others(self, what: str, rows: list[Any]) -> contextlib.AbstractContextManager[None]:
-        """All processes have to load the model at the same time: reading a checkpoint is collective."""
+        """Also tells followers whether to load the model: reading a checkpoint is a collective operation."""
         return self._together({what: rows, "loads": "_loaded" not in vars(self)})
 
     def follow(self, told: Mapping[str, Any]) -> None:
-        """Does this process's part of what process 0 measures."""
+        """Takes part in a measurement that process 0 leads."""
         if "measure" in told:
             self._measure([Rewrite.from_json(row) for row in told["measure"]])
         else:
@@ -149,7 +149,7 @@ class UnderTraining:
         scores = self._scored("rewrites measured", self._loaded, tokenized)
         embedding_md = scores.embedding_nd
         is_raw = self._session.config.diversity.text == "raw"
-        if k and (is_raw or self._embedder):  # as the dataset's own embeddings were made
+        if k and (is_raw or self._embedder):  # the dataset's embeddings were computed in this way too
             embedded = raw_prompts(self._session, children) if is_raw else tokenized
             model = self._embedder or self._loaded
             embedding_md = self._scored("embeddings of rewrites", model, embedded).embedding_nd
@@ -157,7 +157,7 @@ class UnderTraining:
         dataset_nd = read_embeddings(self._directory.embeddings, list(rows))
         source_m = np.array([place[rewrite.original_id] for rewrite in rewrites])
         similarity_m = cosines(embedding_md, dataset_nd[source_m])
-        # One more than k: a rewrite's own original, which it replaces, is no neighbour of it.
+        # k + 1, because the original that a rewrite replaces does not count as its neighbour.
         found = nearest_neighbours(dataset_nd, k + 1, self._session.mesh, query_md=embedding_md)
         measured = []
         for i, rewrite in enumerate(rewrites):
@@ -181,7 +181,7 @@ class UnderTraining:
 
 
 def _raised(core: dict[str, Any], similarity: float | None) -> float | None:
-    """A sparse sample's mean similarity to its k nearest, were one more sample this similar to it."""
+    """Returns a sparse sample's mean similarity to its k nearest neighbours after adding a similar sample."""
     sims = core["knn_sims"]
     if not sims or similarity is None:
         return None

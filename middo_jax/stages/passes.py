@@ -1,4 +1,4 @@
-"""What the passes of a stage have in common: the samples as they are read, and how each pass went."""
+"""Common parts of a stage's passes: the tokenized samples, and the facts of each pass."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from middo_jax.signals.duplicates import prompt_hash
 
 
 class Texts(NamedTuple):
-    """N samples as the passes read them.
+    """Tokenized samples.
 
     Attributes:
       examples: the samples.
-      tokenized: their conversations.
-      raw: their prompts alone, if these are embedded without the conversation.
-      hashes: of the prompts as they are embedded.
+      tokenized: their tokenized conversations.
+      raw: their tokenized prompts without the template, if `diversity.text` is `raw`; else None.
+      hashes: hashes of the prompts in the form that is embedded.
     """
 
     examples: Sequence[Example]
@@ -33,7 +33,7 @@ class Texts(NamedTuple):
 
     @classmethod
     def of(cls, session: Session, examples: Sequence[Example]) -> Texts:
-        """Tokenizes samples as the settings say."""
+        """Tokenizes samples by the settings."""
         tokenized = session.tokenize(examples)
         raw = raw_prompts(session, examples) if session.config.diversity.text == "raw" else None
         embedded = tokenized if raw is None else raw
@@ -41,19 +41,19 @@ class Texts(NamedTuple):
 
     @property
     def ids(self) -> list[str]:
-        """Of the samples."""
+        """IDs of the samples."""
         return [example.id for example in self.examples]
 
 
 class Passes:
-    """Scores examples as the settings say, and keeps what each pass took."""
+    """Runs scoring passes by the settings, and keeps the facts of each pass (`facts`, by name)."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self.facts: dict[str, PassFacts] = {}
 
     def __call__(self, name: str, model: Model, of: Sequence[TokenizedExample]) -> ExampleScores:
-        """One pass of a model over some examples; `name` is what the user sees."""
+        """Runs one pass of a model over some examples; the progress display shows `name`."""
         scoring = self._session.config.scoring
         scores, self.facts[name] = score_examples(
             model,
@@ -67,7 +67,7 @@ class Passes:
 
 
 def describe(name: str, facts: PassFacts) -> str:
-    """One line about a pass: how fast, how much of it was padding, how many shapes."""
+    """Returns one line about a pass: speed, share of padding, number of compiled shapes."""
     per_second = facts.real_tokens / max(facts.seconds, 1e-9)
     shapes = "1 shape" if facts.shapes == 1 else f"{facts.shapes} shapes"
     return (
@@ -77,7 +77,7 @@ def describe(name: str, facts: PassFacts) -> str:
 
 
 def raw_prompts(session: Session, examples: Sequence[Example]) -> list[TokenizedExample]:
-    """The prompts alone, without the template, all of each a prompt."""
+    """Tokenizes the prompts alone, without the template. All tokens are prompt tokens, none a target."""
     if not examples:
         return []
     texts, longest = [example.prompt for example in examples], session.config.model.max_length

@@ -1,4 +1,4 @@
-"""The model's ratings of examples, by either method: expected from one prefill, or sampled and read."""
+"""Ratings of examples by the model: expected values from one prefill, or sampled and parsed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ TOP_P, TOP_K = 0.7, 50  # of sampled ratings, as published
 def ratings(
     session: Session, model: Model, examples: Sequence[Example]
 ) -> tuple[np.ndarray, PassFacts | None]:
-    """The model's six ratings of every example, [n, 6] as `rubrics.COLUMNS`, by `quality.method`.
+    """Returns six ratings per example, [n, 6] in the order of `rubrics.COLUMNS`, by `quality.method`.
 
-    And what the pass took, if it was one: sampling decodes.
+    Also returns the facts of the pass; None for the sampled method, which decodes instead.
     """
     config = session.config
     rating = config.quality.rating
@@ -57,11 +57,13 @@ def judge(
     readout: Readout | None = None,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, PassFacts]:
-    """The six ratings from the probabilities of all answers, [n, 6] float32 as `rubrics.COLUMNS`.
+    """Returns six ratings per example from the probabilities of all answers, and the facts of the pass.
+
+    The ratings are [n, 6] float32, in the order of `rubrics.COLUMNS`.
 
     Raises:
-      JudgeError: the tokenizer's spelling of the ratings cannot be read in one prefill, or a question alone
-        is over `max_length`.
+      JudgeError: the tokenizer spells the ratings in a way that one prefill cannot score, or a question alone
+        is longer than `max_length`.
     """
     spelling = RatingTokens.of(tokenizer)
     return rate(
@@ -76,9 +78,9 @@ def judge(
 def sampled_ratings(
     session: Session, model: Model, examples: Sequence[Example], settings: SampledRating
 ) -> np.ndarray:
-    """The six ratings that the model writes, [n, 6] float32; NaN where none can be read.
+    """Samples six ratings per example, [n, 6] float32; NaN where an answer contains no rating.
 
-    A prompt that leaves no room for an answer in `serve.max_context` has none either.
+    A prompt that leaves no room for an answer in `serve.max_context` also gets NaN.
     """
 
     config, tokenizer = session.config, session.tokenizer

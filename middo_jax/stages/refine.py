@@ -1,4 +1,4 @@
-"""The refining stage: a round's selected samples -> requests, candidates, refined ones, the next dataset."""
+"""The refinement stage: a round's selected samples -> requests, candidates, refined samples, next dataset."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from middo_jax.stages.endpoint import endpoint
 from middo_jax.stages.measure import UnderTraining, scored_model
 from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
 
-FOLLOWED = "refine"  # the name of what process 0 leads
+FOLLOWED = "refine"  # the name under which process 0 leads and the others follow
 Ask = Callable[[Sequence[Task]], list[Outcome]]
 
 
 def plan_refinement(directory: RoundDir) -> list[Task]:
-    """What the refiner would be asked to do, from the folder's dataset, scores and selection."""
+    """Returns the refiner's tasks, planned from the folder's dataset, scores and selection."""
     if not directory.is_done("select"):
         raise RunError(f"{directory.path}: no selection from its scores there; run `middo select` first")
     axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
@@ -57,13 +57,13 @@ def plan_refinement(directory: RoundDir) -> list[Task]:
 
 
 def _kept_scores(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """What a sample's lineage keeps of its scores: the columns that decide on an axis."""
+    """Returns the scores that a sample's lineage keeps: the columns that decide on an axis."""
     names = [name for row in axis_rows() for name in row.columns]
     return {row["id"]: {name: row.get(name) for name in names} for row in rows}
 
 
 def refine_round(session: Session, directory: RoundDir) -> Ledger:
-    """`refine_stage` with what surrounds the folder: its run's held-out rows, cache and round."""
+    """Runs `refine_stage` with the held-out rows, cache, round index and model of the folder's run."""
     with answer_cache(session, directory) as cache:
         return refine_stage(
             session, directory, directory.index, cache, heldout_of(directory), model_of(directory)
@@ -79,24 +79,24 @@ def refine_stage(
     model: Path | None = None,
     batch: BatchClient | None = None,
 ) -> Ledger:
-    """Has the selected samples rewritten, and accepts what helps. Returns the cost.
+    """Rewrites the selected samples with the refiner and accepts or rejects the rewrites. Returns the cost.
 
-    Writes requests.jsonl, refined.jsonl and candidates.jsonl. What is not accepted is tried again, up to
-    `refine.max_attempts` times, told why. Every answer is in the cache as soon as it comes, so that a second
-    start pays for nothing twice.
+    Writes requests.jsonl, refined.jsonl and candidates.jsonl. A rejected task is attempted up to
+    `refine.max_attempts` times, with feedback from the gate. Each answer is cached when it arrives, so a
+    restart pays for no request twice.
 
     Args:
       session: settings, tokenizer, mesh.
-      directory: holds dataset, scores and selection.
-      round_index: counted from 0.
-      cache: of the refiner's answers.
-      heldout: what no rewrite may repeat.
-      model: M_t, that measures the rewrites; None: the one that the folder's manifest names.
-      batch: answers in place of an endpoint.
+      directory: folder with dataset, scores and selection.
+      round_index: index of the round, counted from 0.
+      cache: cache of the refiner's answers.
+      heldout: held-out examples, which no rewrite may repeat.
+      model: M_t, which measures the rewrites; None takes the model that the folder's manifest names.
+      batch: source of answers instead of an endpoint.
 
     Raises:
-      NotAnswered: `batch` has requests waiting; nothing is written.
-      RefinerError: the endpoint fails for all alike; what it answered is kept.
+      NotAnswered: `batch` has unanswered requests; no file is written.
+      RefinerError: the endpoint fails for every request; earlier answers stay in the cache.
     """
     config, began = session.config, time.monotonic()
     tasks = plan_refinement(directory)
@@ -124,7 +124,7 @@ def refine_stage(
 
 
 def follow_refinement(session: Session, directory: RoundDir) -> None:
-    """What all processes but the first do while it refines: their part of measuring its rewrites."""
+    """Takes part in the measurements of the first process. Called by all other processes."""
     model, under = model_of(directory) or scored_model(directory), None
     with session.stage():
         for told in follow(FOLLOWED):
@@ -141,7 +141,7 @@ def _attempts(
     acceptance: Acceptance,
     most: int,
 ) -> list[Outcome]:
-    """How each task ended, in order, after at most so many attempts."""
+    """Returns the final outcome of each task, in order, after at most `most` attempts."""
     if not tasks:
         return acceptance.decide([])
     ended: dict[str, Outcome] = {}
@@ -150,7 +150,7 @@ def _attempts(
         ask = stack.enter_context(refiner)
         for attempt in range(1, most + 1):
             asked = ask(left)
-            if attempt == most:  # so that an embedded model leaves the memory before the last measuring
+            if attempt == most:  # frees an embedded model's memory before the last measurement
                 stack.close()
             decided = acceptance.decide(asked)
             for outcome in decided:
@@ -166,7 +166,7 @@ def _attempts(
 def _refiner(
     session: Session, round_index: int, cache: AnswerCache, ledger: Ledger, batch: BatchClient | None
 ) -> Iterator[Ask]:
-    """Asks for one attempt at each of some tasks. The embedded endpoint serves all attempts."""
+    """Yields a function that runs one attempt of some tasks. An embedded endpoint serves all attempts."""
     config, steering = session.config, steering_tokens(session.tokenizer)
 
     def take(tasks: Sequence[Task]) -> list[Outcome]:
@@ -196,26 +196,27 @@ def _refiner(
 
 
 def merge_stage(session: Session, directory: RoundDir) -> list[Example]:
-    """The next dataset, see `merged`; what makes room, or finds none, is in dropped.jsonl."""
+    """Returns the next dataset, see `merged`, and writes the dropped samples to dropped.jsonl."""
     kept, dropped = merged(session, directory)
     write_jsonl(directory.dropped, (d.to_json() for d in dropped))
     return kept
 
 
 def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[Dropped]]:
-    """(D_{t+1}: the folder's dataset with its accepted rewrites, within `refine.growth`; what was dropped).
+    """Returns (D_{t+1}, the dropped samples).
 
-    Each survivor of an earlier round gets its present scores, unless it was measured when it was accepted.
+    D_{t+1} is the folder's dataset with its accepted rewrites, limited by `refine.growth`. A sample from an
+    earlier round gets its present scores in its lineage, unless it was measured when it was accepted.
 
     Raises:
-      RunError: room is to be made, and the folder's scores know no neighbours.
+      RunError: samples must be dropped, but the folder's scores have no neighbours.
     """
     examples = read_dataset(directory)
     rows = read_scores(directory.scores).to_pylist()
     scores = _kept_scores(rows)
 
     def with_scores(example: Example) -> Example:
-        # Once: if not its own acceptance, then the first round after it says what it was good for.
+        # Set only once: by the measurement at its acceptance or by the scores of the first round after it.
         if example.lineage.op == "seed" or example.lineage.scores_after is not None:
             return example
         lineage = dataclasses.replace(example.lineage, scores_after=scores[example.id])
@@ -230,8 +231,9 @@ def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[D
     }
     if room is not None and room < len(together) and not neighbours:
         raise RunError(
-            f"{directory.path}: the scores there know no neighbours, and refine.growth="
-            f"{session.config.refine.growth} drops by them: score the diversity axis too, or set it to free"
+            f"{directory.path}: its scores have no neighbours, and refine.growth="
+            f"{session.config.refine.growth} needs them to drop samples: score the diversity axis too, or "
+            "set refine.growth=free"
         )
     axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
     selected = {id_ for axis in axes.values() for id_ in axis["ids"]}

@@ -34,12 +34,12 @@ from middo_jax.stages.ratings import ratings
 
 
 class Scored(NamedTuple):
-    """What was measured of a dataset.
+    """Scores and embeddings of a dataset.
 
     Attributes:
-      table: one row per sample, of `signals.table.SCHEMA`, and the columns that registered axes compute.
-      embedding_nd: float32, the same rows.
-      facts: of the measuring, for the manifest.
+      table: one row per sample, with the columns of `signals.table.SCHEMA` and of registered axes.
+      embedding_nd: float32 embeddings in the same order.
+      facts: facts of the measurement, for the manifest.
     """
 
     table: pa.Table
@@ -61,13 +61,13 @@ def score_stage(
 
     Args:
       session: settings, tokenizer, mesh.
-      directory: holds dataset.jsonl.
-      model: M_t, whose loss after training, embeddings and ratings are taken.
-      pre_model: whose loss is loss_pre; None leaves it null.
-      axes: what to measure, None is all; the loss under `model` comes with any of them.
-      earlier: an earlier round's folder. Its samples that are still the same are not measured again under
-        `pre_model`, if that is the same too.
-      own: the user's columns of the same samples, to be written beside the scores.
+      directory: folder with dataset.jsonl.
+      model: path of M_t, which computes loss_post, embeddings and ratings.
+      pre_model: path of the model that computes loss_pre; None leaves loss_pre null.
+      axes: names of the axes to measure, None means all; loss_post is always measured.
+      earlier: an earlier round's folder. If `pre_model` is the same as there, unchanged samples are not
+        measured again under it.
+      own: columns of the user for the same samples, written to the table of scores.
     """
     began = time.monotonic()
     axes = axis_names() if axes is None else axes
@@ -76,7 +76,7 @@ def score_stage(
     scored = measure(session, read_dataset(directory), model, pre_model, axes, earlier=earlier)
     if own is not None:
         scored = scored._replace(table=with_columns(scored.table, own))
-    directory.forget("select")  # it is of the scores that are replaced now
+    directory.forget("select")  # it belongs to the scores that are replaced now
     write_scores(directory.scores, scored.table)
     write_embeddings(directory.embeddings, scored.table["id"].to_pylist(), scored.embedding_nd)
     begun.finish(session.config, time.monotonic() - began, **scored.facts)
@@ -84,10 +84,10 @@ def score_stage(
 
 
 def check_embedder(session: Session, pre_model: Path | None, axes: Collection[str]) -> None:
-    """Raises RunError if the model before training is to embed, and there is none."""
+    """Raises RunError if `diversity.embedder=pre` needs the model before training and there is none."""
     if "diversity" in axes and session.config.diversity.embedder == "pre" and pre_model is None:
         raise RunError(
-            "config: diversity.embedder=pre, and there is no model before training: give --pre-model, or set "
+            "config: diversity.embedder=pre, but there is no model before training: give --pre-model, or set "
             "diversity.embedder=post"
         )
 
@@ -101,10 +101,10 @@ def measure(
     *,
     earlier: RoundDir | None = None,
 ) -> Scored:
-    """Measures samples and writes nothing; the arguments are those of `score_stage`.
+    """Measures samples without writing files; the arguments are those of `score_stage`.
 
     Raises:
-      RunError: the model before training is to embed, and there is none.
+      RunError: see `check_embedder`.
     """
     check_embedder(session, pre_model, axes)
     passes, before, base = Passes(session), None, None
@@ -142,9 +142,9 @@ def _under_model(
     axes: Collection[str],
     before: Before | None,
 ) -> tuple[pa.Table, np.ndarray, int]:
-    """(the table of scores, the embeddings [n, d], how many samples were compared with all).
+    """Returns (the table of scores, the embeddings [n, d], the number of samples compared with all others).
 
-    Losses, embeddings and ratings are those under the loaded model; `before` are those before training.
+    Losses, embeddings and ratings are computed by the loaded model; `before` has those before training.
     """
     config, n = session.config, len(texts.examples)
     after = passes("loss and embeddings", model, texts.tokenized)
@@ -179,7 +179,7 @@ def _under_model(
 
 
 def _shared_base(pre: Model, pre_model: Path, model: Path) -> Model | None:
-    """The loaded weights that a second model stands on too: adapters leave their base as it is."""
+    """Returns the loaded base weights if both models share them: adapters do not change their base."""
     return without_adapters(pre) if locate(pre_model).weights == locate(model).weights else None
 
 
@@ -201,7 +201,7 @@ def _neighbours(
 def _loss_of_responses(
     session: Session, passes: Passes, model: Model, tokenized: Sequence[TokenizedExample]
 ) -> np.ndarray:
-    """[n] loss of the responses without what they answer, for IFD."""
+    """Returns [n], the loss of the responses without their prompts, for IFD."""
     header_n = response_header(session.tokenizer)
     alone = [responses_alone(example, header_n) for example in tokenized]
     scores = passes("loss of responses alone", model, list(itertools.chain(*alone)))

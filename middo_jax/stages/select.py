@@ -1,4 +1,4 @@
-"""The selecting stage: scores -> the three sets. It needs neither a model nor JAX."""
+"""The selection stage: scores -> one set of samples per axis. It needs neither a model nor JAX."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from middo_jax.signals.table import read_scores, write_scores
 
 
 def select_stage(config: Config, directory: RoundDir) -> tuple[pa.Table, SelectionFile]:
-    """Chooses the three sets: writes selection.parquet and selection.json, and returns the content of both.
+    """Selects a set of samples per axis. Writes selection.parquet and selection.json, returns their content.
 
     Raises:
-      RunError: the folder holds no scores.
+      RunError: the folder contains no scores.
     """
     began = time.monotonic()
     if not directory.scores.exists():

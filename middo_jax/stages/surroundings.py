@@ -1,6 +1,6 @@
-"""What a folder is refined with: held-out rows, answers, number and model of its round.
+"""Inputs of refinement from the run around a folder: held-out rows, cached answers, the round's model.
 
-The loop and `middo refine DIR` both call this, so that `middo refine RUN/round_02` is the loop's stage.
+The loop and `middo refine DIR` both use this module, so `middo refine RUN/round_02` equals the loop's stage.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from middo_jax.session import Session
 
 
 def heldout_file(directory: RoundDir) -> Path | None:
-    """The held-out rows of the run that the folder is a round of; None where nothing is held out."""
+    """Returns the file of held-out rows of the folder's run; None if there is none."""
     run = directory.run
     return run.heldout if run is not None and run.heldout.exists() else None
 
 
 def heldout_of(directory: RoundDir) -> list[Example]:
-    """What no rewrite may repeat."""
+    """Returns the held-out examples, which no rewrite may repeat."""
     path = heldout_file(directory)
     return [] if path is None else [Example.from_json(row) for row in read_jsonl(path)]
 
 
 def model_of(directory: RoundDir) -> Path | None:
-    """The model that measures rewrites: a round's own; None for the one that the folder's manifest names."""
+    """Returns the checkpoint of the folder's round, which measures rewrites; None if it has none."""
     is_trained = directory.run is not None and (directory.checkpoint / "metadata.json").exists()
     return directory.checkpoint if is_trained else None
 
 
 @contextlib.contextmanager
 def answer_cache(session: Session, directory: RoundDir) -> Iterator[AnswerCache]:
-    """The refiner's answers: the file of `refine.cache`, the run's, or the folder's own."""
+    """Opens the cache of the refiner's answers: `refine.cache`, else the run's file, else the folder's."""
     run = directory.run
     own = directory / "llm_cache.sqlite" if run is None else run.llm_cache
     cache = AnswerCache(session.config.refine.cache or own)

@@ -1,4 +1,4 @@
-"""The training stage: a round's dataset -> checkpoint/, metrics.jsonl, perhaps evaluations.jsonl."""
+"""The training stage: a round's dataset -> checkpoint/, metrics.jsonl and optionally evaluations.jsonl."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def train_stage(
     *,
     restart: bool = False,
 ) -> None:
-    """Fine-tunes `start` on the folder's dataset: checkpoint/ and metrics.jsonl.
+    """Fine-tunes `start` on the folder's dataset. Writes checkpoint/ and metrics.jsonl.
 
-    With `train.eval_every` the loss on `heldout` is measured on the way: evaluations.jsonl.
+    With `train.eval_every`, measures the loss on `heldout` during training and writes evaluations.jsonl.
 
     Args:
       session: settings, tokenizer, mesh.
-      directory: holds the dataset.
-      start: the model that training starts from.
-      heldout: what losses are measured on meanwhile.
-      restart: whether the checkpoint of another training makes room for this one; else it is an error.
+      directory: folder with the dataset.
+      start: path of the model that training starts from.
+      heldout: held-out examples for evaluation during training.
+      restart: whether to remove the checkpoint of another training; if False, it is an error.
 
     Raises:
-      ConfigError: losses are asked for, and nothing is held out.
-      AnotherTraining: the folder holds the checkpoint of another training.
+      ConfigError: `train.eval_every` is set, but nothing is held out.
+      AnotherTraining: the folder contains the checkpoint of another training.
     """
     began = time.monotonic()
     check_evaluations(session.config, heldout)
@@ -61,23 +61,23 @@ def train_stage(
             if not restart:
                 raise
             session.progress.say(f"{directory.checkpoint} is of another training; it is trained anew")
-            barrier("another training: found")  # by all, before its files go
+            barrier("another training: found")  # all processes must find it before its files are removed
             from_first("another training: remove", lambda: remove_training(directory))
             _train(session, directory, start, heldout)
     gc.collect()
     begun.finish(session.config, time.monotonic() - began)
-    barrier("train: written")  # the others read it next
+    barrier("train: written")  # the other processes read the manifest next
 
 
 def remove_training(directory: RoundDir) -> None:
-    """Removes a folder's checkpoint and what was recorded while it was trained."""
+    """Removes a folder's checkpoint and the metrics and evaluations of its training."""
     shutil.rmtree(directory.checkpoint, ignore_errors=True)
     for path in (directory.metrics, directory.evaluations):
         path.unlink(missing_ok=True)
 
 
 def check_evaluations(config: Config, heldout: Sequence[Example]) -> None:
-    """Raises ConfigError if held-out losses are asked for while training, and nothing is held out."""
+    """Raises ConfigError if `train.eval_every` is set but nothing is held out."""
     if config.train.eval_every is not None and not heldout:
         raise ConfigError(
             "config: train.eval_every needs examples that are held out; set data.eval_fraction, such as 0.05"
@@ -105,7 +105,7 @@ def _train(session: Session, directory: RoundDir, start: Path, heldout: Sequence
 
 
 def _evaluate(session: Session, heldout: Sequence[Example]) -> Evaluate:
-    """Model -> loss on the held-out examples, as a whole and by their source."""
+    """Returns the function model -> loss on the held-out examples, over all and by source."""
     held_out = HeldOut(session, heldout)
 
     def evaluate(model: Model) -> Evaluation:
@@ -124,24 +124,24 @@ def _evaluate(session: Session, heldout: Sequence[Example]) -> Evaluate:
 
 
 def load_start(session: Session, path: Path) -> tuple[Model, dict[str, Any]]:
-    """(the model that a training starts from, what its checkpoint will say about itself).
+    """Returns (the model that training starts from, the metadata of its future checkpoint).
 
-    Without `lora.rank` all parameters are loaded in `train.param_dtype`, to be trained. With it they are
-    loaded in `model.dtype`, with adapters: those of `path` if it has some, to go on with, else fresh ones.
+    Without `lora.rank` all parameters are loaded in `train.param_dtype` and trained. With it they are loaded
+    in `model.dtype`, with the adapters of `path` if it has some, else with fresh ones.
 
     Raises:
-      RunError: the settings ask for other adapters than `path` has, or for adapters on a checkpoint.
+      RunError: `path` is a checkpoint whose adapters, or lack of them, do not match the settings.
     """
     source, lora = locate(path), from_settings(session.config.lora)
     metadata: dict[str, Any] = {
         "base": str(source.base.resolve()),
-        "chat_template": session.tokenizer.chat_template,  # an export that carries another one would mislead
+        "chat_template": session.tokenizer.chat_template,  # exports must use the template of the training
     }
     if source.lora != lora and source.trained is not None:
         held = source.lora or "all of a model's weights"
         raise RunError(
-            f"{path} holds {held}, the settings ask for {lora or 'no adapters'}: set lora.* alike, or "
-            f"write it as a model of its own with `middo export {path} DIR` and start from that"
+            f"{path} holds {held}, the settings ask for {lora or 'no adapters'}: set lora.* to match, or "
+            f"export it with `middo export {path} DIR` and start from the export"
         )
     if lora is None:
         return session.load_model(path, session.config.train.param_dtype), metadata

@@ -1,8 +1,8 @@
-"""Checkpoints of a training under way: the newest and perhaps the best, gone when training is done.
+"""Checkpoints of a training in progress: the newest and optionally the best; removed when it is finished.
 
 checkpoint/
-  steps/50/       what is trained, optimizer state and whose they are
-  best/           a finished checkpoint of its own: the state with the lowest held-out loss
+  steps/50/       trained parameters, optimizer state and the training's identity
+  best/           a complete checkpoint: the state with the lowest held-out loss
   ...             see models/checkpoint.py
 """
 
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class TrainState(NamedTuple):
-    """What a training needs to go on: after `step` optimizer steps."""
+    """The state from which a training continues, after `step` optimizer steps."""
 
     step: int
     trained: Params
@@ -36,9 +36,10 @@ class TrainState(NamedTuple):
 
 
 class _NewestAndBest:
-    """Orbax's question which checkpoints stay. The best is told by whoever knows the losses.
+    """Orbax preservation policy: keeps the newest step and `best_step`, which the caller sets.
 
-    Orbax's own `BestN` wants the loss at the time of the save; a state saved in a hurry is evaluated later.
+    Orbax's own `BestN` needs the loss when the state is saved, but a state saved on a stop signal is
+    evaluated only after the restart.
     """
 
     def __init__(self) -> None:
@@ -55,10 +56,10 @@ class _NewestAndBest:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which does not look for a preemption itself.
+    """Orbax's manager without its own check for preemption.
 
-    It would pass the training step to JAX's counter of sync points, for which `stop_point` counts its calls.
-    A SIGTERM during a save would then name a point that never comes.
+    Orbax would pass the training step to JAX's counter of sync points, but `stop_point` passes the number of
+    its calls. A SIGTERM during a save would then name a sync point that is never reached.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -67,10 +68,10 @@ class _Manager(ocp.CheckpointManager):
 
 
 class TrainingCheckpoints:
-    """The newest checkpoint of a training under way, as a context; leaving it waits for a save under way.
+    """The newest checkpoint of a training in progress. A context manager; its exit waits for a pending save.
 
-    An asynchronous `save` returns once the arrays are out of the next step's way. On a CPU they are written
-    from where they lie, and the next step would need as much memory again: better to wait the seconds.
+    An asynchronous `save` returns once the arrays are copied off the device. On a CPU the arrays are not
+    copied, so the next step could not reuse their memory and would need twice as much: save synchronously.
     """
 
     def __init__(self, directory: str | Path, identity: str, *, asynchronous: bool) -> None:
@@ -99,11 +100,11 @@ class TrainingCheckpoints:
         self._orbax.close()
 
     def keep_best(self, step: int | None) -> None:
-        """Says which step is the best so far: its checkpoint stays until there is a better one."""
+        """Sets the best step so far. Its checkpoint is kept until another step is set."""
         self._policy.best_step = step
 
     def save(self, state: TrainState) -> None:
-        """Starts to save, unless this step is saved; older states go once this one is complete."""
+        """Starts a save unless this step is already saved. Older states are removed when it is complete."""
         if self._orbax.latest_step() == state.step:
             return
         self._orbax.save(
@@ -116,16 +117,16 @@ class TrainingCheckpoints:
         )
 
     def restore(self, trained: Params, opt_state: optax.OptState) -> TrainState | None:
-        """The newest readable state, or None.
+        """Returns the newest readable state, or None.
 
-        What cannot be read is set aside with a warning: training is deterministic, so that costs only time.
+        An unreadable state is set aside with a warning. Training is deterministic, so this costs only time.
 
         Args:
-          trained: shapes with the shardings that are wanted.
-          opt_state: likewise.
+          trained: shapes and the shardings to restore to.
+          opt_state: shapes and shardings, as for `trained`.
 
         Raises:
-          RunError: the checkpoint is of another training.
+          RunError: the checkpoint belongs to another training.
         """
         for step in sorted(self._orbax.all_steps(), reverse=True):
             try:
@@ -155,10 +156,10 @@ class TrainingCheckpoints:
         _log.warning("checkpoint %s cannot be read; it is set aside as %s: %s", found, aside, reason(error))
 
     def finish(self, state: TrainState, metadata: Mapping[str, Any]) -> None:
-        """Saves the parameters for good and removes all that only a continuation would need.
+        """Saves the final parameters and removes the states that only a resumed training would need.
 
-        The best state, if one was kept, becomes best/, which is a checkpoint as the whole is one. The
-        optimizer's state is consumed: its memory is wanted for that.
+        The best state, if one was kept, becomes best/, a complete checkpoint in the same format. The
+        optimizer state is deleted first, to free memory for restoring the best state.
         """
         self._orbax.wait_until_finished()
         for x in jax.tree.leaves(state.opt_state):
@@ -176,17 +177,17 @@ class TrainingCheckpoints:
 
 
 def remove_steps(directory: Path) -> None:
-    """Removes what only the continuation of a training would need."""
+    """Removes the states that only a resumed training would need."""
     for leftover in (directory / "steps", *directory.glob("unreadable_step_*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 class AnotherTraining(RunError):
-    """A checkpoint is not to be continued: other data, settings, model or seed."""
+    """A checkpoint must not be continued: it has other data, settings, model or seed."""
 
 
 def another_training(directory: Path) -> AnotherTraining:
-    """The error that says that a checkpoint is not to be continued."""
+    """Returns the error for a checkpoint that belongs to another training."""
     return AnotherTraining(
         f"{directory} holds a checkpoint of another training (its data, settings, model or seed differ); "
         "delete that folder or write to another one"

@@ -1,4 +1,4 @@
-"""What cannot be trained on, said before anything is compiled."""
+"""Checks of examples and batch size that run before anything is compiled."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingDataError(ValueError):
-    """The examples cannot be trained on; says which and why."""
+    """The examples cannot be trained on; the message names the example and the reason."""
 
 
 def check_examples(tokenized: Sequence[TokenizedExample], pack_length: int, vocab_size: int) -> None:
-    """Warns of examples that teach nothing.
+    """Checks the examples and warns about those without a target token.
 
     Raises:
-      TrainingDataError: there are none, none has a token to learn, all were cut, or one has a token that the
-        model does not know.
-      ConfigError: one is longer than a row.
+      TrainingDataError: there are no examples, none has a target token, all were truncated, or one has a
+        token ID outside the model's vocabulary.
+      ConfigError: an example is longer than a row.
     """
     if not tokenized:
         raise TrainingDataError("there are no examples to train on")
@@ -37,7 +37,7 @@ def check_examples(tokenized: Sequence[TokenizedExample], pack_length: int, voca
             f"(the longest, {longest.id}, has {len(longest)} tokens); raise it, or lower model.max_length"
         )
     cut = sum(example.truncated for example in tokenized)
-    # The first token of an example has nothing before it that could predict it.
+    # The first token of an example is never a target: no token precedes it to predict it from.
     untaught = [example for example in tokenized if not example.is_target_n[1:].any()]
     if len(untaught) == len(tokenized):
         raise TrainingDataError(
@@ -60,33 +60,34 @@ def check_examples(tokenized: Sequence[TokenizedExample], pack_length: int, voca
     for example in tokenized:
         if len(example) and int(example.tokens_n.max()) >= vocab_size:
             raise TrainingDataError(
-                f"example {example.id} has token {int(example.tokens_n.max())}, the model's vocabulary "
-                f"ends before {vocab_size}: the tokenizer is not this model's"
+                f"example {example.id} has token {int(example.tokens_n.max())}, but the model's vocabulary "
+                f"has {vocab_size} tokens: the tokenizer belongs to another model"
             )
 
 
 def check_batch(settings: TrainSettings, mesh: Mesh) -> None:
-    """Raises ConfigError unless every micro-batch spreads evenly over the mesh."""
+    """Raises ConfigError unless every micro-batch divides evenly over the mesh."""
     parts, divisor = settings.gradient_accumulation, batch_divisor(mesh)
     if settings.batch_size % (parts * divisor):
         fitting = math.ceil(settings.batch_size / (parts * divisor)) * parts * divisor
         raise ConfigError(
-            f"config: train.batch_size={settings.batch_size} is no multiple of train.gradient_accumulation="
-            f"{parts} times the {divisor} devices along mesh.data and mesh.fsdp; {fitting} would fit"
+            f"config: train.batch_size={settings.batch_size} is not a multiple of "
+            f"train.gradient_accumulation={parts} times the {divisor} devices along mesh.data and mesh.fsdp; "
+            f"{fitting} would fit"
         )
 
 
 def check_fill(n_examples: int, rows_of_epoch: int, settings: TrainSettings, mesh: Mesh) -> None:
-    """Whether the dataset fills a batch; where only the mesh asks for more rows, warns of the padding.
+    """Checks that the dataset fills a batch. Warns of padding if the mesh does not allow a smaller batch.
 
     Args:
-      n_examples: all of them.
-      rows_of_epoch: packed rows that they fill.
-      settings: for the batch.
-      mesh: for the rows that a batch has at least.
+      n_examples: number of examples in the dataset.
+      rows_of_epoch: number of packed rows that they fill.
+      settings: training settings; `batch_size`, `gradient_accumulation` and `examples_per_step` are used.
+      mesh: device mesh; it determines the smallest possible batch.
 
     Raises:
-      ConfigError: they do not, and a smaller batch would do.
+      ConfigError: the dataset does not fill a batch, and a smaller batch is possible.
     """
     if settings.examples_per_step is not None:
         if n_examples < settings.examples_per_step:
@@ -107,8 +108,8 @@ def check_fill(n_examples: int, rows_of_epoch: int, settings: TrainSettings, mes
             f"config: {fills}; set train.batch_size={fitting}{also}, lower model.max_length, or add data"
         )
     _log.warning(
-        "%s, which the %d devices along mesh.data and mesh.fsdp share: the rest of each step is padding; "
-        "lower model.max_length, or use fewer devices",
+        "%s, and the %d devices along mesh.data and mesh.fsdp allow no smaller one: the rest of each step is "
+        "padding; lower model.max_length, or use fewer devices",
         fills,
         least,
     )

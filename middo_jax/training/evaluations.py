@@ -1,4 +1,4 @@
-"""evaluations.jsonl: the loss on held-out examples as the training goes on, one line an evaluation.
+"""evaluations.jsonl: the loss on held-out examples during training, one line per evaluation.
 
 {"step": 50, "loss": 1.31, "n_target_tokens": 5210, "by_source": {"code": {"loss": 0.9, ...}, ...}}
 """
@@ -19,12 +19,12 @@ from middo_jax.training.trackers import Track
 
 
 class Evaluation(NamedTuple):
-    """What a model makes of examples that it is not trained on.
+    """A model's loss on held-out examples.
 
     Attributes:
-      loss: nats a target token, each weighing the same.
-      n_target_tokens: over how many.
-      by_source: {"loss", "n_target_tokens"} of each source's examples; empty if they are of one.
+      loss: mean over all target tokens, in nats per target token.
+      n_target_tokens: number of target tokens.
+      by_source: source -> {"loss", "n_target_tokens"}; empty if all examples have the same source.
     """
 
     loss: float
@@ -36,17 +36,17 @@ Evaluate = Callable[[Model], Evaluation]
 
 
 class Evaluations:
-    """evaluations.jsonl, and which of its steps was the best."""
+    """evaluations.jsonl and its best step."""
 
     def __init__(self, path: Path, done: int, track: Track) -> None:
-        """`done` steps are done: their lines stay, those of later steps are written again."""
+        """Keeps the lines of the first `done` steps. Later steps are repeated, so their lines are dropped."""
         known = read_jsonl(path) if path.exists() else []
         self._rows: list[EvaluationRow] = [row for row in known if row["step"] <= done]
         self._path = path
         self._track = track
 
     def evaluate(self, evaluate: Evaluate, at: AfterStep) -> None:
-        """Evaluates the model after this step, unless that was done before the training was stopped."""
+        """Evaluates the model after this step, unless the file already has a line for the step."""
         if any(row["step"] == at.step for row in self._rows):
             return
         at.settle()
@@ -66,5 +66,5 @@ class Evaluations:
 
     @property
     def best_step(self) -> int | None:
-        """The step after which the held-out loss was the lowest, the first of several; None before any."""
+        """The step with the lowest held-out loss; ties go to the earlier step. None before any evaluation."""
         return min(self._rows, key=lambda row: row["loss"])["step"] if self._rows else None

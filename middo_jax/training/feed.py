@@ -1,4 +1,4 @@
-"""Feeds the trainer: planned steps, packed on the host and sent to the devices while these compute."""
+"""Feeds the trainer: packs planned steps on the host and sends them to the devices while these compute."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.training.plan import PlannedStep
 from middo_jax.training.step import Batch, put_batch
 
-# Packed, beyond the batch of the step under way. Tokens, not activations: a few bytes a position.
+# Batches packed in advance. They are small: a few bytes per position.
 _BATCHES_AHEAD = 4
 
 
 class Fed(NamedTuple):
-    """A batch on the devices, and the seconds that the loop stood still until it was there."""
+    """A batch on the devices, and the seconds that the loop waited for it."""
 
     batch: Batch
     wait_s: float
@@ -33,23 +33,24 @@ def feed(
     pack_length: int,
     mesh: Mesh,
 ) -> Generator[Fed, None, None]:
-    """The batches of the steps in their order, on the mesh.
+    """Yields the batches of the steps in order, on the mesh.
 
-    Grain's thread packs a few ahead; what it packed is sent while the devices compute the step before. Close
-    the generator to end it early. Every process packs the whole batch and sends its own devices their part.
+    A Grain thread packs a few batches ahead. A batch is sent while the devices compute the previous step.
+    Close the generator to end it early. Every process packs the whole batch and sends its own devices their
+    part.
 
     Args:
-      tokenized: what the plan's indices point to.
-      steps: of `plan_training`, from the step to go on with.
-      settings: for the number of rows and micro-batches.
-      pack_length: tokens of a row.
-      mesh: over which the rows are spread.
+      tokenized: the examples that the plan's indices refer to.
+      steps: steps of `plan_training`, starting at the one to continue with.
+      settings: training settings; `batch_size` and `gradient_accumulation` are used.
+      pack_length: number of tokens per row.
+      mesh: device mesh over which the rows are sharded.
     """
 
     def make(step: PlannedStep) -> PackedBatch:
         return pack(tokenized, step.rows, settings.batch_size, pack_length, max_segments=pack_length)
 
-    # One thread: packing holds the interpreter's lock, a second one would gain nothing.
+    # One thread: packing holds the interpreter's lock, so a second one would gain nothing.
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BATCHES_AHEAD)
     batches = iter(grain.MapDataset.source(steps).map(make).to_iter_dataset(ahead))
     try:

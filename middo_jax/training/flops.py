@@ -1,4 +1,4 @@
-"""What a training step computes at least, and what a device could: their quotient is the MFU."""
+"""FLOPs that a training step needs at least, and peak FLOP/s of devices: MFU is the first over the second."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import numpy as np
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.parameters import adapters, parameters
 
-# Dense bfloat16 matmuls, FLOP/s of what JAX calls one device, as the makers publish them:
-# cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x (v4 and v5p: one device is a chip, its two cores
-# together; TPU7x: half a chip); NVIDIA's data sheets of A100, H100, H200, HGX B200, GB200, L4, L40S (half of
-# the figures "with sparsity").
+# Published FLOP/s of dense bfloat16 matmuls, per JAX device. Sources: cloud.google.com/tpu/docs/v4, /v5e,
+# /v5p, /v6e, /tpu7x (v4 and v5p: one device is a chip, its two cores together; TPU7x: half a chip); NVIDIA's
+# data sheets of A100, H100, H200, HGX B200, GB200, L4, L40S (half of the figures "with sparsity").
 _PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -34,9 +33,9 @@ _PEAKS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Published bfloat16 FLOP/s of a device, None where none is known; `device_kind` as JAX names it.
+    """Returns the published bfloat16 FLOP/s of a device; None for an unknown `device_kind` (JAX's name).
 
-    "NVIDIA H100 80GB HBM3" -> 989.4e12: the longest name in the table whose words it starts with.
+    "NVIDIA H100 80GB HBM3" -> 989.4e12: uses the longest table entry whose words the name starts with.
     """
     words = device_kind.replace("-", " ").split()
     fitting = [name for name in _PEAKS if words[: len(name.split())] == name.split()]
@@ -46,23 +45,23 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def training_flops(config: DecoderConfig, lengths: Sequence[int], n_targets: int) -> float:
-    """FLOPs of forward and backward pass over some examples, the least that any program could need.
+    """Returns the FLOPs of forward and backward pass over some examples: the least that any program needs.
 
-        matrices      6 x parameters of the layers' matrices, a token
-        head          6 x vocabulary x width, a target: no other position needs logits
-        attention     12 x heads x head_dim, a layer and pair of positions that see each other
+        matrices      6 x parameters of the layers' matrices, per token
+        head          6 x vocabulary x width, per target: no other position needs logits
+        attention     12 x heads x head_dim, per layer and attended pair of positions
 
-    A multiply-add is two FLOPs; the backward pass is twice the forward, less where matrices are frozen and
-    have no gradient of their own (4 instead of 6). Causal attention is counted by the pairs that see each
-    other, about half of length squared, within one example and a layer's window only. Padding, what is
-    computed again (remat) and whatever is no matmul count nothing. So
+    A multiply-add is two FLOPs. The backward pass costs twice the forward pass; frozen matrices have no
+    gradient of their own, so they count 4 instead of 6. Attended pairs are causal, within one example and the
+    layer's window: without a window about half of length squared. Padding, recomputation (remat) and
+    operations other than matmuls do not count.
 
         MFU = training_flops / (seconds x devices x peak_flops)
 
     Args:
-      config: of the model; with adapters these alone are trained.
-      lengths: tokens of each example.
-      n_targets: tokens that are learnt.
+      config: the model's config; if it has adapters, only these are trained.
+      lengths: number of tokens of each example.
+      n_targets: number of target tokens.
     """
     matrices = sum(s.size(config) for s in parameters(config) if s.path[-1].endswith("_proj"))
     of_adapters = sum(spec.size(config) for spec in adapters(config))
@@ -78,6 +77,6 @@ def training_flops(config: DecoderConfig, lengths: Sequence[int], n_targets: int
 
 
 def _pairs(length_n: np.ndarray, window: int | None) -> float:
-    """Pairs of a position and one that it sees, itself included, in causal sequences."""
+    """Returns the number of pairs (query, attended key) in causal sequences; each position attends itself."""
     seen_n = length_n if window is None else np.minimum(length_n, window)
     return float((seen_n * (seen_n + 1) / 2 + (length_n - seen_n) * seen_n).sum())

@@ -1,6 +1,6 @@
-"""Steps that are not taken: loss or gradient is no finite number, or the loss jumps far over the usual.
+"""Skips bad steps: loss or gradient is not finite, or the loss is far above the usual loss.
 
-The decision is made on the device, as a part of the step: nothing waits for the host.
+The decision is made on the device, as part of the step: the device does not wait for the host.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-_WINDOW = 64  # losses whose median is the usual one
-_LEAST = 8  # of them; before, none is usual
+_WINDOW = 64  # recent losses; their median is the usual loss
+_LEAST = 8  # losses needed before there is a usual loss
 
 
 class GuardState(NamedTuple):
     """State of `guarded`.
 
     Attributes:
-      inner: of the optimizer that is guarded, a chain whose last link counts the steps.
-      recent_w: float32, losses of the last steps that were taken, NaN where there are none yet.
-      was_bad: bool, whether the step before was not taken.
+      inner: state of the guarded optimizer, a chain whose last transformation counts the steps.
+      recent_w: float32 [w], losses of the last w steps that were taken; NaN where there is none yet.
+      was_bad: bool scalar, whether the last step was skipped.
     """
 
     inner: tuple[Any, ...]
@@ -30,23 +30,23 @@ class GuardState(NamedTuple):
 
 
 def usual_loss(recent_w: jax.Array) -> jax.Array:
-    """float32: the median of the losses that `GuardState` remembers; NaN while they are too few."""
+    """Returns the median of `GuardState.recent_w`, a float32 scalar; NaN while there are too few losses."""
     return jnp.where(jnp.isfinite(recent_w).sum() < _LEAST, jnp.nan, jnp.nanmedian(recent_w))
 
 
 def guarded(
     inner: optax.GradientTransformation, spike_factor: float | None
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, except that a bad step changes neither parameters nor moments; it counts as a step.
+    """Wraps an optimizer: a bad step changes neither parameters nor moments, but it counts as a step.
 
-    A step is bad if its loss or the gradient's norm is not finite or, with a factor, if the loss is over that
-    many times the median of the last steps' (NaN, which compares as False, while these are too few).
+    A step is bad if its loss or the norm of its gradient is not finite. With a `spike_factor`, a step is also
+    bad if its loss is over `spike_factor` x `usual_loss`; this is False while the usual loss is NaN.
 
-    `update` takes the step's `loss` as a further argument; without, only the gradient is judged.
+    `update` takes the step's `loss` as an extra argument. Without it, only the gradient is checked.
     """
 
     def init(params: Any) -> GuardState:
-        # Moments in float32, whatever the parameters are stored in.
+        # The moments are float32, whatever the dtype of the parameters.
         state = inner.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
         assert isinstance(state, tuple)
         return GuardState(state, jnp.full(_WINDOW, jnp.nan, jnp.float32), jnp.zeros((), bool))

@@ -1,10 +1,10 @@
-"""Hooks: what happens beside the steps of a training.
+"""Hooks: functions that are called during a training.
 
     train(model, plan, "out", chunk=1024, hooks=[every(100, look_at), on_metrics(plot)])
 
-Trackers, evaluation and checkpoints are hooks too (`sft.train` puts them before the caller's). A hook changes
-nothing of what is learnt. A stopped and resumed training calls hooks again for the steps that it repeats, and
-for the state that it resumes from.
+Trackers, evaluation and checkpoints are hooks too; `sft.train` calls them before the caller's. Hooks do not
+influence the training. A resumed training calls hooks again for the steps that it repeats and for the state
+from which it resumes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from middo_jax.training.step import StepOutputs
 
 @dataclasses.dataclass(frozen=True)
 class AfterStep:
-    """A training after one of its steps, which the devices may still compute.
+    """A training after one of its steps. The devices may still be computing that step.
 
     Attributes:
       state: parameters and optimizer state. The next step reuses their memory: read them, but keep no array.
-      total_steps: of the whole training.
-      with_state: the model with the parameters of a state.
-      settle: waits for the step, and writes its line of metrics.jsonl to the disk.
+      total_steps: number of steps of the whole training.
+      with_state: function that returns the model with the parameters of a state.
+      settle: function that waits for the step and writes its line of metrics.jsonl to the disk.
     """
 
     state: TrainState
@@ -36,7 +36,7 @@ class AfterStep:
 
     @property
     def step(self) -> int:
-        """Steps that are done; 0 is the state before the first."""
+        """Number of steps done; 0 before the first."""
         return self.state.step
 
     @property
@@ -50,17 +50,17 @@ class AfterStep:
 
 
 class Hook:
-    """Two moments of a training; override either."""
+    """Base class of hooks; override either method."""
 
     def after_step(self, at: AfterStep) -> None:
         """Called with the state that the training starts or resumes from, then after each step.
 
-        A step has only been dispatched by then. A hook that reads its arrays waits for them, and the devices
-        then wait for the host.
+        The step has been dispatched but need not be computed yet. A hook that reads its arrays waits for
+        them, and the devices are then idle until the host dispatches the next step.
         """
 
     def on_metrics(self, metrics: StepMetrics) -> None:
-        """Called once for each step, when its numbers were read: while the next step is computed."""
+        """Called once per step, after its metrics were read: while the next step is computed."""
 
 
 class _Every(Hook):
@@ -81,12 +81,12 @@ class _OnMetrics(Hook):
 
 
 def every(n: int, function: Callable[[AfterStep], None], *, and_last: bool = False) -> Hook:
-    """A hook that calls a function after each n-th step.
+    """Returns a hook that calls a function after each n-th step.
 
     Args:
-      n: 10 is after steps 10, 20, 30.
-      function: is called with the training as it is then.
-      and_last: also after the last step, whatever its number.
+      n: interval in steps; 10 means after steps 10, 20, 30.
+      function: called with the training after the step.
+      and_last: whether to call it after the last step too, whatever its number.
 
     Raises:
       ValueError: `n` is less than 1.
@@ -97,12 +97,12 @@ def every(n: int, function: Callable[[AfterStep], None], *, and_last: bool = Fal
 
 
 def on_metrics(function: Callable[[StepMetrics], None]) -> Hook:
-    """A hook that calls a function with the metrics of each step."""
+    """Returns a hook that calls a function with the metrics of each step."""
     return _OnMetrics(function)
 
 
 class Hooks:
-    """All hooks of a training, called in their order, and metrics.jsonl, which has a step's numbers first."""
+    """Calls all hooks of a training in order. A step's metrics are written to metrics.jsonl first."""
 
     def __init__(
         self,
@@ -117,21 +117,21 @@ class Hooks:
         self._with_state = with_state
 
     def dispatched(self, outputs: StepOutputs) -> None:
-        """A step was dispatched: its predecessor's metrics are read now."""
+        """Reads the metrics of the previous step, after a step was dispatched."""
         self.tell(self._log.dispatched(outputs))
 
     def settle(self) -> None:
-        """Waits for the last step that was dispatched; its metrics are on the disk then."""
+        """Waits for the last dispatched step and writes its metrics to the disk."""
         self.tell(self._log.catch_up())
 
     def after_step(self, state: TrainState) -> None:
-        """The state after a step that was dispatched."""
+        """Calls `after_step` of all hooks, with the state after a dispatched step."""
         at = AfterStep(state, self._total_steps, self._with_state, self.settle)
         for hook in self._hooks:
             hook.after_step(at)
 
     def tell(self, metrics: StepMetrics | None) -> None:
-        """A step's metrics, if there are any."""
+        """Calls `on_metrics` of all hooks, unless `metrics` is None."""
         if metrics is None:
             return
         for hook in self._hooks:

@@ -1,4 +1,4 @@
-"""Which training a checkpoint belongs to: a hash of all that decides what is learnt."""
+"""The identity of a training: a hash of everything that determines its result."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from middo_jax.training.plan import TrainingPlan
 
 
 def identity(model: Model, plan: TrainingPlan) -> str:
-    """SHA-256 of model, parameters before training, examples and settings.
+    """Returns the SHA-256 of the model's config, its initial parameters, the examples and the settings.
 
-    The mesh, the attention kernel and settings that do not affect training do not enter it.
+    The mesh, the attention kernel and settings that do not affect training are left out.
     """
     learnt = affecting(plan.settings, {"training"})
     start = np.stack(to_host(checksums(model.params))).tolist()
@@ -34,10 +34,10 @@ def identity(model: Model, plan: TrainingPlan) -> str:
 
 @jax.jit
 def checksums(params: Params) -> list[jax.Array]:
-    """32 bits of each parameter: each value's bits, mixed with its place, added up modulo 2**32.
+    """Returns a uint32 per parameter: the sum modulo 2**32 of each value's bits, mixed with its indices.
 
-    Such a sum does not depend on the order in which devices and processes add, as a sum of floats would. The
-    mixing is MurmurHash3's last step.
+    Unlike a sum of floats, it does not depend on the order in which devices and processes add. The mixing is
+    MurmurHash3's finalizer.
     """
 
     def checksum(x: jax.Array) -> jax.Array:

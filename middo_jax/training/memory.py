@@ -1,4 +1,4 @@
-"""Out of memory: what the step needs, as the compiler counts it, and which settings would lower it."""
+"""Out-of-memory errors: adds the memory that the step needs and the settings that would lower it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GIB = 2**30
 
 
 class OutOfMemory(RuntimeError):
-    """The training step does not fit the device; says what it needs and what to change."""
+    """The training step does not fit the device; the message says what it needs and what to change."""
 
 
 @contextlib.contextmanager
@@ -24,9 +24,9 @@ def out_of_memory_explained(settings: TrainSettings, mesh: Mesh, compiled: Any =
     """Turns an out-of-memory error of the block into `OutOfMemory`.
 
     Args:
-      settings: of the training.
-      mesh: where it runs.
-      compiled: the step, for its `memory_analysis`; None while it is being compiled.
+      settings: training settings.
+      mesh: device mesh of the training.
+      compiled: the compiled step, for its `memory_analysis`; None during compilation.
     """
     try:
         yield
@@ -42,13 +42,13 @@ def out_of_memory_explained(settings: TrainSettings, mesh: Mesh, compiled: Any =
 
 
 def needed(compiled: Any) -> str:
-    """What a compiled step needs on each device, in words, as the compiler counts it."""
+    """Returns a sentence: the memory per device that a compiled step needs, from the compiler's analysis."""
     sizes = compiled.memory_analysis()
     kept = (sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes) / _GIB
     passing = sizes.temp_size_in_bytes / _GIB
     return (
         f"It takes {kept:.2f} GiB for parameters, optimizer and batch and {passing:.2f} GiB for gradients "
-        "and activations a device"
+        "and activations per device"
     )
 
 
@@ -58,7 +58,7 @@ def _available(mesh: Mesh) -> str:
 
 
 def remedies(settings: TrainSettings, mesh: Mesh) -> list[str]:
-    """Settings that lower memory, those that change nothing that is learnt first."""
+    """Returns settings that lower memory; first those that do not change the result of training."""
     rows = settings.batch_size // settings.gradient_accumulation
     divisor = batch_divisor(mesh)
     found = []

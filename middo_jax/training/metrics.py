@@ -1,4 +1,4 @@
-"""metrics.jsonl: each step once, in order, whatever happens in between."""
+"""metrics.jsonl: one line per step, in order, even if the training was interrupted."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from middo_jax.training.step import StepOutputs
 
 _log = logging.getLogger(__name__)
 
-_MOST_SKIPPED = 10  # bad steps in a row: then it is not the data of one of them
+_MOST_SKIPPED = 10  # bad steps in a row; with more, the data of a single step is not the cause
 
 
 class TrainingDiverged(RuntimeError):
-    """A step is bad: its loss or gradient norm is no finite number, or the loss jumps; nothing of it is kept.
+    """A step was bad: its loss or gradient norm is not finite, or its loss is a spike. The step is not saved.
 
     Attributes:
-      step: the step, counted from 1.
-      ids: the examples of its batch.
+      step: number of the step, counted from 1.
+      ids: IDs of the examples of its batch.
     """
 
     def __init__(self, step: int, why: str, ids: Sequence[str]) -> None:
@@ -45,17 +45,17 @@ class TrainingDiverged(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What differs from machine to machine, and from one start to the next.
+    """Measurements that differ between machines and between starts.
 
     Attributes:
-      seconds: since the step before was read, everything included but compiling.
+      seconds: time since the previous step was read, everything included except compilation.
       tokens_per_second: tokens of examples, without padding, all devices together.
-      tokens_per_second_device: the same, of one.
-      mfu: share of the devices' published FLOP/s, see `training_flops`; None where that is not known.
-      waited_for_data: share of `seconds` in which the device may have had nothing to do for want of a batch.
-      memory_bytes: most that the first device has held so far; None where it does not say.
-      memory_limit_bytes: that it has; likewise.
-      seconds_left: of the training, at the mean speed since its start.
+      tokens_per_second_device: `tokens_per_second` per device.
+      mfu: share of the devices' published FLOP/s, see `training_flops`; None for an unknown device.
+      waited_for_data: share of `seconds` in which the device may have been idle for lack of a batch.
+      memory_bytes: peak memory of the first device so far; None if the device does not report it.
+      memory_limit_bytes: memory limit of the first device; None if the device does not report it.
+      seconds_left: estimated time to the end of the training, at the mean speed since this start.
     """
 
     seconds: float
@@ -68,7 +68,7 @@ class Speed:
     seconds_left: float
 
     def row(self) -> SpeedRow:
-        """As a line of metrics.jsonl has it."""
+        """Returns the object `speed` of a line of metrics.jsonl."""
         return {
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
@@ -83,18 +83,18 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What is known of a finished step.
+    """Metrics of a finished step.
 
     Attributes:
-      step: counted from 1.
-      total_steps: of the whole training.
-      epoch: counted from 0.
+      step: number of the step, counted from 1.
+      total_steps: number of steps of the whole training.
+      epoch: number of the epoch, counted from 0.
       loss: mean negative log-likelihood of the batch's target tokens, before the update.
-      n_target_tokens: of the batch.
-      grad_norm: global norm before clipping.
-      learning_rate: of this step.
-      skipped: ids of the batch's examples if the step was bad and left out, else empty.
-      speed: on this machine.
+      n_target_tokens: number of target tokens in the batch.
+      grad_norm: global norm of the gradient before clipping.
+      learning_rate: learning rate of this step.
+      skipped: IDs of the batch's examples if the step was bad and therefore skipped, else empty.
+      speed: speed on this machine.
     """
 
     step: int
@@ -108,7 +108,7 @@ class StepMetrics:
     speed: Speed
 
     def row(self) -> MetricsRow:
-        """The line of metrics.jsonl. What is the same in every run stands outside `speed`."""
+        """Returns the line of metrics.jsonl. All values outside `speed` are the same in every run."""
         learnt: MetricsRow = {
             "step": self.step,
             "epoch": self.epoch,
@@ -121,7 +121,7 @@ class StepMetrics:
         return learnt if not self.skipped else {**learnt, "skipped": list(self.skipped)}
 
     def scalars(self) -> dict[str, float]:
-        """All numbers by a name that groups them, as TensorBoard and wandb show them: "train/loss"."""
+        """Returns all numbers under names that TensorBoard and wandb show in groups, such as "train/loss"."""
         row = self.row()
         speed = {f"speed/{name}": value for name, value in row["speed"].items()}
         learnt = {f"train/{name}": value for name, value in row.items() if name != "step"}
@@ -145,10 +145,10 @@ class StepMetrics:
 
 
 class MetricsLog:
-    """metrics.jsonl, as a context; reads a step's outputs when the next is under way."""
+    """Writes metrics.jsonl; a context manager. A step's outputs are read after the next step's dispatch."""
 
     def __init__(self, path: Path, done: int, plan: TrainingPlan, config: DecoderConfig, mesh: Mesh) -> None:
-        """`done` steps are done: their lines stay, those of later steps are written again."""
+        """Keeps the lines of the first `done` steps. Later steps are repeated, so their lines are dropped."""
         self._path = path
         self._step = self._first = done
         self._plan = plan
@@ -161,13 +161,13 @@ class MetricsLog:
         self._waited = 0.0
 
     def __enter__(self) -> MetricsLog:
-        # Line n is of step n. What stands behind the checkpoint is of steps that are done again.
+        # Line n describes step n. Lines after the checkpoint's step describe steps that are repeated.
         lines = (
             self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
         )
         if jax.process_index() == 0:
             write_text(self._path, "".join(lines[: self._step]))
-        # Of several processes, which see one folder, the first writes.
+        # All processes share one folder, so only the first writes.
         path = self._path if jax.process_index() == 0 else Path(os.devnull)
         self._file: IO[str] = path.open("a", encoding="utf-8", newline="\n")
         self._started = self._last_read = time.perf_counter()
@@ -177,21 +177,21 @@ class MetricsLog:
         self._file.close()
 
     def fetched(self, seconds: float) -> None:
-        """A batch is there, for which the host waited so long.
+        """Records the seconds that the host waited for a batch.
 
-        Only if the device had finished all that it had been given has it waited too, at most as long.
+        They count only if the device had finished the previous step by then: it was idle for at most as long.
         """
         if self._pending is not None:
-            loss: Any = self._pending.loss  # `is_ready` is public, and missing in the stub of jax.Array
+            loss: Any = self._pending.loss  # `is_ready` is public, but the stub of jax.Array lacks it
             self._waited += seconds if loss.is_ready() else 0.0
 
     def dispatched(self, outputs: StepOutputs) -> StepMetrics | None:
-        """Takes a new step's outputs, then reads those of the step before, if they were not read yet."""
+        """Stores a new step's outputs, then reads those of the previous step if they are still unread."""
         before, self._pending = self._pending, outputs
         return None if before is None else self._read(before)
 
     def catch_up(self) -> StepMetrics | None:
-        """Reads the step under way, if it was not read yet, and brings the file to the disk."""
+        """Reads the outputs of the last step if they are still unread, and flushes the file to the disk."""
         last, self._pending = self._pending, None
         metrics = None if last is None else self._read(last)
         self._file.flush()
@@ -229,7 +229,7 @@ class MetricsLog:
         settings = self._plan.settings
         if math.isfinite(loss) and math.isfinite(grad_norm):
             factor = settings.on_bad_step.spike_factor
-            why += f", over {factor} times the usual loss {usual:.4f}, as train.on_bad_step says"
+            why += f", over {factor} times the usual loss {usual:.4f} (train.on_bad_step.spike_factor)"
         if settings.on_bad_step.action == "stop":
             raise TrainingDiverged(self._step, why, ids)
         if self._skipped_running > _MOST_SKIPPED:

@@ -1,4 +1,4 @@
-"""The optimizers, global-norm clipping and the learning-rate schedule, from the settings."""
+"""Optimizers, global-norm clipping and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def learning_rate_schedule(settings: TrainSettings, total_steps: int) -> Schedule:
-    """Step, counted from 0 -> learning rate.
+    """Returns the function from step, counted from 0, to learning rate.
 
-    Rises linearly over ceil(warmup_ratio * total_steps) steps to the peak, then stays (`constant`) or falls
-    towards 0, which it would reach one step after the last (`linear`, `cosine`). The first step already
-    learns: a rate of 0 there, as in transformers, would waste a good part of a short training.
+    The rate rises linearly over ceil(warmup_ratio * total_steps) steps to the peak. It then stays
+    (`constant`) or falls towards 0, which it would reach one step after the last (`linear`, `cosine`). The
+    first step already has a positive rate: a rate of 0, as in transformers, would waste a good part of a
+    short training.
     """
     warmup_steps = math.ceil(settings.warmup_ratio * total_steps)
 
@@ -46,17 +47,17 @@ def learning_rate_schedule(settings: TrainSettings, total_steps: int) -> Schedul
 
 
 def make_optimizer(settings: TrainSettings, total_steps: int) -> optax.GradientTransformationExtraArgs:
-    """The optimizer after global-norm clipping, guarded against bad steps; its last link counts the steps.
+    """Returns global-norm clipping and the optimizer, guarded against bad steps.
 
-    `adamw` (arXiv 1711.05101) keeps two float32 moments a parameter. `adafactor` (arXiv 1804.04235) keeps of
-    the second moment only the means over rows and over columns, and no first: next to nothing. It is taken
-    without the scaling by a parameter's own size and with AdamW's decay, so that learning rates mean much the
-    same; what is left of it is the factored moment and the clipping of an update whose root mean square is
-    over 1, a stack of layers at a time. (AdamW with moments in bfloat16 would only halve its state, and a
-    second moment that changes by a thousandth a step stands still in 8 bits.)
+    The last transformation of the chain counts the steps. `update` expects float32 parameters and gradients,
+    whatever dtype the model is stored in. Weight decay excludes norms and embeddings, see `decayed`.
 
-    Parameters and gradients come in float32, whatever the model is stored in. Weight decay leaves norms and
-    embeddings alone: see `decayed`.
+    `adamw` (arXiv 1711.05101) keeps two float32 moments per parameter. `adafactor` (arXiv 1804.04235) keeps
+    no first moment, and only row and column means of the second, which take next to no memory. It is used
+    without scaling by parameter size and with AdamW's decay, so that learning rates mean much the same for
+    both. What remains of Adafactor is the factored moment and the clipping of updates with a root mean square
+    over 1; a stack of layers is clipped as one array. (AdamW with bfloat16 moments would only halve its
+    state, and a second moment that changes by a thousandth per step never changes in 8 bits.)
     """
     match settings.optimizer:
         case AdamW(betas=(beta1, beta2)):
@@ -73,7 +74,7 @@ def make_optimizer(settings: TrainSettings, total_steps: int) -> optax.GradientT
 
 
 def steps_taken(opt_state: optax.OptState) -> jax.Array:
-    """int32: steps that a state of `make_optimizer` has counted, which is the number of the step to come."""
+    """Returns the steps that a state of `make_optimizer` has counted, int32: the number of the next step."""
     assert isinstance(opt_state, GuardState)
     scaling = opt_state.inner[-1]
     assert isinstance(scaling, optax.ScaleByScheduleState)
@@ -81,26 +82,29 @@ def steps_taken(opt_state: optax.OptState) -> jax.Array:
 
 
 def decayed(params: nnx.State) -> nnx.State:
-    """True for each matrix that projects a hidden state, adapters too; False for norms, biases, embedding."""
+    """Returns the mask of weight decay: True for projections, adapters and head; False for all others.
+
+    Norms, biases and embeddings are not decayed.
+    """
     return nnx.map_state(lambda path, _: "_proj" in str(path[-1]) or path[-1] == "lm_head", params)
 
 
 def abstract_opt_state(
     optimizer: optax.GradientTransformation, params: nnx.State, mesh: Mesh
 ) -> optax.OptState:
-    """Shapes, dtypes and shardings of the optimizer's state: moments lie where their parameters do.
+    """Returns shapes, dtypes and shardings of the optimizer state: a moment is sharded like its parameter.
 
-    A factored moment lacks one of its parameter's axes, and lies along the others as that does.
+    A factored moment lacks one axis of its parameter; its other axes are sharded like the parameter's.
 
     Args:
-      optimizer: of `make_optimizer`.
+      optimizer: optimizer from `make_optimizer`.
       params: arrays, or shapes with shardings.
-      mesh: where everything else, which is small, is replicated.
+      mesh: device mesh; the rest of the state is small and is replicated over it.
     """
     of_path = {tuple(map(str, path)): param for path, param in jax.tree.leaves_with_path(params)}
 
     def place(path: tuple[Any, ...], value: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # A moment's path ends with that of its parameter.
+        # A moment's path ends with its parameter's path.
         names = tuple(map(str, path))
         param = next((of_path[names[i:]] for i in range(len(names)) if names[i:] in of_path), None)
         spec = None if param is None else _spec_of_moment(value.shape, param)

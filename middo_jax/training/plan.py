@@ -1,7 +1,7 @@
-"""What a training learns, planned before its first step: which examples each step takes, in which rows.
+"""Plans a training before its first step: the examples of each step, packed into rows.
 
-A batch is a function of (examples, settings, seed, number of its step) alone: no iterator's state and no
-number of processes enters it, so that to resume, here or on another slice, is to know that number.
+A batch depends only on (examples, settings, seed, step), not on the state of an iterator or the number of
+processes. The step alone is therefore enough to resume, even on another slice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LONGEST_MULTIPLE = 128
 
 
 class PlannedStep(NamedTuple):
-    """One optimizer step: rows of indices into the examples, at most train.batch_size of them."""
+    """One optimizer step: at most train.batch_size rows, each a list of indices of examples."""
 
     epoch: int
     rows: list[list[int]]
@@ -32,15 +32,15 @@ class PlannedStep(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingPlan:
-    """All that decides what a model learns, beside the model itself.
+    """All inputs of a training except the model.
 
     Attributes:
       tokenized: the examples.
-      settings: see TrainSettings.
-      seed: of the order of the examples, and of stochastic rounding.
-      pack_length: tokens of a packed sequence.
-      metadata: small JSON values to keep beside the final parameters, such as {"base": path of the model};
-        a checkpoint with other ones is of another training.
+      settings: training settings.
+      seed: seed of the order of the examples and of stochastic rounding.
+      pack_length: number of tokens per row.
+      metadata: small JSON values to save with the final parameters, such as {"base": path of the model};
+        a checkpoint with other values belongs to another training.
     """
 
     tokenized: Sequence[TokenizedExample]
@@ -56,17 +56,18 @@ class TrainingPlan:
 
     @property
     def rows_of_epoch(self) -> int:
-        """Packed rows that the first epoch fills."""
+        """Number of packed rows that the first epoch fills."""
         return sum(len(step.rows) for step in self.steps if step.epoch == 0)
 
 
 def plan_epoch(
     tokenized: Sequence[TokenizedExample], settings: TrainSettings, epoch: int, seed: int, pack_length: int
 ) -> list[list[list[int]]]:
-    """Steps of rows of indices: every example once, in an order that (seed, epoch) gives.
+    """Returns the steps of an epoch, each a list of rows of indices of examples.
 
-    Steps are full of rows, or, with `train.examples_per_step`, take that many examples as far as the rows
-    hold them. The last step may hold fewer than the others; it is padded, never dropped.
+    Every example occurs once, in an order determined by (seed, epoch). A step has `train.batch_size` rows or,
+    with `train.examples_per_step`, that many examples as far as they fit the rows. The last step may have
+    fewer; it is padded, never dropped.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(tokenized)).tolist()
     if settings.examples_per_step is None:
@@ -77,7 +78,7 @@ def plan_epoch(
         stop = start + settings.examples_per_step - len(left)
         rows = _rows(tokenized, left + order[start:stop], pack_length)
         steps.append(rows[: settings.batch_size])
-        left = [i for row in rows[settings.batch_size :] for i in row]  # the next step begins with them
+        left = [i for row in rows[settings.batch_size :] for i in row]  # the next step starts with these
         start = stop
     return steps
 
@@ -90,7 +91,7 @@ def _rows(tokenized: Sequence[TokenizedExample], order: list[int], pack_length: 
 def plan_training(
     tokenized: Sequence[TokenizedExample], settings: TrainSettings, seed: int, pack_length: int
 ) -> list[PlannedStep]:
-    """All steps of all epochs. Warns if `train.examples_per_step` are too many for the rows of a step."""
+    """Returns all steps of all epochs. Warns if `train.examples_per_step` do not fit the rows of a step."""
     epochs = [
         plan_epoch(tokenized, settings, epoch, seed, pack_length) for epoch in range(settings.num_epochs)
     ]
@@ -110,6 +111,6 @@ def plan_training(
 
 
 def longest_example(tokenized: Sequence[TokenizedExample], pack_length: int) -> int:
-    """Tokens that no example exceeds; rounded up, since other data need not compile another step."""
+    """Returns the longest example's length, rounded up so that other data can reuse the compiled step."""
     longest = max(map(len, tokenized))
     return min(pack_length, -(-longest // _LONGEST_MULTIPLE) * _LONGEST_MULTIPLE)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training under way, as hooks."""
+"""Hooks that save checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from middo_jax.training.hooks import AfterStep, Hook, every
 
 
 def save_every(n: int, checkpoints: TrainingCheckpoints) -> Hook:
-    """Saves after each n-th step but the last, which is saved when the training is finished."""
+    """Saves after each n-th step except the last, whose state `TrainingCheckpoints.finish` saves."""
 
     def save(at: AfterStep) -> None:
         if not at.is_last:
@@ -18,7 +18,7 @@ def save_every(n: int, checkpoints: TrainingCheckpoints) -> Hook:
 
 
 class KeepBest(Hook):
-    """Saves the state with the lowest held-out loss, and keeps it. Belongs behind the evaluation."""
+    """Saves and keeps the state with the lowest held-out loss. Must be called after the evaluation's hook."""
 
     def __init__(self, checkpoints: TrainingCheckpoints, evaluations: Evaluations) -> None:
         self._checkpoints = checkpoints
@@ -33,5 +33,5 @@ class KeepBest(Hook):
 
 
 def _save(checkpoints: TrainingCheckpoints, at: AfterStep) -> None:
-    at.settle()  # metrics.jsonl has the lines of all steps that a checkpoint contains
+    at.settle()  # so that metrics.jsonl has the lines of all steps up to the checkpoint
     checkpoints.save(at.state)

@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: a deterministic plan of batches, run step by step, that can be killed at any time.
+"""Supervised fine-tuning: runs a deterministic plan of batches step by step; it can be killed at any time.
 
-A batch is a function of its step's number alone, so that to resume is to know that number.
+The plan determines the batch of each step, so the step alone is enough to resume.
 """
 
 from __future__ import annotations
@@ -43,36 +43,37 @@ def train(
     evaluate: Evaluate | None = None,
     hooks: Sequence[Hook] = (),
 ) -> Model:
-    """Fine-tunes, and resumes where an earlier call with the same arguments was stopped.
+    """Fine-tunes a model. Resumes where an earlier call with the same arguments was stopped.
 
-    All parameters are trained, or the adapters alone if the decoder has some: then no other has a gradient or
-    optimizer state, and checkpoints contain the adapters only.
+    Trains all parameters or, if the decoder has adapters, only these: the others then have neither gradient
+    nor optimizer state, and checkpoints contain only the adapters.
 
-    Killed and called again, it ends with the parameters and the metrics.jsonl (but for its speeds) of an
-    uninterrupted run, bit for bit on a CPU. Told to stop, by Ctrl-C or a SIGTERM, it ends the step under way,
-    saves and raises, see `stopping`. Called again when done, it returns what was saved.
+    A training that is killed and resumed ends with the same parameters and metrics.jsonl (except `speed`) as
+    an uninterrupted one, bit for bit on a CPU. On Ctrl-C or SIGTERM it finishes the current step, saves and
+    raises, see `stopping`. If the training is already finished, the saved model is returned.
 
     Args:
-      model: where training starts, and on which mesh; its config's dtype is what forward passes compute in.
-        What is trained is cast to `train.param_dtype`, adapters to float32. That is consumed: its memory is
-        reused, the arrays are gone.
+      model: the initial model and its mesh; forward passes compute in the dtype of its config. The trained
+        parameters are cast to `train.param_dtype`, adapters to float32. Their arrays are donated: do not use
+        them afterwards.
       plan: examples and settings.
-      out_dir: gets checkpoint/, metrics.jsonl and, if anything is evaluated, evaluations.jsonl.
-      chunk: target positions of a device whose logits exist at one time.
+      out_dir: folder for checkpoint/, metrics.jsonl and, if anything is evaluated, evaluations.jsonl.
+      chunk: number of target positions per device whose logits exist at one time.
       evaluate: model -> held-out loss, called every `train.eval_every` steps and after the last.
-      hooks: what else happens beside the steps, see `hooks`.
+      hooks: further hooks to call during training, see `hooks`.
 
     Returns:
-      The model after training; what was not trained is what came in.
+      The model after training; its frozen parameters are those of `model`.
 
     Raises:
-      TrainingDataError: no examples, nothing to learn in them, or tokens that the model does not know.
+      TrainingDataError: there are no examples, they have no target tokens, or they have token IDs outside the
+        model's vocabulary.
       ConfigError: an example is longer than a row, the mesh does not divide the batch, the examples do not
-        fill one, or a package is missing.
-      TrainingDiverged: a bad step, or too many of them in a row.
+        fill a batch, or a package is missing.
+      TrainingDiverged: there was a bad step, or too many of them in a row.
       OutOfMemory: a step does not fit the devices.
-      RunError: `out_dir` holds a checkpoint of another training.
-      KeyboardInterrupt, Preempted: told to stop; all is saved.
+      RunError: `out_dir` contains a checkpoint of another training.
+      KeyboardInterrupt, Preempted: the process was told to stop; everything is saved.
     """
     check_examples(plan.tokenized, plan.pack_length, model.config.vocab_size)
     check_batch(plan.settings, model.mesh)
@@ -83,7 +84,7 @@ def train(
 
 
 def _finished(model: Model, checkpoint: Path, identity: str) -> Model | None:
-    """What an earlier call ended with, or None. The parameters that were to be trained are consumed."""
+    """Returns the saved model if the training is already finished, else None. Donates like a training."""
     finished = read_metadata(checkpoint)
     if finished is None:
         return None
@@ -142,12 +143,12 @@ def _evaluating(settings: TrainSettings, evaluations: Evaluations, evaluate: Eva
 
 
 class _Begun(NamedTuple):
-    """A training before its first step of this start.
+    """A training that was set up or restored, before the first step of this process.
 
     Attributes:
-      model: where the training starts; its parameters are consumed.
+      model: the initial model; its trained parameters are already donated.
       frozen: the parameters that are not trained.
-      state: what was restored, or the state before the first step.
+      state: the restored state, or the state before step 1.
       step: the compiled step.
     """
 
@@ -157,7 +158,7 @@ class _Begun(NamedTuple):
     step: jax.stages.Compiled
 
     def with_state(self, state: TrainState) -> Model:
-        """The model with the trained parameters of a state."""
+        """Returns the model with the trained parameters of a state."""
         return self.model.with_params(joined(state.trained, self.frozen))
 
 
@@ -196,10 +197,10 @@ def _steps(
     checkpoints: TrainingCheckpoints,
     stop_if_told: StopCheck,
 ) -> TrainState:
-    """Runs all steps that are left. Told to stop, it saves and raises."""
+    """Runs the remaining steps. On a stop signal it saves and raises."""
     state = begun.state
     try:
-        hooks.after_step(state)  # an evaluation for which there was no time at the last stop
+        hooks.after_step(state)  # runs the evaluation that the last stop may have prevented
         for batch, wait_s in batches:
             log.fetched(wait_s)
             trained, opt_state, outputs = begun.step(state.trained, state.opt_state, begun.frozen, batch)
@@ -222,13 +223,13 @@ def _beginning(
     optimizer: optax.GradientTransformationExtraArgs,
     opt_target: optax.OptState,
 ) -> TrainState:
-    """Before the first step: parameters and moments as the targets say."""
+    """Returns the state before the first step, with the dtypes and shardings of the targets."""
     trained = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), trained, target)
     init = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, opt_target))
     return TrainState(0, trained, init(trained))
 
 
 def _consume(params: Params) -> None:
-    # As donation would have done: callers see one behaviour, and the memory is free before it is needed.
+    # Deletes the arrays as donation does, so that callers see one behaviour and the memory is freed early.
     for x in jax.tree.leaves(params):
         x.delete()

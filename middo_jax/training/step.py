@@ -1,7 +1,7 @@
-"""One optimizer step as a pure function. Axes: docs/contributing.md#axes; a micro-batch.
+"""One optimizer step as a pure function. Axes: docs/contributing.md#axes, and a: micro-batch.
 
-The parameters come in two trees: `trained` ones, which alone have gradients and optimizer state, and `frozen`
-ones, which are read: the base of LoRA adapters, or none.
+The parameters are two trees. Only `trained` has gradients and optimizer state. `frozen` is the base of LoRA
+adapters, or empty.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from middo_jax.training.rounding import stochastic_round
 
 
 class Batch(NamedTuple):
-    """What the device needs of a `PackedBatch`: [b, t] each, or [a, b, t] in micro-batches."""
+    """The arrays of a `PackedBatch` that the step uses: [b, t] each, or [a, b, t] in micro-batches."""
 
     tokens_bt: jax.Array
     segment_ids_bt: jax.Array
@@ -37,15 +37,15 @@ class Batch(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """What a step says of itself, on the device: scalars.
+    """Metrics of a step: scalars on the device.
 
     Attributes:
       loss: float32, mean negative log-likelihood of the batch's target tokens, before the update.
-      n_target_tokens: int32.
-      grad_norm: float32, global norm before clipping.
-      learning_rate: float32, of this step.
-      is_bad: bool; the step was not taken, see `guard`.
-      usual_loss: float32, what `loss` is compared with; NaN while too little is known.
+      n_target_tokens: int32, number of target tokens in the batch.
+      grad_norm: float32, global norm of the gradient before clipping.
+      learning_rate: float32, learning rate of this step.
+      is_bad: bool, whether the step was skipped, see `guard`.
+      usual_loss: float32, the loss that `loss` is compared with; NaN while there are too few steps.
     """
 
     loss: jax.Array
@@ -65,16 +65,16 @@ def batch_nll(
     remat: Remat,
     longest: int | None = None,
 ) -> jax.Array:
-    """Sum of the targets' negative log-likelihoods, in float32, of packed rows [b, t].
+    """Returns the sum of the targets' negative log-likelihoods in packed rows [b, t], a float32 scalar.
 
     Args:
       graphdef: the decoder's structure.
-      trained: some of its parameters.
-      frozen: the others.
+      trained: the trained parameters.
+      frozen: the frozen parameters.
       batch: packed rows.
-      chunk: target positions of a device whose logits exist at one time.
-      remat: what is kept of a layer for the backward pass.
-      longest: no example is longer; attention passes over what lies further back.
+      chunk: number of target positions per device whose logits exist at one time.
+      remat: what each layer saves for the backward pass.
+      longest: upper bound of the examples' lengths; attention skips keys further back than this.
     """
     model = bound(graphdef, trained, frozen)
     places = batch.segment_ids_bt, batch.positions_bt
@@ -92,9 +92,9 @@ def batch_gradient(
     remat: Remat,
     longest: int | None = None,
 ) -> tuple[jax.Array, jax.Array, Params]:
-    """(loss, number of targets, float32 gradient by `trained`) of the micro-batches [a, b, t] as one batch.
+    """Returns (loss, n_targets, float32 gradient of `trained`) of micro-batches [a, b, t] as one batch.
 
-    A target weighs the same in whichever micro-batch it stands: each is divided by the number of all.
+    All targets have the same weight: each is divided by the number of targets of the whole batch.
     """
     n_targets = batch.is_target_bt.sum()
     divisor = jnp.maximum(n_targets, 1)
@@ -109,7 +109,7 @@ def batch_gradient(
     def add(sums: tuple[jax.Array, Params], micro_batch: Batch) -> tuple[tuple[jax.Array, Params], None]:
         return jax.tree.map(jnp.add, sums, share_in_float32(micro_batch)), None
 
-    if len(batch.tokens_bt) == 1:  # nothing to add up: a loop would hold the gradient twice
+    if len(batch.tokens_bt) == 1:  # nothing to accumulate: a scan would need memory for a second gradient
         loss, gradient = share_in_float32(jax.tree.map(lambda x_abt: x_abt[0], batch))
     else:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.float32(0), trained))
@@ -127,20 +127,20 @@ def make_train_step(
     longest: int | None = None,
     seed: int = 0,
 ) -> jax.stages.Wrapped:
-    """Compiles, at its first call, `(trained, opt_state, frozen, batch) -> (trained, opt_state, outputs)`.
+    """Returns the jitted step `(trained, opt_state, frozen, batch) -> (trained, opt_state, outputs)`.
 
-    The first two arguments are donated: their buffers are reused and the arrays given are gone. A bad step
-    gives them back as they were, but for the count of steps.
+    The first two arguments are donated. A bad step returns their values unchanged, except for the count of
+    steps.
 
     Args:
       graphdef: the decoder's structure.
-      settings: for the optimizer, `remat` and rounding.
-      total_steps: of the whole training.
-      state: (trained, opt_state) or their shapes with shardings, the second of `make_optimizer` with the same
-        settings and steps; the results get the same shardings.
-      chunk: target positions of a device whose logits exist at one time.
-      longest: no example is longer.
-      seed: of stochastic rounding.
+      settings: training settings.
+      total_steps: number of steps of the whole training.
+      state: (trained, opt_state) or their shapes with shardings; `opt_state` is from `make_optimizer` with
+        the same settings and steps. The results get the same shardings.
+      chunk: number of target positions per device whose logits exist at one time.
+      longest: upper bound of the examples' lengths.
+      seed: seed of stochastic rounding.
     """
     optimizer = make_optimizer(settings, total_steps)
     schedule = learning_rate_schedule(settings, total_steps)
@@ -170,7 +170,7 @@ def make_train_step(
 
 
 def _stored_as(like: Params, wide: Params, key: jax.Array) -> Params:
-    """float32 values in the dtypes of `like`; to bfloat16 they are rounded by chance."""
+    """Casts float32 values to the dtypes of `like`, with stochastic rounding to bfloat16."""
     leaves, structure = jax.tree.flatten(wide)
     stored = [
         stochastic_round(x, jax.random.fold_in(key, i))
@@ -182,7 +182,7 @@ def _stored_as(like: Params, wide: Params, key: jax.Array) -> Params:
 
 
 def abstract_batch(settings: TrainSettings, pack_length: int, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of what `put_batch` makes of a training's batches."""
+    """Returns shapes, dtypes and shardings of the batches that `put_batch` returns."""
     micro_batches = settings.gradient_accumulation
     shape = (micro_batches, settings.batch_size // micro_batches, pack_length)
 
@@ -193,9 +193,9 @@ def abstract_batch(settings: TrainSettings, pack_length: int, mesh: Mesh) -> Bat
 
 
 def put_batch(batch: PackedBatch, micro_batches: int, mesh: Mesh) -> Batch:
-    """Splits rows [a * b, ...] into [a, b, ...] and spreads axis b over the mesh.
+    """Splits rows [a * b, ...] into [a, b, ...] and shards axis b over the mesh.
 
-    Every process is given the whole batch and sends its own devices their part.
+    Every process passes the whole batch and sends its own devices their part.
     """
 
     def put(x_bt: np.ndarray) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Being told to stop: the step under way is finished and saved, and the exit code says which it was.
+"""Stop signals: the current step is finished and saved; the exit code tells the two signals apart.
 
-Ctrl-C (SIGINT)          KeyboardInterrupt, which a shell knows as 130
-preemption (SIGTERM)     Preempted, 75: the EX_TEMPFAIL of sysexits.h, "try again later"
+Ctrl-C (SIGINT)          KeyboardInterrupt, exit code 130 in a shell
+preemption (SIGTERM)     Preempted, exit code 75: EX_TEMPFAIL of sysexits.h, "try again later"
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class StopCheck(Protocol):
     """Raises KeyboardInterrupt or Preempted if the process has been told to stop."""
 
     def __call__(self, step: int | None = None) -> None:
-        """`step` is the one just done, the same on every process; None where processes need not agree."""
+        """`step` is the step just done, the same on every process; None where processes need not agree."""
         ...
 
 
 @contextlib.contextmanager
 def deferred_stops() -> Iterator[StopCheck]:
-    """Within the block signals wait for the check; a second Ctrl-C raises as usual.
+    """Defers signals within the block to the next call of the check; a second Ctrl-C raises at once.
 
     An exception in the middle of a step would find the old parameters donated and the new ones not yet there.
 
-    Where several processes train, all have to stop at the same step: there JAX's preemption service listens
-    for SIGTERM and says which step that is, and Ctrl-C, on which nobody could agree, stops at once.
+    With several processes, all must stop at the same step. JAX's preemption service then handles SIGTERM and
+    chooses that step. Ctrl-C stops at once, because the processes could not agree on a step.
     """
-    # Not at the top: the command line reads EXIT_PREEMPTED, and `middo select` loads no JAX.
+    # Not at the top: the command line imports EXIT_PREEMPTED, and `middo select` must not load JAX.
     import jax
 
     from middo_jax.parallel.coordination import stop_point
@@ -67,7 +67,7 @@ def deferred_stops() -> Iterator[StopCheck]:
             (signal.SIGINT, signal.default_int_handler, interrupted),
             (signal.SIGTERM, signal.SIG_DFL, preempted),
         ):
-            # Whoever has set another handler wants that one, but for the program's own.
+            # A handler set by the caller is kept; only the default and the program's own are replaced.
             if (before := signal.getsignal(number)) in (default, preemption.preempted):
                 signal.signal(number, handler)
                 ours.append((number, before))

@@ -1,4 +1,4 @@
-"""Where a training's numbers are shown beside metrics.jsonl, if asked for: TensorBoard, Weights & Biases."""
+"""Optional trackers that show a training's metrics: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from middo_jax.training.hooks import Hook, on_metrics
 
 
 class Track(Protocol):
-    """Shows numbers of a step."""
+    """Function that sends a step's numbers to the trackers."""
 
     def __call__(self, step: int, scalars: Mapping[str, float], /) -> None:
-        """`scalars` by names such as "train/loss"."""
+        """`scalars` has keys such as "train/loss"."""
         ...
 
 
 def require_trackers(settings: TrainSettings) -> None:
-    """Raises ConfigError if the settings ask for a tracker whose package is missing."""
+    """Raises ConfigError if the package of a tracker in the settings is missing."""
     for tracker in settings.trackers:
         _package(tracker)
 
 
 @contextlib.contextmanager
 def trackers(settings: TrainSettings, out_dir: Path, done: int, identity: str) -> Iterator[Track]:
-    """All trackers that the settings ask for, as one; nothing is imported for those that they do not.
+    """Yields one function for all trackers in the settings. Packages of other trackers are not imported.
 
     Args:
-      settings: of the training.
-      out_dir: gets tensorboard/ and wandb/.
-      done: steps behind us; what was shown of later ones is of steps that are done again.
-      identity: of the training: the same one goes on as the same run.
+      settings: training settings.
+      out_dir: folder for tensorboard/ and wandb/.
+      done: number of steps done; values of later steps are purged, because these steps are repeated.
+      identity: identity of the training; a training with the same identity continues the same wandb run.
     """
     shows: list[Track] = []
-    first = jax.process_index() == 0  # of several processes, one shows
+    first = jax.process_index() == 0  # only the first process tracks
     with contextlib.ExitStack() as stack:
         for tracker in settings.trackers if first else ():
             package = _package(tracker)
@@ -59,7 +59,7 @@ def trackers(settings: TrainSettings, out_dir: Path, done: int, identity: str) -
                 writer = package.SummaryWriter(
                     str(out_dir / "tensorboard"),
                     purge_step=done + 1 if done else None,
-                    # Its names tell seconds apart, and a restart may take less.
+                    # Its file names differ by the second, and a restart may take less.
                     filename_suffix=f".{done:08}",
                 )
                 stack.callback(writer.close)
@@ -73,7 +73,7 @@ def trackers(settings: TrainSettings, out_dir: Path, done: int, identity: str) -
 
 
 def tracking(track: Track) -> Hook:
-    """A hook that shows the metrics of each step."""
+    """Returns a hook that sends the metrics of each step to the trackers."""
     return on_metrics(lambda metrics: track(metrics.step, metrics.scalars()))
 
 

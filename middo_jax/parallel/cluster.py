@@ -25,7 +25,7 @@ from middo_jax.progress import Progress, duration, in_job
 from middo_jax.rundir import RunError
 from middo_jax.rundir.files import only_read
 
-HEARTBEAT_TIMEOUT_S = 60  # longer than `coordination.Watch` takes, whose message is more precise
+HEARTBEAT_TIMEOUT_S = 60  # longer than `watch.Watch` takes, whose message is more precise
 SAY_AFTER_S = 30.0
 LOCKFILE = Path("/tmp/libtpu_lockfile")
 
@@ -247,12 +247,12 @@ def joined(
         return
     start(job, progress, shared, settings.start_timeout)
     # imported late: one process alone does not need it, and some commands do not need JAX
-    from middo_jax.parallel import coordination
+    from middo_jax.parallel import coordination, watch
 
-    in_job(coordination.is_first(), coordination.advanced)
+    in_job(coordination.is_first(), watch.advanced)
     if not coordination.is_first():
         only_read()
-    coordination.Watch(settings.stall_timeout).start()
+    watch.Watch(settings.stall_timeout).start()
     try:
         coordination.check_shared(shared)
         yield

@@ -1,4 +1,4 @@
-"""Communication between the processes of a job without the devices: decisions, barriers, ends, heartbeats.
+"""Communication between the processes of a job without the devices: decisions, barriers, ends.
 
 All of it uses the key-value store of JAX's coordination service, which process 0 runs. No wait here is a
 device collective, since those have timeouts of their own, or none.
@@ -19,20 +19,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from jax._src import distributed  # the client has no public name; Orbax uses it as well
 from jax.experimental import multihost_utils
 
+from middo_jax.parallel import watch
 from middo_jax.parallel.preemption import EXIT_PREEMPTED, Preempted
 from middo_jax.rundir import RunError
 
 T = TypeVar("T")
 
-POLL_S = 5.0
-DEAD_AFTER_S = 25.0  # without a heartbeat
-END_AFTER_S = 10.0  # for the main thread to end by itself after another process has failed
 # Start of XLA's message when a collective breaks. The class may be ValueError, from JAX's fast dispatch.
 _BROKEN = re.compile(
     "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
@@ -41,9 +39,6 @@ _PART = 1 << 20  # characters per value; gRPC rejects messages over 4 MB
 
 _calls: collections.Counter[str] = collections.Counter()
 _points = itertools.count(1)
-_count = 0  # pieces of work done by this process
-_at = "start"
-_watch_ends = threading.Event()  # set when the watch ends this process
 
 
 class HostsError(RunError):
@@ -59,14 +54,8 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def advanced(where: str) -> None:
-    """Records progress of this process, so that `Watch` can find a process that is stuck."""
-    global _count, _at
-    _count, _at = _count + 1, where
-
-
 def barrier(name: str) -> None:
-    """Returns once all processes have called it. Waits as long as others make progress (see `Watch`)."""
+    """Returns once all processes have called it. Waits while others make progress (see `watch.Watch`)."""
     if jax.process_count() == 1:
         return
     call = _next_call(name)
@@ -79,7 +68,7 @@ def from_first(name: str, function: Callable[[], T]) -> T:
     """Calls the function in process 0 only and returns its value, which must be JSON, in all processes.
 
     The others wait as long as it takes. If the function raises, process 0 must `leave`, and every other
-    process is ended by its `Watch`. A SIGTERM to any process raises `Preempted` in all of them.
+    process is ended by its `watch.Watch`. A SIGTERM to any process raises `Preempted` in all of them.
     """
     if jax.process_count() == 1:
         return function()
@@ -208,15 +197,15 @@ def leave(error: BaseException) -> NoReturn:
     an error that may come from a loss waits for the watch, which ends the process with EXIT_PREEMPTED. If
     process 0 is unreachable, the exit code is EXIT_PREEMPTED too.
     """
-    if _may_be_a_loss(error) and _watch_ends.wait(DEAD_AFTER_S + 3 * POLL_S):
-        time.sleep(END_AFTER_S + 3 * POLL_S)  # the watch ends the process within this time
+    if _may_be_a_loss(error) and watch.ending.wait(watch.DEAD_AFTER_S + 3 * watch.POLL_S):
+        time.sleep(watch.END_AFTER_S + 3 * watch.POLL_S)  # the watch ends the process within this time
     _tell_end(f"{type(error).__name__}: {error}")
-    patience = time.monotonic() + END_AFTER_S + 3 * POLL_S
+    patience = time.monotonic() + watch.END_AFTER_S + 3 * watch.POLL_S
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         while is_first() and time.monotonic() < patience:
             if len(_store().key_value_dir_get("middo/end/")) == jax.process_count():
                 break
-            time.sleep(POLL_S / 5)
+            time.sleep(watch.POLL_S / 5)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_PREEMPTED if isinstance(error, Unreachable) else 1)
@@ -243,7 +232,7 @@ def _tell_end(text: str) -> None:
 
 
 def _next_call(name: str) -> str:
-    advanced(name)
+    watch.advanced(name)
     _calls[name] += 1
     return f"middo/call/{name}/{_calls[name]}"
 
@@ -317,95 +306,3 @@ def _ticking(call: str, every_s: float = 2.0) -> Iterator[None]:
         done.set()
         thread.join()
         signal.signal(signal.SIGUSR2, before)
-
-
-class _End(NamedTuple):
-    """Why this process must end, its exit code, and the delay in seconds."""
-
-    reason: str
-    code: int
-    after_s: float
-
-
-class Watch:
-    """Ends this process with a message when another process has failed or is dead, or when all are stuck.
-
-    The main thread may be in a collective that never returns, so only ending the process helps. The exit code
-    is 1 if another process raised an error, which would recur after a restart. It is EXIT_PREEMPTED if a
-    process is dead, cut off or stuck: the scheduler must then restart all of them.
-    """
-
-    def __init__(self, stall_timeout_s: float) -> None:
-        """`stall_timeout_s`: how long all processes may make no progress."""
-        self._stall_timeout_s = stall_timeout_s
-        # Read here: at the program's end, the call would make JAX start a new backend.
-        self._me = jax.process_index()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._seen: dict[str, tuple[int, float]] = {}
-        self._moved: dict[str, tuple[int, float]] = {}
-        self._beats = itertools.count()
-
-    def start(self) -> None:
-        """Starts watching in a thread of its own."""
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while True:
-            try:
-                end = self._look()
-            except jax.errors.JaxRuntimeError as error:
-                reason = f"process 0, which coordinates, cannot be reached: {str(error).splitlines()[0]}"
-                end = _End(reason, EXIT_PREEMPTED, END_AFTER_S)
-            if end is not None:
-                self._end(end)
-            time.sleep(POLL_S)
-
-    def _look(self) -> _End | None:
-        client, me = distributed.global_state.client, str(self._me)
-        if client is None:  # shut down normally
-            sys.exit()
-        about = {"beat": next(self._beats), "count": _count, "at": _at, "host": socket.gethostname()}
-        client.key_value_set(f"middo/alive/{me}", json.dumps(about), allow_overwrite=True)
-        ended = {key.rsplit("/", 1)[1]: text for key, text in client.key_value_dir_get("middo/end/")}
-        for process, text in ended.items():
-            if text and process != me:
-                return _End(f"process {process} ended: {text}", 1, END_AFTER_S)
-        table = {key.rsplit("/", 1)[1]: json.loads(x) for key, x in client.key_value_dir_get("middo/alive/")}
-        now = time.monotonic()
-        for process, row in table.items():
-            if self._seen.get(process, (None, 0))[0] != row["beat"]:
-                self._seen[process] = row["beat"], now
-            if self._moved.get(process, (None, 0))[0] != row["count"]:
-                self._moved[process] = row["count"], now
-        for process, (_, since) in self._seen.items():
-            if process not in ended and now - since > DEAD_AFTER_S:
-                row = table[process]
-                reason = (
-                    f"process {process} on {row['host']} has given no sign of life for {now - since:.0f} s, "
-                    f"last at {row['at']}: it is dead or cut off"
-                )
-                return _End(reason, EXIT_PREEMPTED, END_AFTER_S)
-        still = now - max(since for _, since in self._moved.values())
-        if still > self._stall_timeout_s:
-            least = min(row["count"] for row in table.values())
-            behind = [
-                f"process {process} on {row['host']} at {row['at']}"
-                for process, row in sorted(table.items())
-                if row["count"] == least
-            ]
-            reason = (
-                f"nobody got further for {still:.0f} s (hosts.stall_timeout); last is {', '.join(behind)}"
-            )
-            return _End(reason, EXIT_PREEMPTED, 0)
-        return None
-
-    def _end(self, end: _End) -> None:
-        _watch_ends.set()
-        time.sleep(end.after_s)
-        print(
-            f"middo: {end.reason}; the same command resumes from what is saved", file=sys.stderr, flush=True
-        )
-        # The service ends with this process, and the others would then end at once, without a message.
-        if self._me == 0:
-            time.sleep(2 * POLL_S)
-        os._exit(end.code)

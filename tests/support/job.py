@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from middo_jax.parallel import cluster, coordination
-from middo_jax.parallel.coordination import advanced, agree, barrier, follow, from_first, lead
+from middo_jax.parallel import cluster, coordination, watch
+from middo_jax.parallel.coordination import agree, barrier, follow, from_first, lead
 from middo_jax.progress import Lines
 
 
@@ -80,7 +80,7 @@ def stall(me: int) -> None:
     if me == 1:
         while True:
             time.sleep(1)
-    advanced("the pass")
+    watch.advanced("the pass")
     barrier("after the pass")
 
 
@@ -94,11 +94,11 @@ def preempted_alone(me: int) -> None:
 if __name__ == "__main__":
     folder, thing, address, processes, process = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", 1)
-    coordination.POLL_S, coordination.DEAD_AFTER_S, coordination.END_AFTER_S = 0.5, 6.0, 3.0
+    watch.POLL_S, watch.DEAD_AFTER_S, watch.END_AFTER_S = 0.5, 6.0, 3.0
     job = cluster.find_job({}, address, int(processes), int(process))
     assert job is not None
     cluster.start(job, Lines(), Path(folder), timeout_s=120)
-    coordination.Watch(stall_timeout_s=float(os.environ.get("STALL", "60"))).start()
+    watch.Watch(stall_timeout_s=float(os.environ.get("STALL", "60"))).start()
     try:
         globals()[thing](int(process))
     except SystemExit:

@@ -23,7 +23,7 @@ class LineageRow(TypedDict):
     parent_ids: Annotated[list[str], "the samples that it was made from; empty for the user's own rows"]
     root_id: Annotated[str, "the user's own row at the start of the chain"]
     round: Annotated[int, "the first round whose dataset contains it, counted from 0"]
-    op: Annotated[Literal["seed", "simplify", "rewrite", "synthesize"], "how it was made; `seed`: by a user"]
+    op: Annotated[Literal["seed", "simplify", "rewrite", "synthesize"], "how it was made; `seed`: user's row"]
     axis: Annotated[str | None, "the axes that selected its parent, joined by `+`"]
     hint_ids: Annotated[list[str], "neighbours in the refiner's prompt"]
     refiner: Annotated[str | None, "the model that wrote it"]

@@ -87,36 +87,38 @@ def _with_gradient(
 
     def of_share(chunks: _Chunks, hidden_nd: jax.Array) -> tuple[jax.Array, Gradient]:
         def step(i: jax.Array, sums: tuple[jax.Array, Gradient]) -> tuple[jax.Array, Gradient]:
-            nll, (by_head, by_hidden) = sums
+            nll, (grad_head, grad_hidden) = sums
             at = chunks.at(i)
             hidden_md = hidden_nd[at.position_m]
-            logits_mv, by_product = jax.vjp(cap, head_product(head_vd, hidden_md))
-            nll_m, by_logits_mv = at.nll_and_gradient(logits_mv)
-            by_product_mv = by_product(by_logits_mv)[0].astype(hidden_md.dtype)
-            if by_head is not None:
-                by_head += jnp.einsum(
-                    "mv,md->vd", by_product_mv, hidden_md, preferred_element_type=jnp.float32
+            logits_mv, grad_product = jax.vjp(cap, head_product(head_vd, hidden_md))
+            nll_m, grad_logits_mv = at.nll_and_gradient(logits_mv)
+            grad_product_mv = grad_product(grad_logits_mv)[0].astype(hidden_md.dtype)
+            if grad_head is not None:
+                grad_head += jnp.einsum(
+                    "mv,md->vd", grad_product_mv, hidden_md, preferred_element_type=jnp.float32
                 )
-            if by_hidden is not None:
-                by_hidden = at.added(by_hidden, by_product_mv @ head_vd)
-            return nll + nll_m.sum(), (by_head, by_hidden)
+            if grad_hidden is not None:
+                grad_hidden = at.added(grad_hidden, grad_product_mv @ head_vd)
+            return nll + nll_m.sum(), (grad_head, grad_hidden)
 
         # Each share accumulates its own gradient of the head; the shares' are summed once, at the end.
-        by_head = constrain(jnp.zeros(head_vd.shape, jnp.float32), "vocab", None) if head.perturbed else None
-        by_hidden = jnp.zeros_like(hidden_nd) if hidden.perturbed else None
-        return jax.lax.fori_loop(0, chunks.n_chunks, step, (jnp.float32(0), (by_head, by_hidden)))
+        grad_head = (
+            constrain(jnp.zeros(head_vd.shape, jnp.float32), "vocab", None) if head.perturbed else None
+        )
+        grad_hidden = jnp.zeros_like(hidden_nd) if hidden.perturbed else None
+        return jax.lax.fori_loop(0, chunks.n_chunks, step, (jnp.float32(0), (grad_head, grad_hidden)))
 
-    nll_s, (by_head, by_hidden) = _each_share(of_share, next_.value, is_target.value, chunk, hidden.value)
+    nll_s, (grad_head, grad_hidden) = _each_share(of_share, next_.value, is_target.value, chunk, hidden.value)
     return nll_s.sum(), (
-        None if by_head is None else constrain(by_head.sum(0), "vocab", "embed").astype(head.value.dtype),
-        None if by_hidden is None else by_hidden.reshape(hidden.value.shape),
+        None if grad_head is None else constrain(grad_head.sum(0), "vocab", "embed").astype(head.value.dtype),
+        None if grad_hidden is None else grad_hidden.reshape(hidden.value.shape),
     )
 
 
-def _scaled(config: DecoderConfig, chunk: int, gradient: Gradient, by_nll: jax.Array) -> tuple:
-    if isinstance(by_nll, SymbolicZero):
-        by_nll = jnp.float32(0)
-    return *(None if g is None else (by_nll * g).astype(g.dtype) for g in gradient), None, None
+def _scaled(config: DecoderConfig, chunk: int, gradient: Gradient, grad_nll: jax.Array) -> tuple:
+    if isinstance(grad_nll, SymbolicZero):
+        grad_nll = jnp.float32(0)
+    return *(None if g is None else (grad_nll * g).astype(g.dtype) for g in gradient), None, None
 
 
 _nll_sum.defvjp(_with_gradient, _scaled, symbolic_zeros=True)

@@ -22,7 +22,7 @@ class RollCall:
     """Keeps this process's file fresh while the block runs, and then removes it."""
 
     def __init__(self, shared: Path, job: str, process: int | None) -> None:
-        """`job` separates jobs that share a folder. Without a `process`, pid and host identify the process."""
+        """`job` separates jobs that share a folder. Without `process`, pid and host identify the process."""
         self._folder = shared / f".joining-{hashlib.sha256(job.encode()).hexdigest()[:8]}"
         # With the host: in containers, every process may have the same pid.
         unnumbered = f"pid {os.getpid()}@{quote(socket.gethostname(), safe='')}"

@@ -112,7 +112,18 @@ class Session:
         kept.update(zip(new, found, strict=True))
         tokenized = [_named(kept[example.messages], example.id) for example in examples]
         self.tell_of_no_end(tokenized)
+        self._tell_of_cuts(tokenized)
         return tokenized
+
+    def _tell_of_cuts(self, tokenized: Sequence[TokenizedExample]) -> None:
+        """Says, once per session, how many of the first examples that are cut are cut."""
+        cut = sum(t.truncated for t in tokenized)
+        if cut and "cut" not in self._told:
+            self._told.add("cut")
+            self.progress.say(
+                f"{cut:,} of {len(tokenized):,} conversations are longer than "
+                f"model.max_length={self.config.model.max_length} tokens and are cut"
+            )
 
     def tell_of_no_end(self, tokenized: Sequence[TokenizedExample]) -> None:
         """Warns, once per session and reason, if no example has an end-of-answer token among its targets."""

@@ -66,5 +66,8 @@ class Settings(pydantic.BaseModel):
     settings of the group affect the same.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Inputs are hidden: an error of pydantic would show a password in a URL.
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True
+    )
     affects: ClassVar[Affects | None] = None

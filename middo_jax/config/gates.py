@@ -113,6 +113,7 @@ class Gate:
 
 _CONTROL = "It held a control token. Write plain text."
 _CHARACTER = "It held a control character. Write plain text, and write each backslash of JSON twice."
+_INVISIBLE = "It held an invisible character. Write plain text."
 _REFUSED = "It was declined. Ask for something that can be answered."
 _ECHO = "It repeated the instructions. Write only a new prompt."
 _UNCHANGED = "It changed nothing. Make a real change."
@@ -126,13 +127,14 @@ _TABLE = [
         of="all",
         title="its prompt can be read and trained on",
         rule="The new prompt can be read from the reply, is not empty, and contains no control token of any "
-        "model and no control character.",
+        "model, no control character and no invisible character that its script does not need.",
         feedback={
             "unparsable": "It could not be read. Keep to the form that is asked for at the end.",
             "truncated prompt": "It was too long. Write a short prompt.",
             "empty prompt": "It was empty.",
             "control token": _CONTROL,
             "control character": _CHARACTER,
+            "invisible character": _INVISIBLE,
             "refused": _REFUSED,
         },
     ),
@@ -183,8 +185,8 @@ _TABLE = [
         accept="none",
         of="all",
         title="its answer is whole and can be trained on",
-        rule="The answer is whole, is not empty, and contains no control token of any model and no control "
-        "character.",
+        rule="The answer is whole, is not empty, and contains no control token of any model, no control "
+        "character and no invisible character that its script does not need.",
         feedback={
             "truncated answer": "The answer to its prompt was too long. Ask for a shorter one.",
             "broken off": "Its prompt got no whole answer. Ask for something that can be answered in words.",
@@ -192,6 +194,7 @@ _TABLE = [
             "empty answer": "Its prompt got no answer. Ask for something that can be answered in words.",
             "control token": _CONTROL,
             "control character": _CHARACTER,
+            "invisible character": _INVISIBLE,
         },
     ),
     Gate(

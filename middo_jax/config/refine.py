@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -147,7 +148,8 @@ class RefineSettings(Settings):
     base_url: Annotated[str | tuple[str, ...] | None, Affects("place")] = Field(
         default=None,
         description="One URL, or a list of URLs of servers with the same model, which share the load. "
-        "None: $OPENAI_BASE_URL, else the embedded endpoint is started.",
+        "None: $OPENAI_BASE_URL, else the embedded endpoint is started. Only $OPENAI_BASE_URL may contain a user, a "
+        "password or a query.",
     )
     model: Annotated[str | None, Affects("rewrites")] = Field(
         default=None,
@@ -231,4 +233,18 @@ class RefineSettings(Settings):
             raise ValueError("give at least one URL, or null")
         if not all(url.startswith(("http://", "https://")) for url in urls or ()):
             raise ValueError("must start with http:// or https://")
+        if any(_has_secret(url) for url in urls or ()):
+            raise ValueError(
+                "must contain no user, password or query: settings are written to files. Give the URL in "
+                "$OPENAI_BASE_URL, and a key in the variable that refine.api_key_env names"
+            )
         return base_url
+
+
+def _has_secret(url: str) -> bool:
+    """Whether a URL has a part that may be secret. A version, as Azure expects it, is none."""
+    try:
+        query = urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query, keep_blank_values=True)
+    except ValueError:  # an address that cannot be read; the client says so
+        return "@" in url
+    return "@" in url or any(name != "api-version" for name, _ in query)

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# What a template raises by itself, and what its expressions raise.
+_FAULTS = (
+    *(jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError),
+    *(MemoryError, RecursionError),
+)
+
+
 class Span(NamedTuple):
     """Where a turn's text is in a rendered conversation, [start, stop), in characters.
 
@@ -56,8 +63,11 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **template_arguments(tokenizer),
         )
-    except jinja2.TemplateError as e:
-        raise TemplateError(f"the chat template refuses a conversation of {len(messages)} turns: {e}") from e
+    except _FAULTS as e:
+        said = (str(e) or type(e).__name__)[:300]
+        raise TemplateError(
+            f"the chat template refuses a conversation of {len(messages)} turns: {said}"
+        ) from e
     assert isinstance(text, str)
     return text
 

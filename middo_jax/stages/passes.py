@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from middo_jax.data.example import Example
+from middo_jax.data.long_texts import is_long, last_tokens
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.models.model import Model
 from middo_jax.passes.losses import ExampleScores, score_examples
@@ -80,13 +81,20 @@ def raw_prompts(session: Session, examples: Sequence[Example]) -> list[Tokenized
     """Tokenizes the prompts alone, without the template. All tokens are prompt tokens, none a target."""
     if not examples:
         return []
-    texts, longest = [example.prompt for example in examples], session.config.model.max_length
-    encoded = session.tokenizer(texts, add_special_tokens=False, verbose=False)
+    longest = session.config.model.max_length
+    texts = [example.prompt for example in examples]
+    short = [text for text in texts if not is_long(text, longest)]
+    encoded = iter(
+        session.tokenizer(short, add_special_tokens=False, verbose=False)["input_ids"] if short else []
+    )
     tokenized = []
-    for example, ids in zip(examples, encoded["input_ids"], strict=True):
+    for example, text in zip(examples, texts, strict=True):
+        if is_long(text, longest):
+            ids, is_cut = last_tokens(session.tokenizer, text, longest)
+        else:
+            ids = next(encoded)
+            is_cut = len(ids) > longest
         tokens_n = np.asarray(ids[-longest:], np.int32)
         nothing, everything = np.zeros(len(tokens_n), bool), np.ones(len(tokens_n), bool)
-        tokenized.append(
-            TokenizedExample(example.id, tokens_n, nothing, everything, len(tokens_n) < len(ids))
-        )
+        tokenized.append(TokenizedExample(example.id, tokens_n, nothing, everything, is_cut))
     return tokenized

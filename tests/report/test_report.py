@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from support.synthetic_run import write_run
 
 from middo_jax.progress import duration
 from middo_jax.report import plots
-from middo_jax.report.build import build, page, word_diff
+from middo_jax.report.build import PAGE_BYTES, REFUSED_SHOWN, build, page
 from middo_jax.report.lineage import score_rows, trace
 from middo_jax.report.status import render_status, status
+from middo_jax.report.texts import word_diff
 from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
 
 
@@ -66,6 +68,39 @@ def test_only_the_script_that_the_policy_names_is_in_the_page(finished: RunDir) 
 def test_the_page_is_a_function_of_the_folder(finished: RunDir, tmp_path: Path) -> None:
     copy = RunDir(shutil.copytree(finished.path, tmp_path / finished.path.name))
     assert page(copy) == page(finished)
+
+
+def test_long_texts_are_shown_in_excerpts(run: RunDir) -> None:
+    """Lines of 1 MB, in every file whose texts are shown, leave the page small, and quick to make."""
+    long = "<&\u00e9> word " * 80_000
+    for folder in run.rounds():
+        tasks = read_jsonl(folder.refined)
+        for task in tasks:
+            for example in filter(None, (task["original"], task["example"])):
+                for message in example["messages"]:
+                    message["content"] += long
+            if task["detail"]:
+                task["detail"] += long
+        write_jsonl(folder.refined, tasks)
+        requests = read_jsonl(folder.requests)
+        write_jsonl(folder.requests, (row | {"answer": row["answer"] + long} for row in requests))
+    refused = {"where": "d.jsonl:1", "reason": f"broken {long}", "row": {"text": long}}
+    write_jsonl(run.path / "rejected.jsonl", [refused] * 20)
+    began = time.monotonic()
+    html = page(run)
+    assert time.monotonic() - began < 30  # two seconds where nothing else runs
+    assert len(html.encode()) < PAGE_BYTES
+    assert Page(html).unclosed == []
+    assert re.search(r"\[\.\.\. and [\d,]+ more characters\]", html)
+
+
+def test_of_many_refused_rows_the_first_are_shown(run: RunDir) -> None:
+    rows = [{"where": f"d.jsonl:{n}", "reason": "broken", "row": "x"} for n in range(REFUSED_SHOWN + 7)]
+    write_jsonl(run.path / "rejected.jsonl", rows)
+    words = Page(page(run)).words
+    assert f"could not be used: {REFUSED_SHOWN + 7:,}; the first {REFUSED_SHOWN:,} are shown" in words
+    assert f"d.jsonl:{REFUSED_SHOWN - 1} " in words
+    assert f"d.jsonl:{REFUSED_SHOWN} " not in words
 
 
 def test_figures_and_tables_can_be_read_without_seeing_them(finished: RunDir) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 from middo_jax.refinement.acceptance.candidate import Candidate, Finding
 from middo_jax.refinement.acceptance.context import changed_numbers, lost_code
+from middo_jax.refinement.acceptance.hidden import hidden_character
 from middo_jax.refinement.acceptance.language import changed_language, languages
 from middo_jax.refinement.acceptance.refusal import is_refusal
 from middo_jax.refinement.endpoint.ending import ending
 from middo_jax.refinement.prompts import EXAMPLES, MATERIAL
-from middo_jax.refinement.reply import control_character, control_token, reasoning_mark
+from middo_jax.refinement.reply import control_token, reasoning_mark
 from middo_jax.refinement.tasks import Task
 
 # Texts of our own requests: a candidate that contains one is an echo.
@@ -118,12 +119,12 @@ def _leftover(task: Task, text: str) -> str | None:
 
 
 def _control(candidate: Candidate, text: str, name: str) -> Finding | None:
-    """A finding if a text contains a control token of any model or a control character."""
+    """A finding if a text contains a control token of any model, or a character that nobody sees."""
     own = _first_in(text, candidate.special_tokens)
     if token := own or control_token(text, candidate.task.given):
         return Finding(f"control token {token} in the {name}", "control token")
-    if character := control_character(text):
-        return Finding(f"control character {character} in the {name}", "control character")
+    if found := hidden_character(text, candidate.task.given):
+        return Finding(f"{found.kind} {found.code} in the {name}", found.kind)
     return None
 
 

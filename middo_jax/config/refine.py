@@ -148,8 +148,8 @@ class RefineSettings(Settings):
     base_url: Annotated[str | tuple[str, ...] | None, Affects("place")] = Field(
         default=None,
         description="One URL, or a list of URLs of servers with the same model, which share the load. "
-        "None: $OPENAI_BASE_URL, else the embedded endpoint is started. Only $OPENAI_BASE_URL may contain a user, a "
-        "password or a query.",
+        "None: $OPENAI_BASE_URL, else the embedded endpoint is started. Only $OPENAI_BASE_URL may contain a "
+        "user, a password or a query.",
     )
     model: Annotated[str | None, Affects("rewrites")] = Field(
         default=None,

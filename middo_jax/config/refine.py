@@ -146,8 +146,8 @@ class RefineSettings(Settings):
     base_url: Annotated[str | tuple[str, ...] | None, Affects("place")] = Field(
         default=None,
         description="One URL, or a list of servers of the same model that share the load. "
-        "None: $OPENAI_BASE_URL, else the embedded endpoint is started. A user, password or query may only be "
-        "in $OPENAI_BASE_URL.",
+        "None: $OPENAI_BASE_URL, else the embedded endpoint is started. A user, a password or a query may "
+        "only be in $OPENAI_BASE_URL.",
     )
     model: Annotated[str | None, Affects("rewrites")] = Field(
         default=None,

@@ -53,7 +53,8 @@ class Address:
             user, password = (urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
             basic = base64.b64encode(f"{user}:{password}".encode()).decode()
             headers["Authorization"] = f"Basic {basic}"
-            secrets += [basic, password]
+            # A token may be in the user's place. A short name may be a word of a message.
+            secrets += [basic, password, *([user] if len(user) >= SECRET_CHARS else [])]
         return cls(shown(url), query, headers, tuple(secret for secret in secrets if secret))
 
 

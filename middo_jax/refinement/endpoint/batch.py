@@ -186,9 +186,8 @@ def read_results(
                         f"{path}:{number}: not a result of a batch ({e!r}); give the output file of a batch "
                         "that `middo refine --write-batch` wrote"
                     ) from e
-                while len(line) > most_bytes and not line.endswith(
-                    b"\n"
-                ):  # the rest of a line that is too long
+                # The rest of a line that is too long.
+                while len(line) > most_bytes and not line.endswith(b"\n"):
                     line = lines.readline(most_bytes + 1)
                 if found is not None and (found[0] not in results or results[found[0]].answer is None):
                     results[found[0]] = found[1]

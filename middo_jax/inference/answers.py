@@ -79,7 +79,7 @@ class ChatWriter:
         """The response, of one piece per answer."""
         choices = [
             {
-                "index": piece.index,
+                "index": piece.choice,
                 "message": {"role": "assistant", "content": piece.text},
                 "logprobs": self._logprobs(piece),
                 "finish_reason": piece.finish_reason,
@@ -92,11 +92,11 @@ class ChatWriter:
     def chunk(self, piece: Piece) -> Json:
         """An event of a stream."""
         delta = {"content": piece.text}
-        if piece.index not in self._begun:
-            self._begun.add(piece.index)
+        if piece.choice not in self._begun:
+            self._begun.add(piece.choice)
             delta["role"] = "assistant"
         choice = {
-            "index": piece.index,
+            "index": piece.choice,
             "delta": delta,
             "logprobs": self._logprobs(piece),
             "finish_reason": piece.finish_reason,
@@ -166,11 +166,11 @@ class CompletionWriter:
 
     def _choice(self, piece: Piece) -> Json:
         text = piece.text
-        if self._asked.echo and piece.index not in self._begun:
-            text = self._echoes[piece.index // self._asked.n_choices] + text
-        self._begun.add(piece.index)
+        if self._asked.echo and piece.choice not in self._begun:
+            text = self._echoes[piece.choice // self._asked.n_choices] + text
+        self._begun.add(piece.choice)
         return {
-            "index": piece.index,
+            "index": piece.choice,
             "text": text,
             "logprobs": self._logprobs(piece),
             "finish_reason": piece.finish_reason,
@@ -181,7 +181,7 @@ class CompletionWriter:
             return None
         rows: list[tuple[int, TokenLogprob | None]] = []
         if piece.end is not None and piece.end.prompt_logprobs is not None:
-            prompt = self._prompts[piece.index // self._asked.n_choices]
+            prompt = self._prompts[piece.choice // self._asked.n_choices]
             rows += zip(prompt, piece.end.prompt_logprobs, strict=True)
         rows += piece.steps
         # The stop token has no text, but clients that score texts count on the entry of each generated token.
@@ -193,7 +193,7 @@ class CompletionWriter:
             "top_logprobs": [
                 None if logprob is None else self._top(token, logprob) for token, logprob in rows
             ],
-            "text_offset": [self._offset(piece.index, token) for token, _ in rows],
+            "text_offset": [self._offset(piece.choice, token) for token, _ in rows],
         }
 
     def _top(self, token: int, logprob: TokenLogprob) -> dict[str, float]:

@@ -297,8 +297,14 @@ class Engine:
         after = request.prompt_tokens[start + 1 : start + 1 + CHUNK]
         tokens_1t, next_1t = np.zeros((2, 1, _padded(len(part))), np.int32)
         tokens_1t[0, : len(part)], next_1t[0, : len(after)] = part, after
-        place = (np.int32(x) for x in (start, len(part), self._slots.index(slot)))
-        return PromptChunk(tokens_1t, next_1t, *place, np.bool_(request.prompt_logprobs))
+        return PromptChunk(
+            tokens_1t,
+            next_1t,
+            start=np.int32(start),
+            n_tokens=np.int32(len(part)),
+            slot=np.int32(self._slots.index(slot)),
+            logprobs=np.bool_(request.prompt_logprobs),
+        )
 
     def _step(self) -> None:
         """Decodes one token of every slot whose prompt is read."""

@@ -28,14 +28,14 @@ class Piece(NamedTuple):
     """A part of an answer, or all of it.
 
     Attributes:
-      index: of the answer among those of the request.
+      choice: number of the answer among those of the request, from 0.
       text: final; it may lag behind the tokens.
       steps: tokens.
       finish_reason: in the last piece.
       end: in the last piece of a finished answer; it has the prompt's log-probabilities and the stop token.
     """
 
-    index: int
+    choice: int
     text: str
     steps: list[Step]
     finish_reason: str | None = None
@@ -100,7 +100,7 @@ class Generation:
             ]
         parts: list[list[Piece]] = [[] for _ in self.requests]
         async for piece in self.pieces():
-            parts[piece.index].append(piece)
+            parts[piece.choice].append(piece)
         return [
             Piece(
                 index,

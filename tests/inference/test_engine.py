@@ -250,10 +250,10 @@ def test_devices_exchange_rows_of_the_cache_and_never_all_of_it(tmp_path, progra
     sampling = [(Request((), 0), 0)]
     with jax.set_mesh(mesh):
         cache = made_cache(config, slots, context)
-        one = np.int32(1)
+        one, row = np.int32(1), np.zeros((1, CHUNK), np.int32)
         operands = {
             "prefill": (
-                PromptChunk(*np.zeros((2, 1, CHUNK), np.int32), one, one, one, np.bool_(True)),
+                PromptChunk(row, row, one, one, one, np.bool_(True)),
                 Sampling.of(sampling),
             ),
             "decode": (np.zeros(slots, np.int32), np.zeros(slots, np.int32), Sampling.of(sampling * slots)),
@@ -431,7 +431,11 @@ def test_groups_take_turns(model, monkeypatch):
     order = []
     with Engine(*model, max_batch=1, max_context=CONTEXT) as engine:
         gate = threading.Event()
-        first = engine.submit(Request(prompt(3), max_tokens=2), lambda _: gate.wait(60) and None)
+
+        def wait(_: object) -> None:
+            gate.wait(60)
+
+        first = engine.submit(Request(prompt(3), max_tokens=2), wait)
         named = [("many", i) for i in range(4)] + [("one", 0), ("many", 4), ("another", 0)]
         futures = [
             engine.submit(Request(prompt(3), max_tokens=1), lambda _, name=name: order.append(name), name[0])
@@ -483,8 +487,12 @@ def test_weights_that_are_not_finite_fail_a_request_for_logprobs(model):
     graphdef, params = model
     broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
     with Engine(graphdef, broken, max_batch=2, max_context=CONTEXT) as engine:
-        for which in ({"logprobs": True}, {"prompt_logprobs": True}):
-            future = engine.submit(Request(prompt(5), max_tokens=2, **which))
+        plain = Request(prompt(5), max_tokens=2)
+        for request in (
+            dataclasses.replace(plain, logprobs=True),
+            dataclasses.replace(plain, prompt_logprobs=True),
+        ):
+            future = engine.submit(request)
             assert isinstance(future.exception(timeout=60), FloatingPointError)
         assert engine.is_running
 

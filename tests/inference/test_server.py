@@ -206,7 +206,8 @@ def test_broken_bodies_get_an_error_body(served):
 
 def complete(served: Served, **settings) -> Any:
     """A Completion."""
-    return served.client.completions.create(**({"model": "tiny", "prompt": "What is"} | settings))
+    fields: dict[str, Any] = {"model": "tiny", "prompt": "What is", **settings}
+    return served.client.completions.create(**fields)
 
 
 def test_a_text_is_continued_as_the_engine_does(served):

@@ -201,8 +201,8 @@ def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Fig
     decoded: list[Any] = []
 
     class Recording(inference.Engine):
-        def submit(self, request: Any) -> Any:
-            decoded.append(super().submit(request))
+        def submit(self, request: Any, *more: Any, **named: Any) -> Any:
+            decoded.append(super().submit(request, *more, **named))
             return decoded[-1]
 
     tokenizer = load_tokenizer(arguments.model)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from middo_jax.config import Config
 from middo_jax.data.templates import pin_date
-from middo_jax.inference import server
+from middo_jax.inference import listening, server
 from middo_jax.models.resolve import resolve
 from middo_jax.rundir import RunError
 from middo_jax.session import Session
@@ -64,6 +64,6 @@ def endpoint(session: Session) -> Iterator[Served]:
     pin_date(tokenizer, config.model.template_date or datetime.date.today())
     name = path.resolve().name
     app = server.build_app(engine, tokenizer, name, eos_ids)
-    with engine, server.serve_in_background(app, port=0) as url:
+    with engine, listening.serve_in_background(app, port=0) as url:
         yield Served(url, name, sends_key=False)
     gc.collect()

@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from middo_jax.config import load
-from middo_jax.inference.server import serve_in_background
+from middo_jax.inference.listening import serve_in_background
 from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
 from middo_jax.rundir import RunDir, read_jsonl

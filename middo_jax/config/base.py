@@ -28,6 +28,7 @@ Effect = Literal[
     "rewrites",  # what the refiner is asked
     "acceptance",  # which of its answers are taken
     "growth",  # what makes room for additions
+    "benchmarks",  # which are run, and how
 ]
 RESULTLESS: frozenset[Effect] = frozenset(("place", "speed", "cost", "shown", "rounds"))
 

@@ -28,6 +28,7 @@ from middo_jax.progress import duration
 from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
 from middo_jax.report.axes import ShownAxis, shown_axes
+from middo_jax.report.benchmarks import metric_text, score_text
 from middo_jax.report.costs import costs
 from middo_jax.report.curves import heldout_curves, training_curves
 from middo_jax.report.effects import RESAMPLES
@@ -48,7 +49,7 @@ from middo_jax.version import __version__
 
 OPS = {"simplify": "simplified", "rewrite": "rewritten", "synthesize": "synthesized"}
 Axes = Mapping[str, ShownAxis]
-STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES))
+STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES), "benchmark")
 MAX_DIFF_CELLS = 1_000_000  # words before x words after; above it difflib needs more than about a second
 MIN_KEPT_WORDS = 0.2  # texts that share fewer words are not edits of each other, so no word is marked
 
@@ -85,7 +86,7 @@ def page(run: RunDir) -> str:
         version=__version__,
         state=state,
         rounds=rounds,
-        stages=STAGES,
+        stages=[s for s in STAGES if any(s in r["stages"] for r in (*state["rounds"], state["final"]))],
         axes=axes,
         settings=settings,
         settings_text=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
@@ -120,6 +121,8 @@ def _environment() -> jinja2.Environment:
         "change": number(lambda v: f"{v:+.4f}"),
         "percent": number(lambda v: f"{v:.1%}"),
         "seconds": number(duration),
+        "metric": metric_text,
+        "benchmark": lambda v: score_text(v).replace("+-", "\N{PLUS-MINUS SIGN}"),
         "usd": number(lambda v: f"{v:,.2f}" if v >= 1 else f"{v:.4f}"),
         "raw": lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, indent=2),
         "csp_hash": lambda s: base64.b64encode(hashlib.sha256(str(s).encode()).digest()).decode(),

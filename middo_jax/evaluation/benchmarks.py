@@ -56,7 +56,12 @@ def check_tasks(settings: EvaluateSettings) -> None:
 
 
 def run_benchmarks(lm: LM, settings: EvaluateSettings) -> list[BenchmarkScoreRow]:
-    """The scores of a model on `evaluate.tasks`.
+    """The scores of a model on `evaluate.tasks`; raises what `run_tasks` raises."""
+    return score_rows(*run_tasks(lm, settings))
+
+
+def run_tasks(lm: LM, settings: EvaluateSettings) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """What lm-eval returns, samples included, and the output type of each task that is no group.
 
     Raises:
       ConfigError: see `check_tasks`.
@@ -88,7 +93,7 @@ def run_benchmarks(lm: LM, settings: EvaluateSettings) -> list[BenchmarkScoreRow
             confirm_run_unsafe_code=settings.allow_code,
         )
     assert found is not None  # this is the only rank
-    return score_rows(found, {name: str(task.OUTPUT_TYPE) for name, task in loaded["tasks"].items()})
+    return found, {name: str(task.OUTPUT_TYPE) for name, task in loaded["tasks"].items()}
 
 
 def _manager(settings: EvaluateSettings) -> TaskManager:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.tasks import TaskManager
 from support.tiny_model import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from middo_jax.config import ConfigError
 from middo_jax.config.evaluation import EvaluateSettings
+from middo_jax.evaluation import benchmarks
 from middo_jax.evaluation.benchmarks import check_tasks, run_benchmarks
 from middo_jax.evaluation.harness import HarnessModel, Prompt
 from middo_jax.evaluation.pairs import Encoder, Pair
@@ -130,7 +132,12 @@ def test_no_code_is_run_unless_allowed(data: Path, task: str, monkeypatch: pytes
         run(data, task, [""] * 4)
 
 
-def test_what_is_missing_or_wrong_is_said_before_anything_runs(data: Path, tmp_path: Path) -> None:
+def test_what_is_missing_or_wrong_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # lm-eval's own index takes seconds to read.
+    monkeypatch.setattr(benchmarks, "_with_defaults", lambda folder: TaskManager(include_defaults=False))
+
     def message(task: str, **settings: Any) -> str:
         with pytest.raises(ConfigError) as error:
             check_tasks(EvaluateSettings(tasks=(task,), **settings))

@@ -1,0 +1,151 @@
+"""Benchmarks on a tiny model: the numbers are the model's, a second run repeats them, and faults are told."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from support.local_tasks import LOCAL_TASKS, write_local_tasks
+from support.tiny_model import write_tiny_model
+
+import middo_jax
+from middo_jax.config import ConfigError, load
+from middo_jax.data.tokenize import load_tokenizer
+from middo_jax.inference.engine import Engine
+from middo_jax.inference.sampling import Request
+from middo_jax.models import hf
+from middo_jax.report.benchmarks import render_benchmarks
+from middo_jax.rundir.rows import BenchmarksFile
+from middo_jax.rundir.schemas import faults
+from middo_jax.stages.benchmark import check_benchmarks
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("benchmarks")
+    write_tiny_model(root / "model")
+    write_local_tasks(root / "tasks")
+    return root
+
+
+def run(root: Path, **more: Any) -> BenchmarksFile:
+    settings = {"evaluate.include_path": str(root / "tasks"), "evaluate.max_length": 64}
+    settings |= {name.replace("__", "."): value for name, value in more.items()}
+    return middo_jax.benchmark(root / "model", LOCAL_TASKS, settings=settings)
+
+
+@pytest.fixture(scope="module")
+def found(root: Path) -> BenchmarksFile:
+    return run(root)
+
+
+def values(found: BenchmarksFile) -> dict[tuple[str, str], float]:
+    (model,) = found["models"]
+    return {(row["task"], row["metric"]): row["value"] for row in model["scores"]}
+
+
+def log_likelihood(root: Path, text: str) -> float:
+    """Of a text behind EOS, by a prefill without any packing."""
+    model, tokenizer = hf.load(root / "model"), load_tokenizer(root / "model")
+    from support.forward import forward
+
+    tokens = [tokenizer.eos_token_id, *tokenizer.encode(text)]
+    at = np.arange(len(tokens))[None]
+    hidden_btd = forward(model.graphdef, model.params, np.asarray([tokens]), np.zeros_like(at), at)
+    logits = np.asarray(hidden_btd[0], np.float64) @ np.asarray(model.params["embed"][...], np.float64).T
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return float(sum(log_p[t - 1, tokens[t]] for t in range(1, len(tokens))))
+
+
+def test_the_file_is_as_declared_and_names_what_it_measured(found: BenchmarksFile) -> None:
+    assert faults(found, BenchmarksFile) == []
+    assert [model["name"] for model in found["models"]] == ["model"]
+    assert set(values(found)) == {
+        ("capitals", "answer_p"),
+        ("capitals", "acc"),
+        ("sums", "exact_match"),
+        ("texts", "bits_per_byte"),
+    }
+    rows = {row["metric"]: row for row in found["models"][0]["scores"]}
+    assert rows["acc"]["stderr"] is not None
+    assert {rows[m]["kind"] for m in ("acc", "bits_per_byte")} == {"log-likelihood"}
+    assert rows["exact_match"]["kind"] == "generative"
+    text = render_benchmarks([found])
+    assert "answer_p" in text
+    assert "+-" in text
+
+
+def test_rolling_is_the_log_likelihood_of_the_texts(root: Path, found: BenchmarksFile) -> None:
+    texts = [
+        f"The capital of {a} is {b}, as people know."
+        for a, b in (
+            ("France", "Paris"),
+            ("Spain", "Madrid"),
+            ("Italy", "Rome"),
+            ("Greece", "Athens"),
+            ("Egypt", "Cairo"),
+        )
+    ]
+    total = sum(log_likelihood(root, text) for text in texts)
+    size = sum(len(text.encode()) for text in texts)
+    assert values(found)["texts", "bits_per_byte"] == pytest.approx(-total / size / math.log(2), rel=1e-5)
+
+
+def test_a_second_run_and_another_packing_give_the_same(root: Path, found: BenchmarksFile) -> None:
+    assert run(root) == found
+    other = values(run(root, scoring__batch_tokens=256, serve__max_batch=2))
+    assert other == {key: pytest.approx(value, rel=1e-5) for key, value in values(found).items()}
+
+
+def test_limit_shots_and_chat_change_what_is_asked(root: Path, found: BenchmarksFile) -> None:
+    changed = run(root, evaluate__limit=2, evaluate__chat_template=True)
+    assert (changed["limit"], changed["chat_template"]) == (2, True)
+    assert {row["n"] for row in changed["models"][0]["scores"]} == {2}
+    assert values(changed)["capitals", "answer_p"] != values(found)["capitals", "answer_p"]
+
+
+def test_what_cannot_run_is_told_before(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {"model.path": "-", "data.path": "-", "evaluate.include_path": str(root / "tasks")}
+    config = load(None, [named, {"evaluate.tasks": ["capitals"]}])
+    check_benchmarks(config)
+    with pytest.raises(ConfigError, match="no tasks"):
+        middo_jax.benchmark(root / "model")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="runs in one process, and this job has 2"):
+        check_benchmarks(config)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'middo-jax\[eval\]'"):
+        check_benchmarks(config)
+
+
+def test_an_answer_ends_before_its_stop_text_wherever_the_blocks_end(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from middo_jax.inference import until
+
+    model, tokenizer = hf.load(root / "model"), load_tokenizer(root / "model")
+    decode = tokenizer.decode
+    requests = [Request(tokenizer.encode(text), 40) for text in ("a", "the capital", "Write a story")]
+    seen: list[tuple[int, int]] = []
+
+    def advance(done: int, total: int, note: str = "", /) -> None:
+        seen.append((done, total))
+
+    with Engine(model.graphdef, model.params, 2, 96) as engine:
+        whole = [str(decode(answer.tokens)) for answer in engine.generate(requests)]
+        stops = [[text[len(text) // 2 :][:3]] for text in whole]
+        for block in (1, 7, 64):
+            monkeypatch.setattr(until, "BLOCK", block)
+            ask = until.answers_until
+            assert ask(engine, requests, [()] * 3, lambda ids: str(decode(ids)), advance) == whole
+            cut = ask(engine, requests, stops, lambda ids: str(decode(ids)), advance)
+            assert cut == [text[: text.index(stop)] for text, (stop,) in zip(whole, stops, strict=True)]
+        with pytest.raises(ValueError, match="the prompt has 96 tokens"):
+            until.answers_until(engine, [Request([5] * 96, 4)], [()], str, advance)
+    assert seen[-1] == (3, 3)

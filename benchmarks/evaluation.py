@@ -172,12 +172,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = write_tasks(folder, args.data, args)
-        session = session_for(args.model, None, {"serve.max_batch": args.batch_size})
-        model = session.load_model(args.model)
         for task, count in rows.items():
             length = args.window if task == "rolling" else 2048
             settings = EvaluateSettings(tasks=(task,), include_path=str(folder), max_length=length)
-            backend = SessionBackend(session, model, length)
+            named = {"serve.max_batch": args.batch_size, "evaluate.max_length": length}
+            session = session_for(args.model, None, named)
+            backend = SessionBackend(session, args.model, session.load_model(args.model))
             lm = HarnessModel(Encoder(session.tokenizer), backend, length, session.progress.say)
             first, again = timed(lm, settings), timed(lm, settings)
             hf = HFLM(

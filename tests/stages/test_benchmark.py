@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from support.local_tasks import LOCAL_TASKS, write_local_tasks
+from support.processes import run_together
 from support.tiny_model import write_tiny_model
 
 import middo_jax
 from middo_jax.config import ConfigError, load
 from middo_jax.data.tokenize import load_tokenizer
+from middo_jax.evaluation.pairs import Pair
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.sampling import Request
 from middo_jax.models import hf
 from middo_jax.report.benchmarks import render_benchmarks
 from middo_jax.rundir.rows import BenchmarksFile
 from middo_jax.rundir.schemas import faults
-from middo_jax.stages.benchmark import check_benchmarks
+from middo_jax.stages.benchmark import check_benchmarks, packed_pairs, unpacked_pairs
 
 pytest.importorskip("lm_eval")
 
@@ -116,9 +118,6 @@ def test_what_cannot_run_is_told_before(root: Path, monkeypatch: pytest.MonkeyPa
     check_benchmarks(config)
     with pytest.raises(ConfigError, match="no tasks"):
         middo_jax.benchmark(root / "model")
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="runs in one process, and this job has 2"):
-        check_benchmarks(config)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'middo-jax\[eval\]'"):
         check_benchmarks(config)
@@ -149,3 +148,41 @@ def test_an_answer_ends_before_its_stop_text_wherever_the_blocks_end(
         with pytest.raises(ValueError, match="the prompt has 96 tokens"):
             until.answers_until(engine, [Request([5] * 96, 4)], [()], str, advance)
     assert seen[-1] == (3, 3)
+
+
+def test_pairs_arrive_as_they_were_sent_and_alike_ones_are_small() -> None:
+    contexts = [[*range(500), i] for i in range(50)]
+    pairs = [Pair(context, [i] * (i % 3)) for i, context in enumerate(contexts)]
+    assert unpacked_pairs(packed_pairs(pairs)) == pairs
+    assert len(packed_pairs(pairs)) < 50 * 501
+    assert unpacked_pairs(packed_pairs([])) == []
+
+
+# What one process prints.
+PROGRAM = """
+import sys
+from middo_jax import cli
+
+model, tasks, out, address, processes, process = sys.argv[1:]
+job = ["--coordinator", address, "--processes", processes, "--process", process] if processes != "1" else []
+named = ["--tasks", "capitals,sums,texts", "--include-path", tasks, "--model", model, "--json"]
+sys.argv = ["middo", *job, "eval", *named, "evaluate.max_length=64", "mesh.fsdp=2"]
+sys.stdout = open(out, "w")
+try:
+    cli.main()
+finally:
+    sys.stdout.flush()
+"""
+
+
+@pytest.mark.multiprocess
+def test_two_processes_find_what_one_finds(
+    root: Path, tmp_path: Path, found: BenchmarksFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    run_together(
+        2, lambda process: ["-c", PROGRAM, root / "model", root / "tasks", tmp_path / f"{process}.json"]
+    )
+    assert (tmp_path / "1.json").read_text() == ""
+    both = json.loads((tmp_path / "0.json").read_text())
+    assert values(both) == {key: pytest.approx(value, rel=1e-5) for key, value in values(found).items()}

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.forward import forward
 from support.local_tasks import LOCAL_TASKS, write_local_tasks
 from support.processes import run_together
 from support.tiny_model import write_tiny_model
 
 import middo_jax
+from middo_jax import cli
 from middo_jax.config import ConfigError, load
 from middo_jax.data.tokenize import load_tokenizer
 from middo_jax.evaluation.pairs import Pair
@@ -25,7 +27,7 @@ from middo_jax.rundir.rows import BenchmarksFile
 from middo_jax.rundir.schemas import faults
 from middo_jax.stages.benchmark import check_benchmarks, packed_pairs, unpacked_pairs
 
-pytest.importorskip("lm_eval")
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +55,9 @@ def values(found: BenchmarksFile) -> dict[tuple[str, str], float]:
 
 
 def log_likelihood(root: Path, text: str) -> float:
-    """Of a text behind EOS, by a prefill without any packing."""
+    """Of a text behind BOS, without any packing."""
     model, tokenizer = hf.load(root / "model"), load_tokenizer(root / "model")
-    from support.forward import forward
-
-    tokens = [tokenizer.eos_token_id, *tokenizer.encode(text)]
+    tokens = [tokenizer.bos_token_id, *tokenizer.encode(text)]
     at = np.arange(len(tokens))[None]
     hidden_btd = forward(model.graphdef, model.params, np.asarray([tokens]), np.zeros_like(at), at)
     logits = np.asarray(hidden_btd[0], np.float64) @ np.asarray(model.params["embed"][...], np.float64).T
@@ -156,6 +156,33 @@ def test_pairs_arrive_as_they_were_sent_and_alike_ones_are_small() -> None:
     assert unpacked_pairs(packed_pairs(pairs)) == pairs
     assert len(packed_pairs(pairs)) < 50 * 501
     assert unpacked_pairs(packed_pairs([])) == []
+
+
+def test_the_command_prints_a_table_and_asks_for_what_is_missing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: BenchmarksFile
+) -> None:
+    def middo(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(
+            "sys.argv", ["middo", "eval", "--model", str(root / "model"), *map(str, arguments)]
+        )
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    tasks = ("--tasks", "capitals", "--include-path", root / "tasks", "evaluate.max_length=64")
+    code, out, _ = middo(*tasks)
+    value = values(found)["capitals", "answer_p"]
+    assert code in (0, None)
+    assert out.splitlines()[1].split()[:5] == ["capitals", "answer_p", "log-likelihood", "5", f"{value:.4f}"]
+    code, out, err = middo()
+    assert (code, out) == (1, "")
+    assert "give --data for the loss on a dataset, or --tasks for benchmarks" in err
+    # lm-eval's own index takes seconds to read.
+    own = lm_eval_tasks.TaskManager(include_defaults=False)
+    monkeypatch.setattr("middo_jax.evaluation.benchmarks._with_defaults", lambda folder: own)
+    code, _, err = middo("--tasks", "capitols", "--include-path", root / "tasks", "--limit", 2)
+    assert code == 1
+    assert "lm-eval has no task, group or tag 'capitols'" in err
 
 
 # What one process prints.

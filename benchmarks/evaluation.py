@@ -61,8 +61,8 @@ def write_tasks(folder: Path, data: Path, args: argparse.Namespace) -> dict[str,
     rows = {
         "choice": [choice_row(i) for i in range(args.choice)],
         "choice_shots": [choice_row(i) for i in range(args.choice_shots)],
-        "generation": gsm8k[: args.generation],
         "rolling": [{"text": row["question"] + "\n" + row["answer"]} for row in gsm8k[: args.rolling]],
+        "generation": gsm8k[: args.generation],
     }
     choice = {
         "output_type": "multiple_choice",
@@ -96,7 +96,7 @@ def write_tasks(folder: Path, data: Path, args: argparse.Namespace) -> dict[str,
             {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
         ],
     }
-    forms = {"choice": choice, "choice_shots": choice | shots, "generation": generation, "rolling": rolling}
+    forms = {"choice": choice, "choice_shots": choice | shots, "rolling": rolling, "generation": generation}
     for name, form in forms.items():
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="utf-8")
@@ -144,12 +144,43 @@ def compared(ours: Measured, theirs: Measured) -> dict[str, Any]:
     if isinstance(theirs.resps[0], str):
         equal = sum(a == b for a, b in zip(ours.resps, theirs.resps, strict=True))
         return {"equal_answers": f"{equal} of {len(theirs.resps)}", "metrics": metrics}
-    pairs = [np.atleast_1d(np.asarray(of, np.float64)) for of in (ours.resps, theirs.resps)]
-    ours_nx, theirs_nx = (of.reshape(len(of), -1) for of in pairs)
-    found = {"largest_difference": float(np.abs(ours_nx[:, 0] - theirs_nx[:, 0]).max()), "metrics": metrics}
-    if ours_nx.shape[1] == 2:
-        found["equal_greedy"] = bool((ours_nx[:, 1] == theirs_nx[:, 1]).all())
+    ours_n, theirs_n = log_likelihoods(ours), log_likelihoods(theirs)
+    found = {
+        "largest_difference": float(np.abs(ours_n - theirs_n).max()),
+        "largest_relative_difference": float((np.abs(ours_n - theirs_n) / np.abs(theirs_n)).max()),
+        "metrics": metrics,
+    }
+    if isinstance(theirs.resps[0], tuple):
+        equal = (a[1] == b[1] for a, b in zip(ours.resps, theirs.resps, strict=True))
+        found["equal_greedy"] = all(equal)
     return found
+
+
+def distances(args: argparse.Namespace, settings: EvaluateSettings, *sides: Measured) -> list[float]:
+    """How far each side is from lm-eval's own model in float64, on the first rows: the largest difference.
+
+    So a difference between two sides in float32 can be told from an error of one of them.
+    """
+    few = settings.model_copy(update={"limit": args.reference})
+    exact = log_likelihoods(timed(hf_model(args, "float64", settings.max_length), few))
+    return [float(np.abs(log_likelihoods(side)[: len(exact)] - exact).max()) for side in sides]
+
+
+def log_likelihoods(of: Measured) -> np.ndarray:
+    """[n] float64, without whether they are greedy."""
+    return np.asarray(of.resps, np.float64).reshape(len(of.resps), -1)[:, 0]
+
+
+def hf_model(args: argparse.Namespace, dtype: str, max_length: int) -> HFLM:
+    """lm-eval's own model on the CPU."""
+    return HFLM(
+        pretrained=str(args.model),
+        dtype=dtype,
+        softmax_dtype=dtype,
+        device="cpu",
+        batch_size=args.batch_size,
+        max_length=max_length,
+    )
 
 
 def main() -> None:
@@ -163,6 +194,7 @@ def main() -> None:
     parser.add_argument("--answer-tokens", type=int, default=64)
     parser.add_argument("--rolling", type=int, default=8, help="texts")
     parser.add_argument("--window", type=int, default=128, help="tokens of a window of a text")
+    parser.add_argument("--reference", type=int, default=2, help="rows that are also computed in float64")
     parser.add_argument("--batch-size", type=int, default=8, help="of lm-eval's own model")
     args = parser.parse_args()
     versions = {
@@ -180,14 +212,7 @@ def main() -> None:
             backend = SessionBackend(session, args.model, session.load_model(args.model))
             lm = HarnessModel(Encoder(session.tokenizer), backend, length, session.progress.say)
             first, again = timed(lm, settings), timed(lm, settings)
-            hf = HFLM(
-                pretrained=str(args.model),
-                dtype="float32",
-                device="cpu",
-                batch_size=args.batch_size,
-                max_length=length,
-            )
-            theirs = timed(hf, settings)
+            theirs = timed(hf_model(args, "float32", length), settings)
             report["tasks"][task] = {
                 "rows": count,
                 "seconds": {"ours": again.seconds, "ours_compiling": first.seconds, "theirs": theirs.seconds},
@@ -196,6 +221,11 @@ def main() -> None:
                 "repeats_itself": first.resps == again.resps,
                 **compared(again, theirs),
             }
+            if task != "generation" and args.reference:
+                from_float64 = distances(args, settings, again, theirs)
+                report["tasks"][task]["from_float64"] = dict(
+                    zip(("ours", "theirs"), from_float64, strict=True)
+                )
             session.progress.say(json.dumps({task: report["tasks"][task]}))
     print(json.dumps(report, indent=2))
 

@@ -50,7 +50,7 @@ def test_every_part_is_tried():
 
 
 def test_all_eight_benchmarks_are_named_and_no_code_is_run_unasked():
-    config = load(PAPER / "published.yaml", ["model.path=-", "data.path=-", str(PAPER / "evaluation.yaml")])
+    config = load(PAPER / "published.yaml", ["model.path=m", "data.path=d", str(PAPER / "evaluation.yaml")])
     eight = ("mmlu", "ifeval", "gsm8k", "minerva_math", "humaneval", "mbpp", "hellaswag", "gpqa")
     assert len(config.evaluate.tasks) == len(eight)
     for name, task in zip(eight, config.evaluate.tasks, strict=True):

@@ -31,6 +31,7 @@ INDEX = (
     Benchmark("agreement", "a folder of `middo score`, its models, torch", "5 minutes"),
     Benchmark("embedding_texts", f"{ALPACA}, {MODEL}", "20 minutes"),
     Benchmark("end_to_end", f"{ALPACA}, {MODEL}, torch (peft with --rank)", "1 hour"),
+    Benchmark("evaluation", f"GSM8K, {MODEL}, the `eval` extra, torch", "15 minutes"),
     Benchmark("families", "torch", "2 minutes"),
     Benchmark("hostile_refiner", "nothing", "10 minutes"),
     Benchmark("loading", "12 GB of disk", "10 minutes"),

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from middo_jax import refinement, stages
-from middo_jax.config import Config, SettingsLike, layers_of, load
+from middo_jax.config import Config, ConfigError, SettingsLike, layers_of, load
 from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.config.axis_table import axis_names
 from middo_jax.data.example import Example
@@ -31,6 +31,7 @@ from middo_jax.refinement import DryRun
 from middo_jax.report.status import status
 from middo_jax.results import Exported, Refined, Run, Scores, Trained
 from middo_jax.rundir import RoundDir, RunDir, RunError, held, local, read_jsonl, write_jsonl, write_text
+from middo_jax.rundir.rows import BenchmarksFile
 from middo_jax.selecting import PathLike, load_config
 from middo_jax.session import Session, prepare, read_data, session_for, session_of, write_dataset
 from middo_jax.signals.axes import computed_names
@@ -234,6 +235,32 @@ def evaluate(rows: Any, model: PathLike, *, settings: SettingsLike = None) -> He
     session = session_for(path, _path(rows), settings)
     examples, _, _ = prepare(session, read_data(session, None if _path(rows) else rows))
     return stages.HeldOut(session, examples).loss(session.load_model(path))
+
+
+def benchmark(
+    model: PathLike, tasks: Collection[str] = (), *, settings: SettingsLike = None
+) -> BenchmarksFile:
+    """The scores of a model on lm-eval's tasks and on the offline ones, with standard errors.
+
+    Args:
+      model: see `score`.
+      tasks: as `evaluate.tasks`, which they replace if there are any.
+      settings: see `load_config`, such as {"evaluate.limit": 100}.
+
+    Returns:
+      The contents of benchmarks.json (docs/files.md).
+
+    Raises:
+      ValueError: a wrong setting, or a task that is not known or cannot be run.
+      OSError: a task's dataset is neither here nor within reach.
+    """
+    path = resolve(os.fspath(model))
+    named = [{"evaluate.tasks": list(tasks)}] if tasks else []
+    session = session_for(path, None, [*layers_of(settings), *named])
+    if not session.config.evaluate.tasks:
+        raise ConfigError("benchmark: no tasks; name some, or set evaluate.tasks")
+    stages.check_benchmarks(session.config)
+    return stages.measure_benchmarks(session, {path.name: path})
 
 
 def export(

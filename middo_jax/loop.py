@@ -165,6 +165,8 @@ def _checked(run: RunDir, session: Session) -> Plan:
         stages.check_training(session, read_dataset(first) if fresh is None else fresh.kept, heldout)
     if "refine" in pending:
         stages.check_refiner(config)
+    if "benchmark" in pending:
+        stages.check_benchmarks(config)
     for line in redone(states):
         session.progress.say(line)
     return Plan(run, session, heldout, links, fresh)
@@ -260,6 +262,13 @@ def _evaluate(plan: Plan, link: Link) -> None:
     begun.finish(plan.session.config, time.monotonic() - began, losses=losses)
 
 
+def _benchmark(plan: Plan, link: Link) -> None:
+    began, begun = time.monotonic(), link.begin()
+    models = {name: path for name, path in link.models.items() if path is not None}
+    scores = stages.benchmark_stage(plan.session, link.folder, models)
+    begun.finish(plan.session.config, time.monotonic() - began, scores=scores)
+
+
 def _export(plan: Plan, link: Link) -> None:
     began, begun, session = time.monotonic(), link.begin(), plan.session
     out, checkpoint, dtype = link.writes[0], link.folder.checkpoint, session.config.model.dtype
@@ -277,5 +286,6 @@ FUNCTIONS: dict[str, Callable[[Plan, Link], None]] = {
     "refine": _refine,
     "merge": _merge,
     "evaluate": _evaluate,
+    "benchmark": _benchmark,
     "export": _export,
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.local_tasks import write_local_tasks
 from support.loop_fixture import Finished, contents, fake_refiner, settings
 
 from middo_jax import cli, stages
@@ -681,3 +682,33 @@ def test_measurements_are_of_no_use_to_other_scores(tmp_path: Path) -> None:
     config = load(None, settings(tmp_path))
     chain(RunDir(tmp_path / "b"), config)[2].begin().finish(config, 1.0)
     assert scored_as(same) not in (scored_as(first), scored_as(other))
+
+
+def test_benchmarks_are_added_to_a_finished_run_and_redone_alone(finished: Finished, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    folder = write_local_tasks(tmp_path / "tasks")
+
+    def of(**more: Any) -> list[str]:
+        tasks = {"evaluate__tasks": "[capitals]", "evaluate__include_path": folder}
+        return finished.settings(runs_dir=tmp_path, **tasks, **more)
+
+    finished.copy(tmp_path)
+    run = run_loop(load(None, of()), Silent())
+    folders = [*run.rounds(), run.final]
+    events = len(read_jsonl(run.events))
+    names = [[model["name"] for model in of_file["models"]] for of_file in map(read, folders)]
+    assert names == [["base", "round_00"], ["round_01"], ["final"]]
+    unchanged = {name: data for name, data in results(run).items() if not name.endswith("benchmarks.json")}
+    assert unchanged == results(finished.run)
+    assert [d.path.name for d in folders if "benchmark" in d.stages()] == [d.path.name for d in folders]
+    state = status(run)
+    assert state["benchmarks"]["models"] == ["base", "round_00", "round_01", "final"]
+    assert "capitals  answer_p  log-likelihood  5" in render_status(state)
+    assert "Benchmarks after each training" in run.report.read_text(encoding="utf-8")
+    run_loop(load(None, of(evaluate__limit=3)), Silent())
+    assert begun(run, events) == [(d.path.name, "benchmark") for d in folders]
+    assert {row["n"] for row in read(run.final)["models"][0]["scores"]} == {3}
+
+
+def read(folder: RoundDir) -> Any:
+    return json.loads(folder.benchmarks.read_text(encoding="utf-8"))

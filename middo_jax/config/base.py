@@ -25,9 +25,10 @@ Effect = Literal[
     "training",
     "scores",
     "selection",
-    "rewrites",  # requests to the refiner
-    "acceptance",  # which of its answers are accepted
-    "growth",  # which samples make room for additions
+    "rewrites",  # what the refiner is asked
+    "acceptance",  # which of its answers are taken
+    "growth",  # what makes room for additions
+    "benchmarks",  # which are run, and how
 ]
 RESULTLESS: frozenset[Effect] = frozenset(("place", "speed", "cost", "shown", "rounds"))
 

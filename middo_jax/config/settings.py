@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from middo_jax.config.axes import ComplexitySettings, DiversitySettings, QualitySettings
 from middo_jax.config.base import URL, Affects, Settings
+from middo_jax.config.evaluation import EvaluateSettings
 from middo_jax.config.refine import RefineSettings
 from middo_jax.config.training import LoraSettings, TrainSettings
 
@@ -147,6 +148,7 @@ class Config(Settings):
     quality: QualitySettings = QualitySettings()
     refine: RefineSettings = RefineSettings()
     serve: ServeSettings = ServeSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
 
     @pydantic.field_validator("runs_dir")
     @classmethod

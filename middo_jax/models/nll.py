@@ -54,6 +54,35 @@ def target_nll(
     return _each_share(of_share, next_bt, is_target_bt, chunk, hidden_btd).reshape(next_bt.shape)
 
 
+class TargetScores(NamedTuple):
+    """What `target_scores` gives, [b, t] each; 0 and False where there is no target."""
+
+    nll_bt: jax.Array
+    is_likeliest_bt: jax.Array
+
+
+@jax.named_scope("head")
+def target_scores(
+    model: Decoder, hidden_btd: jax.Array, next_bt: jax.Array, is_target_bt: jax.Array, chunk: int
+) -> TargetScores:
+    """`target_nll`, and whether the target is the likeliest token; of equally likely ones the first is."""
+    head_vd = _gathered(model.head(), hidden_btd)
+    cap = functools.partial(soft_capped, cap=model.config.final_soft_cap)
+
+    def of_share(chunks: _Chunks, hidden_nd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            at, (nll_n, likeliest_n) = chunks.at(i), found
+            logits_mv = cap(head_product(head_vd, hidden_nd[at.position_m]))
+            return at.added(nll_n, at.nll(logits_mv)), at.added(likeliest_n, at.is_likeliest(logits_mv))
+
+        n = len(hidden_nd)
+        nothing = jnp.zeros(n, jnp.float32), jnp.zeros(n, jnp.int32)
+        return jax.lax.fori_loop(0, chunks.n_chunks, step, nothing)
+
+    nll_sn, likeliest_sn = _each_share(of_share, next_bt, is_target_bt, chunk, hidden_btd)
+    return TargetScores(nll_sn.reshape(next_bt.shape), likeliest_sn.reshape(next_bt.shape) > 0)
+
+
 def target_nll_sum(
     model: Decoder, hidden_btd: jax.Array, next_bt: jax.Array, is_target_bt: jax.Array, chunk: int
 ) -> jax.Array:
@@ -139,6 +168,11 @@ class _Chunk(NamedTuple):
     def nll(self, logits_mv: jax.Array) -> jax.Array:
         """The slots' losses, [m] float32; 0 where the slot is unused."""
         return self.nll_and_gradient(logits_mv)[0]
+
+    def is_likeliest(self, logits_mv: jax.Array) -> jax.Array:
+        """[m] int32: 1 where the next token has the highest logit, 0 elsewhere and where not in use."""
+        logits_mv = constrain(logits_mv, None, "vocab")
+        return ((jnp.argmax(logits_mv, axis=1) == self.next_m) & self.in_use_m).astype(jnp.int32)
 
     def nll_and_gradient(self, logits_mv: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The same, and its gradient by the logits [m, v]: the probabilities, minus 1 at the target."""

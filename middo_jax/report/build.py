@@ -25,6 +25,7 @@ from middo_jax.progress import duration
 from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
 from middo_jax.report.axes import ShownAxis, shown_axes
+from middo_jax.report.benchmarks import metric_text, score_text
 from middo_jax.report.costs import costs
 from middo_jax.report.curves import heldout_curves, training_curves
 from middo_jax.report.effects import RESAMPLES
@@ -46,7 +47,7 @@ from middo_jax.version import __version__
 
 OPS = {"simplify": "simplified", "rewrite": "rewritten", "synthesize": "synthesized"}
 Axes = Mapping[str, ShownAxis]
-STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES))
+STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES), "benchmark")
 # Characters shown of each text. The first that makes the page no larger than PAGE_BYTES is used.
 EXCERPTS = (10_000, 3_000, 1_000, 300)
 PAGE_BYTES = 20_000_000
@@ -96,7 +97,7 @@ def _page(run: RunDir, excerpt: int) -> str:
         version=__version__,
         state=state,
         rounds=rounds,
-        stages=STAGES,
+        stages=[s for s in STAGES if any(s in r["stages"] for r in (*state["rounds"], state["final"]))],
         axes=axes,
         settings=settings,
         settings_text=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
@@ -132,6 +133,8 @@ def _environment(excerpt: int) -> jinja2.Environment:
         "change": number(lambda v: f"{v:+.4f}"),
         "percent": number(lambda v: f"{v:.1%}"),
         "seconds": number(duration),
+        "metric": metric_text,
+        "benchmark": lambda v: score_text(v).replace("+-", "\N{PLUS-MINUS SIGN}"),
         "usd": number(lambda v: f"{v:,.2f}" if v >= 1 else f"{v:.4f}"),
         "raw": lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, indent=2),
         "excerpt": lambda v: excerpt_of(str(v), excerpt),

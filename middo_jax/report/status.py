@@ -20,10 +20,12 @@ from rich.text import Text
 
 from middo_jax.config import stored
 from middo_jax.progress import duration
+from middo_jax.report.benchmarks import benchmark_lines, benchmark_table
 from middo_jax.report.effects import effect_lines, effects
 from middo_jax.report.terminal import printable
 from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError
 from middo_jax.rundir.chain import assess, chain
+from middo_jax.rundir.rows import BenchmarksFile
 from middo_jax.rundir.schemas import newer
 
 ROUND_STAGES = ("train", "score", "select", "refine", "merge")
@@ -116,15 +118,17 @@ def status(run: RunDir) -> dict[str, Any]:
       stale: {stage: why}, next, selected: {axis: n} | None, n_selected (distinct samples) | None, accepted,
       rejected | None};
       next: {round, stage} | None if all stages are done; complete; heldout: [{name, loss, n_target_tokens}];
-      n_heldout; effects: {rounds, fine_tuning: see `effects.Effect`, None if unknown}; last_event.
+      n_heldout; benchmarks: see `benchmark_table`;
+      effects: {rounds, fine_tuning: see `effects.Effect`, None if unknown}; last_event.
 
     Raises:
       RunError: the folder does not exist or is no run's, or a file in it cannot be read.
     """
     require_run(run)
     stale = _stale(run)
-    rounds = [_round(r, ROUND_STAGES, stale) for r in planned_rounds(run)]
-    final = _round(run.final, FINAL_STAGES, stale)
+    benchmarked = ("benchmark",) if _has_benchmarks(run) else ()
+    rounds = [_round(r, (*ROUND_STAGES, *benchmarked), stale) for r in planned_rounds(run)]
+    final = _round(run.final, (*FINAL_STAGES[:-1], *benchmarked, *FINAL_STAGES[-1:]), stale)
     pending = next(({"round": r["name"], "stage": r["next"]} for r in [*rounds, final] if r["next"]), None)
     is_evaluated = (run.final.path.name, "evaluate") not in stale
     heldout = (load_json(run.heldout_losses) if is_evaluated else None) or {}
@@ -142,9 +146,21 @@ def status(run: RunDir) -> dict[str, Any]:
         "complete": pending is None,
         "heldout": models,
         "n_heldout": heldout.get("n"),
+        "benchmarks": benchmark_table(_benchmarks(run, stale)),
         "effects": {name: e and e.to_json() for name, e in effects(run, models).items()},
         "last_event": events[-1] if events else None,
     }
+
+
+def _has_benchmarks(run: RunDir) -> bool:
+    evaluate = load_settings(run).get("evaluate")
+    return isinstance(evaluate, dict) and bool(evaluate.get("tasks"))
+
+
+def _benchmarks(run: RunDir, stale: dict[tuple[str, str], str]) -> list[BenchmarksFile]:
+    """The scores of all rounds and of `final` that are not stale, in order."""
+    folders = [of for of in (*run.rounds(), run.final) if (of.path.name, "benchmark") not in stale]
+    return [found for of in folders if (found := load_json(of.benchmarks)) is not None]
 
 
 def count_rows(path: Path) -> int | None:
@@ -197,7 +213,8 @@ def _round(
 
 def render_status(d: dict[str, Any]) -> str:
     """The result of `status` as plain text for a terminal, without colours or control characters."""
-    stages = [*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES)]
+    named = [stage for row in [*d["rounds"][:1], d["final"]] for stage in row["stages"]]
+    stages = list(dict.fromkeys((*ROUND_STAGES, *named)))
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("", "rows", *stages, "selected", "accepted"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -217,6 +234,7 @@ def render_status(d: dict[str, Any]) -> str:
         *_reasons([*d["rounds"], d["final"]]),
         f"held-out loss: {losses or 'not yet'}",
         *(f"  {line}" for line in effect_lines(d["effects"])),
+        *benchmark_lines(d["benchmarks"]),
     ]
     if event := d["last_event"]:
         below.append(f"last event: {event.get('event', '?')} at {event.get('time', '?')}")

@@ -29,6 +29,7 @@ AFFECTED_BY: Mapping[str, frozenset[Effect]] = {
     "refine": frozenset(("rewrites", "acceptance", "text", "model")),
     "merge": frozenset(("growth",)),
     "evaluate": frozenset(("text", "model")),
+    "benchmark": frozenset(("benchmarks", "text", "model")),
     "export": frozenset(("model",)),
 }
 
@@ -166,12 +167,13 @@ def chain(run: RunDir, config: Config, base: Path | None = None, data: Path | No
         if earlier is not None:
             links.append(follow(here, earlier))
         links.append(train(here, start))
+        benchmarks = [benchmark(here, config, None if earlier else base)] if config.evaluate.tasks else []
         if here.path == run.final.path:
             break
         measuring = here.checkpoint if config.refine.accept == "measured" else None
         scored = dataclasses.replace(score(here, here.checkpoint, start), earlier=earlier)
-        links += [scored, select(here), refine(here, run.heldout, measuring), merge(here)]
-    return [*links, evaluate(run, ends, base), export(run.final)]
+        links += [scored, select(here), refine(here, run.heldout, measuring), merge(here), *benchmarks]
+    return [*links, evaluate(run, ends, base), *benchmarks, export(run.final)]
 
 
 def prepare(run: RunDir, data: Path | None) -> Link:
@@ -225,6 +227,15 @@ def evaluate(run: RunDir, trained: Iterable[RoundDir], base: Path | None) -> Lin
     models = {"base": base} | {directory.path.name: directory.checkpoint for directory in trained}
     writes = (run.heldout_losses, run.heldout_rows)
     return Link("evaluate", run.final, AFFECTED_BY["evaluate"], (run.heldout,), writes, models)
+
+
+def benchmark(here: RoundDir, config: Config, base: Path | None) -> Link:
+    """The round's model, and before it `base` if there is one -> their scores on `evaluate.tasks`."""
+    models = {} if base is None else {"base": base}
+    models |= {here.path.name: here.checkpoint}
+    local = config.evaluate.local_data
+    data = None if local is None else Path(local).expanduser()
+    return Link("benchmark", here, AFFECTED_BY["benchmark"], (), (here.benchmarks,), models, data)
 
 
 def export(final: RoundDir) -> Link:

@@ -107,6 +107,11 @@ class RoundDir:
         return self.path / "evaluations.jsonl"
 
     @property
+    def benchmarks(self) -> Path:
+        """The scores of this round's model on `evaluate.tasks`."""
+        return self.path / "benchmarks.json"
+
+    @property
     def manifest(self) -> Path:
         """Which stages are done."""
         return Manifest(self.path).path

@@ -91,6 +91,43 @@ class EvaluationRow(TypedDict):
     by_source: Annotated[dict[str, SourceLossRow], "loss by `data.source_column`; empty for one source"]
 
 
+class BenchmarkScoreRow(TypedDict):
+    """One metric of one task under one model."""
+
+    task: Annotated[str, "lm-eval's name of a task or group"]
+    group: Annotated[str | None, "the group that was asked for and contains the task; null if none does"]
+    metric: Annotated[str, "lm-eval's name, or `answer_p`: the mean probability of the right answer"]
+    filter: Annotated[str, "how answers were extracted; `none` if as they are"]
+    value: Annotated[float, "the score"]
+    stderr: Annotated[float | None, "its standard error over the task's rows; null where lm-eval has none"]
+    n: Annotated[int, "rows"]
+    higher_is_better: Annotated[bool | None, "null where lm-eval does not say"]
+    kind: Annotated[
+        Literal["log-likelihood", "generative", "mixed"],
+        "how answers are found; scores of different kinds cannot be compared",
+    ]
+    num_fewshot: Annotated[int | None, "examples before each question; null where a group's tasks differ"]
+    version: Annotated[str | None, "of the task, as lm-eval numbers them"]
+
+
+class BenchmarkModelRow(TypedDict):
+    """The scores of one model."""
+
+    name: Annotated[str, "`base`, `round_00`, ..., `final`"]
+    scores: Annotated[
+        list[BenchmarkScoreRow], "as lm-eval orders tasks; a task's first metric is shown first"
+    ]
+
+
+class BenchmarksFile(TypedDict):
+    """The scores of the models that were evaluated together."""
+
+    lm_eval: Annotated[str, "version of lm-eval"]
+    chat_template: Annotated[bool, "whether the questions were chat turns"]
+    limit: Annotated[int | None, "first rows of each task that were taken; null: all"]
+    models: Annotated[list[BenchmarkModelRow], "`base` before the first round's model, else one model"]
+
+
 class DuplicatesRow(TypedDict):
     """Samples with equal prompts."""
 
@@ -340,6 +377,12 @@ class EvaluateRecord(StageRecord):
     losses: Annotated[dict[str, float], "held-out loss by model, in nats per target token"]
 
 
+class BenchmarkRecord(StageRecord):
+    """The benchmarks of `evaluate.tasks` were run."""
+
+    scores: Annotated[dict[str, dict[str, float]], "by model and task: the score that is shown first"]
+
+
 class ExportRecord(StageRecord):
     """The final model was exported."""
 
@@ -361,6 +404,7 @@ class Stages(TypedDict):
     refine: NotRequired[Annotated[RefineRecord, "requests.jsonl, refined.jsonl, candidates.jsonl"]]
     merge: NotRequired[Annotated[StageRecord, "dropped.jsonl"]]
     evaluate: NotRequired[Annotated[EvaluateRecord, "heldout_losses.json, heldout_rows.parquet"]]
+    benchmark: NotRequired[Annotated[BenchmarkRecord, "benchmarks.json"]]
     export: NotRequired[Annotated[ExportRecord, "huggingface/"]]
 
 

@@ -215,6 +215,14 @@ SCHEMAS: tuple[Schema, ...] = (
         rows.HeldoutLosses,
     ),
     HELDOUT_ROWS,
+    Schema(
+        "benchmarks.json",
+        "JSON",
+        "a round or `final`",
+        "The scores of the round's model on `evaluate.tasks`; in the first round also the base model's.",
+        1,
+        rows.BenchmarksFile,
+    ),
     EVENTS,
     MANIFEST,
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from middo_jax.stages.batch import batch_stage
+    from middo_jax.stages.benchmark import benchmark_stage, check_benchmarks, measure_benchmarks
     from middo_jax.stages.checks import check_continues, check_refiner, check_training
     from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
     from middo_jax.stages.refine import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # Imported on first use: all stages but `select` import JAX, and `select` must run without it.
 _MODULES = {
     "batch": "batch_stage",
+    "benchmark": "benchmark_stage check_benchmarks measure_benchmarks",
     "checks": "check_continues check_refiner check_training",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
     "refine": "follow_refinement merge_stage merged plan_refinement refine_round refine_stage",
@@ -43,6 +45,8 @@ __all__ = [
     "HeldOut",
     "answer_cache",
     "batch_stage",
+    "benchmark_stage",
+    "check_benchmarks",
     "check_continues",
     "check_embedder",
     "check_refiner",
@@ -50,6 +54,7 @@ __all__ = [
     "export_adapter",
     "export_checkpoint",
     "follow_refinement",
+    "measure_benchmarks",
     "measure_heldout",
     "merge_stage",
     "merged",

@@ -17,7 +17,7 @@ import pyarrow as pa
 from middo_jax import stages
 from middo_jax.config import Config, SettingsLike, layers_of, load
 from middo_jax.config.axis_table import axes as axis_rows
-from middo_jax.config.axis_table import axis_names
+from middo_jax.config.axis_table import axis_names, scored_axes
 from middo_jax.data.example import Example
 from middo_jax.data.own_columns import own_columns
 from middo_jax.data.sources import Rejection, UserRows
@@ -83,7 +83,8 @@ def score(
         or a Hugging Face Dataset. The columns tell the format (`data.format`).
       model: a Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf file or a hub repo id.
       pre_model: the model before training, for `loss_pre`. None leaves that empty, and no sample can be hard.
-      axes: what to measure, of complexity, diversity, quality and registered axes; None is all.
+      axes: what to measure, of complexity, diversity, quality, consistency and registered axes. None is all
+        but consistency, which scoring.readings=[consistency] adds.
       keep_columns: which of the user's columns come back; None is all that hold scalars only.
       out: a folder that gets dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select`
         and `middo refine`. None writes nothing.
@@ -93,12 +94,12 @@ def score(
       ValueError: an unknown axis, a wrong setting, or data that cannot be used; the message says which.
       RunLocked: another process writes into `out`.
     """
-    axes = axis_names() if axes is None else axes
-    require_axes(axes)
+    require_axes(axes or ())
     place = None if out is None else local(Path(out))
     model_path = resolve(os.fspath(model))
     with contextlib.nullcontext() if place is None else held(place):
         session = session_for(model_path, _path(rows), settings, place)
+        axes = scored_axes(session.config) if axes is None else axes
         data = read_data(session, None if _path(rows) else rows)
         kept, _, rejections = prepare(session, data)
         own = _own_columns(data, kept, keep_columns)

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from middo_jax.config.axes import AxisSettings, Threshold
 from middo_jax.config.settings import Config
 
-TaskOp = Literal["simplify", "rewrite", "synthesize"]
+TaskOp = Literal["simplify", "rewrite", "synthesize", "reanswer", "complete"]
 _NAMES_OF_ROWS = frozenset({"id", "all"})  # of a column of selection.parquet, of an entry of its overlaps
 
 
@@ -30,7 +30,9 @@ class Axis:
       bad: the end of these columns at which a sample is wanting.
       label: the report's name of what each column measures, for people; unit included.
       heading: the report's title of its plot.
-      op: what the refiner is asked to do with a selected sample; None: it is only marked.
+      op: what the refiner is asked to do with a selected sample; None: it is only marked. `reanswer`: its
+        prompt is answered anew, or its answer is completed if that was cut.
+      optional: a run scores it only if `scoring.readings` names it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Axis:
     label: tuple[str, ...]
     heading: str
     op: TaskOp | None = None
+    optional: bool = False
 
     @property
     def sign(self) -> int:
@@ -80,6 +83,16 @@ _TABLE = [
         heading="Quality: the model's own rating",
         op="rewrite",
     ),
+    Axis(
+        "consistency",
+        "inconsistent",
+        ("consistency",),
+        bad="high",
+        label=("percentile rank of its worst reading",),
+        heading="Consistency: the reading that is worst",
+        op="reanswer",
+        optional=True,
+    ),
 ]
 BUILT_IN = tuple(row.name for row in _TABLE)
 
@@ -104,6 +117,11 @@ def axis(name: str) -> Axis:
 def axis_names() -> tuple[str, ...]:
     """The names of all axes."""
     return tuple(row.name for row in _TABLE)
+
+
+def scored_axes(config: Config) -> tuple[str, ...]:
+    """The names of the axes that are scored where none is named: all, but an optional one only on request."""
+    return tuple(row.name for row in _TABLE if not row.optional or row.name in config.scoring.readings)
 
 
 def threshold_of(config: Config, name: str) -> Threshold:

@@ -23,7 +23,10 @@ class LineageRow(TypedDict):
     parent_ids: Annotated[list[str], "the samples that it was made of; empty for the user's own rows"]
     root_id: Annotated[str, "the user's own row at the start of the chain"]
     round: Annotated[int, "the round whose dataset it first is in, counted from 0"]
-    op: Annotated[Literal["seed", "simplify", "rewrite", "synthesize"], "how it was made; `seed`: the user's"]
+    op: Annotated[
+        Literal["seed", "simplify", "rewrite", "synthesize", "reanswer", "complete"],
+        "how it was made; `seed`: the user's",
+    ]
     axis: Annotated[str | None, "the axes that selected its parent, joined by `+`"]
     hint_ids: Annotated[list[str], "the neighbours that the refiner was shown"]
     refiner: Annotated[str | None, "the model that wrote it"]
@@ -143,7 +146,7 @@ class RequestRow(TypedDict):
 
     task_id: Annotated[str, "the task that it belongs to"]
     attempt: Annotated[int, "counted from 0"]
-    step: Annotated[Literal["prompt", "correction", "answer"], "what was asked for"]
+    step: Annotated[Literal["prompt", "correction", "answer", "again"], "what was asked for"]
     key: Annotated[str, "of the answer in llm_cache.sqlite"]
     model: Annotated[str, "the model that was asked"]
     messages: Annotated[list[dict[str, str]], "the conversation that was sent: `role` and `content` each"]
@@ -165,7 +168,7 @@ class RefinedRow(TypedDict):
     """How one task of the refiner ended."""
 
     task_id: Annotated[str, "`op:source_id`, unique within a round"]
-    op: Annotated[Literal["simplify", "rewrite", "synthesize"], "what was to be done"]
+    op: Annotated[Literal["simplify", "rewrite", "synthesize", "reanswer", "complete"], "what was to be done"]
     axes: Annotated[list[str], "the axes that selected the sample"]
     source_id: Annotated[str, "the selected sample"]
     hint_ids: Annotated[list[str], "neighbours that the refiner was shown"]
@@ -190,6 +193,15 @@ class MeasurementRow(TypedDict):
     core_similarity: Annotated[float | None, "the mean cosine that a sparse source would have beside it"]
     truncated: Annotated[bool, "whether it is over `model.max_length`"]
     quality: Annotated[float | None, "the judge's rating; null where it was not asked for"]
+    end_nll: NotRequired[Annotated[float | None, "nats of the token that ends the answer"]]
+    pmi: NotRequired[
+        Annotated[float | None, "nats by which the prompt raises the response's log-probability"]
+    ]
+    reverse_ifd: NotRequired[
+        Annotated[float | None, "loss of the prompt behind its response, over that without"]
+    ]
+    original_pmi: NotRequired[Annotated[float | None, "the same of its original"]]
+    original_reverse_ifd: NotRequired[Annotated[float | None, "the same of its original"]]
 
 
 class CandidateRow(TypedDict):
@@ -197,7 +209,7 @@ class CandidateRow(TypedDict):
 
     task_id: Annotated[str, "the task in refined.jsonl"]
     attempt: Annotated[int, "counted from 0"]
-    op: Annotated[Literal["simplify", "rewrite", "synthesize"], "what was to be done"]
+    op: Annotated[Literal["simplify", "rewrite", "synthesize", "reanswer", "complete"], "what was to be done"]
     axes: Annotated[list[str], "the axes that selected the sample"]
     source_id: Annotated[str, "the selected sample"]
     candidate_id: Annotated[str | None, "the candidate's id; null where there was no whole one"]

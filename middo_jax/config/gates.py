@@ -262,8 +262,9 @@ _TABLE = [
         accept="measured",
         of="replacements",
         title="prompt and answer tell each other",
-        rule="The prompt raises the answer's log-probability by no fewer nats than the original's did (PMI), "
-        "or the answer tells its prompt no worse (reverse IFD). Originals of several turns are not compared.",
+        rule="The prompt raises the answer's log-probability by at least 90 % of the original's nats (PMI), "
+        "or reverse IFD, how badly the answer tells its prompt, rises by 2 % at most. An original of several "
+        "turns is not compared.",
         feedback={
             "": "Its answer had little to do with it. Ask for something whose answer depends on every detail."
         },
@@ -275,7 +276,7 @@ _TABLE = [
         accept="measured",
         of="replacements",
         title="answer ends where an end is due",
-        rule="The end of the answer's turn has a loss no higher than that of 90 % of the samples.",
+        rule="The end of the answer's turn has a loss no higher than that of 95 % of the samples.",
         feedback={"": "The answer to it broke off. Ask for something with a short and complete answer."},
         switch=Switch(True),
     ),
@@ -286,7 +287,7 @@ _TABLE = [
         of="replacements",
         title="loss above the floor",
         rule="The answer's loss is no lower than that of 10 % of the samples: the text that the model finds "
-        "easiest is its own.",
+        "easiest is its own. Asked of hard samples, and of all if the refiner is the model under training.",
         feedback={"": "Its answer was too general. Ask for something that needs particular facts or words."},
         switch=Switch(True),
     ),

@@ -18,8 +18,9 @@ PAIRS = (
     100_000  # pairs of samples that represent all pairs; their 95th percentile is exact to 0.1 % of the pairs
 )
 PAIR_BLOCK = 8192  # pairs whose embeddings are in memory at the same time
-# Shares of the samples whose quantile is the bar; see docs/refine.md for what they let pass.
-ENDING, FLOOR = 0.9, 0.1
+# Shares of the samples whose quantile is the bar; docs/validity.md says what these and the next let pass.
+ENDING, FLOOR = 0.95, 0.1
+PMI_LOST, REVERSE_RISE = 0.1, 0.02  # shares of the original's value that a rewrite may lose, or exceed
 NOTHING = Measurement(None, None, None, None, None)
 
 
@@ -46,15 +47,15 @@ def context(candidate: Candidate, _: Any) -> Finding | None:
 
 
 def information(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether prompt and answer tell each other no less than the original's did, in one direction or both."""
+    """Whether prompt and answer tell each other about as much as the original's, in one direction or both."""
     if not candidate.task.original.is_single_turn:
         return None  # its losses are over several answers, and a rewrite has one
     measured = candidate.measured or NOTHING
     told, before = measured.pmi, measured.original_pmi
     guessed, guessed_before = measured.reverse_ifd, measured.original_reverse_ifd
-    if told is not None and before is not None and told >= before:
+    if told is not None and before is not None and told >= before - PMI_LOST * abs(before):
         return None
-    if guessed is not None and guessed_before is not None and guessed <= guessed_before:
+    if guessed is not None and guessed_before is not None and guessed <= guessed_before * (1 + REVERSE_RISE):
         return None
     return Finding(f"PMI {_change(before, told)}, reverse IFD {_change(guessed_before, guessed)}")
 
@@ -68,8 +69,10 @@ def ending(candidate: Candidate, _: Any) -> Finding | None:
 
 
 def floor(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the loss is not suspiciously low."""
+    """Whether the loss is not suspiciously low, where it has to fall or the refiner is the scorer."""
     measured, limit = candidate.measured or NOTHING, candidate.limits.floor
+    if not candidate.limits.refines_itself and "complexity" not in candidate.task.axes:
+        return None
     if limit is None or _at_least(measured.loss, limit):
         return None
     return Finding(f"loss {_shown(measured.loss)}, at least {limit:.3f} wanted")

@@ -277,9 +277,14 @@ def test_a_better_candidate_is_never_refused_where_a_worse_one_is_not(kind: Task
 
 
 def test_one_direction_of_information_is_enough() -> None:
-    for change in ({"pmi": 19.0}, {"reverse_ifd": 0.76}, {"pmi": None}, {"reverse_ifd": None}):
+    for change in ({"pmi": 17.9}, {"reverse_ifd": 0.766}, {"pmi": None}, {"reverse_ifd": None}):
         assert accepted(LOW, dataclasses.replace(GOOD, **change), LIMITS, GATES), change
-    lost = dataclasses.replace(GOOD, pmi=19.0, reverse_ifd=0.76)
+    little = dataclasses.replace(GOOD, pmi=18.1, reverse_ifd=0.9)
+    assert accepted(LOW, little, LIMITS, GATES)
+    against = dataclasses.replace(GOOD, original_pmi=-20.0, reverse_ifd=0.9)
+    assert accepted(LOW, dataclasses.replace(against, pmi=-21.9), LIMITS, GATES)
+    assert not accepted(LOW, dataclasses.replace(against, pmi=-22.1), LIMITS, GATES)
+    lost = dataclasses.replace(GOOD, pmi=17.9, reverse_ifd=0.766)
     assert not accepted(LOW, lost, LIMITS, GATES)
     assert accepted(SPARSE, lost, LIMITS, GATES)  # it replaces nothing
     turns = Example((*sample("Q").messages, *sample("Q2").messages))
@@ -292,6 +297,10 @@ def test_the_loss_is_not_asked_of_a_refiner_that_is_the_model_under_training() -
     assert verdict(HARD, high, LIMITS, GATES) == Verdict("loss", "3.000 -> 4.000, at most 2.500 wanted")
     assert accepted(HARD, high, own, GATES)
     assert verdict(HARD, low, own, GATES) == Verdict("floor", "loss 0.700, at least 0.750 wanted")
+    unknown = dataclasses.replace(GOOD, loss=None)
+    assert verdict(LOW, unknown, own, GATES) == Verdict("floor", "loss unknown, at least 0.750 wanted")
+    assert verdict(LOW, low, own, GATES) == Verdict("floor", "loss 0.700, at least 0.750 wanted")
+    assert accepted(LOW, low, LIMITS, GATES)  # another refiner's plain answer is no fault
 
 
 @pytest.mark.parametrize(
@@ -303,9 +312,9 @@ def test_the_loss_is_not_asked_of_a_refiner_that_is_the_model_under_training() -
         (HARD, {"truncated": True}, "length", "over model.max_length"),
         (
             HARD,
-            {"pmi": 19.0, "reverse_ifd": 0.76},
+            {"pmi": 17.9, "reverse_ifd": 0.766},
             "information",
-            "PMI 20.000 -> 19.000, reverse IFD 0.750 -> 0.760",
+            "PMI 20.000 -> 17.900, reverse IFD 0.750 -> 0.766",
         ),
         (
             LOW,
@@ -316,7 +325,6 @@ def test_the_loss_is_not_asked_of_a_refiner_that_is_the_model_under_training() -
         (LOW, {"end_nll": 0.6}, "ending", "the end's loss is 0.600, at most 0.500 wanted"),
         (LOW, {"end_nll": None}, "ending", "the end's loss is unknown, at most 0.500 wanted"),
         (BOTH, {"loss": 0.7}, "floor", "loss 0.700, at least 0.750 wanted"),
-        (LOW, {"loss": None}, "floor", "loss unknown, at least 0.750 wanted"),
         (LOW, {"quality": 5.0}, "quality", "5.000 -> 5.000, a rise wanted"),
         (LOW, {"quality": None}, "quality", "5.000 -> unknown, a rise wanted"),
         (BOTH, {"loss": 2.6}, "loss", "3.000 -> 2.600, at most 2.500 wanted"),

@@ -17,7 +17,7 @@ import pyarrow as pa
 from middo_jax import refinement, stages
 from middo_jax.config import Config, ConfigError, SettingsLike, layers_of, load
 from middo_jax.config.axis_table import axes as axis_rows
-from middo_jax.config.axis_table import axis_names
+from middo_jax.config.axis_table import axis_names, scored_axes
 from middo_jax.data.example import Example
 from middo_jax.data.own_columns import own_columns
 from middo_jax.data.sources import Rejection, UserRows
@@ -83,27 +83,26 @@ def score(
 
     Args:
       rows: a path, tfds:NAME:SPLIT or hf:NAME:SPLIT; or a list of dicts, a pyarrow Table, a pandas DataFrame
-        or a Hugging Face Dataset. The format is detected from the columns (`data.format`).
-      model: a Hugging Face directory, a checkpoint of this package, a LoRA adapter, a .gguf file or a hub
-        repo ID.
-      pre_model: the model before training, for `loss_pre`. None leaves `loss_pre` empty, and no sample can be
-        selected as hard.
-      axes: axes to measure: complexity, diversity, quality or registered axes; None means all.
-      keep_columns: the user's columns to return; None means all columns with only scalars.
-      out: folder for dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select` and
-        `middo refine`. None writes nothing.
-      settings: see `load_config`; or a Config, whose model and data are replaced.
+        or a Hugging Face Dataset. The columns tell the format (`data.format`).
+      model: a Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf file or a hub repo id.
+      pre_model: the model before training, for `loss_pre`. None leaves that empty, and no sample can be hard.
+      axes: what to measure, of complexity, diversity, quality, consistency and registered axes. None is all
+        but consistency, which scoring.readings=[consistency] adds.
+      keep_columns: which of the user's columns come back; None is all that hold scalars only.
+      out: a folder that gets dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select`
+        and `middo refine`. None writes nothing.
+      settings: see `load_config`; or a Config, of which the model and the data are replaced.
 
     Raises:
       ValueError: an axis is unknown, a setting is wrong, or the data cannot be used.
       RunLocked: another process writes into `out`.
     """
-    axes = axis_names() if axes is None else axes
-    require_axes(axes)
+    require_axes(axes or ())
     place = None if out is None else local(Path(out))
     model_path = resolve(os.fspath(model))
     with contextlib.nullcontext() if place is None else held(place):
         session = session_for(model_path, _path(rows), settings, place)
+        axes = scored_axes(session.config) if axes is None else axes
         data = read_data(session, None if _path(rows) else rows)
         kept, _, rejections = prepare(session, data)
         own = _own_columns(data, kept, keep_columns)

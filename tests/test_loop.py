@@ -91,7 +91,8 @@ def test_scores_have_every_column_and_a_row_a_sample(finished: Finished) -> None
         assert selected["id"].to_pylist() == ids
         assert table.column_names == SCHEMA.names
         assert table["id"].to_pylist() == ids
-        empty = {"error", "loss_unconditional", "ifd"}
+        asked_for = {"loss_unconditional", "ifd", "pmi", "prompt_nll", "reverse_ifd", "consistency", "fault"}
+        empty = {"error", *asked_for}
         for name in table.column_names:
             assert table[name].null_count == (len(ids) if name in empty else 0), name
         embedding_nd = read_embeddings(directory.embeddings, ids)

@@ -12,11 +12,12 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-Accept = Literal["none", "sane", "measured"]  # the values of refine.accept, the most lenient first
-Needs = Literal["prompt", "answer", "dataset", "measurement", "rating", "accepted"]
-# The input that a gate needs, in the order in which the inputs become available:
+Accept = Literal["none", "sane", "measured"]  # the values of refine.accept, the laxest first
+Needs = Literal["prompt", "answer", "again", "dataset", "measurement", "rating", "accepted"]
+# What a gate looks at, in the order in which it becomes known:
 #   prompt       the refiner's reply and the new prompt in it; the answer is not paid for yet
 #   answer       the answer to the new prompt
+#   again        the refiner's answer to the old prompt, one more request
 #   dataset      the dataset's lengths, and the tokenizer
 #   measurement  the candidate's measurements under the model in training
 #   rating       the judge's rating of the candidate
@@ -32,12 +33,12 @@ class Switch:
     A gate without a bar is opened (disabled) by its name in `refine.gates.open`.
 
     Attributes:
-      default: default of the bar; True if the gate has no bar.
-      gt, ge, lt, le: bounds of the bar, with pydantic's names.
-      opens: whether a bar of null opens the gate; if False, null only makes the gate more lenient.
+      default: a number is a bar; None: a bar, and the gate is open; True: there is none.
+      gt, ge, lt, le: bounds of a bar, named as by pydantic.
+      opens: whether a bar of null opens the gate; otherwise it makes the gate ask less.
     """
 
-    default: bool | float
+    default: bool | float | None
     gt: float | None = None
     ge: float | None = None
     lt: float | None = None
@@ -108,7 +109,8 @@ class Gate:
             return True
         if self.setting in (gates.get("open") or ()):
             return False
-        return gates.get(self.setting, True) not in (False, None)
+        switch = gate(self.setting).switch
+        return gates.get(self.setting, getattr(switch, "default", True)) not in (False, None)
 
 
 _CONTROL = "It held a control token. Write plain text."
@@ -223,6 +225,18 @@ _TABLE = [
         switch="language",
     ),
     Gate(
+        "agreement",
+        needs="again",
+        accept="measured",
+        of="replacements",
+        title="agrees with the answer to the old prompt",
+        rule="The refiner's answer to the old prompt, asked once more, agrees this far: short ones in "
+        "numbers or words, others by word F1, 0 to 1. It costs one answer per candidate. Where the prompt "
+        "stays, refine.temperature must not be 0.",
+        feedback={"": "Its answer was not certain. Ask for something that has one answer."},
+        switch=Switch(None, gt=0, le=1),
+    ),
+    Gate(
         "length",
         needs="dataset",
         accept="sane",
@@ -247,12 +261,48 @@ _TABLE = [
         switch=Switch(0.95, gt=0, lt=1),
     ),
     Gate(
+        "information",
+        needs="measurement",
+        accept="measured",
+        of="replacements",
+        title="prompt and answer tell each other",
+        rule="The prompt raises the answer's log-probability by at least 90 % of the original's nats (PMI), "
+        "or reverse IFD, how badly the answer tells its prompt, rises by 2 % at most. An original of several "
+        "turns is not compared.",
+        feedback={
+            "": "Its answer had little to do with it. Ask for something whose answer depends on every detail."
+        },
+        switch=Switch(True),
+    ),
+    Gate(
+        "ending",
+        needs="measurement",
+        accept="measured",
+        of="replacements",
+        title="answer ends where an end is due",
+        rule="The end of the answer's turn has a loss no higher than that of 95 % of the samples.",
+        feedback={"": "The answer to it broke off. Ask for something with a short and complete answer."},
+        switch=Switch(True),
+    ),
+    Gate(
+        "floor",
+        needs="measurement",
+        accept="measured",
+        of="replacements",
+        title="loss above the floor",
+        rule="The answer's loss is no lower than that of 10 % of the samples: the text that the model finds "
+        "easiest is its own. Asked of hard samples, and of all if the refiner is the model under training.",
+        feedback={"": "Its answer was too general. Ask for something that needs particular facts or words."},
+        switch=Switch(True),
+    ),
+    Gate(
         "loss",
         needs="measurement",
         accept="measured",
         of="hard",
         title="loss below the hard ones'",
-        rule="A hard sample's loss falls, to at most the threshold that made it hard.",
+        rule="A hard sample's loss falls, to at most the threshold that made it hard. Not asked where the "
+        "refiner is the model under training: it finds its own answers easy, good or bad.",
         feedback={
             "": "It was still too hard to learn from. Make it easier, with plainer words and fewer steps."
         },

@@ -10,7 +10,12 @@ import pydantic
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from middo_jax.config.axes import ComplexitySettings, DiversitySettings, QualitySettings
+from middo_jax.config.axes import (
+    ComplexitySettings,
+    ConsistencySettings,
+    DiversitySettings,
+    QualitySettings,
+)
 from middo_jax.config.base import URL, Affects, Settings
 from middo_jax.config.evaluation import EvaluateSettings
 from middo_jax.config.refine import RefineSettings
@@ -94,8 +99,11 @@ class HostsSettings(Settings):
     )
 
 
+Reading = Literal["prompt_nll", "ifd", "pmi", "reverse_ifd", "consistency"]
+
+
 class ScoringSettings(Settings):
-    """The scoring passes: their speed and memory, and one optional column. No effect on selections."""
+    """The forward passes that score: their speed and memory, and the readings beside the axes' columns."""
 
     batch_tokens: Annotated[PositiveInt, Affects("speed")] = Field(
         default=2048, description="Tokens per packed batch, all devices together."
@@ -103,10 +111,12 @@ class ScoringSettings(Settings):
     unembed_chunk: Annotated[PositiveInt, Affects("speed")] = Field(
         default=512, description="Target positions per device whose logits exist at one time."
     )
-    ifd: Annotated[bool, Affects("scores")] = Field(
-        default=False,
-        description="Whether to score each response without its prompt too, for the column `ifd`. Takes one "
-        "more pass.",
+    readings: Annotated[tuple[Reading, ...], Affects("scores")] = Field(
+        default=(),
+        description="Columns beside those that come with the loss, end_nll and worst_decile_nll. prompt_nll: "
+        "the head is applied to the prompts too; ifd, pmi: one more pass, over the responses alone; "
+        "reverse_ifd: one more pass, over the prompts behind their responses; consistency: the optional "
+        "axis, with the pass of ifd.",
     )
 
 
@@ -146,6 +156,7 @@ class Config(Settings):
     complexity: ComplexitySettings = ComplexitySettings()
     diversity: DiversitySettings = DiversitySettings()
     quality: QualitySettings = QualitySettings()
+    consistency: ConsistencySettings = ConsistencySettings()
     refine: RefineSettings = RefineSettings()
     serve: ServeSettings = ServeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

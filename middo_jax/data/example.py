@@ -14,7 +14,7 @@ from typing import Any, Literal
 from middo_jax.rundir.rows import ExampleRow, LineageRow, TurnRow
 
 Role = Literal["system", "user", "assistant"]
-Op = Literal["seed", "simplify", "rewrite", "synthesize"]
+Op = Literal["seed", "simplify", "rewrite", "synthesize", "reanswer", "complete"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,11 @@ class Example:
     def response(self) -> str:
         """The last assistant turn."""
         return self.messages[-1].content
+
+    @property
+    def is_single_turn(self) -> bool:
+        """Whether it is one user's turn and one answer, system turns aside."""
+        return [m.role for m in self.messages if m.role != "system"] == ["user", "assistant"]
 
     def replace_text(self, prompt: str, response: str, lineage: Lineage) -> Example:
         """A rewritten single-turn child.

@@ -23,7 +23,7 @@ class DryRun:
 
     Attributes:
       rows: the first request of every task.
-      requests: two per task, and the probes.
+      requests: two per task, one where the prompt stays, and the probes.
       probes: 1 if `refine.response_format=auto` has to be found out.
       prompt_tokens_estimate, completion_tokens_estimate, usd_estimate: estimates.
       completion_tokens_at_most, usd_at_most: upper bounds.
@@ -50,13 +50,17 @@ def dry_run(tasks: Sequence[Task], settings: RefineSettings, form: Form = "text"
             tokens_of_text(task.original.prompt),
             tokens_of_text(task.original.response),
         )
-        prompt_tokens += asking + prompt
-        completion_tokens += min(prompt, settings.max_tokens) + min(response, settings.max_tokens)
+        prompt_tokens += asking
+        completion_tokens += min(response, settings.max_tokens)
+        if not task.keeps_prompt:
+            prompt_tokens += prompt
+            completion_tokens += min(prompt, settings.max_tokens)
         rows.append({"task_id": task.task_id, "messages": messages, "prompt_tokens_estimate": asking})
-    most = 2 * len(tasks) * settings.max_tokens + probes * PROBE_TOKENS
+    requests = sum(1 if task.keeps_prompt else 2 for task in tasks)
+    most = requests * settings.max_tokens + probes * PROBE_TOKENS
     return DryRun(
         rows=tuple(rows),
-        requests=2 * len(tasks) + probes,
+        requests=requests + probes,
         probes=probes,
         prompt_tokens_estimate=prompt_tokens,
         completion_tokens_estimate=completion_tokens,

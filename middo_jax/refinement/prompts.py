@@ -47,6 +47,10 @@ _SYNTHESIZE = """\
 Below are a core prompt and its neighbours. Write one entirely new prompt of the same area and language that \
 asks for something none of them asks for. Do not reword or combine them. It must make sense on its own."""
 
+_COMPLETE = (
+    "Your answer broke off. Give the whole answer again, from its beginning to its end, and only that."
+)
+
 _CORRECTION = "That reply could not be read. Do not answer the prompt: write the new prompt."
 
 # Sent with the schema, but without mentioning it, so that only a server that enforces it answers with JSON.
@@ -117,6 +121,12 @@ def synthesize(core: str, hints: Sequence[str], form: Form = "text") -> Messages
 def answer(prompt: str, system: Sequence[str] = ()) -> Messages:
     """Asks the new prompt itself, after the sample's own system turns. The whole reply is the answer."""
     return [{"role": "system", "content": text} for text in system] + _user(prompt)
+
+
+def completion(prompt: str, answered: str, system: Sequence[str] = ()) -> Messages:
+    """Asks for the whole of an answer that broke off, as the next turn of its conversation."""
+    said = answered.strip() or "(no answer)"
+    return [*answer(prompt, system), {"role": "assistant", "content": said}, *_user(_COMPLETE)]
 
 
 def again(messages: Messages, feedback: Sequence[str]) -> Messages:

@@ -17,7 +17,7 @@ from middo_jax.refinement.endpoint.request import Answer, Messages
 from middo_jax.rundir.rows import RefinedRow, RequestRow
 
 Scores = Mapping[str, float | None]
-Step = Literal["prompt", "correction", "answer"]
+Step = Literal["prompt", "correction", "answer", "again"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Task:
     def given(self) -> str:
         """The texts that the refiner gets: those of the sample and of its hints."""
         return " ".join(message.content for e in (self.original, *self.hints) for message in e.messages)
+
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether only the answer is asked for anew."""
+        return self.op in ("reanswer", "complete")
 
     @property
     def task_id(self) -> str:
@@ -177,6 +182,7 @@ def plan_tasks(
     selected: Mapping[str, Collection[str]],
     knn_ids: Mapping[str, Sequence[str]],
     scores: Mapping[str, Scores],
+    faults: Mapping[str, str | None] | None = None,
 ) -> list[Task]:
     """The tasks for the selected samples, in dataset order; a sample's replacement comes before its addition.
 
@@ -187,6 +193,7 @@ def plan_tasks(
       selected: ids by axis; an axis without an operation makes no task.
       knn_ids: for every sparse sample the ids of its nearest neighbours, nearest first.
       scores: the scores by id, which the child's lineage records.
+      faults: by id, the fault that the axis `consistency` sees; an answer that was `cut` is completed.
 
     Raises:
       ValueError: an id is not in the dataset, or a sparse sample has no neighbours, so that the selection
@@ -215,9 +222,18 @@ def plan_tasks(
         wanting = [row for row in axes() if row.op and example.id in sets.get(row.name, ())]
         replacing = [row for row in wanting if row.op != "synthesize"]
         if replacing:
-            op = "simplify" if all(row.op == "simplify" for row in replacing) else "rewrite"
+            op = _op_of([row.op for row in replacing], (faults or {}).get(example.id))
             tasks.append(Task(op, tuple(row.name for row in replacing), example, scores=known))
         if len(wanting) > len(replacing):
             hints = tuple(by_id[hint] for hint in knn_ids[example.id])
             tasks.append(Task("synthesize", ("diversity",), example, hints, known))
     return tasks
+
+
+def _op_of(ops: Sequence[TaskOp | None], fault: str | None) -> TaskOp:
+    """One operation for all axes that selected a sample; only what they agree on is not a rewrite."""
+    if all(op == "simplify" for op in ops):
+        return "simplify"
+    if all(op == "reanswer" for op in ops):
+        return "complete" if fault == "cut" else "reanswer"
+    return "rewrite"

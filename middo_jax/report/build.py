@@ -45,7 +45,13 @@ from middo_jax.report.verdicts import refusals
 from middo_jax.rundir import RoundDir, RunDir, write_text
 from middo_jax.version import __version__
 
-OPS = {"simplify": "simplified", "rewrite": "rewritten", "synthesize": "synthesized"}
+OPS = {
+    "simplify": "simplified",
+    "rewrite": "rewritten",
+    "synthesize": "synthesized",
+    "reanswer": "answered anew",
+    "complete": "completed",
+}
 Axes = Mapping[str, ShownAxis]
 STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES), "benchmark")
 # Characters shown of each text. The first that makes the page no larger than PAGE_BYTES is used.

@@ -22,8 +22,11 @@ class LineageRow(TypedDict):
 
     parent_ids: Annotated[list[str], "the samples that it was made from; empty for the user's own rows"]
     root_id: Annotated[str, "the user's own row at the start of the chain"]
-    round: Annotated[int, "the first round whose dataset contains it, counted from 0"]
-    op: Annotated[Literal["seed", "simplify", "rewrite", "synthesize"], "how it was made; `seed`: user's row"]
+    round: Annotated[int, "the round whose dataset it first is in, counted from 0"]
+    op: Annotated[
+        Literal["seed", "simplify", "rewrite", "synthesize", "reanswer", "complete"],
+        "how it was made; `seed`: the user's",
+    ]
     axis: Annotated[str | None, "the axes that selected its parent, joined by `+`"]
     hint_ids: Annotated[list[str], "neighbours in the refiner's prompt"]
     refiner: Annotated[str | None, "the model that wrote it"]
@@ -176,10 +179,10 @@ class RequestRow(TypedDict):
 
     task_id: Annotated[str, "the task that it belongs to"]
     attempt: Annotated[int, "counted from 0"]
-    step: Annotated[Literal["prompt", "correction", "answer"], "the step of the task"]
-    key: Annotated[str, "key of the answer in llm_cache.sqlite"]
-    model: Annotated[str, "the model in the request"]
-    messages: Annotated[list[dict[str, str]], "the conversation sent: `role` and `content` each"]
+    step: Annotated[Literal["prompt", "correction", "answer", "again"], "what was asked for"]
+    key: Annotated[str, "of the answer in llm_cache.sqlite"]
+    model: Annotated[str, "the model that was asked"]
+    messages: Annotated[list[dict[str, str]], "the conversation that was sent: `role` and `content` each"]
     answer: Annotated[str, "the reply as the server sent it"]
     finish_reason: Annotated[str, "finish reason from the server"]
     prompt_tokens: Annotated[int, "tokens of the prompt, counted by the server"]
@@ -198,7 +201,7 @@ class RefinedRow(TypedDict):
     """The result of one task of the refiner."""
 
     task_id: Annotated[str, "`op:source_id`, unique within a round"]
-    op: Annotated[Literal["simplify", "rewrite", "synthesize"], "kind of the task"]
+    op: Annotated[Literal["simplify", "rewrite", "synthesize", "reanswer", "complete"], "what was to be done"]
     axes: Annotated[list[str], "the axes that selected the sample"]
     source_id: Annotated[str, "id of the selected sample"]
     hint_ids: Annotated[list[str], "neighbours in the refiner's prompt"]
@@ -222,7 +225,16 @@ class MeasurementRow(TypedDict):
     knn_similarity: Annotated[float | None, "mean cosine to the k nearest, except a replaced source"]
     core_similarity: Annotated[float | None, "mean cosine of a sparse source to its k nearest, with it"]
     truncated: Annotated[bool, "whether it is over `model.max_length`"]
-    quality: Annotated[float | None, "the judge's rating; null if it was not rated"]
+    quality: Annotated[float | None, "the judge's rating; null where it was not asked for"]
+    end_nll: NotRequired[Annotated[float | None, "nats of the token that ends the answer"]]
+    pmi: NotRequired[
+        Annotated[float | None, "nats by which the prompt raises the response's log-probability"]
+    ]
+    reverse_ifd: NotRequired[
+        Annotated[float | None, "loss of the prompt behind its response, over that without"]
+    ]
+    original_pmi: NotRequired[Annotated[float | None, "the same of its original"]]
+    original_reverse_ifd: NotRequired[Annotated[float | None, "the same of its original"]]
 
 
 class CandidateRow(TypedDict):
@@ -230,7 +242,7 @@ class CandidateRow(TypedDict):
 
     task_id: Annotated[str, "the task in refined.jsonl"]
     attempt: Annotated[int, "counted from 0"]
-    op: Annotated[Literal["simplify", "rewrite", "synthesize"], "kind of the task"]
+    op: Annotated[Literal["simplify", "rewrite", "synthesize", "reanswer", "complete"], "what was to be done"]
     axes: Annotated[list[str], "the axes that selected the sample"]
     source_id: Annotated[str, "id of the selected sample"]
     candidate_id: Annotated[str | None, "the candidate's id; null if the attempt produced none"]

@@ -7,6 +7,7 @@ import datetime
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from middo_jax.config import Config
@@ -44,6 +45,16 @@ def named_endpoint(config: Config) -> Served | None:
         served = "refine.base_url" if config.refine.base_url else "$OPENAI_BASE_URL"
         raise RunError(f"config: refine.model is missing: the name of a model that {served} serves")
     return Served(url, config.refine.model, sends_key=True)
+
+
+def refines_itself(session: Session) -> bool:
+    """Whether the refiner is the model under training: the embedded endpoint with the base model."""
+    config = session.config
+    if named_endpoint(config) is not None:
+        return False
+    named = config.refine.model
+    # By its path alone: a name is not looked up, since another program may serve it (batch files).
+    return named in (None, config.model.path) or Path(named).resolve() == session.base.resolve()
 
 
 @contextlib.contextmanager

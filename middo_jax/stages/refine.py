@@ -34,11 +34,15 @@ from middo_jax.session import Session, read_dataset
 from middo_jax.signals.embeddings import require_embeddings
 from middo_jax.signals.table import read_scores
 from middo_jax.stages.accept import Acceptance
-from middo_jax.stages.endpoint import endpoint
+from middo_jax.stages.endpoint import endpoint, refines_itself
 from middo_jax.stages.measure import UnderTraining, scored_model
 from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
 
-FOLLOWED = "refine"  # the name under which process 0 leads and the others follow
+FOLLOWED = "refine"  # the name of what process 0 leads
+ITSELF = (
+    "warning: the refiner is the model under training, which also measures the rewrites. It finds its own "
+    "answers easy, good or bad. Name a stronger one: refine.base_url and refine.model; see docs/refine.md"
+)
 Ask = Callable[[Sequence[Task]], list[Outcome]]
 
 
@@ -53,12 +57,21 @@ def plan_refinement(directory: RoundDir) -> list[Task]:
         {axis: facts["ids"] for axis, facts in axes.items()},
         knn_ids={row["id"]: row["knn_ids"] or () for row in rows},
         scores=_kept_scores(rows),
+        faults={row["id"]: row["fault"] for row in rows},
     )
 
 
 def _kept_scores(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Returns the scores that a sample's lineage keeps: the columns that decide on an axis."""
-    names = [name for row in axis_rows() for name in row.columns]
+    """What a sample's lineage keeps of its scores: the columns that decide on an axis.
+
+    Those of an optional axis only where it was scored.
+    """
+    names = [
+        name
+        for axis in axis_rows()
+        for name in axis.columns
+        if not axis.optional or any(row[name] is not None for row in rows)
+    ]
     return {row["id"]: {name: row.get(name) for name in names} for row in rows}
 
 
@@ -105,6 +118,8 @@ def refine_stage(
         measuring = model or scored_model(directory)
         require_embeddings(directory.embeddings)
     begun = chain.refine(directory, heldout_file(directory), measuring).begin()
+    if tasks and refines_itself(session):
+        session.progress.say(ITSELF)
     ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
     refiner = _refiner(session, round_index, cache, ledger, batch)
     with session.stage(), lead(FOLLOWED) as together:

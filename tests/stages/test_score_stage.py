@@ -26,7 +26,7 @@ from middo_jax.session import Session, prepare, write_dataset
 from middo_jax.signals.duplicates import count_duplicates, prompt_hash
 from middo_jax.signals.embeddings import read_embeddings, write_embeddings
 from middo_jax.signals.select import select
-from middo_jax.signals.table import read_scores
+from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.accept import Acceptance
 from middo_jax.stages.measure import Rewrite, UnderTraining
 
@@ -297,12 +297,28 @@ def test_the_hash_is_of_what_the_embedding_sees() -> None:
     assert count_duplicates([]) == {"n_groups": 0, "n_samples": 0}
 
 
+def test_the_reverse_ratio_is_of_the_prompt_with_and_without_its_response(
+    folder: Folder, examples: list[Example]
+) -> None:
+    wanted = {"axes": ("diversity",), "scoring__readings": "[reverse_ifd]"}
+    table = read_scores(folder.score("reverse", examples, **wanted).scores)
+    prompt, ratio = as_floats(table, "prompt_nll"), as_floats(table, "reverse_ifd")
+    assert np.isfinite(prompt).all()
+    single = np.array([len([m for m in e.messages if m.role != "system"]) == 2 for e in examples])
+    assert np.isfinite(ratio).tolist() == single.tolist()
+    assert single.any()
+    assert table["error"].null_count == len(examples)
+
+
 def test_ifd_is_a_column(folder: Folder, examples: list[Example]) -> None:
-    table = read_scores(folder.score("ifd", examples, axes=("diversity",), scoring__ifd="true").scores)
+    table = read_scores(folder.score("ifd", examples, axes=("diversity",), scoring__readings="[ifd]").scores)
     post, alone, ratio = (
         np.asarray(table[name].to_pylist(), float) for name in ("loss_post", "loss_unconditional", "ifd")
     )
     assert np.isfinite(alone).all()
     np.testing.assert_allclose(ratio, post / alone, rtol=1e-6)
     without = read_scores(folder.score("plain", examples, axes=("diversity",)).scores)
+    for free in ("end_nll", "worst_decile_nll"):
+        assert table[free].null_count == without[free].null_count == 0
+        np.testing.assert_allclose(as_floats(without, free), as_floats(table, free), rtol=1e-5)
     assert without["ifd"].null_count == without["loss_unconditional"].null_count == len(examples)

@@ -54,7 +54,7 @@ class Requests:
     Attributes:
       model: the model's name at the server.
       settings: sampling and limits.
-      seed: is sent unless None.
+      seed: is sent, plus the attempt, unless None.
       prompt_version: part of every key, so that answers to older prompts are not reused.
     """
 
@@ -91,7 +91,7 @@ class Requests:
             "max_tokens": settings.max_tokens if max_tokens is None else max_tokens,
         }
         if self.seed is not None:
-            body["seed"] = self.seed
+            body["seed"] = self.seed + attempt  # a later attempt is another sample
         if response_format is not None:
             body["response_format"] = dict(response_format)
         identity = {

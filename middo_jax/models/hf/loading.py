@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from middo_jax.config import ConfigError
 from middo_jax.models.config import DecoderConfig, read_config
 from middo_jax.models.decoder import abstract
+from middo_jax.models.finite import is_finite, not_finite, not_finite_names
 from middo_jax.models.hf.files import DTYPES, CheckpointError, Weights
 from middo_jax.models.hf.layout import TensorRow, tensor_table, turned
 from middo_jax.models.model import Model, with_values
@@ -43,7 +44,8 @@ def load(
       mesh: where the parameters lie, each device holding its part only; None is the first device alone.
 
     Raises:
-      CheckpointError: a file or tensor is missing, surplus, damaged or of the wrong shape or dtype.
+      CheckpointError: a file or tensor is missing, surplus, damaged, of the wrong shape or dtype, or not
+        finite.
       UnsupportedModel: the config asks for what the decoder does not compute.
       ConfigError: a parameter does not divide by the mesh.
     """
@@ -60,12 +62,16 @@ def load(
         for spec in parameters(config)
         if spec.is_stacked
     }
+    flags = {}
     for row in sorted(tensor_table(config), key=lambda row: _place(weights, row)):
         # A copy in any case: on a CPU what was put is the reader's memory, not the device's to give away.
         tensor, path = turned(_put(weights, row, mesh), row.spec.transposed, stored), row.spec.path
+        flags[row.name] = is_finite(tensor)
         values[path] = tensor if row.layer is None else _with_layer(values[path], tensor, row.layer)
         # Before the next one is read: else the host would hold as many as reading is faster than the devices.
         values[path].block_until_ready()
+    if wrong := not_finite_names(flags):
+        raise CheckpointError(not_finite(weights.tensors[wrong[0]].file, wrong))
     graphdef, shapes = abstract(config)
     return Model(config, graphdef, with_values(shapes, values), mesh)
 

@@ -37,22 +37,24 @@ from middo_jax.signals.table import SCHEMA, with_columns
 from middo_jax.stages.score import measure
 
 
-def run(config: Config | PathLike, settings: SettingsLike = None) -> Run:
+def run(config: Config | PathLike, settings: SettingsLike = None, *, repair: bool = False) -> Run:
     """The closed loop: train, score, select, refine, merge, again; resumed where it stopped.
 
     Args:
       config: of `load_config`, or a YAML file.
       settings: laid over a YAML file, see `load_config`.
+      repair: put damaged files aside, in a folder `damaged-...` of the run, and do again what is missing.
 
     Raises:
       ValueError: a wrong setting, or data that cannot be used.
-      RunError: the folder holds a run of an earlier version.
+      RunError: the folder holds a run of an earlier version, or a file that cannot be used.
+      DiskFull: there is no room; what was finished is kept.
     """
     if isinstance(config, Config):
         config = load(None, [*layers_of(config), *layers_of(settings)])
     else:
         config = load_config(config, settings)
-    done = run_loop(config, for_stderr())
+    done = run_loop(config, for_stderr(), repair)
     return Run(done.path, done.report, status(done))
 
 

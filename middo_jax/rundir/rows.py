@@ -372,4 +372,5 @@ class ManifestFile(TypedDict):
     """The finished stages of a folder."""
 
     version: Annotated[int, "of this file's format"]
+    checksum: NotRequired[Annotated[str, "SHA-256 of `stages`; absent in older files"]]
     stages: Annotated[Stages, "by name"]

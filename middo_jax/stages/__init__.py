@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from middo_jax.stages.checks import check_continues, check_refiner, check_training
     from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
     from middo_jax.stages.refine import (
+        check_learnt,
         follow_refinement,
         merge_stage,
         merged,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     )
     from middo_jax.stages.score import check_embedder, score_stage
     from middo_jax.stages.select import select_stage
-    from middo_jax.stages.surroundings import answer_cache
+    from middo_jax.stages.surroundings import answer_cache, check_cache, save_answers
     from middo_jax.stages.train import remove_training, train_stage
 
 # Imported when first used: `select` is a stage that needs no JAX, and all others load it.
@@ -31,10 +32,10 @@ _MODULES = {
     "batch": "batch_stage",
     "checks": "check_continues check_refiner check_training",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
-    "refine": "follow_refinement merge_stage merged plan_refinement refine_round refine_stage",
+    "refine": "check_learnt follow_refinement merge_stage merged plan_refinement refine_round refine_stage",
     "score": "check_embedder score_stage",
     "select": "select_stage",
-    "surroundings": "answer_cache",
+    "surroundings": "answer_cache check_cache save_answers",
     "train": "remove_training train_stage",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -43,8 +44,10 @@ __all__ = [
     "HeldOut",
     "answer_cache",
     "batch_stage",
+    "check_cache",
     "check_continues",
     "check_embedder",
+    "check_learnt",
     "check_refiner",
     "check_training",
     "export_adapter",
@@ -57,6 +60,7 @@ __all__ = [
     "refine_round",
     "refine_stage",
     "remove_training",
+    "save_answers",
     "score_stage",
     "select_stage",
     "train_stage",

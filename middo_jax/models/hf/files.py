@@ -22,6 +22,8 @@ import ml_dtypes
 import numpy as np
 
 from middo_jax.rundir import write_json
+from middo_jax.rundir.files import full_disk_named, temporary_prefix
+from middo_jax.rundir.leftovers import sweep_beside
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -238,14 +240,18 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     Raises:
       FileExistsError: `path` is there and holds something.
+      DiskFull: there is no room for it.
     """
     require_vacant(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    sweep_beside(path)  # a killed export has left a copy of the whole model
+    with full_disk_named(path):
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
     try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes 0700, which would surprise who shares a model
-        os.replace(temporary, path)
+        with full_disk_named(path):
+            yield temporary
+            temporary.chmod(0o755)  # mkdtemp makes 0700, which would surprise who shares a model
+            os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -32,6 +32,7 @@ INDEX = (
     Benchmark("embedding_texts", f"{ALPACA}, {MODEL}", "20 minutes"),
     Benchmark("end_to_end", f"{ALPACA}, {MODEL}, torch (peft with --rank)", "1 hour"),
     Benchmark("families", "torch", "2 minutes"),
+    Benchmark("faults", "nothing", "as long as one likes; 30 minutes with --table"),
     Benchmark("hostile_refiner", "nothing", "10 minutes"),
     Benchmark("loading", "12 GB of disk", "10 minutes"),
     Benchmark("logits", f"{MODEL}, torch", "5 minutes"),

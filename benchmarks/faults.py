@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import collections
 import fnmatch
+import logging
 import os
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -40,6 +42,8 @@ def main() -> None:
         parser.error("give --table, --seconds or --trial")
     # Tiny models spend their time in the compiler; processes that are started inherit all of this.
     os.environ |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    logging.getLogger("middo_jax").setLevel(logging.ERROR)  # a scripted refiner counts no tokens
+    warnings.filterwarnings("ignore", module="orbax")
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

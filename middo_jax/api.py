@@ -40,22 +40,24 @@ from middo_jax.stages.batch import BatchState
 from middo_jax.stages.score import measure
 
 
-def run(config: Config | PathLike, settings: SettingsLike = None) -> Run:
-    """Runs the closed loop: train, score, select, refine, merge, repeat. Resumes an interrupted run.
+def run(config: Config | PathLike, settings: SettingsLike = None, *, repair: bool = False) -> Run:
+    """The closed loop: train, score, select, refine, merge, again; resumed where it stopped.
 
     Args:
-      config: return value of `load_config`, or path of a YAML file.
-      settings: override those of `config`, see `load_config`.
+      config: of `load_config`, or a YAML file.
+      settings: laid over a YAML file, see `load_config`.
+      repair: put damaged files aside, in a folder `damaged-...` of the run, and do again what is missing.
 
     Raises:
-      ValueError: a setting is wrong, or the data cannot be used.
-      RunError: the folder contains a run of an earlier version.
+      ValueError: a wrong setting, or data that cannot be used.
+      RunError: the folder holds a run of an earlier version, or a file that cannot be used.
+      DiskFull: there is no room; what was finished is kept.
     """
     if isinstance(config, Config):
         config = load(None, [*layers_of(config), *layers_of(settings)])
     else:
         config = load_config(config, settings)
-    done = run_loop(config, for_stderr())
+    done = run_loop(config, for_stderr(), repair)
     return Run(done.path, done.report, status(done))
 
 

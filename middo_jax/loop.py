@@ -24,8 +24,12 @@ from middo_jax.data.sources import Rejection
 from middo_jax.parallel.coordination import agree, barrier, from_first, is_first, stop_point
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
+from middo_jax.report.status import unreadable_events
 from middo_jax.rundir import RunDir, RunError, held, read_jsonl, write_jsonl, write_text
 from middo_jax.rundir.chain import Begun, Link, State, assess, chain
+from middo_jax.rundir.damage import damages, edited, put_aside, refuse_damaged
+from middo_jax.rundir.events import read_events
+from middo_jax.rundir.files import full_disk_named
 from middo_jax.session import Session, prepare, read_dataset
 from middo_jax.version import __version__
 
@@ -96,19 +100,44 @@ class Stage:
             folder.forget(name)
 
 
-def run_loop(config: Config, progress: Progress) -> RunDir:
-    """Runs all rounds that are not done yet; returns the run's folder with its report.
+def run_loop(config: Config, progress: Progress, repair: bool = False) -> RunDir:
+    """Runs all rounds, or what is left of them; returns the run's folder with its report.
+
+    Args:
+      config: the settings.
+      progress: is told how far the run is.
+      repair: whether damaged files are put aside, so that what is missing then is done again.
 
     Raises:
       RunLocked: another process writes into the folder.
-      RunError: the folder contains a run of an earlier version.
-      ValueError, RuntimeError: a stage failed; the message says what to do, and finished stages stay done.
-        Errors that can be found before the first stage are raised before the folder is created or changed.
+      RunError: the folder holds a run of the previous version, or a file that cannot be used.
+      DiskFull: there is no room; what was finished is kept.
+      ValueError, RuntimeError: whatever stage fails says what to do; what was done stays done. What can be
+        known before the first stage is raised before the folder is made or changed.
     """
     run = RunDir(Path(config.runs_dir) / config.name)
-    with held(run.path, progress.say):
+    with held(run.path, progress.say), full_disk_named(run.path):
+        if repair:
+            from_first("repair", lambda: _repair(run, config, progress))
         _run(run, Session(template_date.pin(config, [run.config]), progress))
     return run
+
+
+def _repair(run: RunDir, config: Config, progress: Progress) -> None:
+    """Puts aside what is damaged, and what was edited; the chain then finds what has to be done again."""
+    links = chain(run, config)
+    found = [*damages(run, links), *edited(links)]
+    cache = Path(config.refine.cache or run.llm_cache)
+    moved = put_aside(run, found)
+    for path, to in moved.items():
+        progress.say(f"{path}: put aside as {to}")
+    for link in links:  # a checkpoint that was put aside is not one that was removed to save space
+        if moved.keys() & set(link.removable) and link.folder.path not in moved:
+            link.folder.forget(link.name)
+    if (saved := stages.save_answers(cache)) is not None:
+        progress.say(saved)
+    if not found and saved is None:
+        progress.say(f"{run.path}: nothing to repair")
 
 
 def _run(run: RunDir, session: Session) -> None:
@@ -133,11 +162,13 @@ def _run(run: RunDir, session: Session) -> None:
             if is_done:
                 progress.say(f"{where}: done before")
                 continue
+            for removed in _removed(plan, stage.link):
+                progress.say(
+                    f"{removed.where}: again, {stage.link.where} needs its checkpoint, which was removed"
+                )
+                _do_logged(plan, removed)
             progress.say(where)
-            event = {"round": stage.link.folder.path.name, "stage": stage.link.name}
-            run.log("start", **event)
-            stage.do(plan)
-            run.log("done", **event)
+            _do_logged(plan, stage.link)
             checked.close()
     if is_first():
         build(run)
@@ -146,12 +177,32 @@ def _run(run: RunDir, session: Session) -> None:
     progress.say(f"done in {duration(time.monotonic() - began)}")
 
 
+def _do_logged(plan: Plan, link: Link) -> None:
+    event = {"round": link.folder.path.name, "stage": link.name}
+    plan.run.log("start", **event)
+    Stage(link, FUNCTIONS[link.name]).do(plan)
+    plan.run.log("done", **event)
+
+
+def _removed(plan: Plan, link: Link) -> list[Link]:
+    """The stages whose checkpoints were removed and are needed now, the earliest first."""
+    missing = from_first(f"{link.where}: models", lambda: [str(path) for path in link.missing_models])
+    found: list[Link] = []
+    for path in map(Path, missing):
+        maker = next(other for other in plan.links if path in other.writes)
+        found += [other for other in (*_removed(plan, maker), maker) if other not in found]
+    return found
+
+
 def _checked(run: RunDir, session: Session) -> Plan:
     """Reports the stages to redo, and runs all checks that are possible before the folder is changed."""
     config, first = session.config, run.round(0)
-    _refuse_previous_version(run)
     data = Path(config.data.path).expanduser()
     links = chain(run, config, session.base, data if data.exists() else None)
+    refuse_damaged(list(damages(run, links)))
+    _refuse_previous_version(run)
+    if n := read_events(run.events).n_unreadable:
+        session.progress.say(unreadable_events(n))
     states = assess(links, config)
     fresh = None
     if states[0][1].is_fresh:
@@ -165,6 +216,7 @@ def _checked(run: RunDir, session: Session) -> Plan:
         stages.check_training(session, read_dataset(first) if fresh is None else fresh.kept, heldout)
     if "refine" in pending:
         stages.check_refiner(config)
+        stages.check_cache(Path(config.refine.cache or run.llm_cache))
     if "benchmark" in pending:
         stages.check_benchmarks(config)
     for line in redone(states):
@@ -243,6 +295,7 @@ def _select(plan: Plan, link: Link) -> None:
 
 
 def _refine(plan: Plan, link: Link) -> None:
+    stages.check_learnt(plan.session.config, link.folder)
     if is_first():
         stages.refine_round(plan.session, link.folder)
     else:
@@ -274,7 +327,8 @@ def _export(plan: Plan, link: Link) -> None:
     out, checkpoint, dtype = link.writes[0], link.folder.checkpoint, session.config.model.dtype
     # Removes the export of a run that was killed before the manifest recorded it.
     from_first(f"{link.where}: remove", lambda: shutil.rmtree(out, ignore_errors=True))
-    facts = stages.export_checkpoint(checkpoint, out, dtype, session.progress, mesh=session.mesh)
+    base = session.config.model.path
+    facts = stages.export_checkpoint(checkpoint, out, dtype, session.progress, mesh=session.mesh, base=base)
     begun.finish(session.config, time.monotonic() - began, **facts)
 
 

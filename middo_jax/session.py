@@ -34,7 +34,7 @@ from middo_jax.models.attention import shares_prefixes
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.model import Model
 from middo_jax.models.resolve import resolve
-from middo_jax.models.source import load, locate
+from middo_jax.models.source import Source, load, locate
 from middo_jax.parallel.mesh import batch_divisor, make_mesh
 from middo_jax.passes.losses import plan_losses
 from middo_jax.passes.runner import Plan
@@ -84,13 +84,17 @@ class Session:
             jax.config.update("jax_compilation_cache_dir", str(cache / "middo-jax" / "jax"))
         return make_mesh(self.config.mesh)
 
+    def locate(self, path: Path) -> Source:
+        """What a model is made of, see `models.source.locate`; a base that was moved is the session's."""
+        return locate(path, base=self.config.model.path)
+
     def load_model(self, path: Path, param_dtype: str | None = None, base: Model | None = None) -> Model:
         """Loads a model from a Hugging Face directory, a checkpoint or a PEFT adapter, onto the mesh.
 
         See `models.source.load` for the arguments.
         """
         settings = self.config.model
-        model = load(locate(path), settings.dtype, param_dtype, self.mesh, base)
+        model = load(self.locate(path), settings.dtype, param_dtype, self.mesh, base)
         return model.with_config(dataclasses.replace(model.config, attention=settings.attention))
 
     @contextlib.contextmanager
@@ -180,11 +184,12 @@ def session_for(
       settings: override the session's own; a `Config` does not override model, data and held-out share.
       out: folder for the results, if there is one.
     """
+    layers, unnamed = layers_of(settings), "-"
+    given = load_config(None, [{"model.path": unnamed, "data.path": unnamed}, *layers]).model.path
     named = {
-        "model": {"path": str(locate(model).base)},
+        "model": {"path": str(locate(model, base=None if given == unnamed else given).base)},
         "data": {"path": data or IN_MEMORY, "eval_fraction": 0},
     }
-    layers = layers_of(settings)
     session = new_session([*layers, named] if isinstance(settings, Config) else [named, *layers])
     made_in = [model.parent, model.parent.parent] if read_metadata(model) is not None else []
     recorded = [folder / "config.yaml" for folder in ([out] if out else []) + made_in]

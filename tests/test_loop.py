@@ -19,9 +19,10 @@ from middo_jax.config import load
 from middo_jax.loop import run_loop
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.progress import Silent
-from middo_jax.rundir import RoundDir, RunDir, file_hash, read_jsonl
+from middo_jax.rundir import RoundDir, RunDir, RunError, file_hash, read_jsonl
 from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.table import SCHEMA
+from middo_jax.training.metrics import TrainingDiverged, TrainingWrecked
 
 pytest_plugins = ["support.loop_fixture"]
 
@@ -72,7 +73,7 @@ def test_manifests_name_every_stage_and_the_files_as_they_are(finished: Finished
     assert exported["verified"] is (importlib.util.find_spec("torch") is not None)
     for directory in rounds_and_final(finished.run):
         for stage, record in directory.stages().items():
-            named = record["files"] | record["reads"]
+            named = record["files"] | {n: h for n, h in record["reads"].items() if "metadata.json" not in n}
             assert {name: file_hash(directory / name) for name in named} == named, stage
 
 
@@ -278,3 +279,20 @@ def test_the_key_is_sent_and_stands_in_no_file(finished: Finished) -> None:
     assert not [
         name for name, data in files.items() if KEY.encode() in data or KEY.encode("utf-16-le") in data
     ]
+
+
+def test_a_wrecked_training_stops_the_loop_before_anything_is_scored_or_paid_for(
+    finished: Finished, tmp_path: Path
+) -> None:
+    asked = len(finished.requests)
+    absurd = {"runs_dir": tmp_path, "train__learning_rate": 100, "train__warmup_ratio": 0}
+    with pytest.raises((TrainingWrecked, TrainingDiverged), match=r"train\.learning_rate"):
+        run_loop(load(None, finished.settings(**absurd, train__num_epochs=6)), Silent())
+    here = RunDir(tmp_path / "run").round(0)
+    assert list(here.stages()) == ["prepare"]
+    assert not here.scores.exists()
+    # One step ends before its own loss could show anything; the scores do.
+    with pytest.raises(RunError, match=r"training made the model worse .* train\.learning_rate"):
+        run_loop(load(None, finished.settings(**absurd)), Silent())
+    assert list(here.stages()) == ["prepare", "train", "score", "select"]
+    assert len(finished.requests) == asked

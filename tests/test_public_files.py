@@ -76,6 +76,7 @@ def newer_manifest(run: RunDir) -> None:
 def newer_rows(run: RunDir) -> None:
     path = run.round(1).manifest
     manifest = json.loads(path.read_text(encoding="utf-8"))
+    del manifest["checksum"]
     manifest["stages"]["refine"]["versions"]["refined.jsonl"] = 2
     write_json(path, manifest)
 
@@ -90,6 +91,7 @@ def newer_losses(run: RunDir) -> None:
     table = pq.read_table(run.heldout_rows)
     pq.write_table(table.replace_schema_metadata({VERSION: b"2"}), run.heldout_rows)
     manifest = json.loads(run.final.manifest.read_text(encoding="utf-8"))
+    del manifest["checksum"]
     known = manifest["stages"]["evaluate"]["files"]  # else the stage is stale, and its files are not read
     known["../heldout_rows.parquet"] = fingerprint(run.heldout_rows)
     write_json(run.final.manifest, manifest)

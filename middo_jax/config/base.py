@@ -37,7 +37,15 @@ class ConfigError(ValueError):
     """A setting is unknown, malformed or out of range; the message has its name and what to do."""
 
 
-Condition = tuple[str, Any]  # dotted name of a setting, and the value that it must have
+class _Given:
+    """Stands for any value but null."""
+
+    def __repr__(self) -> str:
+        return "GIVEN"
+
+
+GIVEN = _Given()
+Condition = tuple[str, Any]  # dotted name of a setting, and the value that it must have, or GIVEN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,9 @@ def score_rows(round_dir: RoundDir, ids: Iterable[str] | None = None) -> dict[st
         rows = table.to_pylist()
         return {row.pop("id"): {k: _finite(v) for k, v in row.items()} for row in rows}
     except (pyarrow.lib.ArrowException, KeyError) as e:
-        raise RunError(f"{path}: not a table of scores ({e}); delete it and score the round again") from e
+        raise RunError(
+            f"{path}: not a table of scores ({e}); `middo run CONFIG --repair` makes it again"
+        ) from e
 
 
 def _finite(value: Any) -> Any:

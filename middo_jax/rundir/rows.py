@@ -423,5 +423,6 @@ class Stages(TypedDict):
 class ManifestFile(TypedDict):
     """The finished stages of a folder."""
 
-    version: Annotated[int, "version of this file's format"]
-    stages: Annotated[Stages, "records of the stages by name"]
+    version: Annotated[int, "of this file's format"]
+    checksum: NotRequired[Annotated[str, "SHA-256 of `stages`; absent in older files"]]
+    stages: Annotated[Stages, "by name"]

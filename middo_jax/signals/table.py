@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from middo_jax.rundir import atomic
+from middo_jax.rundir.files import DamagedFile
 from middo_jax.rundir.schemas import SCORES
 from middo_jax.rundir.tables import arrow_schema, refuse_newer
 from middo_jax.signals.consistency import NEEDED, consistency
@@ -120,10 +121,16 @@ def read_scores(path: Path) -> pa.Table:
     """Reads scores.parquet, with the user's columns last. Columns that an older file does not have are null.
 
     Raises:
-      ValueError: the file is not a table of scores.
+      ValueError: the file is not a table of scores; DamagedFile if it is no table at all.
       RunError: a newer version wrote it.
     """
-    return as_scores(pq.read_table(path), str(path))
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedFile(path, error) from error
+    return as_scores(table, str(path))
 
 
 def as_scores(table: pa.Table, where: str) -> pa.Table:

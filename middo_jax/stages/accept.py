@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from middo_jax.refinement.acceptance.measured import (
 from middo_jax.refinement.acceptance.repeats import Known
 from middo_jax.refinement.acceptance.table import asked, first_verdict, is_asked
 from middo_jax.rundir import RoundDir, read_jsonl, write_jsonl
+from middo_jax.rundir.files import read_json
 from middo_jax.rundir.rows import CandidateRow
 from middo_jax.session import Session, read_dataset
 from middo_jax.signals.embeddings import read_embeddings
@@ -201,7 +201,7 @@ class Acceptance:
             )
         if self._model is None:
             return limits
-        axes = json.loads(self._directory.selection.read_text(encoding="utf-8"))["axes"]
+        axes = read_json(self._directory.selection)["axes"]
         table = read_scores(self._directory.scores)
         nearest = [sims[0] for sims in table["knn_sims"].to_pylist() if sims]
         similarity = None

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from middo_jax.config import SampledRating
 from middo_jax.config.axis_table import scored_axes
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import end_of_turn_token
 from middo_jax.models.lora import without_adapters
 from middo_jax.models.model import Model
-from middo_jax.models.source import locate
 from middo_jax.rundir import RoundDir, RunError, chain
 from middo_jax.session import Session, read_dataset
 from middo_jax.signals.axes import with_computed
@@ -114,7 +114,7 @@ def measure(
         if pre_model is not None and any(wanted):
             pre = session.load_model(pre_model)
             before = measure_before(session, pre, pre_model, texts, wanted, earlier, passes)
-            base = _shared_base(pre, pre_model, model)
+            base = _shared_base(session, pre, pre_model, model)
             del pre
             gc.collect()
         loaded = session.load_model(model, base=base)
@@ -130,7 +130,31 @@ def measure(
         **({} if before is None else {"pre_identity": before.identity, "n_kept": before.n_kept}),
         "passes": {name: dataclasses.asdict(facts) for name, facts in passes.facts.items()},
     }
+    _require_scores(session, table, axes)
     return Scored(with_computed(table, axes), embedding_nd, of_measuring)
+
+
+def _require_scores(session: Session, table: pa.Table, axes: Collection[str]) -> None:
+    """Raises RunError if a column that an axis needs holds no number for any sample.
+
+    Single samples without a number are named in the column `error`, and no axis selects them. A judge whose
+    sampled ratings cannot be read may be a small model's: then nothing is selected by quality, which is said.
+    """
+    n, wanted = len(table), ["loss_post"]
+    wanted += ["knn_mean_sim"] if "diversity" in axes and n > 1 else []
+    wanted += ["quality"] if "quality" in axes else []
+    for name in wanted:
+        if not n or table[name].null_count < n:
+            continue
+        if name == "quality" and isinstance(session.config.quality.rating, SampledRating):
+            session.progress.say(
+                f"none of the judge's ratings of {n:,} samples can be read: none is low_quality"
+            )
+            continue
+        raise RunError(
+            f"none of the {n:,} samples has a finite {name}: nothing can be selected by such scores, and "
+            "nothing was written. The model computes NaN for all of them; try model.dtype=float32"
+        )
 
 
 def _under_model(
@@ -182,9 +206,11 @@ def _under_model(
     return measured.to_table(), embedding_nd, n_searched
 
 
-def _shared_base(pre: Model, pre_model: Path, model: Path) -> Model | None:
-    """Returns the loaded base weights if both models share them: adapters do not change their base."""
-    return without_adapters(pre) if locate(pre_model).weights == locate(model).weights else None
+def _shared_base(session: Session, pre: Model, pre_model: Path, model: Path) -> Model | None:
+    """The loaded weights that a second model stands on too: adapters leave their base as it is."""
+    return (
+        without_adapters(pre) if session.locate(pre_model).weights == session.locate(model).weights else None
+    )
 
 
 def _neighbours(

@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from middo_jax.config import (
+    GIVEN,
     RENAMED,
     RESULTLESS,
     Adafactor,
@@ -252,7 +253,14 @@ def test_every_setting_says_what_it_affects() -> None:
         if condition is not None
     }
     sampled = ("quality.method", "sample")
-    assert conditional == {("seed", "scores", sampled), ("serve.max_context", "scores", sampled)}
+    of_adapters = {(f"lora.{name}", "training", ("lora.rank", GIVEN)) for name in ("alpha", "target_modules")}
+    of_sampling = {("seed", "scores", sampled), ("serve.max_context", "scores", sampled)}
+    assert conditional == of_adapters | of_sampling
+    without, with_rank = (
+        affecting(load(None, [*NEEDED, *more]), {"training"}) for more in ([], ["lora.rank=2"])
+    )
+    assert {"lora.alpha", "lora.target_modules"} & without.keys() == set()
+    assert {"lora.alpha", "lora.target_modules"} <= with_rank.keys()
     assert {condition[0] for *_, condition in conditional} <= found.keys()
     with pytest.raises(TypeError, match="not an effect: taste"):
         Affects("speed", taste=sampled)
@@ -408,7 +416,7 @@ def test_defaults_are_those_of_the_alternative_that_is_the_default() -> None:
     assert (default_of("complexity.m"), default_of("complexity.fraction")) == (1.0, None)
     assert (default_of("quality.score"), default_of("quality.temperature")) == ("expected", None)
     assert default_of("train.optimizer.betas") == [0.9, 0.999]
-    assert (default_of("train.on_bad_step"), default_of("no.such")) == ("stop", None)
+    assert (default_of("train.on_bad_step"), default_of("no.such")) == ({"stop": 3.0}, None)
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/runs", "gs:/bucket/runs", "s3://bucket", "file:///tmp/runs"])

@@ -24,6 +24,7 @@ from middo_jax.report.lineage import score_rows, trace
 from middo_jax.report.status import render_status, status
 from middo_jax.report.texts import word_diff
 from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
+from middo_jax.rundir.events import read_events
 
 
 @pytest.fixture(scope="module")
@@ -436,12 +437,22 @@ def test_status_names_the_first_stage_that_is_not_done(run: RunDir) -> None:
     assert status(run)["next"] == {"round": "round_01", "stage": "train"}
 
 
-def test_status_forgives_only_a_last_event_that_was_cut_short(run: RunDir) -> None:
-    whole = run.events.read_text()
-    write_text(run.events, whole + '{"time": "2026-')
-    assert status(run)["last_event"]["event"] == "run_finished"
-    write_text(run.events, '{"time": "2026-\n' + whole)
-    with pytest.raises(RunError, match=r"events\.jsonl:1"):
+def test_torn_lines_of_the_log_are_counted_and_harm_nothing(run: RunDir) -> None:
+    """Half a line anywhere, blocks of NUL as after a power cut, and bytes that are no UTF-8."""
+    whole = run.events.read_bytes()
+    first, _, rest = whole.partition(b"\n")
+    torn = b'{"time": "2026-\n' + first + b"\n" + bytes(4096) + b"\n\xff\xfe\x80\n3\n" + bytes(9) + rest
+    run.events.write_bytes(torn + b'{"time": "20')
+    found = status(run)
+    assert found["last_event"]["event"] == "run_finished"
+    assert found["unreadable_events"] == 5
+    assert "5 lines of events.jsonl cannot be read and are ignored" in render_status(found)
+    assert "unreadable lines of events.jsonl: 5" in build(run).read_text(encoding="utf-8")
+    assert read_events(run.events).rows == [json.loads(line) for line in whole.splitlines()]
+    run.log("resume")  # on a line of its own
+    assert status(run)["last_event"]["event"] == "resume"
+    run.events.write_text('{"version": 2, "time": "later"}\n')
+    with pytest.raises(RunError, match=r"events\.jsonl has format version 2"):
         status(run)
 
 

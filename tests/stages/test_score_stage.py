@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.loop_fixture import settings
 from support.tiny_model import write_tiny_model
 
@@ -21,7 +22,7 @@ from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.progress import Silent
 from middo_jax.report.terminal import render_selection
-from middo_jax.rundir import RoundDir, RunError, fingerprint
+from middo_jax.rundir import RoundDir, RunDir, RunError, fingerprint
 from middo_jax.session import Session, prepare, write_dataset
 from middo_jax.signals.duplicates import count_duplicates, prompt_hash
 from middo_jax.signals.embeddings import read_embeddings, write_embeddings
@@ -186,6 +187,7 @@ def shuffled(directory: RoundDir) -> None:
     embedding_nd, order = embeddings(directory), np.random.default_rng(0).permutation(len(ids))
     write_embeddings(directory.embeddings, [ids[i] for i in order], embedding_nd[order])
     manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
+    del manifest["checksum"]
     record = manifest["stages"]["score"]
     record["files"][directory.embeddings.name] = fingerprint(directory.embeddings)
     del record["stats"]
@@ -216,6 +218,7 @@ def test_the_order_of_the_rows_of_the_embeddings_does_not_matter(
 
 def without_manifest(directory: RoundDir) -> None:
     manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
+    del manifest["checksum"]
     del manifest["stages"]["score"]
     directory.manifest.write_text(json.dumps(manifest), encoding="utf-8")
 
@@ -322,3 +325,19 @@ def test_ifd_is_a_column(folder: Folder, examples: list[Example]) -> None:
         assert table[free].null_count == without[free].null_count == 0
         np.testing.assert_allclose(as_floats(without, free), as_floats(table, free), rtol=1e-5)
     assert without["ifd"].null_count == without["loss_unconditional"].null_count == len(examples)
+
+
+def test_scores_that_hold_no_number_are_an_error_and_no_file(folder: Folder, examples: list[Example]) -> None:
+    """Finite weights whose products are not: every loss is NaN."""
+    broken = write_tiny_model(folder.root / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    directory = RoundDir(folder.root / "null")
+    write_dataset(directory, examples)
+    with pytest.raises(RunError, match=r"none of the \d+ samples has a finite loss_post.*model\.dtype"):
+        stages.score_stage(folder.session(), directory, broken, folder.base, ("complexity", "diversity"))
+    assert not directory.scores.exists()
+    assert "score" not in directory.stages()
+    with pytest.raises(RunError, match=r"the held-out loss under base .* is nan"):
+        stages.measure_heldout(folder.session(), RunDir(folder.root), {"base": broken}, examples)

@@ -181,6 +181,7 @@ def selected(finished: Finished, to: Path) -> Path:
     for name in ("requests.jsonl", "refined.jsonl", "candidates.jsonl"):
         (here / name).unlink(missing_ok=True)
     manifest = json.loads((here / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["checksum"]
     del manifest["stages"]["refine"], manifest["stages"]["merge"]
     (here / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return here

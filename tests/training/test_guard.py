@@ -24,7 +24,7 @@ from middo_jax.training.checks import TrainingDataError
 from middo_jax.training.guard import GuardState, guarded
 from middo_jax.training.hooks import on_metrics
 from middo_jax.training.memory import OutOfMemory, remedies
-from middo_jax.training.metrics import StepMetrics, TrainingDiverged
+from middo_jax.training.metrics import StepMetrics, TrainingDiverged, TrainingWrecked
 from middo_jax.training.optimizer import learning_rate_schedule
 from middo_jax.training.plan import TrainingPlan, plan_epoch
 
@@ -144,6 +144,19 @@ def test_a_spike_stops_with_its_size(tmp_path: Path):
         TrainingDiverged, match=r"step 10: .*over 1\.5 times the usual loss .* train\.on_bad_step"
     ):
         fine_tune(tmp_path, tokenized, settings)
+
+
+def test_a_wrecked_training_is_an_error_at_its_end_also_after_a_restart(tmp_path: Path):
+    """An absurd rate in fewer steps than the guard knows a usual loss after."""
+    tokenized = examples(40)
+    wrecking = EPOCH.model_copy(update={"learning_rate": 30.0, "warmup_ratio": 0.0, "schedule": "constant"})
+    for _ in range(2):  # the second start finds all steps done
+        with pytest.raises(TrainingWrecked, match=r"its first loss was 4\.\d+, .*train\.learning_rate"):
+            fine_tune(tmp_path, tokenized, wrecking)
+        assert not (tmp_path / "checkpoint" / "metadata.json").exists()
+    allowed = wrecking.model_copy(update={"on_bad_step": BadSteps()})
+    fine_tune(tmp_path / "allowed", tokenized, allowed)
+    assert (tmp_path / "allowed" / "checkpoint" / "metadata.json").exists()
 
 
 def test_out_of_memory_says_what_it_needs_and_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -21,6 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from middo_jax.rundir import write_json
+from middo_jax.rundir.files import full_disk_named, temporary_prefix
+from middo_jax.rundir.leftovers import sweep_beside
 from middo_jax.rundir.nesting import require_flat
 
 DTYPES = {
@@ -249,15 +251,19 @@ def new_directory(path: Path) -> Iterator[Path]:
     """A temporary directory beside `path`, renamed to `path` when the block succeeds.
 
     Raises:
-      FileExistsError: `path` exists and is not an empty directory.
+      FileExistsError: `path` is there and holds something.
+      DiskFull: there is no room for it.
     """
     require_vacant(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    sweep_beside(path)  # a killed export has left a copy of the whole model
+    with full_disk_named(path):
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
     try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp sets 0700, but models are shared
-        os.replace(temporary, path)
+        with full_disk_named(path):
+            yield temporary
+            temporary.chmod(0o755)  # mkdtemp makes 0700, which would surprise who shares a model
+            os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

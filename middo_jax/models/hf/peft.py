@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from middo_jax.models.config import DecoderConfig, Lora, UnsupportedModel
 from middo_jax.models.decoder import abstract
+from middo_jax.models.finite import not_finite
 from middo_jax.models.hf.companions import write_tokenizer
 from middo_jax.models.hf.files import (
     DTYPES,
@@ -123,13 +124,15 @@ def load_adapters(directory: Path, config: DecoderConfig, mesh: Mesh, dtype: str
       The adapters alone.
 
     Raises:
-      CheckpointError: a tensor is missing, surplus, or does not fit the base.
+      CheckpointError: a tensor is missing, surplus, not finite, or does not fit the base.
     """
     weights, table = Weights(directory, _STEM), list(_adapter_table(config))
     _check(weights, table)
     tensors: dict[tuple[str, ...], list[np.ndarray]] = {}
     for row in table:
         [tensor] = weights.read(row.name, [tuple(map(range, row.shape))])
+        if not np.isfinite(tensor).all():
+            raise CheckpointError(not_finite(weights.tensors[row.name].file, [row.name]))
         tensors.setdefault(row.spec.path, []).append(tensor.T.astype(dtype))
     values = {spec.path: to_mesh(mesh, np.stack(tensors[spec.path]), *spec.axes) for spec in adapters(config)}
     targets, _ = partition(abstract(config)[1], config)

@@ -64,7 +64,8 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
         """
         del stream  # no caller in this package streams
         options["follow_redirects"] = False
-        for _ in range(REDIRECTS + 1):
+        left = REDIRECTS
+        while True:
             response = await super().send(request, stream=True, **options)
             try:
                 following = response.next_request
@@ -72,10 +73,11 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
                     return await _received(response)
                 if following.method != request.method or _origin(following.url) != _origin(request.url):
                     return _as_refusal(response, f"it redirects to {shown(str(following.url))}")
+                if left == 0:
+                    return _as_refusal(response, f"it redirects more than {REDIRECTS} times")
             finally:
                 await response.aclose()
-            request = following
-        return _as_refusal(response, f"it redirects more than {REDIRECTS} times")
+            request, left = following, left - 1
 
 
 class _NoCookies(http.cookiejar.CookieJar):

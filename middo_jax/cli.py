@@ -206,7 +206,8 @@ def refine(
     settings = session.config.refine
     if dry_run:
         form = "json" if settings.response_format == "json" else "text"
-        plan = refinement.dry_run(stages.plan_refinement(here), settings, form)
+        tasks = stages.plan_refinement(here, settings.turns)
+        plan = refinement.dry_run(tasks, settings, form, stages.kept_samples(here, settings.turns))
         facts = dataclasses.asdict(plan)
         _show(as_json, facts, render_dry_run(facts))
         return

@@ -13,6 +13,8 @@ from middo_jax.config.base import Affects, Settings
 from middo_jax.config.gates import Gate, Switch, gate, gates
 from middo_jax.config.unions import Alternative, OneOf
 
+Turns = Literal["skip", "last", "all"]
+
 
 class Prices(Settings):
     """What the endpoint charges, in US dollars per million tokens."""
@@ -193,6 +195,12 @@ class RefineSettings(Settings):
     show_response: Annotated[bool, Affects("rewrites")] = Field(
         default=True,
         description="Whether the refiner also sees the original response; false is the published way.",
+    )
+    turns: Annotated[Turns, Affects("rewrites")] = Field(
+        default="last",
+        description="What is rewritten of a conversation of several turns. last: its last user turn, which "
+        "is answered in the context of the others; all: every answer that is learnt is also written anew; "
+        "skip: nothing, it stays as it is.",
     )
     accept: Annotated[Literal["measured", "sane", "none"], Affects("acceptance")] = Field(
         default="measured",

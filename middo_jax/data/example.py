@@ -96,14 +96,53 @@ class Example:
         """The last assistant turn."""
         return self.messages[-1].content
 
-    def replace_text(self, prompt: str, response: str, lineage: Lineage) -> Example:
-        """A rewritten single-turn child.
+    @property
+    def question(self) -> str:
+        """The last user turn, which a rewrite replaces."""
+        return self.messages[self._asked].content
 
-        It keeps the system turn and the extra columns, and has its own id.
+    @property
+    def context(self) -> tuple[Message, ...]:
+        """All turns before the last user turn, the system turn among them."""
+        return self.messages[: self._asked]
+
+    @property
+    def n_user_turns(self) -> int:
+        """How many turns are the user's; over 1 in a conversation of several turns."""
+        return sum(m.role == "user" for m in self.messages)
+
+    @property
+    def _asked(self) -> int:
+        return max(n for n, m in enumerate(self.messages) if m.role == "user")
+
+    def replace_text(
+        self, prompt: str, response: str, lineage: Lineage, context: tuple[Message, ...] | None = None
+    ) -> Example:
+        """The child that a refiner's prompt and answer make. It has the extra columns and its own id.
+
+        A rewrite keeps all turns before the last user turn, or has `context` in their place. An addition
+        (`lineage.op` is `synthesize`) has one prompt after the system turn.
+
+            [system, u1, a1, u2, a2]  ->  rewrite [system, u1, a1, prompt, response]
+                                          addition [system, prompt, response]
         """
-        system = tuple(m for m in self.messages if m.role == "system")
+        before = self.context if context is None else context
+        if lineage.op == "synthesize":
+            before = tuple(m for m in self.messages if m.role == "system")
         turns = (Message("user", prompt), Message("assistant", response))
-        return Example(system + turns, lineage=lineage, extra=self.extra)
+        return Example(before + turns, lineage=lineage, extra=self.extra)
+
+    def changed_turns(self, original: Example) -> list[int]:
+        """Which turns of this conversation differ from its original's, counted from 0.
+
+        Earlier versions made one prompt and one answer of several turns; then all turns behind the first
+        changed one differ.
+        """
+        one, other = self.messages, original.messages
+        differs = [a != b for a, b in zip(one, other, strict=False)]
+        if len(one) == len(other):
+            return [n for n, differs_here in enumerate(differs) if differs_here]
+        return list(range(differs.index(True) if any(differs) else len(differs), len(one)))
 
     def to_json(self) -> ExampleRow:
         """A row of dataset.jsonl; `from_json` reads it back to an equal Example."""

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from typing import Any, Protocol
 
 from middo_jax.config import RefineSettings
-from middo_jax.data.example import Lineage
+from middo_jax.data.example import Example, Lineage, Message
 from middo_jax.refinement import prompts
 from middo_jax.refinement.acceptance.candidate import Candidate
 from middo_jax.refinement.acceptance.table import first_verdict
@@ -83,12 +83,14 @@ def first_request(task: Task, settings: RefineSettings, form: Form = "text") -> 
 
 def _first_request(task: Task, settings: RefineSettings, form: Form) -> Messages:
     if task.op == "synthesize":
-        return prompts.synthesize(task.original.prompt, [hint.prompt for hint in task.hints], form)
+        several = any(example.n_user_turns > 1 for example in (task.original, *task.hints))
+        hints = [prompts.questions(hint) for hint in task.hints]
+        return prompts.synthesize(prompts.questions(task.original), hints, form, several)
     response = task.original.response if settings.show_response else None
-    if task.op == "rewrite" and "complexity" in task.axes:
-        return prompts.both(task.original.prompt, response, form)
     revise = prompts.simplify if task.op == "simplify" else prompts.rewrite
-    return revise(task.original.prompt, response, form)
+    if task.op == "rewrite" and "complexity" in task.axes:
+        revise = prompts.both
+    return revise(task.prompt, response, form, prompts.conversation(task.original.context))
 
 
 async def refine_tasks(
@@ -251,10 +253,9 @@ class _Dialogue:
             await self.schema.was_refused(refused)
             return replied
 
-    async def answer(self, prompt: str) -> Answer:
-        """The answer to the new prompt, after the sample's own system turns."""
-        system = [message.content for message in self.task.original.messages if message.role == "system"]
-        return await self._ask("answer", prompts.answer(prompt, system))
+    async def answer(self, prompt: str, context: Sequence[Message]) -> Answer:
+        """The answer to a prompt after the turns before it."""
+        return await self._ask("answer", prompts.answer(prompt, context))
 
     async def _ask(self, step: Step, messages: Messages) -> Answer:
         answer = await self._complete(step, messages)
@@ -295,7 +296,10 @@ async def _refine(dialogue: _Dialogue, round_index: int, special_tokens: Collect
         if verdict := first_verdict(candidate, "prompt", settings):
             return rejected(verdict)
         assert prompt is not None  # otherwise the gate `readable`, which is always applied, has rejected it
-        reply = await dialogue.answer(prompt)
+        context = await _context(dialogue, special_tokens)
+        if isinstance(context, Verdict):
+            return rejected(context)
+        reply = await dialogue.answer(prompt, context)
     except RefinerError as error:
         if error.stops_stage:
             raise
@@ -305,8 +309,38 @@ async def _refine(dialogue: _Dialogue, round_index: int, special_tokens: Collect
     if verdict := first_verdict(candidate, "answer", settings):
         return rejected(verdict)
     lineage = _lineage(task, dialogue.client.model, round_index)
-    child = task.original.replace_text(prompt, response, lineage)
+    child = task.original.replace_text(prompt, response, lineage, context)
     return Outcome(task, child, None, tuple(dialogue.exchanges))
+
+
+async def _context(dialogue: _Dialogue, special_tokens: Collection[str]) -> tuple[Message, ...] | Verdict:
+    """The turns before the new prompt; with `refine.turns=all` each learnt answer among them is a new one.
+
+    An answer that a gate rejects ends the task: its verdict names the turn. The new prompt was written before
+    these answers, since most candidates fail there, at the price of one request.
+    """
+    task, settings = dialogue.task, dialogue.settings
+    if task.op == "synthesize":
+        return tuple(m for m in task.original.messages if m.role == "system")
+    turns: list[Message] = []
+    for n, message in enumerate(task.original.context, 1):
+        if settings.turns == "all" and message.role == "assistant" and message.learnt:
+            *before, question = turns
+            reply = await dialogue.answer(question.content, before)
+            here = dataclasses.replace(task, original=Example(task.original.messages[:n]))
+            text = _answer_text(reply.text, task, question.content, special_tokens)
+            candidate = Candidate(
+                here,
+                special_tokens,
+                prompt=question.content,
+                finish_reason=reply.finish_reason,
+                response=text,
+            )
+            if text != message.content and (verdict := first_verdict(candidate, "answer", settings)):
+                return dataclasses.replace(verdict, detail=f"turn {n}: {verdict.detail}")
+            message = dataclasses.replace(message, content=text)
+        turns.append(message)
+    return tuple(turns)
 
 
 def _answer_text(reply: str, task: Task, prompt: str, special_tokens: Collection[str]) -> str:

@@ -200,6 +200,8 @@ def _round(
         ),
         "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),
+        "kept": folder.stages().get("refine", {}).get("kept", {}),
+        "conversations": _conversations(tasks or []),
         "rewrites": [
             _rewrite(t, hints, scores, later, axes) for t in tasks or [] if t["accepted"] and t["example"]
         ],
@@ -309,6 +311,18 @@ def _example(row: dict[str, Any] | None) -> Example | None:
     return Example.from_json(row) if row else None
 
 
+def _conversations(tasks: list[dict[str, Any]]) -> dict[str, int]:
+    """Accepted rewrites of conversations of several turns: their number, their turns, the changed ones."""
+    taken = [t for t in tasks if t["accepted"] and t["example"] and t["replaces"]]
+    pairs = [(Example.from_json(t["original"]), Example.from_json(t["example"])) for t in taken]
+    long = [(original, child) for original, child in pairs if original.n_user_turns > 1]
+    return {
+        "n": len(long),
+        "turns": sum(len(child.messages) for _, child in long),
+        "changed": sum(len(child.changed_turns(original)) for original, child in long),
+    }
+
+
 def _rewrite(
     task: dict[str, Any],
     hints: dict[str, str],
@@ -325,6 +339,14 @@ def _rewrite(
     after = {**later.get(example.id, {}), **measured}
     compare = word_diff if task["replaces"] else lambda a, b: ([(False, a)], [(False, b)])
     columns = [c for axis in task["axes"] if axis in shown for c in shown[axis].columns]
+    texts = [
+        ("Prompt", *compare(original.prompt, example.prompt)),
+        ("Response", *compare(original.response, example.response)),
+    ]
+    if task["replaces"] and len(original.messages) == len(example.messages) and original.n_user_turns > 1:
+        changed = example.changed_turns(original)
+        pairs = ((n, original.messages[n], example.messages[n]) for n in changed)
+        texts = [(f"Turn {n + 1} ({m.role})", *compare(m.content, new.content)) for n, m, new in pairs]
     return {
         "id": example.id,
         "source_id": original.id,
@@ -333,10 +355,7 @@ def _rewrite(
         "colour": _colour(_axes(task), shown),
         "replaces": bool(task["replaces"]),
         "headline": " ".join(example.prompt.split())[:160],
-        "texts": [
-            ("Prompt", *compare(original.prompt, example.prompt)),
-            ("Response", *compare(original.response, example.response)),
-        ],
+        "texts": texts,
         "hints": [(i, hints.get(i)) for i in task["hint_ids"]],
         "scores": [(c, before.get(c), after.get(c)) for c in columns],
     }

@@ -334,6 +334,7 @@ class RefineRecord(StageRecord):
 
     n: Annotated[int, "tasks"]
     accepted: Annotated[int, "tasks that ended with a new sample"]
+    kept: NotRequired[Annotated[dict[str, int], "selected samples that get no task, by reason"]]
     usage: Annotated[dict[str, UsageRow], "by axes"]
     limits: Annotated[LimitsRow, "bars for candidates"]
 

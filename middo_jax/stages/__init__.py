@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
     from middo_jax.stages.refine import (
         follow_refinement,
+        kept_samples,
         merge_stage,
         merged,
         plan_refinement,
@@ -31,7 +32,7 @@ _MODULES = {
     "batch": "batch_stage",
     "checks": "check_continues check_refiner check_training",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
-    "refine": "follow_refinement merge_stage merged plan_refinement refine_round refine_stage",
+    "refine": "follow_refinement kept_samples merge_stage merged plan_refinement refine_round refine_stage",
     "score": "check_embedder score_stage",
     "select": "select_stage",
     "surroundings": "answer_cache",
@@ -50,6 +51,7 @@ __all__ = [
     "export_adapter",
     "export_checkpoint",
     "follow_refinement",
+    "kept_samples",
     "measure_heldout",
     "merge_stage",
     "merged",

@@ -7,11 +7,13 @@ import dataclasses
 import gc
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from middo_jax.config.axis_table import axes as axis_rows
+from middo_jax.config.refine import Turns
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
 from middo_jax.parallel.coordination import follow, lead
@@ -29,6 +31,7 @@ from middo_jax.refinement import (
 )
 from middo_jax.refinement.growth import Dropped, fit, max_size
 from middo_jax.refinement.meter import Meter
+from middo_jax.refinement.tasks import why_kept
 from middo_jax.rundir import RoundDir, RunError, chain, read_jsonl, write_jsonl
 from middo_jax.session import Session, read_dataset
 from middo_jax.signals.embeddings import require_embeddings
@@ -42,8 +45,11 @@ FOLLOWED = "refine"  # the name of what process 0 leads
 Ask = Callable[[Sequence[Task]], list[Outcome]]
 
 
-def plan_refinement(directory: RoundDir) -> list[Task]:
-    """What the refiner would be asked to do, from the folder's dataset, scores and selection."""
+def plan_refinement(directory: RoundDir, turns: Turns = "last") -> list[Task]:
+    """What the refiner would be asked to do, from the folder's dataset, scores and selection.
+
+    `turns` is `refine.turns`.
+    """
     if not directory.is_done("select"):
         raise RunError(f"{directory.path}: no selection from its scores there; run `middo select` first")
     axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
@@ -53,7 +59,16 @@ def plan_refinement(directory: RoundDir) -> list[Task]:
         {axis: facts["ids"] for axis, facts in axes.items()},
         knn_ids={row["id"]: row["knn_ids"] or () for row in rows},
         scores=_kept_scores(rows),
+        turns=turns,
     )
+
+
+def kept_samples(directory: RoundDir, turns: Turns) -> dict[str, int]:
+    """How many selected samples get no task, by reason."""
+    axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
+    selected = {id_ for axis in axes.values() for id_ in axis["ids"]}
+    reasons = (why_kept(e, turns) for e in read_dataset(directory) if e.id in selected)
+    return dict(Counter(reason for reason in reasons if reason is not None))
 
 
 def _kept_scores(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
@@ -99,7 +114,10 @@ def refine_stage(
       RefinerError: the endpoint fails for all alike; what it answered is kept.
     """
     config, began = session.config, time.monotonic()
-    tasks = plan_refinement(directory)
+    tasks = plan_refinement(directory, config.refine.turns)
+    kept = kept_samples(directory, config.refine.turns)
+    for why, n in kept.items():
+        session.progress.say(f"{n:,} selected samples stay as they are: {why}")
     measuring = None
     if config.refine.accept == "measured":
         measuring = model or scored_model(directory)
@@ -117,6 +135,7 @@ def refine_stage(
         time.monotonic() - began,
         n=len(outcomes),
         accepted=sum(o.example is not None for o in outcomes),
+        kept=kept,
         usage=ledger.to_json(),
         limits=dataclasses.asdict(acceptance.limits),
     )

@@ -100,7 +100,7 @@ def score(
     with contextlib.nullcontext() if place is None else held(place):
         session = session_for(model_path, _path(rows), settings, place)
         data = read_data(session, None if _path(rows) else rows)
-        kept, _, rejections = prepare(session, data)
+        kept, _, rejections, _ = prepare(session, data)
         own = _own_columns(data, kept, keep_columns)
         if pre_model is None and "complexity" in axes:
             session.progress.say(
@@ -165,7 +165,7 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
     with held(place):
         session = session_for(model_path, _path(rows), settings, place)
         data = read_data(session, None if _path(rows) else rows)
-        kept, heldout, rejections = prepare(session, data)
+        kept, heldout, rejections, _ = prepare(session, data)
         with session.stage():  # checks, training and the loss at its end read the same conversations
             stages.check_training(session, kept, heldout)
             stages.check_continues(session, RoundDir(place), kept)
@@ -190,7 +190,7 @@ def evaluate(rows: Any, model: PathLike, *, settings: SettingsLike = None) -> He
     """
     path = resolve(os.fspath(model))
     session = session_for(path, _path(rows), settings)
-    examples, _, _ = prepare(session, read_data(session, None if _path(rows) else rows))
+    examples, *_ = prepare(session, read_data(session, None if _path(rows) else rows))
     return stages.HeldOut(session, examples).loss(session.load_model(path))
 
 

@@ -297,18 +297,26 @@ def convert(
         str,
         typer.Option("--from", help="The format of DATA: auto alpaca messages sharegpt prompt_completion"),
     ] = "auto",
+    overrides: Overrides = None,
 ) -> None:
     """Writes a dataset in another format. Unusable rows are counted and written to OUT.rejected.jsonl."""
-    from middo_jax.data.sources import commonest_reasons, read, write
+    from middo_jax.config import load
+    from middo_jax.data.reading import Reading
+    from middo_jax.data.sources import commonest_reasons, read_rows, write
     from middo_jax.rundir import local, write_jsonl
 
-    examples, rejections = read(data, from_)
-    write(examples, local(out), to)
+    settings = load(None, ["model.path=none", {"data.path": data}, *(overrides or ())]).data
+    read = read_rows(data, from_, settings.limit, Reading.of(settings))
+    examples, rejections = read.examples, read.rejections
+    write(examples, local(out), to, settings.id_column or "id")
     if rejections:
         beside = out.with_name(f"{out.name}.rejected.jsonl")
         write_jsonl(beside, (r.to_json() for r in rejections))
         print(f"{len(rejections)} rows could not be used, see {beside}", file=sys.stderr)
         print("\n".join(commonest_reasons(rejections)), file=sys.stderr)
+    if read.repairs:
+        print("rows were repaired (data.strict=true refuses them):", file=sys.stderr)
+        print("\n".join(commonest_reasons(read.repairs)), file=sys.stderr)
     print(out)
 
 
@@ -374,7 +382,7 @@ def inspect(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The model whose tokenizer and template are used. Without it, only rows are counted."
+            help="The model whose tokenizer and template are used. Without it, only rows are looked at."
         ),
     ] = None,
     overrides: Overrides = None,
@@ -382,6 +390,7 @@ def inspect(
 ) -> None:
     """Counts the rows of a dataset; with a model, shows lengths, packing and the first sample."""
     from middo_jax.config import load
+    from middo_jax.data.reading import Reading
     from middo_jax.data.sources import read_rows
     from middo_jax.data.tokenize import tokenize_all, truncate
     from middo_jax.models.source import tokenizer_directory
@@ -392,15 +401,16 @@ def inspect(
 
     base = tokenizer_directory(model) if model else "none"
     config = load(None, [f"model.path={base}", f"data.path={data}", *(overrides or ())])
-    rows = read_rows(config.data.path, config.data.format, config.data.limit)
-    facts = inspect_rows(rows.examples, rows.rejections)
+    reading = Reading.of(config.data)
+    rows = read_rows(config.data.path, config.data.format, config.data.limit, reading)
+    facts = inspect_rows(rows.examples, rows.rejections, rows.repairs)
     if model:
         session, max_length = Session(config, for_stderr()), config.model.max_length
         rows = usable(session, rows)
         whole = tokenize_all(rows.examples, session.tokenizer)
         cut = [truncate(tokenized, max_length) for tokenized in whole]
         session.tell_of_no_end(cut)
-        facts = inspect_rows(rows.examples, rows.rejections) | inspect_tokens(
+        facts = inspect_rows(rows.examples, rows.rejections, rows.repairs) | inspect_tokens(
             whole,
             cut,
             session.tokenizer,

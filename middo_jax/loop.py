@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from typing import NamedTuple
 from middo_jax import stages, template_date
 from middo_jax.config import RENAMED, Config
 from middo_jax.data.example import Example
-from middo_jax.data.sources import Rejection
+from middo_jax.data.files import inputs_of
+from middo_jax.data.sources import Rejection, Repair, count_reasons
 from middo_jax.parallel.coordination import agree, barrier, from_first, is_first, stop_point
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
@@ -39,11 +41,13 @@ class FreshData(NamedTuple):
       begun: the stage that read it.
       kept: examples to train on.
       rejections: rows that cannot be used.
+      repairs: rows that were repaired.
     """
 
     begun: Begun
     kept: Sequence[Example]
     rejections: Sequence[Rejection]
+    repairs: Sequence[Repair]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,16 +153,16 @@ def _checked(run: RunDir, session: Session) -> Plan:
     """Says what will be redone, and checks what can be checked before the folder is made or changed."""
     config, first = session.config, run.round(0)
     _refuse_previous_version(run)
-    data = Path(config.data.path).expanduser()
-    links = chain(run, config, session.base, data if data.exists() else None)
+    links = chain(run, config, session.base, inputs_of(config.data))
     states = assess(links, config)
+    _offer_choice(run, config, *states[0])
     fresh = None
     if states[0][1].is_fresh:
         heldout = [Example.from_json(row) for row in read_jsonl(run.heldout)]
     else:
         begun = links[0].begin()
-        kept, heldout, rejections = prepare(session)
-        fresh = FreshData(begun, kept, rejections)
+        kept, heldout, rejections, repairs = prepare(session)
+        fresh = FreshData(begun, kept, rejections, repairs)
     pending = {link.name for link, state in states if not state.is_fresh}
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
         stages.check_training(session, read_dataset(first) if fresh is None else fresh.kept, heldout)
@@ -167,6 +171,22 @@ def _checked(run: RunDir, session: Session) -> Plan:
     for line in redone(states):
         session.progress.say(line)
     return Plan(run, session, heldout, links, fresh)
+
+
+def _offer_choice(run: RunDir, config: Config, link: Link, state: State) -> None:
+    """Refuses to replace a run's results because its data was edited, unless `data.if_changed` is `redo`.
+
+    Raises:
+      RunError: the data has changed since the run read it.
+    """
+    if config.data.if_changed == "redo" or state.why is None:
+        return
+    roles = "|".join(map(re.escape, link.data))
+    if roles and re.match(rf"({roles}) has changed: |it reads ({roles}) now$", state.why):
+        raise RunError(
+            f"{run.path}: the data of this run was edited ({state.why}). name=NEW starts a new run and keeps "
+            "this one; data.if_changed=redo goes on in this one and makes again what depends on the data"
+        )
 
 
 def _facts(plan: Plan) -> dict[str, str]:
@@ -211,17 +231,18 @@ def _refuse_previous_version(run: RunDir) -> None:
 
 
 def _prepare(plan: Plan, link: Link) -> None:
-    began = time.monotonic()
+    began, facts = time.monotonic(), {}
     if link.earlier is not None:
         begun = link.begin()
         kept, _ = stages.merged(plan.session, link.earlier)
     else:
         assert plan.fresh is not None  # `_checked` read it, since this stage was not done
-        begun, kept, rejections = plan.fresh
+        begun, kept, rejections, repairs = plan.fresh
+        facts["repairs"] = {reason.reason: reason.n for reason in count_reasons(repairs)}
         write_jsonl(plan.run.rejected, (r.to_json() for r in rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
     write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
-    begun.finish(plan.session.config, time.monotonic() - began, n=len(kept))
+    begun.finish(plan.session.config, time.monotonic() - began, n=len(kept), **facts)
 
 
 def _train(plan: Plan, link: Link) -> None:

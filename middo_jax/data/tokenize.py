@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from middo_jax.data.example import Example, Message
-from middo_jax.data.spans import locate, render
+from middo_jax.data.spans import locate, render, require_tools
 from middo_jax.data.templates import (
     TemplateError,
     control_tokens,
@@ -117,10 +117,12 @@ def steering_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 def refusal(example: Example, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Why an example cannot be used with this tokenizer, or None if it can. The text is only rendered."""
     for token in sorted(steering_tokens(tokenizer)):
-        if any(token in message.content for message in example.messages):
+        if any(token in text for message in example.messages for text in (message.content, message.tool)):
             return f"its text contains the model's control token {token}"
     try:
-        locate(tokenizer, render(tokenizer, example.messages), example)
+        text = render(tokenizer, example.messages, tools=example.tools)
+        require_tools(text, example)
+        locate(tokenizer, text, example)
     except TemplateError as e:
         return str(e)
     return None
@@ -154,7 +156,7 @@ def tokenize_all(
     tokenized: list[TokenizedExample] = []
     for start in range(0, len(examples), _TEXTS_AT_A_TIME):
         some = examples[start : start + _TEXTS_AT_A_TIME]
-        texts = [render(tokenizer, example.messages) for example in some]
+        texts = [render(tokenizer, example.messages, tools=example.tools) for example in some]
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         columns = (encoded["input_ids"], encoded["offset_mapping"])
         for example, text, tokens, offsets in zip(some, texts, *columns, strict=True):

@@ -186,6 +186,8 @@ class Outcome:
 
 def why_kept(example: Example, turns: Turns) -> str | None:
     """Why a sample is never refined with this setting of `refine.turns`; None if it is."""
+    if example.has_tools:
+        return "tools are used, and a refiner has none"
     if turns == "skip" and example.n_user_turns > 1:
         return "several turns (refine.turns=skip)"
     return None

@@ -24,6 +24,7 @@ import yaml
 from markupsafe import Markup
 
 from middo_jax.data.example import Example
+from middo_jax.data.sources import Rejection, count_reasons
 from middo_jax.progress import duration
 from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
@@ -81,6 +82,8 @@ def page(run: RunDir) -> str:
         for i, (folder, facts) in enumerate(zip(folders, state["rounds"], strict=True))
     ]
     refined = [r for r in rounds if r["accepted"] is not None]
+    refused = load_jsonl(run.path / "rejected.jsonl")
+    unusable = [Rejection(row["where"], row["reason"], None) for row in refused or []]
     return _environment().get_template("page.html.j2").render(
         version=__version__,
         state=state,
@@ -89,7 +92,9 @@ def page(run: RunDir) -> str:
         axes=axes,
         settings=settings,
         settings_text=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
-        refused=load_jsonl(run.path / "rejected.jsonl"),
+        refused=refused,
+        refused_reasons=count_reasons(unusable),
+        repairs=run.round(0).stages().get("prepare", {}).get("repairs", {}),
         n_heldout_rows=count_rows(run.heldout),
         n_accepted=sum(r["accepted"] for r in refined) if refined else None,
         n_tried=sum(r["accepted"] + r["rejected"] for r in refined) if refined else None,
@@ -350,6 +355,7 @@ def _rewrite(
     return {
         "id": example.id,
         "source_id": original.id,
+        "user_id": original.user_id,
         "op": OPS.get(task["op"], task["op"]),
         "axes": _axes(task),
         "colour": _colour(_axes(task), shown),

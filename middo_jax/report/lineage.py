@@ -29,10 +29,10 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
       example_id: an id, or the beginning of exactly one id.
 
     Returns:
-      One dict of JSON values per sample: id, relation (ancestor | self | descendant), round (the first round
-        whose
-      dataset contains it, or would contain it; `final` counts as the round after the last), rounds (all
-      folders whose dataset contains it), op, axis, parent_ids, root_id, hint_ids, refiner, accepted, verdict,
+      One dict of JSON values per sample: id, user_id (the user's own id, None if there is none), relation
+      (ancestor | self | descendant), round (the first round whose dataset contains it, or would contain it;
+      `final` counts as the round after the last), rounds (all folders whose dataset contains it), op, axis,
+      parent_ids, root_id, hint_ids, refiner, accepted, verdict,
       prompt, response, turns, turns_changed (of a rewrite, against its original; None of others), scores
       (its row in the first round's scores.parquet, None if it was not scored), later_scores ({folder: row}),
       scores_before (for which the parent was selected).
@@ -116,6 +116,7 @@ def _sample(row: dict[str, Any], index: int) -> dict[str, Any]:
     lineage = example.lineage
     return {
         "id": example.id,
+        "user_id": example.user_id,
         "round": index,
         "rounds": [],
         "op": lineage.op,
@@ -149,6 +150,10 @@ def _verdict_text(task: dict[str, Any]) -> str | None:
 def _resolve(run: RunDir, samples: dict[str, Any], wanted: str) -> str:
     if wanted in samples:
         return wanted
+    # A rewrite has its original's own id, so that several samples may have it; the user's row is the first.
+    own = [i for i, sample in samples.items() if wanted and str(sample["user_id"]) == wanted]
+    if own:
+        return min(own, key=lambda i: samples[i]["round"])
     if not samples:
         raise RunError(f"{run.path}: no round has a dataset yet, so there is no sample to trace")
     matches = sorted(i for i in samples if wanted and i.startswith(wanted))

@@ -107,7 +107,9 @@ def render_trace(chain: list[dict[str, Any]]) -> str:
         known = [f"{name} {scores[name]:.3f}" for name in shown if scores.get(name) is not None]
         changed = sample.get("turns_changed")
         turns = f", {changed} of {sample['turns']} turns changed" if changed is not None else ""
-        block = [f"round {sample['round']}  {sample['id']}  {how}{parents}{turns}{verdict}"]
+        user_id = sample.get("user_id")
+        own = "" if user_id is None else f" (yours: {user_id})"
+        block = [f"round {sample['round']}  {sample['id']}{own}  {how}{parents}{turns}{verdict}"]
         block += [f"  {', '.join(known)}"] if known else []
         for name in ("prompt", "response"):
             block.append(textwrap.indent(f"{name}: {sample[name]}", "  "))
@@ -119,6 +121,9 @@ def render_inspection(facts: dict[str, Any], *, color: bool = False) -> str:
     """The result of `inspection` as text; the targets are in colour, or between [[ and ]] without colour."""
     lines = [f"{facts['n']:,} rows can be used, {len(facts['rejected'])} cannot"]
     lines += reason_lines([Reason(**reason) for reason in facts["reasons"]], limit=5)
+    if facts["repairs"]:
+        lines.append("repaired (data.strict=true refuses such rows):")
+        lines += reason_lines([Reason(**reason) for reason in facts["repairs"]], limit=5)
     if "tokens" not in facts:
         return printable("\n".join(lines))
     lines += [f"warning: {warning}" for warning in facts["warnings"]]

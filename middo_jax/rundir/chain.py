@@ -44,7 +44,7 @@ class Link:
       files: what it reads within the run, models aside.
       writes: files, or folders.
       models: the models that it reads, by role; None where the place is not known.
-      data: the user's data, if it reads that and the place is known.
+      data: files and folders of the user's data by role, if it reads them and the places are known.
       earlier: the round before this folder's, if there is one.
     """
 
@@ -54,7 +54,7 @@ class Link:
     files: tuple[Path, ...]
     writes: tuple[Path, ...]
     models: Mapping[str, Path | None] = dataclasses.field(default_factory=dict)
-    data: Path | None = None
+    data: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     earlier: RoundDir | None = None
 
     @property
@@ -75,7 +75,7 @@ class Link:
     @property
     def inputs(self) -> dict[str, Path]:
         """Files and folders outside of the run, by role."""
-        roles = {"data": self.data, **self.models}
+        roles = {**self.data, **self.models}
         return {role: p for role, p in roles.items() if p and not _is_ours(p) and p.exists()}
 
     def begin(self) -> Begun:
@@ -148,16 +148,18 @@ def assess(links: Sequence[Link], config: Config) -> list[tuple[Link, State]]:
     return states
 
 
-def chain(run: RunDir, config: Config, base: Path | None = None, data: Path | None = None) -> list[Link]:
+def chain(
+    run: RunDir, config: Config, base: Path | None = None, data: Mapping[str, Path] | None = None
+) -> list[Link]:
     """All stages of a run in order.
 
     Args:
       run: the run.
       config: how many rounds, from which models; and whether rewrites are measured.
       base: the base model's directory; None where it is not known.
-      data: the user's data, if it is a file or folder; None where it is not known.
+      data: files and folders of the user's data by role; None where they are not known.
     """
-    links = [prepare(run, data)]
+    links = [prepare(run, data or {})]
     ends = [*(run.round(t) for t in range(config.rounds)), run.final]
     for t, here in enumerate(ends):
         earlier = ends[t - 1] if t else None
@@ -174,7 +176,7 @@ def chain(run: RunDir, config: Config, base: Path | None = None, data: Path | No
     return [*links, evaluate(run, ends, base), export(run.final)]
 
 
-def prepare(run: RunDir, data: Path | None) -> Link:
+def prepare(run: RunDir, data: Mapping[str, Path]) -> Link:
     """The user's data -> the first round's dataset, and what is held out."""
     here = run.round(0)
     writes = (here.dataset, run.heldout, run.rejected)

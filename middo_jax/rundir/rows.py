@@ -12,8 +12,11 @@ Scores = dict[str, float | None]
 class TurnRow(TypedDict):
     """One turn of a conversation."""
 
-    role: Annotated[Literal["system", "user", "assistant"], "who speaks"]
+    role: Annotated[Literal["system", "user", "assistant", "tool"], "who speaks"]
     content: Annotated[str, "the text of the turn"]
+    tool_calls: NotRequired[Annotated[list[Any], "the tools that the assistant calls, as OpenAI has them"]]
+    tool_call_id: NotRequired[Annotated[str, "the call whose result a tool's turn is"]]
+    name: NotRequired[Annotated[str, "the tool whose result a tool's turn is"]]
     weight: NotRequired[Annotated[int, "0 where no token of an answer is a target; else the key is absent"]]
 
 
@@ -36,7 +39,9 @@ class ExampleRow(TypedDict):
     """A sample: a conversation that ends with an answer."""
 
     id: Annotated[str, "16 hexadecimal digits of the SHA-256 of the conversation"]
+    user_id: NotRequired[Annotated[str | int, "the user's own id of the row; an addition has none"]]
     messages: Annotated[list[TurnRow], "the turns in order"]
+    tools: NotRequired[Annotated[list[Any], "definitions of the tools that may be called; absent if none"]]
     extra: NotRequired[Annotated[dict[str, Any], "the user's own columns, carried through; absent if none"]]
     lineage: Annotated[LineageRow, "where it comes from"]
 
@@ -269,6 +274,7 @@ class PrepareRecord(StageRecord):
     """The dataset was written."""
 
     n: Annotated[int, "samples"]
+    repairs: NotRequired[Annotated[dict[str, int], "rows of the input that were repaired, by what was"]]
 
 
 class PassRow(TypedDict):

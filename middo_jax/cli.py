@@ -42,6 +42,7 @@ MODEL_HELP = "A Hugging Face directory, a checkpoint, a LoRA adapter, a .gguf fi
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 
 
+EXIT_FAULTS = 3  # of `middo inspect`: more rows have a fault than a limit allows
 _JOB: dict[str, Any] = {}  # what the options say of the job that this process belongs to
 
 
@@ -386,9 +387,21 @@ def inspect(
         ),
     ] = None,
     overrides: Overrides = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="A benchmark's file that no row may quote; repeat the option for further files."),
+    ] = None,
+    most: Annotated[
+        list[str] | None,
+        typer.Option("--max", help="NAME=SHARE: the largest share of rows with a fault; more ends with 3."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Ends with 3 if any row has a fault; languages do not count.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Counts the rows of a dataset; with a model, shows lengths, packing and the first sample."""
+    """Checks a dataset for faults; with a model, shows lengths, packing and the first sample."""
+    from middo_jax import linting
     from middo_jax.config import load
     from middo_jax.data.reading import Reading
     from middo_jax.data.sources import read_rows
@@ -396,7 +409,7 @@ def inspect(
     from middo_jax.models.source import tokenizer_directory
     from middo_jax.progress import for_stderr
     from middo_jax.report.inspection import inspect_rows, inspect_tokens
-    from middo_jax.report.terminal import render_inspection
+    from middo_jax.report.terminal import printable, render_inspection
     from middo_jax.session import Session, usable
 
     base = tokenizer_directory(model) if model else "none"
@@ -404,6 +417,9 @@ def inspect(
     reading = Reading.of(config.data)
     rows = read_rows(config.data.path, config.data.format, config.data.limit, reading)
     facts = inspect_rows(rows.examples, rows.rejections, rows.repairs)
+    limits = linting.read_limits(most or ())
+    texts = [text for path in against or () for text in linting.read_texts(path)]
+    faults = linting.lint(rows.examples, rows.places, rows.rejections, limits, strict, texts)
     if model:
         session, max_length = Session(config, for_stderr()), config.model.max_length
         rows = usable(session, rows)
@@ -419,7 +435,11 @@ def inspect(
             scoring=session.plan_losses(cut).facts(),
         )
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    _show(as_json, facts, render_inspection(facts, color=color))
+    facts["checks"] = [found.to_json() for found in faults]
+    text = printable("\n".join(linting.render(faults)))
+    _show(as_json, facts, f"{render_inspection(facts, color=color)}\n{text}")
+    if any(found.is_over for found in faults):
+        raise typer.Exit(EXIT_FAULTS)
 
 
 def _show_run(done: Run, as_json: bool) -> None:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from middo_jax.config import Config
+    from middo_jax.data.sources import UserRows
     from middo_jax.evaluation.heldout import HeldoutLoss
     from middo_jax.results import Run
 
@@ -405,41 +407,48 @@ def inspect(
     from middo_jax.config import load
     from middo_jax.data.reading import Reading
     from middo_jax.data.sources import read_rows
-    from middo_jax.data.tokenize import tokenize_all, truncate
     from middo_jax.models.source import tokenizer_directory
-    from middo_jax.progress import for_stderr
-    from middo_jax.report.inspection import inspect_rows, inspect_tokens
+    from middo_jax.report.inspection import inspect_rows
     from middo_jax.report.terminal import printable, render_inspection
-    from middo_jax.session import Session, usable
 
     base = tokenizer_directory(model) if model else "none"
     config = load(None, [f"model.path={base}", f"data.path={data}", *(overrides or ())])
     reading = Reading.of(config.data)
     rows = read_rows(config.data.path, config.data.format, config.data.limit, reading)
     facts = inspect_rows(rows.examples, rows.rejections, rows.repairs)
-    limits = linting.read_limits(most or ())
     texts = [text for path in against or () for text in linting.read_texts(path)]
+    limits = linting.read_limits(most or ())
     faults = linting.lint(rows.examples, rows.places, rows.rejections, limits, strict, texts)
     if model:
-        session, max_length = Session(config, for_stderr()), config.model.max_length
-        rows = usable(session, rows)
-        whole = tokenize_all(rows.examples, session.tokenizer)
-        cut = [truncate(tokenized, max_length) for tokenized in whole]
-        session.tell_of_no_end(cut)
-        facts = inspect_rows(rows.examples, rows.rejections, rows.repairs) | inspect_tokens(
-            whole,
-            cut,
-            session.tokenizer,
-            max_length=max_length,
-            pack_length=max_length,
-            scoring=session.plan_losses(cut).facts(),
-        )
+        facts = _inspected(config, rows)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     facts["checks"] = [found.to_json() for found in faults]
-    text = printable("\n".join(linting.render(faults)))
-    _show(as_json, facts, f"{render_inspection(facts, color=color)}\n{text}")
+    lines = printable("\n".join(linting.render(faults)))
+    _show(as_json, facts, f"{render_inspection(facts, color=color)}\n{lines}")
     if any(found.is_over for found in faults):
         raise typer.Exit(EXIT_FAULTS)
+
+
+def _inspected(config: Config, rows: UserRows) -> dict[str, Any]:
+    """What a model's tokenizer makes of the rows."""
+    from middo_jax.data.tokenize import tokenize_all, truncate
+    from middo_jax.progress import for_stderr
+    from middo_jax.report.inspection import inspect_rows, inspect_tokens
+    from middo_jax.session import Session, usable
+
+    session, max_length = Session(config, for_stderr()), config.model.max_length
+    rows = usable(session, rows)
+    whole = tokenize_all(rows.examples, session.tokenizer)
+    cut = [truncate(tokenized, max_length) for tokenized in whole]
+    session.tell_of_no_end(cut)
+    return inspect_rows(rows.examples, rows.rejections, rows.repairs) | inspect_tokens(
+        whole,
+        cut,
+        session.tokenizer,
+        max_length=max_length,
+        pack_length=max_length,
+        scoring=session.plan_losses(cut).facts(),
+    )
 
 
 def _show_run(done: Run, as_json: bool) -> None:

@@ -118,6 +118,7 @@ def _run(run: RunDir, session: Session) -> None:
     config, progress, began = session.config, session.progress, time.monotonic()
     with contextlib.ExitStack() as checked:
         checked.enter_context(session.stage())  # what the checks tokenize is the first training's
+        progress.say(_header(session))
         plan = _checked(run, session)
         agree(_facts(plan))
         if run.config.exists() and run.round(0).stages():
@@ -167,7 +168,9 @@ def _checked(run: RunDir, session: Session) -> Plan:
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
         stages.check_training(session, read_dataset(first) if fresh is None else fresh.kept, heldout)
     if "refine" in pending:
-        stages.check_refiner(config)
+        # Before a training only: later the stage itself waits for a server that is away.
+        asks = "train" in pending
+        from_first("refiner: checks", lambda: stages.check_refiner(config, asks))
     for line in redone(states):
         session.progress.say(line)
     return Plan(run, session, heldout, links, fresh)
@@ -187,6 +190,17 @@ def _offer_choice(run: RunDir, config: Config, link: Link, state: State) -> None
             f"{run.path}: the data of this run was edited ({state.why}). name=NEW starts a new run and keeps "
             "this one; data.if_changed=redo goes on in this one and makes again what depends on the data"
         )
+
+
+def _header(session: Session) -> str:
+    """The first line of a run: version, devices, mesh, model and data."""
+    shape = ", ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
+    devices = session.mesh.devices
+    kinds = " and ".join(sorted({device.device_kind for device in devices.flat}))
+    return (
+        f"middo-jax {__version__} on {devices.size} {kinds} ({shape}), model {session.config.model.path}, "
+        f"data {session.config.data.name}"
+    )
 
 
 def _facts(plan: Plan) -> dict[str, str]:

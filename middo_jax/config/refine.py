@@ -172,6 +172,11 @@ class RefineSettings(Settings):
         description="How new prompts are asked for. json: by a schema that the server enforces; text: "
         "between tags; auto: json if the server honours a schema, found out once and kept in the cache.",
     )
+    preflight: Annotated[bool, Affects("place")] = Field(
+        default=True,
+        description="Ask the server for one token before the first training, so that a wrong address, key or "
+        "model name is known before time is spent.",
+    )
     concurrency: Annotated[PositiveInt, Affects("speed")] = Field(
         default=64,
         description="Most requests in flight. It starts at 4, grows while answers come, and shrinks by a "

@@ -19,6 +19,7 @@ from middo_jax.config import Config, SettingsLike, layers_of, load
 from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.config.axis_table import axis_names
 from middo_jax.data.example import Example
+from middo_jax.data.files import require_not_read
 from middo_jax.data.own_columns import own_columns
 from middo_jax.data.sources import Rejection, UserRows
 from middo_jax.evaluation.heldout import HeldoutLoss
@@ -100,7 +101,7 @@ def score(
     with contextlib.nullcontext() if place is None else held(place):
         session = session_for(model_path, _path(rows), settings, place)
         data = read_data(session, None if _path(rows) else rows)
-        kept, _, rejections, _ = prepare(session, data)
+        kept, _, rejections, *_ = prepare(session, data)
         own = _own_columns(data, kept, keep_columns)
         if pre_model is None and "complexity" in axes:
             session.progress.say(
@@ -165,7 +166,7 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
     with held(place):
         session = session_for(model_path, _path(rows), settings, place)
         data = read_data(session, None if _path(rows) else rows)
-        kept, heldout, rejections, _ = prepare(session, data)
+        kept, heldout, rejections, *_ = prepare(session, data)
         with session.stage():  # checks, training and the loss at its end read the same conversations
             stages.check_training(session, kept, heldout)
             stages.check_continues(session, RoundDir(place), kept)
@@ -246,10 +247,13 @@ def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Re
 
     Raises:
       RunError: the folder is a run, or a round of one.
+      DataError: a file there is the data.
     """
     directory = RoundDir(local(out))
     if RunDir(out).rounds() or directory.run is not None:
         raise RunError(f"{out}: holds a run, whose files this would replace; give another folder")
+    for path in session.config.data.paths:
+        require_not_read(path, [directory.dataset, directory.rejected])
     write_text(out / "config.yaml", session.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)

@@ -289,6 +289,39 @@ def export(
     _show(as_json, {"out": str(exported.path), **(exported.verification or {})}, str(exported.path))
 
 
+@app.command(
+    "export-data", epilog="Example: middo export-data runs/mine ./better --with-heldout --with-scores"
+)
+def export_data(
+    run: Path,
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="alpaca sharegpt messages prompt_completion parquet. Default: as it came in."
+        ),
+    ] = None,
+    heldout: Annotated[bool, typer.Option("--with-heldout", help="Also write the held-out rows.")] = False,
+    scores: Annotated[
+        bool, typer.Option("--with-scores", help="Add the last scores as middo_loss_post etc.")
+    ] = False,
+    lineage: Annotated[
+        bool, typer.Option("--with-lineage", help="Add where each row comes from, as middo_op etc.")
+    ] = False,
+    pairs: Annotated[
+        bool, typer.Option("--with-pairs", help="Also write preference pairs, accepted against lost answers.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Writes a run's last dataset with a card, and what LLaMA-Factory, axolotl and TRL need to read it."""
+    from middo_jax import exporting
+    from middo_jax.rundir import RunDir
+
+    parts = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
+    done = exporting.export_data(RunDir(run), out, to, **parts)
+    _show(as_json, {**done._asdict(), "path": str(done.path)}, str(done.path))
+
+
 @app.command(epilog="Example: middo convert alpaca.json chat.jsonl --format messages")
 def convert(
     data: Annotated[str, typer.Argument(help="As --data of other commands.")],
@@ -304,10 +337,12 @@ def convert(
 ) -> None:
     """Writes a dataset in another format. Unusable rows are counted and written to OUT.rejected.jsonl."""
     from middo_jax.config import load
+    from middo_jax.data.files import require_not_read
     from middo_jax.data.reading import Reading
     from middo_jax.data.sources import commonest_reasons, read_rows, write
     from middo_jax.rundir import local, write_jsonl
 
+    require_not_read(data, [out, out.with_name(f"{out.name}.rejected.jsonl")])
     settings = load(None, ["model.path=none", {"data.path": data}, *(overrides or ())]).data
     read = read_rows(data, from_, settings.limit, Reading.of(settings))
     examples, rejections = read.examples, read.rejections

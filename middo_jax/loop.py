@@ -15,19 +15,19 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from middo_jax import stages, template_date
 from middo_jax.config import RENAMED, Config
 from middo_jax.data.example import Example
 from middo_jax.data.files import inputs_of
-from middo_jax.data.sources import Rejection, Repair, count_reasons
+from middo_jax.data.sources import count_reasons
 from middo_jax.parallel.coordination import agree, barrier, from_first, is_first, stop_point
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
 from middo_jax.rundir import RunDir, RunError, held, read_jsonl, write_jsonl, write_text
 from middo_jax.rundir.chain import Begun, Link, State, assess, chain
-from middo_jax.session import Session, prepare, read_dataset
+from middo_jax.session import Prepared, Session, prepare, read_dataset
 from middo_jax.version import __version__
 
 PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
@@ -39,15 +39,11 @@ class FreshData(NamedTuple):
 
     Attributes:
       begun: the stage that read it.
-      kept: examples to train on.
-      rejections: rows that cannot be used.
-      repairs: rows that were repaired.
+      data: what it read.
     """
 
     begun: Begun
-    kept: Sequence[Example]
-    rejections: Sequence[Rejection]
-    repairs: Sequence[Repair]
+    data: Prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,11 +158,11 @@ def _checked(run: RunDir, session: Session) -> Plan:
         heldout = [Example.from_json(row) for row in read_jsonl(run.heldout)]
     else:
         begun = links[0].begin()
-        kept, heldout, rejections, repairs = prepare(session)
-        fresh = FreshData(begun, kept, rejections, repairs)
+        fresh = FreshData(begun, prepare(session))
+        heldout = fresh.data.heldout
     pending = {link.name for link, state in states if not state.is_fresh}
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
-        stages.check_training(session, read_dataset(first) if fresh is None else fresh.kept, heldout)
+        stages.check_training(session, read_dataset(first) if fresh is None else fresh.data.kept, heldout)
     if "refine" in pending:
         # Before a training only: later the stage itself waits for a server that is away.
         asks = "train" in pending
@@ -205,7 +201,7 @@ def _header(session: Session) -> str:
 
 def _facts(plan: Plan) -> dict[str, str]:
     """What all processes of a job must have alike before any of them does anything."""
-    ids = [example.id for example in (*plan.heldout, *(plan.fresh.kept if plan.fresh else ()))]
+    ids = [example.id for example in (*plan.heldout, *(plan.fresh.data.kept if plan.fresh else ()))]
     return {
         "version": __version__,
         "settings": _short_hash(plan.session.config.to_yaml()),
@@ -245,15 +241,17 @@ def _refuse_previous_version(run: RunDir) -> None:
 
 
 def _prepare(plan: Plan, link: Link) -> None:
-    began, facts = time.monotonic(), {}
+    began, facts = time.monotonic(), dict[str, Any]()
     if link.earlier is not None:
         begun = link.begin()
         kept, _ = stages.merged(plan.session, link.earlier)
     else:
         assert plan.fresh is not None  # `_checked` read it, since this stage was not done
-        begun, kept, rejections, repairs = plan.fresh
-        facts["repairs"] = {reason.reason: reason.n for reason in count_reasons(repairs)}
-        write_jsonl(plan.run.rejected, (r.to_json() for r in rejections))
+        begun, data = plan.fresh
+        kept = data.kept
+        repairs = {reason.reason: reason.n for reason in count_reasons(data.repairs)}
+        facts = {"repairs": repairs, "format": data.format}
+        write_jsonl(plan.run.rejected, (r.to_json() for r in data.rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
     write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
     begun.finish(plan.session.config, time.monotonic() - began, n=len(kept), **facts)

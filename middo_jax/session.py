@@ -214,12 +214,14 @@ class Prepared(NamedTuple):
       heldout: examples that are never trained on.
       rejections: rows that cannot be used.
       repairs: rows that were repaired.
+      format: of the rows.
     """
 
     kept: list[Example]
     heldout: list[Example]
     rejections: list[Rejection]
     repairs: Sequence[Repair]
+    format: str
 
 
 def prepare(session: Session, data: UserRows | None = None) -> Prepared:
@@ -252,7 +254,7 @@ def prepare(session: Session, data: UserRows | None = None) -> Prepared:
         session.progress.say(f"{n} rows repaired (data.strict=true refuses them)")
     for line in commonest_reasons(data.repairs):
         session.progress.say(line)
-    return Prepared(kept, heldout, data.rejections, data.repairs)
+    return Prepared(kept, heldout, data.rejections, data.repairs, data.format)
 
 
 def _own_heldout(session: Session, path: str) -> list[Example]:
@@ -287,6 +289,7 @@ def _without(data: UserRows, heldout: Sequence[Example]) -> UserRows:
         [data.places[i] for i in kept],
         data.rejections + rejections,
         data.repairs,
+        data.format,
     )
 
 
@@ -335,7 +338,7 @@ def usable(session: Session, data: UserRows) -> UserRows:
     examples, places = [data.examples[i] for i in kept], [data.places[i] for i in kept]
     known = set(places)
     repairs = [repair for repair in data.repairs if repair.where in known]
-    return UserRows(examples, rows, places, data.rejections + refused, repairs)
+    return UserRows(examples, rows, places, data.rejections + refused, repairs, data.format)
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:

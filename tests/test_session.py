@@ -191,7 +191,7 @@ def test_what_is_refused_is_what_cannot_be_tokenized(tmp_path: Path) -> None:
     config = load(None, settings(tmp_path, data__path=tmp_path / "rows.jsonl"))
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     session = Session(config, Silent())
-    kept, heldout, rejections, _ = prepare(session)
+    kept, heldout, rejections, *_ = prepare(session)
     assert [e.prompt for e in (*kept, *heldout)] == ["Hi"]
     assert [r.reason for r in rejections] == ["its text contains the model's control token <|im_end|>"]
     [example] = [*kept, *heldout]
@@ -233,7 +233,7 @@ def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> No
             },
         ],
     )
-    kept, heldout, rejections, repairs = prepare(Session(config, said))
+    kept, heldout, rejections, repairs, _ = prepare(Session(config, said))
     assert [e.user_id for e in kept] == ["a0", "a2", "a3", "b0"]
     assert kept[-1].prompt == "Name 9.\n\nPlease."
     assert [e.prompt for e in heldout] == ["Name 1.", "Name 77."]

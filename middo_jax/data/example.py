@@ -92,7 +92,7 @@ class Example:
     `id` is a content hash, so the same row has the same id in any file and at any position. `extra` contains
     the user's other columns, which are kept unchanged. `tools` are the definitions of the tools that the
     assistant may call, as the JSON text of a list. `user_id` is the id that the user's row has; an addition
-    has none.
+    has none. `prompt_columns` are the columns of an Alpaca row of which its prompt was joined.
     """
 
     messages: tuple[Message, ...]
@@ -101,6 +101,7 @@ class Example:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     tools: str = ""
     user_id: str | int | None = None
+    prompt_columns: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -158,7 +159,9 @@ class Example:
         if lineage.op == "synthesize":
             before, user_id = tuple(m for m in self.messages if m.role == "system"), None
         turns = (Message("user", prompt), Message("assistant", response))
-        return dataclasses.replace(self, messages=before + turns, id="", lineage=lineage, user_id=user_id)
+        return dataclasses.replace(
+            self, messages=before + turns, id="", lineage=lineage, user_id=user_id, prompt_columns={}
+        )
 
     def changed_turns(self, original: Example) -> list[int]:
         """Which turns of this conversation differ from its original's, counted from 0.
@@ -179,6 +182,8 @@ class Example:
             row["user_id"] = self.user_id
         if self.tools:
             row["tools"] = json.loads(self.tools)
+        if self.prompt_columns:
+            row["prompt_columns"] = self.prompt_columns
         if self.extra:
             row["extra"] = self.extra
         return {**row, "lineage": self.lineage.to_json()}  # type: ignore[return-value]
@@ -193,7 +198,8 @@ class Example:
         messages = tuple(Message.from_json(m) for m in row["messages"])
         tools = dumped(row["tools"]) if row.get("tools") else ""
         extra, user_id = row.get("extra", {}), row.get("user_id")
-        return cls(messages, row["id"], Lineage(**lineage), extra, tools, user_id)
+        columns = row.get("prompt_columns", {})
+        return cls(messages, row["id"], Lineage(**lineage), extra, tools, user_id, columns)
 
 
 def content_id(messages: tuple[Message, ...], tools: str = "") -> str:

@@ -20,7 +20,7 @@ import logging
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,6 +96,18 @@ def inputs_of(settings: DataSettings) -> dict[str, Path]:
         places = [place for path in paths for place in _places(path)]
         found |= {role if n == 1 else f"{role}_{n}": place for n, place in enumerate(places, 1)}
     return found
+
+
+def require_not_read(source: str, outputs: Iterable[Path]) -> None:
+    """Requires that no output is a file that is read as data.
+
+    Raises:
+      DataError: one is, so that writing it would destroy the data.
+    """
+    read = {file.resolve() for place in _places(source) for file in (place, *_data_files(place))}
+    for output in outputs:
+        if output.exists() and output.resolve() in read:
+            raise DataError(f"{output} is read as data and would be overwritten; write to another place")
 
 
 def _places(path: str) -> list[Path]:

@@ -37,6 +37,8 @@ from middo_jax.data.shapes import (
     messages_row,
     prompt_completion_row,
     prompt_completion_turns,
+    prompt_parts,
+    prompt_row,
     sharegpt_row,
 )
 from middo_jax.data.tools import TOOL_COLUMN, definitions_of
@@ -53,7 +55,7 @@ PROMPT_COLUMNS = frozenset(
         *("system_instruction", "system_instructions", "sys_prompt", "tools"),
     )
 )
-_OUR_COLUMNS = {"id", "messages", "lineage", "extra", "tools", "user_id"}
+_OUR_COLUMNS = {"id", "messages", "lineage", "extra", "tools", "user_id", "prompt_columns"}
 _LINEAGE = pydantic.TypeAdapter(Lineage)
 
 
@@ -190,7 +192,9 @@ def to_example(row: Any, form: str, reading: Reading = AS_IT_IS) -> Converted:
     unkept |= {f"column {c!r}" for c in extra if _is_of_prompt(c) and not _is_shown(extra[c], shown)}
     if extra.get("id") == content_id(messages, tools or ""):
         del extra["id"]
-    return Converted(Example(messages, extra=extra, tools=tools or ""), unkept, repairs)
+    parts = prompt_parts(row) if form == "alpaca" else {}
+    example = Example(messages, extra=extra, tools=tools or "", prompt_columns=parts)
+    return Converted(example, unkept, repairs)
 
 
 def _is_of_prompt(column: str) -> bool:
@@ -246,6 +250,7 @@ def to_rows(examples: Sequence[Example], form: str, id_column: str = "id") -> li
                     {id_column: example.user_id} if has_ids else {} if "id" in columns else {"id": example.id}
                 ),
                 **to_row(example.messages),
+                **(prompt_row(example) if form == "alpaca" else {}),
                 # As text, since the definitions of two tools have no common type for a column.
                 **({TOOL_COLUMN: example.tools} if has_tools else {}),
                 **{names[column]: plain(value) for column, value in example.extra.items()},

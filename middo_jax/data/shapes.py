@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from middo_jax.data.example import Message
+from middo_jax.data.example import Example, Message
 from middo_jax.data.tools import parts_of
 from middo_jax.data.turns import Role, Row, RowError, Turn, content_of, kind_of, text_of, turn_list
 
@@ -25,9 +25,28 @@ def alpaca_turns(row: Row) -> list[Turn]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise RowError(f"column 'history': pair {n} is not a list of two texts, [user, assistant]")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    parts = (text_of(row, "instruction"), text_of(row, "context", ""), text_of(row, "input", ""))
-    prompt = "\n".join(dict.fromkeys(text for text in parts if text.strip()))
+    text_of(row, "instruction")  # required
+    prompt = _joined_prompt(prompt_parts(row, at_least=0))
     return [*turns, Turn("user", prompt), Turn("assistant", text_of(row, "output"))]
+
+
+def prompt_parts(row: Row, at_least: int = 2) -> dict[str, str]:
+    """The columns of an Alpaca row that its prompt is joined of; {} if fewer than `at_least` have a text."""
+    texts = {name: text_of(row, name, "") for name in ("instruction", "context", "input")}
+    parts = {name: text for name, text in texts.items() if text.strip()}
+    return parts if len(parts) >= at_least else {}
+
+
+def prompt_row(example: Example) -> Row:
+    """The columns of the prompt of an unchanged Alpaca row, as they were; {} for all others."""
+    parts = example.prompt_columns
+    if not parts or _joined_prompt(parts) != example.question:
+        return {}
+    return {"instruction": "", "input": "", **parts}
+
+
+def _joined_prompt(parts: Mapping[str, str]) -> str:
+    return "\n".join(dict.fromkeys(parts.values()))
 
 
 def alpaca_row(messages: Sequence[Message]) -> Row:

@@ -62,6 +62,7 @@ class UserRows(NamedTuple):
       places: for each example, the place of its row, see `Rejection.where`.
       rejections: all other rows.
       repairs: what was repaired, one per row and kind of repair.
+      format: of the rows; messages for several sources of different formats.
     """
 
     examples: list[Example]
@@ -69,6 +70,7 @@ class UserRows(NamedTuple):
     places: list[str]
     rejections: list[Rejection]
     repairs: Sequence[Repair] = ()
+    format: str = ""
 
 
 def read(path: str, format: str = "auto", limit: int | None = None) -> tuple[list[Example], list[Rejection]]:
@@ -115,7 +117,7 @@ def read_rows(
         except DataError as e:
             raise DataError(f"{path}: {e}") from e
     data, unkept = _converted(found, format, reading)
-    data = data._replace(examples=_with_user_ids(data, reading.id_column, path))
+    data = data._replace(examples=_with_user_ids(data, reading.id_column, path), format=format)
     if not data.examples:
         reasons = "".join(f"\n{line}" for line in commonest_reasons(data.rejections))
         raise DataError(f"{path}: none of its {len(found)} rows can be used. The commonest reasons:{reasons}")
@@ -136,7 +138,8 @@ def read_sources(
       DataError: see `read_rows`, or a source has too few rows.
     """
     parts = [read_rows(s.path, s.format, limit, reading) for s in sources]
-    merged, said = UserRows([], [], [], [], []), []
+    formats = {part.format for part in parts}
+    merged, said = UserRows([], [], [], [], [], formats.pop() if len(formats) == 1 else "messages"), []
     first: dict[str, str] = {}
     for part, source, count in zip(
         parts, sources, shares([len(part.examples) for part in parts], sources), strict=True

@@ -42,6 +42,11 @@ class ExampleRow(TypedDict):
     user_id: NotRequired[Annotated[str | int, "the user's own id of the row; an addition has none"]]
     messages: Annotated[list[TurnRow], "the turns in order"]
     tools: NotRequired[Annotated[list[Any], "definitions of the tools that may be called; absent if none"]]
+    prompt_columns: NotRequired[
+        Annotated[
+            dict[str, str], "columns of an Alpaca row that its prompt was joined of; absent if it was one"
+        ]
+    ]
     extra: NotRequired[Annotated[dict[str, Any], "the user's own columns, carried through; absent if none"]]
     lineage: Annotated[LineageRow, "where it comes from"]
 
@@ -274,6 +279,7 @@ class PrepareRecord(StageRecord):
     """The dataset was written."""
 
     n: Annotated[int, "samples"]
+    format: NotRequired[Annotated[str, "format of the input's rows"]]
     repairs: NotRequired[Annotated[dict[str, int], "rows of the input that were repaired, by what was"]]
 
 

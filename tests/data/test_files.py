@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from middo_jax.config.settings import DataSettings
-from middo_jax.data.files import inputs_of
+from middo_jax.data.files import inputs_of, require_not_read
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import DataError, read, read_rows, write
 
@@ -202,3 +202,13 @@ def test_an_id_column_of_another_name(tmp_path: Path) -> None:
     assert [e.user_id for e in examples] == ["x", "y"]
     write(examples, tmp_path / "out.jsonl", "alpaca", id_column="uid")
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["uid"] == "x"
+
+
+def test_an_output_that_is_read_as_data_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(LINES)
+    for source in (str(path), str(tmp_path), str(tmp_path / "*.jsonl")):
+        with pytest.raises(DataError, match=r"rows\.jsonl is read as data and would be overwritten"):
+            require_not_read(source, [tmp_path / "other.jsonl", path])
+        require_not_read(source, [tmp_path / "other.jsonl"])
+    require_not_read("hf:someone/some:train", [path])

@@ -34,7 +34,7 @@ def _of_round(folder: RoundDir) -> Iterator[dict[str, Any]]:
     answers: dict[str, dict[int, dict[str, Any]]] = {}
     if folder.requests.exists():
         for row in read_jsonl(folder.requests):
-            if row["step"] == "answer":  # of several answers of an attempt, the last one counts
+            if row.get("step") == "answer":  # of several answers of an attempt, the last one counts
                 answers.setdefault(row["task_id"], {})[row["attempt"]] = row
     for task in read_jsonl(folder.refined):
         if not task["accepted"] or not task["example"]:
@@ -43,9 +43,10 @@ def _of_round(folder: RoundDir) -> Iterator[dict[str, Any]]:
         after = child.lineage.scores_after or {}
         if task["replaces"]:
             same = _same(child.question, original.question) and child.context == original.context
-            yield from _pair(child, original.response, "original", same, after, task["scores_before"])
+            before = task.get("scores_before") or child.lineage.scores_before or {}
+            yield from _pair(child, original.response, "original", same, after, before)
         for attempt, row in sorted(answers.get(task["task_id"], {}).items()):
-            if attempt >= task["attempts"] - 1:
+            if attempt >= task.get("attempts", 1) - 1:
                 continue
             text = without_reasoning(row["answer"]) or ""
             found = (measured.get((task["task_id"], attempt)) or {}).get("measured") or {}

@@ -69,22 +69,20 @@ class Source(Settings):
 class DataSettings(Settings):
     """The user's dataset, D_0."""
 
-    affects: ClassVar[Affects | None] = Affects("data")
-
-    path: str = Field(
+    path: Annotated[str, Affects("data")] = Field(
         default="",
         description="A .json, .jsonl, .csv, .tsv (also .gz, .zst) or .parquet file, a pattern, a folder, "
         "tfds:NAME:SPLIT or hf:NAME:SPLIT. Required, unless data.sources is given.",
     )
-    sources: tuple[Source, ...] = Field(
+    sources: Annotated[tuple[Source, ...], Affects("data")] = Field(
         default=(),
         description="Several datasets in place of `path`: `[{path: a.jsonl, weight: 2}, {path: b.csv, "
         "weight: 1}]`, or with `count: 500`; each may have its own `format`.",
     )
-    eval_path: str | None = Field(
+    eval_path: Annotated[str | None, Affects("data")] = Field(
         default=None, description="Your own held-out dataset, in place of a share of the rows."
     )
-    id_column: str | None = Field(
+    id_column: Annotated[str | None, Affects("data")] = Field(
         default=None,
         description="Column with your own ids, which results carry. None: `id`, if its values are unique.",
     )
@@ -93,30 +91,32 @@ class DataSettings(Settings):
         description="What a run does when its data was edited. stop: it says so and changes nothing; redo: "
         "what depends on the data is made again.",
     )
-    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion"] = Field(
-        default="auto", description="Shape of a row. auto: told by its columns."
-    )
-    columns: dict[str, str] = Field(
+    format: Annotated[
+        Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion"], Affects("data")
+    ] = Field(default="auto", description="Shape of a row. auto: told by its columns.")
+    columns: Annotated[dict[str, str], Affects("data")] = Field(
         default={},
         description="Names of columns that differ: `{instruction: question, output: answer}` reads the "
         "column `question` as `instruction`.",
     )
-    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(
+    roles: Annotated[dict[str, Literal["system", "user", "assistant", "tool"]], Affects("data")] = Field(
         default={}, description="Roles that are not known by their names: `{narrator: user}`."
     )
-    strict: bool = Field(
+    strict: Annotated[bool, Affects("data")] = Field(
         default=False,
         description="true: refuse a row whose turns do not alternate, that ends with the user, or that has "
         "an empty turn. false: repair it, and count what was repaired.",
     )
-    limit: PositiveInt | None = Field(default=None, description="Take only the first rows.")
-    eval_fraction: float = Field(
+    limit: Annotated[PositiveInt | None, Affects("data")] = Field(
+        default=None, description="Take only the first rows."
+    )
+    eval_fraction: Annotated[float, Affects("data")] = Field(
         default=0.1,
         ge=0,
         lt=1,
         description="Share of the rows that is held out: never trained on, never rewritten.",
     )
-    source_column: str = Field(
+    source_column: Annotated[str, Affects("data")] = Field(
         default="source", description="Column by which the held-out split is stratified, if present."
     )
 

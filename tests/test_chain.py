@@ -279,11 +279,11 @@ def test_changed_data_makes_all_stale_and_missing_data_nothing(finished: Finishe
 
 def test_edited_data_stops_the_run_and_changes_nothing(finished: Finished) -> None:
     data, before = finished.root / "data.json", contents(finished.run.path)
-    with replaced(data, data.read_text(encoding="utf-8").replace("bread", "toast")):
-        with pytest.raises(
-            RunError, match=r"was edited \(data has changed: .*name=NEW.*data\.if_changed=redo"
-        ):
-            run_loop(load(None, finished.settings()), Silent())
+    with (
+        replaced(data, data.read_text(encoding="utf-8").replace("bread", "toast")),
+        pytest.raises(RunError, match=r"was edited \(data has changed: .*name=NEW.*data\.if_changed=redo"),
+    ):
+        run_loop(load(None, finished.settings()), Silent())
     assert contents(finished.run.path) == before
 
 

@@ -137,16 +137,20 @@ def uniform(rows: Sequence[Row]) -> list[Row]:
         return {key: _as_texts(turn.get(key)) if key == "tool_calls" else turn.get(key) for key in fields}
 
     def is_turns(value: Any) -> bool:
-        return isinstance(value, list) and bool(value) and value[0] in _turns({"": value})
+        return isinstance(value, list) and any(map(_is_turn, value))
 
     return [{k: [filled(t) for t in v] if is_turns(v) else v for k, v in row.items()} for row in rows]
 
 
 def _turns(row: Row) -> list[dict[str, Any]]:
     """All turns in the columns of a row."""
-    lists = (value for value in row.values() if isinstance(value, list))
-    turns = (item for value in lists for item in value if isinstance(item, dict))
-    return [turn for turn in turns if {"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys()]
+    return [item for value in row.values() if isinstance(value, list) for item in value if _is_turn(item)]
+
+
+def _is_turn(item: Any) -> bool:
+    if not isinstance(item, dict):
+        return False
+    return {"role", "content"} <= item.keys() or {"from", "value"} <= item.keys()
 
 
 def _as_texts(calls: Any) -> Any:

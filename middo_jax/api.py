@@ -19,6 +19,7 @@ from middo_jax.config import Config, ConfigError, SettingsLike, layers_of, load
 from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.config.axis_table import axis_names, scored_axes
 from middo_jax.data.example import Example
+from middo_jax.data.files import require_not_read
 from middo_jax.data.own_columns import own_columns
 from middo_jax.data.sources import Rejection, UserRows
 from middo_jax.evaluation.heldout import HeldoutLoss
@@ -106,7 +107,7 @@ def score(
         session = session_for(model_path, _path(rows), settings, place)
         axes = scored_axes(session.config) if axes is None else axes
         data = read_data(session, None if _path(rows) else rows)
-        kept, _, rejections = prepare(session, data)
+        kept, _, rejections, *_ = prepare(session, data)
         own = _own_columns(data, kept, keep_columns)
         if pre_model is None and "complexity" in axes:
             session.progress.say(
@@ -154,9 +155,10 @@ def dry_run(folder: PathLike, *, settings: SettingsLike = None) -> DryRun:
     Raises:
       RunError: the folder holds no selection.
     """
-    refine_settings = session_of(Path(folder), settings).config.refine
-    form = "json" if refine_settings.response_format == "json" else "text"
-    return refinement.dry_run(stages.plan_refinement(RoundDir(Path(folder))), refine_settings, form)
+    asked, here = session_of(Path(folder), settings).config.refine, RoundDir(Path(folder))
+    form = "json" if asked.response_format == "json" else "text"
+    tasks = stages.plan_refinement(here, asked.turns)
+    return refinement.dry_run(tasks, asked, form, stages.kept_samples(here, asked.turns))
 
 
 def refine_by_batch(
@@ -209,7 +211,7 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
     with held(place):
         session = session_for(model_path, _path(rows), settings, place)
         data = read_data(session, None if _path(rows) else rows)
-        kept, heldout, rejections = prepare(session, data)
+        kept, heldout, rejections, *_ = prepare(session, data)
         with session.stage():  # the checks, the training and the final loss share tokenized conversations
             stages.check_training(session, kept, heldout)
             stages.check_continues(session, RoundDir(place), kept)
@@ -234,7 +236,7 @@ def evaluate(rows: Any, model: PathLike, *, settings: SettingsLike = None) -> He
     """
     path = resolve(os.fspath(model))
     session = session_for(path, _path(rows), settings)
-    examples, _, _ = prepare(session, read_data(session, None if _path(rows) else rows))
+    examples, *_ = prepare(session, read_data(session, None if _path(rows) else rows))
     return stages.HeldOut(session, examples).loss(session.load_model(path))
 
 
@@ -316,10 +318,13 @@ def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Re
 
     Raises:
       RunError: the folder is a run or a round of a run.
+      DataError: a file there is the data.
     """
     directory = RoundDir(local(out))
     if RunDir(out).rounds() or directory.run is not None:
         raise RunError(f"{out}: holds a run, and this would replace its files; give another folder")
+    for path in session.config.data.paths:
+        require_not_read(path, [directory.dataset, directory.rejected])
     write_text(out / "config.yaml", session.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)

@@ -11,16 +11,18 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from middo_jax import stages, template_date
 from middo_jax.config import RENAMED, Config
 from middo_jax.data.example import Example
-from middo_jax.data.sources import Rejection
+from middo_jax.data.files import inputs_of
+from middo_jax.data.sources import count_reasons
 from middo_jax.parallel.coordination import agree, barrier, from_first, is_first, stop_point
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
@@ -30,7 +32,7 @@ from middo_jax.rundir.chain import Begun, Link, State, assess, chain
 from middo_jax.rundir.damage import damages, edited, put_aside, refuse_damaged
 from middo_jax.rundir.events import read_events
 from middo_jax.rundir.files import full_disk_named
-from middo_jax.session import Session, prepare, read_dataset
+from middo_jax.session import Prepared, Session, prepare, read_dataset
 from middo_jax.version import __version__
 
 PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
@@ -42,13 +44,11 @@ class FreshData(NamedTuple):
 
     Attributes:
       begun: record of the started stage that read the data.
-      kept: training examples.
-      rejections: rows that cannot be used.
+      data: the data.
     """
 
     begun: Begun
-    kept: Sequence[Example]
-    rejections: Sequence[Rejection]
+    data: Prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,7 @@ def _run(run: RunDir, session: Session) -> None:
     config, progress, began = session.config, session.progress, time.monotonic()
     with contextlib.ExitStack() as checked:
         checked.enter_context(session.stage())  # the first training reuses what the checks tokenize
+        progress.say(_header(session))
         plan = _checked(run, session)
         agree(_facts(plan))
         if run.config.exists() and run.round(0).stages():
@@ -197,25 +198,27 @@ def _removed(plan: Plan, link: Link) -> list[Link]:
 def _checked(run: RunDir, session: Session) -> Plan:
     """Reports the stages to redo, and runs all checks that are possible before the folder is changed."""
     config, first = session.config, run.round(0)
-    data = Path(config.data.path).expanduser()
-    links = chain(run, config, session.base, data if data.exists() else None)
+    links = chain(run, config, session.base, inputs_of(config.data))
     refuse_damaged(list(damages(run, links)))
     _refuse_previous_version(run)
     if n := read_events(run.events).n_unreadable:
         session.progress.say(unreadable_events(n))
     states = assess(links, config)
+    _offer_choice(run, config, *states[0])
     fresh = None
     if states[0][1].is_fresh:
         heldout = [Example.from_json(row) for row in read_jsonl(run.heldout)]
     else:
         begun = links[0].begin()
-        kept, heldout, rejections = prepare(session)
-        fresh = FreshData(begun, kept, rejections)
+        fresh = FreshData(begun, prepare(session))
+        heldout = fresh.data.heldout
     pending = {link.name for link, state in states if not state.is_fresh}
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
-        stages.check_training(session, read_dataset(first) if fresh is None else fresh.kept, heldout)
+        stages.check_training(session, read_dataset(first) if fresh is None else fresh.data.kept, heldout)
     if "refine" in pending:
-        stages.check_refiner(config)
+        # Before a training only: later the stage itself waits for a server that is away.
+        asks = "train" in pending
+        from_first("refiner: checks", lambda: stages.check_refiner(config, asks))
         stages.check_cache(Path(config.refine.cache or run.llm_cache))
     if "benchmark" in pending:
         stages.check_benchmarks(config)
@@ -224,9 +227,36 @@ def _checked(run: RunDir, session: Session) -> Plan:
     return Plan(run, session, heldout, links, fresh)
 
 
+def _offer_choice(run: RunDir, config: Config, link: Link, state: State) -> None:
+    """Refuses to replace a run's results because its data was edited, unless `data.if_changed` is `redo`.
+
+    Raises:
+      RunError: the data has changed since the run read it.
+    """
+    if config.data.if_changed == "redo" or state.why is None:
+        return
+    roles = "|".join(map(re.escape, link.data))
+    if roles and re.match(rf"({roles}) has changed: |it reads ({roles}) now$", state.why):
+        raise RunError(
+            f"{run.path}: the data of this run was edited ({state.why}). name=NEW starts a new run and keeps "
+            "this one; data.if_changed=redo goes on in this one and makes again what depends on the data"
+        )
+
+
+def _header(session: Session) -> str:
+    """The first line of a run: version, devices, mesh, model and data."""
+    shape = ", ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
+    devices = session.mesh.devices
+    kinds = " and ".join(sorted({device.device_kind for device in devices.flat}))
+    return (
+        f"middo-jax {__version__} on {devices.size} {kinds} ({shape}), model {session.config.model.path}, "
+        f"data {session.config.data.name}"
+    )
+
+
 def _facts(plan: Plan) -> dict[str, str]:
     """Returns facts that must be equal in all processes of a job before any of them starts."""
-    ids = [example.id for example in (*plan.heldout, *(plan.fresh.kept if plan.fresh else ()))]
+    ids = [example.id for example in (*plan.heldout, *(plan.fresh.data.kept if plan.fresh else ()))]
     return {
         "version": __version__,
         "settings": _short_hash(plan.session.config.to_yaml()),
@@ -266,17 +296,20 @@ def _refuse_previous_version(run: RunDir) -> None:
 
 
 def _prepare(plan: Plan, link: Link) -> None:
-    began = time.monotonic()
+    began, facts = time.monotonic(), dict[str, Any]()
     if link.earlier is not None:
         begun = link.begin()
         kept, _ = stages.merged(plan.session, link.earlier)
     else:
         assert plan.fresh is not None  # `_checked` read the data, because this stage is not done
-        begun, kept, rejections = plan.fresh
-        write_jsonl(plan.run.rejected, (r.to_json() for r in rejections))
+        begun, data = plan.fresh
+        kept = data.kept
+        repairs = {reason.reason: reason.n for reason in count_reasons(data.repairs)}
+        facts = {"repairs": repairs, "format": data.format}
+        write_jsonl(plan.run.rejected, (r.to_json() for r in data.rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
     write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
-    begun.finish(plan.session.config, time.monotonic() - began, n=len(kept))
+    begun.finish(plan.session.config, time.monotonic() - began, n=len(kept), **facts)
 
 
 def _train(plan: Plan, link: Link) -> None:

@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -20,7 +20,16 @@ from middo_jax.config import Config, SettingsLike, layers_of
 from middo_jax.config import load as load_config
 from middo_jax.data.example import Example, Message
 from middo_jax.data.in_memory import IN_MEMORY
-from middo_jax.data.sources import DataError, Rejection, UserRows, commonest_reasons, read_rows
+from middo_jax.data.reading import Reading
+from middo_jax.data.sources import (
+    DataError,
+    Rejection,
+    Repair,
+    UserRows,
+    commonest_reasons,
+    read_rows,
+    read_sources,
+)
 from middo_jax.data.split import split_heldout
 from middo_jax.data.tokenize import (
     TokenizedExample,
@@ -42,13 +51,15 @@ from middo_jax.progress import Progress, for_stderr
 from middo_jax.rundir import RoundDir, RunError, read_jsonl, write_jsonl
 from middo_jax.rundir.settings import settings_of
 
+Content = tuple[tuple[Message, ...], str]  # of an example: messages and tools
+
 
 @dataclasses.dataclass
 class _Kept:
     """Cache of tokenized conversations within a stage. `depth`: number of open blocks of `Session.stage`."""
 
     depth: int = 0
-    tokenized: dict[tuple[Message, ...], TokenizedExample] = dataclasses.field(default_factory=dict)
+    tokenized: dict[Content, TokenizedExample] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +122,10 @@ class Session:
     def tokenize(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """Tokenizes examples. Examples that cannot be rendered were rejected when the data was read."""
         kept = self._kept.tokenized if self._kept.depth else {}
-        new = {e.messages: e for e in examples if e.messages not in kept}
+        new = {_content(e): e for e in examples if _content(e) not in kept}
         found = tokenize_all(list(new.values()), self.tokenizer, self.config.model.max_length)
         kept.update(zip(new, found, strict=True))
-        tokenized = [_named(kept[example.messages], example.id) for example in examples]
+        tokenized = [_named(kept[_content(example)], example.id) for example in examples]
         self.tell_of_no_end(tokenized)
         self._tell_of_cuts(tokenized)
         return tokenized
@@ -156,6 +167,10 @@ class Session:
             share_prefix = shares_prefixes(self.config.model.attention)
         ways = batch_divisor(self.mesh)
         return plan_losses(tokenized, share_prefix, ways, self.config.scoring.batch_tokens)
+
+
+def _content(example: Example) -> Content:
+    return example.messages, example.tools
 
 
 def _named(tokenized: TokenizedExample, id_: str) -> TokenizedExample:
@@ -205,10 +220,26 @@ def session_of(directory: Path, settings: SettingsLike = None) -> Session:
     return Session(settings_of(directory, settings), for_stderr())
 
 
-def prepare(
-    session: Session, data: UserRows | None = None
-) -> tuple[list[Example], list[Example], list[Rejection]]:
-    """Returns the user's data: (training examples, held-out examples, rejected rows with reasons).
+class Prepared(NamedTuple):
+    """The user's data.
+
+    Attributes:
+      kept: training examples.
+      heldout: examples that are never trained on.
+      rejections: rows that cannot be used.
+      repairs: rows that were repaired.
+      format: format of the rows.
+    """
+
+    kept: list[Example]
+    heldout: list[Example]
+    rejections: list[Rejection]
+    repairs: Sequence[Repair]
+    format: str
+
+
+def prepare(session: Session, data: UserRows | None = None) -> Prepared:
+    """The user's data, split and reported.
 
     Args:
       session: settings and tokenizer.
@@ -219,15 +250,61 @@ def prepare(
     """
     settings = session.config.data
     data = data or read_data(session)
-    kept, heldout = split_heldout(
-        data.examples, settings.eval_fraction, session.config.seed, settings.source_column
-    )
+    if settings.eval_path is None:
+        kept, heldout = split_heldout(
+            data.examples, settings.eval_fraction, session.config.seed, settings.source_column
+        )
+    else:
+        heldout = _own_heldout(session, settings.eval_path)
+        data = _without(data, heldout)
+        kept = data.examples
     session.progress.say(
-        f"{settings.path}: {len(kept)} samples, {len(heldout)} held out, {len(data.rejections)} rows refused"
+        f"{settings.name}: {len(kept)} samples, {len(heldout)} held out, {len(data.rejections)} rows refused"
     )
     for line in commonest_reasons(data.rejections):
         session.progress.say(line)
-    return kept, heldout, data.rejections
+    if data.repairs:
+        n = len({repair.where for repair in data.repairs})
+        session.progress.say(f"{n} rows repaired (data.strict=true refuses them)")
+    for line in commonest_reasons(data.repairs):
+        session.progress.say(line)
+    return Prepared(kept, heldout, data.rejections, data.repairs, data.format)
+
+
+def _own_heldout(session: Session, path: str) -> list[Example]:
+    """The usable rows of `data.eval_path`."""
+    settings = session.config.data
+    reading = dataclasses.replace(Reading.of(settings), id_column=None)
+    data = usable(session, read_rows(path, settings.format, None, reading))
+    session.progress.say(f"{path}: {len(data.examples)} held out, {len(data.rejections)} rows refused")
+    for line in commonest_reasons(data.rejections):
+        session.progress.say(line)
+    return data.examples
+
+
+def _without(data: UserRows, heldout: Sequence[Example]) -> UserRows:
+    """A dataset without the rows whose prompt is held out; these are rejections.
+
+    Raises:
+      DataError: nothing is left.
+    """
+    prompts = {example.prompt for example in heldout}
+    out = {i for i, example in enumerate(data.examples) if example.prompt in prompts}
+    if len(out) == len(data.examples):
+        raise DataError("data.eval_path has the prompts of all rows, so there is nothing to train on")
+    rejections = [
+        Rejection(data.places[i], "its prompt is held out (data.eval_path)", data.examples[i].to_json())
+        for i in sorted(out)
+    ]
+    kept = [i for i in range(len(data.examples)) if i not in out]
+    return UserRows(
+        [data.examples[i] for i in kept],
+        [data.rows[i] for i in kept],
+        [data.places[i] for i in kept],
+        data.rejections + rejections,
+        data.repairs,
+        data.format,
+    )
 
 
 def read_data(session: Session, rows: Any = None) -> UserRows:
@@ -241,7 +318,14 @@ def read_data(session: Session, rows: Any = None) -> UserRows:
       DataError: the data cannot be read, or no row can be used.
     """
     settings = session.config.data
-    data = read_rows(settings.path if rows is None else rows, settings.format, settings.limit)
+    reading = Reading.of(settings)
+    if rows is None and settings.sources:
+        data, said = read_sources(settings.sources, settings.limit, reading, session.config.seed)
+        for line in said:
+            session.progress.say(line)
+    else:
+        source = settings.path if rows is None else rows
+        data = read_rows(source, settings.format, settings.limit, reading)
     return usable(session, data)
 
 
@@ -262,11 +346,13 @@ def usable(session: Session, data: UserRows) -> UserRows:
     if not kept:
         lines = "".join(f"\n{line}" for line in commonest_reasons(refused))
         raise DataError(
-            f"{session.config.data.path}: this model can use none of the {len(refused)} rows. The commonest "
+            f"{session.config.data.name}: this model can use none of the {len(refused)} rows. The commonest "
             f"reasons:{lines}"
         )
     examples, places = [data.examples[i] for i in kept], [data.places[i] for i in kept]
-    return UserRows(examples, rows, places, data.rejections + refused)
+    known = set(places)
+    repairs = [repair for repair in data.repairs if repair.where in known]
+    return UserRows(examples, rows, places, data.rejections + refused, repairs, data.format)
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:

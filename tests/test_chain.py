@@ -278,6 +278,16 @@ def test_changed_data_makes_all_stale_and_missing_data_nothing(finished: Finishe
         data.with_name("away.json").rename(data)
 
 
+def test_edited_data_stops_the_run_and_changes_nothing(finished: Finished) -> None:
+    data, before = finished.root / "data.json", contents(finished.run.path)
+    with (
+        replaced(data, data.read_text(encoding="utf-8").replace("bread", "toast")),
+        pytest.raises(RunError, match=r"was edited \(data has changed: .*name=NEW.*data\.if_changed=redo"),
+    ):
+        run_loop(load(None, finished.settings()), Silent())
+    assert contents(finished.run.path) == before
+
+
 def test_a_changed_base_model_makes_stale_what_reads_it(finished: Finished) -> None:
     config = finished.root / "model" / "config.json"
     with replaced(config, config.read_text(encoding="utf-8").replace("{", "{ ", 1)):

@@ -14,6 +14,8 @@ from middo_jax.config.base import Affects, Settings
 from middo_jax.config.gates import Gate, Switch, gate, gates
 from middo_jax.config.unions import Alternative, OneOf
 
+Turns = Literal["skip", "last", "all"]
+
 
 class Prices(Settings):
     """The endpoint's prices, in US dollars per million tokens."""
@@ -176,6 +178,11 @@ class RefineSettings(Settings):
         description="Format of the refiner's new prompts. json: a schema that the server enforces; text: "
         "between tags; auto: json if the server supports schemas, which is probed once and cached.",
     )
+    preflight: Annotated[bool, Affects("place")] = Field(
+        default=True,
+        description="Ask the server for one token before the first training, so that a wrong address, key or "
+        "model name is known before time is spent.",
+    )
     concurrency: Annotated[PositiveInt, Affects("speed")] = Field(
         default=64,
         description="Maximum number of requests in flight. The number starts at 4, grows while answers "
@@ -199,6 +206,12 @@ class RefineSettings(Settings):
     show_response: Annotated[bool, Affects("rewrites")] = Field(
         default=True,
         description="Whether the refiner's prompt also contains the original response; false as published.",
+    )
+    turns: Annotated[Turns, Affects("rewrites")] = Field(
+        default="last",
+        description="What is rewritten of a conversation of several turns. last: its last user turn, which "
+        "is answered in the context of the others; all: every answer that is learnt is also written anew; "
+        "skip: nothing, it stays as it is.",
     )
     accept: Annotated[Literal["measured", "sane", "none"], Affects("acceptance")] = Field(
         default="measured",

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import pydantic
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from middo_jax.config.axes import (
     ComplexitySettings,
@@ -53,27 +53,96 @@ class ModelSettings(Settings):
     )
 
 
-class DataSettings(Settings):
-    """The user's dataset, D_0."""
+class Source(Settings):
+    """One of several datasets."""
 
     affects: ClassVar[Affects | None] = Affects("data")
 
-    path: str = Field(
-        description="A .json/.jsonl/.parquet file, a dataset directory, tfds:NAME:SPLIT or hf:NAME:SPLIT."
+    path: str = Field(description="As data.path.")
+    format: str = Field(default="auto", description="As data.format.")
+    weight: PositiveFloat | None = Field(
+        default=None, description="Its share of the mix, relative to the weights of the other sources."
     )
-    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion"] = Field(
-        default="auto", description="Format of the rows. auto: detected from the columns."
+    count: PositiveInt | None = Field(default=None, description="Number of rows, in place of a weight.")
+
+    @pydantic.model_validator(mode="after")
+    def _weight_or_count(self) -> Source:
+        if self.weight is not None and self.count is not None:
+            raise ValueError("give a weight or a count, not both")
+        return self
+
+
+class DataSettings(Settings):
+    """The user's dataset, D_0."""
+
+    path: Annotated[str, Affects("data")] = Field(
+        default="",
+        description="A .json, .jsonl, .csv, .tsv (also .gz, .zst) or .parquet file, a pattern, a folder, "
+        "tfds:NAME:SPLIT or hf:NAME:SPLIT. Required, unless data.sources is given.",
     )
-    limit: PositiveInt | None = Field(default=None, description="Number of first rows to use. None: all.")
-    eval_fraction: float = Field(
+    sources: Annotated[tuple[Source, ...], Affects("data")] = Field(
+        default=(),
+        description="Several datasets in place of `path`: `[{path: a.jsonl, weight: 2}, {path: b.csv, "
+        "weight: 1}]`, or with `count: 500`; each may have its own `format`.",
+    )
+    eval_path: Annotated[str | None, Affects("data")] = Field(
+        default=None, description="Your own held-out dataset, in place of a share of the rows."
+    )
+    id_column: Annotated[str | None, Affects("data")] = Field(
+        default=None,
+        description="Column with your own ids, which results carry. None: `id`, if its values are unique.",
+    )
+    if_changed: Annotated[Literal["stop", "redo"], Affects("place")] = Field(
+        default="stop",
+        description="Action if the data of a run was edited. stop: an error, and nothing changes; redo: what "
+        "depends on the data is made again.",
+    )
+    format: Annotated[
+        Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion"], Affects("data")
+    ] = Field(default="auto", description="Format of the rows. auto: detected from the columns.")
+    columns: Annotated[dict[str, str], Affects("data")] = Field(
+        default={},
+        description="Names of columns that differ: `{instruction: question, output: answer}` reads the "
+        "column `question` as `instruction`.",
+    )
+    roles: Annotated[dict[str, Literal["system", "user", "assistant", "tool"]], Affects("data")] = Field(
+        default={}, description="Roles that are not known by their names: `{narrator: user}`."
+    )
+    strict: Annotated[bool, Affects("data")] = Field(
+        default=False,
+        description="true: refuse a row whose turns do not alternate, that ends with the user, or that has "
+        "an empty turn. false: repair it, and count what was repaired.",
+    )
+    limit: Annotated[PositiveInt | None, Affects("data")] = Field(
+        default=None, description="Number of first rows to use. None: all."
+    )
+    eval_fraction: Annotated[float, Affects("data")] = Field(
         default=0.1,
         ge=0,
         lt=1,
         description="Share of the rows to hold out: never trained on, never rewritten.",
     )
-    source_column: str = Field(
+    source_column: Annotated[str, Affects("data")] = Field(
         default="source", description="Column by which the held-out split is stratified, if present."
     )
+
+    @pydantic.model_validator(mode="after")
+    def _path_or_sources(self) -> DataSettings:
+        if not self.path and not self.sources:
+            raise ValueError("data.path is missing (or data.sources, for several datasets)")
+        if self.path and self.sources:
+            raise ValueError("give data.path or data.sources, not both")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The dataset for messages: its path, or the paths of its sources."""
+        return self.path or " + ".join(source.path for source in self.sources)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all datasets to train on."""
+        return (self.path,) if self.path else tuple(source.path for source in self.sources)
 
 
 class MeshSettings(Settings):

@@ -13,7 +13,7 @@ import numpy as np
 
 from middo_jax.data.example import Example, Message
 from middo_jax.data.long_texts import Encoded, encode_around, is_long
-from middo_jax.data.spans import locate, render
+from middo_jax.data.spans import locate, render, require_tools
 from middo_jax.data.templates import (
     TemplateError,
     control_tokens,
@@ -129,10 +129,12 @@ def steering_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 def refusal(example: Example, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Why an example cannot be used with this tokenizer, or None if it can. The text is only rendered."""
     for token in sorted(steering_tokens(tokenizer)):
-        if any(token in message.content for message in example.messages):
+        if any(token in text for message in example.messages for text in (message.content, message.tool)):
             return f"its text contains the model's control token {token}"
     try:
-        locate(tokenizer, render(tokenizer, example.messages), example)
+        text = render(tokenizer, example.messages, tools=example.tools)
+        require_tools(text, example)
+        locate(tokenizer, text, example)
     except TemplateError as e:
         return str(e)
     return None
@@ -169,7 +171,7 @@ def tokenize_all(
     tokenized: list[TokenizedExample] = []
     for start in range(0, len(examples), _TEXTS_AT_A_TIME):
         some = examples[start : start + _TEXTS_AT_A_TIME]
-        texts = [render(tokenizer, example.messages) for example in some]
+        texts = [render(tokenizer, example.messages, tools=example.tools) for example in some]
         parts = [_parts(*pair, tokenizer, max_length) for pair in zip(some, texts, strict=True)]
         whole = [text for text, part in zip(texts, parts, strict=True) if part is None]
         encoded = _encode_all(whole, tokenizer)

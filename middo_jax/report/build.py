@@ -21,6 +21,7 @@ import yaml
 from markupsafe import Markup
 
 from middo_jax.data.example import Example
+from middo_jax.data.sources import Rejection, count_reasons
 from middo_jax.progress import duration
 from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
@@ -99,6 +100,8 @@ def _page(run: RunDir, excerpt: int) -> str:
     ]
     refused = load_jsonl(run.path / "rejected.jsonl")
     refined = [r for r in rounds if r["accepted"] is not None]
+    refused = load_jsonl(run.path / "rejected.jsonl")
+    unusable = [Rejection(row["where"], row["reason"], None) for row in refused or []]
     return _environment(excerpt).get_template("page.html.j2").render(
         version=__version__,
         state=state,
@@ -109,6 +112,8 @@ def _page(run: RunDir, excerpt: int) -> str:
         settings_text=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         refused=None if refused is None else refused[:REFUSED_SHOWN],
         n_refused=len(refused or ()),
+        refused_reasons=count_reasons(unusable),
+        repairs=run.round(0).stages().get("prepare", {}).get("repairs", {}),
         n_heldout_rows=count_rows(run.heldout),
         n_accepted=sum(r["accepted"] for r in refined) if refined else None,
         n_tried=sum(r["accepted"] + r["rejected"] for r in refined) if refined else None,
@@ -226,6 +231,8 @@ def _round(
         ),
         "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),
+        "kept": folder.stages().get("refine", {}).get("kept", {}),
+        "conversations": _conversations(tasks or []),
         "rewrites": [
             _rewrite(t, hints, (scores, later), axes, excerpt)
             for t in tasks or []
@@ -337,6 +344,18 @@ def _example(row: dict[str, Any] | None) -> Example | None:
     return Example.from_json(row) if row else None
 
 
+def _conversations(tasks: list[dict[str, Any]]) -> dict[str, int]:
+    """Accepted rewrites of conversations of several turns: their number, their turns, the changed ones."""
+    taken = [t for t in tasks if t["accepted"] and t["example"] and t["replaces"]]
+    pairs = [(Example.from_json(t["original"]), Example.from_json(t["example"])) for t in taken]
+    long = [(original, child) for original, child in pairs if original.n_user_turns > 1]
+    return {
+        "n": len(long),
+        "turns": sum(len(child.messages) for _, child in long),
+        "changed": sum(len(child.changed_turns(original)) for original, child in long),
+    }
+
+
 def _rewrite(
     task: dict[str, Any],
     hints: dict[str, str],
@@ -358,18 +377,24 @@ def _rewrite(
         return word_diff(*texts) if task["replaces"] else ([(False, texts[0])], [(False, texts[1])])
 
     columns = [c for axis in task["axes"] if axis in shown for c in shown[axis].columns]
+    texts = [
+        ("Prompt", *compare(original.prompt, example.prompt)),
+        ("Response", *compare(original.response, example.response)),
+    ]
+    if task["replaces"] and len(original.messages) == len(example.messages) and original.n_user_turns > 1:
+        changed = example.changed_turns(original)
+        pairs = ((n, original.messages[n], example.messages[n]) for n in changed)
+        texts = [(f"Turn {n + 1} ({m.role})", *compare(m.content, new.content)) for n, m, new in pairs]
     return {
         "id": example.id,
         "source_id": original.id,
+        "user_id": original.user_id,
         "op": OPS.get(task["op"], task["op"]),
         "axes": _axes(task),
         "colour": _colour(_axes(task), shown),
         "replaces": bool(task["replaces"]),
         "headline": " ".join(example.prompt.split())[:160],
-        "texts": [
-            ("Prompt", *compare(original.prompt, example.prompt)),
-            ("Response", *compare(original.response, example.response)),
-        ],
+        "texts": texts,
         "hints": [(i, hints.get(i)) for i in task["hint_ids"]],
         "scores": [(c, before.get(c), after.get(c)) for c in columns],
     }

@@ -50,7 +50,7 @@ class Link:
       may_write: files that it writes under some settings; of no other value than to be shown.
       removable: what it wrote and may be removed to save space; made again when another stage needs it.
       models: the models that it reads, by role; None where the place is not known.
-      data: the user's data, if it reads that and the place is known.
+      data: files and folders of the user's data by role, if it reads them and the places are known.
       tokenizer: the base model's directory, if it reads all of that but the weights, and the place is known.
       earlier: the round before this folder's, if there is one.
     """
@@ -61,7 +61,7 @@ class Link:
     files: tuple[Path, ...]
     writes: tuple[Path, ...]
     models: Mapping[str, Path | None] = dataclasses.field(default_factory=dict)
-    data: Path | None = None
+    data: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     earlier: RoundDir | None = None
     tokenizer: Path | None = None
     may_write: tuple[Path, ...] = ()
@@ -85,7 +85,7 @@ class Link:
     @property
     def inputs(self) -> dict[str, Path]:
         """Files and folders outside of the run, by role."""
-        roles = {"data": self.data, TOKENIZER: self.tokenizer, **self.models}
+        roles = {**self.data, TOKENIZER: self.tokenizer, **self.models}
         return {role: p for role, p in roles.items() if p and not _is_ours(p) and p.exists()}
 
     @property
@@ -177,16 +177,18 @@ def assess(links: Sequence[Link], config: Config) -> list[tuple[Link, State]]:
     return states
 
 
-def chain(run: RunDir, config: Config, base: Path | None = None, data: Path | None = None) -> list[Link]:
+def chain(
+    run: RunDir, config: Config, base: Path | None = None, data: Mapping[str, Path] | None = None
+) -> list[Link]:
     """Returns all stages of a run in order.
 
     Args:
       run: the run.
       config: settings; `rounds`, `train.start_from` and `refine.accept` are used.
       base: the base model's directory; None if it is not known.
-      data: the user's data, if it is a file or folder; None if it is not known.
+      data: files and folders of the user's data by role; None if they are not known.
     """
-    links = [prepare(run, data, base)]
+    links = [prepare(run, data or {}, base)]
     ends = [*(run.round(t) for t in range(config.rounds)), run.final]
     for t, here in enumerate(ends):
         earlier = ends[t - 1] if t else None
@@ -204,7 +206,7 @@ def chain(run: RunDir, config: Config, base: Path | None = None, data: Path | No
     return [*links, evaluate(run, ends, base), *benchmarks, export(run.final, base)]
 
 
-def prepare(run: RunDir, data: Path | None, base: Path | None = None) -> Link:
+def prepare(run: RunDir, data: Mapping[str, Path], base: Path | None = None) -> Link:
     """The user's data -> the first round's dataset, and what is held out."""
     here = run.round(0)
     writes = (here.dataset, run.heldout, run.rejected)
@@ -272,7 +274,7 @@ def benchmark(here: RoundDir, config: Config, base: Path | None) -> Link:
     models = {} if base is None else {"base": base}
     models |= {here.path.name: here.checkpoint}
     local = config.evaluate.local_data
-    data = None if local is None else Path(local).expanduser()
+    data = {} if local is None else {"local_data": Path(local).expanduser()}
     return Link("benchmark", here, AFFECTED_BY["benchmark"], (), (here.benchmarks,), models, data)
 
 

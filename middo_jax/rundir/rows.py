@@ -12,8 +12,11 @@ Scores = dict[str, float | None]
 class TurnRow(TypedDict):
     """One turn of a conversation."""
 
-    role: Annotated[Literal["system", "user", "assistant"], "the speaker"]
+    role: Annotated[Literal["system", "user", "assistant", "tool"], "the speaker"]
     content: Annotated[str, "the text of the turn"]
+    tool_calls: NotRequired[Annotated[list[Any], "the tools that the assistant calls, as OpenAI has them"]]
+    tool_call_id: NotRequired[Annotated[str, "the call whose result a tool's turn is"]]
+    name: NotRequired[Annotated[str, "the tool whose result a tool's turn is"]]
     weight: NotRequired[Annotated[int, "0 if no token of an answer is a target; else the key is absent"]]
 
 
@@ -39,7 +42,14 @@ class ExampleRow(TypedDict):
     """A sample: a conversation that ends with an answer."""
 
     id: Annotated[str, "16 hexadecimal digits of the SHA-256 of the conversation"]
+    user_id: NotRequired[Annotated[str | int, "the user's own id of the row; an addition has none"]]
     messages: Annotated[list[TurnRow], "the turns in order"]
+    tools: NotRequired[Annotated[list[Any], "definitions of the tools that may be called; absent if none"]]
+    prompt_columns: NotRequired[
+        Annotated[
+            dict[str, str], "columns of an Alpaca row that its prompt was joined of; absent if it was one"
+        ]
+    ]
     extra: NotRequired[Annotated[dict[str, Any], "the user's own columns, carried through; absent if none"]]
     lineage: Annotated[LineageRow, "its origin and scores"]
 
@@ -314,6 +324,8 @@ class PrepareRecord(StageRecord):
     """The dataset was written."""
 
     n: Annotated[int, "number of samples"]
+    format: NotRequired[Annotated[str, "format of the input's rows"]]
+    repairs: NotRequired[Annotated[dict[str, int], "number of repaired input rows by kind of repair"]]
 
 
 class PassRow(TypedDict):
@@ -379,6 +391,7 @@ class RefineRecord(StageRecord):
 
     n: Annotated[int, "number of tasks"]
     accepted: Annotated[int, "number of tasks with a new sample"]
+    kept: NotRequired[Annotated[dict[str, int], "number of selected samples without a task, by reason"]]
     usage: Annotated[dict[str, UsageRow], "usage by axes"]
     limits: Annotated[LimitsRow, "limits for candidates"]
 

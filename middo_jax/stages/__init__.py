@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from middo_jax.stages.refine import (
         check_learnt,
         follow_refinement,
+        kept_samples,
         merge_stage,
         merged,
         plan_refinement,
@@ -34,7 +35,8 @@ _MODULES = {
     "benchmark": "benchmark_stage check_benchmarks measure_benchmarks",
     "checks": "check_continues check_refiner check_training",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
-    "refine": "check_learnt follow_refinement merge_stage merged plan_refinement refine_round refine_stage",
+    "refine": "check_learnt follow_refinement kept_samples merge_stage merged plan_refinement refine_round "
+    "refine_stage",
     "score": "check_embedder score_stage",
     "select": "select_stage",
     "surroundings": "answer_cache check_cache save_answers",
@@ -57,6 +59,7 @@ __all__ = [
     "export_adapter",
     "export_checkpoint",
     "follow_refinement",
+    "kept_samples",
     "measure_benchmarks",
     "measure_heldout",
     "merge_stage",

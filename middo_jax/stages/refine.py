@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from middo_jax.config import Config
 from middo_jax.config.axis_table import axes as axis_rows
+from middo_jax.config.refine import Turns
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
 from middo_jax.parallel.coordination import follow, lead
@@ -31,6 +33,7 @@ from middo_jax.refinement import (
 )
 from middo_jax.refinement.growth import Dropped, fit, max_size
 from middo_jax.refinement.meter import Meter
+from middo_jax.refinement.tasks import why_kept
 from middo_jax.rundir import RoundDir, RunError, chain, read_jsonl, write_jsonl
 from middo_jax.rundir.files import read_json
 from middo_jax.session import Session, read_dataset
@@ -50,8 +53,11 @@ ITSELF = (
 Ask = Callable[[Sequence[Task]], list[Outcome]]
 
 
-def plan_refinement(directory: RoundDir) -> list[Task]:
-    """Returns the refiner's tasks, planned from the folder's dataset, scores and selection."""
+def plan_refinement(directory: RoundDir, turns: Turns = "last") -> list[Task]:
+    """Returns the refiner's tasks, planned from the folder's dataset, scores and selection.
+
+    `turns` is `refine.turns`.
+    """
     if not directory.is_done("select"):
         raise RunError(f"{directory.path}: no selection from its scores there; run `middo select` first")
     axes = read_json(directory.selection)["axes"]
@@ -62,6 +68,7 @@ def plan_refinement(directory: RoundDir) -> list[Task]:
         knn_ids={row["id"]: row["knn_ids"] or () for row in rows},
         scores=_kept_scores(rows),
         faults={row["id"]: row["fault"] for row in rows},
+        turns=turns,
     )
 
 
@@ -79,6 +86,14 @@ def check_learnt(config: Config, directory: RoundDir) -> None:
             f"{after:.4f} nats per token; no rewrite is asked for. Lower train.learning_rate or look at the "
             "data; train.on_bad_step=stop or skip, without a number, lets this pass"
         )
+
+
+def kept_samples(directory: RoundDir, turns: Turns) -> dict[str, int]:
+    """Returns the number of selected samples without a task, by reason."""
+    axes = read_json(directory.selection)["axes"]
+    selected = {id_ for axis in axes.values() for id_ in axis["ids"]}
+    reasons = (why_kept(e, turns) for e in read_dataset(directory) if e.id in selected)
+    return dict(Counter(reason for reason in reasons if reason is not None))
 
 
 def _kept_scores(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
@@ -132,7 +147,10 @@ def refine_stage(
       RefinerError: the endpoint fails for every request; earlier answers stay in the cache.
     """
     config, began = session.config, time.monotonic()
-    tasks = plan_refinement(directory)
+    tasks = plan_refinement(directory, config.refine.turns)
+    kept = kept_samples(directory, config.refine.turns)
+    for why, n in kept.items():
+        session.progress.say(f"{n:,} selected samples stay as they are: {why}")
     measuring = None
     if config.refine.accept == "measured":
         measuring = model or scored_model(directory)
@@ -152,6 +170,7 @@ def refine_stage(
         time.monotonic() - began,
         n=len(outcomes),
         accepted=sum(o.example is not None for o in outcomes),
+        kept=kept,
         usage=ledger.to_json(),
         limits=dataclasses.asdict(acceptance.limits),
     )

@@ -15,6 +15,7 @@ import pyarrow as pa
 from middo_jax.config import SampledRating
 from middo_jax.config.axis_table import scored_axes
 from middo_jax.data.example import Example
+from middo_jax.data.own_columns import user_ids
 from middo_jax.data.tokenize import end_of_turn_token
 from middo_jax.models.lora import without_adapters
 from middo_jax.models.model import Model
@@ -72,7 +73,9 @@ def score_stage(
     axes = scored_axes(session.config) if axes is None else axes
     check_embedder(session, pre_model, axes)
     begun = chain.score(directory, model, pre_model).begin()
-    scored = measure(session, read_dataset(directory), model, pre_model, axes, earlier=earlier)
+    examples = read_dataset(directory)
+    scored = measure(session, examples, model, pre_model, axes, earlier=earlier)
+    own = user_ids(examples) if own is None else own
     if own is not None:
         scored = scored._replace(table=with_columns(scored.table, own))
     directory.forget("select")  # it belongs to the scores that are replaced now

@@ -118,6 +118,7 @@ def settings(root: Path, base_url: str | None = None, **more: Any) -> list[str]:
         "diversity.fraction": 0.15,
         "quality.fraction": 0.2,
         "refine.temperature": 0,
+        "refine.preflight": False,  # tests count the requests of the stage
         "refine.max_tokens": 16,
         "refine.accept": "sane",  # what a random model measures of nonsense says nothing
         "refine.gates.open": "[numbers]",  # the fake refiner keeps none

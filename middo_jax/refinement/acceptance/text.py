@@ -43,7 +43,8 @@ def sane(candidate: Candidate, _: Any) -> Finding | None:
     # A rewrite for quality may keep the prompt and improve the answer. But an unchanged prompt that should
     # have become easier only gets an answer in the model's own words, whose loss is low even if the answer is
     # wrong.
-    if task.axes != ("quality",) and any(_same(prompt, e.prompt) for e in (task.original, *task.hints)):
+    known = (task.prompt, *(hint.prompt for hint in task.hints))
+    if task.axes != ("quality",) and any(_same(prompt, text) for text in known):
         return Finding("unchanged", "unchanged")
     return None
 
@@ -51,14 +52,12 @@ def sane(candidate: Candidate, _: Any) -> Finding | None:
 def numbers(candidate: Candidate, _: Any) -> Finding | None:
     """Whether a rewritten prompt keeps its original's numbers."""
     simpler = "complexity" in candidate.task.axes
-    return _found(
-        changed_numbers(candidate.task.original.prompt, candidate.prompt or "", exchanged_only=simpler)
-    )
+    return _found(changed_numbers(candidate.task.prompt, candidate.prompt or "", exchanged_only=simpler))
 
 
 def code(candidate: Candidate, _: Any) -> Finding | None:
     """Whether a rewritten prompt keeps its original's code blocks."""
-    return _found(lost_code(candidate.task.original.prompt, candidate.prompt or ""))
+    return _found(lost_code(candidate.task.prompt, candidate.prompt or ""))
 
 
 def language(candidate: Candidate, _: Any) -> Finding | None:
@@ -93,7 +92,7 @@ def answer_sane(candidate: Candidate, _: Any) -> Finding | None:
     if _same(prompt, response):
         return Finding("answer repeats the prompt", "answer repeats the prompt")
     replaces = task.op != "synthesize"
-    if replaces and _same(prompt, task.original.prompt) and _same(response, task.original.response):
+    if replaces and _same(prompt, task.prompt) and _same(response, task.original.response):
         return Finding("unchanged", "unchanged")
     return None
 

@@ -129,9 +129,9 @@ class World:
         stale = self._stale(run, config)
         do = loop.Stage.do
 
-        def record(stage: loop.Stage, plan: loop.Plan) -> None:
-            redone.append(stage.link.where)
-            do(stage, plan)
+        def record(self: loop.Stage, plan: loop.Plan) -> None:
+            redone.append(self.link.where)
+            do(self, plan)
 
         loop.Stage.do = record
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
+from typing import Any
 
 from support.loop_fixture import settings
 from support.tiny_model import write_tiny_model
@@ -18,7 +19,7 @@ def test_whatever_changes_an_answer_changes_the_revision(tmp_path: Path) -> None
     config = load(None, settings(tmp_path))
     model = write_tiny_model(tmp_path / "served")
 
-    def revision(template: str = "a", day: datetime.date = DAY, **more: object) -> str:
+    def revision(template: str = "a", day: datetime.date = DAY, **more: Any) -> str:
         changed = load(None, settings(tmp_path, **more)) if more else config
         return served_revision(model, template, day, changed)
 

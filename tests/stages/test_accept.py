@@ -167,7 +167,8 @@ def test_a_measurement_is_what_scoring_would_say(measured: Measured) -> None:
 
 def test_a_rewrite_and_its_original_are_measured_in_the_same_way(measured: Measured) -> None:
     """The original in the place of its rewrite, then with another's answer; a new sample has no original."""
-    originals = [task.original for task in stages.plan_refinement(measured.round)[:4]]
+    tasks = stages.plan_refinement(measured.round)
+    originals = list({task.original.id: task.original for task in tasks}.values())[:4]
     others = [*originals[1:], originals[0]]
     same = [Rewrite(one, one.id, "rewrite") for one in originals]
     strange = [

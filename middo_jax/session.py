@@ -19,7 +19,9 @@ from middo_jax import template_date
 from middo_jax.config import Config, SettingsLike, layers_of
 from middo_jax.config import load as load_config
 from middo_jax.data.example import Example, Message
+from middo_jax.data.files import with_id
 from middo_jax.data.in_memory import IN_MEMORY
+from middo_jax.data.mixing import read_sources
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import (
     DataError,
@@ -28,7 +30,6 @@ from middo_jax.data.sources import (
     UserRows,
     commonest_reasons,
     read_rows,
-    read_sources,
 )
 from middo_jax.data.split import split_heldout
 from middo_jax.data.tokenize import (
@@ -339,7 +340,7 @@ def usable(session: Session, data: UserRows) -> UserRows:
     rows = [row for row, reason in zip(data.rows, reasons, strict=True) if reason is None]
     kept = [i for i, reason in enumerate(reasons) if reason is None]
     refused = [
-        Rejection(data.places[i], reason, data.examples[i].to_json())
+        Rejection(with_id(data.places[i], data.examples[i].user_id), reason, data.examples[i].to_json())
         for i, reason in enumerate(reasons)
         if reason is not None
     ]

@@ -101,7 +101,8 @@ class Example:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     tools: str = ""
     user_id: str | int | None = None
-    prompt_columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    # Not compared: it says how the same conversation was spread over columns.
+    prompt_columns: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not self.id:

@@ -47,7 +47,7 @@ class Rejection:
     """A row that was read but cannot be used.
 
     Attributes:
-      where: file:line in a .jsonl file, otherwise `row N`, counted from 1.
+      where: file:line in a text file, otherwise `row N`, counted from 1; and the user's id of the row.
       reason: why the row cannot be used.
       row: the row as it was read; the text of a line that is not JSON; None for a row that is nested too
         deeply.
@@ -62,6 +62,11 @@ class Rejection:
         row: RejectedRow = {"where": self.where, "reason": self.reason, "row": self.row}
         text = json.dumps(row, ensure_ascii=False)
         return json.loads(text.encode("utf-8", "xmlcharrefreplace"))
+
+
+def with_id(where: str, own: Any) -> str:
+    """A row's place with the user's id of it, if there is one: `chat.jsonl:3, id 17`."""
+    return f"{where}, id {own}" if isinstance(own, str | int) and not isinstance(own, bool) else where
 
 
 def files_at(path: str) -> list[Path]:

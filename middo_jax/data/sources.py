@@ -13,15 +13,21 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from middo_jax.config.settings import Source
 from middo_jax.data import hf_format
 from middo_jax.data.example import Example
-from middo_jax.data.files import Rejection, files_at, is_readable_folder, numbered, rows_of_files
+from middo_jax.data.files import (
+    Rejection,
+    files_at,
+    is_readable_folder,
+    numbered,
+    rows_of_files,
+    with_id,
+)
 from middo_jax.data.formats import (
     FORMATS,
     DataError,
@@ -33,7 +39,6 @@ from middo_jax.data.formats import (
     to_rows,
 )
 from middo_jax.data.in_memory import IN_MEMORY, rows_in_memory
-from middo_jax.data.mixing import chosen, shares
 from middo_jax.data.reading import AS_IT_IS, Reading
 from middo_jax.data.shapes import uniform
 from middo_jax.rundir import atomic, write_json, write_jsonl
@@ -126,65 +131,6 @@ def read_rows(
     return data
 
 
-def read_sources(
-    sources: Sequence[Source], limit: int | None, reading: Reading, seed: int
-) -> tuple[UserRows, list[str]]:
-    """(several datasets as one, what was taken of each, in words).
-
-    A row whose conversation an earlier source has too is a rejection. Ids that are not unique over all
-    sources are kept as an ordinary column.
-
-    Raises:
-      DataError: see `read_rows`, or a source has too few rows.
-    """
-    parts = [read_rows(s.path, s.format, limit, reading) for s in sources]
-    formats = {part.format for part in parts}
-    merged, said = UserRows([], [], [], [], [], formats.pop() if len(formats) == 1 else "messages"), []
-    first: dict[str, str] = {}
-    for part, source, count in zip(
-        parts, sources, shares([len(part.examples) for part in parts], sources), strict=True
-    ):
-        merged.rejections.extend(_at(source.path, rejection) for rejection in part.rejections)
-        taken = chosen(len(part.examples), count, seed, source.path)
-        said.append(f"{source.path}: {len(taken):,} of {len(part.examples):,} rows taken")
-        places = {part.places[i] for i in taken}
-        merged = merged._replace(
-            repairs=[*merged.repairs, *(_at(source.path, r) for r in part.repairs if r.where in places)]
-        )
-        for i in taken:
-            example, where = part.examples[i], _place(source.path, part.places[i])
-            if example.id in first:
-                reason = f"duplicate of {example.id} ({first[example.id]})"
-                merged.rejections.append(Rejection(where, reason, plain(part.rows[i])))
-                continue
-            first[example.id] = where
-            merged.examples.append(example)
-            merged.rows.append(part.rows[i])
-            merged.places.append(where)
-    ids = [str(e.user_id) for e in merged.examples if e.user_id is not None]
-    if len(set(ids)) < len(ids):
-        column = reading.id_column or "id"
-        merged = merged._replace(examples=[_id_as_extra(example, column) for example in merged.examples])
-        said.append(f"column {column!r} is not unique over all sources: results do not carry it as the id")
-    return merged, said
-
-
-def _place(path: str, where: str) -> str:
-    return f"{path} {where}" if where.startswith("row ") else where
-
-
-_Placed = TypeVar("_Placed", Rejection, Repair)
-
-
-def _at(path: str, placed: _Placed) -> _Placed:
-    where = _place(path, placed.where)
-    return (
-        placed._replace(where=where)
-        if isinstance(placed, Repair)
-        else dataclasses.replace(placed, where=where)
-    )
-
-
 def _with_user_ids(data: UserRows, column: str | None, path: str) -> list[Example]:
     """The examples, with the ids that their rows have in `column`, or in `id` if these are unique.
 
@@ -226,12 +172,6 @@ def _with_user_id(example: Example, column: str) -> Example:
     return dataclasses.replace(example, extra=extra, user_id=example.extra[column])
 
 
-def _id_as_extra(example: Example, column: str) -> Example:
-    if example.user_id is None:
-        return example
-    return dataclasses.replace(example, extra={column: example.user_id, **example.extra}, user_id=None)
-
-
 def _converted(
     found: Sequence[tuple[str, Any] | Rejection], format: str, reading: Reading
 ) -> tuple[UserRows, set[str]]:
@@ -249,7 +189,8 @@ def _converted(
             row = plain(given)
             example, fields, repaired = to_example(row, format, reading)
         except RowError as e:
-            data.rejections.append(Rejection(where, str(e), row))
+            own = row.get(reading.id_column or "id") if isinstance(row, dict) else None
+            data.rejections.append(Rejection(with_id(where, own), str(e), row))
             continue
         except RecursionError:
             data.rejections.append(Rejection(where, "nested too deeply", None))

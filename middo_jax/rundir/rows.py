@@ -57,7 +57,9 @@ class ExampleRow(TypedDict):
 class RejectedRow(TypedDict):
     """A row of the input that cannot be used."""
 
-    where: Annotated[str, "`file:line` of a .jsonl file, else `row N`, counted from 1"]
+    where: Annotated[
+        str, "`file:line` of a text file, else `row N`, counted from 1; then the user's id of the row, if any"
+    ]
     reason: Annotated[str, "why it cannot be used"]
     row: Annotated[Any, "the row as read; the line's text if it is not JSON; null if it is nested too deeply"]
 

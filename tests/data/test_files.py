@@ -212,3 +212,11 @@ def test_an_output_that_is_read_as_data_is_refused(tmp_path: Path) -> None:
             require_not_read(source, [tmp_path / "other.jsonl", path])
         require_not_read(source, [tmp_path / "other.jsonl"])
     require_not_read("hf:someone/some:train", [path])
+
+
+def test_a_refused_row_is_named_by_its_line_and_its_id(tmp_path: Path) -> None:
+    path = with_ids(tmp_path, ["a", "b"], "uid")
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    Path(path).write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1] | {"output": ""}) + "\n")
+    [rejected] = read_rows(path, reading=Reading(id_column="uid")).rejections
+    assert rejected.where == f"{path}:2, id b"

@@ -10,9 +10,9 @@ import pytest
 from middo_jax.config import load
 from middo_jax.config.base import ConfigError
 from middo_jax.config.settings import Source
-from middo_jax.data.mixing import chosen, shares
+from middo_jax.data.mixing import chosen, read_sources, shares
 from middo_jax.data.reading import Reading
-from middo_jax.data.sources import DataError, read_sources
+from middo_jax.data.sources import DataError
 
 
 def file(tmp_path: Path, name: str, n: int, first: int = 0) -> str:

@@ -94,7 +94,7 @@ class ChatClient:
         addresses = [Address.of(url) for url in urls]
         self._secrets = Secrets([key, *(secret for address in addresses for secret in address.secrets)])
         self.endpoints = Endpoints(
-            [_connect(address, key, settings) for address in addresses], settings.max_retries, backoff_s
+            [connect(address, key, settings) for address in addresses], settings.max_retries, backoff_s
         )
         self._budget = Budget(settings, self.ledger)
         limit = settings.per_minute
@@ -340,7 +340,8 @@ class ChatClient:
         self._stopping.set()
 
 
-def _connect(address: Address, key: str | None, settings: RefineSettings) -> Endpoint:
+def connect(address: Address, key: str | None, settings: RefineSettings) -> Endpoint:
+    """A server with the limits of `receiving`; nothing is sent yet. `key` is None if the server gets none."""
     # By the type of the default, since the package has changed its HTTP library before.
     limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
         max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency

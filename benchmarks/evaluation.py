@@ -173,19 +173,21 @@ def log_likelihoods(of: Measured) -> np.ndarray:
 
 def hf_model(args: argparse.Namespace, dtype: str, max_length: int) -> HFLM:
     """lm-eval's own model on the CPU."""
-    return HFLM(
-        pretrained=str(args.model),
-        dtype=dtype,
-        softmax_dtype=dtype,
-        device="cpu",
-        batch_size=args.batch_size,
-        max_length=max_length,
-    )
+    # Its metaclass hides the signature from type checkers.
+    settings: dict[str, Any] = {
+        "pretrained": str(args.model),
+        "dtype": dtype,
+        "softmax_dtype": dtype,
+        "device": "cpu",
+        "batch_size": args.batch_size,
+        "max_length": max_length,
+    }
+    return HFLM(**settings)
 
 
 def main() -> None:
     """Runs both sides and prints one object of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="GSM8K's test rows as JSON lines")
     parser.add_argument("--choice", type=int, default=32, help="questions without examples")

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from middo_jax import loop
 from middo_jax.config import load
+from middo_jax.data.files import inputs_of
 from middo_jax.progress import Silent
 from middo_jax.rundir import RunDir, RunError
 from middo_jax.rundir.chain import assess, chain
@@ -143,11 +144,8 @@ class World:
         return Again(redone, None, said.lines, stale, repair)
 
     def _stale(self, run: RunDir, config: Any) -> dict[str, str] | None:
-        data = Path(config.data.path)
         try:
-            states = assess(
-                chain(run, config, Path(config.model.path), data if data.exists() else None), config
-            )
+            states = assess(chain(run, config, Path(config.model.path), inputs_of(config.data)), config)
         except (RunError, OSError):
             return None
         return {link.where: state.why or "not done" for link, state in states if not state.is_fresh}

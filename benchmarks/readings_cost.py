@@ -79,12 +79,14 @@ def main() -> None:
         for name in ("loss alone", "with prompts")
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    real_tokens: dict[str, int] = {}
     for _ in range(arguments.turns):
         for name, loss_pass in sides.items():
             _, facts = loss_pass(model, Silent(), name)
             seconds[name].append(facts.seconds)
+            real_tokens[name] = facts.real_tokens
     for name, values in seconds.items():
-        print(f"{name}: {' '.join(f'{value:.2f}' for value in values)} s, {facts.real_tokens:,} tokens")
+        print(f"{name}: {' '.join(f'{value:.2f}' for value in values)} s, {real_tokens[name]:,} tokens")
     print(
         f"end_nll and worst_decile_nll alone: {own_operations() * 1e3:.2f} ms per batch of {BATCH * LENGTH:,}"
     )

@@ -10,7 +10,7 @@ good rewrites (the experts', and the model's own that a person found good) and e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -78,7 +78,7 @@ def passing(pairs: Sequence[Pair], originals: Sequence[Row], asked: Asked) -> di
     return {group: float(np.mean(values)) for group, values in ok.items() if values}
 
 
-def table(title: str, columns: Sequence[str], rows: dict[str, Sequence[float | None]], form: str) -> str:
+def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[float | None]], form: str) -> str:
     """A Markdown table."""
     lines = [[title, *columns], ["---", *["---:"] * len(columns)]]
     for name, values in rows.items():

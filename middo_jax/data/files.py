@@ -22,7 +22,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -178,11 +178,11 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
     ending = file.suffix.lower()
     try:
         if ending == ".gz":
-            with gzip.open(file, "rb") as stream:
-                yield stream
+            with gzip.open(file, "rb") as unpacked:
+                yield cast(IO[bytes], unpacked)  # it has all methods that are used
         elif ending == ".zst":
             with file.open("rb") as raw, pa.CompressedInputStream(raw, "zstd") as packed:
-                yield io.BufferedReader(packed)  # type: ignore[arg-type]  # it has all methods of a raw stream
+                yield io.BufferedReader(cast(io.RawIOBase, packed))  # it has all methods of a raw stream
         else:
             with file.open("rb") as stream:
                 yield stream

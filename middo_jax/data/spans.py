@@ -12,7 +12,7 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jinja2
 
@@ -63,7 +63,7 @@ def render(
     try:
         text = tokenizer.apply_chat_template(
             [{"role": m.role, "content": m.content, **parts_of(m.tool)} for m in messages],
-            tools=rendered(tools) or None,
+            tools=cast(Any, rendered(tools) or None),  # the stub expects a wider list
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **template_arguments(tokenizer),

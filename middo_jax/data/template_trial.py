@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -27,7 +27,7 @@ _TURNS = 64  # of the longest conversation: what doubles with each turn shows it
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}`, with which some templates mark answers. Here it marks nothing."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

@@ -10,11 +10,10 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from lm_eval.api.model import LM
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -115,7 +114,7 @@ def _with_defaults(folder: str | None) -> TaskManager:
     return TaskManager(include_path=folder)
 
 
-def _set_fewshot(task: ConfigurableTask, num_fewshot: int | None) -> None:
+def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
     """As `lm_eval.simple_evaluate` does: a task that says 0 keeps it, one that says nothing has 0."""
     own = task.get_config("num_fewshot")
     if num_fewshot is not None and own != 0:
@@ -168,7 +167,7 @@ def score_rows(found: Mapping[str, Any], output_types: Mapping[str, str]) -> lis
         }
         p_n = [p for leaf in leaves for p in answer_p.get(leaf, ())]
         if p_n:
-            rows.append({**common, **_answer_p_row(p_n)})
+            rows.append(cast(BenchmarkScoreRow, {**common, **_answer_p_row(p_n)}))
         directions = found["higher_is_better"].get(name, {})
         n = int(metrics.get("sample_len") or sum(len(found["samples"].get(leaf, ())) for leaf in leaves))
         for key, value in metrics.items():
@@ -176,17 +175,16 @@ def score_rows(found: Mapping[str, Any], output_types: Mapping[str, str]) -> lis
             if key in _NOT_METRICS or metric.endswith("_stderr") or not _is_number(value):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{filter_}")
-            rows.append(
-                {
-                    **common,
-                    "metric": metric,
-                    "filter": filter_,
-                    "value": float(value),
-                    "stderr": float(stderr) if _is_number(stderr) else None,
-                    "n": n,
-                    "higher_is_better": directions.get(metric),
-                }
-            )
+            row = {
+                **common,
+                "metric": metric,
+                "filter": filter_,
+                "value": float(value),
+                "stderr": float(stderr) if _is_number(stderr) else None,
+                "n": n,
+                "higher_is_better": directions.get(metric),
+            }
+            rows.append(cast(BenchmarkScoreRow, row))
     return rows
 
 

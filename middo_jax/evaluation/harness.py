@@ -117,7 +117,7 @@ class HarnessModel(TemplateLM):
 
         A continuation without tokens has log-likelihood 0 and is greedy: the product of no probabilities.
         """
-        return self._scores(self._encoder.pairs([request.args for request in requests]))
+        return self._scores(self._encoder.pairs([(request.args[0], request.args[1]) for request in requests]))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
@@ -153,7 +153,7 @@ class HarnessModel(TemplateLM):
 
     def _prompt(self, seed: int, context: str, settings: dict[str, Any]) -> tuple[Prompt, bool]:
         """A request of `generate_until`, and whether its context was cut."""
-        found = dict(normalize_gen_kwargs(settings, MAX_GEN_TOKS))
+        found: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_GEN_TOKS))
         if unknown := found.keys() - _GENERATION:
             raise ValueError(
                 f"generation_kwargs of a task: {', '.join(sorted(unknown))} is not supported; "

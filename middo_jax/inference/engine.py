@@ -29,7 +29,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Hashable, Iterable
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -290,7 +290,7 @@ class Engine:
             logprob = rows(following.logprobs, 1)[0] if request.logprobs else None
             self._add(slot, slot.answer, Step(int(following.token_b[0]), logprob))
 
-    def _chunk(self, slot: Slot, request: Request) -> PromptChunk[np.ndarray]:
+    def _chunk(self, slot: Slot, request: Request) -> PromptChunk[Any]:
         """The next part of a prompt."""
         start = slot.n_read
         part = request.prompt_tokens[start : start + CHUNK]

@@ -310,12 +310,13 @@ async def _refine(dialogue: _Dialogue, round_index: int, special_tokens: Collect
         candidate = await _prompted(dialogue, special_tokens)
         if not task.keeps_prompt and (verdict := first_verdict(candidate, "prompt", settings)):
             return rejected(verdict)
-        assert candidate.prompt is not None  # otherwise `readable`, which is always applied, has rejected it
+        prompt = candidate.prompt
+        assert prompt is not None  # otherwise `readable`, which is always applied, has rejected it
         context = await _context(dialogue, special_tokens)
         if isinstance(context, Verdict):
             return rejected(context)
-        reply = await dialogue.answer(answer_request(task, candidate.prompt, context))
-        response = _answer_text(reply.text, task, candidate.prompt, special_tokens)
+        reply = await dialogue.answer(answer_request(task, prompt, context))
+        response = _answer_text(reply.text, task, prompt, special_tokens)
         candidate = dataclasses.replace(candidate, response=response, finish_reason=reply.finish_reason)
         if verdict := first_verdict(candidate, "answer", settings):
             return rejected(verdict)
@@ -331,7 +332,7 @@ async def _refine(dialogue: _Dialogue, round_index: int, special_tokens: Collect
             raise
         return rejected(Verdict(None, error.reason))
     lineage = _lineage(task, dialogue.client.model, round_index)
-    child = task.original.replace_text(candidate.prompt, candidate.response, lineage, context)
+    child = task.original.replace_text(prompt, response, lineage, context)
     return Outcome(task, child, None, tuple(dialogue.exchanges))
 
 

@@ -190,6 +190,7 @@ def chain(
     """
     links = [prepare(run, data or {}, base)]
     ends = [*(run.round(t) for t in range(config.rounds)), run.final]
+    benchmarks: list[Link] = []
     for t, here in enumerate(ends):
         earlier = ends[t - 1] if t else None
         previous = base if earlier is None else earlier.checkpoint

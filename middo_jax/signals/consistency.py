@@ -53,10 +53,11 @@ def consistency(columns: dict[str, np.ndarray]) -> Consistency:
       columns: those of NEEDED, [n] float64 each.
     """
     rank_fn = np.stack([_rank(columns, fault) for fault in FAULTS])
-    known_n = np.isfinite(rank_fn).any(axis=0)
+    known_n = np.asarray(np.isfinite(rank_fn).any(axis=0))
     filled_fn = np.where(np.isfinite(rank_fn), rank_fn, -1.0)
     worst_n = filled_fn.argmax(axis=0)
-    fault_n = [FAULTS[f].name if known else None for f, known in zip(worst_n, known_n, strict=True)]
+    pairs = zip(worst_n.tolist(), known_n.tolist(), strict=True)
+    fault_n = [FAULTS[f].name if known else None for f, known in pairs]
     return Consistency(np.where(known_n, filled_fn.max(axis=0), np.nan), fault_n)
 
 

@@ -115,6 +115,7 @@ def test_packed_is_unpacked(model: Model, packed: ExampleScores) -> None:
     np.testing.assert_allclose(packed.loss_n, [one.loss for one in alone], rtol=1e-5)
     np.testing.assert_allclose(packed.last_nll_n, [one.last for one in alone], rtol=1e-5)
     np.testing.assert_allclose(packed.worst_decile_nll_n, [one.worst_decile for one in alone], rtol=1e-5)
+    assert packed.prompt_nll_n is not None
     np.testing.assert_allclose(packed.prompt_nll_n, [one.prompt for one in alone], rtol=1e-5)
     np.testing.assert_allclose(packed.embedding_nd, [one.embedding for one in alone], rtol=1e-5, atol=1e-5)
     assert packed.n_targets_n.tolist() == [int(e.is_target_n[1:].sum()) for e in EXAMPLES]
@@ -134,7 +135,7 @@ def test_batch_and_chunk_change_nothing(model: Model, packed: ExampleScores, how
 def test_order_changes_nothing(model: Model, packed: ExampleScores) -> None:
     order = np.random.default_rng(1).permutation(len(EXAMPLES))
     shuffled = score(model, [EXAMPLES[i] for i in order])
-    assert_same(shuffled, ExampleScores(*(values_n[order] for values_n in packed)))
+    assert_same(shuffled, ExampleScores(*(values_n[order] for values_n in packed if values_n is not None)))
 
 
 def test_the_prompts_are_read_only_if_asked(model: Model, packed: ExampleScores) -> None:
@@ -142,9 +143,9 @@ def test_the_prompts_are_read_only_if_asked(model: Model, packed: ExampleScores)
     assert without.prompt_nll_n is None
     np.testing.assert_allclose(without.loss_n, packed.loss_n, rtol=1e-5)
     prompts = [e for e in EXAMPLES if not e.is_target_n.any()]  # the head is applied to no target at all
-    np.testing.assert_allclose(
-        score(model, prompts).prompt_nll_n, [by_hand(model, e).prompt for e in prompts], rtol=1e-5
-    )
+    prompt_nll_n = score(model, prompts).prompt_nll_n
+    assert prompt_nll_n is not None
+    np.testing.assert_allclose(prompt_nll_n, [by_hand(model, e).prompt for e in prompts], rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 2, 4)], ids=str)

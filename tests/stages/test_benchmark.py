@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.forward import forward
@@ -58,8 +59,8 @@ def log_likelihood(root: Path, text: str) -> float:
     """Of a text behind BOS, without any packing."""
     model, tokenizer = hf.load(root / "model"), load_tokenizer(root / "model")
     tokens = [tokenizer.bos_token_id, *tokenizer.encode(text)]
-    at = np.arange(len(tokens))[None]
-    hidden_btd = forward(model.graphdef, model.params, np.asarray([tokens]), np.zeros_like(at), at)
+    at = jnp.arange(len(tokens))[None]
+    hidden_btd = forward(model.graphdef, model.params, jnp.asarray([tokens]), jnp.zeros_like(at), at)
     logits = np.asarray(hidden_btd[0], np.float64) @ np.asarray(model.params["embed"][...], np.float64).T
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     return float(sum(log_p[t - 1, tokens[t]] for t in range(1, len(tokens))))
@@ -167,7 +168,8 @@ def test_the_command_prints_a_table_and_asks_for_what_is_missing(
         )
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        return ended.value.code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
 
     tasks = ("--tasks", "capitals", "--include-path", root / "tasks", "evaluate.max_length=64")
     code, out, _ = middo(*tasks)

@@ -39,10 +39,10 @@ class Address:
         """
         try:
             parts = urllib.parse.urlsplit(url)
-            has_host = bool(parts.hostname) and (parts.port or 1) > 0
+            is_read = bool(parts.hostname) and (parts.port or 1) > 0 and "@" not in parts.path
         except ValueError:
-            has_host = False
-        if not has_host or "@" in parts.path:
+            parts, is_read = urllib.parse.urlsplit(""), False
+        if not is_read:
             raise ConfigError(
                 "config: the URL of the refiner cannot be read: it needs a host, and in a user or password "
                 "the characters : / ? # @ are written as %3A %2F %3F %23 %40"

@@ -95,7 +95,7 @@ def report(
     for arm, by_seed in found.items():
         name, at, budget = arm.partition(" at ")
         control = f"random at {budget}" if at and name != "random" else None
-        wanted = dict.fromkeys(["none", "all", arm, *([control] if control else [])])
+        wanted: list[str] = ["none", "all", arm, *([control] if control else [])]
         used = {a: found[a] for a in wanted if a in found}
         seeds = sorted(set.intersection(*(set(losses) for losses in used.values())))
         total = sum(sum(hits[arm][s].values()) for s in seeds)

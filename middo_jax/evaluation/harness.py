@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -117,7 +117,9 @@ class HarnessModel(TemplateLM):
 
         A continuation without tokens has log-likelihood 0 and is greedy: the product of no probabilities.
         """
-        return self._scores(self._encoder.pairs([(request.args[0], request.args[1]) for request in requests]))
+        return self._scores(
+            self._encoder.pairs([cast(tuple[str, str], request.args) for request in requests])
+        )
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any

@@ -131,7 +131,7 @@ def of_every(*stages: str) -> set[tuple[str, str]]:
         ("quality__method", "sample", of_every("score")),
         ("lora__rank", 2, of_every("train")),
         ("diversity__k", 3, of_every("score")),
-        ("scoring__readings", ("ifd",), of_every("score")),
+        ("scoring__readings", "[ifd]", of_every("score")),
         ("serve__max_context", 777, of_every("refine")),  # no score: nothing is sampled
         ("complexity__fraction", 0.3, of_every("select")),
         ("complexity__normalise", "length", of_every("select")),

@@ -106,7 +106,8 @@ class World:
 
     def settings(self, name: str, **more: Any) -> list[str]:
         """The settings of a run in this world, with changes (`__` for the dot)."""
-        return settings(self.root, self.url, **(self.own | {"name": name} | more))
+        defaults = {"data__if_changed": "redo", "name": name}
+        return settings(self.root, self.url, **(self.own | defaults | more))
 
     def begin(self) -> None:
         """Makes the finished run."""

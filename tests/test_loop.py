@@ -200,7 +200,8 @@ def test_a_second_start_finds_everything_done(finished: Finished, tmp_path: Path
     before = contents(tmp_path)
     said = Said()
     run_loop(config, said)
-    assert [line.endswith("done before") for line in said.lines[:-1]] == [True] * 13
+    assert said.lines[0].startswith("middo-jax ")  # the header
+    assert [line.endswith("done before") for line in said.lines[1:-1]] == [True] * 13
     after = contents(tmp_path)
     changing = {"run/events.jsonl", "run/report.html", "run/config.yaml"}  # the last: runs_dir is another
     assert after.keys() == before.keys()

@@ -211,11 +211,11 @@ def _explain(error: Any) -> str:
 
 
 def _required(name: str) -> str:
-    """A missing setting's name; for a missing group, that of its first setting without a default."""
+    """A missing setting's name; for a missing group, that of its path, which every such group needs."""
     field = Config.model_fields.get(name)
     group = None if field is None else field.annotation
     if isinstance(group, type) and issubclass(group, Settings):
-        return next((f"{name}.{own}" for own, f in group.model_fields.items() if f.is_required()), name)
+        return f"{name}.path" if "path" in group.model_fields else name
     return name
 
 

@@ -107,7 +107,7 @@ def test_a_long_context_keeps_its_last_turns() -> None:
 @pytest.mark.parametrize(("turns", "n"), [("skip", 1), ("last", 2), ("all", 2)])
 def test_several_turns_are_skipped_on_request(turns: str, n: int) -> None:
     short = sample("Name a tree.")
-    tasks = plan_tasks([LONG, short], {"quality": {LONG.id, short.id}}, {}, {}, turns)  # type: ignore[arg-type]
+    tasks = plan_tasks([LONG, short], {"quality": {LONG.id, short.id}}, {}, {}, turns=turns)  # type: ignore[arg-type]
     assert len(tasks) == n
     assert (why_kept(LONG, turns) is None) == (n == 2)  # type: ignore[arg-type]
     assert why_kept(short, turns) is None  # type: ignore[arg-type]

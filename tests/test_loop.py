@@ -266,7 +266,7 @@ def test_gibberish_is_rejected_and_everything_stays(finished: Finished, tmp_path
     assert pq.read_table(run.heldout_rows).num_rows == 0
     assert run.report.exists()
     assert len(read_jsonl(run.final.dataset)) == 12
-    assert "12 samples, 0 held out, 0 rows refused" in said[0]
+    assert "12 samples, 0 held out, 0 rows refused" in said[1]
     # Random weights seldom write a number: what cannot be read is null, and the row says so.
     table = pq.read_table(run.round(0).scores)
     for quality, error in zip(table["quality"].to_pylist(), table["error"].to_pylist(), strict=True):

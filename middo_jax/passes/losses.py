@@ -236,7 +236,7 @@ class LossPass:
         self._pass = Pass(score_batch, self.plan, inputs, static)
 
     def __call__(self, model: Model, progress: Progress, name: str) -> tuple[ExampleScores, PassFacts]:
-        """The scores of all examples under a model; `name` is what the user sees."""
+        """Returns the scores of all examples under a model; the progress display shows `name`."""
         loss_n, last_nll_n, worst_n, prompt_nll_n = np.full((4, self._n), np.nan, np.float32)
         n_targets_n = np.zeros(self._n, np.int32)
         embedding_nd = np.full((self._n, self._width), np.nan, np.float32)
@@ -322,7 +322,7 @@ def _follows(chosen_n: np.ndarray) -> np.ndarray:
 
 
 def _counts(example: TokenizedExample) -> np.ndarray:
-    """bool [n]: its hidden state is read: the next token is a target, or it is of the prompt itself."""
+    """Returns bool [t], whether a hidden state is needed: it predicts a target or belongs to the prompt."""
     return example.in_prompt_n | _follows(example.is_target_n)
 
 

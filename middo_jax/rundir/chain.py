@@ -84,7 +84,7 @@ class Link:
 
     @property
     def inputs(self) -> dict[str, Path]:
-        """Files and folders outside of the run, by role."""
+        """Files and folders outside the run that the stage reads, by role."""
         roles = {**self.data, TOKENIZER: self.tokenizer, **self.models}
         return {role: p for role, p in roles.items() if p and not _is_ours(p) and p.exists()}
 
@@ -208,7 +208,7 @@ def chain(
 
 
 def prepare(run: RunDir, data: Mapping[str, Path], base: Path | None = None) -> Link:
-    """The user's data -> the first round's dataset, and what is held out."""
+    """The user's data -> the first round's dataset, held-out rows and rejected rows."""
     here = run.round(0)
     writes = (here.dataset, run.heldout, run.rejected)
     return Link("prepare", here, AFFECTED_BY["prepare"], (), writes, data=data, tokenizer=base)
@@ -249,7 +249,7 @@ def select(here: RoundDir) -> Link:
 
 
 def refine(here: RoundDir, heldout: Path | None, model: Path | None, base: Path | None = None) -> Link:
-    """The selected samples -> rewrites; `model` measures them, if they are measured."""
+    """The selected samples -> rewrites; `model` measures them, None if they are not measured."""
     held = () if heldout is None else (heldout,)
     measured = () if model is None else (here.embeddings,)
     files = (here.dataset, here.scores, here.selection, *held, *measured)

@@ -194,7 +194,7 @@ def _refusal(root: Path, path: Path, other: Owner) -> str:
 
 
 def _create(path: Path, text: str) -> bool:
-    """Makes a file with this text, whole and only if there is none; whether it did."""
+    """Atomically creates a file with this text, unless it exists; returns whether it did."""
     temporary = path.with_name(f"{temporary_prefix(path)}{uuid.uuid4().hex}")
     path.parent.mkdir(parents=True, exist_ok=True)  # whoever made it may have removed it meanwhile
     try:

@@ -277,7 +277,7 @@ def _stat(path: Path) -> list[int]:
 
 
 def _stat_of(path: Path, without: frozenset[str] = frozenset()) -> str:
-    """Sizes and mtimes of a file, or of all files of a folder, as one hash."""
+    """Returns one hash of the sizes and mtimes of a file, or of all files of a folder."""
     files = [path] if path.is_file() else _visible_files(path, without)
     rows = [f"{file.relative_to(path).as_posix()} {_stat(file)}" for file in files]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()

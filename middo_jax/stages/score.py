@@ -210,7 +210,7 @@ def _under_model(
 
 
 def _shared_base(session: Session, pre: Model, pre_model: Path, model: Path) -> Model | None:
-    """The loaded weights that a second model stands on too: adapters leave their base as it is."""
+    """Returns the loaded base weights if both models share them: adapters do not change their base."""
     return (
         without_adapters(pre) if session.locate(pre_model).weights == session.locate(model).weights else None
     )

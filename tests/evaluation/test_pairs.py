@@ -66,9 +66,9 @@ def test_where_no_token_spans_the_boundary_the_tokens_are_lm_evals(context: str,
 
 
 def test_a_token_across_the_boundary_is_scored() -> None:
-    word = next(t for t in TOKENIZER.get_vocab() if len(t) > 3 and t.isalpha())
+    words = (t for t in sorted(TOKENIZER.get_vocab()) if len(t) > 3 and t.isascii() and t.isalpha())
+    word = next(word for word in words if TOKENIZER.tokenize(f"a.{word}")[-1] == word)
     context, continuation = f"a.{word[:-1]}", word[-1]
-    assert TOKENIZER.tokenize(context + continuation)[-1] == word
     (pair,) = ENCODER.pairs([(context, continuation)])
     assert TOKENIZER.decode(pair.continuation) == word
     assert [*pair.context, *pair.continuation] == TOKENIZER.encode(context + continuation)

@@ -25,8 +25,8 @@ def is_finite(x: jax.Array) -> jax.Array:
 def not_finite(where: object, names: Iterable[str]) -> str:
     """The sentence about tensors that are not finite."""
     first, *others = names
-    more = f" and {len(others)} more" if others else ""
+    which = f"tensor {first} and {len(others)} more hold" if others else f"tensor {first} holds"
     return (
-        f"{where}: tensor {first}{more} holds NaN or infinite values; the file is damaged, or its training "
+        f"{where}: {which} NaN or infinite values; the file is damaged, or its training "
         "diverged: get the model again, or take an earlier one"
     )

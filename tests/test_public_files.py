@@ -160,7 +160,11 @@ def test_a_table_without_version_is_read(tmp_path: Path) -> None:
         ("metrics.jsonl", {"step": True}, "step is a bool, not int"),
         ("metrics.jsonl", {"loss": None, "skipped": ["a"]}, None),
         ("metrics.jsonl", {"speed": {"seconds": 1}}, "speed.mfu is missing"),
-        ("refined.jsonl", {"op": "copy"}, "op is 'copy', not one of 'simplify', 'rewrite', 'synthesize'"),
+        (
+            "refined.jsonl",
+            {"op": "copy"},
+            "op is 'copy', not one of 'simplify', 'rewrite', 'synthesize', 'reanswer', 'complete'",
+        ),
         ("refined.jsonl", {"axes": ["quality", 3]}, "axes[1] is a int, not str"),
         ("refined.jsonl", {"scores_before": {"loss_pre": "1"}}, "scores_before.loss_pre is a str, not float"),
     ],
@@ -186,5 +190,5 @@ def test_schemas_of_tables_are_what_the_program_computes_with() -> None:
     assert set(COLUMNS) < set(table.SCHEMA.names)
     built_in = [row for row in axes() if row.name in BUILT_IN]
     sets, badness = [row.set_name for row in built_in], [f"{row.name}_z" for row in built_in]
-    assert [f.name for f in select.schema()][:7] == ["id", *sets, *badness]
+    assert [f.name for f in select.schema()][: 1 + 2 * len(built_in)] == ["id", *sets, *badness]
     assert table.SCHEMA.field("knn_sims").type == pa.list_(pa.float32())

@@ -386,6 +386,9 @@ class LimitsRow(TypedDict):
     novelty: Annotated[float | None, "similarity that few samples have to their nearest neighbour"]
     prompt_chars: Annotated[list[float] | None, "minimum and maximum characters of a prompt"]
     response_chars: Annotated[list[float] | None, "minimum and maximum characters of a response"]
+    end_nll: NotRequired[Annotated[float | None, "nats of the end of turn above which an answer is broken"]]
+    floor: NotRequired[Annotated[float | None, "loss below which an answer is too easy"]]
+    refines_itself: NotRequired[Annotated[bool, "whether the refiner is the model in training"]]
 
 
 class RefineRecord(StageRecord):

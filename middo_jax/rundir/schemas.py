@@ -111,11 +111,11 @@ SELECTED = Schema(
         Column("hard", "bool", "selected by complexity"),
         Column("sparse", "bool", "selected by diversity"),
         Column("low_quality", "bool", "selected by quality"),
-        Column("complexity_z", "float32", "standard deviations by which it is worse than the mean"),
-        Column("diversity_z", "float32", "likewise"),
-        Column("quality_z", "float32", "likewise"),
         Column("inconsistent", "bool", "selected by consistency"),
-        Column("consistency_z", "float32", "likewise"),
+        Column("complexity_z", "float32", "how much worse than the mean, in standard deviations"),
+        Column("diversity_z", "float32", "as `complexity_z`"),
+        Column("quality_z", "float32", "as `complexity_z`"),
+        Column("consistency_z", "float32", "as `complexity_z`"),
     ),
 )
 EMBEDDINGS = Schema(

@@ -242,7 +242,7 @@ def test_less_than_the_mesh_is_wide_is_said(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         tokenized = [example(0, 20), example(1, 20), untaught(2), untaught(3)]
         fine_tune(tmp_path, tokenized, EPOCH, mesh=mesh_of(8, 1, 1))
-    assert "fills 3 of the 8 rows of a batch, which the 8 devices" in caplog.text
+    assert "fills 3 of the 8 rows of a batch, and the 8 devices" in caplog.text
     assert "2 of 4 examples have no token to learn, such as id2" in caplog.text
 
 

@@ -143,7 +143,8 @@ class Session:
 
     def tell_of_no_end(self, tokenized: Sequence[TokenizedExample]) -> None:
         """Warns, once per session and reason, if no example has an end-of-answer token among its targets."""
-        if tokenized and not self._told and (reason := self._why_no_end(tokenized)) is not None:
+        reason = self._why_no_end(tokenized) if tokenized else None
+        if reason is not None and reason not in self._told:
             self._told.add(reason)
             self.progress.say(
                 f"no sample learns where an answer ends, so the trained model will not stop: {reason}"

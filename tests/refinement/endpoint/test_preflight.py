@@ -125,5 +125,9 @@ def test_a_server_that_is_not_there() -> None:
 
 
 def test_a_refused_form_is_no_fault_here() -> None:
-    with server(400) as (url, _):
+    with server(400) as (url, asked):
         preflight(url, "m", SETTINGS)
+    assert [body.keys() & {"max_tokens", "max_completion_tokens"} for _, body, _ in asked] == [
+        {"max_tokens"},
+        {"max_completion_tokens"},
+    ]

@@ -60,7 +60,7 @@ def nll_sum(model: Model, example: TokenizedExample) -> float:
     tokens_bt = np.zeros((1, MAX_LENGTH), np.int32)
     tokens_bt[0, :n] = example.tokens_n
     logits_tv = logits_alone(model.graphdef, model.params, tokens_bt, np.where(at_bt < n, 0, -1), at_bt)
-    logits_nv = np.asarray(logits_tv[:n], np.float64)
+    logits_nv = np.asarray(logits_tv, np.float64)[:n]
     log_p_nv = logits_nv - np.log(np.exp(logits_nv).sum(axis=1, keepdims=True))
     targets = np.flatnonzero(example.is_target_n[1:])
     return -float(log_p_nv[targets, example.tokens_n[targets + 1]].sum())

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from middo_jax import stages, template_date
 from middo_jax.config import RENAMED, Config
+from middo_jax.config.axis_table import scored_axes
 from middo_jax.data.example import Example
 from middo_jax.data.files import inputs_of
 from middo_jax.data.sources import count_reasons
@@ -215,6 +216,8 @@ def _checked(run: RunDir, session: Session) -> Plan:
     pending = {link.name for link, state in states if not state.is_fresh}
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
         stages.check_training(session, read_dataset(first) if fresh is None else fresh.data.kept, heldout)
+    if "score" in pending and "quality" in scored_axes(config):
+        stages.check_judge(session)
     if "refine" in pending:
         # Before a training only: later the stage itself waits for a server that is away.
         asks = "train" in pending

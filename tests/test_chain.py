@@ -18,6 +18,7 @@ from support.loop_fixture import Finished, contents, fake_refiner, settings
 from middo_jax import cli, stages
 from middo_jax.config import ConfigError, load
 from middo_jax.loop import run_loop
+from middo_jax.models.hf import CheckpointError
 from middo_jax.progress import Silent
 from middo_jax.report.build import build
 from middo_jax.report.lineage import trace
@@ -410,6 +411,7 @@ def status_under(run: RunDir, settings: list[str]) -> set[str]:
         ({"mesh__fsdp": 3}, "does not fit"),
         ({"data__path": "none.json"}, "there is no file none.json"),
         ({"model__path": "./none"}, "no such file or directory"),
+        ({"model__max_length": 192}, "quality: a question takes [0-9,]+ tokens, over model.max_length=192"),
     ],
 )
 def test_a_refused_start_leaves_no_folder(
@@ -419,6 +421,14 @@ def test_a_refused_start_leaves_no_folder(
     with pytest.raises((ConfigError, RunError, ValueError), match=message):
         run_loop(config, Silent())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_embedded_refiner_that_is_missing_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    wrong = settings(tmp_path / "made", refine__model=tmp_path / "none", runs_dir=tmp_path / "runs")
+    with pytest.raises(CheckpointError, match="none: no such file or directory"):
+        run_loop(load(None, wrong), Silent())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_refused_start_changes_nothing_of_a_finished_run(finished: Finished, tmp_path: Path) -> None:

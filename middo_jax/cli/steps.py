@@ -24,7 +24,10 @@ def score(
         Path, typer.Option(help="The folder for dataset.jsonl, scores.parquet and embeddings.parquet.")
     ],
     pre_model: Annotated[str | None, typer.Option(help="The model before training, for loss_pre.")] = None,
-    axes: Annotated[str, typer.Option(help="Comma-separated.")] = "complexity,diversity,quality",
+    axes: Annotated[
+        str | None,
+        typer.Option(help="Axes to measure, comma-separated. Default: those that the settings name."),
+    ] = None,
     keep_columns: Annotated[
         str | None,
         typer.Option(
@@ -38,8 +41,8 @@ def score(
     from middo_jax import api
     from middo_jax.rundir import RoundDir
 
-    wanted = names_in(axes)
-    api.require_axes(wanted, "--axes")
+    wanted = None if axes is None else names_in(axes)
+    api.require_axes(wanted or (), "--axes")
     kept = None if keep_columns is None else names_in(keep_columns)
     with in_job(out.absolute().parent, overrides):
         scores = api.score(data, model, pre_model, wanted, keep_columns=kept, out=out, settings=overrides)
@@ -145,8 +148,13 @@ def evaluate(
 
     if (data is None) == (tasks is None):
         raise ValueError("middo eval: give --data for the loss on a dataset, or --tasks for benchmarks")
+    named = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
+    if data is not None and (of_tasks := [name for name, value in named.items() if value is not None]):
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in of_tasks)
+        raise ValueError(
+            f"middo eval: {options} belongs to --tasks, not to --data (data.limit limits the rows)"
+        )
     if data is None:
-        named = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
         given = {
             f"evaluate.{name}": str(value) if isinstance(value, Path) else value
             for name, value in named.items()

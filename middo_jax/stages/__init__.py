@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from middo_jax.stages.batch import batch_stage
     from middo_jax.stages.benchmark import benchmark_stage, check_benchmarks, measure_benchmarks
-    from middo_jax.stages.checks import check_continues, check_refiner, check_training
+    from middo_jax.stages.checks import check_continues, check_judge, check_refiner, check_training
     from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
     from middo_jax.stages.refine import (
         check_learnt,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "batch": "batch_stage",
     "benchmark": "benchmark_stage check_benchmarks measure_benchmarks",
-    "checks": "check_continues check_refiner check_training",
+    "checks": "check_continues check_judge check_refiner check_training",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
     "refine": "check_learnt follow_refinement kept_samples merge_stage merged plan_refinement refine_round "
     "refine_stage",
@@ -53,6 +53,7 @@ __all__ = [
     "check_cache",
     "check_continues",
     "check_embedder",
+    "check_judge",
     "check_learnt",
     "check_refiner",
     "check_training",

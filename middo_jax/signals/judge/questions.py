@@ -138,7 +138,7 @@ def questions(
         if left < 0:
             raise JudgeError(
                 f"quality: a question takes {max(map(len, texts))} tokens, over model.max_length="
-                f"{max_length}; raise it, or leave this axis out"
+                f"{max_length}; raise it, or set quality.method=sample"
             )
         share = max(left // 2, left - shorter_one)  # of each text; a short text leaves its rest to the other
         prompt, response = (_shorten(text, offsets, share) for text, offsets in originals)

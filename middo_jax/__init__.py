@@ -18,19 +18,23 @@ from middo_jax.version import __version__
 
 if TYPE_CHECKING:
     from middo_jax.api import benchmark, evaluate, export, refine, run, score, train
+    from middo_jax.comparing import ModelScores, score_models
     from middo_jax.config import Config, ConfigError
     from middo_jax.data.sources import DataError, Rejection
     from middo_jax.evaluation.heldout import HeldoutLoss
     from middo_jax.results import Exported, Refined, Run, Scores, Selection, Trained
+    from middo_jax.reviewing import read_review, write_review
     from middo_jax.rundir import RunError
     from middo_jax.selecting import load_config, select
 
 _MODULES = {
     "middo_jax.api": "benchmark evaluate export refine run score train",
+    "middo_jax.comparing": "ModelScores score_models",
     "middo_jax.config": "Config ConfigError",
     "middo_jax.data.sources": "DataError Rejection",
     "middo_jax.evaluation.heldout": "HeldoutLoss",
     "middo_jax.results": "Exported Refined Run Scores Selection Trained",
+    "middo_jax.reviewing": "read_review write_review",
     "middo_jax.rundir": "RunError",
     "middo_jax.selecting": "load_config select",
 }
@@ -42,6 +46,7 @@ __all__ = [
     "DataError",
     "Exported",
     "HeldoutLoss",
+    "ModelScores",
     "Refined",
     "Rejection",
     "Run",
@@ -54,11 +59,14 @@ __all__ = [
     "evaluate",
     "export",
     "load_config",
+    "read_review",
     "refine",
     "run",
     "score",
+    "score_models",
     "select",
     "train",
+    "write_review",
 ]
 
 

@@ -13,8 +13,10 @@ from middo_jax.models.lora import from_settings
 from middo_jax.models.model import abstract_model
 from middo_jax.refinement.acceptance.language import load_identifier
 from middo_jax.refinement.endpoint.preflight import preflight
+from middo_jax.refinement.words import read_words
 from middo_jax.rundir import RoundDir, chain, read_jsonl
 from middo_jax.session import Session
+from middo_jax.signals.judge.rubrics import read_rubric
 from middo_jax.stages.endpoint import named_endpoint
 from middo_jax.stages.train import check_evaluations
 from middo_jax.training.checkpoint import another_training
@@ -62,16 +64,25 @@ def check_training(session: Session, examples: Sequence[Example], heldout: Seque
     check_fill(len(tokenized), rows, settings, mesh)
 
 
-def check_refiner(config: Config, asks: bool = False) -> None:
+def check_refiner(config: Config, asks: bool = False) -> list[str]:
     """Checks the refiner's settings; if it `asks`, also that each named server answers with one token.
+
+    Returns warnings.
 
     Raises:
       RunError: an endpoint is set, but `refine.model` is not.
       RefinerError: a server cannot be used.
       ConfigError: a gate needs a package that is not installed.
     """
-    served = named_endpoint(config)
+    served, warnings = named_endpoint(config), list[str]()
     if asks and served is not None and config.refine.preflight:
-        preflight(served.url, served.model, config.refine)
+        warnings = preflight(served.url, served.model, config.refine)
     if config.refine.accept != "none" and config.refine.gates.value("language"):
         load_identifier()
+    return warnings
+
+
+def check_own_texts(config: Config) -> None:
+    """Raises ConfigError if a file of `refine.prompts` or `quality.rubric` cannot be used."""
+    read_words(config.refine.prompts)
+    read_rubric(config.quality.rubric)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from middo_jax import api, stages
 from middo_jax.config import ConfigError, SettingsLike
-from middo_jax.progress import for_stderr
 from middo_jax.refinement.review import ReviewFormat
 from middo_jax.results import Refined
 from middo_jax.rundir import RoundDir, held
@@ -73,7 +72,6 @@ def read_review(
     session, directory = session_of(Path(folder), settings), RoundDir(Path(folder))
     with held(directory.path):
         found = stages.read_review(directory, [Path(path) for path in paths])
-        for_stderr().say(f"{directory.path}: {describe(found)}")
         return api.merge_refined(session, directory), found
 
 

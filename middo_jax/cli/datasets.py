@@ -164,7 +164,7 @@ def inspect(
     from middo_jax.report.terminal import printable, render_inspection
 
     base = tokenizer_directory(model) if model else "none"
-    config = load(None, [{"model.path": "none"}, data_layer(data), f"model.path={base}", *(overrides or ())])
+    config = load(None, [data_layer(data), f"model.path={base}", *(overrides or ())])
     rows = read_configured(config.data, config.seed)
     for line in rows.said:
         print(line, file=sys.stderr)

@@ -105,7 +105,7 @@ def side_by_side(tables: Mapping[str, pa.Table]) -> pa.Table:
     for name, table in tables.items():
         for own in (o for o in table.column_names if o not in of_scores and o not in _LEFT_OUT):
             values = table[own].take(rows[name])
-            owned[own] = pc.coalesce(owned[own], values) if own in owned else values
+            owned[own] = pc.call_function("coalesce", [owned[own], values]) if own in owned else values
     return pa.table(columns | {_free(own, columns): values for own, values in owned.items()})
 
 

@@ -74,8 +74,9 @@ def _laid_over(texts: Mapping[str, Any], own: Mapping[Any, Any]) -> dict[str, An
     merged = dict(texts)
     for name, value in own.items():
         below = merged.get(name)
-        is_group = isinstance(value, Mapping) and isinstance(below, Mapping) and name not in WHOLE
-        merged[str(name)] = _laid_over(below, value) if is_group else value
+        if isinstance(value, Mapping) and isinstance(below, Mapping) and name not in WHOLE:
+            value = _laid_over(below, value)
+        merged[str(name)] = value
     return merged
 
 

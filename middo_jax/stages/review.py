@@ -151,7 +151,8 @@ def _row(id_: str, outcome: Outcome, said: Sequence[Judgement]) -> VerdictRow:
         "by": sorted({j.by for j in said if j.by}),
     }
     if any(j.verdict == REJECT for j in said):
-        return row | {"verdict": "reject"}
+        row["verdict"] = "reject"
+        return row
     for name, text in texts.items():
         new = {plain_lines(value) for j in said if (value := getattr(j, name)) and not _same(value, text)}
         if len(new) > 1:
@@ -166,7 +167,8 @@ def _row(id_: str, outcome: Outcome, said: Sequence[Judgement]) -> VerdictRow:
         child.lineage, refiner=f"{child.lineage.refiner or ''}+person", scores_after=None
     )
     edited = child.replace_text(texts["prompt"], texts["answer"], lineage)
-    return row | {"verdict": "edit", "example": edited.to_json()}
+    row["verdict"], row["example"] = "edit", edited.to_json()
+    return row
 
 
 def _same(one: str, other: str) -> bool:

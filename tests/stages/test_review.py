@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,7 @@ from support.loop_fixture import Finished, contents, rows_by_id
 from test_chain import own, reasons
 
 import middo_jax as middo
-from middo_jax import cli, reviewing
+from middo_jax import reviewing
 from middo_jax.config import load
 from middo_jax.data.formats import DataError
 from middo_jax.loop import run_loop
@@ -199,28 +197,3 @@ def test_an_edit_may_not_bring_back_what_is_known(here: RoundDir, tmp_path: Path
         write_jsonl(path, rows)
         with pytest.raises(DataError, match=why):
             middo.read_review(here.path, [path])
-
-
-def test_the_commands_write_read_and_take_own_words(
-    here: RoundDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def call(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["middo", *map(str, arguments)])
-        with contextlib.suppress(SystemExit):
-            cli.main()
-        return capsys.readouterr().out
-
-    path = tmp_path / "l.jsonl"
-    said = call("refine", here.path, "--write-review", path, "--review-format", "label-studio")
-    assert said == f"{len(accepted(here))} rewrites to review\n{path}\n"
-    rows = [task | {"verdict": "reject", "id": task["data"]["review_id"]} for task in read_jsonl(path)]
-    write_jsonl(path, rows[:1])
-    told = call("refine", here.path, "--read-review", path).splitlines()
-    assert told == [
-        f"1 rejected, {len(rows) - 1} not judged, which stay accepted",
-        str(here.path / "merged.jsonl"),
-    ]
-    (tmp_path / "mine.yaml").write_text("rewrite: {instruction: Ask it like a pirate.}")
-    own = call("refine", here.path, "--dry-run", f"refine.prompts={tmp_path / 'mine.yaml'}", "--json")
-    asked = [row["messages"][-1]["content"] for row in json.loads(own)["rows"] if row["task_id"][:3] == "rew"]
-    assert any(text.startswith("Ask it like a pirate.") for text in asked)

@@ -192,6 +192,8 @@ def _stale_by(world: World, name: str, change: Change) -> set[str]:
 def other_inputs(world: World) -> None:
     """Makes the model and the data that settings change to, if they are not there."""
     if not (world.root / "other_model").exists():
+        (world.root / "words.yaml").write_text("simplify: {instruction: Make it easy.}", encoding="utf-8")
+        (world.root / "rubric.yaml").write_text("opening: Rate it from 0 to 10.", encoding="utf-8")
         write_tiny_model(world.root / "other_model", seed=1)
         shutil.copyfile(world.root / "data.json", world.root / "other.json")
         rows = json.loads((world.root / "other.json").read_text(encoding="utf-8"))

@@ -18,12 +18,14 @@ from middo_jax.version import __version__
 
 if TYPE_CHECKING:
     from middo_jax.api import benchmark, evaluate, export, refine, run, score, train
+    from middo_jax.comparing import ModelScores, score_models
     from middo_jax.config import Config, ConfigError
     from middo_jax.data.sources import DataError, Rejection
     from middo_jax.evaluation.heldout import HeldoutLoss
     from middo_jax.models.hf import CheckpointError
     from middo_jax.refinement.endpoint.faults import RefinerError
     from middo_jax.results import Exported, Refined, Run, Scores, Selection, Trained
+    from middo_jax.reviewing import read_review, write_review
     from middo_jax.rundir import RunError
     from middo_jax.rundir.files import DamagedFile, DiskFull
     from middo_jax.rundir.lock import RunLocked
@@ -34,12 +36,14 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "middo_jax.api": "benchmark evaluate export refine run score train",
+    "middo_jax.comparing": "ModelScores score_models",
     "middo_jax.config": "Config ConfigError",
     "middo_jax.data.sources": "DataError Rejection",
     "middo_jax.evaluation.heldout": "HeldoutLoss",
     "middo_jax.models.hf": "CheckpointError",
     "middo_jax.refinement.endpoint.faults": "RefinerError",
     "middo_jax.results": "Exported Refined Run Scores Selection Trained",
+    "middo_jax.reviewing": "read_review write_review",
     "middo_jax.rundir": "RunError",
     "middo_jax.rundir.files": "DamagedFile DiskFull",
     "middo_jax.rundir.lock": "RunLocked",
@@ -60,6 +64,7 @@ __all__ = [
     "DiskFull",
     "Exported",
     "HeldoutLoss",
+    "ModelScores",
     "OutOfMemory",
     "Refined",
     "RefinerError",
@@ -77,11 +82,14 @@ __all__ = [
     "evaluate",
     "export",
     "load_config",
+    "read_review",
     "refine",
     "run",
     "score",
+    "score_models",
     "select",
     "train",
+    "write_review",
 ]
 
 

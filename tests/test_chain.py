@@ -227,6 +227,7 @@ def weights(directory: RoundDir) -> Path:
          "refined.jsonl is not as it was written"),
         (lambda run: flip(weights(run.round(1))), [("round_01", "train")], "is not as it was written"),
         (lambda run: run.heldout_losses.unlink(), [("final", "evaluate")], "heldout_losses.json is missing"),
+        (lambda run: run.final.own_format.unlink(), [], "train.jsonl is missing"),
         (lambda run: tear(run.round(1).selection), [("round_01", "select")],
          "selection.json is not as it was written"),
         (lambda run: tear(run.round(1).refined), [("round_01", "refine")],
@@ -262,6 +263,23 @@ def test_what_is_damaged_is_made_again_with_the_same_bytes_and_nothing_else(
     assert results(run) == before
     assert len(finished.requests) == asked
     assert status(run)["complete"]
+
+
+def test_a_run_from_before_train_jsonl_gets_it_and_nothing_else_is_done_again(
+    finished: Finished, tmp_path: Path
+) -> None:
+    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path)))
+    run = RunDir(tmp_path / "run")
+    before, events = results(run), len(read_jsonl(run.events))
+    manifest = json.loads(run.final.manifest.read_text(encoding="utf-8"))
+    del manifest["checksum"], manifest["stages"]["prepare"]["files"]["train.jsonl"]
+    write_json(run.final.manifest, manifest)
+    run.final.own_format.unlink()
+    said = Said()
+    run_loop(config, said)
+    assert "final prepare will be redone: it writes train.jsonl now" in said.lines
+    assert begun(run, events) == []
+    assert results(run) == before
 
 
 def test_changed_data_makes_all_stale_and_missing_data_nothing(finished: Finished) -> None:

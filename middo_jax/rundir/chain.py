@@ -34,7 +34,12 @@ AFFECTED_BY: Mapping[str, frozenset[Effect]] = {
 }
 
 # Settings that name a place, and the roles under which its content is recorded: a moved model is the same.
-_PLACES = {"model.path": (TOKENIZER, "base", "start", "pre_model"), "data.path": ("data",)}
+_PLACES = {
+    "model.path": (TOKENIZER, "base", "start", "pre_model", "model"),
+    "data.path": ("data",),
+    "refine.prompts": ("prompts",),
+    "quality.rubric": ("rubric",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +207,10 @@ def chain(
         if here.path == run.final.path:
             break
         measuring = here.checkpoint if config.refine.accept == "measured" else None
-        scored = dataclasses.replace(score(here, here.checkpoint, start), earlier=earlier)
-        links += [scored, select(here), refine(here, run.heldout, measuring, base), merge(here), *benchmarks]
+        rated = score(here, here.checkpoint, start, rubric=own_file(config.quality.rubric))
+        scored = dataclasses.replace(rated, earlier=earlier)
+        refined = refine(here, run.heldout, measuring, base, own_file(config.refine.prompts))
+        links += [scored, select(here), refined, merge(here), *benchmarks]
     return [*links, evaluate(run, ends, base), *benchmarks, export(run.final, base)]
 
 
@@ -215,9 +222,10 @@ def prepare(run: RunDir, data: Mapping[str, Path], base: Path | None = None) -> 
 
 
 def follow(here: RoundDir, earlier: RoundDir) -> Link:
-    """A round with its rewrites -> the next round's dataset."""
-    files = (earlier.dataset, earlier.scores, earlier.selection, earlier.refined)
-    return Link("prepare", here, AFFECTED_BY["follow"], files, (here.dataset,), earlier=earlier)
+    """A round with its rewrites -> the next round's dataset, the last one in the user's format too."""
+    files = (earlier.dataset, earlier.scores, earlier.selection, earlier.refined, *_verdicts(earlier))
+    writes = (here.dataset, here.own_format) if here.path.name == "final" else (here.dataset,)
+    return Link("prepare", here, AFFECTED_BY["follow"], files, writes, earlier=earlier)
 
 
 def train(here: RoundDir, start: Path | None) -> Link:
@@ -236,10 +244,21 @@ def train(here: RoundDir, start: Path | None) -> Link:
     )
 
 
-def score(here: RoundDir, model: Path, pre_model: Path | None) -> Link:
-    """Dataset -> scores and embeddings, under the model after training and the one before."""
+def score(
+    here: RoundDir,
+    model: Path,
+    pre_model: Path | None,
+    base: Path | None = None,
+    rubric: Path | None = None,
+) -> Link:
+    """Dataset -> scores and embeddings, under the model after training and the one before.
+
+    `base`: that of an adapter, whose own files do not contain it; in a run, the training's record has it.
+    """
     models, writes = {"model": model, "pre_model": pre_model}, (here.scores, here.embeddings)
-    return Link("score", here, AFFECTED_BY["score"], (here.dataset,), writes, models)
+    models |= {} if base is None else {"base": base}
+    data = {} if rubric is None else {"rubric": rubric}
+    return Link("score", here, AFFECTED_BY["score"], (here.dataset,), writes, models, data)
 
 
 def select(here: RoundDir) -> Link:
@@ -248,19 +267,36 @@ def select(here: RoundDir) -> Link:
     return Link("select", here, AFFECTED_BY["select"], (here.scores,), writes)
 
 
-def refine(here: RoundDir, heldout: Path | None, model: Path | None, base: Path | None = None) -> Link:
+def own_file(path: str | None) -> Path | None:
+    """A file of the user's that a setting names."""
+    return None if path is None else Path(path).expanduser()
+
+
+def refine(
+    here: RoundDir,
+    heldout: Path | None,
+    model: Path | None,
+    base: Path | None = None,
+    prompts: Path | None = None,
+) -> Link:
     """The selected samples -> rewrites; `model` measures them, None if they are not measured."""
     held = () if heldout is None else (heldout,)
     measured = () if model is None else (here.embeddings,)
     files = (here.dataset, here.scores, here.selection, *held, *measured)
     writes = (here.requests, here.refined, here.candidates)
-    return Link("refine", here, AFFECTED_BY["refine"], files, writes, {"model": model}, tokenizer=base)
+    data = {} if prompts is None else {"prompts": prompts}
+    return Link("refine", here, AFFECTED_BY["refine"], files, writes, {"model": model}, data, tokenizer=base)
 
 
 def merge(here: RoundDir) -> Link:
     """Rewrites -> the samples that are dropped to make room for them."""
-    files = (here.dataset, here.scores, here.selection, here.refined)
+    files = (here.dataset, here.scores, here.selection, here.refined, *_verdicts(here))
     return Link("merge", here, AFFECTED_BY["merge"], files, (here.dropped,))
+
+
+def _verdicts(here: RoundDir) -> tuple[Path, ...]:
+    """People's verdicts, which no stage writes."""
+    return (here.verdicts,) if here.verdicts.exists() else ()
 
 
 def evaluate(run: RunDir, trained: Iterable[RoundDir], base: Path | None) -> Link:

@@ -14,10 +14,12 @@ from middo_jax.models.model import abstract_model
 from middo_jax.models.source import tokenizer_directory
 from middo_jax.refinement.acceptance.language import load_identifier
 from middo_jax.refinement.endpoint.preflight import preflight
+from middo_jax.refinement.words import read_words
 from middo_jax.rundir import RoundDir, chain, read_jsonl
 from middo_jax.session import Session
+from middo_jax.signals.judge.rubrics import read_rubric
 from middo_jax.stages.endpoint import named_endpoint
-from middo_jax.stages.ratings import rating_trees
+from middo_jax.stages.ratings import Asked
 from middo_jax.stages.train import check_evaluations
 from middo_jax.training.checkpoint import another_training
 from middo_jax.training.checks import check_batch, check_examples, check_fill
@@ -68,17 +70,19 @@ def check_judge(session: Session) -> None:
     """Checks that the tokenizer and `model.max_length` allow the questions about quality.
 
     Raises:
-      JudgeError: see `rating_trees`.
+      JudgeError: see `Asked.of`.
     """
     if not isinstance(session.config.quality.rating, SampledRating):
         longest = session.config.model.max_length
         too_long = "word " * longest  # a text that is shortened leaves a mark, which takes tokens as well
         example = Example((Message("user", too_long), Message("assistant", too_long)))
-        rating_trees([example], session.tokenizer, longest)
+        Asked.of([example], session.tokenizer, longest, read_rubric(session.config.quality.rubric))
 
 
-def check_refiner(config: Config, asks: bool = False) -> None:
+def check_refiner(config: Config, asks: bool = False) -> list[str]:
     """Checks the refiner's settings; if it `asks`, also that each named server answers with one token.
+
+    Returns warnings.
 
     Raises:
       RunError: an endpoint is set, but `refine.model` is not.
@@ -86,10 +90,17 @@ def check_refiner(config: Config, asks: bool = False) -> None:
       CheckpointError: no endpoint is set, and there is no model `refine.model` for the embedded one.
       ConfigError: a gate needs a package that is not installed.
     """
-    served = named_endpoint(config)
+    served, warnings = named_endpoint(config), list[str]()
     if asks and served is not None and config.refine.preflight:
-        preflight(served.url, served.model, config.refine)
+        warnings = preflight(served.url, served.model, config.refine)
     if served is None and config.refine.model:
         tokenizer_directory(config.refine.model)
     if config.refine.accept != "none" and config.refine.gates.value("language"):
         load_identifier()
+    return warnings
+
+
+def check_own_texts(config: Config) -> None:
+    """Raises ConfigError if a file of `refine.prompts` or `quality.rubric` cannot be used."""
+    read_words(config.refine.prompts)
+    read_rubric(config.quality.rubric)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from middo_jax.config import Config
+from middo_jax.config import Config, RefineSettings
 from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.config.refine import Turns
 from middo_jax.data.example import Example
@@ -34,7 +34,8 @@ from middo_jax.refinement import (
 from middo_jax.refinement.growth import Dropped, fit, max_size
 from middo_jax.refinement.meter import Meter
 from middo_jax.refinement.tasks import why_kept
-from middo_jax.rundir import RoundDir, RunError, chain, read_jsonl, write_jsonl
+from middo_jax.refinement.words import read_words
+from middo_jax.rundir import RoundDir, RunError, chain, write_jsonl
 from middo_jax.rundir.files import read_json
 from middo_jax.session import Session, read_dataset
 from middo_jax.signals.embeddings import require_embeddings
@@ -42,6 +43,7 @@ from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.accept import Acceptance
 from middo_jax.stages.endpoint import endpoint, refines_itself
 from middo_jax.stages.measure import UnderTraining, scored_model
+from middo_jax.stages.review import outcomes_of, strange_verdicts
 from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
 from middo_jax.training.metrics import wrecked_from
 
@@ -53,23 +55,30 @@ ITSELF = (
 Ask = Callable[[Sequence[Task]], list[Outcome]]
 
 
-def plan_refinement(directory: RoundDir, turns: Turns = "last") -> list[Task]:
+def plan_refinement(directory: RoundDir, settings: RefineSettings | None = None) -> list[Task]:
     """Returns the refiner's tasks, planned from the folder's dataset, scores and selection.
 
-    `turns` is `refine.turns`.
+    Of the settings, `refine.turns` and `refine.prompts` are used.
+
+    Raises:
+      RunError: the folder has no selection.
+      ConfigError: the file of `refine.prompts` cannot be used.
     """
+    settings = settings or RefineSettings()
+    own_words = read_words(settings.prompts)
     if not directory.is_done("select"):
         raise RunError(f"{directory.path}: no selection from its scores there; run `middo select` first")
     axes = read_json(directory.selection)["axes"]
     rows = read_scores(directory.scores).to_pylist()
-    return plan_tasks(
+    planned = plan_tasks(
         read_dataset(directory),
         {axis: facts["ids"] for axis, facts in axes.items()},
         knn_ids={row["id"]: row["knn_ids"] or () for row in rows},
         scores=_kept_scores(rows),
         faults={row["id"]: row["fault"] for row in rows},
-        turns=turns,
+        turns=settings.turns,
     )
+    return [dataclasses.replace(task, words=own_words) for task in planned]
 
 
 def check_learnt(config: Config, directory: RoundDir) -> None:
@@ -147,7 +156,7 @@ def refine_stage(
       RefinerError: the endpoint fails for every request; earlier answers stay in the cache.
     """
     config, began = session.config, time.monotonic()
-    tasks = plan_refinement(directory, config.refine.turns)
+    tasks = plan_refinement(directory, config.refine)
     kept = kept_samples(directory, config.refine.turns)
     for why, n in kept.items():
         session.progress.say(f"{n:,} selected samples stay as they are: {why}")
@@ -155,7 +164,8 @@ def refine_stage(
     if config.refine.accept == "measured":
         measuring = model or scored_model(directory)
         require_embeddings(directory.embeddings)
-    begun = chain.refine(directory, heldout_file(directory), measuring, session.base).begin()
+    own = chain.own_file(config.refine.prompts)
+    begun = chain.refine(directory, heldout_file(directory), measuring, session.base, own).begin()
     if tasks and refines_itself(session):
         session.progress.say(ITSELF)
     ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
@@ -234,10 +244,10 @@ def _refiner(
         settings = config.refine
         if served.revision is not None:
             settings = settings.model_copy(update={"model_revision": served.revision})
-        requests = prompts.requests(served.model, settings, config.seed)
 
         def ask(tasks: Sequence[Task]) -> list[Outcome]:
             attempt = tasks[0].attempt + 1
+            requests = prompts.requests(served.model, settings, config.seed, tasks[0].words)
             name = "rewrites" if attempt == 1 else f"rewrites, attempt {attempt}"
             client = ChatClient(requests, served.url, cache, sends_key=served.sends_key, ledger=ledger)
             with session.progress.task(name) as advance:
@@ -255,6 +265,8 @@ def _refiner(
 def merge_stage(session: Session, directory: RoundDir) -> list[Example]:
     """Returns the next dataset, see `merged`, and writes the dropped samples to dropped.jsonl."""
     kept, dropped = merged(session, directory)
+    if n := strange_verdicts(directory, read_dataset(directory)):
+        session.progress.say(f"{n:,} verdicts of {directory.verdicts} are on rewrites that were made anew")
     write_jsonl(directory.dropped, (d.to_json() for d in dropped))
     return kept
 
@@ -279,8 +291,7 @@ def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[D
         lineage = dataclasses.replace(example.lineage, scores_after=scores[example.id])
         return dataclasses.replace(example, lineage=lineage)
 
-    by_id = {e.id: e for e in examples}
-    outcomes = [Outcome.from_json(row, by_id) for row in read_jsonl(directory.refined)]
+    outcomes = outcomes_of(directory, examples)
     together = merge([with_scores(e) for e in examples], outcomes)
     room = max_size(len(examples), session.config.refine.growth)
     neighbours = {

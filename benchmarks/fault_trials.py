@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.fault_settings import CHANGES, base_of, override
-from benchmarks.fault_table import BASE_FILES, other_inputs, replace
+from benchmarks.fault_settings import CHANGES, override
+from benchmarks.fault_table import INPUTS, other_inputs, replace
 from benchmarks.fault_world import FAULTS, FOLDER_FAULTS, Again, World, differences, files, folders
 from middo_jax.config import load
 from middo_jax.rundir import RunDir, read_jsonl
@@ -90,7 +90,7 @@ def change(world: World, rng: random.Random) -> Trial:
     name = rng.choice(possible)
     other_inputs(world)
     run, more = world.copy("changed"), override(name, CHANGES[name], str(world.root), world.url)
-    broken = _to_the_end(world, run, **base_of(CHANGES[name]), **more)
+    broken = _to_the_end(world, run, **more)
     victim, fault = rng.choice(files(run)), rng.choice(["remove", "flip", "truncate"])
     FAULTS[fault](run.path / victim)
     broken += _to_the_end(world, run)
@@ -102,8 +102,8 @@ def change(world: World, rng: random.Random) -> Trial:
 
 def replaced(world: World, rng: random.Random) -> Trial:
     """The model or the data is another one for one start, and then the old one again."""
-    name = rng.choice([*BASE_FILES, "data.json"])
-    path = world.root / (name if name == "data.json" else f"model/{name}")
+    name = rng.choice([*INPUTS])
+    path = world.root / name
     kept = path.read_bytes() if path.exists() else None
     run = world.copy("changed")
     try:

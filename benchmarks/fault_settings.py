@@ -50,7 +50,7 @@ CHANGES: dict[str, Change] = {
     "data.format": Change("alpaca", PREPARE),
     "data.limit": Change(14, PREPARE),
     "data.columns": Change("{input: source}", PREPARE),
-    "data.eval_path": Change("{root}/other.json", PREPARE),
+    "data.eval_path": Change("{root}/own_heldout.json", PREPARE),
     "data.id_column": Change("instruction", PREPARE),
     "data.if_changed": Change("stop"),
     "data.roles": Change("{narrator: user}", PREPARE),

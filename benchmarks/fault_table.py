@@ -51,7 +51,7 @@ MAKERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("final/manifest.json", ("final prepare", "final train", "final evaluate", "final export")),
     ("*/manifest.json", tuple(f"* {s}" for s in ("prepare", "train", "score", "select", "refine", "merge"))),
 )
-# Files of the base model and the data -> the stages that another file at the same place makes stale by itself.
+# Files of the base model and the data -> the stages that another file there makes stale by itself.
 OF_THE_TOKENIZER = ("prepare", "train", "score", "refine", "evaluate", "export")
 INPUTS: dict[str, tuple[str, ...]] = {
     "model/model.safetensors": ("train", "score", "evaluate"),
@@ -181,7 +181,7 @@ def _changed_case(world: World, run: RunDir, wanted: set[str], **more: Any) -> l
     if again.error is not None:
         return [f"{type(again.error).__name__}: {again.error}"]
     stale = again.stale or {}
-    own = {where for where, why in stale.items() if not why.startswith("follows ")}
+    own = {where for where, why in stale.items() if not why.is_forecast}
     broken = [] if own == wanted else [f"stale: {sorted(own)}, wanted: {sorted(wanted)}"]
     if not set(again.redone) <= {*stale, *_selects(again)}:
         broken.append(f"redone: {again.redone}, announced: {sorted(stale)}")
@@ -223,9 +223,9 @@ def other_inputs(world: World) -> None:
     """Makes the model and the data that settings change to, if they are not there."""
     if not (world.root / "other_model").exists():
         write_tiny_model(world.root / "other_model", seed=1)
-        shutil.copyfile(world.root / "data.json", world.root / "other.json")
-        rows = json.loads((world.root / "other.json").read_text(encoding="utf-8"))
+        rows = json.loads((world.root / "data.json").read_text(encoding="utf-8"))
         (world.root / "other.json").write_text(json.dumps(rows[1:]), encoding="utf-8")
+        (world.root / "own_heldout.json").write_text(json.dumps(rows[:3]), encoding="utf-8")
         for name in ("tasks", "other_tasks"):
             write_local_tasks(world.root / name)
 

@@ -30,7 +30,7 @@ import jax
 
 from benchmarks.fault_table import cases
 from benchmarks.fault_trials import trial
-from benchmarks.fault_world import World, permissions, world
+from benchmarks.fault_world import World, permissions, programs_kept, world
 
 
 def main() -> None:
@@ -58,6 +58,7 @@ def main() -> None:
         folder = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if not stack.enter_context(permissions()):
             print("files cannot be made unreadable here: such faults do nothing", flush=True)
+        stack.enter_context(programs_kept())
         (folder / "project").mkdir(parents=True, exist_ok=True)
         here, results = stack.enter_context(world(folder / "project")), Results(folder / "results.jsonl")
         broken = 0
@@ -98,7 +99,10 @@ def _table(here: World, only: str, results: Results) -> int:
     began, broken = time.monotonic(), 0
     for n, case in enumerate(left, 1):
         at = time.monotonic()
-        found = case.check()
+        try:
+            found = case.check()
+        except Exception as error:  # whatever the loop raises that the program would not print is a find
+            found = [f"{type(error).__name__}: {error}"]
         broken += bool(found)
         results.add(case=case.name, broken=found, seconds=time.monotonic() - at)
         to_go = (time.monotonic() - began) / n * (len(left) - n)

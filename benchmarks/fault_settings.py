@@ -33,7 +33,7 @@ TEXT = ("prepare", "train", "score", "refine", "evaluate")
 BENCHMARK = ("benchmark",)
 SAMPLED = {"quality.method": "sample", "quality.max_new_tokens": 16}
 WITH_LORA = {"lora.rank": 2}
-WITH_TASKS = {"evaluate.tasks": "[sums]", "evaluate.include_path": "{root}/tasks"}
+WITH_TASKS = {"evaluate.tasks": "[capitals]", "evaluate.include_path": "{root}/tasks"}
 
 CHANGES: dict[str, Change] = {
     "name": Change("another", None),
@@ -137,7 +137,7 @@ CHANGES: dict[str, Change] = {
     "refine.gates.context": Change(0.5, REFINE),
     "refine.gates.novelty": Change(0.5, REFINE),
     "refine.gates.duplicate": Change(0.7, REFINE),
-    "evaluate.tasks": Change("[sums]", BENCHMARK, more={"evaluate.include_path": "{root}/tasks"}),
+    "evaluate.tasks": Change("[capitals]", BENCHMARK, more={"evaluate.include_path": "{root}/tasks"}),
     "evaluate.allow_code": Change(True, BENCHMARK, base=WITH_TASKS),
     "evaluate.chat_template": Change(True, BENCHMARK, base=WITH_TASKS),
     "evaluate.include_path": Change("{root}/other_tasks", BENCHMARK, base=WITH_TASKS),

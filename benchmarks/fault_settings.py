@@ -51,7 +51,7 @@ CHANGES: dict[str, Change] = {
     "data.limit": Change(14, PREPARE),
     "data.columns": Change("{input: source}", PREPARE),
     "data.eval_path": Change("{root}/own_heldout.json", PREPARE),
-    "data.id_column": Change("instruction", PREPARE),
+    "data.id_column": Change("number", PREPARE, more={"data.path": "{root}/numbered.json"}),
     "data.if_changed": Change("stop"),
     "data.roles": Change("{narrator: user}", PREPARE),
     "data.sources": Change("[{path: '{root}/other.json'}]", PREPARE, more={"data.path": "''"}),

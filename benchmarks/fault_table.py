@@ -221,13 +221,15 @@ def stale_by(stages: tuple[str, ...]) -> set[str]:
 
 def other_inputs(world: World) -> None:
     """Makes the model and the data that settings change to, if they are not there."""
-    if not (world.root / "other_model").exists():
+    if not (world.root / "numbered.json").exists():
         write_tiny_model(world.root / "other_model", seed=1)
         rows = json.loads((world.root / "data.json").read_text(encoding="utf-8"))
         (world.root / "other.json").write_text(json.dumps(rows[1:]), encoding="utf-8")
         (world.root / "own_heldout.json").write_text(json.dumps(rows[:3]), encoding="utf-8")
         for name in ("tasks", "other_tasks"):
             write_local_tasks(world.root / name)
+        numbered = [row | {"number": n} for n, row in enumerate(rows)]
+        (world.root / "numbered.json").write_text(json.dumps(numbered), encoding="utf-8")
 
 
 def input_case(world: World, name: str) -> list[str]:

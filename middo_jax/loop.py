@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -246,8 +245,7 @@ def _offer_choice(run: RunDir, config: Config, link: Link, state: State) -> None
     """
     if config.data.if_changed == "redo" or state.why is None:
         return
-    roles = "|".join(map(re.escape, link.data))
-    if roles and re.match(rf"({roles}) has changed: |it reads ({roles}) now$", state.why):
+    if state.why.input in link.data:
         raise RunError(
             f"{run.path}: the data of this run was edited ({state.why}). name=NEW starts a new run and keeps "
             "this one; data.if_changed=redo goes on in this one and makes again what depends on the data"
@@ -294,8 +292,8 @@ def _short_hash(text: str) -> str:
 def redone(states: Sequence[tuple[Link, State]]) -> list[str]:
     """Returns one line per done stage that is stale, with the reason, and one for all dependent stages."""
     stale = [(link, state.why) for link, state in states if state.is_done and state.why is not None]
-    lines = [f"{link.where} will be redone: {why}" for link, why in stale if not why.startswith("follows ")]
-    following = [link.where for link, why in stale if why.startswith("follows ")]
+    lines = [f"{link.where} will be redone: {why}" for link, why in stale if not why.is_forecast]
+    following = [link.where for link, why in stale if why.is_forecast]
     if following:
         lines.append(f"will also be redone if their inputs change: {', '.join(following)}")
     return lines

@@ -34,6 +34,7 @@ from middo_jax.rundir import (
     write_jsonl,
 )
 from middo_jax.rundir.chain import assess, chain
+from middo_jax.rundir.manifest import Reason
 from middo_jax.session import Session
 from middo_jax.stages.measure import scored_as
 
@@ -59,7 +60,7 @@ def reasons(run: RunDir, settings: list[str]) -> dict[tuple[str, str], str]:
     """Why stages of a finished run are stale under these settings."""
     config = load(None, settings)
     states = assess(chain(run, config), config)
-    return {(link.folder.path.name, link.name): state.why for link, state in states if state.why}
+    return {(link.folder.path.name, link.name): state.why.text for link, state in states if state.why}
 
 
 def own(stale: dict[tuple[str, str], str]) -> set[tuple[str, str]]:
@@ -177,7 +178,8 @@ def test_the_seed_of_a_sampled_rating_is_one_of_scoring(tmp_path: Path) -> None:
 
     def why(**more: Any) -> str | None:
         config = load(None, settings(tmp_path, **sampled, **more))
-        return chain(RunDir(tmp_path / "run"), config)[2].why_stale(config)
+        reason = chain(RunDir(tmp_path / "run"), config)[2].why_stale(config)
+        return None if reason is None else reason.text
 
     assert why() is None
     assert why(seed=9) == "seed was 3, is 9"
@@ -341,10 +343,10 @@ def test_a_touched_file_is_hashed_and_an_untouched_one_is_not(
     assert manifest.why_stale("select") is None
     assert [path.name for path in hashed] == ["dataset.jsonl"]
     write_jsonl(folder.dataset, [3])
-    assert manifest.why_stale("select") == "dataset.jsonl has changed"
+    assert manifest.why_stale("select") == Reason("dataset.jsonl has changed")
     write_jsonl(folder.dataset, [1])
     (tmp_path / "data" / "rows").write_text("other")
-    assert manifest.why_stale("select") == f"data has changed: {tmp_path / 'data'}"
+    assert manifest.why_stale("select") == Reason(f"data has changed: {tmp_path / 'data'}", input="data")
 
 
 def test_an_edit_while_a_stage_runs_makes_it_stale(tmp_path: Path) -> None:
@@ -357,7 +359,7 @@ def test_an_edit_while_a_stage_runs_makes_it_stale(tmp_path: Path) -> None:
         write_jsonl(path, [3])
     begun.finish(config, 1.0)
     assert link.where == "round_00 select"
-    assert link.why_stale(config) == "scores.parquet has changed"
+    assert link.why_stale(config) == Reason("scores.parquet has changed")
 
 
 def test_a_large_file_is_known_by_its_size_and_samples(
@@ -394,7 +396,7 @@ def test_embeddings_without_ids_are_measured_again(finished: Finished, tmp_path:
         write_json(here.manifest, manifest)
     states = {link.where: state.why for link, state in assess(chain(run, config), config)}
     assert states["round_00 train"] is None
-    assert states["round_00 score"] == "it writes embeddings.parquet now"
+    assert states["round_00 score"] == Reason("it writes embeddings.parquet now")
     session = Session(config, Silent())
     with pytest.raises(RunError, match=r"embeddings\.npy was written by an earlier version.*`middo score`"):
         stages.refine_round(session, run.round(0))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from middo_jax.config import Config, Effect, affecting, default_of
 from middo_jax.rundir.layout import RoundDir, RunDir
-from middo_jax.rundir.manifest import TOKENIZER, Manifest, Seen
+from middo_jax.rundir.manifest import TOKENIZER, Manifest, Reason, Seen
 
 # The effects of settings that each stage depends on. "prepare" is the first round's, which reads the user's
 # data; "follow" prepares a later round. A stage need not repeat the effects of a stage whose files it reads.
@@ -109,7 +109,7 @@ class Link:
             Manifest(folder).records()
         return Begun(self, Manifest(self.folder.path).see(self.reads, self.inputs))
 
-    def why_stale(self, config: Config) -> str | None:
+    def why_stale(self, config: Config) -> Reason | None:
         """Returns why the stage's record is stale, None if it is not. Ignores the state of earlier stages."""
         manifest = Manifest(self.folder.path)
         record = manifest.records()[self.name]
@@ -120,16 +120,18 @@ class Link:
         # First what the record names: what it does not name may be asked now because of such a change.
         for name in sorted(settings, key=lambda name: name not in before):
             if (was := before.get(name, default_of(name))) != (now := settings[name]):
-                return f"{name} was {_shown(was)}, is {_shown(now)}"
+                return Reason(f"{name} was {_shown(was)}, is {_shown(now)}")
         if (reason := manifest.why_stale(self.name, self.inputs, self.removed)) is not None:
             return reason
         wrote = record["files"]
         for name in map(manifest.name, self.writes):  # a folder is recorded file by file
             if not any(file == name or file.startswith(f"{name}/") for file in wrote):
-                return f"it writes {name} now"
+                return Reason(f"it writes {name} now")
         known = {*record["reads"], *record["inputs"], TOKENIZER}  # older records do not have the last
-        new = [n for n in (*map(manifest.name, self.reads), *self.inputs) if n not in known]
-        return f"it reads {new[0]} now" if new else None
+        for name in (*map(manifest.name, self.reads), *self.inputs):
+            if name not in known:
+                return Reason(f"it reads {name} now", input=name if name in self.inputs else None)
+        return None
 
     def _settings(self, config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The settings it depends on, but the names of places whose content is compared."""
@@ -158,7 +160,7 @@ class State(NamedTuple):
     """State of a stage. `is_done`: it has a record; `why`: why the record is stale, None if it is not."""
 
     is_done: bool
-    why: str | None
+    why: Reason | None
 
     @property
     def is_fresh(self) -> bool:
@@ -175,7 +177,7 @@ def assess(links: Sequence[Link], config: Config) -> list[tuple[Link, State]]:
         why = None if record is None else link.why_stale(config)
         cause = next((of for path, of in pending for read in link.reads if read.is_relative_to(path)), None)
         if record is not None and why is None and cause is not None and "settings" in record:
-            why = f"follows {cause.where}"
+            why = Reason(f"follows {cause.where}", is_forecast=True)
         states.append((link, State(record is not None, why)))
         if record is None or why is not None:
             pending += [(path, cause or link) for path in link.writes]

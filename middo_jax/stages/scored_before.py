@@ -62,7 +62,8 @@ def _difference(config: Config, link: Link, examples: Sequence[Example], axes: C
     given = {Manifest(folder.path).name(path) for path in link.reads} | link.inputs.keys()
     if gone := sorted((record["reads"].keys() | record["inputs"].keys()) - given):
         return f"they were made with {gone[0]} too"
-    return link.why_stale(config)
+    stale = link.why_stale(config)
+    return None if stale is None else stale.text
 
 
 def _named(axes: Collection[str] | None) -> str:

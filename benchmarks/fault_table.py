@@ -37,6 +37,7 @@ MAKERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("heldout_losses.json", ("final evaluate",)),
     ("heldout_rows.parquet", ("final evaluate",)),
     ("*/dataset.jsonl", ("* prepare",)),
+    ("final/train.jsonl", ("final prepare",)),
     ("*/checkpoint*", ("* train",)),
     ("*/metrics.jsonl", ("* train",)),
     ("*/evaluations.jsonl", ("* train",)),
@@ -212,7 +213,7 @@ def stale_by(run: RunDir, stages: tuple[str, ...]) -> set[str]:
     """The stages of a change with their folders."""
     first, *later = [here.path.name for here in run.rounds()]
     folders = {"prepare": [first], "follow": [*later, "final"], "evaluate": ["final"], "export": ["final"]}
-    folders |= dict.fromkeys(("train", "benchmark"), [first, *later, "final"])
+    folders |= {key: [first, *later, "final"] for key in ("train", "benchmark")}
     return {
         f"{folder} {'prepare' if stage == 'follow' else stage}"
         for stage in stages

@@ -31,16 +31,7 @@ from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
 from middo_jax.refinement import DryRun
 from middo_jax.report.status import status
 from middo_jax.results import Exported, Refined, Run, Scores, Trained
-from middo_jax.rundir import (
-    RoundDir,
-    RunDir,
-    RunError,
-    held,
-    local,
-    read_jsonl,
-    write_jsonl,
-    write_text,
-)
+from middo_jax.rundir import RoundDir, RunDir, RunError, held, local, read_jsonl, write_jsonl, write_text
 from middo_jax.rundir.rows import BenchmarksFile
 from middo_jax.selecting import PathLike, load_config
 from middo_jax.session import Session, prepare, read_data, session_for, session_of, write_dataset

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from support.local_tasks import write_local_tasks
 from support.loop_fixture import Finished, contents, fake_refiner, settings
+from support.said import Said
 
 from middo_jax import cli, stages
 from middo_jax.config import ConfigError, affecting, load
@@ -46,14 +47,6 @@ ALL = [("round_00", s) for s in ROUND] + [("round_01", s) for s in ROUND]
 ALL += [("final", s) for s in ("train", "evaluate", "export")]
 # What says when, where and how fast.
 OF_THIS_RUN = ("config.yaml", "events.jsonl", "manifest.json", "report.html", "llm_cache.sqlite")
-
-
-class Said(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def reasons(run: RunDir, settings: list[str]) -> dict[tuple[str, str], str]:

@@ -20,15 +20,15 @@ from middo_jax.models.hf.files import Weights
 from middo_jax.models.hf.peft import read_adapter_config
 
 MOST_BYTES = 100_000_000
-MOST_SECONDS = 20.0  # one, where nothing else runs
+MOST_SECONDS = 1.0  # of processor time
 
 
 @pytest.fixture(autouse=True)
 def _at_once_and_in_little_memory() -> Iterator[None]:
     tracemalloc.start()
-    began = time.monotonic()
+    began = time.process_time()
     yield
-    took, peak = time.monotonic() - began, tracemalloc.get_traced_memory()[1]
+    took, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert took < MOST_SECONDS
     assert peak < MOST_BYTES

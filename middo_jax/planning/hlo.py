@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
@@ -144,7 +145,7 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry, name, is_entry, root = None, None, False, ""
     instructions: dict[str, Instruction] = {}
-    for line in text.splitlines():
+    for line in _joined(text):
         if name is None:
             if header := _HEADER.match(line):
                 is_entry, name, root, instructions = bool(header.group(1)), header.group(2), "", {}
@@ -158,6 +159,22 @@ def parse(text: str) -> Module:
     if entry is None:
         raise HloError("the text has no ENTRY computation; it is not that of a compiled program")
     return Module(computations, entry)
+
+
+def _joined(text: str) -> Iterator[str]:
+    """The lines; those of a kernel's attributes, which contain line ends, as one with their instruction."""
+    parts: list[str] = []
+    for line in text.splitlines():
+        if parts and not _INSTRUCTION.match(line) and line.rstrip() != "}":
+            parts.append(line)
+            continue
+        if parts:
+            yield " ".join(parts)
+        parts = [line] if _INSTRUCTION.match(line) else []
+        if not parts:
+            yield line
+    if parts:
+        yield " ".join(parts)
 
 
 def _instruction(name: str, text: str) -> Instruction:

@@ -166,12 +166,37 @@ def _groups(instruction: Instruction, devices: int) -> list[list[int]]:
     if text.startswith("{"):
         groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
         return groups or [list(range(devices))]
+    if text.startswith("mesh["):
+        return _mesh_groups(text)
     found = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if found is None:
         raise HloError(f"{instruction.name}: cannot read replica_groups={text}")
     shape, reshape, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
     ids = np.arange(math.prod(reshape or ())).reshape(reshape or ())
     return ids.transpose(order).reshape(shape or ()).tolist()
+
+
+def _mesh_groups(text: str) -> list[list[int]]:
+    """Groups along axes of a mesh, mesh['a'=2,'b'=8] {'b'}, or along a part of one, {'b':(2)4}."""
+    shape, _, along = text.partition("]")
+    names = re.findall(r"'(\w+)'=(\d+)", shape)
+    chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)
+    if not names or not chosen:
+        raise HloError(f"cannot read replica_groups={text}")
+    parts: list[tuple[str, int]] = []  # each axis, split where only a part of it is chosen
+    for name, size in names:
+        split = [(int(a), int(b)) for axis, a, b in chosen if axis == name and a]
+        before = 1
+        for a, b in sorted(split):
+            parts += [("", a // before), (f"{name}:{a}", b)]
+            before = a * b
+        parts.append(("" if split else name, int(size) // before))
+    wanted = [f"{axis}:{a}" if a else axis for axis, a, _ in chosen]
+    order = [i for i, (name, _) in enumerate(parts) if name not in wanted]
+    order += [next(i for i, (name, _) in enumerate(parts) if name == one) for one in wanted]
+    sizes = [size for _, size in parts]
+    group = math.prod(size for name, size in parts if name in wanted)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1, group).tolist()
 
 
 def _pairs(instruction: Instruction) -> list[tuple[int, int]]:

@@ -292,6 +292,6 @@ class _Reader:
 _CHEAP = frozenset(
     {
         *("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "ConcatBitcast"),
-        *("AssumeGatherIndicesInBound", "AssumeAligned", "GetOrCreateBuffer"),
+        *("AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "AssumeAligned"),
     }
 )

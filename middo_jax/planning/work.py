@@ -150,7 +150,7 @@ def kernel(computation: Computation, one: Instruction, window: int | None) -> li
       HloError: the kernel is unknown.
     """
     name = f"{one.name} {one.op_name} {one.attributes}"
-    known = {"splash_mha_fwd": 2, "splash_mqa_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+    known = {"splash_mha_dkv": 4, "splash_mha_dq": 3, "splash_mha_fwd": 2, "splash_mqa_fwd": 2}
     count = next((n for text, n in known.items() if text in name), None)
     if count is None:
         raise HloError(f"{one.name}: no formula for this kernel ({one.op_name or 'unnamed'})")

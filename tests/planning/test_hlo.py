@@ -264,3 +264,38 @@ def test_what_cannot_be_read_is_an_error() -> None:
             "  %q = bf16[2,32]{1,0} parameter(0)\n"
             '  ROOT %a = bf16[2,32]{1,0} custom-call(%q), custom_call_target="tpu_custom_call"'
         )
+
+
+def test_between_slices_the_hosts_network_is_used() -> None:
+    slices = Slices.parse("v5e:4x4x2")
+    places = np.asarray([(i // 4, i % 4, s) for s in range(2) for i in range(16)]).reshape(2, 16, 1, 3)
+    network = Network(AXES, (2, 16, 1), slices, places)
+    text = (
+        "HloModule m\n\nENTRY %main () -> f32[] {\n  %x = f32[1024,4096]{1,0} parameter(0)\n"
+        "  ROOT %g = f32[1024,4096]{1,0} all-reduce(%x), "
+        "replica_groups=[16,2]<=[2,16]T(1,0), to_apply=%s\n}\n"
+    )
+    found = cost(text, Machine(slices.chip, network))
+    [collective] = found.collectives
+    assert collective.axes == ("data",)
+    # Of two devices each sends and receives all bytes once, as a reduce-scatter and an all-gather.
+    assert found.network_s == pytest.approx(4 * 1024 * 4096 / slices.chip.dcn_bytes)
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("mesh['axis_0'=8,'axis_1'=2] {'axis_1'}", ("tensor",)),
+        ("mesh['axis_0'=8,'axis_1'=2] {'axis_0'}", ("fsdp",)),
+        ("mesh['axis_0'=16] {'axis_0':(8)2}", ("tensor",)),
+        ("mesh['axis_0'=16] {'axis_0'}", ("fsdp", "tensor")),
+        ("{{0,1},{2,3},{4,5},{6,7},{8,9},{10,11},{12,13},{14,15}}", ("tensor",)),
+        ("{}", ("fsdp", "tensor")),
+    ],
+)
+def test_groups_in_all_their_notations(groups: str, axes: tuple[str, ...]) -> None:
+    found = entry(
+        "  %x = bf16[1024,4096]{1,0} parameter(0)\n"
+        f"  ROOT %r = bf16[1024,4096]{{1,0}} all-reduce(%x), replica_groups={groups}, to_apply=%s"
+    )
+    assert [collective.axes for collective in found.collectives] == [axes]

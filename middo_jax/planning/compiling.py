@@ -1,0 +1,138 @@
+"""Compiles programs for chips that are not there: their memory per device, and their cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import time
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from middo_jax.config import MeshSettings
+from middo_jax.parallel.mesh import make_mesh
+from middo_jax.planning.chips import Chip, Slices
+from middo_jax.planning.network import Network
+from middo_jax.planning.programs import Program
+from middo_jax.planning.roofline import Cost, Machine, cost
+
+_UNITS = {"B": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+# The compiler's two messages of a program that does not fit: bytes needed, bytes there.
+_USED = re.compile(
+    r"(?:Used |required for HLO temporaries \()([\d.]+)([BKMGT])\)?"
+    r"(?: of | exceeds available HBM \()([\d.]+)([BKMGT])"
+)
+
+
+class PlanError(RuntimeError):
+    """The plan cannot be made; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes per device of a program.
+
+    Attributes:
+      used: all that it needs.
+      usable: what the chip has.
+      parts: `used` by kind; empty if the compiler stopped because the program does not fit.
+    """
+
+    used: float
+    usable: float
+    parts: dict[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program fits."""
+        return self.used <= self.usable
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program: its memory, its cost per run (None if it does not fit), seconds of compilation."""
+
+    program: Program
+    memory: Memory
+    cost: Cost | None
+    compile_seconds: float
+
+
+def devices_of(slices: Slices) -> list[Any]:
+    """The devices of slices that are not there.
+
+    Raises:
+      PlanError: the `tpu` extra is not installed, or the compiler does not have this topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanError(
+            "middo plan compiles with the real TPU compiler, which is not installed: "
+            "pip install 'middo-jax[tpu]'. It needs no TPU"
+        )
+    # Without a chip, several compilers may run at a time, and there is no metadata server to ask.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    several: dict[str, Any] = {} if slices.count == 1 else {"num_slices": slices.count}
+    if slices.chip.name == "v4":  # as JAX uses it: the two cores of a chip are one device
+        several["chip_config_name"] = "megacore"
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=slices.name, **several)
+    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
+        first = str(error).partition("\n")[0]
+        raise PlanError(f"the TPU compiler has no topology {slices.name}: {first}") from error
+    return list(found.devices)
+
+
+def mesh_of(slices: Slices, shape: tuple[int, int, int]) -> Mesh:
+    """The mesh (data, fsdp, tensor) of slices that are not there, as a run on them would make it."""
+    data, fsdp, tensor = shape
+    return make_mesh(MeshSettings(data=data, fsdp=fsdp, tensor=tensor), devices_of(slices))
+
+
+def compile_program(program: Program, mesh: Mesh, chip: Chip, slices: Slices | None) -> Compiled:
+    """Compiles a program and reads its memory and cost.
+
+    Args:
+      program: lowered on the mesh.
+      mesh: of devices of this host, or of a topology.
+      chip: rates of one device.
+      slices: the topology; None on this host.
+    """
+    began = time.monotonic()
+    with jax.set_mesh(mesh):
+        lowered = program.lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _USED.search(str(error))
+        if found is None:
+            raise
+        used, usable = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))  # the number and its unit
+        return Compiled(program, Memory(used, usable, {}), None, time.monotonic() - began)
+    machine = Machine(chip, Network.of(mesh, slices), program.loops, program.window)
+    counted = cost(compiled.as_text() or "", machine)
+    return Compiled(program, memory_of(program, compiled, chip), counted, time.monotonic() - began)
+
+
+def memory_of(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> Memory:
+    """The memory of a compiled program, by kind.
+
+    Gradients are counted in float32, as large as the trained parameters; the rest of the temporaries are
+    activations and buffers of collectives.
+    """
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        raise PlanError("the compiler does not report the memory of a program")
+    parts = dict(program.parts)
+    gradients = min(parts.pop("gradients", 0.0), sizes.temp_size_in_bytes)
+    parts["other arguments"] = max(0.0, sizes.argument_size_in_bytes - sum(parts.values()))
+    parts["results"] = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
+    if gradients:
+        parts["gradients"] = gradients
+    parts["activations and temporaries"] = sizes.temp_size_in_bytes - gradients
+    parts["program"] = sizes.generated_code_size_in_bytes
+    return Memory(sum(parts.values()), chip.usable_bytes, {k: v for k, v in parts.items() if v})

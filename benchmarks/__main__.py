@@ -39,6 +39,7 @@ INDEX = (
     Benchmark("neighbours_update", "nothing", "10 minutes"),
     Benchmark("oracle", f"{ALPACA}, {MODEL}", "about an hour per seed and budget"),
     Benchmark("paper_memory", "the `tpu` extra", "10 minutes", "CPU; compiles for TPUs"),
+    Benchmark("plan_check", "the `tpu` extra with --published", "5 minutes"),
     Benchmark("planted_defects", f"{ALPACA}, GSM8K, {MODEL}", "hours"),
     Benchmark("refine_examples", "a folder of `middo refine`", "seconds"),
     Benchmark("rubric_wordings", f"{ALPACA}, {MODEL}", "1 hour"),

@@ -7,11 +7,13 @@ This module loads JAX, so `import middo_jax` imports it only when one of its fun
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from middo_jax import refinement, stages
@@ -23,8 +25,12 @@ from middo_jax.data.own_columns import own_columns
 from middo_jax.data.sources import Rejection, UserRows
 from middo_jax.evaluation.heldout import HeldoutLoss
 from middo_jax.loop import run_loop
+from middo_jax.models.config import read_config
+from middo_jax.models.lora import from_settings
 from middo_jax.models.resolve import resolve
 from middo_jax.parallel.coordination import barrier
+from middo_jax.planning.amounts import Amounts
+from middo_jax.planning.forecast import Plan, Request, plan_run
 from middo_jax.progress import for_stderr
 from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
 from middo_jax.refinement import DryRun
@@ -264,6 +270,38 @@ def export(
         return Exported(directory, None)
     facts = stages.export_checkpoint(source, directory, dtype, for_stderr(), verify=verify)
     return Exported(directory, facts)
+
+
+def plan(config: Config, request: Request, rows: int | None = None, tokens: float | None = None) -> Plan:
+    """Plans a run for chips that are not there: memory, time and money of every stage.
+
+    Compiles the programs that the run would use. Loads no weights: of the model only config.json is read and,
+    for the lengths of the data, the tokenizer.
+
+    Args:
+      config: return value of `load_config`.
+      request: chips, mesh, stages, price.
+      rows: number of rows to plan for, instead of those of `data.path`.
+      tokens: their mean length; given with `rows`.
+
+    Raises:
+      ValueError: a setting, the topology or the mesh is wrong, or the data cannot be used.
+      PlanError: the TPU compiler is not installed, or does not have this topology.
+    """
+    session = Session(config, for_stderr())
+    decoder = dataclasses.replace(
+        read_config(session.base, config.model.dtype),
+        attention=config.model.attention,
+        lora=from_settings(config.lora),
+    )
+    if rows is not None and tokens is not None:
+        amounts = Amounts.assumed(rows, tokens, config.model.max_length)
+    else:
+        tokenized = session.tokenize(prepare(session)[0])
+        n_targets = sum(int(one.is_target_n.sum()) for one in tokenized)
+        lengths_n = np.asarray([len(one) for one in tokenized])
+        amounts = Amounts.of_lengths(lengths_n, n_targets, config.data.path)
+    return plan_run(config, decoder, amounts, request, session.progress)
 
 
 def require_axes(axes: Collection[str], name: str = "axes") -> None:

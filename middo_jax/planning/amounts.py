@@ -109,8 +109,9 @@ def tree_size() -> tuple[int, float, float]:
     def tree(characters: int) -> tuple[int, int]:
         prompt, response = "p" * (characters // 2), "r" * (characters // 2)
         texts = [
-            np.frombuffer(f"{judge_message(dimension, part, prompt, response)}\0{i}".encode(), np.uint8)
-            for i, (dimension, part) in enumerate((d, p) for d in DIMENSIONS for p in PARTS)
+            np.frombuffer(judge_message(dimension, part, prompt, response).encode(), np.uint8)
+            for part in PARTS
+            for dimension in DIMENSIONS
         ]
         return len(trie(texts)[0].tokens_n), common_prefix(texts)
 

@@ -162,3 +162,35 @@ def test_without_the_compiler_the_error_says_what_to_install(monkeypatch: pytest
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PlanError, match=r"pip install 'middo-jax\[tpu\]'"):
         devices_of(Slices.parse("v5e:2x2"))
+
+
+MESHES = """
+import json, sys
+from middo_jax.planning.chips import Slices
+from middo_jax.planning.compiling import mesh_of
+for topology, shape in json.loads(sys.argv[1]):
+    mesh = mesh_of(Slices.parse(topology), tuple(shape))
+    slices = [getattr(device, "slice_index", None) for device in mesh.devices[:, 0, 0]]
+    print(json.dumps([topology, list(mesh.devices.shape), slices]))
+"""
+
+
+@pytest.mark.tpu_compile
+def test_meshes_of_slices_as_they_are_rented() -> None:
+    """Parts of an axis of the network, several slices, and a v4, whose two cores are one device."""
+    pytest.importorskip("libtpu")
+    wanted = [
+        ["v6e:4x8", [1, 8, 4], [None]],
+        ["v5p:4x4x4", [1, 32, 2], [None]],
+        ["v4:2x2x2", [1, 4, 2], [None]],
+        ["v5e:4x4x2", [2, 8, 2], [0, 1]],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES, json.dumps([row[:2] for row in wanted])],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")] == wanted

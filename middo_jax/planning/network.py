@@ -167,7 +167,9 @@ def _groups(instruction: Instruction, devices: int) -> list[list[int]]:
         groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
         return groups or [list(range(devices))]
     if text.startswith("mesh["):
-        return _mesh_groups(text)
+        # Up to the axes in braces; device ids may be between, with commas.
+        whole = re.search(r"replica_groups=(mesh\[.*?\{[^}]*\})", instruction.attributes)
+        return _mesh_groups(whole.group(1) if whole else text)
     found = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if found is None:
         raise HloError(f"{instruction.name}: cannot read replica_groups={text}")
@@ -178,7 +180,11 @@ def _groups(instruction: Instruction, devices: int) -> list[list[int]]:
 
 def _mesh_groups(text: str) -> list[list[int]]:
     """Groups along axes of a mesh, mesh['a'=2,'b'=8] {'b'}, or along a part of one, {'b':(2)4}."""
-    shape, _, along = text.partition("]")
+    shape, _, rest = text.partition("]")
+    ids, brace, along = rest.rpartition("{")
+    listed = [int(n) for n in re.findall(r"\d+", ids)]
+    if "<=" in ids or not brace:
+        raise HloError(f"cannot read replica_groups={text}")
     names = re.findall(r"'(\w+)'=(\d+)", shape)
     chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)
     if not names or not chosen:
@@ -196,7 +202,10 @@ def _mesh_groups(text: str) -> list[list[int]]:
     order += [next(i for i, (name, _) in enumerate(parts) if name == one) for one in wanted]
     sizes = [size for _, size in parts]
     group = math.prod(size for name, size in parts if name in wanted)
-    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1, group).tolist()
+    devices = np.asarray(listed or range(math.prod(sizes)))
+    if len(devices) != math.prod(sizes):
+        raise HloError(f"cannot read replica_groups={text}")
+    return devices.reshape(sizes).transpose(order).reshape(-1, group).tolist()
 
 
 def _pairs(instruction: Instruction) -> list[tuple[int, int]]:

@@ -183,7 +183,12 @@ def _mesh_groups(text: str) -> list[list[int]]:
     shape, _, rest = text.partition("]")
     ids, brace, along = rest.rpartition("{")
     listed = [int(n) for n in re.findall(r"\d+", ids)]
-    if "<=" in ids or not brace:
+    if turned := re.search(
+        r"\[([\d,]+)\]T\(([\d,]+)\)", ids
+    ):  # all devices in order, reshaped and transposed
+        dims, order = ([int(n) for n in part.split(",")] for part in turned.groups())
+        listed = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(-1).tolist()
+    if not brace:
         raise HloError(f"cannot read replica_groups={text}")
     names = re.findall(r"'(\w+)'=(\d+)", shape)
     chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)
@@ -198,14 +203,14 @@ def _mesh_groups(text: str) -> list[list[int]]:
             before = a * b
         parts.append(("" if split else name, int(size) // before))
     wanted = [f"{axis}:{a}" if a else axis for axis, a, _ in chosen]
-    order = [i for i, (name, _) in enumerate(parts) if name not in wanted]
-    order += [next(i for i, (name, _) in enumerate(parts) if name == one) for one in wanted]
+    axes = [i for i, (name, _) in enumerate(parts) if name not in wanted]
+    axes += [next(i for i, (name, _) in enumerate(parts) if name == one) for one in wanted]
     sizes = [size for _, size in parts]
     group = math.prod(size for name, size in parts if name in wanted)
     devices = np.asarray(listed or range(math.prod(sizes)))
     if len(devices) != math.prod(sizes):
         raise HloError(f"cannot read replica_groups={text}")
-    return devices.reshape(sizes).transpose(order).reshape(-1, group).tolist()
+    return devices.reshape(sizes).transpose(axes).reshape(-1, group).tolist()
 
 
 def _pairs(instruction: Instruction) -> list[tuple[int, int]]:

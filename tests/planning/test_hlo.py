@@ -288,6 +288,7 @@ def test_between_slices_the_hosts_network_is_used() -> None:
         ("mesh['axis_0'=8,'axis_1'=2] {'axis_1'}", ("tensor",)),
         ("mesh['axis_0'=8,'axis_1'=2] {'axis_0'}", ("fsdp",)),
         ("mesh['axis_0'=16] {'axis_0':(8)2}", ("tensor",)),
+        ("mesh['axis_0'=2,'axis_1'=8], device_ids=([8,2]T(1,0)) {'axis_0'}", ("tensor",)),
         (
             "mesh['axis_0'=2,'axis_1'=8], device_ids=(0,2,4,6,8,10,12,14,1,3,5,7,9,11,13,15) {'axis_0'}",
             ("tensor",),

@@ -188,7 +188,7 @@ class Trainings:
             middo(
                 *("score", "--data", str(folder / "rows.jsonl"), "--model", str(checkpoint)),
                 *("--pre-model", self.arguments.model, "--out", str(kept), *SETTINGS),
-                *("scoring.ifd=true", f"seed={seed.number}"),
+                *("scoring.readings=[ifd,consistency]", f"seed={seed.number}"),
             )
             shutil.rmtree(folder)
         return scores_of(kept)

@@ -95,7 +95,8 @@ def report(
     for arm, by_seed in found.items():
         name, at, budget = arm.partition(" at ")
         control = f"random at {budget}" if at and name != "random" else None
-        used = {a: found[a] for a in dict.fromkeys(("none", "all", arm, control)) if a in found}
+        wanted: list[str] = ["none", "all", arm, *([control] if control else [])]
+        used = {a: found[a] for a in wanted if a in found}
         seeds = sorted(set.intersection(*(set(losses) for losses in used.values())))
         total = sum(sum(hits[arm][s].values()) for s in seeds)
         faulty = total - sum(hits[arm][s][""] for s in seeds)
@@ -106,8 +107,8 @@ def report(
             gap = means["none"] - means["all"]
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = interval((means["none"] - means[arm]) / gap)
-                if control in used:
-                    times = interval((means["none"] - means[arm]) / (means["none"] - means[str(control)]))
+                if control is not None and control in used:
+                    times = interval((means["none"] - means[arm]) / (means["none"] - means[control]))
         cells = (share if arm not in ("none", "all") else None, times)
         lines.append(
             (

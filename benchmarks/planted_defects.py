@@ -11,8 +11,9 @@ detector, fault by fault against the rows in which nothing was planted:
   precision, recall    of what it selects by the default rule, worse than the mean by more than one deviation
 
 The detectors are the three axes as the method uses them; complexity also with answer length taken out
-(complexity.normalise=length); high similarity, which is where copies are to be looked for; IFD, a column that
-no axis uses; and answer length alone, in whichever direction does better on that fault. Of a pair of
+(complexity.normalise=length); high similarity, which is where copies are to be looked for; the readings, each
+alone, and the optional axis that ranks three of them; and answer length alone, in whichever direction does
+better on that fault. Of a pair of
 duplicates the row that was there first counts neither as faulty nor as clean. At last the judge's `expected`
 beside its `sample` on a few rows.
 
@@ -52,6 +53,7 @@ TRAINING = (
 SETTINGS = ("model.dtype=float32", "model.max_length=512")
 RULE_M = 1.0  # the default of complexity.m, diversity.m and quality.m
 MAX_NEW_TOKENS = 32  # of a sampled rating
+READINGS = "scoring.readings=[prompt_nll, ifd, pmi, reverse_ifd]"
 Detector = tuple[np.ndarray, np.ndarray]  # badness [n], selected [n]
 Figures = dict[str, float | None]
 
@@ -99,7 +101,15 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> Path:
         middo("train", *data, "--model", arguments.model, "--out", str(tuned), *SETTINGS, *arguments.training)
     if not RoundDir(scored).is_done("score"):
         models = ("--model", str(tuned / "checkpoint"), "--pre-model", arguments.model)
-        middo("score", *data, *models, "--out", str(scored), "scoring.ifd=true", *SETTINGS)
+        middo(
+            "score",
+            *data,
+            *models,
+            "--out",
+            str(scored),
+            READINGS,
+            *SETTINGS,
+        )
     return folder
 
 
@@ -112,12 +122,14 @@ def middo(*words: str) -> None:
 def detectors(folder: Path) -> dict[str, Detector]:
     """Badness and selection of every detector but length, rows as in scores.parquet."""
     from middo_jax.config import Deviations
+    from middo_jax.signals.consistency import NEEDED, consistency
     from middo_jax.signals.select import Standardised, at_mean_length, select_axis
     from middo_jax.signals.table import as_floats, read_scores
 
     table = read_scores(RoundDir(folder / "scored").scores)
     losses = {name: as_floats(table, name) for name in ("loss_pre", "loss_post")}
     n_tokens, similarity = as_floats(table, "n_target_tokens"), as_floats(table, "knn_mean_sim")
+    columns = {name: as_floats(table, name) for name in NEEDED}
     at_length = {name: at_mean_length(loss, n_tokens) for name, loss in losses.items()}
 
     def detector(columns: dict[str, np.ndarray], sign: int) -> Detector:
@@ -131,6 +143,12 @@ def detectors(folder: Path) -> dict[str, Detector]:
         "quality": detector({"quality": as_floats(table, "quality")}, -1),
         "high similarity": detector({"similarity": similarity}, 1),
         "IFD": detector({"ifd": as_floats(table, "ifd")}, 1),
+        "PMI": detector({"pmi": as_floats(table, "pmi")}, -1),
+        "reverse IFD": detector({"reverse_ifd": as_floats(table, "reverse_ifd")}, 1),
+        "end": detector({"end_nll": as_floats(table, "end_nll")}, 1),
+        "worst decile": detector({"worst_decile_nll": as_floats(table, "worst_decile_nll")}, 1),
+        "prompt": detector({"prompt_nll": as_floats(table, "prompt_nll")}, 1),
+        "consistency": detector({"consistency": consistency(columns).rank_n}, 1),
         "long": detector({"length": np.log(n_tokens)}, 1),
         "short": detector({"length": np.log(n_tokens)}, -1),
     }
@@ -201,8 +219,8 @@ def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Fig
     decoded: list[Any] = []
 
     class Recording(inference.Engine):
-        def submit(self, request: Any) -> Any:
-            decoded.append(super().submit(request))
+        def submit(self, request: Any, *more: Any, **named: Any) -> Any:
+            decoded.append(super().submit(request, *more, **named))
             return decoded[-1]
 
     tokenizer = load_tokenizer(arguments.model)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pydantic
 
-from middo_jax.config import RESULTLESS, Config, Effect, Leaf, leaves
+from middo_jax.config import GIVEN, RESULTLESS, Config, Effect, Leaf, leaves
 
 
 def page() -> str:
@@ -87,7 +87,12 @@ def _description(leaf: Leaf) -> str:
 def _effects(leaf: Leaf) -> str:
     found = []
     for effect, condition in leaf.mark.effects.items() if leaf.mark else ():
-        found.append(effect if condition is None else f"{effect} (with `{condition[0]}: {condition[1]}`)")
+        if condition is None:
+            found.append(effect)
+        elif condition[1] is GIVEN:
+            found.append(f"{effect} (with `{condition[0]}`)")
+        else:
+            found.append(f"{effect} (with `{condition[0]}: {condition[1]}`)")
     return ", ".join(found)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from middo_jax.version import __version__
 
 if TYPE_CHECKING:
-    from middo_jax.api import evaluate, export, refine, run, score, train
+    from middo_jax.api import benchmark, evaluate, export, refine, run, score, train
     from middo_jax.config import Config, ConfigError
     from middo_jax.data.sources import DataError, Rejection
     from middo_jax.evaluation.heldout import HeldoutLoss
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from middo_jax.selecting import load_config, select
 
 _MODULES = {
-    "middo_jax.api": "evaluate export refine run score train",
+    "middo_jax.api": "benchmark evaluate export refine run score train",
     "middo_jax.config": "Config ConfigError",
     "middo_jax.data.sources": "DataError Rejection",
     "middo_jax.evaluation.heldout": "HeldoutLoss",
@@ -50,6 +50,7 @@ __all__ = [
     "Selection",
     "Trained",
     "__version__",
+    "benchmark",
     "evaluate",
     "export",
     "load_config",

@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from middo_jax import refinement, stages
-from middo_jax.config import Config, SettingsLike, layers_of, load
+from middo_jax.config import Config, ConfigError, SettingsLike, layers_of, load
 from middo_jax.config.axis_table import axes as axis_rows
-from middo_jax.config.axis_table import axis_names
+from middo_jax.config.axis_table import axis_names, scored_axes
 from middo_jax.data.example import Example
+from middo_jax.data.files import require_not_read
 from middo_jax.data.own_columns import own_columns
 from middo_jax.data.sources import Rejection, UserRows
 from middo_jax.evaluation.heldout import HeldoutLoss
@@ -37,6 +38,7 @@ from middo_jax.refinement import DryRun
 from middo_jax.report.status import status
 from middo_jax.results import Exported, Refined, Run, Scores, Trained
 from middo_jax.rundir import RoundDir, RunDir, RunError, held, local, read_jsonl, write_jsonl, write_text
+from middo_jax.rundir.rows import BenchmarksFile
 from middo_jax.selecting import PathLike, load_config
 from middo_jax.session import Session, prepare, read_data, session_for, session_of, write_dataset
 from middo_jax.signals.axes import computed_names
@@ -45,22 +47,24 @@ from middo_jax.stages.batch import BatchState
 from middo_jax.stages.score import measure
 
 
-def run(config: Config | PathLike, settings: SettingsLike = None) -> Run:
-    """Runs the closed loop: train, score, select, refine, merge, repeat. Resumes an interrupted run.
+def run(config: Config | PathLike, settings: SettingsLike = None, *, repair: bool = False) -> Run:
+    """The closed loop: train, score, select, refine, merge, again; resumed where it stopped.
 
     Args:
-      config: return value of `load_config`, or path of a YAML file.
-      settings: override those of `config`, see `load_config`.
+      config: of `load_config`, or a YAML file.
+      settings: laid over a YAML file, see `load_config`.
+      repair: put damaged files aside, in a folder `damaged-...` of the run, and do again what is missing.
 
     Raises:
-      ValueError: a setting is wrong, or the data cannot be used.
-      RunError: the folder contains a run of an earlier version.
+      ValueError: a wrong setting, or data that cannot be used.
+      RunError: the folder holds a run of an earlier version, or a file that cannot be used.
+      DiskFull: there is no room; what was finished is kept.
     """
     if isinstance(config, Config):
         config = load(None, [*layers_of(config), *layers_of(settings)])
     else:
         config = load_config(config, settings)
-    done = run_loop(config, for_stderr())
+    done = run_loop(config, for_stderr(), repair)
     return Run(done.path, done.report, status(done))
 
 
@@ -88,29 +92,28 @@ def score(
 
     Args:
       rows: a path, tfds:NAME:SPLIT or hf:NAME:SPLIT; or a list of dicts, a pyarrow Table, a pandas DataFrame
-        or a Hugging Face Dataset. The format is detected from the columns (`data.format`).
-      model: a Hugging Face directory, a checkpoint of this package, a LoRA adapter, a .gguf file or a hub
-        repo ID.
-      pre_model: the model before training, for `loss_pre`. None leaves `loss_pre` empty, and no sample can be
-        selected as hard.
-      axes: axes to measure: complexity, diversity, quality or registered axes; None means all.
-      keep_columns: the user's columns to return; None means all columns with only scalars.
-      out: folder for dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select` and
-        `middo refine`. None writes nothing.
-      settings: see `load_config`; or a Config, whose model and data are replaced.
+        or a Hugging Face Dataset. The columns tell the format (`data.format`).
+      model: a Hugging Face directory, a checkpoint of ours, a LoRA adapter, a .gguf file or a hub repo id.
+      pre_model: the model before training, for `loss_pre`. None leaves that empty, and no sample can be hard.
+      axes: what to measure, of complexity, diversity, quality, consistency and registered axes. None is all
+        but consistency, which scoring.readings=[consistency] adds.
+      keep_columns: which of the user's columns come back; None is all that hold scalars only.
+      out: a folder that gets dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select`
+        and `middo refine`. None writes nothing.
+      settings: see `load_config`; or a Config, of which the model and the data are replaced.
 
     Raises:
       ValueError: an axis is unknown, a setting is wrong, or the data cannot be used.
       RunLocked: another process writes into `out`.
     """
-    axes = axis_names() if axes is None else axes
-    require_axes(axes)
+    require_axes(axes or ())
     place = None if out is None else local(Path(out))
     model_path = resolve(os.fspath(model))
     with contextlib.nullcontext() if place is None else held(place):
         session = session_for(model_path, _path(rows), settings, place)
+        axes = scored_axes(session.config) if axes is None else axes
         data = read_data(session, None if _path(rows) else rows)
-        kept, _, rejections = prepare(session, data)
+        kept, _, rejections, *_ = prepare(session, data)
         own = _own_columns(data, kept, keep_columns)
         if pre_model is None and "complexity" in axes:
             session.progress.say(
@@ -158,9 +161,10 @@ def dry_run(folder: PathLike, *, settings: SettingsLike = None) -> DryRun:
     Raises:
       RunError: the folder holds no selection.
     """
-    refine_settings = session_of(Path(folder), settings).config.refine
-    form = "json" if refine_settings.response_format == "json" else "text"
-    return refinement.dry_run(stages.plan_refinement(RoundDir(Path(folder))), refine_settings, form)
+    asked, here = session_of(Path(folder), settings).config.refine, RoundDir(Path(folder))
+    form = "json" if asked.response_format == "json" else "text"
+    tasks = stages.plan_refinement(here, asked.turns)
+    return refinement.dry_run(tasks, asked, form, stages.kept_samples(here, asked.turns))
 
 
 def refine_by_batch(
@@ -213,7 +217,7 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
     with held(place):
         session = session_for(model_path, _path(rows), settings, place)
         data = read_data(session, None if _path(rows) else rows)
-        kept, heldout, rejections = prepare(session, data)
+        kept, heldout, rejections, *_ = prepare(session, data)
         with session.stage():  # the checks, the training and the final loss share tokenized conversations
             stages.check_training(session, kept, heldout)
             stages.check_continues(session, RoundDir(place), kept)
@@ -238,8 +242,34 @@ def evaluate(rows: Any, model: PathLike, *, settings: SettingsLike = None) -> He
     """
     path = resolve(os.fspath(model))
     session = session_for(path, _path(rows), settings)
-    examples, _, _ = prepare(session, read_data(session, None if _path(rows) else rows))
+    examples, *_ = prepare(session, read_data(session, None if _path(rows) else rows))
     return stages.HeldOut(session, examples).loss(session.load_model(path))
+
+
+def benchmark(
+    model: PathLike, tasks: Collection[str] = (), *, settings: SettingsLike = None
+) -> BenchmarksFile:
+    """The scores of a model on lm-eval's tasks and on the offline ones, with standard errors.
+
+    Args:
+      model: see `score`.
+      tasks: as `evaluate.tasks`, which they replace if there are any.
+      settings: see `load_config`, such as {"evaluate.limit": 100}.
+
+    Returns:
+      The contents of benchmarks.json (docs/files.md).
+
+    Raises:
+      ValueError: a wrong setting, or a task that is not known or cannot be run.
+      OSError: a task's dataset is neither here nor within reach.
+    """
+    path = resolve(os.fspath(model))
+    named = [{"evaluate.tasks": list(tasks)}] if tasks else []
+    session = session_for(path, None, [*layers_of(settings), *named])
+    if not session.config.evaluate.tasks:
+        raise ConfigError("benchmark: no tasks; name some, or set evaluate.tasks")
+    stages.check_benchmarks(session.config)
+    return stages.measure_benchmarks(session, {path.name: path})
 
 
 def export(
@@ -326,10 +356,13 @@ def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Re
 
     Raises:
       RunError: the folder is a run or a round of a run.
+      DataError: a file there is the data.
     """
     directory = RoundDir(local(out))
     if RunDir(out).rounds() or directory.run is not None:
         raise RunError(f"{out}: holds a run, and this would replace its files; give another folder")
+    for path in session.config.data.paths:
+        require_not_read(path, [directory.dataset, directory.rejected])
     write_text(out / "config.yaml", session.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)

@@ -11,22 +11,28 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from middo_jax import stages, template_date
 from middo_jax.config import RENAMED, Config
 from middo_jax.data.example import Example
-from middo_jax.data.sources import Rejection
+from middo_jax.data.files import inputs_of
+from middo_jax.data.sources import count_reasons
 from middo_jax.parallel.coordination import agree, barrier, from_first, is_first, stop_point
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
+from middo_jax.report.status import unreadable_events
 from middo_jax.rundir import RunDir, RunError, held, read_jsonl, write_jsonl, write_text
 from middo_jax.rundir.chain import Begun, Link, State, assess, chain
-from middo_jax.session import Session, prepare, read_dataset
+from middo_jax.rundir.damage import damages, edited, put_aside, refuse_damaged
+from middo_jax.rundir.events import read_events
+from middo_jax.rundir.files import full_disk_named
+from middo_jax.session import Prepared, Session, prepare, read_dataset
 from middo_jax.version import __version__
 
 PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
@@ -38,13 +44,11 @@ class FreshData(NamedTuple):
 
     Attributes:
       begun: record of the started stage that read the data.
-      kept: training examples.
-      rejections: rows that cannot be used.
+      data: the data.
     """
 
     begun: Begun
-    kept: Sequence[Example]
-    rejections: Sequence[Rejection]
+    data: Prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +100,51 @@ class Stage:
             folder.forget(name)
 
 
-def run_loop(config: Config, progress: Progress) -> RunDir:
-    """Runs all rounds that are not done yet; returns the run's folder with its report.
+def run_loop(config: Config, progress: Progress, repair: bool = False) -> RunDir:
+    """Runs all rounds, or what is left of them; returns the run's folder with its report.
+
+    Args:
+      config: the settings.
+      progress: is told how far the run is.
+      repair: whether damaged files are put aside, so that what is missing then is done again.
 
     Raises:
       RunLocked: another process writes into the folder.
-      RunError: the folder contains a run of an earlier version.
-      ValueError, RuntimeError: a stage failed; the message says what to do, and finished stages stay done.
-        Errors that can be found before the first stage are raised before the folder is created or changed.
+      RunError: the folder holds a run of the previous version, or a file that cannot be used.
+      DiskFull: there is no room; what was finished is kept.
+      ValueError, RuntimeError: whatever stage fails says what to do; what was done stays done. What can be
+        known before the first stage is raised before the folder is made or changed.
     """
     run = RunDir(Path(config.runs_dir) / config.name)
-    with held(run.path, progress.say):
+    with held(run.path, progress.say), full_disk_named(run.path):
+        if repair:
+            from_first("repair", lambda: _repair(run, config, progress))
         _run(run, Session(template_date.pin(config, [run.config]), progress))
     return run
+
+
+def _repair(run: RunDir, config: Config, progress: Progress) -> None:
+    """Puts aside what is damaged, and what was edited; the chain then finds what has to be done again."""
+    links = chain(run, config)
+    found = [*damages(run, links), *edited(links)]
+    cache = Path(config.refine.cache or run.llm_cache)
+    moved = put_aside(run, found)
+    for path, to in moved.items():
+        progress.say(f"{path}: put aside as {to}")
+    for link in links:  # a checkpoint that was put aside is not one that was removed to save space
+        if moved.keys() & set(link.removable) and link.folder.path not in moved:
+            link.folder.forget(link.name)
+    if (saved := stages.save_answers(cache)) is not None:
+        progress.say(saved)
+    if not found and saved is None:
+        progress.say(f"{run.path}: nothing to repair")
 
 
 def _run(run: RunDir, session: Session) -> None:
     config, progress, began = session.config, session.progress, time.monotonic()
     with contextlib.ExitStack() as checked:
         checked.enter_context(session.stage())  # the first training reuses what the checks tokenize
+        progress.say(_header(session))
         plan = _checked(run, session)
         agree(_facts(plan))
         if run.config.exists() and run.round(0).stages():
@@ -133,11 +163,13 @@ def _run(run: RunDir, session: Session) -> None:
             if is_done:
                 progress.say(f"{where}: done before")
                 continue
+            for removed in _removed(plan, stage.link):
+                progress.say(
+                    f"{removed.where}: again, {stage.link.where} needs its checkpoint, which was removed"
+                )
+                _do_logged(plan, removed)
             progress.say(where)
-            event = {"round": stage.link.folder.path.name, "stage": stage.link.name}
-            run.log("start", **event)
-            stage.do(plan)
-            run.log("done", **event)
+            _do_logged(plan, stage.link)
             checked.close()
     if is_first():
         build(run)
@@ -146,33 +178,85 @@ def _run(run: RunDir, session: Session) -> None:
     progress.say(f"done in {duration(time.monotonic() - began)}")
 
 
+def _do_logged(plan: Plan, link: Link) -> None:
+    event = {"round": link.folder.path.name, "stage": link.name}
+    plan.run.log("start", **event)
+    Stage(link, FUNCTIONS[link.name]).do(plan)
+    plan.run.log("done", **event)
+
+
+def _removed(plan: Plan, link: Link) -> list[Link]:
+    """The stages whose checkpoints were removed and are needed now, the earliest first."""
+    missing = from_first(f"{link.where}: models", lambda: [str(path) for path in link.missing_models])
+    found: list[Link] = []
+    for path in map(Path, missing):
+        maker = next(other for other in plan.links if path in other.writes)
+        found += [other for other in (*_removed(plan, maker), maker) if other not in found]
+    return found
+
+
 def _checked(run: RunDir, session: Session) -> Plan:
     """Reports the stages to redo, and runs all checks that are possible before the folder is changed."""
     config, first = session.config, run.round(0)
+    links = chain(run, config, session.base, inputs_of(config.data))
+    refuse_damaged(list(damages(run, links)))
     _refuse_previous_version(run)
-    data = Path(config.data.path).expanduser()
-    links = chain(run, config, session.base, data if data.exists() else None)
+    if n := read_events(run.events).n_unreadable:
+        session.progress.say(unreadable_events(n))
     states = assess(links, config)
+    _offer_choice(run, config, *states[0])
     fresh = None
     if states[0][1].is_fresh:
         heldout = [Example.from_json(row) for row in read_jsonl(run.heldout)]
     else:
         begun = links[0].begin()
-        kept, heldout, rejections = prepare(session)
-        fresh = FreshData(begun, kept, rejections)
+        fresh = FreshData(begun, prepare(session))
+        heldout = fresh.data.heldout
     pending = {link.name for link, state in states if not state.is_fresh}
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
-        stages.check_training(session, read_dataset(first) if fresh is None else fresh.kept, heldout)
+        stages.check_training(session, read_dataset(first) if fresh is None else fresh.data.kept, heldout)
     if "refine" in pending:
-        stages.check_refiner(config)
+        # Before a training only: later the stage itself waits for a server that is away.
+        asks = "train" in pending
+        from_first("refiner: checks", lambda: stages.check_refiner(config, asks))
+        stages.check_cache(Path(config.refine.cache or run.llm_cache))
+    if "benchmark" in pending:
+        stages.check_benchmarks(config)
     for line in redone(states):
         session.progress.say(line)
     return Plan(run, session, heldout, links, fresh)
 
 
+def _offer_choice(run: RunDir, config: Config, link: Link, state: State) -> None:
+    """Refuses to replace a run's results because its data was edited, unless `data.if_changed` is `redo`.
+
+    Raises:
+      RunError: the data has changed since the run read it.
+    """
+    if config.data.if_changed == "redo" or state.why is None:
+        return
+    roles = "|".join(map(re.escape, link.data))
+    if roles and re.match(rf"({roles}) has changed: |it reads ({roles}) now$", state.why):
+        raise RunError(
+            f"{run.path}: the data of this run was edited ({state.why}). name=NEW starts a new run and keeps "
+            "this one; data.if_changed=redo goes on in this one and makes again what depends on the data"
+        )
+
+
+def _header(session: Session) -> str:
+    """The first line of a run: version, devices, mesh, model and data."""
+    shape = ", ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
+    devices = session.mesh.devices
+    kinds = " and ".join(sorted({device.device_kind for device in devices.flat}))
+    return (
+        f"middo-jax {__version__} on {devices.size} {kinds} ({shape}), model {session.config.model.path}, "
+        f"data {session.config.data.name}"
+    )
+
+
 def _facts(plan: Plan) -> dict[str, str]:
     """Returns facts that must be equal in all processes of a job before any of them starts."""
-    ids = [example.id for example in (*plan.heldout, *(plan.fresh.kept if plan.fresh else ()))]
+    ids = [example.id for example in (*plan.heldout, *(plan.fresh.data.kept if plan.fresh else ()))]
     return {
         "version": __version__,
         "settings": _short_hash(plan.session.config.to_yaml()),
@@ -212,17 +296,20 @@ def _refuse_previous_version(run: RunDir) -> None:
 
 
 def _prepare(plan: Plan, link: Link) -> None:
-    began = time.monotonic()
+    began, facts = time.monotonic(), dict[str, Any]()
     if link.earlier is not None:
         begun = link.begin()
         kept, _ = stages.merged(plan.session, link.earlier)
     else:
         assert plan.fresh is not None  # `_checked` read the data, because this stage is not done
-        begun, kept, rejections = plan.fresh
-        write_jsonl(plan.run.rejected, (r.to_json() for r in rejections))
+        begun, data = plan.fresh
+        kept = data.kept
+        repairs = {reason.reason: reason.n for reason in count_reasons(data.repairs)}
+        facts = {"repairs": repairs, "format": data.format}
+        write_jsonl(plan.run.rejected, (r.to_json() for r in data.rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
     write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
-    begun.finish(plan.session.config, time.monotonic() - began, n=len(kept))
+    begun.finish(plan.session.config, time.monotonic() - began, n=len(kept), **facts)
 
 
 def _train(plan: Plan, link: Link) -> None:
@@ -241,6 +328,7 @@ def _select(plan: Plan, link: Link) -> None:
 
 
 def _refine(plan: Plan, link: Link) -> None:
+    stages.check_learnt(plan.session.config, link.folder)
     if is_first():
         stages.refine_round(plan.session, link.folder)
     else:
@@ -260,12 +348,20 @@ def _evaluate(plan: Plan, link: Link) -> None:
     begun.finish(plan.session.config, time.monotonic() - began, losses=losses)
 
 
+def _benchmark(plan: Plan, link: Link) -> None:
+    began, begun = time.monotonic(), link.begin()
+    models = {name: path for name, path in link.models.items() if path is not None}
+    scores = stages.benchmark_stage(plan.session, link.folder, models)
+    begun.finish(plan.session.config, time.monotonic() - began, scores=scores)
+
+
 def _export(plan: Plan, link: Link) -> None:
     began, begun, session = time.monotonic(), link.begin(), plan.session
     out, checkpoint, dtype = link.writes[0], link.folder.checkpoint, session.config.model.dtype
     # Removes the export of a run that was killed before the manifest recorded it.
     from_first(f"{link.where}: remove", lambda: shutil.rmtree(out, ignore_errors=True))
-    facts = stages.export_checkpoint(checkpoint, out, dtype, session.progress, mesh=session.mesh)
+    base = session.config.model.path
+    facts = stages.export_checkpoint(checkpoint, out, dtype, session.progress, mesh=session.mesh, base=base)
     begun.finish(session.config, time.monotonic() - began, **facts)
 
 
@@ -277,5 +373,6 @@ FUNCTIONS: dict[str, Callable[[Plan, Link], None]] = {
     "refine": _refine,
     "merge": _merge,
     "evaluate": _evaluate,
+    "benchmark": _benchmark,
     "export": _export,
 }

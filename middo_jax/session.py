@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -19,8 +19,18 @@ from middo_jax import template_date
 from middo_jax.config import Config, SettingsLike, layers_of
 from middo_jax.config import load as load_config
 from middo_jax.data.example import Example, Message
+from middo_jax.data.files import with_id
 from middo_jax.data.in_memory import IN_MEMORY
-from middo_jax.data.sources import DataError, Rejection, UserRows, commonest_reasons, read_rows
+from middo_jax.data.mixing import read_sources
+from middo_jax.data.reading import Reading
+from middo_jax.data.sources import (
+    DataError,
+    Rejection,
+    Repair,
+    UserRows,
+    commonest_reasons,
+    read_rows,
+)
 from middo_jax.data.split import split_heldout
 from middo_jax.data.tokenize import (
     TokenizedExample,
@@ -34,7 +44,7 @@ from middo_jax.models.attention import shares_prefixes
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.model import Model
 from middo_jax.models.resolve import resolve
-from middo_jax.models.source import load, locate
+from middo_jax.models.source import Source, load, locate
 from middo_jax.parallel.mesh import batch_divisor, make_mesh
 from middo_jax.passes.losses import plan_losses
 from middo_jax.passes.runner import Plan
@@ -42,13 +52,15 @@ from middo_jax.progress import Progress, for_stderr
 from middo_jax.rundir import RoundDir, RunError, read_jsonl, write_jsonl
 from middo_jax.rundir.settings import settings_of
 
+Content = tuple[tuple[Message, ...], str]  # of an example: messages and tools
+
 
 @dataclasses.dataclass
 class _Kept:
     """Cache of tokenized conversations within a stage. `depth`: number of open blocks of `Session.stage`."""
 
     depth: int = 0
-    tokenized: dict[tuple[Message, ...], TokenizedExample] = dataclasses.field(default_factory=dict)
+    tokenized: dict[Content, TokenizedExample] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +96,17 @@ class Session:
             jax.config.update("jax_compilation_cache_dir", str(cache / "middo-jax" / "jax"))
         return make_mesh(self.config.mesh)
 
+    def locate(self, path: Path) -> Source:
+        """What a model is made of, see `models.source.locate`; a base that was moved is the session's."""
+        return locate(path, base=self.config.model.path)
+
     def load_model(self, path: Path, param_dtype: str | None = None, base: Model | None = None) -> Model:
         """Loads a model from a Hugging Face directory, a checkpoint or a PEFT adapter, onto the mesh.
 
         See `models.source.load` for the arguments.
         """
         settings = self.config.model
-        model = load(locate(path), settings.dtype, param_dtype, self.mesh, base)
+        model = load(self.locate(path), settings.dtype, param_dtype, self.mesh, base)
         return model.with_config(dataclasses.replace(model.config, attention=settings.attention))
 
     @contextlib.contextmanager
@@ -107,16 +123,28 @@ class Session:
     def tokenize(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """Tokenizes examples. Examples that cannot be rendered were rejected when the data was read."""
         kept = self._kept.tokenized if self._kept.depth else {}
-        new = {e.messages: e for e in examples if e.messages not in kept}
+        new = {_content(e): e for e in examples if _content(e) not in kept}
         found = tokenize_all(list(new.values()), self.tokenizer, self.config.model.max_length)
         kept.update(zip(new, found, strict=True))
-        tokenized = [_named(kept[example.messages], example.id) for example in examples]
+        tokenized = [_named(kept[_content(example)], example.id) for example in examples]
         self.tell_of_no_end(tokenized)
+        self._tell_of_cuts(tokenized)
         return tokenized
+
+    def _tell_of_cuts(self, tokenized: Sequence[TokenizedExample]) -> None:
+        """Says, once per session, how many of the first examples that are cut are cut."""
+        cut = sum(t.truncated for t in tokenized)
+        if cut and "cut" not in self._told:
+            self._told.add("cut")
+            self.progress.say(
+                f"{cut:,} of {len(tokenized):,} conversations are longer than "
+                f"model.max_length={self.config.model.max_length} tokens and are cut"
+            )
 
     def tell_of_no_end(self, tokenized: Sequence[TokenizedExample]) -> None:
         """Warns, once per session and reason, if no example has an end-of-answer token among its targets."""
-        if tokenized and not self._told and (reason := self._why_no_end(tokenized)) is not None:
+        reason = self._why_no_end(tokenized) if tokenized else None
+        if reason is not None and reason not in self._told:
             self._told.add(reason)
             self.progress.say(
                 f"no sample learns where an answer ends, so the trained model will not stop: {reason}"
@@ -141,6 +169,10 @@ class Session:
             share_prefix = shares_prefixes(self.config.model.attention)
         ways = batch_divisor(self.mesh)
         return plan_losses(tokenized, share_prefix, ways, self.config.scoring.batch_tokens)
+
+
+def _content(example: Example) -> Content:
+    return example.messages, example.tools
 
 
 def _named(tokenized: TokenizedExample, id_: str) -> TokenizedExample:
@@ -169,11 +201,12 @@ def session_for(
       settings: override the session's own; a `Config` does not override model, data and held-out share.
       out: folder for the results, if there is one.
     """
+    layers, unnamed = layers_of(settings), "-"
+    given = load_config(None, [{"model.path": unnamed, "data.path": unnamed}, *layers]).model.path
     named = {
-        "model": {"path": str(locate(model).base)},
+        "model": {"path": str(locate(model, base=None if given == unnamed else given).base)},
         "data": {"path": data or IN_MEMORY, "eval_fraction": 0},
     }
-    layers = layers_of(settings)
     session = new_session([*layers, named] if isinstance(settings, Config) else [named, *layers])
     made_in = [model.parent, model.parent.parent] if read_metadata(model) is not None else []
     recorded = [folder / "config.yaml" for folder in ([out] if out else []) + made_in]
@@ -189,10 +222,26 @@ def session_of(directory: Path, settings: SettingsLike = None) -> Session:
     return Session(settings_of(directory, settings), for_stderr())
 
 
-def prepare(
-    session: Session, data: UserRows | None = None
-) -> tuple[list[Example], list[Example], list[Rejection]]:
-    """Returns the user's data: (training examples, held-out examples, rejected rows with reasons).
+class Prepared(NamedTuple):
+    """The user's data.
+
+    Attributes:
+      kept: training examples.
+      heldout: examples that are never trained on.
+      rejections: rows that cannot be used.
+      repairs: rows that were repaired.
+      format: format of the rows.
+    """
+
+    kept: list[Example]
+    heldout: list[Example]
+    rejections: list[Rejection]
+    repairs: Sequence[Repair]
+    format: str
+
+
+def prepare(session: Session, data: UserRows | None = None) -> Prepared:
+    """The user's data, split and reported.
 
     Args:
       session: settings and tokenizer.
@@ -203,15 +252,61 @@ def prepare(
     """
     settings = session.config.data
     data = data or read_data(session)
-    kept, heldout = split_heldout(
-        data.examples, settings.eval_fraction, session.config.seed, settings.source_column
-    )
+    if settings.eval_path is None:
+        kept, heldout = split_heldout(
+            data.examples, settings.eval_fraction, session.config.seed, settings.source_column
+        )
+    else:
+        heldout = _own_heldout(session, settings.eval_path)
+        data = _without(data, heldout)
+        kept = data.examples
     session.progress.say(
-        f"{settings.path}: {len(kept)} samples, {len(heldout)} held out, {len(data.rejections)} rows refused"
+        f"{settings.name}: {len(kept)} samples, {len(heldout)} held out, {len(data.rejections)} rows refused"
     )
     for line in commonest_reasons(data.rejections):
         session.progress.say(line)
-    return kept, heldout, data.rejections
+    if data.repairs:
+        n = len({repair.where for repair in data.repairs})
+        session.progress.say(f"{n} rows repaired (data.strict=true refuses them)")
+    for line in commonest_reasons(data.repairs):
+        session.progress.say(line)
+    return Prepared(kept, heldout, data.rejections, data.repairs, data.format)
+
+
+def _own_heldout(session: Session, path: str) -> list[Example]:
+    """The usable rows of `data.eval_path`."""
+    settings = session.config.data
+    reading = dataclasses.replace(Reading.of(settings), id_column=None)
+    data = usable(session, read_rows(path, settings.format, None, reading))
+    session.progress.say(f"{path}: {len(data.examples)} held out, {len(data.rejections)} rows refused")
+    for line in commonest_reasons(data.rejections):
+        session.progress.say(line)
+    return data.examples
+
+
+def _without(data: UserRows, heldout: Sequence[Example]) -> UserRows:
+    """A dataset without the rows whose prompt is held out; these are rejections.
+
+    Raises:
+      DataError: nothing is left.
+    """
+    prompts = {example.prompt for example in heldout}
+    out = {i for i, example in enumerate(data.examples) if example.prompt in prompts}
+    if len(out) == len(data.examples):
+        raise DataError("data.eval_path has the prompts of all rows, so there is nothing to train on")
+    rejections = [
+        Rejection(data.places[i], "its prompt is held out (data.eval_path)", data.examples[i].to_json())
+        for i in sorted(out)
+    ]
+    kept = [i for i in range(len(data.examples)) if i not in out]
+    return UserRows(
+        [data.examples[i] for i in kept],
+        [data.rows[i] for i in kept],
+        [data.places[i] for i in kept],
+        data.rejections + rejections,
+        data.repairs,
+        data.format,
+    )
 
 
 def read_data(session: Session, rows: Any = None) -> UserRows:
@@ -225,7 +320,14 @@ def read_data(session: Session, rows: Any = None) -> UserRows:
       DataError: the data cannot be read, or no row can be used.
     """
     settings = session.config.data
-    data = read_rows(settings.path if rows is None else rows, settings.format, settings.limit)
+    reading = Reading.of(settings)
+    if rows is None and settings.sources:
+        data, said = read_sources(settings.sources, settings.limit, reading, session.config.seed)
+        for line in said:
+            session.progress.say(line)
+    else:
+        source = settings.path if rows is None else rows
+        data = read_rows(source, settings.format, settings.limit, reading)
     return usable(session, data)
 
 
@@ -239,18 +341,20 @@ def usable(session: Session, data: UserRows) -> UserRows:
     rows = [row for row, reason in zip(data.rows, reasons, strict=True) if reason is None]
     kept = [i for i, reason in enumerate(reasons) if reason is None]
     refused = [
-        Rejection(data.places[i], reason, data.examples[i].to_json())
+        Rejection(with_id(data.places[i], data.examples[i].user_id), reason, data.examples[i].to_json())
         for i, reason in enumerate(reasons)
         if reason is not None
     ]
     if not kept:
         lines = "".join(f"\n{line}" for line in commonest_reasons(refused))
         raise DataError(
-            f"{session.config.data.path}: this model can use none of the {len(refused)} rows. The commonest "
+            f"{session.config.data.name}: this model can use none of the {len(refused)} rows. The commonest "
             f"reasons:{lines}"
         )
     examples, places = [data.examples[i] for i in kept], [data.places[i] for i in kept]
-    return UserRows(examples, rows, places, data.rejections + refused)
+    known = set(places)
+    repairs = [repair for repair in data.repairs if repair.where in known]
+    return UserRows(examples, rows, places, data.rejections + refused, repairs, data.format)
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.local_tasks import write_local_tasks
 from support.loop_fixture import Finished, contents, fake_refiner, settings
 
 from middo_jax import cli, stages
@@ -130,7 +131,7 @@ def of_every(*stages: str) -> set[tuple[str, str]]:
         ("quality__method", "sample", of_every("score")),
         ("lora__rank", 2, of_every("train")),
         ("diversity__k", 3, of_every("score")),
-        ("scoring__ifd", True, of_every("score")),
+        ("scoring__readings", "[ifd]", of_every("score")),
         ("serve__max_context", 777, of_every("refine")),  # no score: nothing is sampled
         ("complexity__fraction", 0.3, of_every("select")),
         ("complexity__normalise", "length", of_every("select")),
@@ -277,11 +278,24 @@ def test_changed_data_makes_all_stale_and_missing_data_nothing(finished: Finishe
         data.with_name("away.json").rename(data)
 
 
+def test_edited_data_stops_the_run_and_changes_nothing(finished: Finished) -> None:
+    data, before = finished.root / "data.json", contents(finished.run.path)
+    with (
+        replaced(data, data.read_text(encoding="utf-8").replace("bread", "toast")),
+        pytest.raises(RunError, match=r"was edited \(data has changed: .*name=NEW.*data\.if_changed=redo"),
+    ):
+        run_loop(load(None, finished.settings()), Silent())
+    assert contents(finished.run.path) == before
+
+
 def test_a_changed_base_model_makes_stale_what_reads_it(finished: Finished) -> None:
     config = finished.root / "model" / "config.json"
     with replaced(config, config.read_text(encoding="utf-8").replace("{", "{ ", 1)):
         found = reasons(finished.run, finished.settings())
-        assert own(found) == {*of_every("train", "score", "evaluate")}
+        assert own(found) == {
+            ("round_00", "prepare"),
+            *of_every("train", "score", "refine", "evaluate", "export"),
+        }
     assert reasons(finished.run, finished.settings()) == {}
 
 
@@ -299,7 +313,8 @@ def test_a_touched_file_is_hashed_and_an_untouched_one_is_not(
     hashed: list[Path] = []
     fingerprint = sys.modules["middo_jax.rundir.manifest"].fingerprint
     monkeypatch.setattr(
-        "middo_jax.rundir.manifest.fingerprint", lambda path: hashed.append(path) or fingerprint(path)
+        "middo_jax.rundir.manifest.fingerprint",
+        lambda path, *rest: hashed.append(path) or fingerprint(path, *rest),
     )
     assert manifest.why_stale("select") is None
     assert hashed == []
@@ -353,6 +368,7 @@ def test_embeddings_without_ids_are_measured_again(finished: Finished, tmp_path:
         here.embeddings.unlink()
         (here / "embeddings.npy").write_bytes(b"without ids")
         manifest = json.loads(here.manifest.read_text(encoding="utf-8"))
+        del manifest["checksum"]
         record = manifest["stages"]["score"]
         del record["files"]["embeddings.parquet"], record["stats"]
         record["files"]["embeddings.npy"] = fingerprint(here / "embeddings.npy")
@@ -681,3 +697,33 @@ def test_measurements_are_of_no_use_to_other_scores(tmp_path: Path) -> None:
     config = load(None, settings(tmp_path))
     chain(RunDir(tmp_path / "b"), config)[2].begin().finish(config, 1.0)
     assert scored_as(same) not in (scored_as(first), scored_as(other))
+
+
+def test_benchmarks_are_added_to_a_finished_run_and_redone_alone(finished: Finished, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    folder = write_local_tasks(tmp_path / "tasks")
+
+    def of(**more: Any) -> list[str]:
+        tasks = {"evaluate__tasks": "[capitals]", "evaluate__include_path": folder}
+        return finished.settings(runs_dir=tmp_path, **tasks, **more)
+
+    finished.copy(tmp_path)
+    run = run_loop(load(None, of()), Silent())
+    folders = [*run.rounds(), run.final]
+    events = len(read_jsonl(run.events))
+    names = [[model["name"] for model in of_file["models"]] for of_file in map(read, folders)]
+    assert names == [["base", "round_00"], ["round_01"], ["final"]]
+    unchanged = {name: data for name, data in results(run).items() if not name.endswith("benchmarks.json")}
+    assert unchanged == results(finished.run)
+    assert [d.path.name for d in folders if "benchmark" in d.stages()] == [d.path.name for d in folders]
+    state = status(run)
+    assert state["benchmarks"]["models"] == ["base", "round_00", "round_01", "final"]
+    assert "capitals  answer_p  log-likelihood  5" in render_status(state)
+    assert "Benchmarks after each training" in run.report.read_text(encoding="utf-8")
+    run_loop(load(None, of(evaluate__limit=3)), Silent())
+    assert begun(run, events) == [(d.path.name, "benchmark") for d in folders]
+    assert {row["n"] for row in read(run.final)["models"][0]["scores"]} == {3}
+
+
+def read(folder: RoundDir) -> Any:
+    return json.loads(folder.benchmarks.read_text(encoding="utf-8"))

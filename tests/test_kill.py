@@ -133,6 +133,7 @@ def results(run: RunDir) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_broken_at_every_stage_a_run_ends_like_an_unbroken_one(tmp_path: Path) -> None:
     rng = random.Random(5)

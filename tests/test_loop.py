@@ -19,9 +19,10 @@ from middo_jax.config import load
 from middo_jax.loop import run_loop
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.progress import Silent
-from middo_jax.rundir import RoundDir, RunDir, file_hash, read_jsonl
+from middo_jax.rundir import RoundDir, RunDir, RunError, file_hash, read_jsonl
 from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.table import SCHEMA
+from middo_jax.training.metrics import TrainingDiverged, TrainingWrecked
 
 pytest_plugins = ["support.loop_fixture"]
 
@@ -72,7 +73,7 @@ def test_manifests_name_every_stage_and_the_files_as_they_are(finished: Finished
     assert exported["verified"] is (importlib.util.find_spec("torch") is not None)
     for directory in rounds_and_final(finished.run):
         for stage, record in directory.stages().items():
-            named = record["files"] | record["reads"]
+            named = record["files"] | {n: h for n, h in record["reads"].items() if "metadata.json" not in n}
             assert {name: file_hash(directory / name) for name in named} == named, stage
 
 
@@ -91,7 +92,8 @@ def test_scores_have_every_column_and_a_row_a_sample(finished: Finished) -> None
         assert selected["id"].to_pylist() == ids
         assert table.column_names == SCHEMA.names
         assert table["id"].to_pylist() == ids
-        empty = {"error", "loss_unconditional", "ifd"}
+        asked_for = {"loss_unconditional", "ifd", "pmi", "prompt_nll", "reverse_ifd", "consistency", "fault"}
+        empty = {"error", *asked_for}
         for name in table.column_names:
             assert table[name].null_count == (len(ids) if name in empty else 0), name
         embedding_nd = read_embeddings(directory.embeddings, ids)
@@ -198,7 +200,8 @@ def test_a_second_start_finds_everything_done(finished: Finished, tmp_path: Path
     before = contents(tmp_path)
     said = Said()
     run_loop(config, said)
-    assert [line.endswith("done before") for line in said.lines[:-1]] == [True] * 13
+    assert said.lines[0].startswith("middo-jax ")  # the header
+    assert [line.endswith("done before") for line in said.lines[1:-1]] == [True] * 13
     after = contents(tmp_path)
     changing = {"run/events.jsonl", "run/report.html", "run/config.yaml"}  # the last: runs_dir is another
     assert after.keys() == before.keys()
@@ -263,7 +266,7 @@ def test_gibberish_is_rejected_and_everything_stays(finished: Finished, tmp_path
     assert pq.read_table(run.heldout_rows).num_rows == 0
     assert run.report.exists()
     assert len(read_jsonl(run.final.dataset)) == 12
-    assert "12 samples, 0 held out, 0 rows refused" in said[0]
+    assert "12 samples, 0 held out, 0 rows refused" in said[1]
     # Random weights seldom write a number: what cannot be read is null, and the row says so.
     table = pq.read_table(run.round(0).scores)
     for quality, error in zip(table["quality"].to_pylist(), table["error"].to_pylist(), strict=True):
@@ -277,3 +280,20 @@ def test_the_key_is_sent_and_stands_in_no_file(finished: Finished) -> None:
     assert not [
         name for name, data in files.items() if KEY.encode() in data or KEY.encode("utf-16-le") in data
     ]
+
+
+def test_a_wrecked_training_stops_the_loop_before_anything_is_scored_or_paid_for(
+    finished: Finished, tmp_path: Path
+) -> None:
+    asked = len(finished.requests)
+    absurd = {"runs_dir": tmp_path, "train__learning_rate": 100, "train__warmup_ratio": 0}
+    with pytest.raises((TrainingWrecked, TrainingDiverged), match=r"train\.learning_rate"):
+        run_loop(load(None, finished.settings(**absurd, train__num_epochs=6)), Silent())
+    here = RunDir(tmp_path / "run").round(0)
+    assert list(here.stages()) == ["prepare"]
+    assert not here.scores.exists()
+    # One step ends before its own loss could show anything; the scores do.
+    with pytest.raises(RunError, match=r"training made the model worse .* train\.learning_rate"):
+        run_loop(load(None, finished.settings(**absurd)), Silent())
+    assert list(here.stages()) == ["prepare", "train", "score", "select"]
+    assert len(finished.requests) == asked

@@ -26,8 +26,8 @@ from middo_jax.rundir.tables import VERSION, arrow_schema
 
 pytest_plugins = ["support.loop_fixture"]
 
-# What a run of the loop without `train.eval_every` does not write.
-NOT_IN_A_RUN = {"merged.jsonl", "evaluations.jsonl"}
+# What a run of the loop without `train.eval_every` and `evaluate.tasks` does not write.
+NOT_IN_A_RUN = {"merged.jsonl", "evaluations.jsonl", "benchmarks.json"}
 # Files and folders without rows of ours.
 OTHERS = {"config.yaml", "report.html", "llm_cache.sqlite", "checkpoint", "huggingface"}
 
@@ -76,6 +76,7 @@ def newer_manifest(run: RunDir) -> None:
 def newer_rows(run: RunDir) -> None:
     path = run.round(1).manifest
     manifest = json.loads(path.read_text(encoding="utf-8"))
+    del manifest["checksum"]
     manifest["stages"]["refine"]["versions"]["refined.jsonl"] = 2
     write_json(path, manifest)
 
@@ -90,6 +91,7 @@ def newer_losses(run: RunDir) -> None:
     table = pq.read_table(run.heldout_rows)
     pq.write_table(table.replace_schema_metadata({VERSION: b"2"}), run.heldout_rows)
     manifest = json.loads(run.final.manifest.read_text(encoding="utf-8"))
+    del manifest["checksum"]
     known = manifest["stages"]["evaluate"]["files"]  # else the stage is stale, and its files are not read
     known["../heldout_rows.parquet"] = fingerprint(run.heldout_rows)
     write_json(run.final.manifest, manifest)
@@ -158,7 +160,11 @@ def test_a_table_without_version_is_read(tmp_path: Path) -> None:
         ("metrics.jsonl", {"step": True}, "step is a bool, not int"),
         ("metrics.jsonl", {"loss": None, "skipped": ["a"]}, None),
         ("metrics.jsonl", {"speed": {"seconds": 1}}, "speed.mfu is missing"),
-        ("refined.jsonl", {"op": "copy"}, "op is 'copy', not one of 'simplify', 'rewrite', 'synthesize'"),
+        (
+            "refined.jsonl",
+            {"op": "copy"},
+            "op is 'copy', not one of 'simplify', 'rewrite', 'synthesize', 'reanswer', 'complete'",
+        ),
         ("refined.jsonl", {"axes": ["quality", 3]}, "axes[1] is a int, not str"),
         ("refined.jsonl", {"scores_before": {"loss_pre": "1"}}, "scores_before.loss_pre is a str, not float"),
     ],
@@ -184,5 +190,5 @@ def test_schemas_of_tables_are_what_the_program_computes_with() -> None:
     assert set(COLUMNS) < set(table.SCHEMA.names)
     built_in = [row for row in axes() if row.name in BUILT_IN]
     sets, badness = [row.set_name for row in built_in], [f"{row.name}_z" for row in built_in]
-    assert [f.name for f in select.schema()][:7] == ["id", *sets, *badness]
+    assert [f.name for f in select.schema()][: 1 + 2 * len(built_in)] == ["id", *sets, *badness]
     assert table.SCHEMA.field("knn_sims").type == pa.list_(pa.float32())

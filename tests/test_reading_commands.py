@@ -69,7 +69,7 @@ def test_that_no_row_learns_where_to_stop_is_said(middo: Middo, model: Path, tmp
     endless.write_text(CHAT_TEMPLATE.replace("'<|im_end|>' + ", ""))
     found = middo("inspect", data, "--model", model, f"model.template={endless}")
     assert found.code == 0
-    assert f"{NO_END}, so the trained model will not stop: the chat template puts no control" in found.err
+    assert f"{NO_END}, so the trained model will not stop: the chat template writes no control" in found.err
     long = write_rows(tmp_path / "long.jsonl", chat("Name a lake.", "Wener " * 40))
     found = middo("inspect", long, "--model", model, "model.max_length=32")
     assert "every conversation is cut at model.max_length=32" in found.err

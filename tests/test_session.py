@@ -58,7 +58,7 @@ def test_each_example_is_tokenized_once_per_stage(tmp_path: Path, monkeypatch: p
     more = {"data__eval_fraction": 0.25, "train__eval_every": 1, "train__num_epochs": 2}
     session = Session(load(None, settings(tmp_path, **more)), Silent())
     directory, tokenized = RoundDir(tmp_path / "round"), Tokenized(session, monkeypatch)
-    kept, heldout, _ = prepare(session)
+    kept, heldout, *_ = prepare(session)
     assert tokenized.times([*kept, *heldout]) == ({0}, 0)
     write_dataset(directory, kept)
     stages.train_stage(session, directory, session.base, heldout)
@@ -191,7 +191,7 @@ def test_what_is_refused_is_what_cannot_be_tokenized(tmp_path: Path) -> None:
     config = load(None, settings(tmp_path, data__path=tmp_path / "rows.jsonl"))
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     session = Session(config, Silent())
-    kept, heldout, rejections = prepare(session)
+    kept, heldout, rejections, *_ = prepare(session)
     assert [e.prompt for e in (*kept, *heldout)] == ["Hi"]
     assert [r.reason for r in rejections] == ["its text contains the model's control token <|im_end|>"]
     [example] = [*kept, *heldout]
@@ -201,3 +201,45 @@ def test_what_is_refused_is_what_cannot_be_tokenized(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not show the text of turn 1") as raised:
         tokenize(example, session.tokenizer, 64)
     assert str(raised.value) == reason
+
+
+class Said(Silent):
+    """Keeps the lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> None:
+    a = [{"prompt": f"Name {n}.", "completion": "Yes.", "id": f"a{n}"} for n in range(4)]
+    turns = [("user", "Name 9."), ("user", "Please."), ("assistant", "Yes."), ("user", "And?")]
+    b = [{"messages": [{"role": role, "content": text} for role, text in turns], "id": "b0"}]
+    held = [{"prompt": "Name 1.", "completion": "No."}, {"prompt": "Name 77.", "completion": "No."}]
+    for name, rows in (("a", a), ("b", b), ("held", held)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = settings(tmp_path)
+    said = Said()
+    config = load(
+        None,
+        [
+            *given,
+            {
+                "data.path": "",
+                "data.sources": [{"path": str(tmp_path / f"{name}.jsonl")} for name in "ab"],
+                "data.eval_path": str(tmp_path / "held.jsonl"),
+            },
+        ],
+    )
+    kept, heldout, rejections, repairs, _ = prepare(Session(config, said))
+    assert [e.user_id for e in kept] == ["a0", "a2", "a3", "b0"]
+    assert kept[-1].prompt == "Name 9.\n\nPlease."
+    assert [e.prompt for e in heldout] == ["Name 1.", "Name 77."]
+    assert [(r.where, r.reason) for r in rejections] == [
+        (f"{tmp_path / 'a.jsonl'}:2", "its prompt is held out (data.eval_path)")
+    ]
+    assert len(repairs) == 2
+    assert "1 rows repaired (data.strict=true refuses them)" in said.lines
+    assert f"{tmp_path / 'a.jsonl'}: 4 of 4 rows taken" in said.lines

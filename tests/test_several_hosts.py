@@ -126,6 +126,7 @@ def test_a_job_gives_what_one_process_gives(loop: Loop, tmp_path: Path, processe
     assert all("report.html" not in e.output for e in ended[1:])  # process 0 alone speaks
 
 
+@pytest.mark.slow
 def test_preempted_by_a_sigterm_to_any_process_and_continued_by_fewer(loop: Loop, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     started = start(2, *loop.command(tmp_path))
@@ -139,6 +140,7 @@ def test_preempted_by_a_sigterm_to_any_process_and_continued_by_fewer(loop: Loop
     assert_equal(run, loop.alone)
 
 
+@pytest.mark.slow
 def test_where_a_process_is_killed_the_others_end_and_say_so(loop: Loop, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     started = start(2, *loop.command(tmp_path))

@@ -20,7 +20,7 @@ from middo_jax.config import load
 from middo_jax.data.example import Example, Message
 from middo_jax.data.templates import pin_date, template_arguments
 from middo_jax.data.tokenize import load_tokenizer, tokenize, tokenize_prompt
-from middo_jax.inference import server
+from middo_jax.inference import listening, server
 from middo_jax.progress import Silent
 from middo_jax.rundir import RunDir, write_text
 from middo_jax.session import Session
@@ -184,7 +184,7 @@ def test_the_embedded_refiner_prints_the_pinned_day(
     loaded = (contextlib.nullcontext(), load_tokenizer(model), frozenset())
     monkeypatch.setattr(server, "load_engine", lambda *_: loaded)
     monkeypatch.setattr(server, "build_app", build_app)
-    monkeypatch.setattr(server, "serve_in_background", lambda *_, **__: contextlib.nullcontext("url"))
+    monkeypatch.setattr(listening, "serve_in_background", lambda *_, **__: contextlib.nullcontext("url"))
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     today(DAY + datetime.timedelta(400))
     with endpoint(Session(load(None, given), Silent())):

@@ -40,7 +40,7 @@ from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import abstract
 from middo_jax.models.model import Model
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.passes.losses import ExampleScores, score_examples
+from middo_jax.passes.losses import score_examples
 from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
 from middo_jax.training.plan import plan_epoch
 from middo_jax.training.step import make_train_step, put_batch
@@ -183,8 +183,8 @@ def cpu_mesh() -> Mesh:
     return make_mesh(MeshSettings(), jax.devices("cpu")[:1])
 
 
-def scores(config: DecoderConfig, mesh: Mesh, examples: list[Any], batch_tokens: int) -> ExampleScores:
-    """Of a model of the config; its weights are the same on every mesh."""
+def scores(config: DecoderConfig, mesh: Mesh, examples: list[Any], batch_tokens: int) -> list[np.ndarray]:
+    """The columns of `ExampleScores` for a model of the config; its weights are the same on every mesh."""
     with jax.default_device(jax.devices("cpu")[0]):
         params = shapes.random_params(config, cpu_mesh(), "float32")
     specs = {spec.path: spec for spec in shapes.parameters(config)}
@@ -193,7 +193,7 @@ def scores(config: DecoderConfig, mesh: Mesh, examples: list[Any], batch_tokens:
     )
     model = Model.of(config, params, mesh)
     found, _ = score_examples(model, examples, batch_tokens=batch_tokens, chunk=256)
-    return found
+    return [column for column in found if column is not None]
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:

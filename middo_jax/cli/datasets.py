@@ -1,16 +1,53 @@
-"""Commands about datasets: convert, inspect."""
+"""Commands about datasets: export-data, convert, inspect."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from middo_jax.cli.options import AsJson, Overrides, show
+from middo_jax.cli.options import EXIT_FAULTS, AsJson, Overrides, show
 from middo_jax.cli.program import app
+
+if TYPE_CHECKING:
+    from middo_jax.config import Config
+    from middo_jax.data.sources import UserRows
+
+
+@app.command(
+    "export-data", epilog="Example: middo export-data runs/mine ./better --with-heldout --with-scores"
+)
+def export_data(
+    run: Path,
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="alpaca sharegpt messages prompt_completion parquet. Default: as it came in."
+        ),
+    ] = None,
+    heldout: Annotated[bool, typer.Option("--with-heldout", help="Also write the held-out rows.")] = False,
+    scores: Annotated[
+        bool, typer.Option("--with-scores", help="Add the last scores as middo_loss_post etc.")
+    ] = False,
+    lineage: Annotated[
+        bool, typer.Option("--with-lineage", help="Add where each row comes from, as middo_op etc.")
+    ] = False,
+    pairs: Annotated[
+        bool, typer.Option("--with-pairs", help="Also write preference pairs, accepted against lost answers.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Writes a run's last dataset with a card, and what LLaMA-Factory, axolotl and TRL need to read it."""
+    from middo_jax import exporting
+    from middo_jax.rundir import RunDir
+
+    parts = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
+    done = exporting.export_data(RunDir(run), out, to, **parts)
+    show(as_json, {**done._asdict(), "path": str(done.path)}, str(done.path))
 
 
 @app.command(epilog="Example: middo convert alpaca.json chat.jsonl --format messages")
@@ -24,18 +61,28 @@ def convert(
         str,
         typer.Option("--from", help="The format of DATA: auto alpaca messages sharegpt prompt_completion"),
     ] = "auto",
+    overrides: Overrides = None,
 ) -> None:
     """Writes a dataset in another format. Unusable rows are counted and written to OUT.rejected.jsonl."""
-    from middo_jax.data.sources import commonest_reasons, read, write
+    from middo_jax.config import load
+    from middo_jax.data.files import require_not_read
+    from middo_jax.data.reading import Reading
+    from middo_jax.data.sources import commonest_reasons, read_rows, write
     from middo_jax.rundir import local, write_jsonl
 
-    examples, rejections = read(data, from_)
-    write(examples, local(out), to)
+    require_not_read(data, [out, out.with_name(f"{out.name}.rejected.jsonl")])
+    settings = load(None, ["model.path=none", {"data.path": data}, *(overrides or ())]).data
+    read = read_rows(data, from_, settings.limit, Reading.of(settings))
+    examples, rejections = read.examples, read.rejections
+    write(examples, local(out), to, settings.id_column or "id")
     if rejections:
         beside = out.with_name(f"{out.name}.rejected.jsonl")
         write_jsonl(beside, (r.to_json() for r in rejections))
         print(f"{len(rejections)} rows could not be used, see {beside}", file=sys.stderr)
         print("\n".join(commonest_reasons(rejections)), file=sys.stderr)
+    if read.repairs:
+        print("rows were repaired (data.strict=true refuses them):", file=sys.stderr)
+        print("\n".join(commonest_reasons(read.repairs)), file=sys.stderr)
     print(out)
 
 
@@ -45,39 +92,67 @@ def inspect(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The model whose tokenizer and template are used. Without it, only rows are counted."
+            help="The model whose tokenizer and template are used. Without it, only rows are looked at."
         ),
     ] = None,
     overrides: Overrides = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="A benchmark's file that no row may quote; repeat the option for further files."),
+    ] = None,
+    most: Annotated[
+        list[str] | None,
+        typer.Option("--max", help="NAME=SHARE: the largest share of rows with a fault; more ends with 3."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Ends with 3 if any row has a fault; languages do not count.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Counts the rows of a dataset; with a model, shows lengths, packing and the first sample."""
+    """Checks a dataset for faults; with a model, shows lengths, packing and the first sample."""
+    from middo_jax import linting
     from middo_jax.config import load
+    from middo_jax.data.reading import Reading
     from middo_jax.data.sources import read_rows
-    from middo_jax.data.tokenize import tokenize_all, truncate
     from middo_jax.models.source import tokenizer_directory
-    from middo_jax.progress import for_stderr
-    from middo_jax.report.inspection import inspect_rows, inspect_tokens
-    from middo_jax.report.terminal import render_inspection
-    from middo_jax.session import Session, usable
+    from middo_jax.report.inspection import inspect_rows
+    from middo_jax.report.terminal import printable, render_inspection
 
     base = tokenizer_directory(model) if model else "none"
     config = load(None, [f"model.path={base}", f"data.path={data}", *(overrides or ())])
-    rows = read_rows(config.data.path, config.data.format, config.data.limit)
-    facts = inspect_rows(rows.examples, rows.rejections)
+    reading = Reading.of(config.data)
+    rows = read_rows(config.data.path, config.data.format, config.data.limit, reading)
+    facts = inspect_rows(rows.examples, rows.rejections, rows.repairs)
+    texts = [text for path in against or () for text in linting.read_texts(path)]
+    limits = linting.read_limits(most or ())
+    faults = linting.lint(rows.examples, rows.places, rows.rejections, limits, strict, texts)
     if model:
-        session, max_length = Session(config, for_stderr()), config.model.max_length
-        rows = usable(session, rows)
-        whole = tokenize_all(rows.examples, session.tokenizer)
-        cut = [truncate(tokenized, max_length) for tokenized in whole]
-        session.tell_of_no_end(cut)
-        facts = inspect_rows(rows.examples, rows.rejections) | inspect_tokens(
-            whole,
-            cut,
-            session.tokenizer,
-            max_length=max_length,
-            pack_length=max_length,
-            scoring=session.plan_losses(cut).facts(),
-        )
+        facts = _inspected(config, rows)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    show(as_json, facts, render_inspection(facts, color=color))
+    facts["checks"] = [found.to_json() for found in faults]
+    lines = printable("\n".join(linting.render(faults)))
+    show(as_json, facts, f"{render_inspection(facts, color=color)}\n{lines}")
+    if any(found.is_over for found in faults):
+        raise typer.Exit(EXIT_FAULTS)
+
+
+def _inspected(config: Config, rows: UserRows) -> dict[str, Any]:
+    """What a model's tokenizer makes of the rows."""
+    from middo_jax.data.tokenize import tokenize_all, truncate
+    from middo_jax.progress import for_stderr
+    from middo_jax.report.inspection import inspect_rows, inspect_tokens
+    from middo_jax.session import Session, usable
+
+    session, max_length = Session(config, for_stderr()), config.model.max_length
+    rows = usable(session, rows)
+    whole = tokenize_all(rows.examples, session.tokenizer)
+    cut = [truncate(tokenized, max_length) for tokenized in whole]
+    session.tell_of_no_end(cut)
+    return inspect_rows(rows.examples, rows.rejections, rows.repairs) | inspect_tokens(
+        whole,
+        cut,
+        session.tokenizer,
+        max_length=max_length,
+        pack_length=max_length,
+        scoring=session.plan_losses(cut).facts(),
+    )

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 def run_command(
     config: Annotated[Path, typer.Argument(help="A YAML file of settings.")],
     overrides: Overrides = None,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Put damaged files aside, in RUN/damaged-..., and do again what is missing then."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Runs the closed loop: train, score, select, refine, merge, repeat. Continues where it stopped."""
@@ -25,7 +31,7 @@ def run_command(
 
     runs_dir = Path(api.load_config(config, overrides).runs_dir)
     with in_job(runs_dir, overrides, config):
-        _show_run(api.run(config, overrides), as_json)
+        _show_run(api.run(config, overrides, repair=repair), as_json)
 
 
 @app.command(epilog="Example: middo quickstart train.num_epochs=2")
@@ -54,6 +60,22 @@ def status(run: Path, as_json: AsJson = False) -> None:
 
     facts = of(RunDir(run))
     show(as_json, facts, render_status(facts))
+
+
+@app.command(epilog="Example: middo clean runs/quickstart --yes")
+def clean(
+    run: Path,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Lists what can be removed from a run's folder to save space, and removes it with --yes."""
+    from middo_jax import cleaning
+    from middo_jax.rundir import RunDir
+
+    found = cleaning.clean(RunDir(run), yes)
+    rows = [{"path": str(each.path), "size": each.size, "why": each.why} for each in found]
+    facts = {"removed": yes, "bytes": sum(each.size for each in found), "paths": rows}
+    show(as_json, facts, cleaning.render_clean(found, RunDir(run), yes))
 
 
 @app.command(epilog="Example: middo trace runs/quickstart 3fa9c2")

@@ -17,15 +17,21 @@ def serve(
     port: Annotated[int, typer.Option(help="0: any free port.")] = 8000,
     overrides: Overrides = None,
 ) -> None:
-    """Serves a model by an OpenAI-compatible endpoint, on loopback unless --host is given."""
-    from middo_jax.inference.server import build_app, load_engine, serve_forever
+    """Serves a model by an OpenAI-compatible endpoint, on loopback unless --host is given.
+
+    Other addresses need a token in $MIDDO_SERVE_TOKEN, which clients send as their API key.
+    """
+    from middo_jax.inference.guard import Access
+    from middo_jax.inference.listening import serve_forever
+    from middo_jax.inference.server import build_app, load_engine
     from middo_jax.models.resolve import resolve
     from middo_jax.session import new_session
 
+    access = Access.to(host)  # before the model is loaded: it may refuse
     path = resolve(model)
     named = {"model.path": str(path), "data.path": "none"}
     session = new_session([named, *(overrides or ())])
     config = session.config
     engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, mesh=session.mesh)
     with engine:
-        serve_forever(build_app(engine, tokenizer, path.resolve().name, eos_ids), host, port)
+        serve_forever(build_app(engine, tokenizer, path.resolve().name, eos_ids, access), host, port)

@@ -123,10 +123,40 @@ def train(
 @app.command(
     "eval", epilog="Example: middo eval --data heldout.jsonl --model runs/quickstart/final/checkpoint"
 )
-def evaluate(data: Data, model: Model, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Measures the loss per target token of a model on a dataset."""
+def evaluate(
+    model: Model,
+    data: Annotated[str | None, typer.Option(help="For the loss: as --data of other commands.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="For benchmarks: lm-eval's tasks, comma-separated (evaluate.tasks).")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder with tasks of your own (evaluate.include_path).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum rows of each task (evaluate.limit).")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question (evaluate.num_fewshot).")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measures the loss per target token of a model on a dataset, or its scores on benchmarks."""
     from middo_jax import api
+    from middo_jax.report.benchmarks import render_benchmarks
 
+    if (data is None) == (tasks is None):
+        raise ValueError("middo eval: give --data for the loss on a dataset, or --tasks for benchmarks")
+    if data is None:
+        named = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
+        given = {
+            f"evaluate.{name}": str(value) if isinstance(value, Path) else value
+            for name, value in named.items()
+            if value is not None
+        }
+        settings = [*(overrides or ()), given]
+        with in_job(Path.cwd(), overrides):
+            found = api.benchmark(model, names_in(tasks or ""), settings=settings)
+        show(as_json, found, render_benchmarks([found]))
+        return
     with in_job(Path.cwd(), overrides):
         result = _loss(api.evaluate(data, model, settings=overrides))
     show(as_json, result, f"{result['loss']:.6f} nats per token over {result['n_target_tokens']:,} tokens")

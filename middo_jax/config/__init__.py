@@ -15,7 +15,7 @@ from middo_jax.config.axes import (
     SampledRating,
     Threshold,
 )
-from middo_jax.config.base import RESULTLESS, Affects, ConfigError, Effect, Settings
+from middo_jax.config.base import GIVEN, RESULTLESS, Affects, ConfigError, Effect, Settings
 from middo_jax.config.effects import Leaf, affecting, default_of, leaves
 from middo_jax.config.reading import SettingsLike, layers_of, load, stored
 from middo_jax.config.refine import (
@@ -49,6 +49,7 @@ from middo_jax.config.training import (
 from middo_jax.config.unions import OneOf, members_of, union_of
 
 __all__ = [
+    "GIVEN",
     "RENAMED",
     "RESULTLESS",
     "Adafactor",

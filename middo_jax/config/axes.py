@@ -1,4 +1,4 @@
-"""The settings of the three axes: their thresholds, and how their scores are computed."""
+"""The settings of the axes: where each selects, and how its scores are made."""
 
 from __future__ import annotations
 
@@ -114,3 +114,10 @@ class QualitySettings(AxisSettings):
     """Low-quality samples: rated low by the model itself."""
 
     rating: Annotated[ExpectedRating | SampledRating, OneOf(by="method", inline=True)] = ExpectedRating()
+
+
+class ConsistencySettings(AxisSettings):
+    """Samples in which one reading sees a fault: a cut answer, strangers, odd tokens.
+
+    An axis that is scored only where scoring.readings names it. It is not published.
+    """

@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 from middo_jax.config.axes import AxisSettings, Threshold
 from middo_jax.config.settings import Config
 
-TaskOp = Literal["simplify", "rewrite", "synthesize"]
-_NAMES_OF_ROWS = frozenset({"id", "all"})  # a column of selection.parquet, and a key of `overlap`
+TaskOp = Literal["simplify", "rewrite", "synthesize", "reanswer", "complete"]
+_NAMES_OF_ROWS = frozenset({"id", "all"})  # of a column of selection.parquet, of an entry of its overlaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +24,15 @@ class Axis:
     """One row of the table.
 
     Attributes:
-      name: name in `--axes` and selection.json; the settings group of this name has the axis's threshold.
-      set_name: name of the selected set, and of the column of selection.parquet that marks it.
-      columns: the one or two columns of scores.parquet that decide; a sample is selected if all are bad.
-      bad: whether high or low values of these columns are bad.
-      label: label of each column in the report, with its unit.
-      heading: title of the plot in the report.
-      op: the refiner's task for a selected sample; None: the sample is only marked.
+      name: as in `--axes` and selection.json; its threshold is the settings group of this name.
+      set_name: what selected samples are called, and the column of selection.parquet that marks them.
+      columns: the one or two columns of scores.parquet that decide; a sample is selected where all are bad.
+      bad: the end of these columns at which a sample is wanting.
+      label: the report's name of what each column measures, for people; unit included.
+      heading: the report's title of its plot.
+      op: what the refiner is asked to do with a selected sample; None: it is only marked. `reanswer`: its
+        prompt is answered anew, or its answer is completed if that was cut.
+      optional: a run scores it only if `scoring.readings` names it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Axis:
     label: tuple[str, ...]
     heading: str
     op: TaskOp | None = None
+    optional: bool = False
 
     @property
     def sign(self) -> int:
@@ -80,6 +83,16 @@ _TABLE = [
         heading="Quality: the model's own rating",
         op="rewrite",
     ),
+    Axis(
+        "consistency",
+        "inconsistent",
+        ("consistency",),
+        bad="high",
+        label=("percentile rank of its worst reading",),
+        heading="Consistency: the reading that is worst",
+        op="reanswer",
+        optional=True,
+    ),
 ]
 BUILT_IN = tuple(row.name for row in _TABLE)
 
@@ -104,6 +117,11 @@ def axis(name: str) -> Axis:
 def axis_names() -> tuple[str, ...]:
     """Returns the names of all axes."""
     return tuple(row.name for row in _TABLE)
+
+
+def scored_axes(config: Config) -> tuple[str, ...]:
+    """The names of the axes that are scored where none is named: all, but an optional one only on request."""
+    return tuple(row.name for row in _TABLE if not row.optional or row.name in config.scoring.readings)
 
 
 def threshold_of(config: Config, name: str) -> Threshold:

@@ -25,9 +25,10 @@ Effect = Literal[
     "training",
     "scores",
     "selection",
-    "rewrites",  # requests to the refiner
-    "acceptance",  # which of its answers are accepted
-    "growth",  # which samples make room for additions
+    "rewrites",  # what the refiner is asked
+    "acceptance",  # which of its answers are taken
+    "growth",  # what makes room for additions
+    "benchmarks",  # which are run, and how
 ]
 RESULTLESS: frozenset[Effect] = frozenset(("place", "speed", "cost", "shown", "rounds"))
 
@@ -36,7 +37,15 @@ class ConfigError(ValueError):
     """A setting is unknown, malformed or out of range; the message has its name and what to do."""
 
 
-Condition = tuple[str, Any]  # dotted name of a setting, and the value that it must have
+class _Given:
+    """Stands for any value but null."""
+
+    def __repr__(self) -> str:
+        return "GIVEN"
+
+
+GIVEN = _Given()
+Condition = tuple[str, Any]  # dotted name of a setting, and the value that it must have, or GIVEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,5 +75,8 @@ class Settings(pydantic.BaseModel):
     settings of the group affect the same.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Inputs are hidden: an error of pydantic would show a password in a URL.
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True
+    )
     affects: ClassVar[Affects | None] = None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic.fields import FieldInfo
 
-from middo_jax.config.base import Affects, Condition, Effect, Settings
+from middo_jax.config.base import GIVEN, Affects, Condition, Effect, Settings
 from middo_jax.config.settings import Config
 from middo_jax.config.unions import members_of, union_of
 
@@ -105,4 +105,7 @@ def _at(tree: Mapping[str, Any], name: str) -> Any:
 
 
 def _holds(condition: Condition | None, tree: Mapping[str, Any]) -> bool:
-    return condition is None or _at(tree, condition[0]) == condition[1]
+    if condition is None:
+        return True
+    value, wanted = _at(tree, condition[0]), condition[1]
+    return value not in (None, _ABSENT) if wanted is GIVEN else value == wanted

@@ -12,11 +12,12 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-Accept = Literal["none", "sane", "measured"]  # the values of refine.accept, the most lenient first
-Needs = Literal["prompt", "answer", "dataset", "measurement", "rating", "accepted"]
-# The input that a gate needs, in the order in which the inputs become available:
+Accept = Literal["none", "sane", "measured"]  # the values of refine.accept, the laxest first
+Needs = Literal["prompt", "answer", "again", "dataset", "measurement", "rating", "accepted"]
+# What a gate looks at, in the order in which it becomes known:
 #   prompt       the refiner's reply and the new prompt in it; the answer is not paid for yet
 #   answer       the answer to the new prompt
+#   again        the refiner's answer to the old prompt, one more request
 #   dataset      the dataset's lengths, and the tokenizer
 #   measurement  the candidate's measurements under the model in training
 #   rating       the judge's rating of the candidate
@@ -32,12 +33,12 @@ class Switch:
     A gate without a bar is opened (disabled) by its name in `refine.gates.open`.
 
     Attributes:
-      default: default of the bar; True if the gate has no bar.
-      gt, ge, lt, le: bounds of the bar, with pydantic's names.
-      opens: whether a bar of null opens the gate; if False, null only makes the gate more lenient.
+      default: a number is a bar; None: a bar, and the gate is open; True: there is none.
+      gt, ge, lt, le: bounds of a bar, named as by pydantic.
+      opens: whether a bar of null opens the gate; otherwise it makes the gate ask less.
     """
 
-    default: bool | float
+    default: bool | float | None
     gt: float | None = None
     ge: float | None = None
     lt: float | None = None
@@ -108,11 +109,13 @@ class Gate:
             return True
         if self.setting in (gates.get("open") or ()):
             return False
-        return gates.get(self.setting, True) not in (False, None)
+        switch = gate(self.setting).switch
+        return gates.get(self.setting, getattr(switch, "default", True)) not in (False, None)
 
 
 _CONTROL = "It held a control token. Write plain text."
 _CHARACTER = "It held a control character. Write plain text, and write each backslash of JSON twice."
+_INVISIBLE = "It held an invisible character. Write plain text."
 _REFUSED = "It was declined. Ask for something that can be answered."
 _ECHO = "It repeated the instructions. Write only a new prompt."
 _UNCHANGED = "It changed nothing. Make a real change."
@@ -126,13 +129,14 @@ _TABLE = [
         of="all",
         title="its prompt can be read and trained on",
         rule="The new prompt can be read from the reply, is not empty, and contains no control token of any "
-        "model and no control character.",
+        "model, no control character and no invisible character that its script does not need.",
         feedback={
             "unparsable": "It could not be read. Keep to the form that is asked for at the end.",
             "truncated prompt": "It was too long. Write a short prompt.",
             "empty prompt": "It was empty.",
             "control token": _CONTROL,
             "control character": _CHARACTER,
+            "invisible character": _INVISIBLE,
             "refused": _REFUSED,
         },
     ),
@@ -183,8 +187,8 @@ _TABLE = [
         accept="none",
         of="all",
         title="its answer is whole and can be trained on",
-        rule="The answer is whole, is not empty, and contains no control token of any model and no control "
-        "character.",
+        rule="The answer is whole, is not empty, and contains no control token of any model, no control "
+        "character and no invisible character that its script does not need.",
         feedback={
             "truncated answer": "The answer to its prompt was too long. Ask for a shorter one.",
             "broken off": "Its prompt got no whole answer. Ask for something that can be answered in words.",
@@ -192,6 +196,7 @@ _TABLE = [
             "empty answer": "Its prompt got no answer. Ask for something that can be answered in words.",
             "control token": _CONTROL,
             "control character": _CHARACTER,
+            "invisible character": _INVISIBLE,
         },
     ),
     Gate(
@@ -220,6 +225,18 @@ _TABLE = [
         switch="language",
     ),
     Gate(
+        "agreement",
+        needs="again",
+        accept="measured",
+        of="replacements",
+        title="agrees with the answer to the old prompt",
+        rule="The refiner's answer to the old prompt, asked once more, agrees this far: short ones in "
+        "numbers or words, others by word F1, 0 to 1. It costs one answer per candidate. Where the prompt "
+        "stays, refine.temperature must not be 0.",
+        feedback={"": "Its answer was not certain. Ask for something that has one answer."},
+        switch=Switch(None, gt=0, le=1),
+    ),
+    Gate(
         "length",
         needs="dataset",
         accept="sane",
@@ -244,12 +261,48 @@ _TABLE = [
         switch=Switch(0.95, gt=0, lt=1),
     ),
     Gate(
+        "information",
+        needs="measurement",
+        accept="measured",
+        of="replacements",
+        title="prompt and answer tell each other",
+        rule="The prompt raises the answer's log-probability by at least 90 % of the original's nats (PMI), "
+        "or reverse IFD, how badly the answer tells its prompt, rises by 2 % at most. An original of several "
+        "turns is not compared.",
+        feedback={
+            "": "Its answer had little to do with it. Ask for something whose answer depends on every detail."
+        },
+        switch=Switch(True),
+    ),
+    Gate(
+        "ending",
+        needs="measurement",
+        accept="measured",
+        of="replacements",
+        title="answer ends where an end is due",
+        rule="The end of the answer's turn has a loss no higher than that of 95 % of the samples.",
+        feedback={"": "The answer to it broke off. Ask for something with a short and complete answer."},
+        switch=Switch(True),
+    ),
+    Gate(
+        "floor",
+        needs="measurement",
+        accept="measured",
+        of="replacements",
+        title="loss above the floor",
+        rule="The answer's loss is no lower than that of 10 % of the samples: the text that the model finds "
+        "easiest is its own. Asked of hard samples, and of all if the refiner is the model under training.",
+        feedback={"": "Its answer was too general. Ask for something that needs particular facts or words."},
+        switch=Switch(True),
+    ),
+    Gate(
         "loss",
         needs="measurement",
         accept="measured",
         of="hard",
         title="loss below the hard ones'",
-        rule="A hard sample's loss falls, to at most the threshold that made it hard.",
+        rule="A hard sample's loss falls, to at most the threshold that made it hard. Not asked where the "
+        "refiner is the model under training: it finds its own answers easy, good or bad.",
         feedback={
             "": "It was still too hard to learn from. Make it easier, with plainer words and fewer steps."
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,11 +174,12 @@ def _parse(override: str | Mapping[str, Any], names: _Names) -> tuple[str | None
     if not equals and override.endswith((".yaml", ".yml")):
         return None, read_tree(override)
     if not equals or not key:
-        raise ConfigError(f"config: {override!r} is not of the form a.b=value")
+        raise ConfigError(f"config: {re.sub('//[^@]*@', '//***@', override)!r} is not of the form a.b=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"config: the value of {override!r} is not valid YAML: {e}") from e
+    except yaml.YAMLError as e:  # without the value, which may contain a password
+        problem = getattr(e, "problem", None) or type(e).__name__
+        raise ConfigError(f"config: the value of {key} is not valid YAML: {problem}") from None
     if isinstance(value, str):  # YAML 1.1 parses 1e-4 as a string.
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -209,11 +211,11 @@ def _explain(error: Any) -> str:
 
 
 def _required(name: str) -> str:
-    """A missing setting's name; for a missing group, that of its first setting without a default."""
+    """A missing setting's name; for a missing group, that of its path, which every such group needs."""
     field = Config.model_fields.get(name)
     group = None if field is None else field.annotation
     if isinstance(group, type) and issubclass(group, Settings):
-        return next((f"{name}.{own}" for own, f in group.model_fields.items() if f.is_required()), name)
+        return f"{name}.path" if "path" in group.model_fields else name
     return name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -12,6 +13,8 @@ from pydantic.fields import FieldInfo
 from middo_jax.config.base import Affects, Settings
 from middo_jax.config.gates import Gate, Switch, gate, gates
 from middo_jax.config.unions import Alternative, OneOf
+
+Turns = Literal["skip", "last", "all"]
 
 
 class Prices(Settings):
@@ -147,7 +150,8 @@ class RefineSettings(Settings):
     base_url: Annotated[str | tuple[str, ...] | None, Affects("place")] = Field(
         default=None,
         description="One URL, or a list of URLs of servers with the same model, which share the load. "
-        "None: $OPENAI_BASE_URL, else the embedded endpoint is started.",
+        "None: $OPENAI_BASE_URL, else the embedded endpoint is started. Only $OPENAI_BASE_URL may contain a "
+        "user, a password or a query.",
     )
     model: Annotated[str | None, Affects("rewrites")] = Field(
         default=None,
@@ -174,6 +178,11 @@ class RefineSettings(Settings):
         description="Format of the refiner's new prompts. json: a schema that the server enforces; text: "
         "between tags; auto: json if the server supports schemas, which is probed once and cached.",
     )
+    preflight: Annotated[bool, Affects("place")] = Field(
+        default=True,
+        description="Ask the server for one token before the first training, so that a wrong address, key or "
+        "model name is known before time is spent.",
+    )
     concurrency: Annotated[PositiveInt, Affects("speed")] = Field(
         default=64,
         description="Maximum number of requests in flight. The number starts at 4, grows while answers "
@@ -197,6 +206,12 @@ class RefineSettings(Settings):
     show_response: Annotated[bool, Affects("rewrites")] = Field(
         default=True,
         description="Whether the refiner's prompt also contains the original response; false as published.",
+    )
+    turns: Annotated[Turns, Affects("rewrites")] = Field(
+        default="last",
+        description="What is rewritten of a conversation of several turns. last: its last user turn, which "
+        "is answered in the context of the others; all: every answer that is learnt is also written anew; "
+        "skip: nothing, it stays as it is.",
     )
     accept: Annotated[Literal["measured", "sane", "none"], Affects("acceptance")] = Field(
         default="measured",
@@ -231,4 +246,18 @@ class RefineSettings(Settings):
             raise ValueError("give at least one URL, or null")
         if not all(url.startswith(("http://", "https://")) for url in urls or ()):
             raise ValueError("must start with http:// or https://")
+        if any(_has_secret(url) for url in urls or ()):
+            raise ValueError(
+                "must contain no user, password or query: settings are written to files. Give the URL in "
+                "$OPENAI_BASE_URL, and a key in the variable that refine.api_key_env names"
+            )
         return base_url
+
+
+def _has_secret(url: str) -> bool:
+    """Whether a URL has a part that may be secret. A version, as Azure expects it, is none."""
+    try:
+        query = urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query, keep_blank_values=True)
+    except ValueError:  # an address that cannot be read; the client says so
+        return "@" in url
+    return "@" in url or any(name != "api-version" for name, _ in query)

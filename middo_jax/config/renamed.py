@@ -15,6 +15,7 @@ RENAMED: Mapping[str, str] = {
     "train.spike_factor": "the number in train.on_bad_step, such as train.on_bad_step={stop: 3}",
     "train.tensorboard": "train.trackers, such as train.trackers=[tensorboard]",
     "train.wandb_project": "train.trackers, such as train.trackers=[{wandb: PROJECT}]",
+    "scoring.ifd": "scoring.readings, such as scoring.readings=[ifd]",
     "complexity.pre_model": "train.start_from, which names the model before training too",
     "quality.top_p": "always 0.7, as published",
     "quality.top_k": "always 50, as published",

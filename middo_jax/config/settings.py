@@ -8,10 +8,16 @@ from typing import Annotated, ClassVar, Literal
 
 import pydantic
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from middo_jax.config.axes import ComplexitySettings, DiversitySettings, QualitySettings
+from middo_jax.config.axes import (
+    ComplexitySettings,
+    ConsistencySettings,
+    DiversitySettings,
+    QualitySettings,
+)
 from middo_jax.config.base import URL, Affects, Settings
+from middo_jax.config.evaluation import EvaluateSettings
 from middo_jax.config.refine import RefineSettings
 from middo_jax.config.training import LoraSettings, TrainSettings
 
@@ -47,27 +53,96 @@ class ModelSettings(Settings):
     )
 
 
-class DataSettings(Settings):
-    """The user's dataset, D_0."""
+class Source(Settings):
+    """One of several datasets."""
 
     affects: ClassVar[Affects | None] = Affects("data")
 
-    path: str = Field(
-        description="A .json/.jsonl/.parquet file, a dataset directory, tfds:NAME:SPLIT or hf:NAME:SPLIT."
+    path: str = Field(description="As data.path.")
+    format: str = Field(default="auto", description="As data.format.")
+    weight: PositiveFloat | None = Field(
+        default=None, description="Its share of the mix, relative to the weights of the other sources."
     )
-    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion"] = Field(
-        default="auto", description="Format of the rows. auto: detected from the columns."
+    count: PositiveInt | None = Field(default=None, description="Number of rows, in place of a weight.")
+
+    @pydantic.model_validator(mode="after")
+    def _weight_or_count(self) -> Source:
+        if self.weight is not None and self.count is not None:
+            raise ValueError("give a weight or a count, not both")
+        return self
+
+
+class DataSettings(Settings):
+    """The user's dataset, D_0."""
+
+    path: Annotated[str, Affects("data")] = Field(
+        default="",
+        description="A .json, .jsonl, .csv, .tsv (also .gz, .zst) or .parquet file, a pattern, a folder, "
+        "tfds:NAME:SPLIT or hf:NAME:SPLIT. Required, unless data.sources is given.",
     )
-    limit: PositiveInt | None = Field(default=None, description="Number of first rows to use. None: all.")
-    eval_fraction: float = Field(
+    sources: Annotated[tuple[Source, ...], Affects("data")] = Field(
+        default=(),
+        description="Several datasets in place of `path`: `[{path: a.jsonl, weight: 2}, {path: b.csv, "
+        "weight: 1}]`, or with `count: 500`; each may have its own `format`.",
+    )
+    eval_path: Annotated[str | None, Affects("data")] = Field(
+        default=None, description="Your own held-out dataset, in place of a share of the rows."
+    )
+    id_column: Annotated[str | None, Affects("data")] = Field(
+        default=None,
+        description="Column with your own ids, which results carry. None: `id`, if its values are unique.",
+    )
+    if_changed: Annotated[Literal["stop", "redo"], Affects("place")] = Field(
+        default="stop",
+        description="Action if the data of a run was edited. stop: an error, and nothing changes; redo: what "
+        "depends on the data is made again.",
+    )
+    format: Annotated[
+        Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion"], Affects("data")
+    ] = Field(default="auto", description="Format of the rows. auto: detected from the columns.")
+    columns: Annotated[dict[str, str], Affects("data")] = Field(
+        default={},
+        description="Names of columns that differ: `{instruction: question, output: answer}` reads the "
+        "column `question` as `instruction`.",
+    )
+    roles: Annotated[dict[str, Literal["system", "user", "assistant", "tool"]], Affects("data")] = Field(
+        default={}, description="Roles that are not known by their names: `{narrator: user}`."
+    )
+    strict: Annotated[bool, Affects("data")] = Field(
+        default=False,
+        description="true: refuse a row whose turns do not alternate, that ends with the user, or that has "
+        "an empty turn. false: repair it, and count what was repaired.",
+    )
+    limit: Annotated[PositiveInt | None, Affects("data")] = Field(
+        default=None, description="Number of first rows to use. None: all."
+    )
+    eval_fraction: Annotated[float, Affects("data")] = Field(
         default=0.1,
         ge=0,
         lt=1,
         description="Share of the rows to hold out: never trained on, never rewritten.",
     )
-    source_column: str = Field(
+    source_column: Annotated[str, Affects("data")] = Field(
         default="source", description="Column by which the held-out split is stratified, if present."
     )
+
+    @pydantic.model_validator(mode="after")
+    def _path_or_sources(self) -> DataSettings:
+        if not self.path and not self.sources:
+            raise ValueError("data.path is missing (or data.sources, for several datasets)")
+        if self.path and self.sources:
+            raise ValueError("give data.path or data.sources, not both")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The dataset for messages: its path, or the paths of its sources."""
+        return self.path or " + ".join(source.path for source in self.sources)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all datasets to train on."""
+        return (self.path,) if self.path else tuple(source.path for source in self.sources)
 
 
 class MeshSettings(Settings):
@@ -93,8 +168,11 @@ class HostsSettings(Settings):
     )
 
 
+Reading = Literal["prompt_nll", "ifd", "pmi", "reverse_ifd", "consistency"]
+
+
 class ScoringSettings(Settings):
-    """The scoring passes: their speed and memory, and one optional column. No effect on selections."""
+    """The forward passes that score: their speed and memory, and the readings beside the axes' columns."""
 
     batch_tokens: Annotated[PositiveInt, Affects("speed")] = Field(
         default=2048, description="Tokens per packed batch, all devices together."
@@ -102,10 +180,12 @@ class ScoringSettings(Settings):
     unembed_chunk: Annotated[PositiveInt, Affects("speed")] = Field(
         default=512, description="Target positions per device whose logits exist at one time."
     )
-    ifd: Annotated[bool, Affects("scores")] = Field(
-        default=False,
-        description="Whether to score each response without its prompt too, for the column `ifd`. Takes one "
-        "more pass.",
+    readings: Annotated[tuple[Reading, ...], Affects("scores")] = Field(
+        default=(),
+        description="Columns beside those that come with the loss, end_nll and worst_decile_nll. prompt_nll: "
+        "the head is applied to the prompts too; ifd, pmi: one more pass, over the responses alone; "
+        "reverse_ifd: one more pass, over the prompts behind their responses; consistency: the optional "
+        "axis, with the pass of ifd.",
     )
 
 
@@ -145,8 +225,10 @@ class Config(Settings):
     complexity: ComplexitySettings = ComplexitySettings()
     diversity: DiversitySettings = DiversitySettings()
     quality: QualitySettings = QualitySettings()
+    consistency: ConsistencySettings = ConsistencySettings()
     refine: RefineSettings = RefineSettings()
     serve: ServeSettings = ServeSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
 
     @pydantic.field_validator("runs_dir")
     @classmethod

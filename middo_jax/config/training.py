@@ -9,14 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from middo_jax.config.base import Affects, Settings
+from middo_jax.config.base import GIVEN, Affects, Settings
 from middo_jax.config.unions import Alternative, OneOf
 
 # The matrices of a layer; PEFT uses the same names.
 AdaptedMatrix = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_WEIGHT_DECAY = (
-    "Decoupled weight decay, times the learning rate; only for matrices that project hidden states."
-)
+_OF_ADAPTERS = Affects(training=("lora.rank", GIVEN))
+_WEIGHT_DECAY = "On matrices only, times the rate."
 
 
 class AdamW(Alternative):
@@ -53,9 +52,9 @@ class BadSteps(pydantic.BaseModel):
     """What a bad step does: `stop`, `skip`, or with a spike factor `{skip: 3}`.
 
     Attributes:
-      action: stop with an error, or skip the update and continue.
-      spike_factor: a step is also bad if its loss is over this many times the median of the last 64 losses.
-        None: only values that are not finite make a step bad.
+      action: stop with an error, or leave the update out and go on.
+      spike_factor: a loss over so many times the median of the last 64 steps' makes a bad step too, and a
+        training that ends far above its start is an error. None: only what is not finite is bad.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -136,10 +135,11 @@ class TrainSettings(Settings):
         description="Whether to keep the state with the lowest held-out loss too, as checkpoint/best.",
     )
     on_bad_step: Annotated[BadSteps, Affects("training")] = Field(
-        default=BadSteps(),
-        description="Action if the loss or gradient is not finite. stop: stop with an error; skip: skip the "
-        "update and continue. {stop: 3} or {skip: 3}: also if the loss is over 3 times the median of the "
-        "last 64 losses.",
+        default=BadSteps(spike_factor=3.0),
+        description="When loss or gradient is no finite number. stop: stop with an error; skip: leave that "
+        "update out and go on. {stop: 3} or {skip: 3}: also where the loss is over 3 times the median of the "
+        "last 64 steps', and a nat above it; and a training whose last losses are far above its first one "
+        "ends with an error, so that nothing is scored or paid for with a wrecked model.",
     )
     trackers: Annotated[tuple[Literal["tensorboard"] | WandB, ...], Affects("shown")] = Field(
         default=(),
@@ -178,13 +178,13 @@ class LoraSettings(Settings):
     They need about ten times the learning rate of full fine-tuning, such as train.learning_rate=2e-4.
     """
 
-    affects: ClassVar[Affects | None] = Affects("training")
-
-    rank: PositiveInt | None = Field(
-        default=None, description="Rank of an adapter. None: no adapters, all weights are trained."
+    rank: Annotated[PositiveInt | None, Affects("training")] = Field(
+        default=None, description="Inner width of an adapter. None: no adapters, all weights are trained."
     )
-    alpha: PositiveFloat = Field(default=16.0, description="An adapter's output is scaled by alpha / rank.")
-    target_modules: tuple[AdaptedMatrix, ...] = Field(
+    alpha: Annotated[PositiveFloat, _OF_ADAPTERS] = Field(
+        default=16.0, description="An adapter's output is weighed alpha / rank."
+    )
+    target_modules: Annotated[tuple[AdaptedMatrix, ...], _OF_ADAPTERS] = Field(
         default=typing.get_args(AdaptedMatrix),
         min_length=1,
         description="Matrices with an adapter. Default: all, because adapting only attention learns less.",

@@ -11,24 +11,42 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from middo_jax.data.tools import calls_text, dumped, of_calls, of_result, parts_of
 from middo_jax.rundir.rows import ExampleRow, LineageRow, TurnRow
 
-Role = Literal["system", "user", "assistant"]
-Op = Literal["seed", "simplify", "rewrite", "synthesize"]
+Role = Literal["system", "user", "assistant", "tool"]
+Op = Literal["seed", "simplify", "rewrite", "synthesize", "reanswer", "complete"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn. An answer that is not `learnt` is context only: none of its tokens is a target."""
+    """One turn. An answer that is not `learnt` is context only: none of its tokens is a target.
+
+    `tool` has the tool calls of an assistant's turn, or whose result a tool's turn is, see `data.tools`.
+    """
 
     role: Role
     content: str
     learnt: bool = True
+    tool: str = ""
+
+    @property
+    def text(self) -> str:
+        """The content, and the tool calls as JSON."""
+        calls = calls_text(self.tool)
+        return "\n".join(part for part in (self.content, calls) if part) if calls else self.content
 
     def to_json(self) -> TurnRow:
-        """A turn of dataset.jsonl: role, content, and weight 0 if it is not learnt."""
+        """A turn of dataset.jsonl: role, content, tool calls, and weight 0 if it is not learnt."""
         row: TurnRow = {"role": self.role, "content": self.content}
+        row.update(parts_of(self.tool))  # type: ignore[typeddict-item]
         return row if self.learnt else {**row, "weight": 0}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Message:
+        """Reads a turn of dataset.jsonl."""
+        tool = of_result(row) if row["role"] == "tool" else of_calls(row.get("tool_calls") or [])
+        return cls(row["role"], row["content"], row.get("weight") in (None, 1), tool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +90,23 @@ class Example:
     """A conversation whose last message is the assistant's.
 
     `id` is a content hash, so the same row has the same id in any file and at any position. `extra` contains
-    the user's other columns, which are kept unchanged.
+    the user's other columns, which are kept unchanged. `tools` are the definitions of the tools that the
+    assistant may call, as the JSON text of a list. `user_id` is the id that the user's row has; an addition
+    has none. `prompt_columns` are the columns of an Alpaca row of which its prompt was joined.
     """
 
     messages: tuple[Message, ...]
     id: str = ""
     lineage: Lineage = Lineage()
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tools: str = ""
+    user_id: str | int | None = None
+    # Not compared: it says how the same conversation was spread over columns.
+    prompt_columns: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not self.id:
-            object.__setattr__(self, "id", content_id(self.messages))
+            object.__setattr__(self, "id", content_id(self.messages, self.tools))
         if not self.lineage.root_id:
             object.__setattr__(self, "lineage", dataclasses.replace(self.lineage, root_id=self.id))
 
@@ -93,24 +117,82 @@ class Example:
 
     @property
     def response(self) -> str:
-        """The last assistant turn."""
-        return self.messages[-1].content
+        """The last assistant turn, with its tool calls as JSON."""
+        return self.messages[-1].text
 
-    def replace_text(self, prompt: str, response: str, lineage: Lineage) -> Example:
-        """A rewritten single-turn child.
+    @property
+    def has_tools(self) -> bool:
+        """Whether tools are defined, called or answer."""
+        return bool(self.tools) or any(m.tool or m.role == "tool" for m in self.messages)
 
-        It keeps the system turn and the extra columns, and has its own id.
+    @property
+    def question(self) -> str:
+        """The last user turn, which a rewrite replaces."""
+        return self.messages[self._asked].content
+
+    @property
+    def context(self) -> tuple[Message, ...]:
+        """All turns before the last user turn, the system turn among them."""
+        return self.messages[: self._asked]
+
+    @property
+    def n_user_turns(self) -> int:
+        """How many turns are the user's; over 1 in a conversation of several turns."""
+        return sum(m.role == "user" for m in self.messages)
+
+    @property
+    def _asked(self) -> int:
+        return max(n for n, m in enumerate(self.messages) if m.role == "user")
+
+    @property
+    def is_single_turn(self) -> bool:
+        """Whether it is one user's turn and one answer, system turns aside."""
+        return [m.role for m in self.messages if m.role != "system"] == ["user", "assistant"]
+
+    def replace_text(
+        self, prompt: str, response: str, lineage: Lineage, context: tuple[Message, ...] | None = None
+    ) -> Example:
+        """The child that a refiner's prompt and answer make. It has the extra columns and its own id.
+
+        A rewrite keeps all turns before the last user turn, or has `context` in their place. An addition
+        (`lineage.op` is `synthesize`) has one prompt after the system turn.
+
+            [system, u1, a1, u2, a2]  ->  rewrite [system, u1, a1, prompt, response]
+                                          addition [system, prompt, response]
         """
-        system = tuple(m for m in self.messages if m.role == "system")
+        before = self.context if context is None else context
+        user_id = self.user_id
+        if lineage.op == "synthesize":
+            before, user_id = tuple(m for m in self.messages if m.role == "system"), None
         turns = (Message("user", prompt), Message("assistant", response))
-        return Example(system + turns, lineage=lineage, extra=self.extra)
+        return dataclasses.replace(
+            self, messages=before + turns, id="", lineage=lineage, user_id=user_id, prompt_columns={}
+        )
+
+    def changed_turns(self, original: Example) -> list[int]:
+        """Which turns of this conversation differ from its original's, counted from 0.
+
+        Earlier versions made one prompt and one answer of several turns; then all turns behind the first
+        changed one differ.
+        """
+        one, other = self.messages, original.messages
+        differs = [a != b for a, b in zip(one, other, strict=False)]
+        if len(one) == len(other):
+            return [n for n, differs_here in enumerate(differs) if differs_here]
+        return list(range(differs.index(True) if any(differs) else len(differs), len(one)))
 
     def to_json(self) -> ExampleRow:
         """A row of dataset.jsonl; `from_json` reads it back to an equal Example."""
-        messages, lineage = [m.to_json() for m in self.messages], self.lineage.to_json()
-        if not self.extra:
-            return {"id": self.id, "messages": messages, "lineage": lineage}
-        return {"id": self.id, "messages": messages, "extra": self.extra, "lineage": lineage}
+        row: dict[str, Any] = {"id": self.id, "messages": [m.to_json() for m in self.messages]}
+        if self.user_id is not None:
+            row["user_id"] = self.user_id
+        if self.tools:
+            row["tools"] = json.loads(self.tools)
+        if self.prompt_columns:
+            row["prompt_columns"] = self.prompt_columns
+        if self.extra:
+            row["extra"] = self.extra
+        return {**row, "lineage": self.lineage.to_json()}  # type: ignore[return-value]
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Example:
@@ -119,18 +201,19 @@ class Example:
         lineage = {k: v for k, v in row["lineage"].items() if k not in ("accepted", "reject_reason")}
         for name in ("parent_ids", "hint_ids"):
             lineage[name] = tuple(lineage[name])
-        messages = tuple(
-            Message(m["role"], m["content"], m.get("weight") in (None, 1)) for m in row["messages"]
-        )
-        return cls(messages, row["id"], Lineage(**lineage), row.get("extra", {}))
+        messages = tuple(Message.from_json(m) for m in row["messages"])
+        tools = dumped(row["tools"]) if row.get("tools") else ""
+        extra, user_id = row.get("extra", {}), row.get("user_id")
+        columns = row.get("prompt_columns", {})
+        return cls(messages, row["id"], Lineage(**lineage), extra, tools, user_id, columns)
 
 
-def content_id(messages: tuple[Message, ...]) -> str:
-    """The first 16 hexadecimal digits (64 bits) of the SHA-256 of roles, contents and `learnt` flags.
+def content_id(messages: tuple[Message, ...], tools: str = "") -> str:
+    """The first 16 hexadecimal digits (64 bits) of the SHA-256 of roles, contents, `learnt` flags and tools.
 
     Equal rows have equal ids. Among a hundred million different rows, any two share an id with probability
     3e-4 (birthday bound).
     """
-    turns = [[m.role, m.content, *([] if m.learnt else [0])] for m in messages]
-    text = json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
+    turns = [[m.role, m.content, *([] if m.learnt else [0]), *([m.tool] if m.tool else [])] for m in messages]
+    text = json.dumps([*turns, *([tools] if tools else [])], ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

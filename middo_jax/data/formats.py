@@ -5,10 +5,10 @@
     messages           messages: [{role, content}, ...]; rows of dataset.jsonl are read back exactly
     prompt_completion  prompt, completion [, context]: text, or lists of {role, content}
 
-All describe the same conversation: an optional system turn, then user and assistant alternately, the
-assistant last. The system turn may be in a column of its own, see SYSTEM_COLUMNS. A turn's content is text or
-a list of text parts. `weight: 0` marks an answer that is not learnt. `FORMATS` is the table of all formats:
-their columns, how a row is read, how it is written. `register` adds a format of your own.
+All describe the same conversation, see `data.repair`. The system turn may be in a column of its own, see
+SYSTEM_COLUMNS, and so are the definitions of tools. A turn's content is text or a list of text parts.
+`weight: 0` marks an answer that is not learnt. `FORMATS` is the table of all formats: their columns, how a
+row is read, how it is written. `register` adds a format of your own.
 """
 
 from __future__ import annotations
@@ -21,24 +21,28 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 
 from middo_jax.config.formats import BUILT_IN_FORMATS, name_formats
 from middo_jax.data.example import Example, Lineage, Message, content_id
-from middo_jax.data.turns import (
-    SYSTEM_COLUMNS,
-    Role,
-    Row,
-    RowError,
-    Turn,
-    content_of,
-    kind_of,
-    text_of,
-    turn_list,
-    with_system,
+from middo_jax.data.reading import AS_IT_IS, Reading
+from middo_jax.data.repair import as_messages
+from middo_jax.data.shapes import (
+    ShapeError,
+    alpaca_row,
+    alpaca_turns,
+    conversational_row,
+    messages_row,
+    prompt_completion_row,
+    prompt_completion_turns,
+    prompt_parts,
+    prompt_row,
+    sharegpt_row,
 )
+from middo_jax.data.tools import TOOL_COLUMN, definitions_of
+from middo_jax.data.turns import SYSTEM_COLUMNS, Row, RowError, Turn, kind_of, turn_list, with_system
 
 _log = logging.getLogger(__name__)
 _NOT_ROWS = ("auto", "parquet", "tfds")  # names that have another meaning, so that no format may have them
@@ -51,7 +55,7 @@ PROMPT_COLUMNS = frozenset(
         *("system_instruction", "system_instructions", "sys_prompt", "tools"),
     )
 )
-_OUR_COLUMNS = {"id", "messages", "lineage", "extra"}
+_OUR_COLUMNS = {"id", "messages", "lineage", "extra", "tools", "user_id", "prompt_columns"}
 _LINEAGE = pydantic.TypeAdapter(Lineage)
 
 
@@ -132,17 +136,28 @@ def detect(rows: Iterable[Any]) -> str:
     )
 
 
-def to_example(row: Any, form: str) -> tuple[Example, frozenset[str]]:
+class Converted(NamedTuple):
+    """A row as an example.
+
+    Attributes:
+      example: the conversation.
+      unkept: names of parts that may be meant for training but are not used: fields of turns (`name`, ...)
+        and columns that usually belong to a prompt (`documents`, ...).
+      repairs: what was repaired, see `data.repair`.
+    """
+
+    example: Example
+    unkept: frozenset[str]
+    repairs: tuple[str, ...]
+
+
+def to_example(row: Any, form: str, reading: Reading = AS_IT_IS) -> Converted:
     """Reads one row of JSON values, see `plain`.
 
     {"instruction": "Add.", "input": "2 and 3", "output": "5", "source": "x"} as alpaca
       ->  user "Add.\\n2 and 3", assistant "5", extra {"source": "x"}
 
     An `id` column that equals the row's content hash, as `to_rows` writes it, is not kept in `extra`.
-
-    Returns:
-      The example, and the names of parts that may be meant for training but are not used: fields of turns
-      (`name`, ...) and columns that usually belong to a prompt (`tools`, ...).
 
     Raises:
       RowError: the row cannot be used.
@@ -154,20 +169,32 @@ def to_example(row: Any, form: str) -> tuple[Example, frozenset[str]]:
             json.dumps({column: value}, ensure_ascii=False).encode()
         except UnicodeEncodeError as e:
             raise RowError(f"column {column!r} contains a lone surrogate, which UTF-8 cannot encode") from e
-    is_ours = form == "messages" and _is_ours(row)
+    ours = form == "messages" and is_ours(row)
+    row = row if ours else reading.apply(row)
     turns = FORMATS[form].turns(row)
     unkept = frozenset().union(*(turn.unkept for turn in turns))
-    messages = _checked(turns if is_ours else with_system(row, turns))
-    if is_ours:
-        return _our_example(row), unkept
-    while not messages[-1].learnt:  # no learnt answer depends on these turns
-        messages, unkept = messages[:-2], unkept | {"turns after the last answer that is learnt"}
+    messages, repairs = as_messages(turns if ours else with_system(row, turns), reading.strict and not ours)
+    if ours:
+        example = _our_example(row)
+        if example.messages != messages:
+            raise RowError(
+                "a row of dataset.jsonl whose turns were changed: remove its columns id and lineage"
+            )
+        return Converted(example, unkept, ())
+    # No learnt answer depends on the turns behind the last one.
+    while messages[-1].role != "assistant" or not messages[-1].learnt:
+        messages, unkept = messages[:-1], unkept | {"turns after the last answer that is learnt"}
     extra = {column: value for column, value in row.items() if column not in FORMATS[form].columns}
+    tools = definitions_of(row.get(TOOL_COLUMN))
+    if tools is not None:
+        extra.pop(TOOL_COLUMN, None)
     shown = " ".join(" ".join(m.content.split()) for m in messages)
     unkept |= {f"column {c!r}" for c in extra if _is_of_prompt(c) and not _is_shown(extra[c], shown)}
-    if extra.get("id") == content_id(messages):
+    if extra.get("id") == content_id(messages, tools or ""):
         del extra["id"]
-    return Example(messages, extra=extra), unkept
+    parts = prompt_parts(row) if form == "alpaca" else {}
+    example = Example(messages, extra=extra, tools=tools or "", prompt_columns=parts)
+    return Converted(example, unkept, repairs)
 
 
 def _is_of_prompt(column: str) -> bool:
@@ -185,10 +212,10 @@ def _is_shown(value: Any, shown: str) -> bool:
     return True
 
 
-def to_rows(examples: Sequence[Example], form: str) -> list[Row]:
-    """Rows with conversation, `id` and extra columns; `to_example` reads them back. Lineage is not written.
+def to_rows(examples: Sequence[Example], form: str, id_column: str = "id") -> list[Row]:
+    """Rows with conversation, ids and extra columns; `to_example` reads them back. Lineage is not written.
 
-    The user's own `id` column takes precedence over ours, which can be computed again from the text. Any
+    The user's own ids are in `id_column`, null for rows that have none. Without any, our own are in `id`. Any
     other extra column whose name the format needs is written as `extra_NAME`, with a warning. If one row
     needs the conversational form of prompt_completion, all rows get it, since readers expect one type per
     column.
@@ -200,26 +227,38 @@ def to_rows(examples: Sequence[Example], form: str) -> list[Row]:
     to_row = chosen.row
     if to_row is None:
         raise DataError(f"rows of format {form} can be read and not written; write messages")
-    if form == "prompt_completion" and any(len(example.messages) > 2 for example in examples):
-        to_row = _conversational_row
+    if form == "prompt_completion" and any(_is_conversational(example) for example in examples):
+        to_row = conversational_row
     columns = dict.fromkeys(column for example in examples for column in example.extra)
+    has_tools = any(example.tools for example in examples)
+    reserved = chosen.columns | {"lineage"} | ({TOOL_COLUMN} if has_tools else set())
+    has_ids = any(example.user_id is not None for example in examples)
+    reserved |= {id_column} if has_ids else set()
     names: dict[str, str] = {}
     for column in columns:
         name = column
-        while name in chosen.columns | {"lineage"} or (name != column and name in columns):
+        while name in reserved or (name != column and name in columns):
             name = "extra_" + name
         names[column] = name
     renamed = [f"{column} -> {name}" for column, name in names.items() if column != name]
     if renamed:
         _log.warning("extra columns are renamed, since %s uses their names: %s", form, ", ".join(renamed))
-    rows = [
-        {
-            **({} if "id" in columns else {"id": example.id}),
-            **to_row(example.messages),
-            **{names[column]: plain(value) for column, value in example.extra.items()},
-        }
-        for example in examples
-    ]
+    try:
+        rows = [
+            {
+                **(
+                    {id_column: example.user_id} if has_ids else {} if "id" in columns else {"id": example.id}
+                ),
+                **to_row(example.messages),
+                **(prompt_row(example) if form == "alpaca" else {}),
+                # As text, since the definitions of two tools have no common type for a column.
+                **({TOOL_COLUMN: example.tools} if has_tools else {}),
+                **{names[column]: plain(value) for column, value in example.extra.items()},
+            }
+            for example in examples
+        ]
+    except ShapeError as e:
+        raise DataError(f"{form} {e}; write messages instead") from e
     if not all(message.learnt for example in examples for message in example.messages):
         if not chosen.keeps_weights:
             raise DataError(
@@ -230,107 +269,16 @@ def to_rows(examples: Sequence[Example], form: str) -> list[Row]:
     return rows
 
 
+def _is_conversational(example: Example) -> bool:
+    """Whether prompt and completion cannot be one text each."""
+    return [m.role for m in example.messages] != ["user", "assistant"] or bool(example.messages[-1].tool)
+
+
 def _turns_in(value: Any) -> list[Row]:
     return value if isinstance(value, list) else []
 
 
-def _checked(turns: Sequence[Turn]) -> tuple[Message, ...]:
-    """The turns as messages: [system] (user assistant)+, none of them blank.
-
-    A blank system turn is dropped.
-    """
-    numbered = [(n, t) for n, t in enumerate(turns, 1) if t.role != "system" or t.content.strip()]
-    if not numbered or numbered[-1][1].role != "assistant":
-        last = f"the {numbered[-1][1].role}" if numbered else "nothing"
-        raise RowError(f"no response: the conversation must end with the assistant, but ends with {last}")
-    start = 1 if numbered[0][1].role == "system" else 0
-    for position, (n, turn) in enumerate(numbered[start:]):
-        if turn.role == "system":
-            raise RowError(f"turn {n} is a system turn; only the first may be one")
-        if turn.role != ("user", "assistant")[position % 2]:
-            raise RowError(
-                f"turn {n} is the {turn.role}'s; user and assistant must alternate, the user first"
-            )
-        if not turn.content.strip():
-            left = len(numbered) - start - position
-            raise RowError(
-                {1: "empty response", 2: "empty prompt"}.get(left, f"turn {n} ({turn.role}) is empty")
-            )
-    if not any(turn.role == "assistant" and turn.learnt for _, turn in numbered):
-        raise RowError("nothing is learnt: every answer has weight 0")
-    return tuple(
-        Message(turn.role, turn.content, turn.learnt or turn.role != "assistant") for _, turn in numbered
-    )
-
-
-def _alpaca_turns(row: Row) -> list[Turn]:
-    turns = [Turn("system", "")]
-    history = row.get("history")
-    if history is not None and not isinstance(history, list):
-        raise RowError(f"column 'history' must be a list of [user, assistant] pairs, not {kind_of(history)}")
-    for n, pair in enumerate(history or [], 1):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise RowError(f"column 'history': pair {n} is not a list of two texts, [user, assistant]")
-        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    parts = (text_of(row, "instruction"), text_of(row, "context", ""), text_of(row, "input", ""))
-    prompt = "\n".join(dict.fromkeys(text for text in parts if text.strip()))
-    return [*turns, Turn("user", prompt), Turn("assistant", text_of(row, "output"))]
-
-
-def _alpaca_row(messages: Sequence[Message]) -> Row:
-    system = [m.content for m in messages if m.role == "system"]
-    texts = [m.content for m in messages if m.role != "system"]
-    row: Row = {"instruction": texts[-2], "input": "", "output": texts[-1]}
-    if system:
-        row["system"] = system[0]
-    if texts[:-2]:
-        row["history"] = [list(pair) for pair in zip(texts[:-2:2], texts[1:-2:2], strict=True)]
-    return row
-
-
-def _sharegpt_row(messages: Sequence[Message]) -> Row:
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    return {
-        "conversations": [
-            {"from": names[m.role], "value": m.content, **({} if m.learnt else {"weight": 0})}
-            for m in messages
-        ]
-    }
-
-
-def _messages_row(messages: Sequence[Message]) -> Row:
-    return {"messages": [m.to_json() for m in messages]}
-
-
-def _prompt_completion_turns(row: Row) -> list[Turn]:
-    turns = []
-    sides: dict[str, Role] = {"prompt": "user", "completion": "assistant"}
-    for column, role in sides.items():
-        value = row.get(column)
-        if isinstance(value, list) and any(isinstance(turn, dict) and "role" in turn for turn in value):
-            turns += turn_list(row, column, "role", "content")
-        elif isinstance(value, list | dict):
-            turns.append(Turn(role, content_of(value, f"column {column!r}")))
-        else:
-            turns.append(Turn(role, text_of(row, column)))
-    if context := text_of(row, "context", "").strip():
-        asked = max((n for n, turn in enumerate(turns) if turn.role == "user"), default=None)
-        if asked is not None and context not in turns[asked].content:
-            turns[asked] = turns[asked]._replace(content=f"{turns[asked].content}\n{row['context']}")
-    return turns
-
-
-def _prompt_completion_row(messages: Sequence[Message]) -> Row:
-    user, assistant = messages
-    return {"prompt": user.content, "completion": assistant.content}
-
-
-def _conversational_row(messages: Sequence[Message]) -> Row:
-    turns = [m.to_json() for m in messages]
-    return {"prompt": turns[:-1], "completion": turns[-1:]}
-
-
-def _is_ours(row: Row) -> bool:
+def is_ours(row: Row) -> bool:
     """Whether a row is one of dataset.jsonl, rather than a user's row with a column called lineage."""
     lineage = row.get("lineage")
     return "id" in row and isinstance(lineage, dict) and {"root_id", "parent_ids", "op"} <= lineage.keys()
@@ -357,27 +305,27 @@ FORMATS: dict[str, RowFormat] = {
     "alpaca": RowFormat(
         frozenset({"instruction", "output"}),
         SYSTEM_COLUMNS | {"input", "context", "history"},
-        _alpaca_turns,
-        _alpaca_row,
+        alpaca_turns,
+        alpaca_row,
         keeps_weights=False,
     ),
     "sharegpt": RowFormat(
         frozenset({"conversations"}),
         SYSTEM_COLUMNS,
         lambda row: turn_list(row, "conversations", "from", "value"),
-        _sharegpt_row,
+        sharegpt_row,
     ),
     "messages": RowFormat(
         frozenset({"messages"}),
         SYSTEM_COLUMNS,
         lambda row: turn_list(row, "messages", "role", "content"),
-        _messages_row,
+        messages_row,
     ),
     "prompt_completion": RowFormat(
         frozenset({"prompt", "completion"}),
         SYSTEM_COLUMNS | {"context"},
-        _prompt_completion_turns,
-        _prompt_completion_row,
+        prompt_completion_turns,
+        prompt_completion_row,
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, and directories that `datasets` reads or wrote.
+"""Datasets of the Hugging Face hub, and directories that `datasets` reads or wrote, by hf:NAME:SPLIT.
 
 `datasets` is optional (the extra `hub`), so it is imported where it is used.
 """

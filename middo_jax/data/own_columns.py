@@ -50,10 +50,19 @@ def own_columns(
     return pa.table(columns)
 
 
+def user_ids(examples: Sequence[Example]) -> pa.Table | None:
+    """The user's own ids as the column `id_user`; None if there are none."""
+    ids = [None if e.user_id is None else str(e.user_id) for e in examples]
+    return None if not any(ids) else pa.table({f"id{SUFFIX}": pa.array(ids, pa.string())})
+
+
 def _own(example: Example, row: Mapping[Any, Any]) -> dict[str, Any]:
     own = {str(name): value for name, value in row.items()}
     # Rows of dataset.jsonl keep the user's columns in `extra`.
     own |= {name: value for name, value in example.extra.items() if name not in own}
+    own.pop("user_id", None)
+    if example.user_id is not None and own.get("id") == example.id:  # a row of dataset.jsonl
+        own["id"] = example.user_id
     if own.get("id") == example.id:
         del own["id"]
     return own

@@ -6,7 +6,6 @@ silently.
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import itertools
 import json
@@ -21,39 +20,42 @@ import pyarrow.parquet as pq
 
 from middo_jax.data import hf_format
 from middo_jax.data.example import Example
-from middo_jax.data.formats import FORMATS, DataError, RowError, detect, plain, to_example, to_rows
-from middo_jax.data.in_memory import IN_MEMORY, arrow_rows, rows_in_memory
+from middo_jax.data.files import (
+    Rejection,
+    files_at,
+    is_readable_folder,
+    numbered,
+    rows_of_files,
+    with_id,
+)
+from middo_jax.data.formats import (
+    FORMATS,
+    DataError,
+    RowError,
+    detect,
+    is_ours,
+    plain,
+    to_example,
+    to_rows,
+)
+from middo_jax.data.in_memory import IN_MEMORY, rows_in_memory
+from middo_jax.data.reading import AS_IT_IS, Reading
+from middo_jax.data.shapes import uniform
 from middo_jax.rundir import atomic, write_json, write_jsonl
-from middo_jax.rundir.rows import RejectedRow
 
 _log = logging.getLogger(__name__)
 # tfds:NAME:SPLIT or hf:NAME:SPLIT; SPLIT is such as train or train[:10%].
 _NAMED = re.compile(r"(tfds|hf):(.+):([\w.+-]+(?:\[[^\]]*\])?)")
 # The parts of a reason that differ from row to row: quoted words, ids, places, numbers.
 _VARYING = re.compile(r"'[^']*'|\b[0-9a-f]{16}\b|\([^()]*:\d+\)|\d+")
-_ENDINGS = (".json", ".jsonl", ".parquet")
+_ENDINGS = (".json", ".jsonl", ".parquet")  # of files that are written
 
 
-@dataclasses.dataclass(frozen=True)
-class Rejection:
-    """A row that was read but cannot be used.
-
-    Attributes:
-      where: file:line in a .jsonl file, otherwise `row N`, counted from 1.
-      reason: why the row cannot be used.
-      row: the row as it was read; the text of a line that is not JSON; None for a row that is nested too
-        deeply.
-    """
+class Repair(NamedTuple):
+    """A row that was repaired: its place, see `Rejection.where`, and what was repaired."""
 
     where: str
     reason: str
-    row: Any
-
-    def to_json(self) -> RejectedRow:
-        """A row of rejected.jsonl. Lone surrogates, which UTF-8 cannot encode, become `&#55296;` etc."""
-        row: RejectedRow = {"where": self.where, "reason": self.reason, "row": self.row}
-        text = json.dumps(row, ensure_ascii=False)
-        return json.loads(text.encode("utf-8", "xmlcharrefreplace"))
 
 
 class UserRows(NamedTuple):
@@ -64,12 +66,16 @@ class UserRows(NamedTuple):
       rows: for each example, its row as it was read.
       places: for each example, the place of its row, see `Rejection.where`.
       rejections: all other rows.
+      repairs: what was repaired, one per row and kind of repair.
+      format: of the rows; messages for several sources of different formats.
     """
 
     examples: list[Example]
     rows: list[Any]
     places: list[str]
     rejections: list[Rejection]
+    repairs: Sequence[Repair] = ()
+    format: str = ""
 
 
 def read(path: str, format: str = "auto", limit: int | None = None) -> tuple[list[Example], list[Rejection]]:
@@ -78,15 +84,18 @@ def read(path: str, format: str = "auto", limit: int | None = None) -> tuple[lis
     return data.examples, data.rejections
 
 
-def read_rows(source: Any, format: str = "auto", limit: int | None = None) -> UserRows:
+def read_rows(
+    source: Any, format: str = "auto", limit: int | None = None, reading: Reading = AS_IT_IS
+) -> UserRows:
     """Reads a dataset. If several rows have the same id, the first one is used and the others are rejected.
 
     Args:
-      source: a .json, .jsonl or .parquet file; tfds:NAME:SPLIT, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, where
-        NAME may be a directory; a directory that TFDS or `datasets` wrote, whose `train` split is read; or
-        any table that `rows_in_memory` accepts.
+      source: a file, a pattern such as data/*.jsonl or a folder, see `data.files`; tfds:NAME:SPLIT,
+        hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, where NAME may be a directory; a directory that TFDS or
+        `datasets` wrote, whose `train` split is read; or any table that `rows_in_memory` accepts.
       format: auto, alpaca, sharegpt, messages or prompt_completion.
       limit: read only this many rows, usable or not.
+      reading: the user's names, and whether faults are repaired.
 
     Raises:
       DataError: the dataset has no usable row, or its columns fit no format or several.
@@ -98,19 +107,22 @@ def read_rows(source: Any, format: str = "auto", limit: int | None = None) -> Us
     if limit is not None and limit < 1:
         raise DataError(f"the limit must be at least 1 row, not {limit}")
     try:
-        numbered = _rows(path) if is_path else _numbered(rows_in_memory(source))
-        found = list(itertools.islice(numbered, limit))
+        every = _rows(path) if is_path else numbered(rows_in_memory(source))
+        found = list(itertools.islice(every, limit))
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror or e}") from e
     if not found:
         raise DataError(f"{path} has no rows; give a file with at least one example")
     values = [item[1] for item in found if not isinstance(item, Rejection)]
+    if values and (missing := reading.missing_columns(values)):
+        raise DataError(f"{path}: data.columns names {missing[0]!r}, and no row has such a column")
     if format == "auto" and values:
         try:
-            format = detect(values)
+            format = detect([reading.apply(row) for row in itertools.islice(values, 100)])
         except DataError as e:
             raise DataError(f"{path}: {e}") from e
-    data, unkept = _converted(found, format)
+    data, unkept = _converted(found, format, reading)
+    data = data._replace(examples=_with_user_ids(data, reading.id_column, path), format=format)
     if not data.examples:
         reasons = "".join(f"\n{line}" for line in commonest_reasons(data.rejections))
         raise DataError(f"{path}: none of its {len(found)} rows can be used. The commonest reasons:{reasons}")
@@ -119,9 +131,53 @@ def read_rows(source: Any, format: str = "auto", limit: int | None = None) -> Us
     return data
 
 
-def _converted(found: Sequence[tuple[str, Any] | Rejection], format: str) -> tuple[UserRows, set[str]]:
+def _with_user_ids(data: UserRows, column: str | None, path: str) -> list[Example]:
+    """The examples, with the ids that their rows have in `column`, or in `id` if these are unique.
+
+    Raises:
+      DataError: `column` was named, and its values are not unique texts or whole numbers.
+    """
+    name = column or "id"
+    first: dict[str, str] = {}
+    for example, where in zip(data.examples, data.places, strict=True):
+        value = example.user_id if example.user_id is not None else example.extra.get(name)
+        if value is None:
+            continue
+        fault = None
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            fault = "is neither text nor a whole number"
+        elif str(value) in first:
+            fault = f"is also that of {first[str(value)]}"
+        if fault is None:
+            first[str(value)] = where
+        elif column is None:
+            return data.examples
+        else:
+            raise DataError(f"{path}: data.id_column={column}: the id {value!r} of {where} {fault}")
+    if column is not None and not first and data.examples:
+        raise DataError(f"{path}: data.id_column={column}: no row has such a column")
+    if not first:
+        return data.examples
+    # A row of dataset.jsonl says itself whether it has an id of the user's.
+    return [
+        example if isinstance(row, dict) and is_ours(row) else _with_user_id(example, name)
+        for example, row in zip(data.examples, data.rows, strict=True)
+    ]
+
+
+def _with_user_id(example: Example, column: str) -> Example:
+    if column not in example.extra:
+        return example
+    extra = {name: value for name, value in example.extra.items() if name != column}
+    return dataclasses.replace(example, extra=extra, user_id=example.extra[column])
+
+
+def _converted(
+    found: Sequence[tuple[str, Any] | Rejection], format: str, reading: Reading
+) -> tuple[UserRows, set[str]]:
     """The rows as examples and rejections, and what `to_example` did not keep of any of them."""
-    data, unkept = UserRows([], [], [], []), set[str]()
+    repairs: list[Repair] = []
+    data, unkept = UserRows([], [], [], [], repairs), set[str]()
     first: dict[str, int] = {}  # id -> number of the example that has it
     for item in found:
         if isinstance(item, Rejection):
@@ -131,9 +187,10 @@ def _converted(found: Sequence[tuple[str, Any] | Rejection], format: str) -> tup
         row = given
         try:
             row = plain(given)
-            example, fields = to_example(row, format)
+            example, fields, repaired = to_example(row, format, reading)
         except RowError as e:
-            data.rejections.append(Rejection(where, str(e), row))
+            own = row.get(reading.id_column or "id") if isinstance(row, dict) else None
+            data.rejections.append(Rejection(with_id(where, own), str(e), row))
             continue
         except RecursionError:
             data.rejections.append(Rejection(where, "nested too deeply", None))
@@ -147,6 +204,7 @@ def _converted(found: Sequence[tuple[str, Any] | Rejection], format: str) -> tup
         data.examples.append(example)
         data.rows.append(given)
         data.places.append(where)
+        repairs += (Repair(where, what) for what in repaired)
         unkept |= fields
     return data, unkept
 
@@ -159,12 +217,12 @@ class Reason(NamedTuple):
     where: str
 
 
-def count_reasons(rejections: Sequence[Rejection]) -> list[Reason]:
-    """The reasons of rejections, largest count first.
+def count_reasons(rejections: Sequence[Rejection | Repair]) -> list[Reason]:
+    """The reasons of rejections or repairs, largest count first.
 
     Reasons that differ only in numbers, ids, places or quoted words count as one; the first one is shown.
     """
-    groups: dict[str, list[Rejection]] = {}
+    groups: dict[str, list[Rejection | Repair]] = {}
     for rejection in rejections:
         groups.setdefault(_VARYING.sub("*", rejection.reason), []).append(rejection)
     largest = sorted(groups.values(), key=len, reverse=True)
@@ -180,12 +238,12 @@ def reason_lines(reasons: Sequence[Reason], limit: int = 3) -> list[str]:
     return lines
 
 
-def commonest_reasons(rejections: Sequence[Rejection], limit: int = 3) -> list[str]:
-    """Lines that say why rows were rejected, see `count_reasons` and `reason_lines`."""
+def commonest_reasons(rejections: Sequence[Rejection | Repair], limit: int = 3) -> list[str]:
+    """Lines that say why rows were rejected or repaired, see `count_reasons` and `reason_lines`."""
     return reason_lines(count_reasons(rejections), limit)
 
 
-def write(examples: Sequence[Example], path: str | Path, format: str) -> None:
+def write(examples: Sequence[Example], path: str | Path, format: str, id_column: str = "id") -> None:
     """Writes a dataset; `read` returns the same conversations, ids and extra columns from it.
 
     Args:
@@ -193,6 +251,7 @@ def write(examples: Sequence[Example], path: str | Path, format: str) -> None:
       path: for the row formats a .json, .jsonl or .parquet file, which is replaced; for tfds a directory that
         does not exist or is empty.
       format: alpaca, sharegpt, messages, prompt_completion; parquet (messages in a .parquet file); tfds.
+      id_column: gets the user's own ids.
 
     Raises:
       DataError: there are no examples, the path's ending does not fit the format, or the path is not
@@ -216,7 +275,9 @@ def write(examples: Sequence[Example], path: str | Path, format: str) -> None:
 
             tfds_format.write(examples, path)
             return
-        rows = to_rows(examples, "messages" if format == "parquet" else format)
+        rows = to_rows(examples, "messages" if format == "parquet" else format, id_column)
+        if path.suffix.lower() == ".parquet":
+            rows = uniform(rows)
         write_rows = {".json": write_json, ".jsonl": write_jsonl, ".parquet": _write_parquet}
         write_rows[path.suffix.lower()](path, rows)
     except OSError as e:
@@ -227,92 +288,19 @@ def _rows(path: str) -> Iterator[tuple[str, Any] | Rejection]:
     """All rows with their places, as they are read. A line that is not JSON becomes a Rejection."""
     if named := _NAMED.fullmatch(path):
         kind, name, split = named.groups()
-        yield from _numbered(_tfds_rows(name, split) if kind == "tfds" else hf_format.rows(name, split))
+        yield from numbered(_tfds_rows(name, split) if kind == "tfds" else hf_format.rows(name, split))
         return
     if path.startswith(("tfds:", "hf:")):
         kind = path.partition(":")[0]
         form = "tfds:NAME:SPLIT" if kind == "tfds" else "hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"
         raise DataError(f"{path} names no split; write {form}, as in {path}:train")
-    file = Path(path)
-    ending = file.suffix.lower()
-    if file.is_dir():
-        is_tfds = (file / "features.json").is_file()
-        yield from _numbered(_tfds_rows(path, "train") if is_tfds else hf_format.rows(path, "train"))
-    elif not file.exists():
-        raise DataError(
-            f"there is no file {path}; give a {', '.join(_ENDINGS)}, tfds:NAME:SPLIT or hf:NAME:SPLIT"
-        )
-    elif ending == ".jsonl":
-        yield from _jsonl_rows(file)
-    elif ending == ".json":
-        yield from _numbered(iter(_json_rows(file)))
-    elif ending == ".parquet":
-        yield from _numbered(_parquet_rows(file))
+    folder = Path(path).expanduser()
+    if folder.is_dir() and (folder / "features.json").is_file():
+        yield from numbered(_tfds_rows(path, "train"))
+    elif folder.is_dir() and not is_readable_folder(folder):
+        yield from numbered(hf_format.rows(path, "train"))
     else:
-        raise DataError(f"{path}: a dataset file must end in {', '.join(_ENDINGS)}")
-
-
-def _numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"row {n}", row) for n, row in enumerate(rows, 1))
-
-
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any] | Rejection]:
-    with file.open("rb") as stream:  # as bytes: only \n ends a line, and one bad byte spoils one line
-        for n, line in enumerate(stream, 1):
-            line = line.removeprefix(codecs.BOM_UTF8) if n == 1 else line
-            if not line.strip():
-                continue
-            where = f"{file}:{n}"
-            try:
-                yield where, json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as e:
-                reason = f"not UTF-8: byte 0x{line[e.start]:02x} at column {e.start + 1}"
-            except json.JSONDecodeError as e:
-                reason = f"broken JSON: {e.msg} (column {e.colno})"
-            except (ValueError, RecursionError) as e:  # digits or depth beyond the parser's limits
-                reason = f"JSON beyond the limits of the parser: {e}"
-            else:
-                continue
-            yield Rejection(where, reason, line.decode("utf-8", "backslashreplace").rstrip("\r\n"))
-
-
-def _json_rows(file: Path) -> list[Any]:
-    content = file.read_bytes()
-    if not content.removeprefix(codecs.BOM_UTF8).strip():
-        return []
-    try:
-        value = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as e:
-        line = content.count(b"\n", 0, e.start) + 1
-        raise DataError(
-            f"{file}:{line}: not UTF-8 (byte 0x{content[e.start]:02x}); convert the file to UTF-8"
-        ) from e
-    except json.JSONDecodeError as e:
-        is_jsonl = e.msg == "Extra data"
-        hint = (
-            "a file with one JSON value per line must be a .jsonl file"
-            if is_jsonl
-            else "correct the file there"
-        )
-        raise DataError(f"{file}: broken JSON at line {e.lineno}, column {e.colno}: {e.msg}; {hint}") from e
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{file}: JSON beyond the limits of the parser: {e}") from e
-    if isinstance(value, dict):
-        lists = [value[key] for key in ("data", "rows") if isinstance(value.get(key), list)]
-        value = lists[0] if len(lists) == 1 else value
-    if not isinstance(value, list):
-        raise DataError(
-            f"{file}: must contain a list of rows, or an object with one such list as `data` or `rows`"
-        )
-    return value
-
-
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with pq.ParquetFile(file) as stream:
-            yield from arrow_rows(stream.iter_batches(batch_size=4096), stream.schema_arrow)
-    except pa.ArrowException as e:
-        raise DataError(f"{file}: not a readable Parquet file: {e}") from e
+        yield from rows_of_files(files_at(path))
 
 
 def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -12,15 +12,23 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jinja2
 
 from middo_jax.data.example import Example, Message, Role
-from middo_jax.data.templates import TemplateError, template_arguments
+from middo_jax.data.templates import TemplateError, control_tokens, template_arguments
+from middo_jax.data.tools import names_of, parts_of, rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# What a template raises by itself, and what its expressions raise.
+_FAULTS = (
+    *(jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError),
+    *(MemoryError, RecursionError),
+)
 
 
 class Span(NamedTuple):
@@ -42,22 +50,29 @@ class Span(NamedTuple):
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+    tools: str = "",
 ) -> str:
-    """The text of a conversation by the tokenizer's chat template.
+    """The text of a conversation by the tokenizer's chat template; `tools`: see `Example.tools`.
 
     Raises:
       TemplateError: the template refuses these turns.
     """
     try:
         text = tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.content} for m in messages],
+            [{"role": m.role, "content": m.content, **parts_of(m.tool)} for m in messages],
+            tools=cast(Any, rendered(tools) or None),  # the stub expects a wider list
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **template_arguments(tokenizer),
         )
-    except jinja2.TemplateError as e:
-        raise TemplateError(f"the chat template refuses a conversation of {len(messages)} turns: {e}") from e
+    except _FAULTS as e:
+        said = (str(e) or type(e).__name__)[:300]
+        raise TemplateError(
+            f"the chat template refuses a conversation of {len(messages)} turns: {said}"
+        ) from e
     assert isinstance(text, str)
     return text
 
@@ -68,6 +83,8 @@ def locate(tokenizer: PreTrainedTokenizerBase, text: str, example: Example) -> l
     Raises:
       TemplateError: the text does not contain a turn as it is.
     """
+    if example.has_tools:  # calls are rendered from other fields than the content
+        return _by_rendering(tokenizer, text, example)
     try:
         return _layout(tokenizer, tuple(m.role for m in example.messages)).locate(text, example)
     except TemplateError:
@@ -144,30 +161,40 @@ def _layout(tokenizer: PreTrainedTokenizerBase, roles: tuple[Role, ...]) -> _Lay
     return _Layout((*pieces, rest), tuple(openings), tuple(closings))
 
 
-def _generation_prompt(tokenizer: PreTrainedTokenizerBase, text: str, messages: Sequence[Message]) -> int:
+def _generation_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, messages: Sequence[Message], tools: str = ""
+) -> int:
     """The length of the prompt that asks for an answer to some messages;
 
     `text` must begin with that prompt.
     """
-    prompt = render(tokenizer, messages, add_generation_prompt=True)
+    prompt = render(tokenizer, messages, add_generation_prompt=True, tools=tools)
     if not text.startswith(prompt):
         raise TemplateError("the chat template's generation prompt differs from the text before an answer")
     return len(prompt)
 
 
 def _closing(
-    tokenizer: PreTrainedTokenizerBase, following: str, messages: Sequence[Message], mark: str
+    tokenizer: PreTrainedTokenizerBase,
+    following: str,
+    messages: Sequence[Message],
+    mark: str,
+    tools: str = "",
 ) -> int:
     """`Span.closing` of the last of some marked messages; `following` is the rendered text after that answer.
 
     Text that the template also writes when the conversation ends with this answer belongs to this turn. The
     opening of the next turn does not, unless only white space is between it and the answer.
     """
-    own = render(tokenizer, messages).rpartition(mark)[2]
-    shared = sum(
-        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, following, strict=False))
-    )
+    own = render(tokenizer, messages, tools=tools).rpartition(mark)[2]
+    shared = _n_shared(own, following)
     return max(shared, len(following) - len(following.lstrip()) + 1)
+
+
+def _n_shared(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 _OPENING = 64  # characters of a generation prompt that may begin the answer
@@ -183,19 +210,27 @@ def _by_rendering(tokenizer: PreTrainedTokenizerBase, text: str, example: Exampl
     within a turn may differ, and an answer before the last one may lack its reasoning. All other text must be
     there.
     """
-    everything = "".join(m.content for m in example.messages)
+    everything, tools = "".join(m.content for m in example.messages), example.tools
     mark = next(m for n in itertools.count() if (m := f"\ue000{n}\ue001") not in everything)
     spans = []
     for turn, message in enumerate(example.messages):
         ahead, later = example.messages[:turn], example.messages[turn + 1 :]
-        ended = Message(message.role, message.content + mark)
-        _, found, tail = render(tokenizer, [*ahead, ended, *later]).partition(mark)
+        if message.role == "assistant" and message.tool:
+            spans.append(_call_span(tokenizer, text, example, turn))
+            continue
+        ended = dataclasses.replace(message, content=message.content + mark)
+        _, found, tail = render(tokenizer, [*ahead, ended, *later], tools=tools).partition(mark)
+        if message.role == "tool":  # it may be shown as JSON, and no token of it is learnt or the user's
+            if not found:
+                raise _changed(example, turn)
+            spans.append(Span(len(text) - len(tail), len(text) - len(tail)))
+            continue
         stop = len(text) - len(tail)
         if not found or mark in tail or not text.endswith(tail):
             raise _changed(example, turn)
         wanted = "".join(message.content.split())
         if message.role == "assistant":
-            start = _generation_prompt(tokenizer, text, ahead)
+            start = _generation_prompt(tokenizer, text, ahead, tools)
             shown = "".join(text[start:stop].split())
             # The generation prompt may write the answer's first words itself, such as `<think>`.
             with_opening = "".join(text[max(0, start - _OPENING) : stop].split())
@@ -204,13 +239,49 @@ def _by_rendering(tokenizer: PreTrainedTokenizerBase, text: str, example: Exampl
                 and wanted.endswith(shown)
                 and _END_OF_REASONING.search(wanted.removesuffix(shown)) is not None
             )
-            closing = _closing(tokenizer, text[stop:], [*ahead, ended], mark)
+            closing = _closing(tokenizer, text[stop:], [*ahead, ended], mark, tools)
         else:
             begun = Message(message.role, mark + message.content)
-            head, found, _ = render(tokenizer, [*ahead, begun, *later]).partition(mark)
+            head, found, _ = render(tokenizer, [*ahead, begun, *later], tools=tools).partition(mark)
             start, closing = len(head), 0
             kept = bool(found) and text.startswith(head) and "".join(text[start:stop].split()) == wanted
         if start > stop or not kept:
             raise _changed(example, turn)
         spans.append(Span(start, stop, closing=closing))
     return spans
+
+
+def _call_span(tokenizer: PreTrainedTokenizerBase, text: str, example: Example, turn: int) -> Span:
+    """The span of an assistant's turn that calls tools: from the generation prompt to its last control token.
+
+    Raises:
+      TemplateError: the template does not show the turn's calls.
+    """
+    message, ahead, tools = example.messages[turn], example.messages[:turn], example.tools
+    start = _generation_prompt(tokenizer, text, ahead, tools)
+    own = render(tokenizer, [*ahead, message], tools=tools)
+    shown = own[start : max(start, _n_shared(own, text))]
+    ends = [at for token in control_tokens(tokenizer) if (at := shown.rfind(token)) >= 0]
+    stop = max(ends) if ends else len(shown.rstrip())
+    calls = parts_of(message.tool)["tool_calls"]
+    wanted = [*(call["function"]["name"] for call in calls), "".join(message.content.split())]
+    if any(piece not in "".join(shown[:stop].split()) for piece in wanted):
+        raise TemplateError(
+            f"the chat template does not show the tool calls of turn {turn + 1}; use a model whose template "
+            "does, or set model.template"
+        )
+    return Span(start, start + stop, closing=len(shown) - stop)
+
+
+def require_tools(text: str, example: Example) -> None:
+    """Requires that a rendered text shows the tools of its example.
+
+    Raises:
+      TemplateError: it does not.
+    """
+    missing = [name for name in names_of(example.tools) if name not in text]
+    if missing:
+        raise TemplateError(
+            f"the chat template does not show the tool {missing[0]!r} of column 'tools'; use a model whose "
+            "template does, set model.template, or remove the column"
+        )

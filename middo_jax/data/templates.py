@@ -8,6 +8,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from middo_jax.data.template_limits import fault_of
+from middo_jax.rundir.nesting import require_flat
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -65,6 +68,23 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> No
         raise TemplateError(f"model.template: {name} is not a text file in UTF-8: {e}") from e
 
 
+def require_bounded(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tries a tokenizer's chat template in a process of its own, see `template_limits`.
+
+    Raises:
+      TemplateError: it takes too much time, memory or output.
+    """
+    own = tokenizer.chat_template
+    texts = own.values() if isinstance(own, dict) else [own]
+    tokens = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    for text in texts:
+        if text and (fault := fault_of(str(text), tokens)) is not None:
+            raise TemplateError(
+                f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} cannot be used: {fault}; "
+                "set model.template"
+            )
+
+
 # Put in front of a template: a macro that replaces `strftime_now`, so that it prints the pinned day.
 _PINNED = (
     "{%- macro strftime_now(format) -%}{%- set pinned = namespace(text=format) -%}"
@@ -120,7 +140,9 @@ def declared_ends(directory: str | Path) -> frozenset[int]:
         path = Path(directory) / name
         if str(directory) and path.is_file():
             try:
-                named = dict(json.loads(path.read_text(encoding="utf-8"))).get("eos_token_id")
+                text = path.read_bytes()
+                require_flat(text)
+                named = dict(json.loads(text.decode())).get("eos_token_id")
             except (ValueError, TypeError) as e:
                 raise TemplateError(f"{path}: not a JSON object: {e}") from e
             return frozenset(i for i in (named if isinstance(named, list) else [named]) if type(i) is int)

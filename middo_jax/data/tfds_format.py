@@ -85,8 +85,11 @@ def write(examples: Sequence[Example], path: Path) -> None:
     """Writes a directory for `tfds.builder_from_directory`, whole or not at all; its only split is `train`.
 
     Raises:
+      DataError: tools are used.
       OSError: the directory cannot be made, or is not empty.
     """
+    if any(example.has_tools for example in examples):
+        raise DataError("tfds has no place for tools; write messages instead")
     records = []
     for example, row in zip(examples, to_rows(examples, "messages"), strict=True):
         messages = [{"weight": 1, **turn} for turn in row.pop("messages")]

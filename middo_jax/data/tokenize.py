@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from middo_jax.data.example import Example, Message
-from middo_jax.data.spans import locate, render
+from middo_jax.data.long_texts import Encoded, encode_around, is_long
+from middo_jax.data.spans import locate, render, require_tools
 from middo_jax.data.templates import (
     TemplateError,
     control_tokens,
     declared_ends,
     pin_date,
+    require_bounded,
     set_template,
 )
 
@@ -67,12 +69,22 @@ def load_tokenizer(
     # Not at the top: `middo select` imports this module and must start without transformers.
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as error:  # the libraries raise whatever a damaged file leads to, Exception itself too
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise TemplateError(
+            f"{directory}: its tokenizer cannot be loaded: {said}. It must be a Hugging Face tokenizer with "
+            "a whole tokenizer.json"
+        ) from error
     if not tokenizer.is_fast:
         raise TemplateError(
             f"{directory}: a fast tokenizer (tokenizer.json) is needed to find where answers start"
         )
+    if not tokenizer.get_vocab():
+        raise TemplateError(f"{directory}: its tokenizer has no tokens; tokenizer.json is empty or damaged")
     set_template(tokenizer, template)
+    require_bounded(tokenizer)
     if date is not None:
         pin_date(tokenizer, date)
     return tokenizer
@@ -117,10 +129,12 @@ def steering_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 def refusal(example: Example, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Why an example cannot be used with this tokenizer, or None if it can. The text is only rendered."""
     for token in sorted(steering_tokens(tokenizer)):
-        if any(token in message.content for message in example.messages):
+        if any(token in text for message in example.messages for text in (message.content, message.tool)):
             return f"its text contains the model's control token {token}"
     try:
-        locate(tokenizer, render(tokenizer, example.messages), example)
+        text = render(tokenizer, example.messages, tools=example.tools)
+        require_tools(text, example)
+        locate(tokenizer, text, example)
     except TemplateError as e:
         return str(e)
     return None
@@ -148,19 +162,42 @@ def tokenize_all(
 ) -> list[TokenizedExample]:
     """`tokenize` for many examples; the tokenizer spreads them over the host's cores.
 
+    Of a text that is far longer than `max_length`, only the parts that can remain are tokenized, see
+    `long_texts`.
+
     Raises:
       TemplateError: see `tokenize`.
     """
     tokenized: list[TokenizedExample] = []
     for start in range(0, len(examples), _TEXTS_AT_A_TIME):
         some = examples[start : start + _TEXTS_AT_A_TIME]
-        texts = [render(tokenizer, example.messages) for example in some]
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        columns = (encoded["input_ids"], encoded["offset_mapping"])
-        for example, text, tokens, offsets in zip(some, texts, *columns, strict=True):
+        texts = [render(tokenizer, example.messages, tools=example.tools) for example in some]
+        parts = [_parts(*pair, tokenizer, max_length) for pair in zip(some, texts, strict=True)]
+        whole = [text for text, part in zip(texts, parts, strict=True) if part is None]
+        encoded = _encode_all(whole, tokenizer)
+        for example, text, part in zip(some, texts, parts, strict=True):
+            tokens, offsets = next(encoded) if part is None else part
             marked = _mark(example, text, tokens, offsets, tokenizer)
             tokenized.append(truncate(marked, max_length))
     return tokenized
+
+
+def _encode_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Encoded]:
+    if not texts:
+        return
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    yield from map(Encoded, encoded["input_ids"], encoded["offset_mapping"])
+
+
+def _parts(
+    example: Example, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Encoded | None:
+    """The tokens of a long text that its cut can keep; None if the text is not long, or has no answer."""
+    if not is_long(text, max_length):
+        return None
+    pairs = zip(example.messages, locate(tokenizer, text, example), strict=True)
+    answers = [span.start - span.opening for m, span in pairs if m.role == "assistant" and m.learnt]
+    return encode_around(tokenizer, text, answers[-1], max_length) if answers else None
 
 
 def _mark(

@@ -79,6 +79,37 @@ def trie(texts: Sequence[np.ndarray]) -> tuple[Tree, list[int]]:
     return Tree(*(np.asarray(column, np.int32) for column in (tokens, positions, until))), ends
 
 
+def forest(texts: Sequence[np.ndarray]) -> tuple[Tree, list[np.ndarray]]:
+    """One tree, or several side by side, of any texts; and the places of each text's tokens in it.
+
+    Neighbours share their common beginning, so sorted texts share most. Unlike in `trie`, a text may equal
+    another one or be its beginning, and the texts need not begin alike.
+
+    [1 2], [1 2 3], [1 4], [5]  ->  tokens [1 2 3 4 5], positions [0 1 2 1 0], until [4 3 3 4 5],
+                                    places [0 1], [0 1 2], [0 3], [4]
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    until: list[int] = []
+    places: list[np.ndarray] = []
+    path: list[int] = []  # the places of the last text
+    last = np.zeros(0, np.int32)
+    for text in texts:
+        shared = common_prefix([last, text])
+        for place in path[shared:]:
+            until[place] = len(tokens)
+        new = len(text) - shared
+        path = [*path[:shared], *range(len(tokens), len(tokens) + new)]
+        tokens.extend(text[shared:].tolist())
+        positions.extend(range(shared, len(text)))
+        until.extend([0] * new)
+        places.append(np.asarray(path, np.int32))
+        last = text
+    for place in path:
+        until[place] = len(tokens)
+    return Tree(*(np.asarray(column, np.int32) for column in (tokens, positions, until))), places
+
+
 def common_prefix(texts: Sequence[np.ndarray]) -> int:
     """The number of tokens that all texts share at the beginning."""
     shortest = min(map(len, texts), default=0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from middo_jax.data.tools import CALL_ROLES, RESULT_ROLES, ToolError, calls_in, calls_of, of_calls, of_result
+
 Row = dict[str, Any]
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 _KINDS = {
     dict: "an object",
@@ -20,9 +22,11 @@ _ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
+    **dict.fromkeys(sorted(CALL_ROLES), "assistant"),
+    **dict.fromkeys(sorted(RESULT_ROLES), "tool"),
 }
-_TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython"}
-_TOOL_FIELDS = {"tool_calls", "function_call", "tool_call_id"}
+_CALL_FIELDS = {"tool_calls", "function_call"}
+_RESULT_FIELDS = {"tool_call_id", "name"}
 # Fields of a turn. The value 0 or false means that the answer is not learnt.
 _WEIGHTS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
 SYSTEM_COLUMNS = frozenset({"system", "system_prompt", "system_message"})
@@ -39,6 +43,7 @@ class Turn(NamedTuple):
     content: str
     unkept: frozenset[str] = frozenset()
     learnt: bool = True
+    tool: str = ""
 
 
 def kind_of(value: Any) -> str:
@@ -83,17 +88,34 @@ def turn_list(row: Row, column: str, role_key: str, text_key: str) -> list[Turn]
         if not isinstance(named, str):
             raise RowError(f"turn {n}: {role_key!r} must be text, not {kind_of(named)}")
         role = named.strip().lower()
-        if role in _TOOL_ROLES or not _TOOL_FIELDS.isdisjoint(fields):
-            raise RowError(f"turn {n} uses a tool ({named!r}), which is not supported")
         if role not in _ROLES:
-            raise RowError(f"turn {n} has the unknown role {named[:40]!r}; known: {', '.join(_ROLES)}")
+            raise RowError(
+                f"turn {n} has the unknown role {named[:40]!r}; say what it is, as in data.roles="
+                f"'{{{named[:40]}: user}}'; known: {', '.join(_ROLES)}"
+            )
         weights = {key: weight for key in _WEIGHTS if (weight := _weight(fields.get(key))) is not None}
         # Other turns are never learnt, so a weight of 0 there may be meant for another turn: it is reported.
         kept = {key for key, weight in weights.items() if weight or _ROLES[role] == "assistant"}
-        unkept = frozenset(fields.keys() - kept)
+        try:
+            tool, text, used = _tool_of(role, text, fields)
+        except ToolError as e:
+            raise RowError(f"turn {n}: {e}") from e
+        unkept = frozenset(fields.keys() - kept - used)
         content = content_of(text, f"turn {n}: {text_key!r}")
-        turns.append(Turn(_ROLES[role], content, unkept, all(weights.values())))
+        turns.append(Turn(_ROLES[role], content, unkept, all(weights.values()), tool))
     return turns
+
+
+def _tool_of(role: str, text: Any, fields: Row) -> tuple[str, Any, set[str]]:
+    """(`Turn.tool`, the turn's text without calls, the fields that are used)."""
+    if _ROLES[role] == "tool":
+        return of_result(fields), text, _RESULT_FIELDS
+    if _ROLES[role] != "assistant":
+        return "", text, set()
+    calls = calls_of(fields)
+    if role in CALL_ROLES and not calls:  # ShareGPT has the call as the turn's text
+        return of_calls(calls_in(content_of(text, "a tool call"))), "", set()
+    return of_calls(calls), "" if text is None and calls else text, _CALL_FIELDS
 
 
 def _weight(value: Any) -> bool | None:

@@ -4,184 +4,56 @@
         future = engine.submit(Request(prompt_tokens, max_tokens=256))
         future.result().tokens
 
-The KV cache has `max_batch` slots. A prompt is prefilled into a free slot in chunks. Between the chunks, all
-slots with a complete prompt are decoded together, one token per step, so no answer waits for a long prompt. A
-finished slot is refilled before the next step. If another slot already contains whole chunks of a prompt,
-they are copied instead of computed: requests with a common prefix, such as a refiner's, share that work.
+One cache has `max_batch` slots. A prompt is read into a free slot in chunks; between the chunks all slots
+that are being answered are decoded together, one token per step, so that no answer waits for a long
+prompt. A slot that ends is refilled before the next step. Whole chunks of a prompt that are still in some
+slot are copied instead of read: requests that begin alike, such as a refiner's, share that work.
 
-A request's answer depends only on the request, bit for bit: not on its slot, the other requests or the time
-of its arrival. A chunk starts at a multiple of its length and attends only to earlier positions, so a copied
-chunk equals the computed one.
-Axes: docs/contributing.md#axes; b is a slot, p a position in it, e head dimension.
+A request's answer depends on the request alone, to the bit: not on its slot, not on other requests,
+not on when it came. A chunk starts at a multiple of its length and sees only what is before it, so that a
+copied one is equal to a computed one.
+
+An error fails the request that caused it and no other. If several requests were being answered, nothing
+shows which one caused it: each is answered again from its beginning, alone, and the one that fails alone has
+failed. Since an answer depends on its request alone, the others get the tokens that they would have got.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import dataclasses
-import functools
 import itertools
+import logging
 import threading
+import traceback
 from collections import deque
-from collections.abc import Iterable
-from typing import Generic, Literal, NamedTuple, Self, TypeVar
+from collections.abc import Hashable, Iterable
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from middo_jax.inference.sampling import Request, Sampling, sample
-from middo_jax.models.config import DecoderConfig
-from middo_jax.models.decoder import KVCache, empty_cache
+from middo_jax.inference.fair_queue import FairQueue
+from middo_jax.inference.logprobs import rows
+from middo_jax.inference.programs import (
+    CHUNK,
+    SHORTEST_CHUNK,
+    PromptChunk,
+    copy_chunks,
+    decode,
+    made_cache,
+    mesh_of,
+    prefill,
+)
+from middo_jax.inference.sampling import HOTTEST, Request, Sampling
+from middo_jax.inference.slots import Answer, Completion, OnStep, Slot, Step
 from middo_jax.models.model import Params, Structure, bound
-from middo_jax.parallel.mesh import fitting_spec
 
-# Tokens of a prompt that are prefilled at a time, and the minimum padded length of the last chunk.
-CHUNK, SHORTEST_CHUNK = 128, 32
-# Chunks between two decode steps: more chunks fill free slots sooner, fewer delay running answers less.
+# Chunks between two decode steps: more fill free slots sooner, fewer keep the answers in progress flowing.
 CHUNKS_PER_STEP = 4
 
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """An answer. `tokens` excludes the stop token; "length": max_tokens or the context was reached."""
-
-    tokens: list[int]
-    finish_reason: Literal["stop", "length"]
-
-
-Array = TypeVar("Array")  # numpy's on the host, JAX's inside the program
-
-
-class PromptChunk(NamedTuple, Generic[Array]):
-    """A part of a prompt and its place in the cache.
-
-    Attributes:
-      tokens_1t: int32 token IDs, padded on the right.
-      start: position of the first token in its slot.
-      n_tokens: number of tokens without padding.
-      slot: row of the cache.
-    """
-
-    tokens_1t: Array
-    start: Array
-    n_tokens: Array
-    slot: Array
-
-
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def prefill(
-    graphdef: Structure, params: Params, cache: KVCache, chunk: PromptChunk[jax.Array], sampling: Sampling
-) -> tuple[jax.Array, KVCache]:
-    """Prefills one chunk of a prompt into its slot.
-
-    Returns:
-      (the token [1] that follows the chunk, the cache).
-    """
-    model = bound(graphdef, params)
-    positions_1t = chunk.start + jnp.arange(chunk.tokens_1t.shape[1])[None]
-    hidden_1td, cache = model.hidden_cached(chunk.tokens_1t, positions_1t, cache, chunk.slot)
-    last_1d = jax.lax.dynamic_index_in_dim(hidden_1td, chunk.n_tokens - 1, axis=1, keepdims=False)
-    return sample(model.unembed(last_1d), sampling), _in_place(cache)
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def copy_chunks(cache: KVCache, source: jax.Array, target: jax.Array, n_chunks: jax.Array) -> KVCache:
-    """Copies the first chunks of one slot to another."""
-
-    def copy(index: jax.Array, cache: KVCache) -> KVCache:
-        at = index * CHUNK + jnp.arange(CHUNK)
-        # Gather and scatter: XLA would all-gather the sharded slot axis for a dynamic slice.
-        return KVCache(*(x_lbpke.at[:, target, at].set(x_lbpke[:, source, at]) for x_lbpke in cache))
-
-    return _in_place(jax.lax.fori_loop(0, n_chunks, copy, cache))
-
-
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def decode(
-    graphdef: Structure,
-    params: Params,
-    cache: KVCache,
-    tokens_b: jax.Array,
-    positions_b: jax.Array,
-    sampling: Sampling,
-) -> tuple[jax.Array, KVCache]:
-    """Decodes one token per slot; the position of an idle slot is the cache's length.
-
-    Returns:
-      (the next token [b], the cache).
-    """
-    model = bound(graphdef, params)
-    hidden_b1d, cache = model.hidden_cached(tokens_b[:, None], positions_b[:, None], cache)
-    return sample(model.unembed(hidden_b1d[:, 0]), sampling), _in_place(cache)
-
-
-_CACHE_AXES = (None, "batch", None, "kv_heads", None)  # layers, slots, positions, heads, head dimension
-
-
-def _in_place(cache: KVCache) -> KVCache:
-    """Constrains the cache to its usual sharding, so that donation can reuse its memory."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return cache
-    spec = fitting_spec(mesh, cache.keys.shape, *_CACHE_AXES)
-    return KVCache(*(jax.lax.with_sharding_constraint(x_lbpke, spec) for x_lbpke in cache))
-
-
-def _mesh_of(params: Params) -> Mesh | None:
-    """Returns the mesh of the parameters; None if they are on a single device without a mesh."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return mesh if isinstance(mesh, Mesh) else None
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _made_cache(config: DecoderConfig, max_batch: int, max_context: int) -> KVCache:
-    return _in_place(empty_cache(config, max_batch, max_context))
-
-
-@dataclasses.dataclass
-class _Answer:
-    """A queued or running request, and its answer so far."""
-
-    request: Request
-    future: concurrent.futures.Future[Completion]
-    tokens: list[int] = dataclasses.field(default_factory=list)
-
-    @property
-    def chunks(self) -> list[tuple[int, ...]]:
-        """The prompt's whole chunks, without the last token, which must always be computed."""
-        prompt = tuple(self.request.prompt_tokens)
-        return [prompt[start : start + CHUNK] for start in range(0, len(prompt) - CHUNK, CHUNK)]
-
-
-@dataclasses.dataclass(eq=False)  # two slots are never the same one
-class _Slot:
-    """A row of the cache.
-
-    Attributes:
-      answer: the answer that uses the row; None if the row is free.
-      n_read: number of tokens of the prompt that are in the cache.
-      chunks: the whole chunks at the row's start, of this prompt or of the previous one.
-      used: sequence number of the last request that got the row.
-    """
-
-    answer: _Answer | None = None
-    n_read: int = 0
-    chunks: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
-    used: int = 0
-
-    @property
-    def decoding(self) -> _Answer | None:
-        """Its answer, if the prompt is complete, else None."""
-        return self.answer if self.answer is not None and self.answer.tokens else None
-
-    def shared(self, chunks: list[tuple[int, ...]]) -> int:
-        """Returns the number of leading chunks that it has in common with a prompt."""
-        pairs = zip(self.chunks, chunks, strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+_LOG = logging.getLogger(__name__)
 
 
 class Engine:
@@ -210,13 +82,14 @@ class Engine:
         self.max_context = max_context
         self._graphdef = graphdef
         self._params = params
-        self._mesh = _mesh_of(params)
+        self._mesh = mesh_of(params)
         with self._on_mesh():
-            self._cache = _made_cache(self.config, max_batch, max_context)
-        self._slots = [_Slot() for _ in range(max_batch)]
-        self._reading: deque[_Slot] = deque()  # slots with an incomplete prompt, the oldest first
+            self._cache = made_cache(self.config, max_batch, max_context)
+        self._slots = [Slot() for _ in range(max_batch)]
+        self._reading: deque[Slot] = deque()  # slots whose prompt is not read yet, the oldest first
         self._begun = itertools.count(1)
-        self._queue: deque[_Answer] = deque()
+        self._queue: FairQueue[Answer] = FairQueue()
+        self._alone: deque[Answer] = deque()  # to be answered again, one by one, before the queue
         self._changed = threading.Condition()
         self._ended: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="middo-engine", daemon=True)
@@ -224,22 +97,30 @@ class Engine:
 
     @property
     def is_running(self) -> bool:
-        """Whether the engine accepts requests: it is not closed and has not failed."""
+        """Whether requests are taken: not closed, and the device is not lost."""
         return self._ended is None
 
-    def submit(self, request: Request) -> concurrent.futures.Future[Completion]:
+    def submit(
+        self, request: Request, on_step: OnStep | None = None, group: Hashable = None
+    ) -> concurrent.futures.Future[Completion]:
         """Queues a request. Cancelling the future frees its place in the queue or its slot.
+
+        Args:
+          request: what is asked.
+          on_step: is called with each token, on the engine's thread: it must return at once. An exception
+            fails the request.
+          group: requests of one group take turns with those of others; None is a group of its own.
 
         Raises:
           ValueError: the prompt is empty, too long or outside the vocabulary, or a setting is out of range.
           RuntimeError: the engine is closed or has failed.
         """
-        self._check(request)
-        answer = _Answer(request, concurrent.futures.Future())
+        self.check(request)
+        answer = Answer(request, concurrent.futures.Future(), on_step)
         with self._changed:
             if self._ended is not None:
                 raise RuntimeError(f"the engine takes no more requests: {self._ended}") from self._ended
-            self._queue.append(answer)
+            self._queue.push(answer, answer if group is None else group)
             self._changed.notify()
         return answer.future
 
@@ -264,21 +145,23 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raises ValueError, with the numbers, for a request that cannot be answered."""
         length, vocab_size = len(request.prompt_tokens), self.config.vocab_size
-        if not 0 < length < self.max_context:
+        longest = self.max_context - (request.max_tokens > 0)
+        if not 0 < length <= longest:
             raise ValueError(
-                f"the prompt has {length} tokens; it must have from 1 to {self.max_context - 1}, "
+                f"the prompt has {length} tokens; it must have from 1 to {longest}, "
                 f"since prompt and answer share a context of {self.max_context}"
             )
         if not (min(request.prompt_tokens) >= 0 and max(request.prompt_tokens) < vocab_size):
-            raise ValueError(f"the prompt holds token ids outside the vocabulary of {vocab_size}")
-        if request.max_tokens < 1:
-            raise ValueError(f"max_tokens={request.max_tokens} must be at least 1")
-        if not (request.temperature >= 0 and 0 < request.top_p <= 1 and request.top_k >= 0):
+            raise ValueError(f"the prompt has token ids outside the vocabulary of {vocab_size}")
+        if request.max_tokens < (0 if request.prompt_logprobs else 1):
+            raise ValueError(f"max_tokens={request.max_tokens} must be at least 1, or 0 with prompt_logprobs")
+        if not (0 <= request.temperature <= HOTTEST and 0 < request.top_p <= 1 and request.top_k >= 0):
             raise ValueError(
-                f"temperature={request.temperature} must be >= 0, top_p={request.top_p} in (0, 1], "
-                f"top_k={request.top_k} >= 0"
+                f"temperature={request.temperature} must be from 0 to {HOTTEST}, "
+                f"top_p={request.top_p} in (0, 1], top_k={request.top_k} >= 0"
             )
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
@@ -286,17 +169,24 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with self._on_mesh():  # JAX's mesh context is per thread
+            with self._on_mesh():  # a thread has its own mesh
                 while self._wait():
-                    self._admit()
-                    self._read()
-                    self._step()
-        except BaseException as error:  # after any error, waiting requests must fail instead of blocking
+                    try:
+                        self._admit()
+                        self._read()
+                        self._step()
+                    except Exception as error:
+                        self._recover(error)
+        except BaseException as error:  # whatever it is, nobody may wait for ever
             self._end(error)
-        for answer in (*self._queue, *(slot.answer for slot in self._slots)):
-            if answer is not None and answer.future.set_running_or_notify_cancel():
-                answer.future.set_exception(self._ended or RuntimeError("the engine has ended"))
-        del self._params, self._cache  # frees their memory even if the engine object lives on
+        with self._changed:
+            left = (*self._alone, *self._queue, *(slot.answer for slot in self._slots))
+        for answer in left:
+            if answer is not None:
+                answer.fail(self._ended or RuntimeError("the engine has ended"))
+        # The memory is free once the engine is closed; the cache is absent if it could not be made again.
+        self.__dict__.pop("_cache", None)
+        del self._params
 
     def _end(self, reason: BaseException) -> None:
         with self._changed:
@@ -306,31 +196,72 @@ class Engine:
     def _wait(self) -> bool:
         """Sleeps until there is work; False if the engine has ended."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._queue or any(s.answer for s in self._slots))
+            self._changed.wait_for(
+                lambda: self._ended or self._queue or self._alone or any(slot.answer for slot in self._slots)
+            )
             return self._ended is None
 
+    def _recover(self, error: Exception) -> None:
+        """Fails the only request in progress, or has several answered again; makes an empty cache.
+
+        Raises:
+          Exception: no request was in progress, or no cache can be made: the engine ends.
+        """
+        active = [slot.answer for slot in self._slots if slot.answer is not None]
+        if not active:
+            raise error
+        _LOG.error("the engine failed with %d requests in progress", len(active), exc_info=error)
+        if error.__traceback__ is not None:
+            traceback.clear_frames(error.__traceback__)  # they keep the old cache
+        self._slots = [Slot() for _ in self._slots]
+        self._reading.clear()
+        if len(active) == 1:
+            active[0].fail(error)
+        for answer in active if len(active) > 1 else ():
+            answer.restart()
+            self._alone.append(answer)
+        del self._cache  # donated to the program that failed, or its result
+        self._cache = made_cache(self.config, len(self._slots), self.max_context)
+        jax.block_until_ready(self._cache)
+
     def _admit(self) -> None:
-        """Assigns free slots to queued requests; each gets the slot that contains most of its prompt."""
+        """Gives free slots to waiting requests, each the one that has most of its prompt already."""
         for slot in self._slots:
             if slot.answer is not None and slot.answer.future.cancelled():
                 slot.answer = None
         self._reading = deque(slot for slot in self._reading if slot.answer is not None)
         free = [slot for slot in self._slots if slot.answer is None]
-        while free and self._queue:
-            answer = self._queue.popleft()
-            if answer.future.cancelled():
-                continue
+        while free and (answer := self._next_answer()) is not None:
             chunks = answer.chunks
             slot = max(free, key=lambda slot: (slot.shared(chunks), -slot.used))
-            source = max(self._slots, key=lambda slot: slot.shared(chunks))
-            n_shared = source.shared(chunks)
-            if slot.shared(chunks) < n_shared:
-                rows = (np.int32(self._slots.index(each)) for each in (source, slot))
-                self._cache = copy_chunks(self._cache, *rows, np.int32(n_shared))
+            # A copied chunk has no hidden states, and so no log-probabilities.
+            shareable = [] if answer.request.prompt_logprobs else chunks
+            source = max(self._slots, key=lambda slot: slot.shared(shareable))
+            n_shared = source.shared(shareable)
+            must_copy = slot.shared(shareable) < n_shared
             slot.answer, slot.n_read, slot.chunks = answer, n_shared * CHUNK, chunks[:n_shared]
             slot.used = next(self._begun)
             free.remove(slot)
             self._reading.append(slot)
+            if must_copy:
+                pair = (np.int32(self._slots.index(each)) for each in (source, slot))
+                self._cache = copy_chunks(self._cache, *pair, np.int32(n_shared))
+
+    def _next_answer(self) -> Answer | None:
+        """The next request to be answered; one that is to be alone waits for the others, and they for it."""
+        busy = [slot.answer for slot in self._slots if slot.answer is not None]
+        while self._alone and self._alone[0].future.cancelled():
+            self._alone.popleft()
+        if self._alone:
+            return None if busy else self._alone.popleft()
+        if any(answer.alone for answer in busy):
+            return None
+        with self._changed:
+            while self._queue:
+                answer = self._queue.pop()
+                if not answer.future.cancelled():
+                    return answer
+        return None
 
     def _read(self) -> None:
         """Prefills a few chunks of incomplete prompts, the oldest request first."""
@@ -339,20 +270,41 @@ class Engine:
                 return
             slot = self._reading[0]
             assert slot.answer is not None
-            answer, start = slot.answer, slot.n_read
-            prompt = answer.request.prompt_tokens
-            part = prompt[start : start + CHUNK]
-            tokens_1t = np.zeros((1, _padded(len(part))), np.int32)
-            tokens_1t[0, : len(part)] = part
-            row = self._slots.index(slot)
-            chunk = PromptChunk(tokens_1t, np.int32(start), np.int32(len(part)), np.int32(row))
-            sampling = Sampling.of([(answer.request, 0)])
-            next_1, self._cache = prefill(self._graphdef, self._params, self._cache, chunk, sampling)
-            slot.n_read += len(part)
-            slot.chunks = answer.chunks[: slot.n_read // CHUNK]
-            if slot.n_read == len(prompt):
-                self._reading.popleft()
-                self._append(slot, answer, int(next_1[0]))
+            request = slot.answer.request
+            chunk, n_tokens = self._chunk(slot, request), min(CHUNK, len(request.prompt_tokens) - slot.n_read)
+            following, of_prompt, self._cache = prefill(
+                self._graphdef, self._params, self._cache, chunk, Sampling.of([(request, 0)])
+            )
+            slot.n_read += n_tokens
+            slot.chunks = slot.answer.chunks[: slot.n_read // CHUNK]
+            is_read = slot.n_read == len(request.prompt_tokens)
+            if request.prompt_logprobs:
+                slot.answer.of_prompt += rows(of_prompt, n_tokens - is_read)
+            if not is_read:
+                continue
+            self._reading.popleft()
+            if request.max_tokens == 0:
+                slot.answer.finish("length")
+                slot.answer = None
+                continue
+            logprob = rows(following.logprobs, 1)[0] if request.logprobs else None
+            self._add(slot, slot.answer, Step(int(following.token_b[0]), logprob))
+
+    def _chunk(self, slot: Slot, request: Request) -> PromptChunk[Any]:
+        """The next part of a prompt."""
+        start = slot.n_read
+        part = request.prompt_tokens[start : start + CHUNK]
+        after = request.prompt_tokens[start + 1 : start + 1 + CHUNK]
+        tokens_1t, next_1t = np.zeros((2, 1, _padded(len(part))), np.int32)
+        tokens_1t[0, : len(part)], next_1t[0, : len(after)] = part, after
+        return PromptChunk(
+            tokens_1t,
+            next_1t,
+            start=np.int32(start),
+            n_tokens=np.int32(len(part)),
+            slot=np.int32(self._slots.index(slot)),
+            logprobs=np.bool_(request.prompt_logprobs),
+        )
 
     def _step(self) -> None:
         """Decodes one token for every slot with a complete prompt."""
@@ -363,30 +315,29 @@ class Engine:
         positions_b = np.full(len(answers), self.max_context, np.int32)
         for row, answer in enumerate(answers):
             if answer is not None:
-                tokens_b[row] = answer.tokens[-1]
-                positions_b[row] = len(answer.request.prompt_tokens) + len(answer.tokens) - 1
-        rows = [None if answer is None else (answer.request, len(answer.tokens)) for answer in answers]
-        next_b, self._cache = decode(
-            self._graphdef, self._params, self._cache, tokens_b, positions_b, Sampling.of(rows)
+                tokens_b[row] = answer.steps[-1].token
+                positions_b[row] = len(answer.request.prompt_tokens) + len(answer.steps) - 1
+        settings = [None if answer is None else (answer.request, len(answer.steps)) for answer in answers]
+        following, self._cache = decode(
+            self._graphdef, self._params, self._cache, tokens_b, positions_b, Sampling.of(settings)
         )
-        for slot, answer, token in zip(self._slots, answers, np.asarray(next_b), strict=True):
+        token_b = np.asarray(following.token_b).tolist()
+        wanted = any(answer is not None and answer.request.logprobs for answer in answers)
+        logprobs = rows(following.logprobs, len(answers)) if wanted else []
+        for row, (slot, answer) in enumerate(zip(self._slots, answers, strict=True)):
             if answer is not None:
-                self._append(slot, answer, int(token))
+                logprob = logprobs[row] if answer.request.logprobs else None
+                self._add(slot, answer, Step(token_b[row], logprob))
 
-    def _append(self, slot: _Slot, answer: _Answer, token: int) -> None:
-        """Adds a token to an answer. If that ends it, sets its result and frees its slot."""
-        request = answer.request
-        if token in request.stop_ids:
-            completion = Completion(answer.tokens, "stop")
-        else:
-            answer.tokens.append(token)
-            room = self.max_context - len(request.prompt_tokens)
-            if len(answer.tokens) < min(request.max_tokens, room):
-                return
-            completion = Completion(answer.tokens, "length")
-        slot.answer = None
-        if answer.future.set_running_or_notify_cancel():
-            answer.future.set_result(completion)
+    def _add(self, slot: Slot, answer: Answer, step: Step) -> None:
+        """Adds a token to an answer; frees its slot if that ends it."""
+        try:
+            ends = answer.add(step, self.max_context)
+        except Exception as error:  # of `on_step`: the caller's own
+            answer.fail(error)
+            ends = True
+        if ends:
+            slot.answer = None
 
 
 def _padded(n_tokens: int) -> int:

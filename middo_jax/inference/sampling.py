@@ -16,7 +16,10 @@ import numpy as np
 Numbers = jax.Array | np.ndarray  # numpy's on the host, JAX's inside a program
 
 COLDEST = 1e-4  # lowest temperature that is not greedy
-# Bisections for a sampling threshold: 2**-32 of the logits' range is below float32's resolution.
+HOTTEST = 100.0  # highest temperature; long before it, all tokens are equally likely
+TOP_LOGPROBS = 20  # likeliest tokens whose log-probabilities a request may ask for
+INT32_MAX = 2**31 - 1
+# Halvings that find a sampling threshold: 2**-32 of the logits' range is finer than float32 tells apart.
 BISECTIONS = 32
 
 
@@ -25,13 +28,15 @@ class Request:
     """A prompt and its sampling parameters.
 
     Attributes:
-      prompt_tokens: token IDs, at least one and fewer than the engine's max_context.
-      max_tokens: maximum length of the answer; the answer also ends when the context is full.
-      temperature: 0 means greedy.
-      top_p: samples from the smallest set of likeliest tokens with this total probability; 1 is off.
-      top_k: samples from the k likeliest tokens, applied before top_p; 0 is off.
+      prompt_tokens: token ids, at least one and fewer than the engine's max_context.
+      max_tokens: at most so many tokens; fewer where the context is full. 0 only with `prompt_logprobs`.
+      temperature: from 0 to HOTTEST; 0 takes the likeliest token, always.
+      top_p: sample from the likeliest tokens that hold this share of the probability; 1 is off.
+      top_k: sample from so many likeliest tokens, before top_p; 0 is off.
       seed: the same request with the same seed has the same answer; taken modulo 2**32.
-      stop_ids: IDs of tokens that end the answer.
+      stop_ids: tokens that end the answer.
+      logprobs: also return the log-probabilities of the answer's tokens.
+      prompt_logprobs: also return those of the prompt's tokens.
     """
 
     prompt_tokens: Sequence[int]
@@ -41,6 +46,8 @@ class Request:
     top_k: int = 0
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
+    logprobs: bool = False
+    prompt_logprobs: bool = False
 
 
 class Sampling(NamedTuple):
@@ -51,6 +58,7 @@ class Sampling(NamedTuple):
     top_k_b: Numbers
     seed_b: Numbers
     index_b: Numbers
+    logprobs_b: Numbers
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Request, int] | None]) -> Sampling:
@@ -60,9 +68,10 @@ class Sampling(NamedTuple):
         return cls(
             np.array([request.temperature for request, _ in filled], np.float32),
             np.array([request.top_p for request, _ in filled], np.float32),
-            np.array([request.top_k for request, _ in filled], np.int32),
+            np.array([min(request.top_k, INT32_MAX) for request, _ in filled], np.int32),
             np.array([request.seed % 2**32 for request, _ in filled], np.uint32),
             np.array([index for _, index in filled], np.int32),
+            np.array([request.logprobs for request, _ in filled], np.bool_),
         )
 
 

@@ -1,12 +1,13 @@
-"""The embedded endpoint: OpenAI's chat completions over an Engine.
+"""The embedded endpoint: OpenAI's chat completions and completions over an Engine.
 
     engine, tokenizer, eos_ids = load_engine(model_dir, settings)
     app = build_app(engine, tokenizer, "my-model", eos_ids)
     with engine, serve_in_background(app) as base_url:      # http://127.0.0.1:PORT/v1
         ...
 
-It offers what a refiner needs and says so where it is asked for more (streaming, n > 1). Errors have OpenAI's
-shape, so that its clients understand them. There is no authentication: loopback unless told otherwise.
+A request passes the guard (who asks, how much), is read into a model of its fields, tokenized on another
+thread, answered by the engine, and written as OpenAI's clients expect it. docs/serving.md says what is
+promised.
 """
 
 from __future__ import annotations
@@ -15,129 +16,92 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import secrets
-import socket
-import sys
-import threading
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
-import pydantic
-import uvicorn
 from jax.sharding import Mesh
-from pydantic import Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from middo_jax.config import ConfigError, ServeSettings
-from middo_jax.data.example import Message, Role
+from middo_jax.config import ServeSettings
+from middo_jax.data.example import Message
 from middo_jax.data.tokenize import TemplateError, eos_token_ids, load_tokenizer, tokenize_prompt
 from middo_jax.inference import sampling
-from middo_jax.inference.engine import Completion, Engine
+from middo_jax.inference.answers import ChatWriter, CompletionWriter, Writer
+from middo_jax.inference.engine import Engine
+from middo_jax.inference.errors import ApiError, show_error
+from middo_jax.inference.generation import Generation, while_connected
+from middo_jax.inference.guard import Access, Guard, read_body
+from middo_jax.inference.openapi import describe
+from middo_jax.inference.requests import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
+from middo_jax.inference.stream import EventStream
+from middo_jax.inference.text import text_of
 from middo_jax.models.source import load, locate
 from middo_jax.parallel.mesh import make_mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHUTDOWN_GRACE_S = 2  # for requests in flight when the server is told to stop
+T = TypeVar("T")
 
-
-class ApiError(Exception):
-    """A refusal that the client reads: `{"error": {"message", "type", "param", "code"}}`."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-
-class TextPart(pydantic.BaseModel):
-    """A piece of a message; of OpenAI's kinds only text."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(pydantic.BaseModel):
-    """One turn."""
-
-    role: Role
-    content: str | list[TextPart]
-
-    @property
-    def text(self) -> str:
-        """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class ChatRequest(pydantic.BaseModel):
-    """The fields of a chat completion request that are heeded; others are ignored. null is the default."""
-
-    messages: list[ChatMessage] = Field(min_length=1)
-    model: str | None = None
-    max_tokens: pydantic.PositiveInt | None = None
-    max_completion_tokens: pydantic.PositiveInt | None = None
-    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)  # not OpenAI's, but all local servers'
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: int | None = None
-    stream: bool | None = None
-
-    @classmethod
-    def parse(cls, body: bytes) -> ChatRequest:
-        """Reads a request's body.
-
-        Raises:
-          ApiError: it is no JSON, a field is missing or wrong, or asks for what is not offered.
-        """
-        try:
-            request = cls.model_validate_json(body)
-        except pydantic.ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            param = ".".join(str(part) for part in first["loc"]) or None
-            raise ApiError(400, f"{param or 'request body'}: {first['msg']}", param) from None
-        if request.stream:
-            raise ApiError(400, "stream: streaming is not supported; ask with stream=false", "stream")
-        if request.n not in (None, 1):
-            raise ApiError(400, f"n: only 1 choice a request is supported, not {request.n}", "n")
-        return request
-
-    @property
-    def stop_texts(self) -> list[str]:
-        """`stop` as a list, without empty strings."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [text for text in stops if text]
+MAX_WAITING = 1024  # answers that are queued or being computed; a further request is to come later
+SMALLEST_BODY_LIMIT = 1 << 20
+BYTES_PER_TOKEN = 64  # of a request's body, far more than any text's
 
 
 def build_app(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, model_name: str, eos_ids: frozenset[int]
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    model_name: str,
+    eos_ids: frozenset[int],
+    access: Access | None = None,
 ) -> Starlette:
-    """The endpoint as an ASGI application: /v1/chat/completions, /v1/models, /health.
+    """The endpoint as an ASGI application: chat completions, completions, models, health, its description.
 
     Args:
-      engine: answers; it stays the caller's to close.
+      engine: answers; the caller closes it.
       tokenizer: has a chat template.
       model_name: the only one that may be asked for.
       eos_ids: tokens that end an answer.
+      access: who may send requests; None: any program on this machine.
     """
-    served = _Served(engine, tokenizer, model_name, eos_ids)
-    return Starlette(
+    max_bytes = max(SMALLEST_BODY_LIMIT, BYTES_PER_TOKEN * engine.max_context)
+    served = _Served(engine, tokenizer, model_name, eos_ids, max_bytes)
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", served.chat, methods=["POST"]),
+            Route("/v1/completions", served.complete, methods=["POST"]),
             Route("/v1/models", served.models),
             Route("/health", served.health),
+            Route("/openapi.json", served.openapi),
         ],
-        exception_handlers={ApiError: _show_error, HTTPException: _show_error, Exception: _show_error},
+        middleware=[Middleware(Guard, access=access or Access(), max_bytes=max_bytes)],
+        exception_handlers={
+            ApiError: show_error,
+            HTTPException: show_error,
+            ClientDisconnect: _answer_nobody,
+            Exception: show_error,
+        },
     )
+    app.state.engine = engine  # so that whoever serves the application sees whether the engine has ended
+    return app
+
+
+async def _answer_nobody(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)
 
 
 @dataclasses.dataclass
@@ -148,23 +112,37 @@ class _Served:
     tokenizer: PreTrainedTokenizerBase
     model_name: str
     eos_ids: frozenset[int]
+    max_bytes: int
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    waiting: set[concurrent.futures.Future[Any]] = dataclasses.field(default_factory=set)
+    # One thread: a tokenizer may not be used by several at a time.
+    tokenizing: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
+        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1, "middo-tokenize")
+    )
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        asked = ChatRequest.parse(await request.body())
-        if asked.model not in (None, self.model_name):
-            message = f"model: {asked.model!r} is not served here, only {self.model_name!r}"
-            raise ApiError(404, message, "model", "model_not_found")
-        prompt = _render(asked.messages, self.tokenizer)
-        future = _submit(self.engine, self._engine_request(asked, prompt))
-        try:
-            completion = await _result_while_connected(request, future)
-        except ClientDisconnect:
-            return Response(status_code=499)  # read by nobody
-        text = str(self.tokenizer.decode(completion.tokens, skip_special_tokens=True))
-        text, finish_reason = _cut(text, asked.stop_texts, completion)
-        return JSONResponse(self._completion(text, finish_reason, len(prompt), len(completion.tokens)))
+        asked = ChatRequest.parse(await read_body(request, self.max_bytes))
+
+        def read() -> tuple[list[list[int]], Writer]:
+            prompts = [self._rendered(asked)]
+            return prompts, ChatWriter(asked, self.model_name, self.tokenizer, prompts)
+
+        return await self._answer(request, asked, read)
+
+    async def complete(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        asked = CompletionRequest.parse(await read_body(request, self.max_bytes))
+
+        def read() -> tuple[list[list[int]], Writer]:
+            prompts = [self._tokens(prompt) for prompt in asked.prompts]
+            echoes = [
+                prompt if isinstance(prompt, str) else text_of(prompt, self.tokenizer)
+                for prompt in (asked.prompts if asked.echo else ())
+            ]
+            return prompts, CompletionWriter(asked, self.model_name, self.tokenizer, prompts, echoes)
+
+        return await self._answer(request, asked, read)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models."""
@@ -177,169 +155,92 @@ class _Served:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "stopped"}, status_code=503)
 
-    def _engine_request(self, asked: ChatRequest, prompt: list[int]) -> sampling.Request:
-        """Raises ApiError where the prompt leaves no room for an answer."""
-        room = self.engine.max_context - len(prompt)
-        if room < 1:
+    async def openapi(self, _: Request) -> Response:
+        """GET /openapi.json."""
+        return JSONResponse(describe(self.model_name))
+
+    async def _answer(
+        self, request: Request, asked: GenerationRequest, read: Callable[[], tuple[list[list[int]], Writer]]
+    ) -> Response:
+        if asked.model not in (None, self.model_name):
+            message = f"model: {asked.model!r} is not served here, only {self.model_name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+        return await while_connected(request.receive, self._response(asked, read))
+
+    async def _response(
+        self, asked: GenerationRequest, read: Callable[[], tuple[list[list[int]], Writer]]
+    ) -> Response:
+        prompts, writer = await self._off_loop(read)
+        requests = self._requests(asked, prompts)
+        if len(self.waiting) + len(requests) > MAX_WAITING:
             raise ApiError(
-                400,
-                f"This model's maximum context length is {self.engine.max_context} tokens, but the messages "
-                f"are {len(prompt)} tokens long and leave no room for an answer. Shorten the messages.",
-                "messages",
-                "context_length_exceeded",
+                429,
+                f"{len(self.waiting)} answers are waiting, and at most {MAX_WAITING} may; try again later",
+                code="overloaded",
+                headers={"retry-after": "1"},
             )
-        return sampling.Request(
-            prompt,
-            max_tokens=min(asked.max_completion_tokens or asked.max_tokens or room, room),
-            temperature=1.0 if asked.temperature is None else asked.temperature,
-            top_p=asked.top_p or 1.0,
-            top_k=asked.top_k or 0,
-            seed=secrets.randbits(32) if asked.seed is None else asked.seed,
-            stop_ids=self.eos_ids,
-        )
+        in_pieces = bool(asked.stream)
+        generation = Generation(self.engine, requests, self.tokenizer, asked.stop_texts, in_pieces=in_pieces)
+        for future in generation.futures:
+            self.waiting.add(future)
+            future.add_done_callback(self.waiting.discard)
+        if in_pieces:
+            return EventStream(generation, writer, asked.includes_usage)
+        with contextlib.closing(generation):
+            pieces = await generation.whole()
+        body = await self._off_loop(lambda: json.dumps(writer.whole(pieces), ensure_ascii=False).encode())
+        return Response(body, media_type="application/json")
 
-    def _completion(
-        self, text: str, finish_reason: str, n_prompt_tokens: int, n_tokens: int
-    ) -> dict[str, Any]:
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "logprobs": None,
-            "finish_reason": finish_reason,
-        }
-        return {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": self.model_name,
-            "choices": [choice],
-            "usage": {
-                "prompt_tokens": n_prompt_tokens,
-                "completion_tokens": n_tokens,
-                "total_tokens": n_prompt_tokens + n_tokens,
-            },
-        }
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        """Runs what takes long, such as tokenizing, while other requests are read and answered."""
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, work)
 
-
-def _render(messages: list[ChatMessage], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    try:
-        turns = [Message(message.role, message.text) for message in messages]
-        return tokenize_prompt(turns, tokenizer).tolist()
-    except TemplateError as error:
-        raise ApiError(400, str(error), "messages") from error
-
-
-def _submit(engine: Engine, request: sampling.Request) -> concurrent.futures.Future[Completion]:
-    try:
-        return engine.submit(request)
-    except ValueError as error:
-        raise ApiError(400, str(error)) from error
-    except RuntimeError as error:  # closed, or failed before
-        raise ApiError(503, str(error)) from error
-
-
-async def _result_while_connected(
-    request: Request, future: concurrent.futures.Future[Completion]
-) -> Completion:
-    """The engine's answer, whose slot is freed if the client (or the server) goes away.
-
-    Raises:
-      ClientDisconnect: the client has.
-    """
-    answer = asyncio.wrap_future(future)
-    # The body has been read: the next message can only be that the client is gone.
-    gone = asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientDisconnect
-        return answer.result()
-    finally:
-        gone.cancel()
-        future.cancel()  # a no-op on what is answered
-
-
-def _cut(text: str, stops: list[str], completion: Completion) -> tuple[str, str]:
-    """(the text up to the first stop text, why it ends)."""
-    end = min((text.index(stop) for stop in stops if stop in text), default=None)
-    return (text, completion.finish_reason) if end is None else (text[:end], "stop")
-
-
-async def _show_error(_: Request, error: Exception) -> Response:
-    if isinstance(error, ApiError):
-        status, message, param, code = error.status, error.message, error.param, error.code
-    elif isinstance(error, HTTPException):  # no such path, or another method
-        status, message, param, code = error.status_code, error.detail, None, None
-    else:
-        status, message, param, code = 500, f"{type(error).__name__}: {error}", None, None
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    body: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": body}, status_code=status)
-
-
-@contextlib.contextmanager
-def serve_in_background(app: Starlette, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """Serves on a thread of its own while the block runs; yields `http://HOST:PORT/v1`.
-
-    Args:
-      app: from `build_app`.
-      host: an address of this machine.
-      port: 0 takes a free one.
-
-    Raises:
-      ConfigError: the address cannot be bound.
-      RuntimeError: the server ended before it answered; its log says why.
-    """
-    with _listen(host, port) as listener:
-        server = _server(app)
-        # A daemon: a server that does not stop must not keep the program from ending.
-        thread = threading.Thread(target=server.run, args=([listener],), name="middo-serve", daemon=True)
-        thread.start()
+    def _rendered(self, asked: ChatRequest) -> list[int]:
         try:
-            while not server.started:
-                if not thread.is_alive():
-                    raise RuntimeError(f"the embedded endpoint on {_url(listener)} ended before it answered")
-                time.sleep(0.01)
-            yield _url(listener)
-        finally:
-            server.should_exit = True
-            thread.join()
+            turns = [Message(message.role, message.text) for message in asked.messages]
+            return tokenize_prompt(turns, self.tokenizer).tolist()
+        except TemplateError as error:
+            raise ApiError(400, str(error), "messages") from error
 
+    def _tokens(self, prompt: str | list[int]) -> list[int]:
+        tokens = self.tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else prompt
+        if not tokens:
+            raise ApiError(400, "prompt: it has no tokens", "prompt")
+        vocab_size = self.engine.config.vocab_size
+        if max(tokens) >= vocab_size:
+            raise ApiError(400, f"prompt: {max(tokens)} is not below the vocabulary's {vocab_size}", "prompt")
+        return tokens
 
-def serve_forever(app: Starlette, host: str = "127.0.0.1", port: int = 0) -> None:
-    """Serves until interrupted; says on stderr where. Raises ConfigError if the address cannot be bound."""
-    with _listen(host, port) as listener:
-        print(f"serving on {_url(listener)} (Ctrl-C ends it)", file=sys.stderr, flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            _server(app).run([listener])
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    # Bound here and handed over: between finding a free port and binding it, another program could take it.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"config: cannot listen on {host}, port {port}: {error}; port 0 takes a free one"
-        ) from error
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-
-
-def _server(app: Starlette) -> uvicorn.Server:
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            lifespan="off",
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
-        )
-    )
+    def _requests(self, asked: GenerationRequest, prompts: Sequence[list[int]]) -> list[sampling.Request]:
+        """One request per answer, `n` per prompt. Raises ApiError if a prompt leaves no room for one."""
+        context, name = self.engine.max_context, asked.text_field
+        requests = []
+        for prompt in prompts:
+            room = context - len(prompt)
+            wanted = room if asked.most_tokens is None else asked.most_tokens
+            if room < 0 or (room == 0 and asked.most_tokens != 0):
+                raise ApiError(
+                    400,
+                    f"This model's maximum context length is {context} tokens, but the {name} has "
+                    f"{len(prompt)} tokens and leaves no room for an answer. Shorten it.",
+                    name,
+                    "context_length_exceeded",
+                )
+            requests += [
+                sampling.Request(
+                    prompt,
+                    max_tokens=min(wanted, room),
+                    temperature=1.0 if asked.temperature is None else asked.temperature,
+                    top_p=asked.top_p or 1.0,
+                    top_k=asked.top_k or 0,
+                    seed=secrets.randbits(32) if asked.seed is None else asked.seed + choice,
+                    stop_ids=self.eos_ids,
+                    logprobs=asked.has_logprobs,
+                    prompt_logprobs=asked.has_prompt_logprobs,
+                )
+                for choice in range(asked.n_choices)
+            ]
+        return requests
 
 
 def load_engine(

@@ -22,9 +22,11 @@ from jax.sharding import Mesh
 
 from middo_jax.config import ConfigError
 from middo_jax.models.config import DecoderConfig
+from middo_jax.models.finite import is_finite, not_finite, not_finite_names
 from middo_jax.models.lora import partition
-from middo_jax.models.model import Params, abstract_model, as_dict, of_dict
+from middo_jax.models.model import Params, abstract_model, as_dict, by_path, of_dict
 from middo_jax.rundir import RunError, write_json
+from middo_jax.rundir.files import full_disk_named
 
 # Errors of the machine, not of the files: the checkpoint may be intact.
 NOT_THE_FILES = (MemoryError, jax.errors.JaxRuntimeError)
@@ -41,16 +43,31 @@ def save_params(directory: str | Path, params: Params, metadata: Mapping[str, An
     """
     directory = Path(directory).absolute()
     (directory / "metadata.json").unlink(missing_ok=True)
-    with ocp.Checkpointer(arrays_handler()) as checkpointer:
+    with full_disk_named(directory), ocp.Checkpointer(arrays_handler()) as checkpointer:
         arrays = ocp.args.PyTreeSave(as_dict(params))
         checkpointer.save(directory / "params", args=arrays, force=True)
     write_json(directory / "metadata.json", dict(metadata))
 
 
 def read_metadata(directory: str | Path) -> dict[str, Any] | None:
-    """The metadata passed to `save_params`; None if there is no finished checkpoint."""
+    """What `save_params` was told, or None if there is no finished checkpoint.
+
+    Raises:
+      RunError: the file is damaged.
+    """
     path = Path(directory) / "metadata.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.is_file():
+        return None
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        metadata = error
+    if not isinstance(metadata, dict):
+        raise RunError(
+            f"{path}: damaged, it is not what a training writes ({metadata}): train again, which "
+            "`middo run CONFIG --repair` does for a run"
+        )
+    return metadata
 
 
 def restore_params(
@@ -68,7 +85,8 @@ def restore_params(
       The model's parameters; only the adapters if the config has any.
 
     Raises:
-      RunError: there is no finished checkpoint, it belongs to another model, or its files are damaged.
+      RunError: no finished checkpoint is there, it is of another model, its files are damaged, or a
+        parameter is not finite.
       ConfigError: a parameter does not divide by the mesh.
     """
     directory = Path(directory).absolute()
@@ -88,7 +106,11 @@ def restore_params(
             raise RunError(
                 f"{directory} is damaged, or of another model than its config describes: {reason(error)}"
             ) from error
-    return of_dict(target, restored)
+    params = of_dict(target, restored)
+    flags = {".".join(map(str, path)): is_finite(value) for path, value in by_path(params).items()}
+    if wrong := not_finite_names(flags):
+        raise RunError(not_finite(directory, wrong))
+    return params
 
 
 def arrays_handler() -> ocp.PyTreeCheckpointHandler:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from transformers import AutoConfig
 
 from middo_jax.models.families import families, family
+from middo_jax.models.limits import wrong_size
+from middo_jax.rundir.nesting import require_flat
 
 # Fields of any family that would change the computation, and their only supported value.
 _ONLY: tuple[tuple[str, Any], ...] = (
@@ -23,6 +25,7 @@ _ONLY: tuple[tuple[str, Any], ...] = (
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
+_MOST_BYTES = 1 << 22  # of config.json
 _INT, _NUMBER, _BOOL, _TEXT = (int,), (int, float), (bool,), (str,)
 # Per field: its types, their name in messages, whether null is allowed. Missing: transformers' default.
 _FIELDS: dict[str, tuple[tuple[type, ...], str, bool]] = {
@@ -177,9 +180,13 @@ def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> Deco
         )
     if (named := config.get("architectures")) and list(named) != [row.architecture]:
         raise UnsupportedModel(
-            f"config.json: architectures {named!r} is not supported, only {row.architecture!r}"
+            f"config.json: architectures {str(named)[:100]} is not supported, only {row.architecture!r}"
         )
+    if wrong := wrong_size(config):  # before transformers makes a list of all layers
+        raise UnsupportedModel(f"config.json: {wrong}")
     fields = _with_defaults(config)
+    if wrong := wrong_size(fields):
+        raise UnsupportedModel(f"config.json: {wrong}")
     for field, only in _ONLY:
         if fields.get(field, only) not in (only, None):
             raise UnsupportedModel(f"config.json: {field}={fields[field]!r} is not supported, only {only!r}")
@@ -286,8 +293,12 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
       UnsupportedModel: it is not a JSON object, or a field has the wrong type; names file and field.
     """
     path = Path(directory) / "config.json"
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise UnsupportedModel(f"{path}: {size:,} bytes, which no config.json has; at most {_MOST_BYTES:,}")
+    text = path.read_bytes()
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        require_flat(text)
+        fields = json.loads(text.decode())
     except ValueError as e:
         raise UnsupportedModel(f"{path}: not valid JSON: {e}") from e
     if not isinstance(fields, dict):
@@ -296,7 +307,9 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
         value, (types, wanted, nullable) = fields[name], _FIELDS[name]
         of_type = isinstance(value, types) and (types is _BOOL or not isinstance(value, bool))
         if not of_type and not (value is None and nullable):
-            raise UnsupportedModel(f"{path}: {name} must be {wanted}, not {json.dumps(value)}")
+            raise UnsupportedModel(f"{path}: {name} must be {wanted}, not {json.dumps(value)[:100]}")
+    if wrong := wrong_size(fields):
+        raise UnsupportedModel(f"{path}: {wrong}")
     return fields
 
 

@@ -54,6 +54,35 @@ def target_nll(
     return _each_share(of_share, next_bt, is_target_bt, chunk, hidden_btd).reshape(next_bt.shape)
 
 
+class TargetScores(NamedTuple):
+    """What `target_scores` gives, [b, t] each; 0 and False where there is no target."""
+
+    nll_bt: jax.Array
+    is_likeliest_bt: jax.Array
+
+
+@jax.named_scope("head")
+def target_scores(
+    model: Decoder, hidden_btd: jax.Array, next_bt: jax.Array, is_target_bt: jax.Array, chunk: int
+) -> TargetScores:
+    """`target_nll`, and whether the target is the likeliest token; of equally likely ones the first is."""
+    head_vd = _gathered(model.head(), hidden_btd)
+    cap = functools.partial(soft_capped, cap=model.config.final_soft_cap)
+
+    def of_share(chunks: _Chunks, hidden_nd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            at, (nll_n, likeliest_n) = chunks.at(i), found
+            logits_mv = cap(head_product(head_vd, hidden_nd[at.position_m]))
+            return at.added(nll_n, at.nll(logits_mv)), at.added(likeliest_n, at.is_likeliest(logits_mv))
+
+        n = len(hidden_nd)
+        nothing = jnp.zeros(n, jnp.float32), jnp.zeros(n, jnp.int32)
+        return jax.lax.fori_loop(0, chunks.n_chunks, step, nothing)
+
+    nll_sn, likeliest_sn = _each_share(of_share, next_bt, is_target_bt, chunk, hidden_btd)
+    return TargetScores(nll_sn.reshape(next_bt.shape), likeliest_sn.reshape(next_bt.shape) > 0)
+
+
 def target_nll_sum(
     model: Decoder, hidden_btd: jax.Array, next_bt: jax.Array, is_target_bt: jax.Array, chunk: int
 ) -> jax.Array:
@@ -87,36 +116,38 @@ def _with_gradient(
 
     def of_share(chunks: _Chunks, hidden_nd: jax.Array) -> tuple[jax.Array, Gradient]:
         def step(i: jax.Array, sums: tuple[jax.Array, Gradient]) -> tuple[jax.Array, Gradient]:
-            nll, (by_head, by_hidden) = sums
+            nll, (grad_head, grad_hidden) = sums
             at = chunks.at(i)
             hidden_md = hidden_nd[at.position_m]
-            logits_mv, by_product = jax.vjp(cap, head_product(head_vd, hidden_md))
-            nll_m, by_logits_mv = at.nll_and_gradient(logits_mv)
-            by_product_mv = by_product(by_logits_mv)[0].astype(hidden_md.dtype)
-            if by_head is not None:
-                by_head += jnp.einsum(
-                    "mv,md->vd", by_product_mv, hidden_md, preferred_element_type=jnp.float32
+            logits_mv, grad_product = jax.vjp(cap, head_product(head_vd, hidden_md))
+            nll_m, grad_logits_mv = at.nll_and_gradient(logits_mv)
+            grad_product_mv = grad_product(grad_logits_mv)[0].astype(hidden_md.dtype)
+            if grad_head is not None:
+                grad_head += jnp.einsum(
+                    "mv,md->vd", grad_product_mv, hidden_md, preferred_element_type=jnp.float32
                 )
-            if by_hidden is not None:
-                by_hidden = at.added(by_hidden, by_product_mv @ head_vd)
-            return nll + nll_m.sum(), (by_head, by_hidden)
+            if grad_hidden is not None:
+                grad_hidden = at.added(grad_hidden, grad_product_mv @ head_vd)
+            return nll + nll_m.sum(), (grad_head, grad_hidden)
 
         # Each share accumulates its own gradient of the head; the shares' are summed once, at the end.
-        by_head = constrain(jnp.zeros(head_vd.shape, jnp.float32), "vocab", None) if head.perturbed else None
-        by_hidden = jnp.zeros_like(hidden_nd) if hidden.perturbed else None
-        return jax.lax.fori_loop(0, chunks.n_chunks, step, (jnp.float32(0), (by_head, by_hidden)))
+        grad_head = (
+            constrain(jnp.zeros(head_vd.shape, jnp.float32), "vocab", None) if head.perturbed else None
+        )
+        grad_hidden = jnp.zeros_like(hidden_nd) if hidden.perturbed else None
+        return jax.lax.fori_loop(0, chunks.n_chunks, step, (jnp.float32(0), (grad_head, grad_hidden)))
 
-    nll_s, (by_head, by_hidden) = _each_share(of_share, next_.value, is_target.value, chunk, hidden.value)
+    nll_s, (grad_head, grad_hidden) = _each_share(of_share, next_.value, is_target.value, chunk, hidden.value)
     return nll_s.sum(), (
-        None if by_head is None else constrain(by_head.sum(0), "vocab", "embed").astype(head.value.dtype),
-        None if by_hidden is None else by_hidden.reshape(hidden.value.shape),
+        None if grad_head is None else constrain(grad_head.sum(0), "vocab", "embed").astype(head.value.dtype),
+        None if grad_hidden is None else grad_hidden.reshape(hidden.value.shape),
     )
 
 
-def _scaled(config: DecoderConfig, chunk: int, gradient: Gradient, by_nll: jax.Array) -> tuple:
-    if isinstance(by_nll, SymbolicZero):
-        by_nll = jnp.float32(0)
-    return *(None if g is None else (by_nll * g).astype(g.dtype) for g in gradient), None, None
+def _scaled(config: DecoderConfig, chunk: int, gradient: Gradient, grad_nll: jax.Array) -> tuple:
+    if isinstance(grad_nll, SymbolicZero):
+        grad_nll = jnp.float32(0)
+    return *(None if g is None else (grad_nll * g).astype(g.dtype) for g in gradient), None, None
 
 
 _nll_sum.defvjp(_with_gradient, _scaled, symbolic_zeros=True)
@@ -137,6 +168,11 @@ class _Chunk(NamedTuple):
     def nll(self, logits_mv: jax.Array) -> jax.Array:
         """The slots' losses, [m] float32; 0 where the slot is unused."""
         return self.nll_and_gradient(logits_mv)[0]
+
+    def is_likeliest(self, logits_mv: jax.Array) -> jax.Array:
+        """[m] int32: 1 where the next token has the highest logit, 0 elsewhere and where not in use."""
+        logits_mv = constrain(logits_mv, None, "vocab")
+        return ((jnp.argmax(logits_mv, axis=1) == self.next_m) & self.in_use_m).astype(jnp.int32)
 
     def nll_and_gradient(self, logits_mv: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The same, and its gradient by the logits [m, v]: the probabilities, minus 1 at the target."""

@@ -7,7 +7,10 @@ model = load(source, "bfloat16", mesh=mesh)
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -41,20 +44,42 @@ class Source:
         return (self.base if self.trained is None or self.lora else self.trained).resolve()
 
 
-def locate(path: Path, *, weights: bool = True) -> Source:
-    """The parts of a model in a directory returned by `resolve`; `weights` is passed on to find the base.
+def locate(path: Path, *, weights: bool = True, base: str | None = None) -> Source:
+    """What a directory that `resolve` gives is made of.
+
+    Args:
+      path: the directory.
+      weights: see `resolve`, of an adapter's base.
+      base: what the user calls the base of a checkpoint of ours, if that was moved; else it is looked for
+        where it was, and where it is if both were moved together.
 
     Raises:
-      CheckpointError: the adapter cannot be used, or its base cannot be found.
+      CheckpointError: the base is not to be found, or it is an adapter that cannot be used.
     """
     if (metadata := read_metadata(path)) is not None:
         lora = metadata.get("lora")
         shape = lora and Lora(lora["rank"], lora["alpha"], tuple(lora["target_modules"]))
-        return Source(Path(metadata["base"]), path, shape)
+        return Source(_base_of(path, metadata, base), path, shape)
     if hf.is_adapter(path):
         base, lora = hf.read_adapter_config(path)
         return Source(resolve(base, weights=weights), path, lora)
     return Source(path)
+
+
+def _base_of(path: Path, metadata: Mapping[str, Any], named: str | None) -> Path:
+    recorded = Path(metadata["base"])
+    places = [recorded]
+    if from_here := metadata.get("base_from_here"):
+        places.append(Path(os.path.normpath(path.absolute() / from_here)))
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if found is None and named is not None:
+        found = resolve(named)
+    if found is None or not found.is_dir():
+        raise hf.CheckpointError(
+            f"{path} was trained from the base model {recorded}, which is not there any more: move it back, "
+            "make a link to it there, or name its new place with model.path=DIR"
+        )
+    return found
 
 
 def tokenizer_directory(path: str) -> Path:

@@ -12,6 +12,7 @@ import socket
 import threading
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import quote
 
 # Between two writes of a file. A file three intervals older than this process's belongs to a dead process.
 ALIVE_S = 5.0
@@ -21,9 +22,11 @@ class RollCall:
     """Keeps this process's file fresh while the block runs, and then removes it."""
 
     def __init__(self, shared: Path, job: str, process: int | None) -> None:
-        """`job` separates jobs that share a folder. If `process` is None, the pid identifies the process."""
+        """`job` separates jobs that share a folder. Without `process`, pid and host identify the process."""
         self._folder = shared / f".joining-{hashlib.sha256(job.encode()).hexdigest()[:8]}"
-        self._mine = self._folder / (f"pid{os.getpid()}" if process is None else str(process))
+        # With the host: in containers, every process may have the same pid.
+        unnumbered = f"pid {os.getpid()}@{quote(socket.gethostname(), safe='')}"
+        self._mine = self._folder / (unnumbered if process is None else str(process))
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep_fresh, daemon=True)
 
@@ -51,7 +54,10 @@ class RollCall:
                 self._sign()
 
     def arrived(self) -> dict[str, str]:
-        """{process: host} of the processes that wait now; ages are by the file system's clock."""
+        """{process: host} of the processes that wait now; ages are by the file system's clock.
+
+        A process without a number is called `pid 12@HOST`.
+        """
         found, now = {}, self._mine.stat().st_mtime
         for path in sorted(self._folder.iterdir()):
             with contextlib.suppress(OSError):
@@ -65,7 +71,7 @@ class RollCall:
             arrived = self.arrived()
         except OSError as error:
             return f"not all hosts have arrived; those that have cannot be read from {self._folder}: {error}"
-        hosts = ", ".join(f"{name} on {host}" for name, host in arrived.items())
+        hosts = ", ".join(f"{name.partition('@')[0]} on {host}" for name, host in arrived.items())
         if processes is None:
             return f"not all hosts have arrived (here: {hosts})"
         absent = [str(i) for i in range(processes) if str(i) not in arrived]

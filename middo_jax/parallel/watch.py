@@ -50,8 +50,8 @@ class Watch:
     def __init__(self, stall_timeout_s: float) -> None:
         """`stall_timeout_s`: how long all processes may make no progress."""
         self._stall_timeout_s = stall_timeout_s
-        # Read here: at the program's end, the call would make JAX start a new backend.
-        self._me = jax.process_index()
+        # Read here: at the program's end, the calls would make JAX start a new backend.
+        self._me, self._processes = jax.process_index(), jax.process_count()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._seen: dict[str, tuple[int, float]] = {}
         self._moved: dict[str, tuple[int, float]] = {}
@@ -59,6 +59,8 @@ class Watch:
 
     def start(self) -> None:
         """Starts watching in a thread of its own."""
+        # A process may die before its first heartbeat.
+        self._seen = {str(process): (-1, time.monotonic()) for process in range(self._processes)}
         self._thread.start()
 
     def _watch(self) -> None:
@@ -91,10 +93,11 @@ class Watch:
                 self._moved[process] = row["count"], now
         for process, (_, since) in self._seen.items():
             if process not in ended and now - since > DEAD_AFTER_S:
-                row = table[process]
+                row = table.get(process)
+                where, last = (f" on {row['host']}", f", last at {row['at']}") if row else ("", "")
                 reason = (
-                    f"process {process} on {row['host']} has given no sign of life for {now - since:.0f} s, "
-                    f"last at {row['at']}: it is dead or cut off"
+                    f"process {process}{where} has given no sign of life for {now - since:.0f} s{last}: "
+                    "it is dead or cut off"
                 )
                 return _End(reason, EXIT_PREEMPTED, END_AFTER_S)
         still = now - max(since for _, since in self._moved.values())

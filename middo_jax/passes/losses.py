@@ -1,4 +1,4 @@
-"""The fused pass: each example's loss and the embedding of its prompt, from one forward of packed batches.
+"""The fused pass: each example's losses and the embedding of its prompt, from one forward of packed batches.
 
 The common prefix of all examples, such as a template's system turn, is computed once per row if the attention
 kernel can share it. Tokens that no loss and no embedding needs, such as the end of the last turn, are left
@@ -44,6 +44,7 @@ class LossInputs(NamedTuple, Generic[Array]):
       is_target_bt: bool, whether the loss of the next token counts.
       in_prompt_bt: bool, whether the hidden state is part of the prompt's embedding.
       until_bt: int32, only with a shared prefix; see `models.attention.Packing`.
+      prompt_follows_bt: bool, only where the prompts' losses are wanted; the next token is of the prompt.
     """
 
     tokens_bt: Array
@@ -53,28 +54,48 @@ class LossInputs(NamedTuple, Generic[Array]):
     is_target_bt: Array
     in_prompt_bt: Array
     until_bt: Array | None = None
+    prompt_follows_bt: Array | None = None
 
 
 class SegmentScores(NamedTuple):
-    """Results of a batch per segment, float32; for a missing segment the sums are 0, the embedding is NaN."""
+    """What a batch gives for each of its segments, in float32; any value where a row has no such segment.
+
+    Attributes:
+      nll_sum_bs: sum of the targets' NLLs.
+      n_targets_bs: int32.
+      last_nll_bs: NLL of the last target.
+      worst_decile_bs: mean of the largest tenth of the targets' NLLs.
+      embedding_bsd: mean hidden state over the prompt.
+      prompt_nll_bs: mean NLL of the prompt's tokens; None if not wanted.
+    """
 
     nll_sum_bs: jax.Array
     n_targets_bs: jax.Array
+    last_nll_bs: jax.Array
+    worst_decile_bs: jax.Array
     embedding_bsd: jax.Array
+    prompt_nll_bs: jax.Array | None = None
 
 
 class ExampleScores(NamedTuple):
     """Results of a pass per example, in the order of the examples.
 
     Attributes:
-      loss_n: float32, mean NLL of the targets, in nats; NaN if there is no target.
-      n_targets_n: int32, number of target tokens.
-      embedding_nd: float32, mean of the last hidden state over the prompt; NaN if there is no prompt.
+      loss_n: mean NLL of the targets in nats, float32 sums; NaN where there is no target.
+      n_targets_n: int32.
+      embedding_nd: float32, mean of the last hidden state over the prompt; NaN where there is no prompt.
+      last_nll_n: NLL of the last target; NaN where there is no target.
+      worst_decile_nll_n: mean NLL of the ceil(n / 10) targets of n that have the largest; likewise.
+      prompt_nll_n: mean NLL of the prompt's tokens, without a token that nothing precedes; NaN where there
+        is none. None if it was not asked for.
     """
 
     loss_n: np.ndarray
     n_targets_n: np.ndarray
     embedding_nd: np.ndarray
+    last_nll_n: np.ndarray
+    worst_decile_nll_n: np.ndarray
+    prompt_nll_n: np.ndarray | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_segments", "chunk", "prefix", "longest"))
@@ -88,7 +109,7 @@ def score_batch(
     prefix: int = 0,
     longest: int | None = None,
 ) -> SegmentScores:
-    """Returns loss sums and prompt embeddings of all segments of a packed batch.
+    """Losses and prompt embeddings of all segments of a packed batch.
 
     Args:
       graphdef: the decoder's structure.
@@ -101,18 +122,58 @@ def score_batch(
     model = bound(graphdef, params)
     places = batch.segment_ids_bt, batch.positions_bt, batch.until_bt
     hidden_btd = model.hidden(batch.tokens_bt, *places, prefix=prefix, longest=longest)
-    nll_bt = target_nll(model, hidden_btd, batch.next_bt, batch.is_target_bt, chunk)
-    in_segment_bts = (batch.segment_ids_bt[..., None] == jnp.arange(max_segments)).astype(jnp.float32)
-    prompt_bts = in_segment_bts * batch.in_prompt_bt[..., None]
-    # HIGHEST: otherwise accelerators round the operands of a float32 product to bfloat16 or TF32.
-    total_bsd = jnp.einsum(
-        "bts,btd->bsd", prompt_bts, hidden_btd.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
+    read_bt, prompt_follows_bt = batch.is_target_bt, batch.prompt_follows_bt
+    if prompt_follows_bt is not None:
+        read_bt = read_bt | prompt_follows_bt
+    nll_bt = target_nll(model, hidden_btd, batch.next_bt, read_bt, chunk)
+    in_segment_bts = batch.segment_ids_bt[..., None] == jnp.arange(max_segments)
+    target_bts = in_segment_bts & batch.is_target_bt[..., None]
+    prompt_bts = in_segment_bts & batch.in_prompt_bt[..., None]
+    prompt_nll_bs = None
+    if prompt_follows_bt is not None:
+        prompt_nll_bs = _mean(nll_bt, in_segment_bts & prompt_follows_bt[..., None])
     return SegmentScores(
-        nll_sum_bs=jnp.einsum("bt,bts->bs", nll_bt, in_segment_bts, precision=jax.lax.Precision.HIGHEST),
-        n_targets_bs=(batch.is_target_bt[..., None] * in_segment_bts).sum(axis=1),
-        embedding_bsd=total_bsd / prompt_bts.sum(axis=1)[..., None],
+        nll_sum_bs=_sum(nll_bt, target_bts),
+        n_targets_bs=target_bts.sum(axis=1, dtype=jnp.int32),
+        last_nll_bs=_of_last(nll_bt, target_bts),
+        worst_decile_bs=_worst_decile(nll_bt, batch, max_segments),
+        embedding_bsd=_sum(hidden_btd.astype(jnp.float32), prompt_bts) / prompt_bts.sum(axis=1)[..., None],
+        prompt_nll_bs=prompt_nll_bs,
     )
+
+
+def _sum(x_bt: jax.Array, chosen_bts: jax.Array) -> jax.Array:
+    """[b, s, ...] sums over the chosen positions of each segment."""
+    # HIGHEST: on accelerators a float32 product is otherwise rounded to bfloat16 or TF32.
+    return jnp.einsum(
+        "bt...,bts->bs...", x_bt, chosen_bts.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def _mean(x_bt: jax.Array, chosen_bts: jax.Array) -> jax.Array:
+    return _sum(x_bt, chosen_bts) / chosen_bts.sum(axis=1)
+
+
+def _of_last(x_bt: jax.Array, chosen_bts: jax.Array) -> jax.Array:
+    """[b, s] of the last chosen position of each segment."""
+    at_t = jnp.arange(x_bt.shape[1])
+    last_bs = jnp.where(chosen_bts, at_t[:, None], 0).max(axis=1)
+    return jnp.take_along_axis(x_bt, last_bs, axis=1)
+
+
+def _worst_decile(nll_bt: jax.Array, batch: LossInputs[jax.Array], max_segments: int) -> jax.Array:
+    """[b, s] mean of the largest ceil(n / 10) of the NLLs of each segment's n targets.
+
+    A row is sorted by segment, then by falling NLL, all that is no target last. So the targets of a segment
+    are an interval, and its worst tenth is the beginning of that.
+    """
+    segment_bt = jnp.where(batch.is_target_bt, batch.segment_ids_bt, max_segments)
+    segment_bt, rising_bt = jax.lax.sort((segment_bt, -nll_bt), dimension=1, num_keys=2)
+    of_segment_bts = segment_bt[..., None] == jnp.arange(max_segments)
+    n_bs = of_segment_bts.sum(axis=1)
+    start_bs = jnp.cumsum(n_bs, axis=1) - n_bs
+    rank_bts = jnp.arange(nll_bt.shape[1])[:, None] - start_bs[:, None]
+    return _mean(-rising_bt, of_segment_bts & (rank_bts < (n_bs[:, None] + 9) // 10))
 
 
 def score_examples(
@@ -123,18 +184,21 @@ def score_examples(
     chunk: int,
     progress: Progress | None = None,
     name: str = "scores",
+    prompts: bool = False,
 ) -> tuple[ExampleScores, PassFacts]:
     """Scores every example; the result depends on neither the packing nor the mesh.
 
     Args:
-      model: the model to score with; runs on its mesh.
-      examples: the examples.
-      batch_tokens: tokens per batch, all devices together.
-      chunk: number of target positions per device whose logits exist at one time.
-      progress: progress display.
-      name: name of the pass in the progress display.
+      model: whose losses and embeddings are wanted, on its mesh.
+      examples: what to score.
+      batch_tokens: tokens of a batch, all devices together.
+      chunk: target positions of a device whose logits exist at one time.
+      progress: is told how far the pass is, under this name.
+      name: of the pass.
+      prompts: whether the prompts' losses are wanted too; the head is applied to more positions then.
     """
-    return LossPass(examples, model, batch_tokens, chunk)(model, progress or Silent(), name)
+    planned = LossPass(examples, model, batch_tokens, chunk, prompts=prompts)
+    return planned(model, progress or Silent(), name)
 
 
 class LossPass:
@@ -145,13 +209,20 @@ class LossPass:
     """
 
     def __init__(
-        self, examples: Sequence[TokenizedExample], model: Model, batch_tokens: int, chunk: int
+        self,
+        examples: Sequence[TokenizedExample],
+        model: Model,
+        batch_tokens: int,
+        chunk: int,
+        *,
+        prompts: bool = False,
     ) -> None:
         """Plans the batches for the mesh and the attention of `model`; see `score_examples`."""
-        self._width, self._n = model.config.hidden_size, len(examples)
+        self._width, self._n, self._prompts = model.config.hidden_size, len(examples), prompts
         with jax.set_mesh(model.mesh):
             share_prefix = shares_prefixes(model.config.attention)
-        self.plan = plan_losses(examples, share_prefix, batch_divisor(model.mesh), batch_tokens)
+        ways = batch_divisor(model.mesh)
+        self.plan = plan_losses(examples, share_prefix, ways, batch_tokens, prompts=prompts)
 
         def static(bucket: Bucket) -> dict[str, Any]:
             return {
@@ -161,11 +232,12 @@ class LossPass:
                 "longest": bucket.longest,
             }
 
-        self._pass = Pass(score_batch, self.plan, functools.partial(loss_inputs, examples), static)
+        inputs = functools.partial(loss_inputs, examples, prompts=prompts)
+        self._pass = Pass(score_batch, self.plan, inputs, static)
 
     def __call__(self, model: Model, progress: Progress, name: str) -> tuple[ExampleScores, PassFacts]:
         """Returns the scores of all examples under a model; the progress display shows `name`."""
-        loss_n = np.full(self._n, np.nan, np.float32)
+        loss_n, last_nll_n, worst_n, prompt_nll_n = np.full((4, self._n), np.nan, np.float32)
         n_targets_n = np.zeros(self._n, np.int32)
         embedding_nd = np.full((self._n, self._width), np.nan, np.float32)
 
@@ -173,40 +245,61 @@ class LossPass:
             n_targets_n[index_m] = scores.n_targets_bs
             with np.errstate(invalid="ignore", divide="ignore"):  # 0/0 is the NaN for no target
                 loss_n[index_m] = scores.nll_sum_bs / scores.n_targets_bs
+            last_nll_n[index_m] = np.where(scores.n_targets_bs > 0, scores.last_nll_bs, np.nan)
+            worst_n[index_m] = scores.worst_decile_bs
+            if scores.prompt_nll_bs is not None:
+                prompt_nll_n[index_m] = scores.prompt_nll_bs
             embedding_nd[index_m] = scores.embedding_bsd
 
         facts = self._pass.run(model, keep, progress, name)
-        return ExampleScores(loss_n, n_targets_n, embedding_nd), facts
+        prompts_n = prompt_nll_n if self._prompts else None
+        return ExampleScores(loss_n, n_targets_n, embedding_nd, last_nll_n, worst_n, prompts_n), facts
 
 
 def plan_losses(
-    examples: Sequence[TokenizedExample], share_prefix: bool, ways: int, batch_tokens: int
+    examples: Sequence[TokenizedExample],
+    share_prefix: bool,
+    ways: int,
+    batch_tokens: int,
+    *,
+    prompts: bool = False,
 ) -> Plan:
     """Plans the batches of a pass. Tokens that no loss and no embedding needs are left out.
 
     Args:
-      examples: the examples to score.
-      share_prefix: whether attention can share a common prefix, so that it is computed once per row.
-      ways: number of parts into which the mesh splits a batch, see `batch_divisor`.
-      batch_tokens: tokens per batch, all devices together.
+      examples: what to score.
+      share_prefix: whether attention can share what all examples begin with, so that a row reads it once.
+      ways: into how many parts the mesh splits a batch, see `batch_divisor`.
+      batch_tokens: tokens of a batch, all devices together.
+      prompts: whether the prompts' losses are wanted too.
     """
     trees = [Tree.line(e.tokens_n[: _needed(e)]) for e in examples]
-    prefix = _shared_prefix(examples, trees) if share_prefix else 0
+    prefix = _shared_prefix(examples, trees, prompts) if share_prefix else 0
     return Plan.of(trees, prefix, batch_tokens, ways, MIN_LENGTH)
 
 
-def _shared_prefix(examples: Sequence[TokenizedExample], trees: Sequence[Tree]) -> int:
+def _shared_prefix(examples: Sequence[TokenizedExample], trees: Sequence[Tree], prompts: bool) -> int:
     if len(examples) < 2:
         return 0
-    # Every example keeps at least one token of its own, and all positions whose hidden state is needed.
-    own = min(int(np.r_[_counts(e), True].argmax()) for e in examples)
+
+    # Every example keeps a token of its own, and all whose hidden state counts.
+    def own_from(example: TokenizedExample) -> int:
+        counts_n = _counts(example) | _follows(example.in_prompt_n) if prompts else _counts(example)
+        return int(np.r_[counts_n, True].argmax())
+
+    own = min(map(own_from, examples))
     shortest = min(len(tree.tokens_n) for tree in trees)
     prefix = min(common_prefix([tree.tokens_n for tree in trees]), own, shortest - 1)
     return prefix if prefix >= MIN_PREFIX else 0
 
 
-def loss_inputs(examples: Sequence[TokenizedExample], packed: PackedTrees) -> LossInputs[np.ndarray]:
-    """Returns the inputs of `score_batch`; `until_bt` only if rows share a prefix."""
+def loss_inputs(
+    examples: Sequence[TokenizedExample], packed: PackedTrees, *, prompts: bool = False
+) -> LossInputs[np.ndarray]:
+    """What `score_batch` reads of a batch; `until_bt` only where rows share a prefix.
+
+    With `prompts`, the prompts' losses are wanted too.
+    """
 
     def fill(values: Callable[[TokenizedExample], np.ndarray]) -> np.ndarray:
         return packed.fill(lambda i: values(examples[i])[: len(packed.trees[i].tokens_n)])
@@ -216,15 +309,21 @@ def loss_inputs(examples: Sequence[TokenizedExample], packed: PackedTrees) -> Lo
         segment_ids_bt=packed.tree_bt(),
         positions_bt=packed.fill(lambda i: packed.trees[i].positions_n),
         next_bt=fill(lambda e: np.append(e.tokens_n[1:], np.int32(0))),
-        is_target_bt=fill(lambda e: np.append(e.is_target_n[1:], False)),
+        is_target_bt=fill(lambda e: _follows(e.is_target_n)),
         in_prompt_bt=fill(lambda e: e.in_prompt_n),
         until_bt=packed.until_bt() if packed.prefix else None,
+        prompt_follows_bt=fill(lambda e: _follows(e.in_prompt_n)) if prompts else None,
     )
+
+
+def _follows(chosen_n: np.ndarray) -> np.ndarray:
+    """bool [n]: the next token is one of those chosen."""
+    return np.append(chosen_n[1:], False)
 
 
 def _counts(example: TokenizedExample) -> np.ndarray:
     """Returns bool [t], whether a hidden state is needed: it predicts a target or belongs to the prompt."""
-    return example.in_prompt_n | np.append(example.is_target_n[1:], False)
+    return example.in_prompt_n | _follows(example.is_target_n)
 
 
 def _needed(example: TokenizedExample) -> int:

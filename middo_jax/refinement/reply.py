@@ -125,12 +125,6 @@ def control_token(text: str, given: str = "") -> str | None:
     return found
 
 
-def control_character(text: str) -> str | None:
-    """The code point of the first control character other than a line feed or a tab; or None."""
-    found = next((c for c in text if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f"), None)
-    return None if found is None else f"U+{ord(found):04X}"
-
-
 def plain_lines(text: str) -> str:
     """A text with a line feed alone at the end of each line."""
     return text.replace("\r\n", "\n").replace("\r", "\n")

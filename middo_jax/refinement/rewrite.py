@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from typing import Any, Protocol
 
 from middo_jax.config import RefineSettings
-from middo_jax.data.example import Lineage
+from middo_jax.data.example import Example, Lineage, Message
 from middo_jax.refinement import prompts
 from middo_jax.refinement.acceptance.candidate import Candidate
-from middo_jax.refinement.acceptance.table import first_verdict
+from middo_jax.refinement.acceptance.table import asked, first_verdict
 from middo_jax.refinement.endpoint.ending import ending
 from middo_jax.refinement.endpoint.faults import EndpointFailed, NotAnswered, RefinerError, RequestRefused
 from middo_jax.refinement.endpoint.probe import Probe
@@ -27,6 +27,9 @@ from middo_jax.refinement.reply import plain_lines, without_end_tokens, without_
 from middo_jax.refinement.tasks import Exchange, Outcome, Step, Task, Verdict
 
 _log = logging.getLogger(__name__)
+
+ASKS_PROMPT: frozenset[Step] = frozenset(("prompt", "correction"))  # the steps whose replies are prompts
+AGAIN = 1 << 20  # added to the attempt of the step `again`, so that it is another request than `answer`
 
 
 class Refiner(Protocol):
@@ -76,19 +79,33 @@ def _is_json_prompt(text: str) -> bool:
     return said is not None and said.lstrip().startswith("{") and parse_prompt(said) is not None
 
 
+def answer_request(task: Task, prompt: str, context: Sequence[Message]) -> Messages:
+    """The request for the last answer, to a prompt after the turns before it."""
+    if task.op == "complete":
+        return prompts.completion(prompt, task.original.response, context)
+    return prompts.answer(prompt, context)
+
+
 def first_request(task: Task, settings: RefineSettings, form: Form = "text") -> Messages:
-    """The request for a new prompt, with the reasons why earlier candidates were not accepted."""
+    """The request for a new prompt, with the reasons why earlier candidates were not accepted.
+
+    Where the prompt stays, the request for its answer: of a later attempt the same, but asked again.
+    """
+    if task.keeps_prompt:
+        return answer_request(task, task.prompt, task.original.context)
     return prompts.again(_first_request(task, settings, form), task.feedback)
 
 
 def _first_request(task: Task, settings: RefineSettings, form: Form) -> Messages:
     if task.op == "synthesize":
-        return prompts.synthesize(task.original.prompt, [hint.prompt for hint in task.hints], form)
+        several = any(example.n_user_turns > 1 for example in (task.original, *task.hints))
+        hints = [prompts.questions(hint) for hint in task.hints]
+        return prompts.synthesize(prompts.questions(task.original), hints, form, several)
     response = task.original.response if settings.show_response else None
-    if task.op == "rewrite" and "complexity" in task.axes:
-        return prompts.both(task.original.prompt, response, form)
     revise = prompts.simplify if task.op == "simplify" else prompts.rewrite
-    return revise(task.original.prompt, response, form)
+    if task.op == "rewrite" and "complexity" in task.axes:
+        revise = prompts.both
+    return revise(task.prompt, response, form, prompts.conversation(task.original.context))
 
 
 async def refine_tasks(
@@ -251,14 +268,18 @@ class _Dialogue:
             await self.schema.was_refused(refused)
             return replied
 
-    async def answer(self, prompt: str) -> Answer:
-        """The answer to the new prompt, after the sample's own system turns."""
-        system = [message.content for message in self.task.original.messages if message.role == "system"]
-        return await self._ask("answer", prompts.answer(prompt, system))
+    async def answer(self, messages: Messages) -> Answer:
+        """The reply to a prompt."""
+        return await self._ask("answer", messages)
+
+    async def again(self) -> Answer:
+        """Another answer to the old prompt: another sample, also where the prompt stays."""
+        original = self.task.original
+        return await self._ask("again", prompts.answer(original.question, original.context))
 
     async def _ask(self, step: Step, messages: Messages) -> Answer:
         answer = await self._complete(step, messages)
-        is_whole = step != "answer" and parse_prompt(answer.text) is not None
+        is_whole = step in ASKS_PROMPT and parse_prompt(answer.text) is not None
         if ending(answer.finish_reason) == "cut" and not is_whole:
             try:
                 return await self._complete(step, messages, 2 * self.settings.max_tokens)
@@ -270,9 +291,9 @@ class _Dialogue:
     async def _complete(self, step: Step, messages: Messages, max_tokens: int | None = None) -> Answer:
         answer = await self.client.complete(
             messages,
-            attempt=self.task.attempt,
+            attempt=self.task.attempt + (AGAIN if step == "again" else 0),
             account="+".join(self.task.axes),
-            response_format=prompts.RESPONSE_FORMAT if self.form == "json" and step != "answer" else None,
+            response_format=prompts.RESPONSE_FORMAT if self.form == "json" and step in ASKS_PROMPT else None,
             max_tokens=max_tokens,
         )
         self.exchanges.append(Exchange(step, self.client.model, messages, answer, self.task.attempt))
@@ -286,27 +307,76 @@ async def _refine(dialogue: _Dialogue, round_index: int, special_tokens: Collect
         return Outcome(task, None, verdict, tuple(dialogue.exchanges))
 
     try:
-        reply = await dialogue.new_prompt()
-        prompt = parse_prompt(reply.text)
-        if prompt is not None:
-            prompt = without_end_tokens(plain_lines(prompt), special_tokens)
-        said = without_reasoning(reply.text) or ""
-        candidate = Candidate(task, special_tokens, said, prompt, reply.finish_reason)
-        if verdict := first_verdict(candidate, "prompt", settings):
+        candidate = await _prompted(dialogue, special_tokens)
+        if not task.keeps_prompt and (verdict := first_verdict(candidate, "prompt", settings)):
             return rejected(verdict)
-        assert prompt is not None  # otherwise the gate `readable`, which is always applied, has rejected it
-        reply = await dialogue.answer(prompt)
+        prompt = candidate.prompt
+        assert prompt is not None  # otherwise `readable`, which is always applied, has rejected it
+        context = await _context(dialogue, special_tokens)
+        if isinstance(context, Verdict):
+            return rejected(context)
+        reply = await dialogue.answer(answer_request(task, prompt, context))
+        response = _answer_text(reply.text, task, prompt, special_tokens)
+        candidate = dataclasses.replace(candidate, response=response, finish_reason=reply.finish_reason)
+        if verdict := first_verdict(candidate, "answer", settings):
+            return rejected(verdict)
+        if asked("again", task.axes, settings):
+            reply = await dialogue.again()
+            again = _answer_text(reply.text, task, task.original.question, special_tokens)
+            is_whole = ending(reply.finish_reason) == "whole"
+            candidate = dataclasses.replace(candidate, again=again if is_whole else None)
+            if verdict := first_verdict(candidate, "again", settings):
+                return rejected(verdict)
     except RefinerError as error:
         if error.stops_stage:
             raise
         return rejected(Verdict(None, error.reason))
-    response = _answer_text(reply.text, task, prompt, special_tokens)
-    candidate = dataclasses.replace(candidate, response=response, finish_reason=reply.finish_reason)
-    if verdict := first_verdict(candidate, "answer", settings):
-        return rejected(verdict)
     lineage = _lineage(task, dialogue.client.model, round_index)
-    child = task.original.replace_text(prompt, response, lineage)
+    child = task.original.replace_text(prompt, response, lineage, context)
     return Outcome(task, child, None, tuple(dialogue.exchanges))
+
+
+async def _prompted(dialogue: _Dialogue, special_tokens: Collection[str]) -> Candidate:
+    """A candidate with its prompt: the refiner's new one, or the original's where that stays."""
+    task = dialogue.task
+    if task.keeps_prompt:
+        return Candidate(task, special_tokens, prompt=task.prompt)
+    reply = await dialogue.new_prompt()
+    prompt = parse_prompt(reply.text)
+    if prompt is not None:
+        prompt = without_end_tokens(plain_lines(prompt), special_tokens)
+    said = without_reasoning(reply.text) or ""
+    return Candidate(task, special_tokens, said, prompt, reply.finish_reason)
+
+
+async def _context(dialogue: _Dialogue, special_tokens: Collection[str]) -> tuple[Message, ...] | Verdict:
+    """The turns before the new prompt; with `refine.turns=all` each learnt answer among them is a new one.
+
+    An answer that a gate rejects ends the task: its verdict names the turn. The new prompt was written before
+    these answers, since most candidates fail there, at the price of one request.
+    """
+    task, settings = dialogue.task, dialogue.settings
+    if task.op == "synthesize":
+        return tuple(m for m in task.original.messages if m.role == "system")
+    turns: list[Message] = []
+    for n, message in enumerate(task.original.context, 1):
+        if settings.turns == "all" and message.role == "assistant" and message.learnt:
+            *before, question = turns
+            reply = await dialogue.answer(prompts.answer(question.content, before))
+            here = dataclasses.replace(task, original=Example(task.original.messages[:n]))
+            text = _answer_text(reply.text, task, question.content, special_tokens)
+            candidate = Candidate(
+                here,
+                special_tokens,
+                prompt=question.content,
+                finish_reason=reply.finish_reason,
+                response=text,
+            )
+            if text != message.content and (verdict := first_verdict(candidate, "answer", settings)):
+                return dataclasses.replace(verdict, detail=f"turn {n}: {verdict.detail}")
+            message = dataclasses.replace(message, content=text)
+        turns.append(message)
+    return tuple(turns)
 
 
 def _answer_text(reply: str, task: Task, prompt: str, special_tokens: Collection[str]) -> str:

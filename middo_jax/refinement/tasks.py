@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from middo_jax.config.axis_table import TaskOp, axes, axis_names
 from middo_jax.config.gates import gate
+from middo_jax.config.refine import Turns
 from middo_jax.data.example import Example
 from middo_jax.refinement.endpoint.request import Answer, Messages
 from middo_jax.rundir.rows import RefinedRow, RequestRow
 
 Scores = Mapping[str, float | None]
-Step = Literal["prompt", "correction", "answer"]
+Step = Literal["prompt", "correction", "answer", "again"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +44,25 @@ class Task:
     feedback: tuple[str, ...] = ()
 
     @property
+    def prompt(self) -> str:
+        """The text that the new prompt replaces or extends: of a rewrite, the last user turn."""
+        return self.original.prompt if self.op == "synthesize" else self.original.question
+
+    def n_answers(self, turns: Turns) -> int:
+        """How many answers the refiner writes for one candidate."""
+        if turns != "all" or self.op == "synthesize":
+            return 1
+        return 1 + sum(m.role == "assistant" and m.learnt for m in self.original.context)
+
+    @property
     def given(self) -> str:
         """The texts that the refiner gets: those of the sample and of its hints."""
         return " ".join(message.content for e in (self.original, *self.hints) for message in e.messages)
+
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether only the answer is asked for anew."""
+        return self.op in ("reanswer", "complete")
 
     @property
     def task_id(self) -> str:
@@ -172,21 +189,35 @@ class Outcome:
             }
 
 
+def why_kept(example: Example, turns: Turns) -> str | None:
+    """Why a sample is never refined with this setting of `refine.turns`; None if it is."""
+    if example.has_tools:
+        return "tools are used, and a refiner has none"
+    if turns == "skip" and example.n_user_turns > 1:
+        return "several turns (refine.turns=skip)"
+    return None
+
+
 def plan_tasks(
     examples: Sequence[Example],
     selected: Mapping[str, Collection[str]],
     knn_ids: Mapping[str, Sequence[str]],
     scores: Mapping[str, Scores],
+    faults: Mapping[str, str | None] | None = None,
+    turns: Turns = "last",
 ) -> list[Task]:
     """The tasks for the selected samples, in dataset order; a sample's replacement comes before its addition.
 
-    A sample that several replacing axes selected gets one rewrite for all of them.
+    A sample that several replacing axes selected gets one rewrite for all of them. One that `why_kept` names
+    gets no task.
 
     Args:
       examples: the round's dataset.
       selected: ids by axis; an axis without an operation makes no task.
       knn_ids: for every sparse sample the ids of its nearest neighbours, nearest first.
       scores: the scores by id, which the child's lineage records.
+      faults: by id, the fault that the axis `consistency` sees; an answer that was `cut` is completed.
+      turns: `refine.turns`.
 
     Raises:
       ValueError: an id is not in the dataset, or a sparse sample has no neighbours, so that the selection
@@ -211,13 +242,24 @@ def plan_tasks(
         )
     tasks = []
     for example in examples:
+        if why_kept(example, turns) is not None:
+            continue
         known = scores.get(example.id, {})
         wanting = [row for row in axes() if row.op and example.id in sets.get(row.name, ())]
         replacing = [row for row in wanting if row.op != "synthesize"]
         if replacing:
-            op = "simplify" if all(row.op == "simplify" for row in replacing) else "rewrite"
+            op = _op_of([row.op for row in replacing], (faults or {}).get(example.id))
             tasks.append(Task(op, tuple(row.name for row in replacing), example, scores=known))
         if len(wanting) > len(replacing):
             hints = tuple(by_id[hint] for hint in knn_ids[example.id])
             tasks.append(Task("synthesize", ("diversity",), example, hints, known))
     return tasks
+
+
+def _op_of(ops: Sequence[TaskOp | None], fault: str | None) -> TaskOp:
+    """One operation for all axes that selected a sample; only what they agree on is not a rewrite."""
+    if all(op == "simplify" for op in ops):
+        return "simplify"
+    if all(op == "reanswer" for op in ops):
+        return "complete" if fault == "cut" else "reanswer"
+    return "rewrite"

@@ -32,7 +32,7 @@ def acceptance(
 
     Args:
       rows: of candidates.jsonl.
-      settings: the run's, as nested dicts. A gate whose setting is missing counts as applied.
+      settings: the run's, as nested dicts. A gate whose setting is missing has its default.
       colours: CSS class of each axis.
     """
     if rows is None:

@@ -38,7 +38,7 @@ def shown_axes(selections: Iterable[Mapping[str, Any] | None] = ()) -> dict[str,
     shown = {
         row.name: ShownAxis(
             row.title,
-            f"c-{row.name}" if row.name in BUILT_IN else "c-own",
+            f"c-{row.name}" if row.name in BUILT_IN and not row.optional else "c-own",
             row.columns,
             row.label,
             row.heading,

@@ -8,11 +8,8 @@ script, by its hash.
 from __future__ import annotations
 
 import base64
-import difflib
 import hashlib
 import json
-import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,10 +21,12 @@ import yaml
 from markupsafe import Markup
 
 from middo_jax.data.example import Example
+from middo_jax.data.sources import Rejection, count_reasons
 from middo_jax.progress import duration
 from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
 from middo_jax.report.axes import ShownAxis, shown_axes
+from middo_jax.report.benchmarks import metric_text, score_text
 from middo_jax.report.costs import costs
 from middo_jax.report.curves import heldout_curves, training_curves
 from middo_jax.report.effects import RESAMPLES
@@ -42,15 +41,24 @@ from middo_jax.report.status import (
     require_run,
     status,
 )
+from middo_jax.report.texts import Spans, excerpt_of, word_diff
 from middo_jax.report.verdicts import refusals
 from middo_jax.rundir import RoundDir, RunDir, write_text
 from middo_jax.version import __version__
 
-OPS = {"simplify": "simplified", "rewrite": "rewritten", "synthesize": "synthesized"}
+OPS = {
+    "simplify": "simplified",
+    "rewrite": "rewritten",
+    "synthesize": "synthesized",
+    "reanswer": "answered anew",
+    "complete": "completed",
+}
 Axes = Mapping[str, ShownAxis]
-STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES))
-MAX_DIFF_CELLS = 1_000_000  # words before x words after; above it difflib needs more than about a second
-MIN_KEPT_WORDS = 0.2  # texts that share fewer words are not edits of each other, so no word is marked
+STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES), "benchmark")
+# Characters shown of each text. The first that makes the page no larger than PAGE_BYTES is used.
+EXCERPTS = (10_000, 3_000, 1_000, 300)
+PAGE_BYTES = 20_000_000
+REFUSED_SHOWN = 1_000  # rows of the input
 
 # Characters that a browser would not show as they are: line separators, which end a line in scripts; control
 # characters, which HTML forbids; lone surrogates, which UTF-8 cannot encode.
@@ -71,25 +79,41 @@ def build(run: RunDir) -> Path:
 
 
 def page(run: RunDir) -> str:
-    """The text of the page, see `build`."""
+    """The text of the page, see `build`. Long texts are shown in excerpts, the shorter the more there are."""
+    text = ""
+    for excerpt in EXCERPTS:
+        text = _page(run, excerpt)
+        if len(text.encode()) <= PAGE_BYTES:
+            break
+    return text
+
+
+def _page(run: RunDir, excerpt: int) -> str:
+    """The page with at most `excerpt` characters of each text."""
     state, settings = status(run), load_settings(run)
     folders = [RoundDir(run.path / r["name"]) for r in state["rounds"]]
     scores = [score_rows(folder) for folder in folders]
     axes = shown_axes(load_json(folder.selection) for folder in folders)
     rounds = [
-        {**facts, **_round(folder, scores[i], scores[i + 1] if i + 1 < len(scores) else {}, settings, axes)}
+        {**facts, **_round(folder, scores[i : i + 2], settings, axes, excerpt)}
         for i, (folder, facts) in enumerate(zip(folders, state["rounds"], strict=True))
     ]
+    refused = load_jsonl(run.path / "rejected.jsonl")
     refined = [r for r in rounds if r["accepted"] is not None]
-    return _environment().get_template("page.html.j2").render(
+    refused = load_jsonl(run.path / "rejected.jsonl")
+    unusable = [Rejection(row["where"], row["reason"], None) for row in refused or []]
+    return _environment(excerpt).get_template("page.html.j2").render(
         version=__version__,
         state=state,
         rounds=rounds,
-        stages=STAGES,
+        stages=[s for s in STAGES if any(s in r["stages"] for r in (*state["rounds"], state["final"]))],
         axes=axes,
         settings=settings,
         settings_text=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
-        refused=load_jsonl(run.path / "rejected.jsonl"),
+        refused=None if refused is None else refused[:REFUSED_SHOWN],
+        n_refused=len(refused or ()),
+        refused_reasons=count_reasons(unusable),
+        repairs=run.round(0).stages().get("prepare", {}).get("repairs", {}),
         n_heldout_rows=count_rows(run.heldout),
         n_accepted=sum(r["accepted"] for r in refined) if refined else None,
         n_tried=sum(r["accepted"] + r["rejected"] for r in refined) if refined else None,
@@ -100,7 +124,7 @@ def page(run: RunDir) -> str:
     ).translate(_VISIBLE)  # fmt: skip
 
 
-def _environment() -> jinja2.Environment:
+def _environment(excerpt: int) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -120,8 +144,11 @@ def _environment() -> jinja2.Environment:
         "change": number(lambda v: f"{v:+.4f}"),
         "percent": number(lambda v: f"{v:.1%}"),
         "seconds": number(duration),
+        "metric": metric_text,
+        "benchmark": lambda v: score_text(v).replace("+-", "\N{PLUS-MINUS SIGN}"),
         "usd": number(lambda v: f"{v:,.2f}" if v >= 1 else f"{v:.4f}"),
         "raw": lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, indent=2),
+        "excerpt": lambda v: excerpt_of(str(v), excerpt),
         "csp_hash": lambda s: base64.b64encode(hashlib.sha256(str(s).encode()).digest()).decode(),
     }
     return environment
@@ -171,12 +198,16 @@ def _heldout(models: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str
 
 def _round(
     folder: RoundDir,
-    scores: dict[str, dict[str, Any]],
-    later: dict[str, dict[str, Any]],
+    scores_of_two: list[dict[str, dict[str, Any]]],
     settings: dict[str, Any],
     axes: Axes,
+    excerpt: int,
 ) -> dict[str, Any]:
-    """The page's values about one round, besides those that `status` returns."""
+    """The page's values about one round, besides those that `status` returns.
+
+    `scores_of_two`: by id, of this round and, if there is one, of the next.
+    """
+    scores, later = [*scores_of_two, {}][:2]
     selection = load_json(folder.selection)
     sets = selection["axes"] if selection else {}
     tasks = load_jsonl(folder.refined)
@@ -200,8 +231,12 @@ def _round(
         ),
         "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),
+        "kept": folder.stages().get("refine", {}).get("kept", {}),
+        "conversations": _conversations(tasks or []),
         "rewrites": [
-            _rewrite(t, hints, scores, later, axes) for t in tasks or [] if t["accepted"] and t["example"]
+            _rewrite(t, hints, (scores, later), axes, excerpt)
+            for t in tasks or []
+            if t["accepted"] and t["example"]
         ],
         "refusals": [t | {k: _example(t[k]) for k in ("example", "original")} for t in rejected],
     }
@@ -309,74 +344,57 @@ def _example(row: dict[str, Any] | None) -> Example | None:
     return Example.from_json(row) if row else None
 
 
+def _conversations(tasks: list[dict[str, Any]]) -> dict[str, int]:
+    """Accepted rewrites of conversations of several turns: their number, their turns, the changed ones."""
+    taken = [t for t in tasks if t["accepted"] and t["example"] and t["replaces"]]
+    pairs = [(Example.from_json(t["original"]), Example.from_json(t["example"])) for t in taken]
+    long = [(original, child) for original, child in pairs if original.n_user_turns > 1]
+    return {
+        "n": len(long),
+        "turns": sum(len(child.messages) for _, child in long),
+        "changed": sum(len(child.changed_turns(original)) for original, child in long),
+    }
+
+
 def _rewrite(
     task: dict[str, Any],
     hints: dict[str, str],
-    scores: dict[str, dict[str, Any]],
-    later: dict[str, dict[str, Any]],
+    scores_of_two: tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]],
     shown: Axes,
+    excerpt: int,
 ) -> dict[str, Any]:
     """The page's values about one accepted rewrite: texts, marked words, hints, scores before and after."""
+    scores, later = scores_of_two
     original, example = Example.from_json(task["original"]), Example.from_json(task["example"])
     before = scores.get(original.id) or example.lineage.scores_before or {}
     # Under the same model if the gates measured it, otherwise under the next round's, which was trained on
     # it.
     measured = {c: v for c, v in (example.lineage.scores_after or {}).items() if v is not None}
     after = {**later.get(example.id, {}), **measured}
-    compare = word_diff if task["replaces"] else lambda a, b: ([(False, a)], [(False, b)])
+
+    def compare(before: str, after: str) -> tuple[Spans, Spans]:
+        texts = excerpt_of(before, excerpt), excerpt_of(after, excerpt)
+        return word_diff(*texts) if task["replaces"] else ([(False, texts[0])], [(False, texts[1])])
+
     columns = [c for axis in task["axes"] if axis in shown for c in shown[axis].columns]
+    texts = [
+        ("Prompt", *compare(original.prompt, example.prompt)),
+        ("Response", *compare(original.response, example.response)),
+    ]
+    if task["replaces"] and len(original.messages) == len(example.messages) and original.n_user_turns > 1:
+        changed = example.changed_turns(original)
+        pairs = ((n, original.messages[n], example.messages[n]) for n in changed)
+        texts = [(f"Turn {n + 1} ({m.role})", *compare(m.content, new.content)) for n, m, new in pairs]
     return {
         "id": example.id,
         "source_id": original.id,
+        "user_id": original.user_id,
         "op": OPS.get(task["op"], task["op"]),
         "axes": _axes(task),
         "colour": _colour(_axes(task), shown),
         "replaces": bool(task["replaces"]),
         "headline": " ".join(example.prompt.split())[:160],
-        "texts": [
-            ("Prompt", *compare(original.prompt, example.prompt)),
-            ("Response", *compare(original.response, example.response)),
-        ],
+        "texts": texts,
         "hints": [(i, hints.get(i)) for i in task["hint_ids"]],
         "scores": [(c, before.get(c), after.get(c)) for c in columns],
     }
-
-
-Spans = list[tuple[bool, str]]
-
-
-def word_diff(before: str, after: str) -> tuple[Spans, Spans]:
-    """Splits both texts into (changed, text) spans by a diff of their words; the spans join to the text.
-
-    White space belongs to the unchanged spans next to it. Texts that share less than a fifth of their words,
-    and texts that are too long to compare, are returned unmarked.
-
-    word_diff("a red fox", "a fox ran")  ->  [(F, "a "), (T, "red"), (F, " fox")], [(F, "a fox "), (T, "ran")]
-    """
-    words = [re.findall(r"\s+|\S+", text) for text in (before, after)]
-    plain = ([(False, before)], [(False, after)])
-    if math.prod(len(w) for w in words) > MAX_DIFF_CELLS:
-        return plain
-    # All white space is one token, so that re-wrapped text counts as unchanged.
-    tokens = [[" " if w.isspace() else w for w in ws] for ws in words]
-    matcher = difflib.SequenceMatcher(lambda w: w == " ", *tokens, autojunk=False)
-    kept = [False] * len(words[0]), [False] * len(words[1])
-    for a, b, size in matcher.get_matching_blocks():
-        kept[0][a : a + size] = kept[1][b : b + size] = [True] * size
-    common = sum(k for w, k in zip(tokens[0], kept[0], strict=True) if w != " ")
-    if common < MIN_KEPT_WORDS * max(sum(w != " " for w in ws) for ws in tokens):
-        return plain
-    return _spans(words[0], kept[0]), _spans(words[1], kept[1])
-
-
-def _spans(words: list[str], kept: list[bool]) -> Spans:
-    changed = [not k and not w.isspace() for w, k in zip(words, kept, strict=True)]
-    for i in range(1, len(words) - 1):  # a space between two changed words is marked with them
-        changed[i] |= words[i].isspace() and changed[i - 1] and changed[i + 1]
-    spans: Spans = []
-    for word, mark in zip(words, changed, strict=True):
-        if spans and spans[-1][0] == mark:
-            spans[-1] = (mark, spans[-1][1] + word)
-        else:
-            spans.append((mark, word))
-    return spans

@@ -10,7 +10,7 @@ import numpy as np
 
 from middo_jax.data.example import Example
 from middo_jax.data.packing import first_fit
-from middo_jax.data.sources import Rejection, count_reasons
+from middo_jax.data.sources import Rejection, Repair, count_reasons
 from middo_jax.data.templates import starts_with_bos
 from middo_jax.data.tokenize import TokenizedExample, end_of_turn_token
 
@@ -29,12 +29,15 @@ QUANTILES = {
 }
 
 
-def inspect_rows(examples: Sequence[Example], rejections: Sequence[Rejection]) -> dict[str, Any]:
-    """The number of usable rows, the rejected rows with place and reason, and their reasons counted."""
+def inspect_rows(
+    examples: Sequence[Example], rejections: Sequence[Rejection], repairs: Sequence[Repair] = ()
+) -> dict[str, Any]:
+    """The number of usable rows, the rejected rows with place and reason, and reasons and repairs counted."""
     return {
         "n": len(examples),
         "rejected": [{"where": r.where, "reason": r.reason} for r in rejections],
         "reasons": [reason._asdict() for reason in count_reasons(rejections)],
+        "repairs": [reason._asdict() for reason in count_reasons(repairs)],
     }
 
 

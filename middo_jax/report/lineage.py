@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow.lib
@@ -29,12 +29,13 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
       example_id: an id, or the beginning of exactly one id.
 
     Returns:
-      One dict of JSON values per sample: id, relation (ancestor | self | descendant), round (the first round
-        whose
-      dataset contains it, or would contain it; `final` counts as the round after the last), rounds (all
-      folders whose dataset contains it), op, axis, parent_ids, root_id, hint_ids, refiner, accepted, verdict,
-      prompt, response, scores (its row in the first round's scores.parquet, None if it was not scored),
-      later_scores ({folder: row}), scores_before (for which the parent was selected).
+      One dict of JSON values per sample: id, user_id (the user's own id, None if there is none), relation
+      (ancestor | self | descendant), round (the first round whose dataset contains it, or would contain it;
+      `final` counts as the round after the last), rounds (all folders whose dataset contains it), op, axis,
+      parent_ids, root_id, hint_ids, refiner, accepted, verdict,
+      prompt, response, turns, turns_changed (of a rewrite, against its original; None of others), scores
+      (its row in the first round's scores.parquet, None if it was not scored), later_scores ({folder: row}),
+      scores_before (for which the parent was selected).
 
     Raises:
       RunError: the folder or the id does not exist (the message names similar ids), or several ids begin so.
@@ -52,6 +53,7 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
     descendants = _reach(target, lambda i: children[i])
 
     family = [samples[i] for i in {target, *ancestors, *descendants} if i in samples]
+    turns = {sample["id"]: _turns(sample, samples) for sample in family}
     scores = {f.path.name: score_rows(f, [s["id"] for s in family]) for f in folders}
     for sample in family:
         own = {name: scores[name][sample["id"]] for name in sample["rounds"] if sample["id"] in scores[name]}
@@ -60,6 +62,8 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
         sample["relation"] = "self" if sample["id"] == target else relation
         sample["scores"] = own.pop(first, None) if first else None
         sample["later_scores"] = own
+        sample |= turns[sample["id"]]
+        del sample["example"]
     return sorted(family, key=lambda s: (s["round"], not s["rounds"], s["id"]))
 
 
@@ -81,7 +85,9 @@ def score_rows(round_dir: RoundDir, ids: Iterable[str] | None = None) -> dict[st
         rows = table.to_pylist()
         return {row.pop("id"): {k: _finite(v) for k, v in row.items()} for row in rows}
     except (pyarrow.lib.ArrowException, KeyError) as e:
-        raise RunError(f"{path}: not a table of scores ({e}); delete it and score the round again") from e
+        raise RunError(
+            f"{path}: not a table of scores ({e}); `middo run CONFIG --repair` makes it again"
+        ) from e
 
 
 def _finite(value: Any) -> Any:
@@ -112,6 +118,7 @@ def _sample(row: dict[str, Any], index: int) -> dict[str, Any]:
     lineage = example.lineage
     return {
         "id": example.id,
+        "user_id": example.user_id,
         "round": index,
         "rounds": [],
         "op": lineage.op,
@@ -123,9 +130,19 @@ def _sample(row: dict[str, Any], index: int) -> dict[str, Any]:
         "accepted": True,
         "verdict": None,
         "scores_before": lineage.scores_before,
+        "example": example,
         "prompt": example.prompt,
         "response": example.response,
     }
+
+
+def _turns(sample: Mapping[str, Any], samples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The number of turns and, of a rewrite, how many of them differ from its original's."""
+    parents = [samples[i] for i in sample["parent_ids"] if i in samples]
+    changed = None
+    if parents and sample["op"] not in ("seed", "synthesize"):
+        changed = len(sample["example"].changed_turns(parents[0]["example"]))
+    return {"turns": len(sample["example"].messages), "turns_changed": changed}
 
 
 def _verdict_text(task: dict[str, Any]) -> str | None:
@@ -135,6 +152,10 @@ def _verdict_text(task: dict[str, Any]) -> str | None:
 def _resolve(run: RunDir, samples: dict[str, Any], wanted: str) -> str:
     if wanted in samples:
         return wanted
+    # A rewrite has its original's own id, so that several samples may have it; the user's row is the first.
+    own = [i for i, sample in samples.items() if wanted and str(sample["user_id"]) == wanted]
+    if own:
+        return min(own, key=lambda i: samples[i]["round"])
     if not samples:
         raise RunError(f"{run.path}: no round has a dataset yet, so there is no sample to trace")
     matches = sorted(i for i in samples if wanted and i.startswith(wanted))

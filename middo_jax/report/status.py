@@ -20,11 +20,13 @@ from rich.text import Text
 
 from middo_jax.config import stored
 from middo_jax.progress import duration
+from middo_jax.report.benchmarks import benchmark_lines, benchmark_table
 from middo_jax.report.effects import effect_lines, effects
 from middo_jax.report.terminal import printable
 from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError
 from middo_jax.rundir.chain import assess, chain
-from middo_jax.rundir.schemas import newer
+from middo_jax.rundir.events import read_events
+from middo_jax.rundir.rows import BenchmarksFile
 
 ROUND_STAGES = ("train", "score", "select", "refine", "merge")
 FINAL_STAGES = ("train", "evaluate", "export")
@@ -38,7 +40,7 @@ def load_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise RunError(
-            f"{path}: not valid JSON ({e}); delete it and run the stage that wrote it again"
+            f"{path}: not valid JSON ({e}); `middo run CONFIG --repair` puts it aside and makes it again"
         ) from e
 
 
@@ -64,7 +66,10 @@ def load_jsonl(path: Path, torn_end: bool = False) -> list[Any] | None:
         except ValueError as e:
             if torn_end and number == len(lines):  # only an incomplete line lacks its newline
                 break
-            raise RunError(f"{path}:{number}: not valid JSON ({e}); repair or delete the line") from e
+            raise RunError(
+                f"{path}:{number}: not valid JSON ({e}); mend the line, or let `middo run CONFIG --repair` "
+                "make the file again"
+            ) from e
     return rows
 
 
@@ -116,23 +121,23 @@ def status(run: RunDir) -> dict[str, Any]:
       stale: {stage: why}, next, selected: {axis: n} | None, n_selected (distinct samples) | None, accepted,
       rejected | None};
       next: {round, stage} | None if all stages are done; complete; heldout: [{name, loss, n_target_tokens}];
-      n_heldout; effects: {rounds, fine_tuning: see `effects.Effect`, None if unknown}; last_event.
+      n_heldout; benchmarks: see `benchmark_table`;
+      effects: {rounds, fine_tuning: see `effects.Effect`, None if unknown}; last_event;
+      unreadable_events: lines of events.jsonl that cannot be read.
 
     Raises:
       RunError: the folder does not exist or is no run's, or a file in it cannot be read.
     """
     require_run(run)
     stale = _stale(run)
-    rounds = [_round(r, ROUND_STAGES, stale) for r in planned_rounds(run)]
-    final = _round(run.final, FINAL_STAGES, stale)
+    benchmarked = ("benchmark",) if _has_benchmarks(run) else ()
+    rounds = [_round(r, (*ROUND_STAGES, *benchmarked), stale) for r in planned_rounds(run)]
+    final = _round(run.final, (*FINAL_STAGES[:-1], *benchmarked, *FINAL_STAGES[-1:]), stale)
     pending = next(({"round": r["name"], "stage": r["next"]} for r in [*rounds, final] if r["next"]), None)
     is_evaluated = (run.final.path.name, "evaluate") not in stale
     heldout = (load_json(run.heldout_losses) if is_evaluated else None) or {}
     models = heldout.get("models", [])
-    events = load_jsonl(run.events, torn_end=True) or []
-    for event in events:
-        if (reason := newer(run.events.name, event.get("version", 0), run.events)) is not None:
-            raise RunError(reason)
+    events = read_events(run.events)
     return {
         "run": run.path.resolve().name,
         "path": str(run.path),
@@ -142,9 +147,22 @@ def status(run: RunDir) -> dict[str, Any]:
         "complete": pending is None,
         "heldout": models,
         "n_heldout": heldout.get("n"),
+        "benchmarks": benchmark_table(_benchmarks(run, stale)),
         "effects": {name: e and e.to_json() for name, e in effects(run, models).items()},
-        "last_event": events[-1] if events else None,
+        "last_event": events.rows[-1] if events.rows else None,
+        "unreadable_events": events.n_unreadable,
     }
+
+
+def _has_benchmarks(run: RunDir) -> bool:
+    evaluate = load_settings(run).get("evaluate")
+    return isinstance(evaluate, dict) and bool(evaluate.get("tasks"))
+
+
+def _benchmarks(run: RunDir, stale: dict[tuple[str, str], str]) -> list[BenchmarksFile]:
+    """The scores of all rounds and of `final` that are not stale, in order."""
+    folders = [of for of in (*run.rounds(), run.final) if (of.path.name, "benchmark") not in stale]
+    return [found for of in folders if (found := load_json(of.benchmarks)) is not None]
 
 
 def count_rows(path: Path) -> int | None:
@@ -165,8 +183,10 @@ def _stale(run: RunDir) -> dict[tuple[str, str], str]:
                 found[link.folder.path.name, link.name] = state.why
     for folder in (*run.rounds(), run.final):  # also stages that are not in the chain of the settings
         manifest = Manifest(folder.path)
+        is_removed = folder.path != run.final.path and not folder.checkpoint.exists()
         for stage in manifest.records():
-            if (why := manifest.why_stale(stage)) is not None:
+            removed = [folder.checkpoint] if stage == "train" and is_removed else []
+            if (why := manifest.why_stale(stage, removed=removed)) is not None:
                 found.setdefault((folder.path.name, stage), why)
     return found
 
@@ -197,7 +217,8 @@ def _round(
 
 def render_status(d: dict[str, Any]) -> str:
     """The result of `status` as plain text for a terminal, without colours or control characters."""
-    stages = [*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES)]
+    named = [stage for row in [*d["rounds"][:1], d["final"]] for stage in row["stages"]]
+    stages = list(dict.fromkeys((*ROUND_STAGES, *named)))
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("", "rows", *stages, "selected", "accepted"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -217,14 +238,27 @@ def render_status(d: dict[str, Any]) -> str:
         *_reasons([*d["rounds"], d["final"]]),
         f"held-out loss: {losses or 'not yet'}",
         *(f"  {line}" for line in effect_lines(d["effects"])),
+        *benchmark_lines(d["benchmarks"]),
     ]
     if event := d["last_event"]:
         below.append(f"last event: {event.get('event', '?')} at {event.get('time', '?')}")
+    if n := d["unreadable_events"]:
+        below.append(unreadable_events(n))
     console.print(printable(f"{d['run']}: {step}", lines=False))
     console.print(table)
     for line in below:
         console.print(printable(line, lines=False))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def unreadable_events(n: int) -> str:
+    """One sentence about lines of events.jsonl that cannot be read."""
+    lines = (
+        "1 line of events.jsonl cannot be read and is"
+        if n == 1
+        else f"{n:,} lines of events.jsonl cannot be read and are"
+    )
+    return f"{lines} ignored: it is a log, and nothing depends on it"
 
 
 def _cell(row: dict[str, Any], stage: str) -> str:

@@ -55,8 +55,14 @@ def render_dry_run(plan: dict[str, Any]) -> str:
     """The numbers of a `DryRun` and the first of its requests."""
     rows = plan["rows"]
     probe = ", the first to find out whether the server enforces a schema" if plan["probes"] else ""
+    conversations = (
+        f"{plan['conversations']:,} conversations of several turns: {plan['turns_changed']:,} of their "
+        f"{plan['turns']:,} turns change"
+    )
     lines = [
         f"{len(rows):,} new prompts and their answers: {plan['requests']:,} requests{probe}",
+        *([conversations] if plan["conversations"] else []),
+        *(f"{n:,} selected samples stay as they are: {why}" for why, n in plan["kept"].items()),
         f"prompt tokens: about {plan['prompt_tokens_estimate']:,}",
         f"completion tokens: about {plan['completion_tokens_estimate']:,}, "
         f"at most {plan['completion_tokens_at_most']:,}",
@@ -99,7 +105,11 @@ def render_trace(chain: list[dict[str, Any]]) -> str:
         scores = sample.get("scores") or {}
         shown = ("loss_pre", "loss_post", "knn_mean_sim", "quality")
         known = [f"{name} {scores[name]:.3f}" for name in shown if scores.get(name) is not None]
-        block = [f"round {sample['round']}  {sample['id']}  {how}{parents}{verdict}"]
+        changed = sample.get("turns_changed")
+        turns = f", {changed} of {sample['turns']} turns changed" if changed is not None else ""
+        user_id = sample.get("user_id")
+        own = "" if user_id is None else f" (yours: {user_id})"
+        block = [f"round {sample['round']}  {sample['id']}{own}  {how}{parents}{turns}{verdict}"]
         block += [f"  {', '.join(known)}"] if known else []
         for name in ("prompt", "response"):
             block.append(textwrap.indent(f"{name}: {sample[name]}", "  "))
@@ -111,6 +121,9 @@ def render_inspection(facts: dict[str, Any], *, color: bool = False) -> str:
     """The result of `inspection` as text; the targets are in colour, or between [[ and ]] without colour."""
     lines = [f"{facts['n']:,} rows can be used, {len(facts['rejected'])} cannot"]
     lines += reason_lines([Reason(**reason) for reason in facts["reasons"]], limit=5)
+    if facts["repairs"]:
+        lines.append("repaired (data.strict=true refuses such rows):")
+        lines += reason_lines([Reason(**reason) for reason in facts["repairs"]], limit=5)
     if "tokens" not in facts:
         return printable("\n".join(lines))
     lines += [f"warning: {warning}" for warning in facts["warnings"]]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from middo_jax.config import Config, Effect, affecting, default_of
 from middo_jax.rundir.layout import RoundDir, RunDir
-from middo_jax.rundir.manifest import Manifest, Seen
+from middo_jax.rundir.manifest import TOKENIZER, Manifest, Seen
 
 # The effects of settings that each stage depends on. "prepare" is the first round's, which reads the user's
 # data; "follow" prepares a later round. A stage need not repeat the effects of a stage whose files it reads.
@@ -29,8 +29,12 @@ AFFECTED_BY: Mapping[str, frozenset[Effect]] = {
     "refine": frozenset(("rewrites", "acceptance", "text", "model")),
     "merge": frozenset(("growth",)),
     "evaluate": frozenset(("text", "model")),
+    "benchmark": frozenset(("benchmarks", "text", "model")),
     "export": frozenset(("model",)),
 }
+
+# Settings that name a place, and the roles under which its content is recorded: a moved model is the same.
+_PLACES = {"model.path": (TOKENIZER, "base", "start", "pre_model"), "data.path": ("data",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +42,17 @@ class Link:
     """A stage in the chain: its inputs, outputs and dependencies.
 
     Attributes:
-      name: name of the stage in the manifest.
-      folder: folder whose manifest records the stage.
-      affected_by: effects of settings that the stage depends on.
-      files: files within the run that it reads, except models.
-      writes: files or folders that it writes.
-      models: models that it reads, by role; None if the path is not known.
-      data: path of the user's data, if the stage reads it and the path is known.
-      earlier: the previous round's folder, if there is one.
+      name: of the stage, as in the manifest.
+      folder: its manifest records the stage.
+      affected_by: the effects of settings that it depends on.
+      files: what it reads within the run, models aside.
+      writes: files, or folders.
+      may_write: files that it writes under some settings; of no other value than to be shown.
+      removable: what it wrote and may be removed to save space; made again when another stage needs it.
+      models: the models that it reads, by role; None where the place is not known.
+      data: files and folders of the user's data by role, if it reads them and the places are known.
+      tokenizer: the base model's directory, if it reads all of that but the weights, and the place is known.
+      earlier: the round before this folder's, if there is one.
     """
 
     name: str
@@ -54,8 +61,11 @@ class Link:
     files: tuple[Path, ...]
     writes: tuple[Path, ...]
     models: Mapping[str, Path | None] = dataclasses.field(default_factory=dict)
-    data: Path | None = None
+    data: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     earlier: RoundDir | None = None
+    tokenizer: Path | None = None
+    may_write: tuple[Path, ...] = ()
+    removable: tuple[Path, ...] = ()
 
     @property
     def where(self) -> str:
@@ -75,8 +85,18 @@ class Link:
     @property
     def inputs(self) -> dict[str, Path]:
         """Files and folders outside the run that the stage reads, by role."""
-        roles = {"data": self.data, **self.models}
+        roles = {**self.data, TOKENIZER: self.tokenizer, **self.models}
         return {role: p for role, p in roles.items() if p and not _is_ours(p) and p.exists()}
+
+    @property
+    def removed(self) -> tuple[Path, ...]:
+        """What of `removable` is not there."""
+        return tuple(path for path in self.removable if not path.exists())
+
+    @property
+    def missing_models(self) -> tuple[Path, ...]:
+        """Checkpoints of the run that it reads and that are not there."""
+        return tuple(p for p in self.models.values() if p is not None and _is_ours(p) and not p.exists())
 
     def begin(self) -> Begun:
         """Starts the stage, before it reads anything. Raises RunError for files of a newer version."""
@@ -91,20 +111,28 @@ class Link:
         if "settings" not in record:  # the previous version's: it contains only the names of files
             return manifest.why_stale(self.name)
         before = record["settings"]
-        settings = affecting(config, self.affected_by)
-        # Recorded settings come first: a setting may be missing from the record because another one changed.
+        settings = self._settings(config, record["inputs"])
+        # First what the record names: what it does not name may be asked now because of such a change.
         for name in sorted(settings, key=lambda name: name not in before):
             if (was := before.get(name, default_of(name))) != (now := settings[name]):
                 return f"{name} was {_shown(was)}, is {_shown(now)}"
-        if (reason := manifest.why_stale(self.name)) is not None:
+        if (reason := manifest.why_stale(self.name, self.inputs, self.removed)) is not None:
             return reason
         wrote = record["files"]
         for name in map(manifest.name, self.writes):  # a folder is recorded file by file
             if not any(file == name or file.startswith(f"{name}/") for file in wrote):
                 return f"it writes {name} now"
-        known = {*record["reads"], *record["inputs"]}
+        known = {*record["reads"], *record["inputs"], TOKENIZER}  # older records do not have the last
         new = [n for n in (*map(manifest.name, self.reads), *self.inputs) if n not in known]
         return f"it reads {new[0]} now" if new else None
+
+    def _settings(self, config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings it depends on, but the names of places whose content is compared."""
+        settings = affecting(config, self.affected_by)
+        for name, roles in _PLACES.items():
+            if any(role in inputs and role in self.inputs for role in roles):
+                settings.pop(name, None)
+        return settings
 
 
 class Begun(NamedTuple):
@@ -117,7 +145,8 @@ class Begun(NamedTuple):
         """Records the stage as done under these settings."""
         link = self.link
         settings = affecting(config, link.affected_by)
-        link.folder.finish(link.name, link.writes, seconds, seen=self.seen, settings=settings, **facts)
+        wrote = (*link.writes, *(path for path in link.may_write if path.exists()))
+        link.folder.finish(link.name, wrote, seconds, seen=self.seen, settings=settings, **facts)
 
 
 class State(NamedTuple):
@@ -148,17 +177,20 @@ def assess(links: Sequence[Link], config: Config) -> list[tuple[Link, State]]:
     return states
 
 
-def chain(run: RunDir, config: Config, base: Path | None = None, data: Path | None = None) -> list[Link]:
+def chain(
+    run: RunDir, config: Config, base: Path | None = None, data: Mapping[str, Path] | None = None
+) -> list[Link]:
     """Returns all stages of a run in order.
 
     Args:
       run: the run.
       config: settings; `rounds`, `train.start_from` and `refine.accept` are used.
       base: the base model's directory; None if it is not known.
-      data: the user's data, if it is a file or folder; None if it is not known.
+      data: files and folders of the user's data by role; None if they are not known.
     """
-    links = [prepare(run, data)]
+    links = [prepare(run, data or {}, base)]
     ends = [*(run.round(t) for t in range(config.rounds)), run.final]
+    benchmarks: list[Link] = []
     for t, here in enumerate(ends):
         earlier = ends[t - 1] if t else None
         previous = base if earlier is None else earlier.checkpoint
@@ -166,19 +198,20 @@ def chain(run: RunDir, config: Config, base: Path | None = None, data: Path | No
         if earlier is not None:
             links.append(follow(here, earlier))
         links.append(train(here, start))
+        benchmarks = [benchmark(here, config, None if earlier else base)] if config.evaluate.tasks else []
         if here.path == run.final.path:
             break
         measuring = here.checkpoint if config.refine.accept == "measured" else None
         scored = dataclasses.replace(score(here, here.checkpoint, start), earlier=earlier)
-        links += [scored, select(here), refine(here, run.heldout, measuring), merge(here)]
-    return [*links, evaluate(run, ends, base), export(run.final)]
+        links += [scored, select(here), refine(here, run.heldout, measuring, base), merge(here), *benchmarks]
+    return [*links, evaluate(run, ends, base), *benchmarks, export(run.final, base)]
 
 
-def prepare(run: RunDir, data: Path | None) -> Link:
+def prepare(run: RunDir, data: Mapping[str, Path], base: Path | None = None) -> Link:
     """The user's data -> the first round's dataset, held-out rows and rejected rows."""
     here = run.round(0)
     writes = (here.dataset, run.heldout, run.rejected)
-    return Link("prepare", here, AFFECTED_BY["prepare"], (), writes, data=data)
+    return Link("prepare", here, AFFECTED_BY["prepare"], (), writes, data=data, tokenizer=base)
 
 
 def follow(here: RoundDir, earlier: RoundDir) -> Link:
@@ -190,7 +223,17 @@ def follow(here: RoundDir, earlier: RoundDir) -> Link:
 def train(here: RoundDir, start: Path | None) -> Link:
     """Dataset -> checkpoint, from the weights of `start`."""
     writes = (here.checkpoint, here.metrics)
-    return Link("train", here, AFFECTED_BY["train"], (here.dataset,), writes, {"start": start})
+    return Link(
+        "train",
+        here,
+        AFFECTED_BY["train"],
+        (here.dataset,),
+        writes,
+        {"start": start},
+        may_write=(here.evaluations,),
+        # The last training's is what a run is made for.
+        removable=(here.checkpoint,) if here.run is not None else (),
+    )
 
 
 def score(here: RoundDir, model: Path, pre_model: Path | None) -> Link:
@@ -205,13 +248,13 @@ def select(here: RoundDir) -> Link:
     return Link("select", here, AFFECTED_BY["select"], (here.scores,), writes)
 
 
-def refine(here: RoundDir, heldout: Path | None, model: Path | None) -> Link:
+def refine(here: RoundDir, heldout: Path | None, model: Path | None, base: Path | None = None) -> Link:
     """The selected samples -> rewrites; `model` measures them, None if they are not measured."""
     held = () if heldout is None else (heldout,)
     measured = () if model is None else (here.embeddings,)
     files = (here.dataset, here.scores, here.selection, *held, *measured)
     writes = (here.requests, here.refined, here.candidates)
-    return Link("refine", here, AFFECTED_BY["refine"], files, writes, {"model": model})
+    return Link("refine", here, AFFECTED_BY["refine"], files, writes, {"model": model}, tokenizer=base)
 
 
 def merge(here: RoundDir) -> Link:
@@ -227,10 +270,19 @@ def evaluate(run: RunDir, trained: Iterable[RoundDir], base: Path | None) -> Lin
     return Link("evaluate", run.final, AFFECTED_BY["evaluate"], (run.heldout,), writes, models)
 
 
-def export(final: RoundDir) -> Link:
-    """The last checkpoint -> a Hugging Face directory."""
-    writes = (final / "huggingface",)
-    return Link("export", final, AFFECTED_BY["export"], (), writes, {"model": final.checkpoint})
+def benchmark(here: RoundDir, config: Config, base: Path | None) -> Link:
+    """The round's model, and before it `base` if there is one -> their scores on `evaluate.tasks`."""
+    models = {} if base is None else {"base": base}
+    models |= {here.path.name: here.checkpoint}
+    local = config.evaluate.local_data
+    data = {} if local is None else {"local_data": Path(local).expanduser()}
+    return Link("benchmark", here, AFFECTED_BY["benchmark"], (), (here.benchmarks,), models, data)
+
+
+def export(final: RoundDir, base: Path | None) -> Link:
+    """The last checkpoint, and the base model's tokenizer -> a Hugging Face directory."""
+    writes, models = (final / "huggingface",), {"model": final.checkpoint}
+    return Link("export", final, AFFECTED_BY["export"], (), writes, models, tokenizer=base)
 
 
 def _is_ours(model: Path) -> bool:

@@ -3,15 +3,79 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from middo_jax.rundir.process import mark
+
 _is_reader = False
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFull(OSError):
+    """There is no room for a file; the message names it and says what to do."""
+
+    def __init__(self, path: object) -> None:
+        super().__init__(
+            errno.ENOSPC,
+            "disk full: free space there, or ask for a larger quota, and run the same command again; "
+            "everything that was finished is kept",
+            str(path),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+class DamagedFile(ValueError):
+    """A file of a run is not what a stage writes; the message names it and says what to do."""
+
+    def __init__(self, place: object, reason: object) -> None:
+        super().__init__(
+            f"{place}: damaged ({reason}); `middo run CONFIG --repair` puts it aside and makes it again; in "
+            "the folder of another command, run that command again"
+        )
+
+
+@contextlib.contextmanager
+def full_disk_named(path: object) -> Iterator[None]:
+    """Within the block an error that a full disk, or a used-up quota, has caused becomes `DiskFull`.
+
+    Args:
+      path: what is written within the block.
+    """
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise DiskFull(path) from error
+        raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, says that there is no room on the disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if (
+            isinstance(error, sqlite3.Error)
+            and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        ):
+            return True
+        # Orbax and pyarrow raise errors of their own, with the system's words in them.
+        if any(os.strerror(code).lower() in str(error).lower() for code in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def only_read() -> None:
@@ -39,26 +103,36 @@ def own_files() -> Iterator[None]:
         _is_reader = before
 
 
+def temporary_prefix(path: Path) -> str:
+    """How the name of a temporary file or folder beside `path` begins: it names the process that makes it."""
+    return f".{path.name}.tmp-{mark()}-"
+
+
 @contextlib.contextmanager
 def atomic(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     """Opens a temporary file in the folder of `path` and renames it to `path` if the block succeeds.
 
-    After `only_read` nothing is written.
+    A process that only reads (`only_read`) writes nothing.
+
+    Raises:
+      DiskFull: there is no room for the file; the old one is as it was.
     """
     if _is_reader:
         with open(os.devnull, mode) as nowhere:
             yield nowhere
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with full_disk_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path))
     try:
         binary = mode == "wb"
-        with open(handle, "wb") if binary else open(handle, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp sets 0600, and other users could not read a shared run
-        os.replace(temporary, path)
+        with full_disk_named(path):
+            with open(handle, "wb") if binary else open(handle, "w", encoding="utf-8", newline="\n") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes 0600, which would surprise who shares a run
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -94,9 +168,31 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Reads one JSON value per line; raises FileNotFoundError for a missing file."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    """Reads one JSON value per line; a missing file is an error, as everywhere.
+
+    Raises:
+      DamagedFile: a line is not JSON.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise DamagedFile(f"{path}:{number}", error) from error
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    """Reads a file of one JSON value; a missing file is an error.
+
+    Raises:
+      DamagedFile: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(path, error) from error
 
 
 def file_hash(path: Path) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from middo_jax.config.base import URL
-from middo_jax.rundir.files import is_reader, json_line
+from middo_jax.rundir.events import append_event
+from middo_jax.rundir.files import is_reader
 from middo_jax.rundir.manifest import Manifest, RunError
 from middo_jax.rundir.schemas import EVENTS
 
@@ -105,6 +106,11 @@ class RoundDir:
     def evaluations(self) -> Path:
         """One row per held-out loss that was measured during training."""
         return self.path / "evaluations.jsonl"
+
+    @property
+    def benchmarks(self) -> Path:
+        """The scores of this round's model on `evaluate.tasks`."""
+        return self.path / "benchmarks.json"
 
     @property
     def manifest(self) -> Path:
@@ -213,5 +219,4 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = {"version": EVENTS.version, "time": now, "event": event, **facts}
-        with self.events.open("a", encoding="utf-8") as file:
-            file.write(json_line(line))
+        append_event(self.events, line)

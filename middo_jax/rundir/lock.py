@@ -18,16 +18,17 @@ import json
 import os
 import shlex
 import socket
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from middo_jax.rundir.files import is_reader, json_line
+from middo_jax.rundir.files import full_disk_named, is_reader, json_line, temporary_prefix
 from middo_jax.rundir.layout import RoundDir
+from middo_jax.rundir.leftovers import sweep
 from middo_jax.rundir.manifest import RunError
+from middo_jax.rundir.process import first_line, namespace, started
 
 NAME = "middo.lock"
 _FIRST_NAMESPACE = "pid:[4026531836]"  # Linux's number for the PID namespace outside of containers
@@ -71,11 +72,11 @@ class Owner:
         pid = os.getpid()
         return cls(
             pid=pid,
-            started=_started(pid) or "",
+            started=started(pid) or "",
             host=socket.gethostname(),
-            boot=_first_line("/proc/sys/kernel/random/boot_id"),
-            namespace=_namespace(),
-            machine=_first_line("/etc/machine-id"),
+            boot=first_line("/proc/sys/kernel/random/boot_id"),
+            namespace=namespace(),
+            machine=first_line("/etc/machine-id"),
             command=_command(),
             since=time.time(),
             token=uuid.uuid4().hex,
@@ -95,8 +96,8 @@ class Owner:
         if self.host != here.host:
             return False
         if (self.boot, self.namespace) == (here.boot, here.namespace):
-            return _started(self.pid) != self.started
-        # The machine was rebooted. In a container the machine ID may come from the image and not be unique.
+            return started(self.pid) != self.started
+        # The machine was restarted. In a container an id may be that of an image, and many machines have it.
         is_same_machine = bool(here.machine) and self.machine == here.machine
         return is_same_machine and self.namespace == here.namespace == _FIRST_NAMESPACE
 
@@ -125,12 +126,13 @@ def _to_stderr(text: str) -> None:
 def held(folder: Path, say: Callable[[str], None] = _to_stderr) -> Iterator[None]:
     """Locks a folder against other processes while the block runs.
 
-    A round of a run uses its run's lock. The same process may take the lock again within the block. A missing
-    folder is created, and removed afterwards if it is empty.
+    Temporary files and folders of killed processes are removed, see `leftovers`. A round of a run has its
+    run's lock. The same process may take a lock again within the block. If the
+    folder does not exist, it is made, and removed afterwards if nothing else was written into it.
 
     Args:
-      folder: folder that the block writes into.
-      say: called with a message if a left-over lock was removed.
+      folder: that the block writes into.
+      say: is told if a left-over lock, file or folder was removed.
 
     Raises:
       RunLocked: another process holds the lock, or may hold it. The folder is unchanged.
@@ -146,6 +148,7 @@ def held(folder: Path, say: Callable[[str], None] = _to_stderr) -> Iterator[None
         made = _make(root)
         try:
             mine = _held[key] = _Held(0, os.getpid(), _take(root, say))
+            sweep(root, say)
         except BaseException:
             _remove_empty(made)
             raise
@@ -192,10 +195,11 @@ def _refusal(root: Path, path: Path, other: Owner) -> str:
 
 def _create(path: Path, text: str) -> bool:
     """Atomically creates a file with this text, unless it exists; returns whether it did."""
-    temporary = path.with_name(f".{NAME}.{uuid.uuid4().hex}")
-    path.parent.mkdir(parents=True, exist_ok=True)  # the process that created it may have removed it again
+    temporary = path.with_name(f"{temporary_prefix(path)}{uuid.uuid4().hex}")
+    path.parent.mkdir(parents=True, exist_ok=True)  # whoever made it may have removed it meanwhile
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with full_disk_named(path):
+            temporary.write_text(text, encoding="utf-8")
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -273,39 +277,6 @@ def _remove_empty(made: list[Path]) -> None:
     for path in made:
         with contextlib.suppress(OSError):  # it is not empty, or another process has removed it
             path.rmdir()
-
-
-def _started(pid: int) -> str | None:
-    """Returns the start time of a process in the system's format; None if it has ended."""
-    if sys.platform == "linux":
-        try:
-            # The program's name, in parentheses, may contain any text; state and start time follow it.
-            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        return None if fields[0] in "ZX" else fields[19]
-    told = subprocess.run(
-        ["ps", "-o", "lstart=", "-p", str(pid)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"LC_ALL": "C"},
-    )
-    return told.stdout.strip() or None
-
-
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _first_line(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _command() -> str:

@@ -1,13 +1,16 @@
 """The manifest of a folder: the finished stages, their inputs and outputs, and whether these have changed.
 
-`manifest.json` has its format's `version` and the records of the stages. A record:
+`manifest.json` has its format's `version`, the `checksum` of what follows, and the records of the stages. A
+record:
 
-    finished, seconds    end time, duration
-    files                {name: SHA-256} of the files that it wrote
-    versions             {name: version} of the formats of public files among them, see schemas.py
-    reads                {name: SHA-256} of the files within the run that it read
-    inputs               {role: {path, hash, stat}} of data and models outside the run that it read
-    stats                {name: [size, mtime in ns]} of `files` and `reads` when they were hashed
+    finished, seconds    when, and how long it took
+    files                {name: SHA-256} of what it wrote, a folder file by file
+    versions             {name: version} of the formats of the public ones among them, see schemas.py
+    reads                {name: SHA-256} of what it read within the run; of a checkpoint's metadata.json
+                         without the base model's place
+    inputs               {role: {path, hash, stat}} of what it read outside: the user's data, models; of the
+                         role `tokenizer` all of a model but its weights
+    stats                {name: [size, mtime in ns]} of files and reads when they were hashed
     settings             {dotted name: value} of the settings that it depends on
     ...                  other facts: counts, losses
 
@@ -16,20 +19,23 @@ Names are relative to the folder. A file is hashed again only when its size or i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from middo_jax.rundir.files import file_hash, is_reader, write_json
 from middo_jax.rundir.schemas import MANIFEST, newer, versions_of
 
-_WHOLE = 1 << 30  # maximum size in bytes of a file that is hashed whole
-_SAMPLES, _SAMPLE = 64, 64 << 10  # number and size in bytes of the blocks that are hashed of a larger file
+TOKENIZER = "tokenizer"  # role of a model's directory of which the weights do not matter
+_WEIGHTS = frozenset((".safetensors", ".gguf", ".bin", ".pt", ".pth"))
+_WHOLE = 1 << 30  # bytes up to which a file is hashed whole
+_SAMPLES, _SAMPLE = 64, 64 << 10  # of a larger one: so many blocks of so many bytes
 
 
 class RunError(RuntimeError):
@@ -61,15 +67,20 @@ class Manifest:
             manifest = json.loads(self.path.read_text(encoding="utf-8"))
             self._refuse_newer({self.path.name: manifest.get("version", 0)})
             records = manifest["stages"]
+            if manifest.get("checksum", known := checksum(records)) != known:  # earlier versions wrote none
+                raise ValueError("it is not as it was written")
             if not all(isinstance(r["files"], dict) and float(r["seconds"]) >= 0 for r in records.values()):
                 raise ValueError("a stage without files or seconds")
             for record in records.values():
                 self._refuse_newer(record.get("versions", {}))
             return records
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise RunError(f"{self.path}: not a manifest ({e!r}); delete it to run the round again") from e
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise RunError(
+                f"{self.path}: not a manifest ({e}); `middo run CONFIG --repair` puts it aside and does the "
+                "stages of this folder again; answers that were paid for are kept"
+            ) from e
 
     def see(self, reads: Iterable[Path], inputs: Mapping[str, Path]) -> Seen:
         """Hashes a stage's inputs before it reads them, so that an edit during the stage makes it stale.
@@ -83,8 +94,8 @@ class Manifest:
         """
         found = {self.name(path): path for path in reads}
         return Seen(
-            {name: fingerprint(path) for name, path in found.items()},
-            {role: _input(path) for role, path in inputs.items()},
+            {name: _as_read(path) for name, path in found.items()},
+            {role: _input(role, path) for role, path in inputs.items()},
             {name: _stat(path) for name, path in found.items()},
         )
 
@@ -133,60 +144,121 @@ class Manifest:
         if records.pop(stage, None) is not None:
             self._write(records)
 
-    def why_stale(self, stage: str) -> str | None:
-        """Returns why a finished stage does not match the present files; None if it does.
+    def why_stale(
+        self, stage: str, inputs: Mapping[str, Path] | None = None, removed: Iterable[Path] = ()
+    ) -> str | None:
+        """Why a finished stage does not fit the files that are there; None if it does.
 
-        A missing input does not make a stage stale: within the run the stage that wrote it is stale, and
-        outside the run the results remain valid.
+        A missing file that was read is no reason: within the run its writer is stale, and outside of it
+        what was made of it stands.
+
+        Args:
+          stage: its name.
+          inputs: where what it read outside of the run is now, by role; else where it was.
+          removed: what it wrote and is gone on purpose, files or folders: no reason.
         """
-        record = self.records()[stage]
+        record, gone = self.records()[stage], [self.name(path) for path in removed]
         for name, known in record["files"].items():
+            if any(name == of or name.startswith(f"{of}/") for of in gone):
+                continue
             if not (self.folder / name).exists():
                 return f"{name} is missing"
             if self._has_changed(record, name, known):
                 return f"{name} is not as it was written"
         for name, known in record.get("reads", {}).items():
-            if (self.folder / name).exists() and self._has_changed(record, name, known):
+            if (self.folder / name).exists() and self._has_changed(record, name, known, _as_read):
                 return f"{name} has changed"
-        return _changed_input(record.get("inputs", {}))
+        return _changed_input(record.get("inputs", {}), inputs or {})
+
+    def edited(self, record: Mapping[str, Any]) -> list[str]:
+        """The files of a record that can be read and are not as they were written."""
+        found = []
+        for name in record["files"]:
+            with contextlib.suppress(Unreadable):
+                if (self.folder / name).is_file() and self._has_changed(record, name, record["files"][name]):
+                    found.append(name)
+        return found
 
     def name(self, path: Path) -> str:
         """Returns a path's name in records: relative to the folder."""
         return Path(os.path.relpath(path, self.folder)).as_posix()
 
     def _write(self, records: Mapping[str, Any]) -> None:
-        write_json(self.path, {"version": MANIFEST.version, "stages": records})
+        content = {"version": MANIFEST.version, "checksum": checksum(records), "stages": records}
+        write_json(self.path, content)
 
     def _refuse_newer(self, versions: Mapping[str, int]) -> None:
         for name, version in versions.items():
             if (reason := newer(name, version, self.path)) is not None:
                 raise RunError(reason)
 
-    def _has_changed(self, record: Mapping[str, Any], name: str, known: str) -> bool:
+    def _has_changed(
+        self, record: Mapping[str, Any], name: str, known: str, hashed: Callable[[Path], str] | None = None
+    ) -> bool:
         path, stats = self.folder / name, record.get("stats")
         if stats is None:  # the previous version's records contain no hashes to compare
             return False
-        return _stat(path) != stats[name] and fingerprint(path) != known
+        try:
+            return _stat(path) != stats[name] and (hashed or fingerprint)(path) != known
+        except FileNotFoundError:  # another process is just writing it anew
+            return True
+        except OSError as error:
+            raise Unreadable(path, error) from error
 
 
-def fingerprint(path: Path) -> str:
-    """Returns the hash of a file, or of all files of a folder with their names, except hidden ones.
+class Unreadable(RunError):
+    """A file of a run is there and cannot be read; the message says what to do."""
 
-    Files up to 1 GiB are hashed whole. For larger files, which contain weights, the size and 64 evenly spread
-    blocks are hashed, because reading them whole would take minutes after every training and every copy.
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"{path} cannot be read ({error.strerror or error}): make it readable, or let `middo run CONFIG "
+            "--repair` put it aside and make it again"
+        )
+        self.path = path
+
+
+def checksum(records: Mapping[str, Any]) -> str:
+    """SHA-256 of the records of a manifest."""
+    text = json.dumps(records, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def fingerprint(path: Path, without: frozenset[str] = frozenset()) -> str:
+    """A hash of a file, or of all files of a folder with their names, hidden ones left out.
+
+    Files up to 1 GiB are hashed whole. Of larger ones, which are weights, the size and 64 blocks spread
+    evenly over the file: to read all of them would take minutes after every training and every copy.
+
+    Args:
+      path: the file or folder.
+      without: suffixes of files of the folder that are left out, too.
     """
     if path.is_file():
         return file_hash(path) if path.stat().st_size <= _WHOLE else _sampled_hash(path)
-    return _fingerprint_of_folder(path, _stat_of(path))
+    return _fingerprint_of_folder(path, _stat_of(path, without), without)
 
 
 @functools.lru_cache(maxsize=64)
-def _fingerprint_of_folder(folder: Path, stat: str) -> str:
-    # `stat` is part of the cache's key, so that a changed folder is hashed again.
+def _fingerprint_of_folder(folder: Path, stat: str, without: frozenset[str]) -> str:
+    # `stat` tells a changed folder from the one that was hashed before.
     digest = hashlib.sha256()
-    for path in _visible_files(folder):
+    for path in _visible_files(folder, without):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{fingerprint(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _as_read(path: Path) -> str:
+    """The fingerprint of a file for a stage that reads it; of a checkpoint without the base model's place.
+
+    A training that is done again after the project was moved makes the same model.
+    """
+    if path.name != "metadata.json":
+        return fingerprint(path)
+    try:
+        content = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        return fingerprint(path)
+    return checksum({name: value for name, value in content.items() if not name.startswith("base")})
 
 
 def _sampled_hash(path: Path) -> str:
@@ -204,9 +276,9 @@ def _stat(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _stat_of(path: Path) -> str:
+def _stat_of(path: Path, without: frozenset[str] = frozenset()) -> str:
     """Returns one hash of the sizes and mtimes of a file, or of all files of a folder."""
-    files = [path] if path.is_file() else _visible_files(path)
+    files = [path] if path.is_file() else _visible_files(path, without)
     rows = [f"{file.relative_to(path).as_posix()} {_stat(file)}" for file in files]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
@@ -217,19 +289,25 @@ def _files_below(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    found = (p for p in folder.rglob("*") if p.is_file())
+def _visible_files(folder: Path, without: frozenset[str]) -> list[Path]:
+    found = (p for p in folder.rglob("*") if p.suffix not in without and p.is_file())
     return sorted(p for p in found if not any(part[0] == "." for part in p.relative_to(folder).parts))
 
 
-def _input(path: Path) -> dict[str, str]:
-    path = path.resolve()
-    return {"path": str(path), "hash": fingerprint(path), "stat": _stat_of(path)}
+def _left_out(role: str) -> frozenset[str]:
+    return _WEIGHTS if role == TOKENIZER else frozenset()
 
 
-def _changed_input(inputs: Mapping[str, Any]) -> str | None:
+def _input(role: str, path: Path) -> dict[str, str]:
+    path, without = path.resolve(), _left_out(role)
+    return {"path": str(path), "hash": fingerprint(path, without), "stat": _stat_of(path, without)}
+
+
+def _changed_input(inputs: Mapping[str, Any], now: Mapping[str, Path]) -> str | None:
     for role, known in inputs.items():
-        path = Path(known["path"])
-        if path.exists() and _stat_of(path) != known["stat"] and fingerprint(path) != known["hash"]:
+        path, without = now.get(role, Path(known["path"])).resolve(), _left_out(role)
+        if not path.exists() or _stat_of(path, without) == known["stat"]:
+            continue
+        if fingerprint(path, without) != known["hash"]:
             return f"{role} has changed: {path}"
     return None

@@ -12,8 +12,11 @@ Scores = dict[str, float | None]
 class TurnRow(TypedDict):
     """One turn of a conversation."""
 
-    role: Annotated[Literal["system", "user", "assistant"], "the speaker"]
+    role: Annotated[Literal["system", "user", "assistant", "tool"], "the speaker"]
     content: Annotated[str, "the text of the turn"]
+    tool_calls: NotRequired[Annotated[list[Any], "the tools that the assistant calls, as OpenAI has them"]]
+    tool_call_id: NotRequired[Annotated[str, "the call whose result a tool's turn is"]]
+    name: NotRequired[Annotated[str, "the tool whose result a tool's turn is"]]
     weight: NotRequired[Annotated[int, "0 if no token of an answer is a target; else the key is absent"]]
 
 
@@ -22,8 +25,11 @@ class LineageRow(TypedDict):
 
     parent_ids: Annotated[list[str], "the samples that it was made from; empty for the user's own rows"]
     root_id: Annotated[str, "the user's own row at the start of the chain"]
-    round: Annotated[int, "the first round whose dataset contains it, counted from 0"]
-    op: Annotated[Literal["seed", "simplify", "rewrite", "synthesize"], "how it was made; `seed`: user's row"]
+    round: Annotated[int, "the round whose dataset it first is in, counted from 0"]
+    op: Annotated[
+        Literal["seed", "simplify", "rewrite", "synthesize", "reanswer", "complete"],
+        "how it was made; `seed`: the user's",
+    ]
     axis: Annotated[str | None, "the axes that selected its parent, joined by `+`"]
     hint_ids: Annotated[list[str], "neighbours in the refiner's prompt"]
     refiner: Annotated[str | None, "the model that wrote it"]
@@ -36,7 +42,14 @@ class ExampleRow(TypedDict):
     """A sample: a conversation that ends with an answer."""
 
     id: Annotated[str, "16 hexadecimal digits of the SHA-256 of the conversation"]
+    user_id: NotRequired[Annotated[str | int, "the user's own id of the row; an addition has none"]]
     messages: Annotated[list[TurnRow], "the turns in order"]
+    tools: NotRequired[Annotated[list[Any], "definitions of the tools that may be called; absent if none"]]
+    prompt_columns: NotRequired[
+        Annotated[
+            dict[str, str], "columns of an Alpaca row that its prompt was joined of; absent if it was one"
+        ]
+    ]
     extra: NotRequired[Annotated[dict[str, Any], "the user's own columns, carried through; absent if none"]]
     lineage: Annotated[LineageRow, "its origin and scores"]
 
@@ -44,7 +57,9 @@ class ExampleRow(TypedDict):
 class RejectedRow(TypedDict):
     """A row of the input that cannot be used."""
 
-    where: Annotated[str, "`file:line` of a .jsonl file, else `row N`, counted from 1"]
+    where: Annotated[
+        str, "`file:line` of a text file, else `row N`, counted from 1; then the user's id of the row, if any"
+    ]
     reason: Annotated[str, "why it cannot be used"]
     row: Annotated[Any, "the row as read; the line's text if it is not JSON; null if it is nested too deeply"]
 
@@ -89,6 +104,43 @@ class EvaluationRow(TypedDict):
     loss: Annotated[float, "nats per target token"]
     n_target_tokens: Annotated[int, "number of target tokens"]
     by_source: Annotated[dict[str, SourceLossRow], "loss by `data.source_column`; empty for one source"]
+
+
+class BenchmarkScoreRow(TypedDict):
+    """One metric of one task under one model."""
+
+    task: Annotated[str, "lm-eval's name of a task or group"]
+    group: Annotated[str | None, "the group that was asked for and contains the task; null if none does"]
+    metric: Annotated[str, "lm-eval's name, or `answer_p`: the mean probability of the right answer"]
+    filter: Annotated[str, "how answers were extracted; `none` if as they are"]
+    value: Annotated[float, "the score"]
+    stderr: Annotated[float | None, "its standard error over the task's rows; null where lm-eval has none"]
+    n: Annotated[int, "rows"]
+    higher_is_better: Annotated[bool | None, "null where lm-eval does not say"]
+    kind: Annotated[
+        Literal["log-likelihood", "generative", "mixed"],
+        "how answers are found; scores of different kinds cannot be compared",
+    ]
+    num_fewshot: Annotated[int | None, "examples before each question; null where a group's tasks differ"]
+    version: Annotated[str | None, "of the task, as lm-eval numbers them"]
+
+
+class BenchmarkModelRow(TypedDict):
+    """The scores of one model."""
+
+    name: Annotated[str, "`base`, `round_00`, ..., `final`"]
+    scores: Annotated[
+        list[BenchmarkScoreRow], "as lm-eval orders tasks; a task's first metric is shown first"
+    ]
+
+
+class BenchmarksFile(TypedDict):
+    """The scores of the models that were evaluated together."""
+
+    lm_eval: Annotated[str, "version of lm-eval"]
+    chat_template: Annotated[bool, "whether the questions were chat turns"]
+    limit: Annotated[int | None, "first rows of each task that were taken; null: all"]
+    models: Annotated[list[BenchmarkModelRow], "`base` before the first round's model, else one model"]
 
 
 class DuplicatesRow(TypedDict):
@@ -139,10 +191,10 @@ class RequestRow(TypedDict):
 
     task_id: Annotated[str, "the task that it belongs to"]
     attempt: Annotated[int, "counted from 0"]
-    step: Annotated[Literal["prompt", "correction", "answer"], "the step of the task"]
-    key: Annotated[str, "key of the answer in llm_cache.sqlite"]
-    model: Annotated[str, "the model in the request"]
-    messages: Annotated[list[dict[str, str]], "the conversation sent: `role` and `content` each"]
+    step: Annotated[Literal["prompt", "correction", "answer", "again"], "what was asked for"]
+    key: Annotated[str, "of the answer in llm_cache.sqlite"]
+    model: Annotated[str, "the model that was asked"]
+    messages: Annotated[list[dict[str, str]], "the conversation that was sent: `role` and `content` each"]
     answer: Annotated[str, "the reply as the server sent it"]
     finish_reason: Annotated[str, "finish reason from the server"]
     prompt_tokens: Annotated[int, "tokens of the prompt, counted by the server"]
@@ -161,7 +213,7 @@ class RefinedRow(TypedDict):
     """The result of one task of the refiner."""
 
     task_id: Annotated[str, "`op:source_id`, unique within a round"]
-    op: Annotated[Literal["simplify", "rewrite", "synthesize"], "kind of the task"]
+    op: Annotated[Literal["simplify", "rewrite", "synthesize", "reanswer", "complete"], "what was to be done"]
     axes: Annotated[list[str], "the axes that selected the sample"]
     source_id: Annotated[str, "id of the selected sample"]
     hint_ids: Annotated[list[str], "neighbours in the refiner's prompt"]
@@ -185,7 +237,16 @@ class MeasurementRow(TypedDict):
     knn_similarity: Annotated[float | None, "mean cosine to the k nearest, except a replaced source"]
     core_similarity: Annotated[float | None, "mean cosine of a sparse source to its k nearest, with it"]
     truncated: Annotated[bool, "whether it is over `model.max_length`"]
-    quality: Annotated[float | None, "the judge's rating; null if it was not rated"]
+    quality: Annotated[float | None, "the judge's rating; null where it was not asked for"]
+    end_nll: NotRequired[Annotated[float | None, "nats of the token that ends the answer"]]
+    pmi: NotRequired[
+        Annotated[float | None, "nats by which the prompt raises the response's log-probability"]
+    ]
+    reverse_ifd: NotRequired[
+        Annotated[float | None, "loss of the prompt behind its response, over that without"]
+    ]
+    original_pmi: NotRequired[Annotated[float | None, "the same of its original"]]
+    original_reverse_ifd: NotRequired[Annotated[float | None, "the same of its original"]]
 
 
 class CandidateRow(TypedDict):
@@ -193,7 +254,7 @@ class CandidateRow(TypedDict):
 
     task_id: Annotated[str, "the task in refined.jsonl"]
     attempt: Annotated[int, "counted from 0"]
-    op: Annotated[Literal["simplify", "rewrite", "synthesize"], "kind of the task"]
+    op: Annotated[Literal["simplify", "rewrite", "synthesize", "reanswer", "complete"], "what was to be done"]
     axes: Annotated[list[str], "the axes that selected the sample"]
     source_id: Annotated[str, "id of the selected sample"]
     candidate_id: Annotated[str | None, "the candidate's id; null if the attempt produced none"]
@@ -265,6 +326,8 @@ class PrepareRecord(StageRecord):
     """The dataset was written."""
 
     n: Annotated[int, "number of samples"]
+    format: NotRequired[Annotated[str, "format of the input's rows"]]
+    repairs: NotRequired[Annotated[dict[str, int], "number of repaired input rows by kind of repair"]]
 
 
 class PassRow(TypedDict):
@@ -323,6 +386,9 @@ class LimitsRow(TypedDict):
     novelty: Annotated[float | None, "similarity that few samples have to their nearest neighbour"]
     prompt_chars: Annotated[list[float] | None, "minimum and maximum characters of a prompt"]
     response_chars: Annotated[list[float] | None, "minimum and maximum characters of a response"]
+    end_nll: NotRequired[Annotated[float | None, "nats of the end of turn above which an answer is broken"]]
+    floor: NotRequired[Annotated[float | None, "loss below which an answer is too easy"]]
+    refines_itself: NotRequired[Annotated[bool, "whether the refiner is the model in training"]]
 
 
 class RefineRecord(StageRecord):
@@ -330,6 +396,7 @@ class RefineRecord(StageRecord):
 
     n: Annotated[int, "number of tasks"]
     accepted: Annotated[int, "number of tasks with a new sample"]
+    kept: NotRequired[Annotated[dict[str, int], "number of selected samples without a task, by reason"]]
     usage: Annotated[dict[str, UsageRow], "usage by axes"]
     limits: Annotated[LimitsRow, "limits for candidates"]
 
@@ -338,6 +405,12 @@ class EvaluateRecord(StageRecord):
     """The models were evaluated."""
 
     losses: Annotated[dict[str, float], "held-out loss by model, in nats per target token"]
+
+
+class BenchmarkRecord(StageRecord):
+    """The benchmarks of `evaluate.tasks` were run."""
+
+    scores: Annotated[dict[str, dict[str, float]], "by model and task: the score that is shown first"]
 
 
 class ExportRecord(StageRecord):
@@ -361,11 +434,13 @@ class Stages(TypedDict):
     refine: NotRequired[Annotated[RefineRecord, "requests.jsonl, refined.jsonl, candidates.jsonl"]]
     merge: NotRequired[Annotated[StageRecord, "dropped.jsonl"]]
     evaluate: NotRequired[Annotated[EvaluateRecord, "heldout_losses.json, heldout_rows.parquet"]]
+    benchmark: NotRequired[Annotated[BenchmarkRecord, "benchmarks.json"]]
     export: NotRequired[Annotated[ExportRecord, "huggingface/"]]
 
 
 class ManifestFile(TypedDict):
     """The finished stages of a folder."""
 
-    version: Annotated[int, "version of this file's format"]
-    stages: Annotated[Stages, "records of the stages by name"]
+    version: Annotated[int, "of this file's format"]
+    checksum: NotRequired[Annotated[str, "SHA-256 of `stages`; absent in older files"]]
+    stages: Annotated[Stages, "by name"]

@@ -86,6 +86,15 @@ SCORES = Schema(
         Column("prompt_hash", "string", "hash of the embedded text; equal in exact duplicates"),
         Column("loss_unconditional", "float32", "mean nats per token of the responses without their prompts"),
         Column("ifd", "float32", "`loss_post / loss_unconditional`"),
+        Column("pmi", "float32", "nats by which the prompt raises the log-probability of the response"),
+        Column("end_nll", "float32", "nats of the token that ends the last answer; null if that was cut"),
+        Column("worst_decile_nll", "float32", "mean nats of the worst tenth of the target tokens"),
+        Column("prompt_nll", "float32", "mean nats per token of the prompt"),
+        Column("reverse_ifd", "float32", "the same behind the response, over `prompt_nll`; of single turns"),
+        Column(
+            "consistency", "float32", "percentile rank of the worst reading, 0 to 1, of the axis of that name"
+        ),
+        Column("fault", "string", "which fault that reading sees: `cut`, `strange` or `odd`"),
         *_RATINGS,
         Column("quality", "float32", "mean of the six ratings"),
         Column("error", "string", "which of the numbers are not finite"),
@@ -102,9 +111,11 @@ SELECTED = Schema(
         Column("hard", "bool", "selected by complexity"),
         Column("sparse", "bool", "selected by diversity"),
         Column("low_quality", "bool", "selected by quality"),
+        Column("inconsistent", "bool", "selected by consistency"),
         Column("complexity_z", "float32", "how much worse than the mean, in standard deviations"),
         Column("diversity_z", "float32", "as `complexity_z`"),
         Column("quality_z", "float32", "as `complexity_z`"),
+        Column("consistency_z", "float32", "as `complexity_z`"),
     ),
 )
 EMBEDDINGS = Schema(
@@ -215,6 +226,14 @@ SCHEMAS: tuple[Schema, ...] = (
         rows.HeldoutLosses,
     ),
     HELDOUT_ROWS,
+    Schema(
+        "benchmarks.json",
+        "JSON",
+        "a round or `final`",
+        "The scores of the round's model on `evaluate.tasks`; in the first round also the base model's.",
+        1,
+        rows.BenchmarksFile,
+    ),
     EVENTS,
     MANIFEST,
 )

@@ -55,6 +55,6 @@ def mean_by_example(counts: Sequence[int], loss_r: np.ndarray, n_targets_r: np.n
 
 
 def ifd(loss_n: np.ndarray, loss_unconditional_n: np.ndarray) -> np.ndarray:
-    """[n] IFD from the mean NLLs with and without the prompt; NaN or infinite without a ratio."""
+    """[n] IFD from the mean NLLs with and without the other text; NaN or infinite without a ratio."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return loss_n / loss_unconditional_n

@@ -3,6 +3,7 @@
   hard         loss_pre > mean + m std  and  loss_post > mean + m std      (complexity)
   sparse       s < mean - m std, s the mean similarity to the neighbours   (diversity)
   low_quality  q < mean - m std                                           (quality)
+  inconsistent r > mean + m std, r the rank of the worst reading          (consistency, if it was scored)
 
 Each axis of `config.axis_table` is reduced to one number per sample, its badness: by how many standard
 deviations the sample is worse than the mean. All axes then select badness > m, and a fraction determines m.
@@ -177,7 +178,7 @@ def select(table: pa.Table, config: Config) -> tuple[pa.Table, SelectionFile]:
             {"m": m, "n": int(select_axis(columns, row.sign, Deviations(m=m)).selected.sum())} for m in SWEEP
         ]
     overlap = {f"{a}&{b}": int((flags[a] & flags[b]).sum()) for a, b in itertools.combinations(flags, 2)}
-    if len(flags) == len(axes()):
+    if flags.keys() >= {row.set_name for row in axes() if not row.optional}:
         overlap["all"] = int(np.logical_and.reduce(list(flags.values())).sum())
     hashes = table["prompt_hash"].drop_null().to_pylist()
     duplicates = count_duplicates(hashes) if hashes else None

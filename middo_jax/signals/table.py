@@ -11,17 +11,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from middo_jax.rundir import atomic
+from middo_jax.rundir.files import DamagedFile
 from middo_jax.rundir.schemas import SCORES
 from middo_jax.rundir.tables import arrow_schema, refuse_newer
+from middo_jax.signals.consistency import NEEDED, consistency
 from middo_jax.signals.ifd import ifd
 from middo_jax.signals.judge.rubrics import COLUMNS, quality
 from middo_jax.signals.neighbours.nearest import Neighbours
+from middo_jax.signals.readings import pmi
 
 SCHEMA = arrow_schema(SCORES)
 # Older tables have these columns, which are in selection.parquet now.
 MOVED = frozenset({"hard", "sparse", "low_quality"})
 # Older tables do not have these columns.
-ADDED = frozenset({"prompt_hash", "loss_unconditional", "ifd"})
+ADDED = frozenset(
+    {
+        *("prompt_hash", "loss_unconditional", "ifd"),
+        *("end_nll", "worst_decile_nll", "prompt_nll", "pmi", "reverse_ifd", "consistency", "fault"),
+    }
+)
+# A sample may have no such reading: an answer without an end of turn, a conversation of several turns.
+MAY_BE_ABSENT = frozenset({"end_nll", "reverse_ifd"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +47,9 @@ class Measured:
       ratings: [n, 6], in the order of `rubrics.COLUMNS`.
       prompt_hashes: [n], see `duplicates.prompt_hash`.
       loss_unconditional: [n] like loss_post, for the responses without their prompts.
+      end_nll, worst_decile_nll, prompt_nll: [n], see `signals.readings`.
+      prompt_behind_response: [n] like prompt_nll, behind the response; NaN where that was not measured.
+      ranked: whether the readings are ranked for the axis `consistency`, see there what it needs.
     """
 
     ids: Sequence[str]
@@ -48,6 +61,11 @@ class Measured:
     ratings: np.ndarray | None = None
     prompt_hashes: Sequence[str] | None = None
     loss_unconditional: np.ndarray | None = None
+    end_nll: np.ndarray | None = None
+    worst_decile_nll: np.ndarray | None = None
+    prompt_nll: np.ndarray | None = None
+    prompt_behind_response: np.ndarray | None = None
+    ranked: bool = False
 
     def to_table(self) -> pa.Table:
         """A table of SCHEMA. Values that are not finite become null, and `error` names them."""
@@ -59,9 +77,19 @@ class Measured:
             "knn_mean_sim": None if knn is None else knn.mean_similarity(),
             "quality": None if self.ratings is None else quality(self.ratings),
             "loss_unconditional": self.loss_unconditional,
+            "end_nll": self.end_nll,
+            "worst_decile_nll": self.worst_decile_nll,
+            "prompt_nll": self.prompt_nll,
         }
         if self.loss_post is not None and self.loss_unconditional is not None:
             floats["ifd"] = ifd(self.loss_post, self.loss_unconditional)
+            floats["pmi"] = pmi(self.loss_post, self.loss_unconditional, self.n_target_tokens)
+        if self.prompt_nll is not None and self.prompt_behind_response is not None:
+            floats["reverse_ifd"] = ifd(self.prompt_behind_response, self.prompt_nll)
+        fault_n = None
+        if self.ranked:
+            ranked = consistency({name: np.asarray(floats[name], np.float64) for name in NEEDED})
+            floats["consistency"], fault_n = ranked.rank_n, ranked.fault_n
         for i, column in enumerate(COLUMNS):
             floats[column] = None if self.ratings is None else self.ratings[:, i]
         columns = {name: _nullable(values) for name, values in floats.items() if values is not None}
@@ -71,6 +99,8 @@ class Measured:
             "truncated": pa.array(self.truncated, pa.bool_()),
             "error": pa.array(_errors(floats, n), pa.string()),
         }
+        if fault_n is not None:
+            columns["fault"] = pa.array(fault_n, pa.string())
         if self.prompt_hashes is not None:
             columns["prompt_hash"] = pa.array(self.prompt_hashes, pa.string())
         if knn is not None:
@@ -91,10 +121,16 @@ def read_scores(path: Path) -> pa.Table:
     """Reads scores.parquet, with the user's columns last. Columns that an older file does not have are null.
 
     Raises:
-      ValueError: the file is not a table of scores.
+      ValueError: the file is not a table of scores; DamagedFile if it is no table at all.
       RunError: a newer version wrote it.
     """
-    return as_scores(pq.read_table(path), str(path))
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedFile(path, error) from error
+    return as_scores(table, str(path))
 
 
 def as_scores(table: pa.Table, where: str) -> pa.Table:
@@ -155,7 +191,7 @@ def _nullable(values: np.ndarray) -> pa.Array:
 def _errors(floats: dict[str, np.ndarray | None], n: int) -> list[str | None]:
     errors: list[list[str]] = [[] for _ in range(n)]
     for name, values in floats.items():
-        if values is not None:
+        if values is not None and name not in MAY_BE_ABSENT:
             for i in np.flatnonzero(~np.isfinite(values)):
                 errors[i].append(f"{name} is not finite")
     return ["; ".join(error) or None for error in errors]

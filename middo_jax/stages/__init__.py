@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from middo_jax.stages.batch import batch_stage
+    from middo_jax.stages.benchmark import benchmark_stage, check_benchmarks, measure_benchmarks
     from middo_jax.stages.checks import check_continues, check_refiner, check_training
     from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
     from middo_jax.stages.refine import (
+        check_learnt,
         follow_refinement,
+        kept_samples,
         merge_stage,
         merged,
         plan_refinement,
@@ -23,18 +26,20 @@ if TYPE_CHECKING:
     )
     from middo_jax.stages.score import check_embedder, score_stage
     from middo_jax.stages.select import select_stage
-    from middo_jax.stages.surroundings import answer_cache
+    from middo_jax.stages.surroundings import answer_cache, check_cache, save_answers
     from middo_jax.stages.train import remove_training, train_stage
 
 # Imported on first use: all stages but `select` import JAX, and `select` must run without it.
 _MODULES = {
     "batch": "batch_stage",
+    "benchmark": "benchmark_stage check_benchmarks measure_benchmarks",
     "checks": "check_continues check_refiner check_training",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
-    "refine": "follow_refinement merge_stage merged plan_refinement refine_round refine_stage",
+    "refine": "check_learnt follow_refinement kept_samples merge_stage merged plan_refinement refine_round "
+    "refine_stage",
     "score": "check_embedder score_stage",
     "select": "select_stage",
-    "surroundings": "answer_cache",
+    "surroundings": "answer_cache check_cache save_answers",
     "train": "remove_training train_stage",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -43,13 +48,19 @@ __all__ = [
     "HeldOut",
     "answer_cache",
     "batch_stage",
+    "benchmark_stage",
+    "check_benchmarks",
+    "check_cache",
     "check_continues",
     "check_embedder",
+    "check_learnt",
     "check_refiner",
     "check_training",
     "export_adapter",
     "export_checkpoint",
     "follow_refinement",
+    "kept_samples",
+    "measure_benchmarks",
     "measure_heldout",
     "merge_stage",
     "merged",
@@ -57,6 +68,7 @@ __all__ = [
     "refine_round",
     "refine_stage",
     "remove_training",
+    "save_answers",
     "score_stage",
     "select_stage",
     "train_stage",

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,22 @@ from middo_jax.parallel.coordination import Together
 from middo_jax.refinement import Outcome, Task
 from middo_jax.refinement.acceptance.candidate import Candidate, Limits, Measurement
 from middo_jax.refinement.acceptance.language import load_identifier
-from middo_jax.refinement.acceptance.measured import after_scores, length_bounds, pair_similarity
+from middo_jax.refinement.acceptance.measured import (
+    ENDING,
+    FLOOR,
+    after_scores,
+    length_bounds,
+    pair_similarity,
+)
 from middo_jax.refinement.acceptance.repeats import Known
-from middo_jax.refinement.acceptance.table import asked, first_verdict
+from middo_jax.refinement.acceptance.table import asked, first_verdict, is_asked
 from middo_jax.rundir import RoundDir, read_jsonl, write_jsonl
+from middo_jax.rundir.files import read_json
 from middo_jax.rundir.rows import CandidateRow
 from middo_jax.session import Session, read_dataset
 from middo_jax.signals.embeddings import read_embeddings
-from middo_jax.signals.table import read_scores
+from middo_jax.signals.table import as_floats, read_scores
+from middo_jax.stages.endpoint import refines_itself
 from middo_jax.stages.measure import Rewrite, UnderTraining, alone, scored_as, scored_model
 
 
@@ -194,7 +201,7 @@ class Acceptance:
             )
         if self._model is None:
             return limits
-        axes = json.loads(self._directory.selection.read_text(encoding="utf-8"))["axes"]
+        axes = read_json(self._directory.selection)["axes"]
         table = read_scores(self._directory.scores)
         nearest = [sims[0] for sims in table["knn_sims"].to_pylist() if sims]
         similarity = None
@@ -206,6 +213,9 @@ class Acceptance:
             loss=axes.get("complexity", {}).get("threshold", {}).get("loss_post"),
             context=similarity,
             novelty=float(np.quantile(nearest, novelty)) if novelty and nearest else None,
+            end_nll=_quantile(as_floats(table, "end_nll"), ENDING),
+            floor=_quantile(as_floats(table, "loss_post"), FLOOR),
+            refines_itself=refines_itself(self._session),
         )
 
     def _read_stored(self) -> dict[tuple[str, str], Measurement]:
@@ -215,7 +225,11 @@ class Acceptance:
         return {
             (row["task_id"], row["candidate_id"]): Measurement(**row["measured"])
             for row in read_jsonl(self._directory.candidates)
-            if row["measured"] and row["measured_under"] == self._under
+            if row["measured"]
+            and row["measured_under"] == self._under
+            and (
+                row["op"] == "synthesize" or not is_asked("information", self._settings) or _is_informed(row)
+            )
         }
 
     def _row(self, outcome: Outcome, candidate: Example | None, measured: Measurement | None) -> CandidateRow:
@@ -234,6 +248,17 @@ class Acceptance:
             "measured": None if measured is None else measured.to_json(),
             "measured_under": None if measured is None else self._under,
         }
+
+
+def _quantile(values_n: np.ndarray, share: float) -> float | None:
+    """A quantile of the finite ones; None if none is finite, as in scores of an earlier version."""
+    finite = values_n[np.isfinite(values_n)]
+    return float(np.quantile(finite, share)) if len(finite) else None
+
+
+def _is_informed(row: Mapping[str, Any]) -> bool:
+    """Whether what the gate `information` compares was measured."""
+    return row["measured"].get("original_pmi") is not None
 
 
 def _with_scores(outcome: Outcome, measured: Measurement | None) -> Outcome:

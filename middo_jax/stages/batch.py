@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from middo_jax.refinement import AnswerCache, BatchClient, Ledger, NotAnswered, prompts, read_results
+from middo_jax.refinement.endpoint.address import Secrets
+from middo_jax.refinement.endpoint.client import read_key
+from middo_jax.refinement.endpoint.receiving import answer_bytes
 from middo_jax.rundir import RoundDir, RunError
 from middo_jax.session import Session
 from middo_jax.stages.refine import refine_stage
@@ -58,7 +61,9 @@ def batch_stage(
     config = session.config
     if config.refine.model is None:
         raise RunError("config: refine.model is missing: set it to the name of the model that runs the batch")
-    results = read_results(read)
+    secrets = Secrets([read_key(config.refine.api_key_env)])  # a server may have echoed it into the results
+    # A truncated answer is requested once more with twice the tokens.
+    results = read_results(read, secrets, answer_bytes(2 * config.refine.max_tokens))
     index, heldout = directory.index, heldout_of(directory)
     requests = prompts.requests(config.refine.model, config.refine, config.seed)
     client = BatchClient(requests, cache, Ledger(cache, config.name, index))

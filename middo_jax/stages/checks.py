@@ -12,6 +12,7 @@ from middo_jax.models.config import read_config
 from middo_jax.models.lora import from_settings
 from middo_jax.models.model import abstract_model
 from middo_jax.refinement.acceptance.language import load_identifier
+from middo_jax.refinement.endpoint.preflight import preflight
 from middo_jax.rundir import RoundDir, chain, read_jsonl
 from middo_jax.session import Session
 from middo_jax.stages.endpoint import named_endpoint
@@ -61,13 +62,16 @@ def check_training(session: Session, examples: Sequence[Example], heldout: Seque
     check_fill(len(tokenized), rows, settings, mesh)
 
 
-def check_refiner(config: Config) -> None:
-    """Checks the refiner's settings without sending a request.
+def check_refiner(config: Config, asks: bool = False) -> None:
+    """Checks the refiner's settings; if it `asks`, also that each named server answers with one token.
 
     Raises:
       RunError: an endpoint is set, but `refine.model` is not.
+      RefinerError: a server cannot be used.
       ConfigError: a gate needs a package that is not installed.
     """
-    named_endpoint(config)
+    served = named_endpoint(config)
+    if asks and served is not None and config.refine.preflight:
+        preflight(served.url, served.model, config.refine)
     if config.refine.accept != "none" and config.refine.gates.value("language"):
         load_identifier()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import hashlib
+import json
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from middo_jax.config import Config
 from middo_jax.data.templates import pin_date
-from middo_jax.inference import server
+from middo_jax.inference import listening, server
 from middo_jax.models.resolve import resolve
-from middo_jax.rundir import RunError
+from middo_jax.rundir import RunError, fingerprint
 from middo_jax.session import Session
 
 
@@ -21,14 +24,16 @@ class Served(NamedTuple):
     """The refiner's endpoint.
 
     Attributes:
-      url: URL up to and including /v1; several URLs if several servers serve the same model.
-      model: name of the model for requests.
-      sends_key: whether requests carry the user's API key; the embedded endpoint gets a dummy key.
+      url: up to and including /v1; several are servers of the same model.
+      model: the name to ask for.
+      sends_key: whether it is the user's and gets their API key; the embedded one gets a dummy.
+      revision: of the model, for the keys of its answers; None where only the user can name it.
     """
 
     url: str | tuple[str, ...]
     model: str
     sends_key: bool
+    revision: str | None = None
 
 
 def named_endpoint(config: Config) -> Served | None:
@@ -46,6 +51,16 @@ def named_endpoint(config: Config) -> Served | None:
     return Served(url, config.refine.model, sends_key=True)
 
 
+def refines_itself(session: Session) -> bool:
+    """Whether the refiner is the model under training: the embedded endpoint with the base model."""
+    config = session.config
+    if named_endpoint(config) is not None:
+        return False
+    named = config.refine.model
+    # By its path alone: a name is not looked up, since another program may serve it (batch files).
+    return named in (None, config.model.path) or Path(named).resolve() == session.base.resolve()
+
+
 @contextlib.contextmanager
 def endpoint(session: Session) -> Iterator[Served]:
     """Yields the refiner's endpoint. If none is set, serves the embedded one on loopback during the block."""
@@ -60,10 +75,21 @@ def endpoint(session: Session) -> Iterator[Served]:
     engine, tokenizer, eos_ids = server.load_engine(
         path, config.serve, config.model.dtype, template, session.mesh
     )
-    # A rewrite depends on the date that the template prints, so a restart on another day must print the same.
-    pin_date(tokenizer, config.model.template_date or datetime.date.today())
+    # A rewrite depends on what the template prints, so that another day's start must print the same.
+    date = config.model.template_date or datetime.date.today()
+    pin_date(tokenizer, date)
     name = path.resolve().name
+    revision = config.refine.model_revision or served_revision(path, tokenizer.chat_template, date, config)
     app = server.build_app(engine, tokenizer, name, eos_ids)
-    with engine, server.serve_in_background(app, port=0) as url:
-        yield Served(url, name, sends_key=False)
+    with engine, listening.serve_in_background(app, port=0) as url:
+        yield Served(url, name, sends_key=False, revision=revision)
     gc.collect()
+
+
+def served_revision(path: Path, template: Any, date: datetime.date, config: Config) -> str:
+    """16 hex digits that name what the embedded endpoint serves, for the keys of its answers.
+
+    Other weights at the same place are another refiner: the cache must not have its answers.
+    """
+    decisive = [fingerprint(path), template, str(date), config.model.dtype, config.serve.max_context]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]

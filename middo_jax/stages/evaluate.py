@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,10 @@ def measure_heldout(
         for done, (name, path) in enumerate(models.items() if heldout else (), 1):
             rows[name] = held_out.rows(session.load_model(path))
             found = total(rows[name])
+            if not math.isfinite(found.loss):
+                raise RunError(
+                    f"the held-out loss under {name} ({path}) is {found.loss}: the model is wrecked"
+                )
             losses.append({"name": name, "loss": found.loss, "n_target_tokens": found.n_target_tokens})
             advance(done, len(models), f"{name} {losses[-1]['loss']:.4f}")
     _write_rows(run.heldout_rows, rows)
@@ -98,6 +103,7 @@ def export_checkpoint(
     *,
     mesh: Mesh | None = None,
     verify: bool = True,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Writes a trained model as a Hugging Face directory, adapters merged into their base.
 
@@ -105,12 +111,13 @@ def export_checkpoint(
     transformers loads the export, and its logits are compared with those of this package.
 
     Args:
-      checkpoint: checkpoint of this package, or a PEFT adapter.
-      out: folder for the export; it must be empty or not exist.
-      dtype: float32, bfloat16 or float16; None means float32, in which training keeps its weights.
-      progress: receives the result of the comparison, or the reason why there was none.
-      mesh: mesh for loading the parameters; None means all devices, with sharded parameters.
-      verify: whether to compare logits.
+      checkpoint: of ours, or a PEFT adapter.
+      out: must not exist, or be empty.
+      dtype: float32, bfloat16 or float16; None is float32, in which training keeps its weights.
+      progress: is told how well the export agrees with us, or why nobody knows.
+      mesh: where the parameters lie meanwhile; None is all devices, parameters split.
+      verify: whether to compare.
+      base: what the user calls the base model, if it may have been moved.
 
     Returns:
       {"verified": True, "max_difference", "largest_logit", "n_prompts", "n_tokens"}, or {"verified": False,
@@ -121,7 +128,7 @@ def export_checkpoint(
       FileExistsError: `out` is not empty.
       CheckpointError: the export's logits differ from the model's; the export is removed.
     """
-    source = locate(checkpoint)
+    source = locate(checkpoint, base=base)
     if source.trained is None:
         raise RunError(f"{checkpoint}: no finished checkpoint there; a round's is at round_XX/checkpoint")
     hf.require_vacant(out)  # raises before anything is computed

@@ -14,17 +14,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from middo_jax.data.example import Example
+from middo_jax.data.tokenize import end_of_turn_token
 from middo_jax.models.model import Model
 from middo_jax.parallel.coordination import Together
 from middo_jax.refinement.acceptance.candidate import Measurement
 from middo_jax.refinement.acceptance.measured import cosines
+from middo_jax.refinement.acceptance.table import is_asked
 from middo_jax.rundir import RoundDir, RunError
-from middo_jax.session import Session
+from middo_jax.session import Session, read_dataset
 from middo_jax.signals.embeddings import read_embeddings, require_embeddings
+from middo_jax.signals.ifd import ifd
 from middo_jax.signals.judge.rubrics import quality
 from middo_jax.signals.neighbours.search import nearest_neighbours
+from middo_jax.signals.readings import end_nll, pmi
 from middo_jax.signals.table import read_scores
-from middo_jax.stages.passes import Passes, raw_prompts
+from middo_jax.stages.passes import Passes, conditioned, raw_prompts
 from middo_jax.stages.ratings import ratings
 
 
@@ -147,6 +151,8 @@ class UnderTraining:
         k = max(len(row["knn_ids"] or ()) for row in rows.values())
         tokenized = self._session.tokenize(children)
         scores = self._scored("rewrites measured", self._loaded, tokenized)
+        end_m = end_nll(scores.last_nll_n, tokenized, end_of_turn_token(self._session.tokenizer))
+        informed = self._informed(rewrites)
         embedding_md = scores.embedding_nd
         is_raw = self._session.config.diversity.text == "raw"
         if k and (is_raw or self._embedder):  # the dataset's embeddings were computed in this way too
@@ -172,9 +178,42 @@ class UnderTraining:
                     knn_similarity=_finite(near.mean()),
                     core_similarity=None if replaces else _raised(core, similarity),
                     truncated=tokenized[i].truncated,
+                    end_nll=_finite(end_m[i]),
+                    **informed.get(i, {}),
                 )
             )
         return measured
+
+    def _informed(self, rewrites: Sequence[Rewrite]) -> dict[int, dict[str, float | None]]:
+        """What the gate `information` compares, by the places of the replacements; empty if it is open.
+
+        The originals are measured beside their rewrites, so that scoring need not measure all samples so.
+        """
+        if not is_asked("information", self._session.config.refine):
+            return {}
+        places = [i for i, rewrite in enumerate(rewrites) if rewrite.op != "synthesize"]
+        originals = {example.id: example for example in read_dataset(self._directory)}
+        texts = [rewrites[i].child for i in places] + [originals[rewrites[i].original_id] for i in places]
+        if not texts:
+            return {}
+        tokenized = self._session.tokenize(texts)
+        scores = self._scored("with their originals", self._loaded, tokenized, prompts=True)
+        readings = ("pmi", "reverse_ifd")
+        more = conditioned(self._session, self._scored, self._loaded, texts, tokenized, readings)
+        assert scores.prompt_nll_n is not None
+        assert more.response_alone_n is not None
+        assert more.prompt_behind_response_n is not None
+        pmi_n = pmi(scores.loss_n, more.response_alone_n, scores.n_targets_n)
+        reverse_n = ifd(more.prompt_behind_response_n, scores.prompt_nll_n)
+        return {
+            i: {
+                "pmi": _finite(pmi_n[at]),
+                "reverse_ifd": _finite(reverse_n[at]),
+                "original_pmi": _finite(pmi_n[at + len(places)]),
+                "original_reverse_ifd": _finite(reverse_n[at + len(places)]),
+            }
+            for at, i in enumerate(places)
+        }
 
     def _rate(self, examples: Sequence[Example]) -> list[float | None]:
         return [_finite(q) for q in quality(ratings(self._session, self._loaded, examples)[0])]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from middo_jax.data.example import Example
-from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.data.long_texts import is_long, last_tokens
+from middo_jax.data.tokenize import TokenizedExample, response_header
 from middo_jax.models.model import Model
 from middo_jax.passes.losses import ExampleScores, score_examples
 from middo_jax.passes.runner import PassFacts
 from middo_jax.session import Session
 from middo_jax.signals.duplicates import prompt_hash
+from middo_jax.signals.ifd import mean_by_example, responses_alone
+from middo_jax.signals.readings import prompts_behind_responses
 
 
 class Texts(NamedTuple):
@@ -52,8 +56,13 @@ class Passes:
         self._session = session
         self.facts: dict[str, PassFacts] = {}
 
-    def __call__(self, name: str, model: Model, of: Sequence[TokenizedExample]) -> ExampleScores:
-        """Runs one pass of a model over some examples; the progress display shows `name`."""
+    def __call__(
+        self, name: str, model: Model, of: Sequence[TokenizedExample], *, prompts: bool = False
+    ) -> ExampleScores:
+        """One pass of a model over some examples; `name` is what the user sees.
+
+        With `prompts`, the losses of the prompts are computed too.
+        """
         scoring = self._session.config.scoring
         scores, self.facts[name] = score_examples(
             model,
@@ -62,8 +71,46 @@ class Passes:
             chunk=scoring.unembed_chunk,
             progress=self._session.progress,
             name=name,
+            prompts=prompts,
         )
         return scores
+
+
+class Conditioned(NamedTuple):
+    """Losses under one model of the same texts, with and without what they belong to; nats per token.
+
+    Attributes:
+      response_alone_n: of the responses without their prompts; None if not asked for.
+      prompt_behind_response_n: of the prompts behind their responses; None if not asked for. NaN where
+        `prompts_behind_responses` has no conversation.
+    """
+
+    response_alone_n: np.ndarray | None
+    prompt_behind_response_n: np.ndarray | None
+
+
+def conditioned(
+    session: Session,
+    passes: Passes,
+    model: Model,
+    examples: Sequence[Example],
+    tokenized: Sequence[TokenizedExample],
+    readings: Collection[str],
+) -> Conditioned:
+    """What the readings need beside the loss: `ifd` and `pmi` one pass together, `reverse_ifd` one."""
+    tokenizer, alone_n, behind_n = session.tokenizer, None, None
+    if "ifd" in readings or "pmi" in readings:
+        header_n = response_header(tokenizer)
+        alone = [responses_alone(example, header_n) for example in tokenized]
+        scores = passes("loss of responses alone", model, list(itertools.chain(*alone)))
+        alone_n = mean_by_example(list(map(len, alone)), scores.loss_n, scores.n_targets_n)
+    if "reverse_ifd" in readings:
+        turned = prompts_behind_responses(examples, tokenized, tokenizer, session.config.model.max_length)
+        known = [i for i, example in enumerate(turned) if example is not None]
+        scores = passes("loss of prompts behind responses", model, [e for e in turned if e is not None])
+        behind_n = np.full(len(turned), np.nan, np.float32)
+        behind_n[known] = scores.loss_n
+    return Conditioned(alone_n, behind_n)
 
 
 def describe(name: str, facts: PassFacts) -> str:
@@ -80,13 +127,20 @@ def raw_prompts(session: Session, examples: Sequence[Example]) -> list[Tokenized
     """Tokenizes the prompts alone, without the template. All tokens are prompt tokens, none a target."""
     if not examples:
         return []
-    texts, longest = [example.prompt for example in examples], session.config.model.max_length
-    encoded = session.tokenizer(texts, add_special_tokens=False, verbose=False)
+    longest = session.config.model.max_length
+    texts = [example.prompt for example in examples]
+    short = [text for text in texts if not is_long(text, longest)]
+    encoded = iter(
+        session.tokenizer(short, add_special_tokens=False, verbose=False)["input_ids"] if short else []
+    )
     tokenized = []
-    for example, ids in zip(examples, encoded["input_ids"], strict=True):
+    for example, text in zip(examples, texts, strict=True):
+        if is_long(text, longest):
+            ids, is_cut = last_tokens(session.tokenizer, text, longest)
+        else:
+            ids = next(encoded)
+            is_cut = len(ids) > longest
         tokens_n = np.asarray(ids[-longest:], np.int32)
         nothing, everything = np.zeros(len(tokens_n), bool), np.ones(len(tokens_n), bool)
-        tokenized.append(
-            TokenizedExample(example.id, tokens_n, nothing, everything, len(tokens_n) < len(ids))
-        )
+        tokenized.append(TokenizedExample(example.id, tokens_n, nothing, everything, is_cut))
     return tokenized

@@ -86,7 +86,7 @@ def sampled_ratings(
     config, tokenizer = session.config, session.tokenizer
     context = config.serve.max_context
     stop_ids = eos_token_ids(session.base, tokenizer)
-    prompts = rating_prompts(examples, tokenizer)
+    prompts = rating_prompts(examples, tokenizer, context)
     rating_q = np.full(len(prompts), np.nan, np.float32)
     with (
         session.progress.task("ratings") as advance,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from middo_jax.config import Config
 from middo_jax.config.axis_table import axes as axis_rows
+from middo_jax.config.refine import Turns
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
 from middo_jax.parallel.coordination import follow, lead
@@ -29,36 +33,80 @@ from middo_jax.refinement import (
 )
 from middo_jax.refinement.growth import Dropped, fit, max_size
 from middo_jax.refinement.meter import Meter
+from middo_jax.refinement.tasks import why_kept
 from middo_jax.rundir import RoundDir, RunError, chain, read_jsonl, write_jsonl
+from middo_jax.rundir.files import read_json
 from middo_jax.session import Session, read_dataset
 from middo_jax.signals.embeddings import require_embeddings
-from middo_jax.signals.table import read_scores
+from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.accept import Acceptance
-from middo_jax.stages.endpoint import endpoint
+from middo_jax.stages.endpoint import endpoint, refines_itself
 from middo_jax.stages.measure import UnderTraining, scored_model
 from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
+from middo_jax.training.metrics import wrecked_from
 
-FOLLOWED = "refine"  # the name under which process 0 leads and the others follow
+FOLLOWED = "refine"  # the name of what process 0 leads
+ITSELF = (
+    "warning: the refiner is the model under training, which also measures the rewrites. It finds its own "
+    "answers easy, good or bad. Name a stronger one: refine.base_url and refine.model; see docs/refine.md"
+)
 Ask = Callable[[Sequence[Task]], list[Outcome]]
 
 
-def plan_refinement(directory: RoundDir) -> list[Task]:
-    """Returns the refiner's tasks, planned from the folder's dataset, scores and selection."""
+def plan_refinement(directory: RoundDir, turns: Turns = "last") -> list[Task]:
+    """Returns the refiner's tasks, planned from the folder's dataset, scores and selection.
+
+    `turns` is `refine.turns`.
+    """
     if not directory.is_done("select"):
         raise RunError(f"{directory.path}: no selection from its scores there; run `middo select` first")
-    axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
+    axes = read_json(directory.selection)["axes"]
     rows = read_scores(directory.scores).to_pylist()
     return plan_tasks(
         read_dataset(directory),
         {axis: facts["ids"] for axis, facts in axes.items()},
         knn_ids={row["id"]: row["knn_ids"] or () for row in rows},
         scores=_kept_scores(rows),
+        faults={row["id"]: row["fault"] for row in rows},
+        turns=turns,
     )
 
 
+def check_learnt(config: Config, directory: RoundDir) -> None:
+    """Raises RunError if training made the losses of the round's own samples far worse than they were before.
+
+    A training of a few steps may end before its own losses show that. Nothing is checked where
+    `train.on_bad_step` has no number.
+    """
+    table = read_scores(directory.scores)
+    before, after = (float(np.nanmean(as_floats(table, name))) for name in ("loss_pre", "loss_post"))
+    if config.train.on_bad_step.spike_factor is not None and after > wrecked_from(before):
+        raise RunError(
+            f"{directory.path}: training made the model worse on what it learnt, from {before:.4f} to "
+            f"{after:.4f} nats per token; no rewrite is asked for. Lower train.learning_rate or look at the "
+            "data; train.on_bad_step=stop or skip, without a number, lets this pass"
+        )
+
+
+def kept_samples(directory: RoundDir, turns: Turns) -> dict[str, int]:
+    """Returns the number of selected samples without a task, by reason."""
+    axes = read_json(directory.selection)["axes"]
+    selected = {id_ for axis in axes.values() for id_ in axis["ids"]}
+    reasons = (why_kept(e, turns) for e in read_dataset(directory) if e.id in selected)
+    return dict(Counter(reason for reason in reasons if reason is not None))
+
+
 def _kept_scores(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Returns the scores that a sample's lineage keeps: the columns that decide on an axis."""
-    names = [name for row in axis_rows() for name in row.columns]
+    """What a sample's lineage keeps of its scores: the columns that decide on an axis.
+
+    Those of an optional axis only where it was scored.
+    """
+    names = [
+        name
+        for axis in axis_rows()
+        for name in axis.columns
+        if not axis.optional or any(row[name] is not None for row in rows)
+    ]
     return {row["id"]: {name: row.get(name) for name in names} for row in rows}
 
 
@@ -99,12 +147,17 @@ def refine_stage(
       RefinerError: the endpoint fails for every request; earlier answers stay in the cache.
     """
     config, began = session.config, time.monotonic()
-    tasks = plan_refinement(directory)
+    tasks = plan_refinement(directory, config.refine.turns)
+    kept = kept_samples(directory, config.refine.turns)
+    for why, n in kept.items():
+        session.progress.say(f"{n:,} selected samples stay as they are: {why}")
     measuring = None
     if config.refine.accept == "measured":
         measuring = model or scored_model(directory)
         require_embeddings(directory.embeddings)
-    begun = chain.refine(directory, heldout_file(directory), measuring).begin()
+    begun = chain.refine(directory, heldout_file(directory), measuring, session.base).begin()
+    if tasks and refines_itself(session):
+        session.progress.say(ITSELF)
     ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
     refiner = _refiner(session, round_index, cache, ledger, batch)
     with session.stage(), lead(FOLLOWED) as together:
@@ -117,6 +170,7 @@ def refine_stage(
         time.monotonic() - began,
         n=len(outcomes),
         accepted=sum(o.example is not None for o in outcomes),
+        kept=kept,
         usage=ledger.to_json(),
         limits=dataclasses.asdict(acceptance.limits),
     )
@@ -177,7 +231,10 @@ def _refiner(
         yield take
         return
     with endpoint(session) as served:
-        requests = prompts.requests(served.model, config.refine, config.seed)
+        settings = config.refine
+        if served.revision is not None:
+            settings = settings.model_copy(update={"model_revision": served.revision})
+        requests = prompts.requests(served.model, settings, config.seed)
 
         def ask(tasks: Sequence[Task]) -> list[Outcome]:
             attempt = tasks[0].attempt + 1
@@ -235,6 +292,6 @@ def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[D
             f"{session.config.refine.growth} needs them to drop samples: score the diversity axis too, or "
             "set refine.growth=free"
         )
-    axes = json.loads(directory.selection.read_text(encoding="utf-8"))["axes"]
+    axes = read_json(directory.selection)["axes"]
     selected = {id_ for axis in axes.values() for id_ in axis["ids"]}
     return fit(examples, together, room, selected, neighbours)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import itertools
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -13,23 +12,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from middo_jax.config.axis_table import axis_names
+from middo_jax.config import SampledRating
+from middo_jax.config.axis_table import scored_axes
 from middo_jax.data.example import Example
-from middo_jax.data.tokenize import TokenizedExample, response_header
+from middo_jax.data.own_columns import user_ids
+from middo_jax.data.tokenize import end_of_turn_token
 from middo_jax.models.lora import without_adapters
 from middo_jax.models.model import Model
-from middo_jax.models.source import locate
 from middo_jax.rundir import RoundDir, RunError, chain
 from middo_jax.session import Session, read_dataset
 from middo_jax.signals.axes import with_computed
 from middo_jax.signals.duplicates import count_duplicates, groups
 from middo_jax.signals.embeddings import write_embeddings
-from middo_jax.signals.ifd import mean_by_example, responses_alone
 from middo_jax.signals.neighbours.incremental import Earlier, updated_neighbours
 from middo_jax.signals.neighbours.nearest import Neighbours
+from middo_jax.signals.readings import end_nll
 from middo_jax.signals.table import Measured, with_columns, write_scores
 from middo_jax.stages.before import Before, Wanted, measure_before
-from middo_jax.stages.passes import Passes, Texts, describe
+from middo_jax.stages.passes import Passes, Texts, conditioned, describe
 from middo_jax.stages.ratings import ratings
 
 
@@ -61,19 +61,21 @@ def score_stage(
 
     Args:
       session: settings, tokenizer, mesh.
-      directory: folder with dataset.jsonl.
-      model: path of M_t, which computes loss_post, embeddings and ratings.
-      pre_model: path of the model that computes loss_pre; None leaves loss_pre null.
-      axes: names of the axes to measure, None means all; loss_post is always measured.
-      earlier: an earlier round's folder. If `pre_model` is the same as there, unchanged samples are not
-        measured again under it.
-      own: columns of the user for the same samples, written to the table of scores.
+      directory: holds dataset.jsonl.
+      model: M_t, whose loss after training, embeddings and ratings are taken.
+      pre_model: whose loss is loss_pre; None leaves it null.
+      axes: what to measure, None is what the settings say; the loss under `model` comes with any of them.
+      earlier: an earlier round's folder. Its samples that are still the same are not measured again under
+        `pre_model`, if that is the same too.
+      own: the user's columns of the same samples, to be written beside the scores.
     """
     began = time.monotonic()
-    axes = axis_names() if axes is None else axes
+    axes = scored_axes(session.config) if axes is None else axes
     check_embedder(session, pre_model, axes)
     begun = chain.score(directory, model, pre_model).begin()
-    scored = measure(session, read_dataset(directory), model, pre_model, axes, earlier=earlier)
+    examples = read_dataset(directory)
+    scored = measure(session, examples, model, pre_model, axes, earlier=earlier)
+    own = user_ids(examples) if own is None else own
     if own is not None:
         scored = scored._replace(table=with_columns(scored.table, own))
     directory.forget("select")  # it belongs to the scores that are replaced now
@@ -115,7 +117,7 @@ def measure(
         if pre_model is not None and any(wanted):
             pre = session.load_model(pre_model)
             before = measure_before(session, pre, pre_model, texts, wanted, earlier, passes)
-            base = _shared_base(pre, pre_model, model)
+            base = _shared_base(session, pre, pre_model, model)
             del pre
             gc.collect()
         loaded = session.load_model(model, base=base)
@@ -131,7 +133,31 @@ def measure(
         **({} if before is None else {"pre_identity": before.identity, "n_kept": before.n_kept}),
         "passes": {name: dataclasses.asdict(facts) for name, facts in passes.facts.items()},
     }
+    _require_scores(session, table, axes)
     return Scored(with_computed(table, axes), embedding_nd, of_measuring)
+
+
+def _require_scores(session: Session, table: pa.Table, axes: Collection[str]) -> None:
+    """Raises RunError if a column that an axis needs holds no number for any sample.
+
+    Single samples without a number are named in the column `error`, and no axis selects them. A judge whose
+    sampled ratings cannot be read may be a small model's: then nothing is selected by quality, which is said.
+    """
+    n, wanted = len(table), ["loss_post"]
+    wanted += ["knn_mean_sim"] if "diversity" in axes and n > 1 else []
+    wanted += ["quality"] if "quality" in axes else []
+    for name in wanted:
+        if not n or table[name].null_count < n:
+            continue
+        if name == "quality" and isinstance(session.config.quality.rating, SampledRating):
+            session.progress.say(
+                f"none of the judge's ratings of {n:,} samples can be read: none is low_quality"
+            )
+            continue
+        raise RunError(
+            f"none of the {n:,} samples has a finite {name}: nothing can be selected by such scores, and "
+            "nothing was written. The model computes NaN for all of them; try model.dtype=float32"
+        )
 
 
 def _under_model(
@@ -147,7 +173,9 @@ def _under_model(
     Losses, embeddings and ratings are computed by the loaded model; `before` has those before training.
     """
     config, n = session.config, len(texts.examples)
-    after = passes("loss and embeddings", model, texts.tokenized)
+    readings = {*config.scoring.readings, *(("ifd",) if "consistency" in axes else ())}
+    with_prompts = "prompt_nll" in readings or "reverse_ifd" in readings
+    after = passes("loss and embeddings", model, texts.tokenized, prompts=with_prompts)
     known, embedding_nd = Earlier.nothing(n, config.diversity.k), after.embedding_nd
     if before is not None and before.embedding_nd is not None:
         known, embedding_nd = before.earlier, before.embedding_nd
@@ -157,9 +185,7 @@ def _under_model(
     if "diversity" in axes:
         neighbours = _neighbours(session, embedding_nd, known, texts.hashes)
         n_searched = int(known.to_search().sum())
-    unconditional_n = None
-    if config.scoring.ifd:
-        unconditional_n = _loss_of_responses(session, passes, model, texts.tokenized)
+    more = conditioned(session, passes, model, texts.examples, texts.tokenized, readings)
     rated = None
     if "quality" in axes:
         rated, facts = ratings(session, model, texts.examples)
@@ -173,14 +199,21 @@ def _under_model(
         neighbours=neighbours,
         ratings=rated,
         prompt_hashes=texts.hashes,
-        loss_unconditional=unconditional_n,
+        loss_unconditional=more.response_alone_n,
+        end_nll=end_nll(after.last_nll_n, texts.tokenized, end_of_turn_token(session.tokenizer)),
+        worst_decile_nll=after.worst_decile_nll_n,
+        prompt_nll=after.prompt_nll_n,
+        prompt_behind_response=more.prompt_behind_response_n,
+        ranked="consistency" in axes,
     )
     return measured.to_table(), embedding_nd, n_searched
 
 
-def _shared_base(pre: Model, pre_model: Path, model: Path) -> Model | None:
+def _shared_base(session: Session, pre: Model, pre_model: Path, model: Path) -> Model | None:
     """Returns the loaded base weights if both models share them: adapters do not change their base."""
-    return without_adapters(pre) if locate(pre_model).weights == locate(model).weights else None
+    return (
+        without_adapters(pre) if session.locate(pre_model).weights == session.locate(model).weights else None
+    )
 
 
 def _neighbours(
@@ -196,13 +229,3 @@ def _neighbours(
             group_n=groups(hashes) if diversity.ignore_duplicates else None,
             on_progress=advance,
         )
-
-
-def _loss_of_responses(
-    session: Session, passes: Passes, model: Model, tokenized: Sequence[TokenizedExample]
-) -> np.ndarray:
-    """Returns [n], the loss of the responses without their prompts, for IFD."""
-    header_n = response_header(session.tokenizer)
-    alone = [responses_alone(example, header_n) for example in tokenized]
-    scores = passes("loss of responses alone", model, list(itertools.chain(*alone)))
-    return mean_by_example(list(map(len, alone)), scores.loss_n, scores.n_targets_n)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from middo_jax.data.example import Example
 from middo_jax.refinement import AnswerCache
+from middo_jax.refinement.endpoint.salvage import is_whole, salvage
 from middo_jax.rundir import RoundDir, read_jsonl
 from middo_jax.session import Session
 
@@ -43,3 +44,22 @@ def answer_cache(session: Session, directory: RoundDir) -> Iterator[AnswerCache]
         yield cache
     finally:
         cache.close()
+
+
+def check_cache(path: Path) -> None:
+    """Raises CacheError if there is a file of answers that cannot be used."""
+    if path.exists():
+        AnswerCache(path).close()
+
+
+def save_answers(path: Path) -> str | None:
+    """Replaces a damaged file of answers by one with what can be read of it; says so, None if it is whole.
+
+    The damaged file is put aside beside it and never removed: it has answers that were paid for.
+    """
+    if not path.is_file() or is_whole(path):
+        return None
+    aside, n_answers, n_spent = salvage(path)
+    return (
+        f"{path}: damaged, put aside as {aside}; {n_answers:,} answers and {n_spent:,} costs could be saved"
+    )

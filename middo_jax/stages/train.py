@@ -14,7 +14,6 @@ from middo_jax.config import Config, ConfigError
 from middo_jax.data.example import Example
 from middo_jax.models.lora import from_settings, with_fresh_adapters
 from middo_jax.models.model import Model
-from middo_jax.models.source import locate
 from middo_jax.parallel.coordination import barrier, from_first
 from middo_jax.rundir import RoundDir, RunError, chain
 from middo_jax.rundir.rows import SourceLossRow
@@ -132,7 +131,7 @@ def load_start(session: Session, path: Path) -> tuple[Model, dict[str, Any]]:
     Raises:
       RunError: `path` is a checkpoint whose adapters, or lack of them, do not match the settings.
     """
-    source, lora = locate(path), from_settings(session.config.lora)
+    source, lora = session.locate(path), from_settings(session.config.lora)
     metadata: dict[str, Any] = {
         "base": str(source.base.resolve()),
         "chat_template": session.tokenizer.chat_template,  # exports must use the template of the training

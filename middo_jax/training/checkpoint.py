@@ -9,6 +9,7 @@ checkpoint/
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from middo_jax.models.checkpoint import NOT_THE_FILES, arrays_handler, arrays_in
 from middo_jax.models.model import Params
 from middo_jax.parallel.coordination import from_first
 from middo_jax.rundir import RunError
+from middo_jax.rundir.files import full_disk_named
 
 _log = logging.getLogger(__name__)
 
@@ -107,14 +109,15 @@ class TrainingCheckpoints:
         """Starts a save unless this step is already saved. Older states are removed when it is complete."""
         if self._orbax.latest_step() == state.step:
             return
-        self._orbax.save(
-            state.step,
-            args=ocp.args.Composite(
-                trained=ocp.args.PyTreeSave(state.trained),
-                optimizer=ocp.args.PyTreeSave(state.opt_state),
-                about=ocp.args.JsonSave({"identity": self._identity}),
-            ),
-        )
+        with full_disk_named(self._directory):
+            self._orbax.save(
+                state.step,
+                args=ocp.args.Composite(
+                    trained=ocp.args.PyTreeSave(state.trained),
+                    optimizer=ocp.args.PyTreeSave(state.opt_state),
+                    about=ocp.args.JsonSave({"identity": self._identity}),
+                ),
+            )
 
     def restore(self, trained: Params, opt_state: optax.OptState) -> TrainState | None:
         """Returns the newest readable state, or None.
@@ -165,14 +168,21 @@ class TrainingCheckpoints:
         for x in jax.tree.leaves(state.opt_state):
             x.delete()
         about = {**metadata, "identity": self._identity}
+
+        def placed(directory: Path) -> dict[str, Any]:
+            # Where the base lies from here, for the day when both were moved together.
+            base = about.get("base")
+            return about if base is None else about | {"base_from_here": os.path.relpath(base, directory)}
+
         best = self._policy.best_step
         if best is not None and best in self._orbax.all_steps():
             target = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.trained
             )
             found = self._orbax.restore(best, args=ocp.args.Composite(trained=arrays_into(target)))
-            save_params(self._directory / "best", found["trained"], about | {"step": best})
-        save_params(self._directory, state.trained, about | {"step": state.step})
+            aside = self._directory / "best"
+            save_params(aside, found["trained"], placed(aside) | {"step": best})
+        save_params(self._directory, state.trained, placed(self._directory) | {"step": state.step})
         remove_steps(self._directory)
 
 

@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-_WINDOW = 64  # recent losses; their median is the usual loss
-_LEAST = 8  # losses needed before there is a usual loss
+_WINDOW = 64  # losses whose median is the usual one
+_LEAST = 8  # of them; before, none is usual
+# Nats that a spike is over the usual loss at least: once a dataset is known by heart, a rare batch is at
+# three times the usual 0.1 without any harm.
+SPIKE_MARGIN = 1.0
 
 
 class GuardState(NamedTuple):
@@ -39,8 +42,9 @@ def guarded(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer: a bad step changes neither parameters nor moments, but it counts as a step.
 
-    A step is bad if its loss or the norm of its gradient is not finite. With a `spike_factor`, a step is also
-    bad if its loss is over `spike_factor` x `usual_loss`; this is False while the usual loss is NaN.
+    A step is bad if its loss or the gradient's norm is not finite or, with a factor, if the loss is over that
+    many times the median of the last steps' (NaN, which compares as False, while these are too few) and at
+    least `SPIKE_MARGIN` above it.
 
     `update` takes the step's `loss` as an extra argument. Without it, only the gradient is checked.
     """
@@ -57,7 +61,8 @@ def guarded(
         loss = jnp.asarray(loss, jnp.float32)
         is_bad = ~(jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates)))
         if spike_factor is not None:
-            is_bad |= loss > spike_factor * usual_loss(state.recent_w)
+            usual = usual_loss(state.recent_w)
+            is_bad |= loss > jnp.maximum(spike_factor * usual, usual + SPIKE_MARGIN)
 
         def unless_bad(new: jax.Array, old: jax.typing.ArrayLike) -> jax.Array:
             return jnp.where(is_bad, old, new)

@@ -19,12 +19,15 @@ from middo_jax.training.plan import TrainingPlan
 def identity(model: Model, plan: TrainingPlan) -> str:
     """Returns the SHA-256 of the model's config, its initial parameters, the examples and the settings.
 
-    The mesh, the attention kernel and settings that do not affect training are left out.
+    The mesh, the attention kernel, the base model's place and settings that do not affect training do not
+    enter it.
     """
     learnt = affecting(plan.settings, {"training"})
     start = np.stack(to_host(checksums(model.params))).tolist()
     config = repr(dataclasses.replace(model.config, attention="auto"))
-    decisive = [config, start, learnt, plan.seed, plan.pack_length, dict(plan.metadata)]
+    # Not where the base model lies: its parameters are in `start`, and it may be moved.
+    about = {name: value for name, value in plan.metadata.items() if name != "base"}
+    decisive = [config, start, learnt, plan.seed, plan.pack_length, about]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for example in plan.tokenized:
         digest.update(f"\n{example.id} {len(example)}\n".encode())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from jax.sharding import Mesh
 
 from middo_jax.models.config import DecoderConfig
 from middo_jax.rundir import json_line, write_text
+from middo_jax.rundir.files import full_disk_named
 from middo_jax.rundir.rows import MetricsRow, SpeedRow
 from middo_jax.training.flops import peak_flops, training_flops
 from middo_jax.training.plan import TrainingPlan
@@ -23,7 +26,10 @@ from middo_jax.training.step import StepOutputs
 
 _log = logging.getLogger(__name__)
 
-_MOST_SKIPPED = 10  # bad steps in a row; with more, the data of a single step is not the cause
+_MOST_SKIPPED = 10  # bad steps in a row: then it is not the data of one of them
+# A training is wrecked if the mean of its last losses is over its first loss by this factor and these nats.
+_WRECKED, _WRECKED_MARGIN = 1.5, 1.0
+_LAST = 8
 
 
 class TrainingDiverged(RuntimeError):
@@ -144,6 +150,22 @@ class StepMetrics:
         return ", ".join(["step left out", *parts] if self.skipped else parts)
 
 
+def wrecked_from(before: float) -> float:
+    """The loss from which a model counts as wrecked, if it was `before` before training."""
+    return max(_WRECKED * before, before + _WRECKED_MARGIN)
+
+
+class TrainingWrecked(RuntimeError):
+    """The last losses of a training are far above its first one: the model has lost what it knew."""
+
+    def __init__(self, first: float, last: float) -> None:
+        super().__init__(
+            f"training wrecked the model: its first loss was {first:.4f}, its last ones are {last:.4f} on "
+            "average; nothing is scored or rewritten with it. Lower train.learning_rate or look at the data; "
+            "train.on_bad_step=stop or skip, without a number, lets such a training pass"
+        )
+
+
 class MetricsLog:
     """Writes metrics.jsonl; a context manager. A step's outputs are read after the next step's dispatch."""
 
@@ -159,12 +181,16 @@ class MetricsLog:
         self._pending: StepOutputs | None = None
         self._skipped_running = 0
         self._waited = 0.0
+        self._losses: list[float] = []  # finite ones, of all steps
 
     def __enter__(self) -> MetricsLog:
         # Line n describes step n. Lines after the checkpoint's step describe steps that are repeated.
         lines = (
             self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
         )
+        self._losses = [
+            row["loss"] for line in lines[: self._step] if (row := json.loads(line))["loss"] is not None
+        ]
         if jax.process_index() == 0:
             write_text(self._path, "".join(lines[: self._step]))
         # All processes share one folder, so only the first writes.
@@ -220,9 +246,20 @@ class MetricsLog:
             skipped=ids if is_bad else (),
             speed=speed,
         )
-        self._file.write(json_line(metrics.row()))
-        self._file.flush()
+        with full_disk_named(self._path):
+            self._file.write(json_line(metrics.row()))
+            self._file.flush()
+        if math.isfinite(loss):
+            self._losses.append(loss)
         return metrics
+
+    def check_end(self) -> None:
+        """Raises TrainingWrecked if the training ends far above its start, and settings look for such."""
+        if self._plan.settings.on_bad_step.spike_factor is None or len(self._losses) < 2:
+            return
+        first, last = self._losses[0], statistics.fmean(self._losses[1:][-_LAST:])
+        if last > wrecked_from(first):
+            raise TrainingWrecked(first, last)
 
     def _bad_step(self, loss: float, grad_norm: float, usual: float, ids: Sequence[str]) -> None:
         why = f"loss {loss}, gradient norm {grad_norm}"

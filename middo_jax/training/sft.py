@@ -69,8 +69,9 @@ def train(
       TrainingDataError: there are no examples, they have no target tokens, or they have token IDs outside the
         model's vocabulary.
       ConfigError: an example is longer than a row, the mesh does not divide the batch, the examples do not
-        fill a batch, or a package is missing.
-      TrainingDiverged: there was a bad step, or too many of them in a row.
+        fill one, or a package is missing.
+      TrainingDiverged: a bad step, or too many of them in a row.
+      TrainingWrecked: the last losses are far above the first.
       OutOfMemory: a step does not fit the devices.
       RunError: `out_dir` contains a checkpoint of another training.
       KeyboardInterrupt, Preempted: the process was told to stop; everything is saved.
@@ -131,6 +132,7 @@ def _run(
         all_hooks = Hooks([*own, *hooks], log, len(plan.steps), begun.with_state)
         with out_of_memory_explained(settings, mesh, begun.step):
             state = _steps(begun, batches, log, all_hooks, checkpoints, stop_if_told)
+        log.check_end()
         checkpoints.finish(state, plan.metadata)
         stop_if_told()
     return begun.with_state(state)

@@ -45,7 +45,18 @@ def test_every_part_is_tried():
         *(f"models/{name}" for name in LEARNING_RATES),
         *(f"data/{name}" for name in DATASETS),
         *(f"hardware/{name}" for name in CHIPS),
+        "tasks/hellaswag_generative",
     }
+
+
+def test_all_eight_benchmarks_are_named_and_no_code_is_run_unasked():
+    config = load(PAPER / "published.yaml", ["model.path=m", "data.path=d", str(PAPER / "evaluation.yaml")])
+    eight = ("mmlu", "ifeval", "gsm8k", "minerva_math", "humaneval", "mbpp", "hellaswag", "gpqa")
+    assert len(config.evaluate.tasks) == len(eight)
+    for name, task in zip(eight, config.evaluate.tasks, strict=True):
+        assert task.startswith(name)
+    assert (PAPER / str(config.evaluate.include_path)).is_dir()
+    assert not config.evaluate.allow_code
 
 
 def test_of_files_and_settings_the_last_wins(tmp_path: Path):

@@ -82,7 +82,7 @@ def test_context_and_input(tmp_path: Path) -> None:
     "column",
     [
         {"context": "Seas: North, East."},
-        {"tools": [{"name": "search"}]},
+        {"tools": ["search"]},
         {"documents": ["a map"]},
         {"input": "of Europe"},
         {"Context": "Seas: North, East."},
@@ -245,7 +245,7 @@ def test_roles_by_their_other_names(tmp_path: Path, system: str, user: str, assi
     for row in (chat(*turns), {"conversations": shares}):
         assert reading(tmp_path, row)[0][0].messages == (Message("system", "Rhyme."), *PAIR)
     _, (rejected,) = reading(tmp_path, ASKED["messages"], chat((user, "q"), ("Tool", "4"), (assistant, "a")))
-    assert rejected.reason == "turn 2 uses a tool ('Tool'), which is not supported"
+    assert rejected.reason == "turn 2 is a tool's result, and the turn before it calls no tool"
 
 
 def test_targets_without_weights_are_as_before(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from middo_jax.data import sources
 from middo_jax.data.example import Example, Lineage, Message
 from middo_jax.data.formats import detect
-from middo_jax.data.sources import DataError, Rejection, read, write
+from middo_jax.data.reading import Reading
+from middo_jax.data.sources import DataError, Rejection, read, read_rows, write
 from middo_jax.data.split import split_heldout
 
 TARGETS = [
@@ -142,7 +143,7 @@ def test_a_clashing_column_is_renamed_and_said(tmp_path: Path, caplog: pytest.Lo
     assert row == {"prompt": "q", "completion": "reply", "extra_prompt": "theirs", "id": 7}
     assert "prompt -> extra_prompt" in caplog.text
     back, _ = read(str(tmp_path / "out.jsonl"))
-    assert back[0].extra == {"extra_prompt": "theirs", "id": 7}
+    assert (back[0].extra, back[0].user_id) == ({"extra_prompt": "theirs"}, 7)
 
 
 def test_tfds_needs_no_tensorflow(tmp_path: Path) -> None:
@@ -264,27 +265,35 @@ def turns(*roles: str) -> dict:
         ({"messages": [{"role": "user"}]}, "turn 1: 'content' must be text, not null"),
         (turns("user", "assistant", "user"), "ends with the user"),
         (turns("system"), "ends with the system"),
-        (turns("assistant"), "turn 1 is the assistant's"),
+        (turns("assistant"), "no prompt: the conversation has no user turn"),
         (turns("user", "user", "assistant"), "turn 2 is the user's"),
         (turns("user", "assistant", "assistant"), "turn 3 is the assistant's"),
         (turns("user", "system", "assistant"), "turn 2 is a system turn"),
         (turns("system", "system", "user", "assistant"), "turn 2 is a system turn"),
         (turns("user", "narrator", "assistant"), "unknown role 'narrator'"),
-        (turns("user", "tool", "assistant"), "turn 2 uses a tool"),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "turn 1 uses a tool"),
+        (
+            turns("user", "tool", "assistant"),
+            "turn 2 is a tool's result, and the turn before it calls no tool",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            "turn 1: a tool call needs a 'name'",
+        ),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "turn 1: 'role' must be text, not a list"),
     ],
 )
 def test_unusable_rows_say_why(tmp_path: Path, row: object, reason: str) -> None:
     form = "messages" if isinstance(row, dict) and "messages" in row else "alpaca"
     good = turns("user", "assistant") if form == "messages" else {"instruction": "q", "output": "a"}
-    examples, (rejected,) = read(jsonl(tmp_path, good, row), form)
-    assert len(examples) == 1
+    strict = Reading(strict=True)
+    data = read_rows(jsonl(tmp_path, good, row), form, reading=strict)
+    (rejected,) = data.rejections
+    assert len(data.examples) == 1
     assert rejected.where.endswith("rows.jsonl:2")
     assert reason in rejected.reason
     sources.write_jsonl(tmp_path / "rejected.jsonl", [rejected.to_json()])  # also with surrogates
     with pytest.raises(DataError, match="none of its 1 rows") as error:
-        read(jsonl(tmp_path, row), form)
+        read_rows(jsonl(tmp_path, row), form, reading=strict)
     assert reason in str(error.value)
 
 
@@ -358,11 +367,11 @@ def test_json_files(tmp_path: Path) -> None:
 
 
 def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("a,b")
+    (tmp_path / "rows.xlsx").write_text("a,b")
     (tmp_path / "rows.parquet").write_text("no parquet")
     for path, message in (
         (str(tmp_path / "none.jsonl"), "there is no file"),
-        (str(tmp_path / "rows.csv"), r"must end in \.json"),
+        (str(tmp_path / "rows.xlsx"), r"must end in \.json"),
         (str(tmp_path / "rows.parquet"), "not a readable Parquet file"),
         ("hf:owner/name", "names no split"),
         (f"hf:{tmp_path}/none:train", "there is no directory"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from middo_jax.data.trees import PackedTrees, Tree, common_prefix, trie
+from middo_jax.data.trees import PackedTrees, Tree, common_prefix, forest, trie
 
 # A token of its own at the end: no text begins with all of another.
 TEXTS = st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=6).map(
@@ -72,3 +72,24 @@ def test_a_line_is_a_text_alone() -> None:
     tree, ends = trie([np.asarray([4, 5, 6], np.int32)])
     assert ends == [2]
     assert all(np.array_equal(a, b) for a, b in zip(tree, Tree.line(tree.tokens_n), strict=True))
+
+
+def test_a_forest_holds_each_text_once() -> None:
+    texts = [np.array(t, np.int32) for t in ([1, 2], [1, 2, 3], [1, 2, 3], [1, 4], [5])]
+    tree, places = forest(texts)
+    assert tree.tokens_n.tolist() == [1, 2, 3, 4, 5]
+    assert tree.positions_n.tolist() == [0, 1, 2, 1, 0]
+    assert tree.until_n.tolist() == [4, 3, 3, 4, 5]
+    assert [p.tolist() for p in places] == [[0, 1], [0, 1, 2], [0, 1, 2], [0, 3], [4]]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=12))
+def test_in_a_forest_a_token_sees_what_is_before_it_in_its_text(tokens: list[list[int]]) -> None:
+    texts = [np.array(t, np.int32) for t in sorted(tokens)]
+    tree, places = forest(texts)
+    assert len(tree.tokens_n) == len({tuple(t[: n + 1]) for t in tokens for n in range(len(t))})
+    for text, place_n in zip(texts, places, strict=True):
+        assert tree.tokens_n[place_n].tolist() == text.tolist()
+        for i in place_n:
+            seen = [j for j in range(i + 1) if tree.until_n[j] > i]
+            assert seen == [j for j in place_n if j <= i]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import threading
@@ -18,8 +19,11 @@ from support.tiny_model import FAMILIES, write_tiny_model
 
 from middo_jax.config import MeshSettings
 from middo_jax.inference import engine as engine_module
-from middo_jax.inference.engine import CHUNK, Completion, Engine, PromptChunk
+from middo_jax.inference import programs
+from middo_jax.inference.engine import Engine
+from middo_jax.inference.programs import CHUNK, PromptChunk, made_cache
 from middo_jax.inference.sampling import Request, Sampling, keep_likely, sample
+from middo_jax.inference.slots import Completion
 from middo_jax.models.config import DecoderConfig, LayerKind, LinearRope
 from middo_jax.models.decoder import Decoder, KVCache, split
 from middo_jax.models.model import Model, bound
@@ -245,15 +249,18 @@ def test_devices_exchange_rows_of_the_cache_and_never_all_of_it(tmp_path, progra
     graphdef, params, config = loaded.graphdef, loaded.params, loaded.config
     sampling = [(Request((), 0), 0)]
     with jax.set_mesh(mesh):
-        cache = engine_module._made_cache(config, slots, context)
-        one = np.int32(1)
+        cache = made_cache(config, slots, context)
+        one, row = np.int32(1), np.zeros((1, CHUNK), np.int32)
         operands = {
-            "prefill": (PromptChunk(np.zeros((1, CHUNK), np.int32), one, one, one), Sampling.of(sampling)),
+            "prefill": (
+                PromptChunk(row, row, one, one, one, np.bool_(True)),
+                Sampling.of(sampling),
+            ),
             "decode": (np.zeros(slots, np.int32), np.zeros(slots, np.int32), Sampling.of(sampling * slots)),
             "copy_chunks": (one, one, one),
         }[program]
         model = () if program == "copy_chunks" else (graphdef, params)
-        compiled = getattr(engine_module, program).lower(*model, cache, *operands).compile().as_text()
+        compiled = getattr(programs, program).lower(*model, cache, *operands).compile().as_text()
     moved = [
         math.prod(int(n) for n in shape.split(",") if n)
         for line in compiled.splitlines()
@@ -305,6 +312,8 @@ def test_an_answer_ends_where_the_context_is_full(model, engine):
         ({"prompt_tokens": [97]}, r"outside the vocabulary of 97"),
         ({"max_tokens": 0}, r"max_tokens=0"),
         ({"temperature": -1.0}, r"temperature=-1.0"),
+        ({"temperature": 1e300}, r"from 0 to 100"),
+        ({"temperature": math.nan}, r"temperature=nan"),
         ({"top_p": 0.0}, r"top_p=0.0"),
         ({"top_k": -1}, r"top_k=-1"),
     ],
@@ -337,23 +346,155 @@ def test_closing_fails_what_is_not_answered(model):
         engine.submit(Request(prompt(5), max_tokens=1))
 
 
-def test_a_failure_on_the_device_reaches_everybody_who_waits(model, monkeypatch):
-    release = threading.Event()
+def failing_with(run, poison: int, error: Exception):
+    """A device program that fails while a slot's last token is `poison`, after its cache is donated."""
 
+    def broken(graphdef, params, cache, tokens, *rest):
+        if poison in np.asarray(tokens).tolist():
+            for x in cache:
+                x.delete()
+            raise error
+        return run(graphdef, params, cache, tokens, *rest)
+
+    return broken
+
+
+def test_an_error_fails_its_request_and_no_other(model, engine, monkeypatch):
+    """All others get the tokens of an engine in which nothing failed, each of them once."""
+    requests = mixed_requests()
+    expected = engine.generate(requests)
+    only_in_third = set(expected[3].tokens[:-1]).difference(
+        *(each.tokens for i, each in enumerate(expected) if i != 3)
+    )
+    error = FloatingPointError("device lost")
+    monkeypatch.setattr(engine_module, "decode", failing_with(programs.decode, only_in_third.pop(), error))
+    with Engine(*model, max_batch=3, max_context=CONTEXT) as fresh:
+        seen = [[] for _ in requests]
+        futures = [fresh.submit(request, steps.append) for request, steps in zip(requests, seen, strict=True)]
+        assert futures[3].exception(timeout=60) is error
+        for i, future in enumerate(futures):
+            if i != 3:
+                assert future.result(timeout=60) == expected[i]
+                assert [step.token for step in seen[i]] == expected[i].tokens
+        assert fresh.is_running
+        assert fresh.generate(requests[:3]) == expected[:3]
+
+
+def test_a_device_that_always_fails_fails_each_request_and_is_asked_again(model, monkeypatch):
     def broken(*_: object) -> None:
-        release.wait(timeout=60)  # until all have been submitted
         raise FloatingPointError("device lost")
 
-    monkeypatch.setattr(engine_module, "decode", broken)
     request = Request(prompt(5), max_tokens=5)
     with Engine(*model, max_batch=3, max_context=CONTEXT) as engine:
-        futures = [engine.submit(request) for _ in range(4)]
-        release.set()
-        for future in futures:
-            assert isinstance(future.exception(timeout=60), FloatingPointError)
+        expected = engine.generate([request])
+        with monkeypatch.context() as patched:
+            patched.setattr(engine_module, "decode", broken)
+            for future in [engine.submit(request) for _ in range(4)]:
+                assert isinstance(future.exception(timeout=60), FloatingPointError)
+        assert engine.generate([request]) == expected
+
+
+def test_an_engine_that_cannot_have_its_cache_back_ends(model, monkeypatch):
+    def broken(*_: object) -> None:
+        raise FloatingPointError("device lost")
+
+    request = Request(prompt(5), max_tokens=5)
+    with Engine(*model, max_batch=3, max_context=CONTEXT) as engine:
+        monkeypatch.setattr(engine_module, "decode", broken)
+        monkeypatch.setattr(engine_module, "made_cache", broken)
+        for future in [engine.submit(request) for _ in range(2)]:
+            assert future.exception(timeout=60) is not None
+        engine._thread.join(timeout=60)
         assert not engine.is_running
         with pytest.raises(RuntimeError, match="takes no more requests: device lost"):
             engine.submit(request)
+
+
+def test_a_callers_own_exception_fails_its_request_alone(engine):
+    def broken(_: object) -> None:
+        raise KeyError("mine")
+
+    request = Request(prompt(5), max_tokens=5)
+    mine, other = engine.submit(request, broken), engine.submit(request)
+    assert isinstance(mine.exception(timeout=60), KeyError)
+    assert len(other.result(timeout=60).tokens) == 5
+
+
+def test_a_huge_top_k_is_no_limit(engine):
+    request = Request(prompt(5), max_tokens=5, temperature=1.0)
+    huge = dataclasses.replace(request, top_k=2**200)
+    assert engine.generate([huge]) == engine.generate([request])
+
+
+def test_groups_take_turns(model, monkeypatch):
+    """A request of another group is answered after one turn of those that came before, not after all."""
+    order = []
+    with Engine(*model, max_batch=1, max_context=CONTEXT) as engine:
+        gate = threading.Event()
+
+        def wait(_: object) -> None:
+            gate.wait(60)
+
+        first = engine.submit(Request(prompt(3), max_tokens=2), wait)
+        named = [("many", i) for i in range(4)] + [("one", 0), ("many", 4), ("another", 0)]
+        futures = [
+            engine.submit(Request(prompt(3), max_tokens=1), lambda _, name=name: order.append(name), name[0])
+            for name in named
+        ]
+        gate.set()
+        for future in (first, *futures):
+            future.result(timeout=60)
+    assert order == [("many", 0), ("one", 0), ("another", 0), *(("many", i) for i in range(1, 5))]
+
+
+@pytest.mark.parametrize("length", [1, 2, CHUNK, CHUNK + 1, 190])
+def test_logprobs_are_those_of_a_forward_without_a_cache(length):
+    """Of parameters of the usual size: ten times that, attention would multiply rounding errors."""
+    graphdef, params = split(Decoder(CONFIG, jax.random.key(0)))
+    request = Request(prompt(length), max_tokens=4, logprobs=True, prompt_logprobs=True, temperature=1.0)
+    plain = dataclasses.replace(request, logprobs=False, prompt_logprobs=False)
+    with Engine(graphdef, params, max_batch=3, max_context=CONTEXT) as engine:
+        completion, same = engine.generate([request, plain])
+    assert completion.tokens == same.tokens
+    text = np.array([*request.prompt_tokens, *completion.tokens], np.int32)
+    hidden = read_whole(graphdef, params, text[None], np.zeros_like(text)[None], np.arange(len(text))[None])
+    logprobs_tv = np.asarray(jax.nn.log_softmax(bound(graphdef, params).unembed(hidden[0])))
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    assert completion.prompt_logprobs is not None
+    assert completion.logprobs is not None
+    assert completion.prompt_logprobs[0] is None
+    found = [*completion.prompt_logprobs[1:], *completion.logprobs]
+    assert len(found) == len(text) - 1
+    for at, logprob in enumerate(found):
+        assert logprob is not None
+        near(logprob.logprob, logprobs_tv[at, text[at + 1]])
+        ids, values = zip(*logprob.top, strict=True)
+        near(values, np.sort(logprobs_tv[at])[::-1][:20])
+        near(logprobs_tv[at][list(ids)], values)
+        if text[at + 1] == ids[0]:
+            assert logprob.logprob == values[0]  # to the bit: so a client finds out what is greedy
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored_without_an_answer(engine):
+    request = Request(prompt(CONTEXT), max_tokens=0, prompt_logprobs=True)
+    completion = engine.generate([request])[0]
+    assert (completion.tokens, completion.finish_reason) == ([], "length")
+    assert completion.prompt_logprobs is not None
+    assert len(completion.prompt_logprobs) == CONTEXT
+
+
+def test_weights_that_are_not_finite_fail_a_request_for_logprobs(model):
+    graphdef, params = model
+    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
+    with Engine(graphdef, broken, max_batch=2, max_context=CONTEXT) as engine:
+        plain = Request(prompt(5), max_tokens=2)
+        for request in (
+            dataclasses.replace(plain, logprobs=True),
+            dataclasses.replace(plain, prompt_logprobs=True),
+        ):
+            future = engine.submit(request)
+            assert isinstance(future.exception(timeout=60), FloatingPointError)
+        assert engine.is_running
 
 
 def brute_force_kept(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:

@@ -9,10 +9,13 @@ import http.client
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
@@ -20,10 +23,16 @@ from support.tiny_model import write_tiny_model
 
 from middo_jax.config import ConfigError, ServeSettings
 from middo_jax.data.example import Message
-from middo_jax.data.tokenize import tokenize_prompt
-from middo_jax.inference.engine import Completion, Engine
+from middo_jax.data.tokenize import TemplateError, TokenizedExample, tokenize_prompt
+from middo_jax.inference import engine as engine_module
+from middo_jax.inference import server
+from middo_jax.inference.engine import Engine
+from middo_jax.inference.listening import serve_forever, serve_in_background
 from middo_jax.inference.sampling import Request
-from middo_jax.inference.server import build_app, load_engine, serve_forever, serve_in_background
+from middo_jax.inference.server import build_app, load_engine
+from middo_jax.inference.slots import Completion
+from middo_jax.models.source import load, locate
+from middo_jax.passes.losses import score_examples
 
 CONTEXT = 128
 SETTINGS = ServeSettings(max_batch=3, max_context=CONTEXT)
@@ -166,8 +175,7 @@ def test_a_prompt_that_fills_the_context_is_refused_as_openai_does(served):
 @pytest.mark.parametrize(
     ("settings", "param"),
     [
-        ({"stream": True}, "stream"),
-        ({"n": 2}, "n"),
+        ({"n": 17}, "n"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -196,6 +204,255 @@ def test_broken_bodies_get_an_error_body(served):
         assert set(answer["error"]) == {"message", "type", "param", "code"}
 
 
+def complete(served: Served, **settings) -> Any:
+    """A Completion."""
+    fields: dict[str, Any] = {"model": "tiny", "prompt": "What is", **settings}
+    return served.client.completions.create(**fields)
+
+
+def test_a_text_is_continued_as_the_engine_does(served):
+    tokens = served.tokenizer("What is")["input_ids"]
+    expected = served.tokenizer.decode(served.engine.generate([Request(tokens, 16)])[0].tokens)
+    for prompt in ("What is", tokens, ["What is"], [tokens]):
+        completion = complete(served, prompt=prompt, temperature=0)
+        assert completion.choices[0].text == expected
+        assert completion.choices[0].finish_reason == "length"
+        assert completion.usage.prompt_tokens == len(tokens)
+        assert completion.usage.completion_tokens == 16  # OpenAI's default
+        assert completion.id.startswith("cmpl-")
+
+
+def test_several_prompts_and_choices_are_in_order(served):
+    prompts = ["What is", "Write a", "Once"]
+    same = {"temperature": 1.0, "seed": 5, "max_tokens": 8}
+    choices = complete(served, prompt=prompts, n=2, **same).choices
+    assert [choice.index for choice in choices] == list(range(6))
+    alone = [
+        complete(served, prompt=prompt, **same | {"seed": 5 + i}).choices[0].text
+        for prompt in prompts
+        for i in range(2)
+    ]
+    assert [choice.text for choice in choices] == alone
+    assert len(set(alone)) > 3
+    chat = ask(served, n=3, **same)
+    assert [choice.message.content for choice in chat.choices] == [
+        ask(served, **same | {"seed": 5 + i}).choices[0].message.content for i in range(3)
+    ]
+    assert (
+        len({choice.text for choice in complete(served, n=4, temperature=1.0).choices}) == 4
+    )  # without a seed all differ
+
+
+def scored(model_dir: Path, texts: list[list[int]]) -> list[float]:
+    """Sums of the log-probabilities of all tokens but the first, from the pass that scores examples."""
+    model = load(locate(model_dir))
+    examples = [
+        TokenizedExample(
+            str(i), np.array(text, np.int32), np.arange(len(text)) > 0, np.arange(len(text)) < 1, False
+        )
+        for i, text in enumerate(texts)
+    ]
+    scores, _ = score_examples(model, examples, batch_tokens=256, chunk=64)
+    return (-scores.loss_n * scores.n_targets_n).tolist()
+
+
+def test_an_echo_has_the_log_probabilities_of_the_scoring_pass(model_dir, served):
+    """Asked as lm-eval does: token ids, one more token, whose entry comes last."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(3, 300, length).tolist() for length in (2, 17, 100, 40)]
+    completion = complete(served, prompt=texts, max_tokens=1, logprobs=1, echo=True, temperature=0, seed=1)
+    for choice, text, expected in zip(completion.choices, texts, scored(model_dir, texts), strict=True):
+        logprobs = choice.logprobs
+        assert logprobs.token_logprobs[0] is None
+        assert logprobs.top_logprobs[0] is None
+        assert len(logprobs.token_logprobs) == len(logprobs.tokens) == len(text) + 1
+        np.testing.assert_allclose(sum(logprobs.token_logprobs[1:-1]), expected, rtol=1e-5)
+        greedy = served.engine.generate([Request(text, 1)])[0].tokens
+        assert logprobs.token_logprobs[-1] == max(logprobs.top_logprobs[-1].values())
+        assert choice.text == served.tokenizer.decode([*text, *greedy], skip_special_tokens=True)
+
+
+def test_scores_alone_need_no_token(model_dir, served):
+    text = served.tokenizer("What is the capital of France?")["input_ids"]
+    completion = complete(served, prompt=text, max_tokens=0, logprobs=0, echo=True)
+    [choice] = completion.choices
+    assert choice.text == "What is the capital of France?"
+    assert completion.usage.completion_tokens == 0
+    logprobs = choice.logprobs
+    np.testing.assert_allclose(sum(logprobs.token_logprobs[1:]), scored(model_dir, [text])[0], rtol=1e-5)
+    assert "".join(logprobs.tokens) == choice.text
+    assert [choice.text[offset:] for offset in logprobs.text_offset] == [
+        "".join(logprobs.tokens[i:]) for i in range(len(text))
+    ]
+    assert complete(served, prompt=text, max_tokens=0, echo=True).choices[0].logprobs is None
+    with pytest.raises(openai.BadRequestError, match="0 only with echo"):
+        complete(served, max_tokens=0)
+
+
+def test_a_stop_token_has_an_entry_and_no_text(served):
+    """A client that drops the last entry, as lm-eval does, drops no token of its own."""
+    tokens = served.tokenizer("What is")["input_ids"]
+    first = served.engine.generate([Request(tokens, 1)])[0].tokens[0]
+    app = build_app(served.engine, served.tokenizer, "tiny", frozenset({first}))
+    with serve_in_background(app) as url, openai.OpenAI(api_key="none", base_url=url) as client:
+        completion = client.completions.create(
+            model="tiny", prompt=tokens, max_tokens=1, echo=True, logprobs=1, temperature=0
+        )
+    [choice] = completion.choices
+    assert choice.finish_reason == "stop"
+    assert choice.text == "What is"
+    assert choice.logprobs is not None
+    assert len(choice.logprobs.token_logprobs or ()) == len(tokens) + 1
+
+
+def test_log_probabilities_of_a_chat(served):
+    choice = ask(served, temperature=0, max_tokens=6, logprobs=True, top_logprobs=3).choices[0]
+    content = choice.logprobs.content
+    assert len(content) == 6
+    for token in content:
+        assert len(token.top_logprobs) == 3
+        assert (token.token, token.logprob) == (token.top_logprobs[0].token, token.top_logprobs[0].logprob)
+        assert token.bytes is None or bytes(token.bytes).decode() == token.token
+    assert ask(served, temperature=0, max_tokens=6).choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("stop", [None, ["e"]])
+def test_a_streamed_chat_is_the_same_in_pieces(served, stop):
+    same = {"max_tokens": 24, "temperature": 1.0, "seed": 3, "n": 2, "stop": stop, "logprobs": True}
+    whole = ask(served, **same)
+    chunks = list(ask(served, **same, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].choices == []
+    for choice in whole.choices:
+        mine = [each for chunk in chunks for each in chunk.choices if each.index == choice.index]
+        assert "".join(each.delta.content for each in mine) == choice.message.content
+        assert [each.finish_reason for each in mine[:-1]] == [None] * (len(mine) - 1)
+        assert mine[-1].finish_reason == choice.finish_reason
+        assert mine[0].delta.role == "assistant"
+        assert [t for each in mine for t in each.logprobs.content] == choice.logprobs.content
+        assert len(mine) > 1
+
+
+def test_a_streamed_text_is_the_same_in_pieces(served):
+    same = {"max_tokens": 24, "temperature": 0, "prompt": ["What is", "Write a"], "echo": True}
+    whole = complete(served, **same)
+    chunks = list(complete(served, **same, stream=True))
+    assert len(chunks) > 6
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    for choice in whole.choices:
+        mine = [each for chunk in chunks for each in chunk.choices if each.index == choice.index]
+        assert "".join(each.text for each in mine) == choice.text
+        assert mine[-1].finish_reason == choice.finish_reason
+    assert chunks[-1].usage is None
+
+
+def test_a_client_that_leaves_a_stream_frees_its_slot(served):
+    """All slots are taken by streams without end; their clients leave, and another one is answered."""
+    streams = [
+        served.client.completions.create(model="tiny", prompt="What", max_tokens=100_000, stream=True)
+        for _ in range(SETTINGS.max_batch)
+    ]
+    for stream in streams:
+        next(iter(stream))
+        stream.close()
+    assert len(complete(served, max_tokens=3, temperature=0).choices) == 1
+    deadline = time.monotonic() + 30
+    while any(slot.answer for slot in served.engine._slots):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_an_error_in_the_engine_fails_one_request(model_dir, monkeypatch):
+    engine, tokenizer, eos_ids = load_engine(model_dir, SETTINGS)
+    poison = tokenizer("zebra")["input_ids"]
+    prefill = engine_module.prefill
+
+    def broken(graphdef, params, cache, chunk, sampling):
+        if chunk.tokens_1t[0, : len(poison)].tolist() == poison:
+            raise MemoryError("no memory left")
+        return prefill(graphdef, params, cache, chunk, sampling)
+
+    monkeypatch.setattr(engine_module, "prefill", broken)
+    app = build_app(engine, tokenizer, "tiny", eos_ids)
+    with (
+        engine,
+        serve_in_background(app) as url,
+        openai.OpenAI(api_key="none", base_url=url, max_retries=0) as client,
+        concurrent.futures.ThreadPoolExecutor(8) as pool,
+    ):
+
+        def text(prompt: str) -> str:
+            answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=8, temperature=0)
+            return answer.choices[0].text
+
+        expected = [text(f"What {i}") for i in range(6)]
+        bad = [pool.submit(text, "zebra") for _ in range(2)]
+        good = [pool.submit(text, f"What {i}") for i in range(6)]
+        for future in bad:
+            with pytest.raises(openai.InternalServerError, match="MemoryError: no memory left") as caught:
+                future.result()
+            assert caught.value.status_code == 500
+        assert [future.result() for future in good] == expected
+        stream = client.completions.create(model="tiny", prompt="zebra", stream=True)
+        with pytest.raises(openai.APIError, match="no memory left"):
+            list(stream)
+        assert text("What 0") == expected[0]
+
+
+def test_too_many_answers_are_to_come_later(model_dir, monkeypatch):
+    monkeypatch.setattr(server, "MAX_WAITING", 4)
+    engine, tokenizer, eos_ids = load_engine(model_dir, SETTINGS)
+    with (
+        engine,
+        serve_in_background(build_app(engine, tokenizer, "tiny", eos_ids)) as url,
+        openai.OpenAI(api_key="none", base_url=url, max_retries=0) as client,
+    ):
+        with pytest.raises(openai.RateLimitError, match="at most 4 may") as caught:
+            client.completions.create(model="tiny", prompt="What", n=5)
+        assert caught.value.response.headers["retry-after"] == "1"
+        for _ in range(3):  # what is answered does not count
+            client.completions.create(model="tiny", prompt="What", n=4, max_tokens=1)
+
+
+def test_tokenizing_does_not_stop_the_server(served, monkeypatch):
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        entered.set()
+        leave.wait(timeout=60)
+        raise TemplateError("too slow")
+
+    monkeypatch.setattr(server, "tokenize_prompt", slow)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, served)
+        assert entered.wait(timeout=60)
+        assert [model.id for model in served.client.models.list()] == ["tiny"]
+        leave.set()
+        with pytest.raises(openai.BadRequestError, match="too slow"):
+            asked.result()
+
+
+def test_the_process_ends_with_its_engine(model_dir):
+    engine, tokenizer, eos_ids = load_engine(model_dir, SETTINGS)
+    threading.Timer(1, lambda: engine._end(MemoryError("device lost"))).start()
+    with pytest.raises(RuntimeError, match="the engine has ended"):
+        serve_forever(build_app(engine, tokenizer, "tiny", eos_ids))
+
+
+def test_its_own_description_is_that_of_openais_types(served):
+    described = json.loads(httpx.get(served.url.replace("/v1", "/openapi.json")).text)
+    chat = described["components"]["schemas"]["ChatRequest"]
+    assert chat["properties"]["model"]["anyOf"][0] == {"const": "tiny"}
+    assert chat["properties"]["n"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 16}
+    assert chat["properties"]["tools"]["enum"] == [None, []]
+    assert set(described["paths"]) == {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/health",
+    }
+
+
 class SilentEngine(Engine):
     """Takes one request and never answers it."""
 
@@ -204,7 +461,7 @@ class SilentEngine(Engine):
         self.asked = threading.Event()
         self.future: concurrent.futures.Future[Completion] = concurrent.futures.Future()
 
-    def submit(self, request: Request) -> concurrent.futures.Future[Completion]:
+    def submit(self, request: Request, *_: object, **__: object) -> concurrent.futures.Future[Completion]:
         self.asked.set()
         return self.future
 
@@ -215,7 +472,10 @@ def test_whoever_leaves_the_request_is_cancelled(served, who_leaves):
     cancelled = threading.Event()
     engine.future.add_done_callback(lambda _: cancelled.set())
     body = json.dumps({"messages": QUESTION}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    ).encode()
     with contextlib.ExitStack() as server, contextlib.ExitStack() as client:
         app = build_app(engine, served.tokenizer, "tiny", frozenset())
         port = int(server.enter_context(serve_in_background(app)).split(":")[2].removesuffix("/v1"))

@@ -227,15 +227,15 @@ def test_several_files_are_exported_as_one(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [None, (1, 8, 1)])
 def test_any_number_survives(tmp_path: Path, dtype: str, shape: tuple[int, int, int] | None) -> None:
-    """Subnormals, infinities and both zeros too: nothing is computed on the way."""
+    """Subnormals and both zeros too: nothing is computed on the way. Only what is not finite is refused."""
     source = write_tiny_model(tmp_path / "source", dtype=dtype)
     rng, tensors = np.random.default_rng(0), load_file(source / "model.safetensors")
     for name, tensor in tensors.items():
         bits = rng.integers(256, size=tensor.nbytes, dtype=np.uint8).view(tensor.dtype)
         zero = np.zeros(1, tensor.dtype)
-        tensors[name] = np.where(np.isnan(bits.astype(np.float32)), zero, bits).reshape(tensor.shape)
+        tensors[name] = np.where(np.isfinite(bits.astype(np.float32)), bits, zero).reshape(tensor.shape)
     embed = tensors["model.embed_tokens.weight"]
-    embed.flat[:4] = [0.0, -0.0, np.inf, -np.inf]
+    embed.flat[:2] = [0.0, -0.0]
     assert (abs(embed.astype(np.float64)) < np.finfo(np.float32).tiny).sum() > 2 or dtype == "float16"
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     loaded = load(source, dtype, mesh=mesh_of(shape) if shape else None)
@@ -335,6 +335,6 @@ def test_export_is_whole_or_not_there(tmp_path: Path, model: Path, monkeypatch: 
 
     monkeypatch.setattr(files, "_write_file", no_space)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="disk full"):
         export(loaded, model, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -13,10 +14,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.tiny_model import FAMILIES, write_tiny_model
 
+from middo_jax.config import MeshSettings
 from middo_jax.models.hf import CheckpointError, load, write_weights
 from middo_jax.models.hf.files import LazyTensor
 from middo_jax.models.parameters import num_params
 from middo_jax.models.resolve import resolve
+from middo_jax.parallel.mesh import make_mesh
 
 NORM = np.ones(32, np.float32)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -75,6 +78,18 @@ def test_wrong_tensors_are_named(model: Path, changes: dict[str, np.ndarray | No
     with pytest.raises(CheckpointError, match=message) as error:
         load(model)
     assert WEIGHTS in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_weights_that_are_not_finite_are_named(model: Path, name: str, value: float) -> None:
+    """Also where each device holds a part of the tensor only."""
+    tensor = dict(load_file(model / WEIGHTS))[name].copy()
+    tensor.flat[-1] = value
+    rewrite(model, **{name.replace(".", "__"): tensor})
+    for mesh in (None, make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))):
+        with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: tensor {re.escape(name)} holds NaN"):
+            load(model, mesh=mesh)
 
 
 @pytest.mark.parametrize(

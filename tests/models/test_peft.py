@@ -133,6 +133,7 @@ ELSEWHERE = "base_model.model.lm_head.lora_A.weight"
     [
         ({A: None}, {}, rf"adapter_model\.safetensors: tensor {A} is missing"),
         ({A: np.zeros((4, 31), np.float32)}, {}, rf"tensor {A} is F32 \(4, 31\), .* imply \(4, 32\)"),
+        ({A: np.full((4, 32), np.nan, np.float32)}, {}, rf"adapter_model\.safetensors: tensor {A} holds NaN"),
         ({A: np.zeros((4, 32), np.int8)}, {}, rf"tensor {A} is I8"),
         ({ELSEWHERE: np.zeros((4, 32), np.float32)}, {}, rf"tensor {ELSEWHERE} adapts nothing"),
         ({}, {"r": 8}, r"is F32 \(4, 32\), .* imply \(8, 32\)"),

@@ -87,20 +87,21 @@ def test_what_peft_writes_by_default_is_known(tmp_path: Path) -> None:
         read_adapter_config(tmp_path)
 
 
-def tool_row(n: int) -> dict[str, Any]:
-    roles = ("user", "assistant", "tool", "assistant")[n % 2 :]
+def narrated_row(n: int) -> dict[str, Any]:
+    roles = ("user", "assistant", "narrator", "assistant")[n % 2 :]
     return {"messages": [{"role": role, "content": f"{role} {n}"} for role in roles]}
 
 
 def test_reasons_are_counted_the_largest_first(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
-    rows = [{"messages": []}, {"messages": [{"role": "user", "content": "q"}]}, *map(tool_row, range(5))]
+    rows = [{"messages": []}, {"messages": [{"role": "user", "content": "q"}]}, *map(narrated_row, range(5))]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError) as error:
         read(str(path))
     lines = str(error.value).splitlines()
     assert lines[0].endswith("none of its 7 rows can be used. The commonest reasons:")
-    assert lines[1] == f"  5 of 7: turn 3 uses a tool ('tool'), which is not supported ({path}:3)"
+    assert lines[1].startswith("  5 of 7: turn 3 has the unknown role 'narrator'; ")
+    assert lines[1].endswith(f" ({path}:3)")
     assert len(lines) == 4
 
 

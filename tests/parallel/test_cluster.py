@@ -118,3 +118,14 @@ def test_the_roll_call_names_who_is_missing(tmp_path: Path) -> None:
         assert roll.missing(4).startswith("process 1, 3 of 4 has not arrived (here: 0 on ")
         assert "2 on " in roll.missing(None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_of_two_hosts_with_one_pid_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In containers every process may have pid 1."""
+    monkeypatch.setattr("socket.gethostname", lambda: "a/b")
+    first = RollCall(tmp_path, "a:1", None)
+    with first as roll:
+        monkeypatch.setattr("socket.gethostname", lambda: "c")
+        with RollCall(tmp_path, "a:1", None):
+            assert len(roll.arrived()) == 2
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +53,22 @@ def random_examples(n: int, longest: int = 300, seed: int = 0) -> list[Tokenized
 
 
 EXAMPLES = random_examples(40)
+NUMBERS = ("loss_n", "last_nll_n", "worst_decile_nll_n", "prompt_nll_n")
 PASS = jax.jit(forward, static_argnums=0)
 
 
-def by_hand(model: Model, example: TokenizedExample) -> tuple[float, np.ndarray]:
-    """(loss, embedding) of one example alone: float64 log-softmax of its whole logits."""
+class ByHand(NamedTuple):
+    """Of one example: float64 log-softmax of its whole logits."""
+
+    loss: float
+    last: float
+    worst_decile: float
+    prompt: float
+    embedding: np.ndarray
+
+
+def by_hand(model: Model, example: TokenizedExample) -> ByHand:
+    """What the pass gives, of one example alone."""
     # Padded behind, which nothing before it sees, so that one shape is compiled.
     at = jnp.arange(300)[None]
     tokens = jnp.zeros((1, 300), jnp.int32).at[0, : len(example)].set(jnp.asarray(example.tokens_n))
@@ -66,23 +77,32 @@ def by_hand(model: Model, example: TokenizedExample) -> tuple[float, np.ndarray]
     ]
     logits = np.asarray(hidden_btd[0], np.float64) @ np.asarray(model.params["embed"][...], np.float64).T
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    targets = np.flatnonzero(example.is_target_n)
-    nll = [-log_p[t - 1, example.tokens_n[t]] for t in targets if t > 0]
+
+    def nlls(chosen_n: np.ndarray) -> list[float]:
+        return [-log_p[t - 1, example.tokens_n[t]] for t in np.flatnonzero(chosen_n) if t > 0]
+
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values)) if values else math.nan
+
+    nll = nlls(example.is_target_n)
+    worst = sorted(nll, reverse=True)[: math.ceil(len(nll) / 10)]
     hidden = np.asarray(hidden_btd[0], np.float64)[example.in_prompt_n]
     with np.errstate(invalid="ignore"):
         embedding = hidden.sum(axis=0) / len(hidden)
-    return (float(np.mean(nll)) if nll else float("nan")), embedding
+    last = nll[-1] if nll else math.nan
+    return ByHand(mean(nll), last, mean(worst), mean(nlls(example.in_prompt_n)), embedding)
 
 
 def score(model: Model, examples: list[TokenizedExample], **how: Any) -> ExampleScores:
-    how = {"batch_tokens": 1024, "chunk": 128} | how
+    how = {"batch_tokens": 1024, "chunk": 128, "prompts": True} | how
     return score_examples(model, examples, **how)[0]
 
 
 def assert_same(ours: ExampleScores, theirs: ExampleScores) -> None:
-    np.testing.assert_allclose(ours.loss_n, theirs.loss_n, rtol=1e-5)
     np.testing.assert_array_equal(ours.n_targets_n, theirs.n_targets_n)
     np.testing.assert_allclose(ours.embedding_nd, theirs.embedding_nd, rtol=1e-5, atol=1e-5)
+    for name in NUMBERS:
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +112,16 @@ def packed(model: Model) -> ExampleScores:
 
 def test_packed_is_unpacked(model: Model, packed: ExampleScores) -> None:
     alone = [by_hand(model, e) for e in EXAMPLES]
-    np.testing.assert_allclose(packed.loss_n, [loss for loss, _ in alone], rtol=1e-5)
-    np.testing.assert_allclose(packed.embedding_nd, [e for _, e in alone], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(packed.loss_n, [one.loss for one in alone], rtol=1e-5)
+    np.testing.assert_allclose(packed.last_nll_n, [one.last for one in alone], rtol=1e-5)
+    np.testing.assert_allclose(packed.worst_decile_nll_n, [one.worst_decile for one in alone], rtol=1e-5)
+    assert packed.prompt_nll_n is not None
+    np.testing.assert_allclose(packed.prompt_nll_n, [one.prompt for one in alone], rtol=1e-5)
+    np.testing.assert_allclose(packed.embedding_nd, [one.embedding for one in alone], rtol=1e-5, atol=1e-5)
     assert packed.n_targets_n.tolist() == [int(e.is_target_n[1:].sum()) for e in EXAMPLES]
-    assert np.isnan(packed.loss_n).tolist() == [not e.is_target_n.any() for e in EXAMPLES]
+    no_target = [not e.is_target_n.any() for e in EXAMPLES]
+    for of_targets in (packed.loss_n, packed.last_nll_n, packed.worst_decile_nll_n):
+        assert np.isnan(of_targets).tolist() == no_target
     assert (packed.loss_n.dtype, packed.embedding_nd.dtype) == (np.float32, np.float32)
 
 
@@ -109,9 +135,17 @@ def test_batch_and_chunk_change_nothing(model: Model, packed: ExampleScores, how
 def test_order_changes_nothing(model: Model, packed: ExampleScores) -> None:
     order = np.random.default_rng(1).permutation(len(EXAMPLES))
     shuffled = score(model, [EXAMPLES[i] for i in order])
-    assert_same(
-        shuffled, ExampleScores(packed.loss_n[order], packed.n_targets_n[order], packed.embedding_nd[order])
-    )
+    assert_same(shuffled, ExampleScores(*(values_n[order] for values_n in packed if values_n is not None)))
+
+
+def test_the_prompts_are_read_only_if_asked(model: Model, packed: ExampleScores) -> None:
+    without = score(model, EXAMPLES, prompts=False)
+    assert without.prompt_nll_n is None
+    np.testing.assert_allclose(without.loss_n, packed.loss_n, rtol=1e-5)
+    prompts = [e for e in EXAMPLES if not e.is_target_n.any()]  # the head is applied to no target at all
+    prompt_nll_n = score(model, prompts).prompt_nll_n
+    assert prompt_nll_n is not None
+    np.testing.assert_allclose(prompt_nll_n, [by_hand(model, e).prompt for e in prompts], rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 2, 4)], ids=str)
@@ -167,7 +201,7 @@ def test_a_prefix_that_is_read_once_a_row_changes_nothing(
     model = hf.load(directory, mesh=mesh)
 
     def scored() -> tuple[ExampleScores, PassFacts]:
-        return score_examples(model, examples, batch_tokens=2048, chunk=128)
+        return score_examples(model, examples, batch_tokens=2048, chunk=128, prompts=True)
 
     shared, facts = scored()
     monkeypatch.setattr(scoring, "shares_prefixes", lambda kernel: False)
@@ -175,7 +209,7 @@ def test_a_prefix_that_is_read_once_a_row_changes_nothing(
     assert_same(shared, alone)
     # Each row reads the prefix once, and each example has a first token of its own.
     assert facts.real_tokens < unshared.real_tokens - 20 * 30
-    assert plan_losses(examples, True, 1, 2048).prefix == 20
+    assert plan_losses(examples, True, 1, 2048, prompts=True).prefix == 20
 
 
 def test_a_prefix_ends_where_something_is_read() -> None:
@@ -183,13 +217,14 @@ def test_a_prefix_ends_where_something_is_read() -> None:
     tokens = np.arange(30, dtype=np.int32)
     at = np.arange(30)
 
-    def prefix(prompt: int, target: int) -> int:
+    def prefix(prompt: int, target: int, prompts: bool = False) -> int:
         e = TokenizedExample("a", tokens, at >= target, (at >= prompt) & (at < target), False)
-        plan = plan_losses([e, e], True, 1, 2048)
+        plan = plan_losses([e, e], True, 1, 2048, prompts=prompts)
         assert all(len(tree.tokens_n) > plan.prefix for tree in plan.trees)
         return plan.prefix
 
     assert prefix(prompt=20, target=25) == 20
+    assert prefix(prompt=20, target=25, prompts=True) == 19  # and where the prompt's first token is told
     assert prefix(prompt=25, target=25) == 24  # the position before the first target tells it
     assert prefix(prompt=30, target=30) == 29  # nothing is read, but each keeps a token
     assert prefix(prompt=MIN_PREFIX - 1, target=25) == 0

@@ -97,7 +97,7 @@ def test_the_settings_page_names_every_setting() -> None:
 def test_the_readme_names_every_command_and_no_other() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
-    named = set(re.findall(r"(?:^|[·`] ?)middo ([a-z]+)", readme, re.MULTILINE))
+    named = set(re.findall(r"(?:^|[·`] ?)middo ([a-z-]+)", readme, re.MULTILINE))
     assert named == commands
 
 

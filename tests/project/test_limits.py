@@ -12,7 +12,15 @@ ROOT = Path(__file__).parents[2]
 LINES, PARAMETERS = 60, 7
 MODULES = sorted((ROOT / "middo_jax").rglob("*.py"))
 # Pallas passes references by position; typer makes an option of each parameter.
-MANY_PARAMETERS = {"forward_kernel", "dq_kernel", "dkv_kernel", "steps.score", "planning.plan"}
+MANY_PARAMETERS = {
+    "forward_kernel",
+    "dq_kernel",
+    "dkv_kernel",
+    "datasets.export_data",
+    "planning.plan",
+    "steps.evaluate",
+    "steps.score",
+}
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

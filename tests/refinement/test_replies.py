@@ -15,6 +15,8 @@ from support.scripted_refiner import HARD, Scripted, refine, sample
 from support.scripted_server import SETTINGS, ScriptedServer, ask
 
 from middo_jax.config import RefineSettings
+from middo_jax.refinement.acceptance.hidden import hidden_character
+from middo_jax.refinement.endpoint.address import Secrets
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.ending import ending
 from middo_jax.refinement.endpoint.faults import EndpointFailed
@@ -23,6 +25,7 @@ from middo_jax.refinement.parse import parse_prompt
 from middo_jax.refinement.reply import control_token, without_end_tokens, without_reasoning
 from middo_jax.refinement.rewrite import refine_tasks
 from middo_jax.refinement.tasks import Task, Verdict
+from middo_jax.rundir import json_line
 
 pytest_plugins = ["support.scripted_server"]
 
@@ -207,17 +210,58 @@ def test_escapes_that_were_meant_are_read_as_before(meant: str) -> None:
         assert parse_prompt(json.dumps({"prompt": meant}, ensure_ascii=ascii_only)) == meant
 
 
-@pytest.mark.parametrize("character", ["\x00", "\x08", "\x0b", "\x0c", "\x1b", "\x7f", "\x9b"])
+CONTROLS = ["\x00", "\x08", "\x0b", "\x0c", "\x1b", "\x7f", "\x85", "\x9b"]
+INVISIBLE = ["\u202e", "\u2066", "\u200f", "\u200b", "\u200d", "\ufeff", "\u2060", "\u00ad", "\U000e0041"]
+
+
+@pytest.mark.parametrize("character", [*CONTROLS, *INVISIBLE])
 @pytest.mark.parametrize("accept", ["none", "sane"])
-def test_no_control_character_enters_a_dataset(character: str, accept: Any) -> None:
+def test_no_hidden_character_enters_a_dataset(character: str, accept: Any) -> None:
     settings = RefineSettings(accept=accept)
     of_prompt = text_verdict(HARD, f"Name {character} a bird.", "A heron.", settings=settings)
     of_answer = text_verdict(HARD, "Name a bird.", f"A {character} heron.", settings=settings)
-    code = f"U+{ord(character):04X}"
-    assert of_prompt == Verdict("readable", f"control character {code} in the prompt")
-    assert of_answer == Verdict("answer_readable", f"control character {code} in the answer")
+    kind = "control" if character in CONTROLS else "invisible"
+    found = f"{kind} character U+{ord(character):04X}"
+    assert of_prompt == Verdict("readable", f"{found} in the prompt")
+    assert of_answer == Verdict("answer_readable", f"{found} in the answer")
     assert of_answer is not None
     assert of_answer.feedback
+    # In a JSON reply, where the escape is plain ASCII.
+    reply = json.dumps({"prompt": f"Name {character} a bird."})
+    outcome, _ = refine(HARD, reply, "A heron.", settings={"accept": accept, "max_corrections": 0})
+    assert outcome.verdict == of_prompt
+
+
+def test_half_a_character_does_not_enter_a_dataset() -> None:
+    """JSON within a reply can escape it. No file in UTF-8 can contain it: writing the round failed."""
+    outcome, _ = refine(HARD, '{"prompt": "Name \\ud83d a bird."}', "A heron.", settings=SANE)
+    assert outcome.verdict == Verdict("readable", "control character U+D83D in the prompt")
+    json_line(outcome.to_json()).encode()
+
+
+NEEDED = [
+    "می\u200cخواهم نام یک پرنده را بدانم",  # Persian: within words
+    "क्\u200dष और र्\u200dय",  # Hindi: half letters
+    "ชื่อ\u200bนก",  # Thai: between words
+    "A family: 👨\u200d👩\u200d👧, 👩🏽\u200d💻 and ❤️\u200d🔥.",
+    "The flag of Wales: 🏴\U000e0067\U000e0062\U000e0077\U000e006c\U000e0073\U000e007f.",
+    "שלום \u200e(ABC)\u200e עולם",  # Hebrew: brackets around Latin letters
+    "السنة \u0601١٢",
+]
+
+
+@pytest.mark.parametrize("text", NEEDED)
+def test_invisible_characters_that_a_script_needs_are_kept(text: str) -> None:
+    assert hidden_character(text) is None
+    assert hidden_character(f"Name it: {text}\n\tA heron.") is None
+
+
+def test_invisible_characters_of_the_original_may_stay() -> None:
+    assert hidden_character("Na\u200bme", given="a\u200bb") is None
+    assert hidden_character("Na\u200bme", given="ab") == ("U+200B", "invisible character")
+    assert hidden_character("Na\x1bme", given="a\x1bb") == ("U+001B", "control character")
+    assert hidden_character("שלום \u202eabc", given="שלום") == ("U+202E", "invisible character")
+    assert hidden_character("\U0001f3f4" + "\U000e0041" * 30) == ("U+E0041", "invisible character")
 
 
 def test_lines_of_other_systems_become_line_feeds() -> None:
@@ -352,7 +396,7 @@ def body(content: Any, reason: str | None = "stop", **more: Any) -> dict[str, An
     ],
 )
 def test_the_text_of_a_message_in_parts(content: Any) -> None:
-    answer = read_answer(body(content), "k")
+    answer = read_answer(body(content), "k", Secrets())
     assert (answer.text, answer.finish_reason) == (SAID, "stop")
 
 
@@ -372,15 +416,15 @@ UNREADABLE = [
 @pytest.mark.parametrize("reply", UNREADABLE)
 def test_a_reply_without_a_text_is_unreadable(reply: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="finish_reason"):
-        read_answer(reply, "k")
+        read_answer(reply, "k", Secrets())
 
 
 def test_a_limit_or_a_filter_may_leave_no_text() -> None:
-    assert read_answer(body(None, "length"), "k").text == ""
-    assert read_answer(body(None, "content_filter"), "k").finish_reason == "content_filter"
-    declined = read_answer(body(None, "stop", refusal="I'm sorry, no."), "k")
+    assert read_answer(body(None, "length"), "k", Secrets()).text == ""
+    assert read_answer(body(None, "content_filter"), "k", Secrets()).finish_reason == "content_filter"
+    declined = read_answer(body(None, "stop", refusal="I'm sorry, no."), "k", Secrets())
     assert (declined.text, declined.finish_reason) == ("I'm sorry, no.", "content_filter")
-    assert read_answer(body("", "stop"), "k").text == ""
+    assert read_answer(body("", "stop"), "k", Secrets()).text == ""
 
 
 def test_an_unreadable_reply_is_asked_for_again_and_never_kept(

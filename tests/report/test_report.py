@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from support.synthetic_run import write_run
 
 from middo_jax.progress import duration
 from middo_jax.report import plots
-from middo_jax.report.build import build, page, word_diff
+from middo_jax.report.build import PAGE_BYTES, REFUSED_SHOWN, build, page
 from middo_jax.report.lineage import score_rows, trace
 from middo_jax.report.status import render_status, status
+from middo_jax.report.texts import word_diff
 from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
+from middo_jax.rundir.events import read_events
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,40 @@ def test_only_the_script_that_the_policy_names_is_in_the_page(finished: RunDir) 
 def test_the_page_is_a_function_of_the_folder(finished: RunDir, tmp_path: Path) -> None:
     copy = RunDir(shutil.copytree(finished.path, tmp_path / finished.path.name))
     assert page(copy) == page(finished)
+
+
+def test_long_texts_are_shown_in_excerpts(run: RunDir) -> None:
+    """Lines of 1 MB, in every file whose texts are shown, leave the page small, and quick to make."""
+    long = "<&\u00e9> word " * 80_000
+    for folder in run.rounds():
+        tasks = read_jsonl(folder.refined)
+        for task in [*(t for t in tasks if t["accepted"])][:1] + [t for t in tasks if not t["accepted"]][:1]:
+            for example in filter(None, (task["original"], task["example"])):
+                for message in example["messages"]:
+                    message["content"] += long
+            if task["detail"]:
+                task["detail"] += long
+        write_jsonl(folder.refined, tasks)
+        requests = read_jsonl(folder.requests)
+        requests[0]["answer"] += long
+        write_jsonl(folder.requests, requests)
+    refused = {"where": "d.jsonl:1", "reason": f"broken {long}", "row": {"text": long}}
+    write_jsonl(run.path / "rejected.jsonl", [refused] * 5)
+    began = time.monotonic()
+    html = page(run)
+    assert time.monotonic() - began < 30  # two seconds where nothing else runs
+    assert len(html.encode()) < PAGE_BYTES
+    assert Page(html).unclosed == []
+    assert re.search(r"\[\.\.\. and [\d,]+ more characters\]", html)
+
+
+def test_of_many_refused_rows_the_first_are_shown(run: RunDir) -> None:
+    rows = [{"where": f"d.jsonl:{n}", "reason": "broken", "row": "x"} for n in range(REFUSED_SHOWN + 7)]
+    write_jsonl(run.path / "rejected.jsonl", rows)
+    words = Page(page(run)).words
+    assert f"could not be used: {REFUSED_SHOWN + 7:,}; the first {REFUSED_SHOWN:,} are shown" in words
+    assert f"d.jsonl:{REFUSED_SHOWN - 1} " in words
+    assert f"d.jsonl:{REFUSED_SHOWN} " not in words
 
 
 def test_figures_and_tables_can_be_read_without_seeing_them(finished: RunDir) -> None:
@@ -400,12 +437,22 @@ def test_status_names_the_first_stage_that_is_not_done(run: RunDir) -> None:
     assert status(run)["next"] == {"round": "round_01", "stage": "train"}
 
 
-def test_status_forgives_only_a_last_event_that_was_cut_short(run: RunDir) -> None:
-    whole = run.events.read_text()
-    write_text(run.events, whole + '{"time": "2026-')
-    assert status(run)["last_event"]["event"] == "run_finished"
-    write_text(run.events, '{"time": "2026-\n' + whole)
-    with pytest.raises(RunError, match=r"events\.jsonl:1"):
+def test_torn_lines_of_the_log_are_counted_and_harm_nothing(run: RunDir) -> None:
+    """Half a line anywhere, blocks of NUL as after a power cut, and bytes that are no UTF-8."""
+    whole = run.events.read_bytes()
+    first, _, rest = whole.partition(b"\n")
+    torn = b'{"time": "2026-\n' + first + b"\n" + bytes(4096) + b"\n\xff\xfe\x80\n3\n" + bytes(9) + rest
+    run.events.write_bytes(torn + b'{"time": "20')
+    found = status(run)
+    assert found["last_event"]["event"] == "run_finished"
+    assert found["unreadable_events"] == 5
+    assert "5 lines of events.jsonl cannot be read and are ignored" in render_status(found)
+    assert "unreadable lines of events.jsonl: 5" in build(run).read_text(encoding="utf-8")
+    assert read_events(run.events).rows == [json.loads(line) for line in whole.splitlines()]
+    run.log("resume")  # on a line of its own
+    assert status(run)["last_event"]["event"] == "resume"
+    run.events.write_text('{"version": 2, "time": "later"}\n')
+    with pytest.raises(RunError, match=r"events\.jsonl has format version 2"):
         status(run)
 
 

@@ -20,6 +20,7 @@ from support.loop_fixture import contents, settings
 
 import middo_jax as middo
 from middo_jax.config import load
+from middo_jax.report.build import build
 from middo_jax.report.status import render_status, status
 from middo_jax.rundir import RoundDir, RunDir, RunLocked, held, lock, write_text
 
@@ -214,6 +215,8 @@ def test_what_writes_is_refused_and_changes_nothing(tmp_path: Path, verb: str) -
         calls[verb]()
     assert contents(tmp_path) == before
     render_status(status(RunDir(folder)))  # what reads is not refused
+    assert contents(tmp_path) == before
+    build(RunDir(folder)).unlink()
     assert contents(tmp_path) == before
 
 

@@ -20,7 +20,7 @@ import pytest
 from support.loop_fixture import contents, fake_refiner, rows_by_id, settings
 
 from middo_jax import stages
-from middo_jax.config import Config, load
+from middo_jax.config import Config, GateSettings, load
 from middo_jax.config.gates import PHASES, gate, gates
 from middo_jax.data.example import Example
 from middo_jax.loop import run_loop
@@ -28,7 +28,7 @@ from middo_jax.passes.losses import score_examples
 from middo_jax.progress import Silent
 from middo_jax.refinement import AnswerCache
 from middo_jax.refinement.acceptance import table
-from middo_jax.refinement.acceptance.candidate import Candidate, Check, Finding
+from middo_jax.refinement.acceptance.candidate import Candidate, Check, Finding, Measurement
 from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl
 from middo_jax.session import Session
 from middo_jax.signals.embeddings import read_embeddings
@@ -42,7 +42,7 @@ MEASURED = {
     "diversity__fraction": 0.3,
     "quality__fraction": 0.3,
     "refine__accept": "measured",
-    "refine__gates__open": "[]",
+    "refine__gates__open": "[information, ending, floor]",  # what a random model says of an answer is noise
     "refine__gates__context": 0.9,  # of so few and so short prompts of a random model
 }
 
@@ -163,6 +163,38 @@ def test_a_measurement_is_what_scoring_would_say(measured: Measured) -> None:
             "knn_mean_sim": m["knn_similarity"],
             "quality": m["quality"],
         }
+
+
+def test_a_rewrite_and_its_original_are_measured_in_the_same_way(measured: Measured) -> None:
+    """The original in the place of its rewrite, then with another's answer; a new sample has no original."""
+    tasks = stages.plan_refinement(measured.round)
+    originals = list({task.original.id: task.original for task in tasks}.values())[:4]
+    others = [*originals[1:], originals[0]]
+    same = [Rewrite(one, one.id, "rewrite") for one in originals]
+    strange = [
+        Rewrite(one.replace_text(one.prompt, other.response, one.lineage), one.id, "rewrite")
+        for one, other in zip(originals, others, strict=True)
+    ]
+    rewrites = [*same, *strange, Rewrite(originals[0], originals[0].id, "synthesize")]
+
+    def found(gates: GateSettings) -> list[Measurement]:
+        refine = measured.config.refine.model_copy(update={"gates": gates})
+        session = Session(measured.config.model_copy(update={"refine": refine}), Silent())
+        return UnderTraining(session, measured.round, measured.round.checkpoint).measure(rewrites)
+
+    informed, plain = found(GateSettings()), found(measured.config.refine.gates)
+    scored = {row["id"]: row for row in read_scores(measured.round.scores).to_pylist()}
+    for original, own, other in zip(originals, informed, informed[4:], strict=False):
+        assert own.end_nll == pytest.approx(scored[original.id]["end_nll"], rel=1e-4)
+        assert None not in (own.pmi, own.reverse_ifd)
+        assert own.pmi == pytest.approx(own.original_pmi, abs=1e-3)
+        assert own.reverse_ifd == pytest.approx(own.original_reverse_ifd, rel=1e-4)
+        assert other.original_pmi == pytest.approx(own.pmi, abs=1e-3)
+        assert other.pmi != pytest.approx(own.pmi, abs=1e-3)
+    assert informed[-1].pmi is informed[-1].original_reverse_ifd is None
+    for known, less in zip(informed, plain, strict=True):
+        assert (less.pmi, less.original_pmi) == (None, None)
+        assert less.end_nll == pytest.approx(known.end_nll, rel=1e-4)
 
 
 def test_rejected_rewrites_are_tried_again_and_told_why_and_then_the_original_stays(
@@ -334,6 +366,7 @@ def test_the_model_that_scored_is_named_or_the_error_says_what_to_do(
     directory = RoundDir(tmp_path / "round_00")
     directory.forget("refine")
     manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
+    del manifest["checksum"]
     for change, words in (
         ({"model": str(tmp_path / "none")}, "none is gone"),
         ({"model": None}, "not in its manifest"),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.loop_fixture import settings
 from support.tiny_model import write_tiny_model
 
@@ -21,12 +22,12 @@ from middo_jax.data.example import Example, Message
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.progress import Silent
 from middo_jax.report.terminal import render_selection
-from middo_jax.rundir import RoundDir, RunError, fingerprint
+from middo_jax.rundir import RoundDir, RunDir, RunError, fingerprint
 from middo_jax.session import Session, prepare, write_dataset
 from middo_jax.signals.duplicates import count_duplicates, prompt_hash
 from middo_jax.signals.embeddings import read_embeddings, write_embeddings
 from middo_jax.signals.select import select
-from middo_jax.signals.table import read_scores
+from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.accept import Acceptance
 from middo_jax.stages.measure import Rewrite, UnderTraining
 
@@ -186,6 +187,7 @@ def shuffled(directory: RoundDir) -> None:
     embedding_nd, order = embeddings(directory), np.random.default_rng(0).permutation(len(ids))
     write_embeddings(directory.embeddings, [ids[i] for i in order], embedding_nd[order])
     manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
+    del manifest["checksum"]
     record = manifest["stages"]["score"]
     record["files"][directory.embeddings.name] = fingerprint(directory.embeddings)
     del record["stats"]
@@ -216,6 +218,7 @@ def test_the_order_of_the_rows_of_the_embeddings_does_not_matter(
 
 def without_manifest(directory: RoundDir) -> None:
     manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
+    del manifest["checksum"]
     del manifest["stages"]["score"]
     directory.manifest.write_text(json.dumps(manifest), encoding="utf-8")
 
@@ -297,12 +300,44 @@ def test_the_hash_is_of_what_the_embedding_sees() -> None:
     assert count_duplicates([]) == {"n_groups": 0, "n_samples": 0}
 
 
+def test_the_reverse_ratio_is_of_the_prompt_with_and_without_its_response(
+    folder: Folder, examples: list[Example]
+) -> None:
+    wanted = {"axes": ("diversity",), "scoring__readings": "[reverse_ifd]"}
+    table = read_scores(folder.score("reverse", examples, **wanted).scores)
+    prompt, ratio = as_floats(table, "prompt_nll"), as_floats(table, "reverse_ifd")
+    assert np.isfinite(prompt).all()
+    single = np.array([len([m for m in e.messages if m.role != "system"]) == 2 for e in examples])
+    assert np.isfinite(ratio).tolist() == single.tolist()
+    assert single.any()
+    assert table["error"].null_count == len(examples)
+
+
 def test_ifd_is_a_column(folder: Folder, examples: list[Example]) -> None:
-    table = read_scores(folder.score("ifd", examples, axes=("diversity",), scoring__ifd="true").scores)
+    table = read_scores(folder.score("ifd", examples, axes=("diversity",), scoring__readings="[ifd]").scores)
     post, alone, ratio = (
         np.asarray(table[name].to_pylist(), float) for name in ("loss_post", "loss_unconditional", "ifd")
     )
     assert np.isfinite(alone).all()
     np.testing.assert_allclose(ratio, post / alone, rtol=1e-6)
     without = read_scores(folder.score("plain", examples, axes=("diversity",)).scores)
+    for free in ("end_nll", "worst_decile_nll"):
+        assert table[free].null_count == without[free].null_count == 0
+        np.testing.assert_allclose(as_floats(without, free), as_floats(table, free), rtol=1e-5)
     assert without["ifd"].null_count == without["loss_unconditional"].null_count == len(examples)
+
+
+def test_scores_that_hold_no_number_are_an_error_and_no_file(folder: Folder, examples: list[Example]) -> None:
+    """Finite weights whose products are not: every loss is NaN."""
+    broken = write_tiny_model(folder.root / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    directory = RoundDir(folder.root / "null")
+    write_dataset(directory, examples)
+    with pytest.raises(RunError, match=r"none of the \d+ samples has a finite loss_post.*model\.dtype"):
+        stages.score_stage(folder.session(), directory, broken, folder.base, ("complexity", "diversity"))
+    assert not directory.scores.exists()
+    assert "score" not in directory.stages()
+    with pytest.raises(RunError, match=r"the held-out loss under base .* is nan"):
+        stages.measure_heldout(folder.session(), RunDir(folder.root), {"base": broken}, examples)

@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from middo_jax.config import load
-from middo_jax.inference.server import serve_in_background
+from middo_jax.inference.listening import serve_in_background
 from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
 from middo_jax.rundir import RunDir, read_jsonl
@@ -118,6 +118,7 @@ def settings(root: Path, base_url: str | None = None, **more: Any) -> list[str]:
         "diversity.fraction": 0.15,
         "quality.fraction": 0.2,
         "refine.temperature": 0,
+        "refine.preflight": False,  # tests count the requests of the stage
         "refine.max_tokens": 16,
         "refine.accept": "sane",  # what a random model measures of nonsense says nothing
         "refine.gates.open": "[numbers]",  # the fake refiner keeps none
@@ -181,6 +182,7 @@ def selected(finished: Finished, to: Path) -> Path:
     for name in ("requests.jsonl", "refined.jsonl", "candidates.jsonl"):
         (here / name).unlink(missing_ok=True)
     manifest = json.loads((here / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["checksum"]
     del manifest["stages"]["refine"], manifest["stages"]["merge"]
     (here / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return here

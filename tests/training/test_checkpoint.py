@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -23,7 +24,7 @@ from middo_jax.config import ConfigError, MeshSettings, TrainSettings
 from middo_jax.models.checkpoint import read_metadata, restore_params, save_params
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.decoder import Decoder, split
-from middo_jax.models.model import Params, abstract_model, structure
+from middo_jax.models.model import Params, abstract_model, by_path, structure, with_values
 from middo_jax.models.parameters import parameters
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.rundir import RunError
@@ -124,6 +125,17 @@ def test_what_cannot_be_restored_is_an_error_with_its_place(tmp_path: Path):
         restore_params(tmp_path, CONFIG, mesh)
 
 
+def test_a_checkpoint_that_is_not_finite_names_the_parameter(tmp_path: Path):
+    mesh = mesh_of(1, 8, 1)
+    params = params_on(mesh)
+    path = next(path for path in by_path(params) if "up_proj" in path)
+    broken = by_path(params)[path].at[..., -1].set(jnp.nan)
+    save_params(tmp_path, with_values(params, {**by_path(params), path: broken}), {})
+    name = re.escape(".".join(map(str, path)))
+    with pytest.raises(RunError, match=rf"{re.escape(str(tmp_path))}: tensor {name} holds NaN"):
+        restore_params(tmp_path, CONFIG, mesh)
+
+
 def test_the_newest_training_state_comes_back_on_another_mesh(tmp_path: Path):
     with TrainingCheckpoints(tmp_path, "a", asynchronous=True) as checkpoints:
         assert checkpoints.restore(*targets(mesh_of(1, 8, 1))) is None
@@ -191,7 +203,9 @@ def test_a_damaged_state_is_set_aside_with_a_warning(tmp_path: Path, caplog: pyt
         checkpoints.finish(restored, {"base": "here"})
     gc.collect()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metadata.json", "params"]
-    assert read_metadata(tmp_path) == {"base": "here", "step": 3, "identity": "a"}
+    from_here = os.path.relpath("here", tmp_path)
+    expected = {"base": "here", "base_from_here": from_here, "step": 3, "identity": "a"}
+    assert read_metadata(tmp_path) == expected
 
 
 def test_killed_while_saving_leaves_the_state_before(tmp_path: Path):

@@ -24,7 +24,7 @@ from middo_jax.training.checks import TrainingDataError
 from middo_jax.training.guard import GuardState, guarded
 from middo_jax.training.hooks import on_metrics
 from middo_jax.training.memory import OutOfMemory, remedies
-from middo_jax.training.metrics import StepMetrics, TrainingDiverged
+from middo_jax.training.metrics import StepMetrics, TrainingDiverged, TrainingWrecked
 from middo_jax.training.optimizer import learning_rate_schedule
 from middo_jax.training.plan import TrainingPlan, plan_epoch
 
@@ -146,6 +146,19 @@ def test_a_spike_stops_with_its_size(tmp_path: Path):
         fine_tune(tmp_path, tokenized, settings)
 
 
+def test_a_wrecked_training_is_an_error_at_its_end_also_after_a_restart(tmp_path: Path):
+    """An absurd rate in fewer steps than the guard knows a usual loss after."""
+    tokenized = examples(40)
+    wrecking = EPOCH.model_copy(update={"learning_rate": 30.0, "warmup_ratio": 0.0, "schedule": "constant"})
+    for _ in range(2):  # the second start finds all steps done
+        with pytest.raises(TrainingWrecked, match=r"its first loss was 4\.\d+, .*train\.learning_rate"):
+            fine_tune(tmp_path, tokenized, wrecking)
+        assert not (tmp_path / "checkpoint" / "metadata.json").exists()
+    allowed = wrecking.model_copy(update={"on_bad_step": BadSteps()})
+    fine_tune(tmp_path / "allowed", tokenized, allowed)
+    assert (tmp_path / "allowed" / "checkpoint" / "metadata.json").exists()
+
+
 def test_out_of_memory_says_what_it_needs_and_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
@@ -229,7 +242,7 @@ def test_less_than_the_mesh_is_wide_is_said(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         tokenized = [example(0, 20), example(1, 20), untaught(2), untaught(3)]
         fine_tune(tmp_path, tokenized, EPOCH, mesh=mesh_of(8, 1, 1))
-    assert "fills 3 of the 8 rows of a batch, which the 8 devices" in caplog.text
+    assert "fills 3 of the 8 rows of a batch, and the 8 devices" in caplog.text
     assert "2 of 4 examples have no token to learn, such as id2" in caplog.text
 
 

@@ -55,6 +55,7 @@ def weights(root: Path, name: str) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(restore_params(root / name / "checkpoint", config, mesh))]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_preempted_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "model")

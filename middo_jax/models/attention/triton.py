@@ -23,8 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 from middo_jax.models.attention.arguments import AttentionSpec, Packing
 from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.triton_kernels import (
-    Asked,
     Blocks,
+    Constants,
     dkv_kernel,
     dq_kernel,
     forward_kernel,
@@ -37,7 +37,7 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 ATTENDED = "attended"
 
 
-class _Places(NamedTuple):
+class _MaskInputs(NamedTuple):
     """Per position, int32 [b, t]: its index in its text, and the end (exclusive) of the positions in the row
     that see it."""
 
@@ -79,14 +79,14 @@ def triton_attention(
     Returns:
       [b, t, h, e] in q's dtype. A position that sees no key gets finite values without meaning.
     """
-    asked = Asked(*spec, packing.prefix, packing.until_bt is not None, interpret)
+    constants = Constants(*spec, packing.prefix, packing.until_bt is not None, interpret)
     until_bt = segment_ends(packing.segment_ids_bt) if packing.until_bt is None else packing.until_bt
-    local = functools.partial(_one_device, asked)
+    local = functools.partial(_one_device, constants)
     return over_mesh(local, q_bthe, k_btke, v_btke, packing.positions_bt, until_bt)
 
 
 def _one_device(
-    asked: Asked,
+    constants: Constants,
     q_bthe: jax.Array,
     k_btke: jax.Array,
     v_btke: jax.Array,
@@ -98,8 +98,8 @@ def _one_device(
     widths = ((0, 0), (0, padded - length), (0, 0), (0, 0))
     q_bthe, k_btke, v_btke = (jnp.pad(x, widths) for x in (q_bthe, k_btke, v_btke))
     # The added positions see no position, and no position sees them.
-    places = _Places(jnp.pad(positions_bt, widths[:2]), jnp.pad(until_bt, widths[:2]))
-    out_bthe: jax.Array = _attend(asked, q_bthe, k_btke, v_btke, places)
+    mask_inputs = _MaskInputs(jnp.pad(positions_bt, widths[:2]), jnp.pad(until_bt, widths[:2]))
+    out_bthe: jax.Array = _attend(constants, q_bthe, k_btke, v_btke, mask_inputs)
     return out_bthe[:, :length]
 
 
@@ -138,32 +138,34 @@ def segment_ends(segment_ids_bt: jax.Array) -> jax.Array:
     return jax.lax.cummin(jnp.where(is_last_bt, behind_t, length), axis=1, reverse=True)
 
 
-def _first_key_bc(asked: Asked, places: _Places, block: int) -> jax.Array:
+def _first_key_bc(constants: Constants, mask_inputs: _MaskInputs, block: int) -> jax.Array:
     """First key after the prefix that each block of `block` queries may see, [b, c]."""
-    length = places.until.shape[1]
+    length = mask_inputs.until.shape[1]
     start_c = jnp.arange(0, length, block, dtype=jnp.int32)
     # This is the first key whose `until` exceeds the block's start. The running maximum of `until` exceeds
     # the start from the same key on, so the number of keys where it does not is that key's index.
-    furthest_bt = jax.lax.cummax(places.until.at[:, : asked.prefix].set(0), axis=1)
+    furthest_bt = jax.lax.cummax(mask_inputs.until.at[:, : constants.prefix].set(0), axis=1)
     before_bc = (furthest_bt[:, None] <= start_c[:, None]).sum(axis=2, dtype=jnp.int32)
     first_bc = jnp.minimum(before_bc, start_c)
-    if asked.window is not None and not asked.has_trees:  # in a tree, close positions may be far apart
-        first_bc = jnp.maximum(first_bc, start_c - asked.window + 1)
+    if (
+        constants.window is not None and not constants.has_trees
+    ):  # in a tree, close positions may be far apart
+        first_bc = jnp.maximum(first_bc, start_c - constants.window + 1)
     return first_bc
 
 
-def _end_query_bc(asked: Asked, places: _Places, block: int) -> jax.Array:
+def _end_query_bc(constants: Constants, mask_inputs: _MaskInputs, block: int) -> jax.Array:
     """End of the queries (exclusive) that may see any key of each block of `block` keys, [b, c]."""
-    b, length = places.until.shape
-    end_bc = places.until.reshape(b, -1, block).max(axis=2)
-    if asked.window is not None and not asked.has_trees:
+    b, length = mask_inputs.until.shape
+    end_bc = mask_inputs.until.reshape(b, -1, block).max(axis=2)
+    if constants.window is not None and not constants.has_trees:
         last_key_c = jnp.arange(block, length + 1, block, dtype=jnp.int32) - 1
-        end_bc = jnp.minimum(end_bc, last_key_c + asked.window)
+        end_bc = jnp.minimum(end_bc, last_key_c + constants.window)
     return end_bc.astype(jnp.int32)
 
 
 def _forward(
-    asked: Asked, q_bthe: jax.Array, k_btke: jax.Array, v_btke: jax.Array, places: _Places
+    constants: Constants, q_bthe: jax.Array, k_btke: jax.Array, v_btke: jax.Array, mask_inputs: _MaskInputs
 ) -> tuple[jax.Array, jax.Array]:
     """(attention [b, t, h, e], log2 of the sum of the scores' exponentials [b, h, t] float32)."""
     b, t, h, d = q_bthe.shape
@@ -174,15 +176,22 @@ def _forward(
     )
     specs = _QuerySpecs.of(q_bthe, k_btke, sizes)
     return _call(
-        functools.partial(forward_kernel, asked, sizes),
-        asked,
+        functools.partial(forward_kernel, constants, sizes),
+        constants,
         sizes,
         grid=(t // sizes.queries, b, h),
         in_specs=[specs.queries, specs.keys, specs.keys, specs.row, specs.row, specs.first],
         out_specs=(specs.queries, specs.of_query),
         out_shape=shapes,
         name="attention_forward",
-    )(q_bthe, k_btke, v_btke, places.positions, places.until, _first_key_bc(asked, places, sizes.queries))
+    )(
+        q_bthe,
+        k_btke,
+        v_btke,
+        mask_inputs.positions,
+        mask_inputs.until,
+        _first_key_bc(constants, mask_inputs, sizes.queries),
+    )
 
 
 class _QuerySpecs(NamedTuple):
@@ -208,11 +217,11 @@ class _QuerySpecs(NamedTuple):
         )
 
 
-def _call(kernel: Any, asked: Asked, sizes: Blocks, **how: Any) -> Any:
+def _call(kernel: Any, constants: Constants, sizes: Blocks, **how: Any) -> Any:
     pl, plgpu = pallas()
     return pl.pallas_call(
         kernel,
-        interpret=asked.interpret,
+        interpret=constants.interpret,
         compiler_params=plgpu.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
         **how,
     )
@@ -220,36 +229,36 @@ def _call(kernel: Any, asked: Asked, sizes: Blocks, **how: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    asked: Asked, q_bthe: jax.Array, k_btke: jax.Array, v_btke: jax.Array, places: _Places
+    constants: Constants, q_bthe: jax.Array, k_btke: jax.Array, v_btke: jax.Array, mask_inputs: _MaskInputs
 ) -> jax.Array:
-    return _forward(asked, q_bthe, k_btke, v_btke, places)[0]
+    return _forward(constants, q_bthe, k_btke, v_btke, mask_inputs)[0]
 
 
 def _attend_and_residuals(
-    asked: Asked, q_bthe: jax.Array, k_btke: jax.Array, v_btke: jax.Array, places: _Places
+    constants: Constants, q_bthe: jax.Array, k_btke: jax.Array, v_btke: jax.Array, mask_inputs: _MaskInputs
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    found = _forward(asked, q_bthe, k_btke, v_btke, places)
+    found = _forward(constants, q_bthe, k_btke, v_btke, mask_inputs)
     # Named so that a checkpointed layer can save them; otherwise the backward pass reruns the kernel.
     out_bthe, log_sum_bht = (checkpoint_name(x, ATTENDED) for x in found)
-    return out_bthe, (q_bthe, k_btke, v_btke, places, out_bthe, log_sum_bht)
+    return out_bthe, (q_bthe, k_btke, v_btke, mask_inputs, out_bthe, log_sum_bht)
 
 
 def _gradient(
-    asked: Asked, residuals: tuple[Any, ...], by_out_bthe: jax.Array
+    constants: Constants, residuals: tuple[Any, ...], grad_out_bthe: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     pl, _ = pallas()
-    q_bthe, k_btke, v_btke, places, out_bthe, log_sum_bht = residuals
+    q_bthe, k_btke, v_btke, mask_inputs, out_bthe, log_sum_bht = residuals
     b, t, h, d = q_bthe.shape
     kv_heads = k_btke.shape[2]
     group = h // kv_heads
-    wide = (x.astype(jnp.float32) for x in (out_bthe, by_out_bthe))
+    wide = (x.astype(jnp.float32) for x in (out_bthe, grad_out_bthe))
     common_bht = functools.reduce(jnp.multiply, wide).sum(axis=3).swapaxes(1, 2)
 
     sizes = blocks_of(d, q_bthe.dtype, "dq")
     specs = _QuerySpecs.of(q_bthe, k_btke, sizes)
     dq_bthe = _call(
-        functools.partial(dq_kernel, asked, sizes),
-        asked,
+        functools.partial(dq_kernel, constants, sizes),
+        constants,
         sizes,
         grid=(t // sizes.queries, b, h),
         in_specs=[
@@ -260,8 +269,8 @@ def _gradient(
         out_shape=jax.ShapeDtypeStruct(q_bthe.shape, q_bthe.dtype),
         name="attention_dq",
     )(
-        *(q_bthe, k_btke, v_btke, places.positions, places.until),
-        *(_first_key_bc(asked, places, sizes.queries), by_out_bthe, log_sum_bht, common_bht),
+        *(q_bthe, k_btke, v_btke, mask_inputs.positions, mask_inputs.until),
+        *(_first_key_bc(constants, mask_inputs, sizes.queries), grad_out_bthe, log_sum_bht, common_bht),
     )
 
     sizes = blocks_of(d, q_bthe.dtype, "dkv")
@@ -271,8 +280,8 @@ def _gradient(
     ends = pl.BlockSpec((None, t // sizes.keys), lambda c, b, k: (b, 0))
     of_queries = pl.BlockSpec((None, group, t), lambda c, b, k: (b, k, 0))
     dk_btke, dv_btke = _call(
-        functools.partial(dkv_kernel, asked, sizes, group),
-        asked,
+        functools.partial(dkv_kernel, constants, sizes, group),
+        constants,
         sizes,
         grid=(t // sizes.keys, b, kv_heads),
         in_specs=[heads, keys, keys, row, row, ends, heads, of_queries, of_queries],
@@ -280,8 +289,8 @@ def _gradient(
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_btke, v_btke)),
         name="attention_dkv",
     )(
-        *(q_bthe, k_btke, v_btke, places.positions, places.until),
-        *(_end_query_bc(asked, places, sizes.keys), by_out_bthe, log_sum_bht, common_bht),
+        *(q_bthe, k_btke, v_btke, mask_inputs.positions, mask_inputs.until),
+        *(_end_query_bc(constants, mask_inputs, sizes.keys), grad_out_bthe, log_sum_bht, common_bht),
     )
     return dq_bthe, dk_btke, dv_btke, None
 

@@ -101,12 +101,12 @@ def _kernel(
     pl, plgpu = pallas()
     slots = keys_ref.shape[2]
     layer, row, head = at_ref[0], at_ref[1] + pl.program_id(1), pl.program_id(2)
-    q_qe, at_q = q_ref[...], positions_ref[...]
-    is_idle_q = at_q >= slots
-    last = jnp.where(is_idle_q, -1, at_q).max()
+    q_qe, position_q = q_ref[...], positions_ref[...]
+    is_idle_q = position_q >= slots
+    last = jnp.where(is_idle_q, -1, position_q).max()
     first = jnp.int32(0)
     if spec.window is not None:
-        first = jnp.maximum(at_q.min() - spec.window + 1, 0)  # idle ones have the largest positions
+        first = jnp.maximum(position_q.min() - spec.window + 1, 0)  # idle ones have the largest positions
 
     def body(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         sum_qe, highest_q, total_q = carry
@@ -118,9 +118,9 @@ def _kernel(
         scores_qp = dot(q_qe, k_pe.T) * spec.scale
         if spec.soft_cap is not None:
             scores_qp = spec.soft_cap * jnp.tanh(scores_qp / spec.soft_cap)
-        visible_qp = j_p[None, :] <= at_q[:, None]
+        visible_qp = j_p[None, :] <= position_q[:, None]
         if spec.window is not None:
-            visible_qp &= j_p[None, :] > at_q[:, None] - spec.window
+            visible_qp &= j_p[None, :] > position_q[:, None] - spec.window
         scores_qp = jnp.where(visible_qp, scores_qp * LOG2_E, UNSEEN)
         new_highest_q = jnp.maximum(highest_q, scores_qp.max(axis=1))
         rescale_q = jnp.exp2(highest_q - new_highest_q)
@@ -133,8 +133,8 @@ def _kernel(
 
     carry = (
         jnp.zeros(q_qe.shape, jnp.float32),
-        jnp.full(at_q.shape, UNSEEN, jnp.float32),
-        jnp.zeros(at_q.shape, jnp.float32),
+        jnp.full(position_q.shape, UNSEEN, jnp.float32),
+        jnp.zeros(position_q.shape, jnp.float32),
     )
     end = jax.lax.div(last + SLOTS, SLOTS)
     sum_qe, _, total_q = jax.lax.fori_loop(jax.lax.div(first, SLOTS), end, body, carry)

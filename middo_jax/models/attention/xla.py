@@ -18,19 +18,20 @@ from middo_jax.models.attention.arguments import AttentionSpec, Packing
 QUERY_BLOCK = 128
 
 
-class Places(NamedTuple):
-    """Values per position that the mask is computed from. Each is [b, t]; `rows` is [1, t]."""
+class MaskInputs(NamedTuple):
+    """Values per position that the mask is computed from. Each is [b, t]; `indices`, of positions in
+    the row, is [1, t]."""
 
-    rows: jax.Array
+    indices: jax.Array
     segment_ids: jax.Array
     positions: jax.Array
     until: jax.Array | None
 
     @classmethod
-    def of(cls, packing: Packing) -> Places:
+    def of(cls, packing: Packing) -> MaskInputs:
         """The values of a whole batch."""
-        rows = jnp.arange(packing.segment_ids_bt.shape[1])[None]
-        return cls(rows, packing.segment_ids_bt, packing.positions_bt, packing.until_bt)
+        indices = jnp.arange(packing.segment_ids_bt.shape[1])[None]
+        return cls(indices, packing.segment_ids_bt, packing.positions_bt, packing.until_bt)
 
 
 def xla_attention(
@@ -50,7 +51,7 @@ def xla_attention(
     # of a tree follow one another, so close positions may be far apart in the row.
     window = spec.window if packing.until_bt is None else None
     reach = min(n for n in (length, packing.longest, window) if n is not None)
-    places = Places.of(packing)
+    mask_inputs = MaskInputs.of(packing)
     b, _, h, d = q_bthe.shape
     kv_heads = k_bpke.shape[2]
     # Transposes once, here: XLA would otherwise transpose the scores, which are larger.
@@ -71,18 +72,20 @@ def xla_attention(
             shared = jax.lax.slice_in_dim(x, 0, prefix, axis=axis)
             return jnp.concatenate([shared, near], axis=axis) if prefix else near
 
-        visible_btp = visible(jax.tree.map(queries, places), jax.tree.map(keys, places), spec.window)
+        visible_btp = visible(
+            jax.tree.map(queries, mask_inputs), jax.tree.map(keys, mask_inputs), spec.window
+        )
         blocks.append(attend(queries(q_bkgte, 3), keys(k_bkpe, 2), keys(v_bkpe, 2), visible_btp, spec))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_bthe.shape)
 
 
-def visible(queries: Places, keys: Places, window: int | None) -> jax.Array:
+def visible(queries: MaskInputs, keys: MaskInputs, window: int | None) -> jax.Array:
     """Mask of the keys that each query sees, by `packed_attention`'s rule: bool [b, t, p]."""
-    visible_btp = queries.rows[:, :, None] >= keys.rows[:, None]
+    visible_btp = queries.indices[:, :, None] >= keys.indices[:, None]
     if keys.until is None:
         visible_btp &= queries.segment_ids[:, :, None] == keys.segment_ids[:, None]
     else:
-        visible_btp &= queries.rows[:, :, None] < keys.until[:, None]
+        visible_btp &= queries.indices[:, :, None] < keys.until[:, None]
     if window is not None:
         visible_btp &= queries.positions[:, :, None] - keys.positions[:, None] < window
     return visible_btp
@@ -121,13 +124,13 @@ def _scores_and_operands(q: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[j
 
 
 def _scores_gradient(
-    operands: tuple[jax.Array, jax.Array], by_scores_bkqp: jax.Array
+    operands: tuple[jax.Array, jax.Array], grad_scores_bkqp: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     q_bkqe, k_bkpe = operands
-    by_scores_bkqp = by_scores_bkqp.astype(q_bkqe.dtype)
-    by_q = _dot(by_scores_bkqp, k_bkpe, 3, 2)
-    by_k = _dot(q_bkqe, by_scores_bkqp, 2, 2).swapaxes(2, 3)
-    return by_q.astype(q_bkqe.dtype), by_k.astype(k_bkpe.dtype)
+    grad_scores_bkqp = grad_scores_bkqp.astype(q_bkqe.dtype)
+    grad_q = _dot(grad_scores_bkqp, k_bkpe, 3, 2)
+    grad_k = _dot(q_bkqe, grad_scores_bkqp, 2, 2).swapaxes(2, 3)
+    return grad_q.astype(q_bkqe.dtype), grad_k.astype(k_bkpe.dtype)
 
 
 _scores.defvjp(_scores_and_operands, _scores_gradient)
@@ -150,16 +153,16 @@ def _mean_and_weights(
 
 
 def _mean_gradient(
-    residuals: tuple[jax.Array, jax.Array, jax.Array], by_mean_bkqe: jax.Array
+    residuals: tuple[jax.Array, jax.Array, jax.Array], grad_mean_bkqe: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     weights_bkqp, total_bkq1, v_bkpe = residuals
     weights_bkqp /= total_bkq1
-    by_mean_bkqe = by_mean_bkqe.astype(v_bkpe.dtype)
-    by_weights_bkqp = _dot(by_mean_bkqe, v_bkpe, 3, 3)
+    grad_mean_bkqe = grad_mean_bkqe.astype(v_bkpe.dtype)
+    grad_weights_bkqp = _dot(grad_mean_bkqe, v_bkpe, 3, 3)
     # Subtracting the common part also removes its rounding error.
-    common_bkq1 = (weights_bkqp * by_weights_bkqp).sum(axis=-1, keepdims=True)
-    by_v = _dot(by_mean_bkqe, weights_bkqp.astype(v_bkpe.dtype), 2, 2).swapaxes(2, 3)
-    return weights_bkqp * (by_weights_bkqp - common_bkq1), by_v.astype(v_bkpe.dtype)
+    common_bkq1 = (weights_bkqp * grad_weights_bkqp).sum(axis=-1, keepdims=True)
+    grad_v = _dot(grad_mean_bkqe, weights_bkqp.astype(v_bkpe.dtype), 2, 2).swapaxes(2, 3)
+    return weights_bkqp * (grad_weights_bkqp - common_bkq1), grad_v.astype(v_bkpe.dtype)
 
 
 _mean.defvjp(_mean_and_weights, _mean_gradient)

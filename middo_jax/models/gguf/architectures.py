@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from middo_jax.models.limits import wrong_size
+
 # The last part of a parameter's path -> its name in a GGUF file.
 TENSOR_NAMES = {
     "embed": "token_embd.weight",
@@ -147,7 +149,10 @@ def config_json(
             f"supported: {', '.join(map(repr, _ARCHITECTURES))}"
         )
     architecture = _ARCHITECTURES[fields.architecture]
-    heads = fields["attention.head_count"]
+    layers, heads = fields["block_count"], fields["attention.head_count"]
+    # Before a list of all layers is made.
+    if wrong := wrong_size({"num_hidden_layers": layers, "num_attention_heads": heads}):
+        raise ValueError(wrong)
     head_dim = fields.get("attention.key_length", fields["embedding_length"] // heads)
     fields.only("expert_count", 0)
     fields.only("rope.dimension_count", head_dim)
@@ -158,7 +163,7 @@ def config_json(
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "hidden_size": fields["embedding_length"],
         "intermediate_size": fields["feed_forward_length"],
-        "num_hidden_layers": fields["block_count"],
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": fields.get("attention.head_count_kv", heads),
         "head_dim": head_dim,

@@ -9,6 +9,7 @@ import numpy as np
 
 from middo_jax.models.config import DecoderConfig, from_hugging_face
 from middo_jax.models.gguf.architectures import TENSOR_NAMES, config_json, rotates_neighbours
+from middo_jax.models.gguf.header import require_sane
 from middo_jax.models.gguf.tokenizer import build_tokenizer, tokenizer_config
 from middo_jax.models.hf import CheckpointError, LazyTensor, new_directory, tensor_table, write_weights
 from middo_jax.models.parameters import ParameterSpec
@@ -46,8 +47,14 @@ def convert(gguf_path: str | Path, out_dir: str | Path, *, weights: bool = True)
         tokenizer_fields = tokenizer_config(metadata)
     except KeyError as error:
         raise CheckpointError(f"{gguf_path}: metadata field {error} is missing") from error
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{gguf_path}: {error}") from error
+    except (
+        ValueError,
+        IndexError,
+        ArithmeticError,
+        TypeError,
+        AttributeError,
+    ) as error:  # fields of other types
+        raise CheckpointError(f"{gguf_path}: its metadata do not make a model: {error}") from error
     with own_files(), new_directory(out_dir) as directory:
         write_json(directory / "config.json", config)
         write_json(directory / "generation_config.json", _generation_config(config, metadata))
@@ -64,8 +71,9 @@ def _open(path: Path) -> GGUFReader:
     except ImportError as error:
         raise CheckpointError(f"{path}: reading GGUF needs the gguf package: pip install gguf") from error
     try:
+        require_sane(path)
         return GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
+    except (ValueError, LookupError, OverflowError, OSError) as error:
         raise CheckpointError(f"{path}: missing, truncated or not a GGUF file: {error}") from error
 
 

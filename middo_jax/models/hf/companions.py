@@ -14,6 +14,7 @@ from middo_jax.data.templates import TemplateError
 from middo_jax.data.tokenize import end_of_turn_token, load_tokenizer
 from middo_jax.models.hf.files import CheckpointError
 from middo_jax.rundir import write_json, write_text
+from middo_jax.rundir.nesting import require_flat
 
 _GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -128,4 +129,6 @@ def _copy(source: Path, directory: Path, patterns: Collection[str]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_bytes()
+    require_flat(text)
+    return json.loads(text.decode())

@@ -21,6 +21,9 @@ import ml_dtypes
 import numpy as np
 
 from middo_jax.rundir import write_json
+from middo_jax.rundir.files import full_disk_named, temporary_prefix
+from middo_jax.rundir.leftovers import sweep_beside
+from middo_jax.rundir.nesting import require_flat
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -28,8 +31,10 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_HEADER_BYTES = 16_000_000  # about 100,000 tensors; the format allows 100 MB, which take a GB to read
+_MAX_AXES = 8
 _BLOCK_BYTES = 1 << 24
+_ERROR_CHARS = 200  # shown of a damaged file's error, which may quote the file
 _ALIGNMENT = 64  # bytes; a CPU device uses aligned arrays without copying
 
 
@@ -121,7 +126,9 @@ def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 def _read_index(index: Path) -> dict[str, str]:
     """Tensor -> name of its file, which must be in the index's directory."""
     try:
-        named = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        text = index.read_bytes()
+        require_flat(text)
+        named = dict(json.loads(text.decode())["weight_map"])
         strange = [name for name in named.values() if Path(name).name != name or name in ("", "..")]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index}: not a safetensors index: {type(error).__name__}: {error}") from error
@@ -141,6 +148,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{path}: truncated or not a safetensors file")
         text = file.read(length)
     try:
+        require_flat(text)
         header = json.loads(text)
         header.pop("__metadata__", None)
         entries = sorted(
@@ -150,17 +158,24 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         begin = end = 8 + length
         tensors = {}
         for start, stop, name, dtype, shape in entries:
-            if begin + start != end or (
-                dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize
+            if len(shape) > _MAX_AXES:
+                raise CheckpointError(f"{path}: tensor {name} has {len(shape):,} axes")
+            if (
+                min(shape, default=0) < 0
+                or begin + start != end
+                or stop < start
+                or (dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize)
             ):
                 raise CheckpointError(f"{path}: tensor {name} does not lie where the header says")
             tensors[name], end = StoredTensor(path, dtype, shape, begin + start), begin + stop
             if end > size:
                 raise CheckpointError(f"{path}: truncated: tensor {name} ends at byte {end:,} of {size:,}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path}: truncated or not a safetensors file: {str(error)[:_ERROR_CHARS]}"
+        ) from error
     if end != size:
         raise CheckpointError(f"{path}: {size - end:,} bytes behind the last tensor")
     return tensors
@@ -236,15 +251,19 @@ def new_directory(path: Path) -> Iterator[Path]:
     """A temporary directory beside `path`, renamed to `path` when the block succeeds.
 
     Raises:
-      FileExistsError: `path` exists and is not an empty directory.
+      FileExistsError: `path` is there and holds something.
+      DiskFull: there is no room for it.
     """
     require_vacant(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    sweep_beside(path)  # a killed export has left a copy of the whole model
+    with full_disk_named(path):
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
     try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp sets 0700, but models are shared
-        os.replace(temporary, path)
+        with full_disk_named(path):
+            yield temporary
+            temporary.chmod(0o755)  # mkdtemp makes 0700, which would surprise who shares a model
+            os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from middo_jax.config import ConfigError
 from middo_jax.models.config import DecoderConfig, read_config
 from middo_jax.models.decoder import abstract
+from middo_jax.models.finite import is_finite, not_finite, not_finite_names
 from middo_jax.models.hf.files import DTYPES, CheckpointError, Weights
 from middo_jax.models.hf.layout import TensorRow, tensor_table, turned
 from middo_jax.models.model import Model, with_values
@@ -43,8 +44,9 @@ def load(
       mesh: mesh to shard the parameters over; None: the first device alone.
 
     Raises:
-      CheckpointError: a file or tensor is missing, surplus, damaged or of the wrong shape or dtype.
-      UnsupportedModel: the config requires something that the decoder does not compute.
+      CheckpointError: a file or tensor is missing, surplus, damaged, of the wrong shape or dtype, or not
+        finite.
+      UnsupportedModel: the config asks for what the decoder does not compute.
       ConfigError: a parameter does not divide by the mesh.
     """
     directory = Path(directory)
@@ -60,12 +62,16 @@ def load(
         for spec in parameters(config)
         if spec.is_stacked
     }
+    flags = {}
     for row in sorted(tensor_table(config), key=lambda row: _place(weights, row)):
         # `turned` always copies: on a CPU, `_put`'s array is the reader's memory, which JAX does not own.
         tensor, path = turned(_put(weights, row, mesh), row.spec.transposed, stored), row.spec.path
+        flags[row.name] = is_finite(tensor)
         values[path] = tensor if row.layer is None else _with_layer(values[path], tensor, row.layer)
         # Waits before the next read: where reading is faster than the devices, tensors would pile up.
         values[path].block_until_ready()
+    if wrong := not_finite_names(flags):
+        raise CheckpointError(not_finite(weights.tensors[wrong[0]].file, wrong))
     graphdef, shapes = abstract(config)
     return Model(config, graphdef, with_values(shapes, values), mesh)
 

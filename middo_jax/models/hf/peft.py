@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 
 from middo_jax.models.config import DecoderConfig, Lora, UnsupportedModel
 from middo_jax.models.decoder import abstract
+from middo_jax.models.finite import not_finite
 from middo_jax.models.hf.companions import write_tokenizer
 from middo_jax.models.hf.files import (
     DTYPES,
@@ -33,8 +35,10 @@ from middo_jax.models.model import Params, by_path, with_values
 from middo_jax.models.parameters import LORA_TARGETS, adapters
 from middo_jax.parallel.hosts import to_host, to_mesh
 from middo_jax.rundir import write_json
+from middo_jax.rundir.nesting import require_flat
 
 _CONFIG = "adapter_config.json"
+_MAX_RANK = 1 << 16
 _STEM = "adapter_model"
 # Fields that could change the computation, and the values with which they do not.
 _ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -85,10 +89,14 @@ def read_adapter_config(directory: Path) -> tuple[str, Lora]:
     """
     path = directory / _CONFIG
     try:
-        fields = dict(json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_bytes()
+        require_flat(text)
+        fields = dict(json.loads(text.decode()))
         base, rank, alpha = fields["base_model_name_or_path"], int(fields["r"]), float(fields["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: not a LoRA config: {type(error).__name__}: {error}") from error
+    if not 1 <= rank <= _MAX_RANK or not math.isfinite(alpha):
+        raise CheckpointError(f"{path}: r={rank} and lora_alpha={alpha} make no adapter")
     for field, values in _ONLY:
         if fields.get(field, values[0]) not in values:
             raise UnsupportedModel(f"{path}: {field}={fields[field]!r} is not supported, only {values[0]!r}")
@@ -116,13 +124,15 @@ def load_adapters(directory: Path, config: DecoderConfig, mesh: Mesh, dtype: str
       The adapters alone.
 
     Raises:
-      CheckpointError: a tensor is missing, surplus, or does not fit the base.
+      CheckpointError: a tensor is missing, surplus, not finite, or does not fit the base.
     """
     weights, table = Weights(directory, _STEM), list(_adapter_table(config))
     _check(weights, table)
     tensors: dict[tuple[str, ...], list[np.ndarray]] = {}
     for row in table:
         [tensor] = weights.read(row.name, [tuple(map(range, row.shape))])
+        if not np.isfinite(tensor).all():
+            raise CheckpointError(not_finite(weights.tensors[row.name].file, [row.name]))
         tensors.setdefault(row.spec.path, []).append(tensor.T.astype(dtype))
     values = {spec.path: to_mesh(mesh, np.stack(tensors[spec.path]), *spec.axes) for spec in adapters(config)}
     targets, _ = partition(abstract(config)[1], config)

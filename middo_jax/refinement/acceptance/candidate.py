@@ -23,6 +23,8 @@ class Measurement:
       core_similarity: the s of a sparse sample if this candidate is added.
       truncated: whether it exceeds model.max_length.
       quality: the judge's q; None if it was not rated.
+      end_nll, pmi, reverse_ifd: see `signals.readings`; None also where they were not asked for.
+      original_pmi, original_reverse_ifd: the same of the original, measured beside it.
     """
 
     loss: float | None
@@ -32,6 +34,11 @@ class Measurement:
     core_similarity: float | None
     truncated: bool = False
     quality: float | None = None
+    end_nll: float | None = None
+    pmi: float | None = None
+    reverse_ifd: float | None = None
+    original_pmi: float | None = None
+    original_reverse_ifd: float | None = None
 
     def to_json(self) -> MeasurementRow:
         """As a row of candidates.jsonl has it."""
@@ -43,6 +50,11 @@ class Measurement:
             "core_similarity": self.core_similarity,
             "truncated": self.truncated,
             "quality": self.quality,
+            "end_nll": self.end_nll,
+            "pmi": self.pmi,
+            "reverse_ifd": self.reverse_ifd,
+            "original_pmi": self.original_pmi,
+            "original_reverse_ifd": self.original_reverse_ifd,
         }
 
 
@@ -56,6 +68,9 @@ class Limits:
       novelty: a similarity that only a small share of samples have to their nearest neighbour.
       prompt_chars: (minimum, maximum) characters of a prompt.
       response_chars: (minimum, maximum) characters of a response.
+      end_nll: an end of turn that is less likely is that of a broken answer.
+      floor: answers with a lower loss are too easy.
+      refines_itself: the refiner is the model under training.
     """
 
     loss: float | None = None
@@ -63,6 +78,9 @@ class Limits:
     novelty: float | None = None
     prompt_chars: tuple[float, float] | None = None
     response_chars: tuple[float, float] | None = None
+    end_nll: float | None = None
+    floor: float | None = None
+    refines_itself: bool = False
 
 
 class Finding(NamedTuple):
@@ -83,6 +101,7 @@ class Candidate:
       prompt: from phase `prompt` on: the new prompt in the reply; None if it is not readable.
       finish_reason: of the reply, later of the answer, see `endpoint.ending`.
       response: from phase `answer` on: the answer to the new prompt.
+      again: in phase `again`: the refiner's answer to the original's prompt; None if that is not whole.
       example: from phase `dataset` on: prompt and response as a conversation.
       truncated: from phase `dataset` on: whether the conversation exceeds model.max_length.
       limits: the limits that the dataset sets.
@@ -96,6 +115,7 @@ class Candidate:
     prompt: str | None = None
     finish_reason: str = "stop"
     response: str = ""
+    again: str | None = None
     example: Example | None = None
     truncated: bool = False
     limits: Limits = dataclasses.field(default_factory=lambda: Limits())

@@ -18,6 +18,9 @@ PAIRS = (
     100_000  # pairs of samples that represent all pairs; their 95th percentile is exact to 0.1 % of the pairs
 )
 PAIR_BLOCK = 8192  # pairs whose embeddings are in memory at the same time
+# Shares of the samples whose quantile is the bar; docs/validity.md says what these and the next let pass.
+ENDING, FLOOR = 0.95, 0.1
+PMI_LOST, REVERSE_RISE = 0.1, 0.02  # shares of the original's value that a rewrite may lose, or exceed
 NOTHING = Measurement(None, None, None, None, None)
 
 
@@ -43,9 +46,43 @@ def context(candidate: Candidate, _: Any) -> Finding | None:
     return Finding(f"{_shown(measured.similarity)} similar to the original, {limit:.3f} wanted")
 
 
+def information(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether prompt and answer tell each other about as much as the original's, in one direction or both."""
+    if not candidate.task.original.is_single_turn:
+        return None  # its losses are over several answers, and a rewrite has one
+    measured = candidate.measured or NOTHING
+    told, before = measured.pmi, measured.original_pmi
+    guessed, guessed_before = measured.reverse_ifd, measured.original_reverse_ifd
+    if told is not None and before is not None and told >= before - PMI_LOST * abs(before):
+        return None
+    if guessed is not None and guessed_before is not None and guessed <= guessed_before * (1 + REVERSE_RISE):
+        return None
+    return Finding(f"PMI {_change(before, told)}, reverse IFD {_change(guessed_before, guessed)}")
+
+
+def ending(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether the answer's turn ends where the model expects an end."""
+    measured, limit = candidate.measured or NOTHING, candidate.limits.end_nll
+    if limit is None or _at_most(measured.end_nll, limit):
+        return None
+    return Finding(f"the end's loss is {_shown(measured.end_nll)}, at most {limit:.3f} wanted")
+
+
+def floor(candidate: Candidate, _: Any) -> Finding | None:
+    """Whether the loss is not suspiciously low, where it has to fall or the refiner is the scorer."""
+    measured, limit = candidate.measured or NOTHING, candidate.limits.floor
+    if not candidate.limits.refines_itself and "complexity" not in candidate.task.axes:
+        return None
+    if limit is None or _at_least(measured.loss, limit):
+        return None
+    return Finding(f"loss {_shown(measured.loss)}, at least {limit:.3f} wanted")
+
+
 def loss(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the loss fell, and to at most the limit."""
+    """Whether the loss fell, and to at most the limit; not asked where the refiner is the scorer."""
     measured, limit = candidate.measured or NOTHING, candidate.limits.loss
+    if candidate.limits.refines_itself:
+        return None
     before = candidate.task.scores.get("loss_post")
     if _above(before, measured.loss) and (limit is None or _at_most(measured.loss, limit)):
         return None

@@ -20,6 +20,7 @@ from middo_jax.config import Config, GateSettings, RefineSettings
 from middo_jax.config import gates as rows
 from middo_jax.config.refine import declare, withdraw
 from middo_jax.refinement.acceptance import measured, text
+from middo_jax.refinement.acceptance.agreement import agrees
 from middo_jax.refinement.acceptance.candidate import Candidate, Check, Finding
 from middo_jax.refinement.tasks import Verdict
 
@@ -39,8 +40,12 @@ _CHECKS: dict[str, Check] = {
     "answer_readable": text.answer_readable,
     "answer_sane": text.answer_sane,
     "answer_language": text.answer_language,
+    "agreement": agrees,
     "length": measured.length,
     "context": measured.context,
+    "information": measured.information,
+    "ending": measured.ending,
+    "floor": measured.floor,
     "loss": measured.loss,
     "coverage": measured.coverage,
     "novelty": measured.novelty,
@@ -80,6 +85,11 @@ def asked(needs: rows.Needs, axes: Collection[str], settings: RefineSettings) ->
         for row in rows.gates()
         if row.needs == needs and row.concerns(axes) and row.is_shut(settings.accept, values)
     ]
+
+
+def is_asked(name: str, settings: RefineSettings) -> bool:
+    """Whether a gate is asked of the rewrites that it is for."""
+    return rows.gate(name).is_shut(settings.accept, settings.gates.values())
 
 
 def first_verdict(candidate: Candidate, needs: rows.Needs, settings: RefineSettings) -> Verdict | None:

@@ -7,11 +7,12 @@ from typing import Any
 
 from middo_jax.refinement.acceptance.candidate import Candidate, Finding
 from middo_jax.refinement.acceptance.context import changed_numbers, lost_code
+from middo_jax.refinement.acceptance.hidden import hidden_character
 from middo_jax.refinement.acceptance.language import changed_language, languages
 from middo_jax.refinement.acceptance.refusal import is_refusal
 from middo_jax.refinement.endpoint.ending import ending
 from middo_jax.refinement.prompts import EXAMPLES, MATERIAL
-from middo_jax.refinement.reply import control_character, control_token, reasoning_mark
+from middo_jax.refinement.reply import control_token, reasoning_mark
 from middo_jax.refinement.tasks import Task
 
 # Texts of our own requests: a candidate that contains one is an echo.
@@ -42,7 +43,8 @@ def sane(candidate: Candidate, _: Any) -> Finding | None:
     # A rewrite for quality may keep the prompt and improve the answer. But an unchanged prompt that should
     # have become easier only gets an answer in the model's own words, whose loss is low even if the answer is
     # wrong.
-    if task.axes != ("quality",) and any(_same(prompt, e.prompt) for e in (task.original, *task.hints)):
+    known = (task.prompt, *(hint.prompt for hint in task.hints))
+    if task.axes != ("quality",) and any(_same(prompt, text) for text in known):
         return Finding("unchanged", "unchanged")
     return None
 
@@ -50,14 +52,12 @@ def sane(candidate: Candidate, _: Any) -> Finding | None:
 def numbers(candidate: Candidate, _: Any) -> Finding | None:
     """Whether a rewritten prompt keeps its original's numbers."""
     simpler = "complexity" in candidate.task.axes
-    return _found(
-        changed_numbers(candidate.task.original.prompt, candidate.prompt or "", exchanged_only=simpler)
-    )
+    return _found(changed_numbers(candidate.task.prompt, candidate.prompt or "", exchanged_only=simpler))
 
 
 def code(candidate: Candidate, _: Any) -> Finding | None:
     """Whether a rewritten prompt keeps its original's code blocks."""
-    return _found(lost_code(candidate.task.original.prompt, candidate.prompt or ""))
+    return _found(lost_code(candidate.task.prompt, candidate.prompt or ""))
 
 
 def language(candidate: Candidate, _: Any) -> Finding | None:
@@ -92,7 +92,7 @@ def answer_sane(candidate: Candidate, _: Any) -> Finding | None:
     if _same(prompt, response):
         return Finding("answer repeats the prompt", "answer repeats the prompt")
     replaces = task.op != "synthesize"
-    if replaces and _same(prompt, task.original.prompt) and _same(response, task.original.response):
+    if replaces and _same(prompt, task.prompt) and _same(response, task.original.response):
         return Finding("unchanged", "unchanged")
     return None
 
@@ -118,12 +118,12 @@ def _leftover(task: Task, text: str) -> str | None:
 
 
 def _control(candidate: Candidate, text: str, name: str) -> Finding | None:
-    """A finding if a text contains a control token of any model or a control character."""
+    """A finding if a text contains a control token of any model, or a character that nobody sees."""
     own = _first_in(text, candidate.special_tokens)
     if token := own or control_token(text, candidate.task.given):
         return Finding(f"control token {token} in the {name}", "control token")
-    if character := control_character(text):
-        return Finding(f"control character {character} in the {name}", "control character")
+    if found := hidden_character(text, candidate.task.given):
+        return Finding(f"{found.kind} {found.code} in the {name}", found.kind)
     return None
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from middo_jax.refinement.endpoint.address import Secrets
 from middo_jax.refinement.endpoint.budget import NOTHING, Budget
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.context_check import check_context
@@ -24,8 +25,12 @@ from middo_jax.refinement.endpoint.request import Answer, ChatRequest, Messages,
 from middo_jax.refinement.endpoint.stored import keep_schema_refusal, stored_answer
 from middo_jax.refinement.endpoint.usage import Ceiling, ceiling
 from middo_jax.rundir import RunError, write_jsonl
+from middo_jax.rundir.nesting import NestedTooDeep, require_flat
 
 URL = "/v1/chat/completions"
+LINE_BYTES = 64_000_000  # of a result file; an answer of 100,000 tokens needs less than half of it
+NO_SECRETS = Secrets()
+_CUSTOM_ID = re.compile(rb'"custom_id"\s*:\s*"([0-9a-f]{64})"')
 _OF_SCHEMA = re.compile(r"schema|grammar|response_format|json|structured|guided", re.IGNORECASE)
 
 
@@ -153,40 +158,76 @@ class BatchClient:
         write_jsonl(path, rows)
 
 
-def read_results(paths: Iterable[Path]) -> dict[str, Result]:
+def read_results(
+    paths: Iterable[Path], secrets: Secrets = NO_SECRETS, most_bytes: int = LINE_BYTES
+) -> dict[str, Result]:
     """The results by request key. If a request has several, an answer is preferred, otherwise the last one.
+
+    A line that is longer than `most_bytes`, or nested too deep, is a failure of its request.
+
+    Args:
+      paths: result files.
+      secrets: are removed from answers and messages.
+      most_bytes: of a line.
 
     Raises:
       RunError: a line is not a result of a batch; the message names file and line.
     """
     results: dict[str, Result] = {}
     for path in paths:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
+        with path.open("rb") as lines:
+            number = 0
+            while line := lines.readline(most_bytes + 1):
+                number += 1
                 try:
-                    row = json.loads(line)
-                    key = row["custom_id"]
+                    found = _read_line(line, most_bytes, secrets)
                 except (ValueError, TypeError, LookupError) as e:
                     raise RunError(
                         f"{path}:{number}: not a result of a batch ({e!r}); give the output file of a batch "
                         "that `middo refine --write-batch` wrote"
                     ) from e
-                if results.get(key) is None or results[key].answer is None:
-                    results[key] = _read_result(row, key)
+                # The rest of a line that is too long.
+                while len(line) > most_bytes and not line.endswith(b"\n"):
+                    line = lines.readline(most_bytes + 1)
+                if found is not None and (found[0] not in results or results[found[0]].answer is None):
+                    results[found[0]] = found[1]
     return results
 
 
-def _read_result(row: dict[str, Any], key: str) -> Result:
-    response = row.get("response") or {}
+def _read_line(line: bytes, most_bytes: int, secrets: Secrets) -> tuple[str, Result] | None:
+    """(request key, result) of a line, which may be cut; None if it is empty."""
+    if not line.strip():
+        return None
+    why = None
+    if len(line) > most_bytes:
+        why = f"its line is longer than {most_bytes:,} bytes"
+    else:
+        try:
+            require_flat(line)
+        except NestedTooDeep as e:
+            why = str(e)
+    if why is not None:
+        if named := _CUSTOM_ID.search(line):
+            return named[1].decode(), Result(None, why)
+        raise ValueError(why)
+    row = json.loads(line.decode())
+    key = row["custom_id"]
+    if not isinstance(key, str):
+        raise TypeError("custom_id is no text")
+    return key, _read_result(row, key, secrets)
+
+
+def _read_result(row: dict[str, Any], key: str, secrets: Secrets) -> Result:
+    response = row.get("response")
+    response = response if isinstance(response, dict) else {}
     status, body = response.get("status_code"), response.get("body")
     if row.get("error") is None and status in (None, 200):
         try:
-            return Result(read_answer(body, key))
+            return Result(read_answer(body, key, secrets))
         except ValueError as e:
-            return Result(None, words(e, None))
-    said = words(row.get("error") or (body or {}).get("error") or body, None)
+            return Result(None, words(e, secrets))
+    error = body.get("error") if isinstance(body, dict) else None
+    said = words(row.get("error") or error or body, secrets)
     is_final = isinstance(status, int) and 400 <= status < 500 and status not in RETRIED
     field = refused_field(body) if is_final else None
-    return Result(None, f"({status}) {said}" if status else said, is_final, field)
+    return Result(None, f"({status}) {said}" if isinstance(status, int) and status else said, is_final, field)

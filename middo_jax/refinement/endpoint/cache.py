@@ -12,6 +12,7 @@ from pathlib import Path
 
 from middo_jax.refinement.endpoint.request import Answer
 from middo_jax.refinement.endpoint.usage import FIELDS, Usage
+from middo_jax.rundir.files import DiskFull, is_disk_full
 
 
 class CacheError(RuntimeError):
@@ -62,11 +63,12 @@ class AnswerCache:
 
     def get(self, key: str) -> Answer | None:
         """The stored answer with `from_cache` set, or None."""
-        row = self._db.execute(
-            "SELECT text, finish_reason, prompt_tokens, completion_tokens, cached_tokens FROM answers "
-            "WHERE key = ?",
-            (key,),
-        ).fetchone()
+        with self._explained():
+            row = self._db.execute(
+                "SELECT text, finish_reason, prompt_tokens, completion_tokens, cached_tokens FROM answers "
+                "WHERE key = ?",
+                (key,),
+            ).fetchone()
         return Answer(*row, from_cache=True, key=key) if row else None
 
     def enter(
@@ -88,6 +90,7 @@ class AnswerCache:
 
         Raises:
           CacheError: the file is no longer writable.
+          DiskFull: there is no room for the answer.
         """
         with self._explained(), self._db:
             values = (getattr(change, name) for name in _KEPT)
@@ -109,12 +112,15 @@ class AnswerCache:
 
     def spent(self, run: str) -> dict[tuple[int, str], Usage]:
         """The spending of a run over all its starts, by (round, account)."""
-        rows = self._db.execute(f"SELECT round, axis, {', '.join(_KEPT)} FROM spent WHERE run = ?", (run,))
+        query = f"SELECT round, axis, {', '.join(_KEPT)} FROM spent WHERE run = ?"
+        with self._explained():
+            rows = self._db.execute(query, (run,)).fetchall()
         return {(row[0], row[1]): Usage(**dict(zip(_KEPT, row[2:], strict=True))) for row in rows}
 
     def fact(self, name: str) -> str | None:
         """A fact that was found out earlier, or None."""
-        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        with self._explained():
+            row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return row[0] if row else None
 
     def learn(self, name: str, value: str, replace: bool = False) -> str:
@@ -136,6 +142,9 @@ class AnswerCache:
         try:
             yield
         except (OSError, sqlite3.Error) as e:
+            if is_disk_full(e):
+                raise DiskFull(self.path) from e
             raise CacheError(
-                f"{self.path}: cannot be used as the refiner's cache ({e}); move it away or make it writable"
+                f"{self.path}: cannot be used as the refiner's cache ({e}). It has paid answers: make it "
+                "writable, or let `middo run CONFIG --repair` put it aside and save what can be read of it"
             ) from e

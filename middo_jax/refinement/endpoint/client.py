@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import dataclasses
 import os
 import random
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import openai
 
 from middo_jax.config import ConfigError, RefineSettings, RequestRate, TokenRate
+from middo_jax.refinement.endpoint.address import Address, Secrets, is_loopback
 from middo_jax.refinement.endpoint.budget import Budget
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.context_check import check_context
@@ -37,14 +37,9 @@ from middo_jax.refinement.endpoint.faults import (
 )
 from middo_jax.refinement.endpoint.ledger import Ledger
 from middo_jax.refinement.endpoint.probe import JSON, TEXT, Probe
+from middo_jax.refinement.endpoint.receiving import BoundedClient, limited_to
 from middo_jax.refinement.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
-from middo_jax.refinement.endpoint.servers import (
-    FAILURES_IN_A_ROW,
-    Endpoint,
-    Endpoints,
-    is_loopback,
-    shown,
-)
+from middo_jax.refinement.endpoint.servers import FAILURES_IN_A_ROW, Endpoint, Endpoints
 from middo_jax.refinement.endpoint.stored import keep_schema_refusal, stored_answer
 from middo_jax.refinement.endpoint.throttle import RateLimits, Throttle
 from middo_jax.refinement.endpoint.usage import CHARACTERS_PER_TOKEN, Ceiling, ceiling, estimated_tokens
@@ -53,7 +48,6 @@ WINDOW = 200  # requests; the stage stops if more than half of them failed
 DOUBLINGS = 3  # of the wait between two tries; longer waits would outlast an overload
 REFUSAL = 0.25  # of a try: weight of a refusal by overload while other requests are answered
 CONNECT_TIMEOUT_S = 10.0
-SECRET_CHARS = 16  # a shorter key is a dummy for a local server
 
 
 class ChatClient:
@@ -94,10 +88,13 @@ class ChatClient:
         self._cache = cache
         self._backoff_s = backoff_s
         self._dialect = Dialect(cache, requests.served)
-        self._key = _read_key(settings.api_key_env) if sends_key else None
+        key = read_key(settings.api_key_env) if sends_key else None
+        self._has_key = key is not None
         urls = (base_url,) if isinstance(base_url, str) else tuple(base_url)
+        addresses = [Address.of(url) for url in urls]
+        self._secrets = Secrets([key, *(secret for address in addresses for secret in address.secrets)])
         self.endpoints = Endpoints(
-            [_connect(url, self._key, settings) for url in urls], settings.max_retries, backoff_s
+            [connect(address, key, settings) for address in addresses], settings.max_retries, backoff_s
         )
         self._budget = Budget(settings, self.ledger)
         limit = settings.per_minute
@@ -257,15 +254,16 @@ class ChatClient:
             try:
                 # The package's own time-out is for the time between two bytes; this one is for the answer.
                 async with asyncio.timeout(self._settings.timeout):
-                    # Not the typed method, which parses the body twice and checks nothing.
-                    reply = await endpoint.api.post("/chat/completions", body=body, cast_to=object)
-                answer = self._without_key(read_answer(reply, request.key))
+                    with limited_to(request.body["max_tokens"]):
+                        # Not the typed method, which parses the body twice and checks nothing.
+                        reply = await endpoint.api.post("/chat/completions", body=body, cast_to=object)
+                answer = read_answer(reply, request.key, self._secrets)
             except (
                 openai.OpenAIError,
                 TimeoutError,
                 ValueError,
-            ) as error:  # ValueError: a body that is not JSON
-                fault = read_fault(error, self._settings.timeout, self._key)
+            ) as error:  # ValueError: a body that is not JSON, or exceeds a limit
+                fault = read_fault(error, self._settings.timeout, self._secrets)
                 self.ledger.end(account, most, time.monotonic() - began, charged=fault.charged)
                 if fault.overload:
                     endpoint.throttle.overloaded(began)
@@ -283,12 +281,6 @@ class ChatClient:
         endpoint.answered()
         self._rates.correct(taken, answer.prompt_tokens + tokens)
         return answer
-
-    def _without_key(self, answer: Answer) -> Answer:
-        """The answer with the key removed, if the server echoed it. A short key may be a word of the text."""
-        if self._key is None or len(self._key) < SECRET_CHARS or self._key not in answer.text:
-            return answer
-        return dataclasses.replace(answer, text=answer.text.replace(self._key, "***"))
 
     def _is_away(self, endpoint: Endpoint, fault: Fault, key: str) -> bool:
         """Whether a fault is due to the server, not the request. Such a try does not count."""
@@ -313,7 +305,7 @@ class ChatClient:
         times = "1 try" if tries == 1 else f"{tries} tries"
         did = f"failed in {times}" if fault.retried else "refused the request"
         urls = ", ".join(endpoint.url for endpoint in self.endpoints.all)
-        help_ = advice(fault, stops, self.model, self._settings.api_key_env, self._key)
+        help_ = advice(fault, stops, self.model, self._settings.api_key_env, self._has_key)
         message = f"the refiner at {urls} {did}{fault.status_text}: {fault.words}{help_}"
         reason = f"request {'failed' if fault.retried else 'refused'}{fault.status_text}: {fault.words}"
         error = (EndpointFailed if fault.retried else RequestRefused)(message, reason, stops)
@@ -348,27 +340,35 @@ class ChatClient:
         self._stopping.set()
 
 
-def _connect(url: str, key: str | None, settings: RefineSettings) -> Endpoint:
+def connect(address: Address, key: str | None, settings: RefineSettings) -> Endpoint:
+    """A server with the limits of `receiving`; nothing is sent yet. `key` is None if the server gets none."""
     # By the type of the default, since the package has changed its HTTP library before.
     limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
         max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency
     )
     api = openai.AsyncOpenAI(
         api_key=key or "none",  # the package requires a key, local servers do not
-        base_url=url,
+        base_url=address.url,
+        # Answers are short, and a server that compresses them could make us unpack anything.
+        default_headers={"Accept-Encoding": "identity", **address.headers},
+        default_query=address.query,
         max_retries=0,
         timeout=openai.Timeout(settings.timeout, connect=min(CONNECT_TIMEOUT_S, settings.timeout)),
-        http_client=openai.DefaultAsyncHttpxClient(
+        http_client=BoundedClient(
             limits=limits,
             # A proxy from the environment cannot reach this machine's loopback.
-            trust_env=not is_loopback(url),
+            trust_env=not is_loopback(address.url),
         ),
     )
-    return Endpoint(shown(url), api, Throttle(settings.concurrency))
+    return Endpoint(address.url, api, Throttle(settings.concurrency))
 
 
-def _read_key(variable: str) -> str | None:
-    """The key without surrounding white space; None if it is not set."""
+def read_key(variable: str) -> str | None:
+    """The key without surrounding white space; None if it is not set.
+
+    Raises:
+      ConfigError: it cannot be sent.
+    """
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"config: the key in ${variable} has characters that an HTTP header cannot carry")

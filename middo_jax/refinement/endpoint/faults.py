@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import openai
 
+from middo_jax.refinement.endpoint.address import Secrets
 from middo_jax.refinement.endpoint.dialect import refused_field
 
 RETRIED = {408, 409, 425, 429}  # and every 5xx
@@ -93,40 +94,42 @@ class Fault:
         return f" ({self.status})" if self.status else ""
 
 
-def read_fault(error: Exception, timeout: float, key: str | None) -> Fault:
-    """The fault that an exception of the openai package describes; `key` is removed from its words."""
+def read_fault(error: Exception, timeout: float, secrets: Secrets) -> Fault:
+    """The fault that an exception of the openai package describes; `secrets` are removed from its words."""
     if isinstance(error, openai.APIStatusError):
         status = error.status_code
         empty_quota = error.code == "insufficient_quota"  # has status 429, but waiting does not help
         return Fault(
-            words(error.body, key),
+            words(error.body, secrets),
             status,
             retry_after(error.response.headers),
             retried=(status in RETRIED or status >= 500) and not empty_quota,
-            endpoint_wide=status in ENDPOINT_WIDE,
+            endpoint_wide=status in ENDPOINT_WIDE or status < 400,  # a redirect that is not followed
             overload=status in OVERLOAD and not empty_quota,
             field=refused_field(error.body) if status in UNREAD else None,
         )
     cause = error.__cause__ or error
     if type(cause).__name__ in {"ConnectError", "ConnectTimeout"}:
-        told = words(f"{type(cause).__name__}: {cause}", key)
+        told = words(f"{type(cause).__name__}: {cause}", secrets)
         return Fault(told, endpoint_wide=True, away=True)
     if isinstance(error, (openai.APITimeoutError, TimeoutError)):
         return Fault(f"no answer within {timeout:g} s (refine.timeout)", overload=True, charged=True)
-    if isinstance(error, ValueError):
-        return Fault(words(f"unreadable reply: {error}", key), charged=True)
-    return Fault(words(f"{type(cause).__name__}: {cause}", key), charged=True)
+    if isinstance(cause, ValueError):
+        return Fault(words(f"unreadable reply: {cause}", secrets), charged=True)
+    return Fault(words(f"{type(cause).__name__}: {cause}", secrets), charged=True)
 
 
-def words(said: object, key: str | None) -> str:
-    """A server's message on one line, limited in length, and without the API key, which some servers echo."""
+def words(said: object, secrets: Secrets) -> str:
+    """A server's message on one line of printable characters, limited in length.
+
+    Without the API key, which some servers echo.
+    """
     if isinstance(said, Mapping):
         said = said.get("message") or said.get("detail") or json.dumps(said, default=str)
-    text = str(said)
-    if key:  # before the text is cut, so that no part of the key stays
-        text = text.replace(key, "***")
+    text = secrets.hidden(str(said))  # before the text is cut, so that no part of a key stays
     line = " ".join(text.split()) or "(it gave no reason)"
-    return line if len(line) <= WORDS else line[:WORDS] + "..."
+    line = line if len(line) <= WORDS else line[:WORDS] + "..."
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -145,12 +148,12 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def advice(fault: Fault, stops: bool, model: str, api_key_env: str, key: str | None) -> str:
+def advice(fault: Fault, stops: bool, model: str, api_key_env: str, has_key: bool) -> str:
     """What the user can do about a fault that ended a request or the stage, as a sentence; or ""."""
     if fault.retried and not fault.worth_waiting:
         return f". It asks to wait {fault.retry_after:.0f} s; run the same command again then."
     if fault.status in (401, 403):
-        state = "is set" if key else "is not set"
+        state = "is set" if has_key else "is not set"
         return (
             f". The key is read from the environment variable {api_key_env} (refine.api_key_env), which "
             f"{state}."

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from middo_jax.config import RefineSettings
+from middo_jax.refinement.endpoint.address import Secrets
 from middo_jax.refinement.endpoint.ending import ending
 
 Messages = list[dict[str, str]]
+_REASON_CHARS = 64  # kept of a finish reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Requests:
     Attributes:
       model: the model's name at the server.
       settings: sampling and limits.
-      seed: is sent unless None.
+      seed: is sent, plus the attempt, unless None.
       prompt_version: part of every key, so that answers to older prompts are not reused.
     """
 
@@ -89,7 +91,7 @@ class Requests:
             "max_tokens": settings.max_tokens if max_tokens is None else max_tokens,
         }
         if self.seed is not None:
-            body["seed"] = self.seed
+            body["seed"] = self.seed + attempt  # a later attempt is another sample
         if response_format is not None:
             body["response_format"] = dict(response_format)
         identity = {
@@ -128,8 +130,8 @@ def request_key(request: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(request).encode("ascii")).hexdigest()
 
 
-def read_answer(body: Any, key: str) -> Answer:
-    """The answer in a chat completion's JSON: its first choice.
+def read_answer(body: Any, key: str, secrets: Secrets) -> Answer:
+    """The answer in a chat completion's JSON: its first choice, without `secrets` that the server echoes.
 
     The content may be a text, or a list of parts whose texts are joined. A reply that a limit or a filter
     ended may have no text. Any other reply without text is unreadable, so that the request is tried again.
@@ -144,7 +146,7 @@ def read_answer(body: Any, key: str) -> Answer:
     except (TypeError, LookupError, AttributeError):
         said = body.get("error", body) if isinstance(body, dict) else body
         raise ValueError(f"a reply without choices: {said}") from None
-    reason = str(choice.get("finish_reason") or "stop")
+    reason = secrets.hidden(encodable(str(choice.get("finish_reason") or "stop")))[:_REASON_CHARS]
     if not content and isinstance(refusal, str) and refusal:
         content, reason = refusal, "content_filter"
     how = ending(reason)
@@ -157,7 +159,7 @@ def read_answer(body: Any, key: str) -> Answer:
     prompt_tokens = _count(usage, "prompt_tokens")
     details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
     return Answer(
-        text=encodable(content or ""),
+        text=secrets.hidden_in_answer(encodable(content or "")),
         finish_reason=reason,
         prompt_tokens=prompt_tokens,
         completion_tokens=_count(usage, "completion_tokens"),

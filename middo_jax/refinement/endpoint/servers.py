@@ -13,7 +13,6 @@ import collections
 import dataclasses
 import random
 import time
-import urllib.parse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -171,15 +170,3 @@ class Endpoints:
             endpoint.throttle.in_flight += 1
             endpoint.on_trial = endpoint.away_since is not None
             self._waiting.popleft().set_result(endpoint)
-
-
-def shown(url: str) -> str:
-    """A URL for messages: without user, password and query."""
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def is_loopback(url: str) -> bool:
-    """Whether a URL leads to this machine."""
-    host = urllib.parse.urlsplit(url).hostname or ""
-    return host in {"localhost", "::1"} or host.startswith("127.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from middo_jax.data.example import Example, Message
+from middo_jax.data.long_texts import both_ends
 from middo_jax.data.tokenize import tokenize_prompt
 from middo_jax.data.trees import Tree, common_prefix, trie
 from middo_jax.signals.judge.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, Part, judge_message
@@ -117,7 +118,8 @@ def questions(
     Raises:
       JudgeError: a question without the sample exceeds `max_length`.
     """
-    prompt, response = example.prompt, example.response if part == "response" else ""
+    prompt = both_ends(example.prompt, max_length)
+    response = both_ends(example.response, max_length) if part == "response" else ""
     one = ratings.first[1:2] if ratings.ten_second is not None else ()
 
     def asked() -> list[np.ndarray]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from middo_jax.data.example import Example, Message
+from middo_jax.data.long_texts import both_ends
 from middo_jax.data.tokenize import tokenize_prompt
 from middo_jax.signals.judge.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, judge_message
 
@@ -55,13 +56,18 @@ def _value(number: str) -> float:
     return float(number.replace(",", "."))
 
 
-def rating_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+def rating_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, context: int
+) -> list[np.ndarray]:
     """The tokens of the questions about each example, in the order of `rubrics.COLUMNS`.
 
-    Each ends with the first words of the answer, so that the model writes the rating next.
+    Each ends with the first words of the answer, so that the model writes the rating next. Texts that are far
+    longer than `context` tokens lose their middle; their questions are still longer than that.
     """
     questions = [
-        judge_message(dimension, part, example.prompt, example.response)
+        judge_message(
+            dimension, part, both_ends(example.prompt, context), both_ends(example.response, context)
+        )
         for example in examples
         for dimension in DIMENSIONS
         for part in PARTS

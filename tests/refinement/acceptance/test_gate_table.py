@@ -77,7 +77,8 @@ def test_a_candidate_meets_the_gates_in_the_order_of_the_table_and_each_once(
 
     every = set()
     for of in (HARD, LOW, BOTH, SPARSE):
-        for settings in (RefineSettings(), RefineSettings(accept="sane"), RefineSettings(accept="none")):
+        shut = RefineSettings(gates=GateSettings(agreement=0.5))  # the one that is open by default
+        for settings in (shut, RefineSettings(accept="sane"), RefineSettings(accept="none")):
             stops.clear()
             assert verdict(of, settings) is None
             whole = list(met)
@@ -102,7 +103,9 @@ def test_what_refine_accept_asks() -> None:
     assert names(HARD, gates=OPEN) == ["readable", "sane", "answer_readable", "answer_sane", "duplicate"]
     new = ["coverage", "novelty", "distribution"]
     assert [name for name in names(SPARSE) if name in (*new, "context", "loss", "quality")] == new
-    assert names(BOTH)[-4:] == ["context", "loss", "quality", "duplicate"]
+    measured = ["context", "information", "ending", "floor", "loss", "quality", "duplicate"]
+    assert names(BOTH)[-7:] == measured
+    assert names(LOW)[-6:] == [name for name in measured if name != "loss"]
 
 
 def test_a_gate_from_outside_is_asked_in_its_place_and_is_a_setting() -> None:
@@ -124,7 +127,7 @@ def test_a_gate_from_outside_is_asked_in_its_place_and_is_a_setting() -> None:
     )
     register(row, polite)
     try:
-        assert [r.name for r in gates()].index("polite") == [r.name for r in gates()].index("length") - 1
+        assert [r.name for r in gates()].index("polite") == [r.name for r in gates()].index("agreement") - 1
         with pytest.raises(ValueError, match="a gate called 'polite' already"):
             register(row, polite)
         of = task("simplify", "complexity", prompt="Prove it.")

@@ -14,6 +14,7 @@ from support.gate_verdicts import prompt_verdict, text_verdict
 
 from middo_jax.config import ConfigError, GateSettings, RefineSettings
 from middo_jax.data.example import Example, Message
+from middo_jax.refinement.acceptance.agreement import agreement
 from middo_jax.refinement.acceptance.candidate import Candidate, Limits, Measurement
 from middo_jax.refinement.acceptance.context import changed_numbers, code_blocks, lost_code, numbers
 from middo_jax.refinement.acceptance.language import changed_language, languages, load_identifier
@@ -23,8 +24,9 @@ from middo_jax.refinement.acceptance.table import asked, first_verdict
 from middo_jax.refinement.tasks import Task, Verdict
 
 GATES = GateSettings()
+NEW = ("information", "ending", "floor")
 OPEN = GateSettings(
-    open=("numbers", "code", "language", "loss", "coverage", "distribution", "quality"),
+    open=("numbers", "code", "language", "loss", "coverage", "distribution", "quality", *NEW),
     length=None,
     duplicate=None,
     context=None,
@@ -48,9 +50,27 @@ HARD = task("simplify", "complexity", loss_post=3.0, quality=5.0, knn_mean_sim=0
 LOW = task("rewrite", "quality", loss_post=2.0, quality=5.0, knn_mean_sim=0.9)
 BOTH = task("rewrite", "complexity", "quality", loss_post=3.0, quality=5.0, knn_mean_sim=0.9)
 SPARSE = task("synthesize", "diversity", loss_post=2.0, quality=5.0, knn_mean_sim=0.8)
-LIMITS = Limits(loss=2.5, context=0.9, novelty=0.96, prompt_chars=(2, 100), response_chars=(1, 100))
+LIMITS = Limits(
+    loss=2.5,
+    context=0.9,
+    novelty=0.96,
+    prompt_chars=(2, 100),
+    response_chars=(1, 100),
+    end_nll=0.5,
+    floor=0.75,
+)
 GOOD = Measurement(
-    loss=1.0, similarity=0.95, nearest=0.95, knn_similarity=0.9, core_similarity=0.85, quality=6.0
+    loss=1.0,
+    similarity=0.95,
+    nearest=0.95,
+    knn_similarity=0.9,
+    core_similarity=0.85,
+    quality=6.0,
+    end_nll=0.5,
+    pmi=20.0,
+    reverse_ifd=0.75,
+    original_pmi=20.0,
+    original_reverse_ifd=0.75,
 )
 
 # Numbers, code, language -----------------------------------------------------------------------------
@@ -189,8 +209,15 @@ measurements = st.builds(
     core_similarity=numbers_or_none,
     truncated=st.booleans(),
     quality=numbers_or_none,
+    end_nll=numbers_or_none,
+    pmi=numbers_or_none,
+    reverse_ifd=numbers_or_none,
+    original_pmi=numbers_or_none,
+    original_reverse_ifd=numbers_or_none,
 )
-limits = st.builds(Limits, loss=numbers_or_none, context=numbers_or_none, novelty=numbers_or_none)
+limits = st.builds(
+    Limits, loss=numbers_or_none, context=numbers_or_none, novelty=numbers_or_none, end_nll=numbers_or_none
+)
 known_scores = st.fixed_dictionaries(
     {"loss_post": st.floats(0, 10), "quality": st.floats(0, 10), "knn_mean_sim": st.floats(-1, 1)}
 )
@@ -245,17 +272,59 @@ def test_a_better_candidate_is_never_refused_where_a_worse_one_is_not(kind: Task
         core_similarity=None if worse.core_similarity is None else worse.core_similarity + 1,
         quality=None if worse.quality is None else worse.quality + 1,
     )
-    assert accepted(kind, better, LIMITS, GATES) >= accepted(kind, worse, LIMITS, GATES)
+    bars = dataclasses.replace(LIMITS, floor=None)  # a lower loss is better down to the floor
+    assert accepted(kind, better, bars, GATES) >= accepted(kind, worse, bars, GATES)
+
+
+def test_one_direction_of_information_is_enough() -> None:
+    for change in ({"pmi": 17.9}, {"reverse_ifd": 0.766}, {"pmi": None}, {"reverse_ifd": None}):
+        assert accepted(LOW, dataclasses.replace(GOOD, **change), LIMITS, GATES), change
+    little = dataclasses.replace(GOOD, pmi=18.1, reverse_ifd=0.9)
+    assert accepted(LOW, little, LIMITS, GATES)
+    against = dataclasses.replace(GOOD, original_pmi=-20.0, reverse_ifd=0.9)
+    assert accepted(LOW, dataclasses.replace(against, pmi=-21.9), LIMITS, GATES)
+    assert not accepted(LOW, dataclasses.replace(against, pmi=-22.1), LIMITS, GATES)
+    lost = dataclasses.replace(GOOD, pmi=17.9, reverse_ifd=0.766)
+    assert not accepted(LOW, lost, LIMITS, GATES)
+    assert accepted(SPARSE, lost, LIMITS, GATES)  # it replaces nothing
+    turns = Example((*sample("Q").messages, *sample("Q2").messages))
+    assert accepted(dataclasses.replace(LOW, original=turns), lost, LIMITS, GATES)
+
+
+def test_the_loss_is_not_asked_of_a_refiner_that_is_the_model_under_training() -> None:
+    own = dataclasses.replace(LIMITS, refines_itself=True)
+    high, low = (dataclasses.replace(GOOD, loss=loss) for loss in (4.0, 0.7))
+    assert verdict(HARD, high, LIMITS, GATES) == Verdict("loss", "3.000 -> 4.000, at most 2.500 wanted")
+    assert accepted(HARD, high, own, GATES)
+    assert verdict(HARD, low, own, GATES) == Verdict("floor", "loss 0.700, at least 0.750 wanted")
+    unknown = dataclasses.replace(GOOD, loss=None)
+    assert verdict(LOW, unknown, own, GATES) == Verdict("floor", "loss unknown, at least 0.750 wanted")
+    assert verdict(LOW, low, own, GATES) == Verdict("floor", "loss 0.700, at least 0.750 wanted")
+    assert accepted(LOW, low, LIMITS, GATES)  # another refiner's plain answer is no fault
 
 
 @pytest.mark.parametrize(
     ("asked", "change", "name", "detail"),
     [
         (HARD, {"loss": 2.6}, "loss", "3.000 -> 2.600, at most 2.500 wanted"),
-        (HARD, {"loss": None}, "loss", "3.000 -> unknown, at most 2.500 wanted"),
         (HARD, {"similarity": 0.89}, "context", "0.890 similar to the original, 0.900 wanted"),
         (HARD, {"similarity": None}, "context", "unknown similar to the original, 0.900 wanted"),
         (HARD, {"truncated": True}, "length", "over model.max_length"),
+        (
+            HARD,
+            {"pmi": 17.9, "reverse_ifd": 0.766},
+            "information",
+            "PMI 20.000 -> 17.900, reverse IFD 0.750 -> 0.766",
+        ),
+        (
+            LOW,
+            {"pmi": None, "reverse_ifd": None},
+            "information",
+            "PMI 20.000 -> unknown, reverse IFD 0.750 -> unknown",
+        ),
+        (LOW, {"end_nll": 0.6}, "ending", "the end's loss is 0.600, at most 0.500 wanted"),
+        (LOW, {"end_nll": None}, "ending", "the end's loss is unknown, at most 0.500 wanted"),
+        (BOTH, {"loss": 0.7}, "floor", "loss 0.700, at least 0.750 wanted"),
         (LOW, {"quality": 5.0}, "quality", "5.000 -> 5.000, a rise wanted"),
         (LOW, {"quality": None}, "quality", "5.000 -> unknown, a rise wanted"),
         (BOTH, {"loss": 2.6}, "loss", "3.000 -> 2.600, at most 2.500 wanted"),
@@ -335,3 +404,42 @@ def test_rows_without_a_direction_set_no_bar() -> None:
     assert pair_similarity(np.zeros((3, 4), np.float32), 0.95) is None
     with_one_lost = np.array([[1, 0], [0, 1], [np.nan, 0]], np.float32)
     assert pair_similarity(with_one_lost, 0.5) == pytest.approx(0.0)
+
+
+# The answer to the old prompt ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "wanted"),
+    [
+        ("Paris.", "paris", 1.0),
+        ("Lyon", "Paris", 0.0),
+        ("It is 12.", "12", 1.0),
+        ("It is 12.", "It is 13.", 0.0),
+        ("1,000", "1000", 1.0),
+        ("The sky is blue on clear days", "On clear days the sky looks blue to us", 2 * 6 / 16),
+        ("Paris", "The capital of France is Paris", 2 / 7),  # one of them is long
+        ("", "", 1.0),
+    ],
+)
+def test_agreement(one: str, other: str, wanted: float) -> None:
+    assert agreement(one, other) == agreement(other, one) == pytest.approx(wanted)
+
+
+@given(st.text(), st.text())
+def test_agreement_is_a_share_and_each_text_agrees_with_itself(one: str, other: str) -> None:
+    assert 0 <= agreement(one, other) <= 1
+    assert agreement(one, one) == 1
+
+
+def test_the_agreement_gate_is_open_until_it_has_a_bar() -> None:
+    candidate = Candidate(LOW, response="Paris.", again="Lyon.")
+    closed = RefineSettings(gates=GateSettings(agreement=0.5))
+    assert first_verdict(candidate, "again", RefineSettings(gates=GATES)) is None
+    assert first_verdict(candidate, "again", closed) == Verdict(
+        "agreement", "agreement 0.00 with its answer to the old prompt"
+    )
+    assert first_verdict(dataclasses.replace(candidate, again="paris"), "again", closed) is None
+    missing = first_verdict(dataclasses.replace(candidate, again=None), "again", closed)
+    assert missing == Verdict("agreement", "the old prompt got no whole answer")
+    assert first_verdict(dataclasses.replace(candidate, task=SPARSE), "again", closed) is None

@@ -1,0 +1,165 @@
+"""Every setting with one other valid value, and the stages that the change makes stale by itself.
+
+A test compares the list with the settings of the program, so that none is missed. The stages are those of any
+round; whatever follows from them is redone where what it reads came out otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Change(NamedTuple):
+    """A change of one setting.
+
+    Attributes:
+      value: the other value. `{root}`, `{url}`: of the world.
+      stages: which are stale by themselves; None: the settings name another run.
+      more: what has to be changed with it.
+      base: settings of the run before the change, where the setting does not exist otherwise.
+    """
+
+    value: Any
+    stages: tuple[str, ...] | None = ()
+    more: Mapping[str, Any] = {}
+    base: Mapping[str, Any] = {}
+
+
+PREPARE, TRAIN, SCORE, SELECT = ("prepare",), ("train",), ("score",), ("select",)
+REFINE, MERGE = ("refine",), ("merge", "follow")
+READS_BASE = ("train", "score", "evaluate")  # the weights; the tokenizer's files are the same
+TEXT = ("prepare", "train", "score", "refine", "evaluate")
+SAMPLED = {"quality.method": "sample"}
+WITH_LORA = {"lora.rank": 2}
+
+CHANGES: dict[str, Change] = {
+    "name": Change("another", None),
+    "runs_dir": Change("{root}/others", None),
+    "seed": Change(9, ("prepare", "train", "refine")),
+    "rounds": Change(2, ("follow", "evaluate")),
+    "model.path": Change("{root}/other_model", READS_BASE),
+    "model.dtype": Change("bfloat16", (*TEXT, "export")),
+    "model.attention": Change("xla"),
+    "model.template": Change("default", TEXT),
+    "model.template_date": Change("2020-02-02", TEXT),
+    "model.max_length": Change(300, TEXT),
+    "data.path": Change("{root}/other.json", PREPARE),
+    "data.format": Change("alpaca", PREPARE),
+    "data.limit": Change(14, PREPARE),
+    "data.columns": Change("{system: persona}", PREPARE),
+    "data.eval_path": Change("{root}/other.json", PREPARE),
+    "data.id_column": Change("instruction", PREPARE),
+    "data.if_changed": Change("stop"),
+    "data.roles": Change("{narrator: user}", PREPARE),
+    "data.sources": Change("[{path: '{root}/other.json'}]", PREPARE, more={"data.path": ""}),
+    "data.strict": Change(True, PREPARE),
+    "data.eval_fraction": Change(0.3, PREPARE),
+    "data.source_column": Change("instruction", PREPARE),
+    "mesh.data": Change(-1, more={"mesh.fsdp": 1}),
+    "mesh.fsdp": Change(1),
+    "mesh.tensor": Change(-1, more={"mesh.fsdp": 1}),
+    "hosts.start_timeout": Change(60),
+    "hosts.stall_timeout": Change(60),
+    "train.learning_rate": Change(0.003, TRAIN),
+    "train.num_epochs": Change(3, TRAIN),
+    "train.batch_size": Change(1, TRAIN),
+    "train.examples_per_step": Change(5, TRAIN),
+    "train.gradient_accumulation": Change(2),
+    "train.warmup_ratio": Change(0.5, TRAIN),
+    "train.schedule": Change("constant", TRAIN),
+    "train.optimizer.name": Change("adafactor", TRAIN),
+    "train.optimizer.weight_decay": Change(0.5, TRAIN),
+    "train.optimizer.betas": Change("[0.8, 0.99]", TRAIN),
+    "train.param_dtype": Change("bfloat16", TRAIN),
+    "train.max_grad_norm": Change(0.1, TRAIN),
+    "train.remat": Change("none"),
+    "train.start_from": Change("previous", TRAIN),
+    "train.save_every": Change(7),
+    "train.eval_every": Change(2),
+    "train.keep_best": Change(True),
+    "train.on_bad_step": Change("skip", TRAIN),
+    "train.trackers": Change("[tensorboard]"),
+    "lora.rank": Change(2, TRAIN),
+    "lora.alpha": Change(8.0, TRAIN, base=WITH_LORA),
+    "lora.target_modules": Change("[q_proj]", TRAIN, base=WITH_LORA),
+    "scoring.batch_tokens": Change(4096),
+    "scoring.unembed_chunk": Change(64),
+    "scoring.readings": Change("[ifd]", SCORE),
+    "complexity.m": Change(0.5, SELECT),
+    "complexity.fraction": Change(0.4, SELECT),
+    "complexity.normalise": Change("length", SELECT),
+    "diversity.m": Change(0.5, SELECT),
+    "diversity.fraction": Change(0.4, SELECT),
+    "diversity.k": Change(3, SCORE),
+    "diversity.text": Change("raw", SCORE),
+    "diversity.embedder": Change("pre", SCORE),
+    "diversity.ignore_duplicates": Change(True, SCORE),
+    "consistency.m": Change(0.5, SELECT),
+    "consistency.fraction": Change(0.4, SELECT),
+    "quality.m": Change(0.5, SELECT),
+    "quality.fraction": Change(0.4, SELECT),
+    "quality.method": Change("sample", SCORE),
+    "quality.score": Change("log_odds", SCORE),
+    "quality.score_temperature": Change(2.0, SCORE),
+    "quality.max_new_tokens": Change(32, SCORE, base=SAMPLED),
+    "quality.temperature": Change(0.5, SCORE, base=SAMPLED),
+    "refine.base_url": Change("[{url}, {url}]"),
+    "refine.model": Change("fake2", REFINE),
+    "refine.model_revision": Change("2", REFINE),
+    "refine.api_key_env": Change("OTHER_KEY"),
+    "refine.temperature": Change(0.5, REFINE),
+    "refine.max_tokens": Change(32, REFINE),
+    "refine.response_format": Change("text", REFINE),
+    "refine.concurrency": Change(2),
+    "refine.per_minute.requests": Change(6000),
+    "refine.per_minute.tokens": Change(6_000_000),
+    "refine.max_retries": Change(1),
+    "refine.timeout": Change(60.0),
+    "refine.max_corrections": Change(1, REFINE),
+    "refine.budget.usd": Change(3.0),
+    "refine.budget.tokens": Change(9_000_000),
+    "refine.cache": Change("{root}/shared.sqlite"),
+    "refine.show_response": Change(False, REFINE),
+    "refine.turns": Change("all", REFINE),
+    "refine.preflight": Change(True),
+    "refine.accept": Change("none", REFINE),
+    "refine.max_attempts": Change(3, REFINE),
+    "refine.growth": Change("keep", MERGE),
+    "refine.prices.prompt": Change(1.0),
+    "refine.prices.cached": Change(1.0),
+    "refine.prices.completion": Change(1.0),
+    "refine.gates.open": Change("[numbers, code]", REFINE),
+    "refine.gates.agreement": Change(0.5, REFINE),
+    "refine.gates.length": Change(3.0, REFINE),
+    "refine.gates.context": Change(0.5, REFINE),
+    "refine.gates.novelty": Change(0.5, REFINE),
+    "refine.gates.duplicate": Change(0.7, REFINE),
+    # A task that no folder has: the run refuses it. The settings of tasks do nothing without tasks.
+    "evaluate.tasks": Change("[no_such_task]"),
+    "evaluate.allow_code": Change(True),
+    "evaluate.chat_template": Change(True),
+    "evaluate.include_path": Change("{root}"),
+    "evaluate.limit": Change(5),
+    "evaluate.local_data": Change("{root}"),
+    "evaluate.max_length": Change(64),
+    "evaluate.num_fewshot": Change(1),
+    "serve.max_batch": Change(2),
+    "serve.max_context": Change(777, REFINE),
+}
+
+
+def override(name: str, change: Change, root: str, url: str) -> dict[str, Any]:
+    """The change as overrides of a run in a world, `__` for the dot."""
+
+    def filled(value: Any) -> Any:
+        return value.replace("{root}", root).replace("{url}", url) if isinstance(value, str) else value
+
+    return {
+        key.replace(".", "__"): filled(value) for key, value in {**change.more, name: change.value}.items()
+    }
+
+
+def base_of(change: Change) -> dict[str, Any]:
+    """The settings of the run before the change, likewise."""
+    return {key.replace(".", "__"): value for key, value in change.base.items()}

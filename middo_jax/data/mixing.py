@@ -1,0 +1,112 @@
+"""Several datasets as one: how many rows of each are taken, and which."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+from middo_jax.config.settings import Source
+from middo_jax.data.example import Example
+from middo_jax.data.files import Rejection
+from middo_jax.data.formats import DataError, plain
+from middo_jax.data.reading import Reading
+from middo_jax.data.sources import Repair, UserRows, read_rows
+
+
+def shares(sizes: Sequence[int], sources: Sequence[Source]) -> list[int]:
+    """How many usable rows of each source are taken.
+
+    Sources with weights are mixed in the ratio of their weights, with as many rows as that allows. A source
+    with neither weight nor count is taken whole.
+
+    sizes [1000, 300], weights 1 and 1  ->  [300, 300];  weights 3 and 1  ->  [900, 300]
+
+    Raises:
+      DataError: a source has fewer usable rows than its count.
+    """
+    for n, source in zip(sizes, sources, strict=True):
+        if source.count is not None and source.count > n:
+            raise DataError(
+                f"{source.path}: data.sources wants {source.count:,} rows of it, and {n:,} can be used; "
+                "lower its count"
+            )
+    weighted = [(n, s.weight) for n, s in zip(sizes, sources, strict=True) if s.weight is not None]
+    unit = min((n / weight for n, weight in weighted), default=0.0)  # rows per unit of weight
+    return [
+        s.count if s.count is not None else n if s.weight is None else min(n, max(1, round(unit * s.weight)))
+        for n, s in zip(sizes, sources, strict=True)
+    ]
+
+
+def chosen(n: int, count: int, seed: int, name: str) -> list[int]:
+    """`count` of the numbers 0..n-1 in order; which ones depends on the seed and the name only."""
+    if count >= n:
+        return list(range(n))
+    return sorted(random.Random(f"{seed}:{name}").sample(range(n), count))
+
+
+def read_sources(
+    sources: Sequence[Source], limit: int | None, reading: Reading, seed: int
+) -> tuple[UserRows, list[str]]:
+    """(several datasets as one, what was taken of each, in words).
+
+    A row whose conversation an earlier source has too is a rejection. Ids that are not unique over all
+    sources are kept as an ordinary column.
+
+    Raises:
+      DataError: see `read_rows`, or a source has too few rows.
+    """
+    parts = [read_rows(s.path, s.format, limit, reading) for s in sources]
+    formats = {part.format for part in parts}
+    merged, said = UserRows([], [], [], [], [], formats.pop() if len(formats) == 1 else "messages"), []
+    first: dict[str, str] = {}
+    for part, source, count in zip(
+        parts, sources, shares([len(part.examples) for part in parts], sources), strict=True
+    ):
+        merged.rejections.extend(_at(source.path, rejection) for rejection in part.rejections)
+        taken = chosen(len(part.examples), count, seed, source.path)
+        said.append(f"{source.path}: {len(taken):,} of {len(part.examples):,} rows taken")
+        places = {part.places[i] for i in taken}
+        merged = merged._replace(
+            repairs=[*merged.repairs, *(_at(source.path, r) for r in part.repairs if r.where in places)]
+        )
+        for i in taken:
+            example, where = part.examples[i], _place(source.path, part.places[i])
+            if example.id in first:
+                reason = f"duplicate of {example.id} ({first[example.id]})"
+                merged.rejections.append(Rejection(where, reason, plain(part.rows[i])))
+                continue
+            first[example.id] = where
+            merged.examples.append(example)
+            merged.rows.append(part.rows[i])
+            merged.places.append(where)
+    ids = [str(e.user_id) for e in merged.examples if e.user_id is not None]
+    if len(set(ids)) < len(ids):
+        column = reading.id_column or "id"
+        merged = merged._replace(examples=[_id_as_extra(example, column) for example in merged.examples])
+        said.append(f"column {column!r} is not unique over all sources: results do not carry it as the id")
+    return merged, said
+
+
+def _place(path: str, where: str) -> str:
+    return f"{path} {where}" if where.startswith("row ") else where
+
+
+_Placed = TypeVar("_Placed", Rejection, Repair)
+
+
+def _at(path: str, placed: _Placed) -> _Placed:
+    where = _place(path, placed.where)
+    return (
+        placed._replace(where=where)
+        if isinstance(placed, Repair)
+        else dataclasses.replace(placed, where=where)
+    )
+
+
+def _id_as_extra(example: Example, column: str) -> Example:
+    if example.user_id is None:
+        return example
+    return dataclasses.replace(example, extra={column: example.user_id, **example.extra}, user_id=None)

@@ -1,0 +1,169 @@
+"""The shapes of the four formats: a row's turns, and the row of a conversation. Pure functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from middo_jax.data.example import Example, Message
+from middo_jax.data.tools import parts_of
+from middo_jax.data.turns import Role, Row, RowError, Turn, content_of, kind_of, text_of, turn_list
+
+
+class ShapeError(ValueError):
+    """A conversation does not fit into a format; the message says what it has no place for."""
+
+
+def alpaca_turns(row: Row) -> list[Turn]:
+    """The turns of a row of alpaca, those of `history` first."""
+    turns = [Turn("system", "")]
+    history = row.get("history")
+    if history is not None and not isinstance(history, list):
+        raise RowError(f"column 'history' must be a list of [user, assistant] pairs, not {kind_of(history)}")
+    for n, pair in enumerate(history or [], 1):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise RowError(f"column 'history': pair {n} is not a list of two texts, [user, assistant]")
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    text_of(row, "instruction")  # required
+    prompt = _joined_prompt(prompt_parts(row, at_least=0))
+    return [*turns, Turn("user", prompt), Turn("assistant", text_of(row, "output"))]
+
+
+def prompt_parts(row: Row, at_least: int = 2) -> dict[str, str]:
+    """The columns of an Alpaca row that its prompt is joined of; {} if fewer than `at_least` have a text."""
+    texts = {name: text_of(row, name, "") for name in ("instruction", "context", "input")}
+    parts = {name: text for name, text in texts.items() if text.strip()}
+    return parts if len(parts) >= at_least else {}
+
+
+def prompt_row(example: Example) -> Row:
+    """The columns of the prompt of an unchanged Alpaca row, as they were; {} for all others."""
+    parts = example.prompt_columns
+    if not parts or _joined_prompt(parts) != example.question:
+        return {}
+    return {"instruction": "", "input": "", **parts}
+
+
+def _joined_prompt(parts: Mapping[str, str]) -> str:
+    return "\n".join(dict.fromkeys(parts.values()))
+
+
+def alpaca_row(messages: Sequence[Message]) -> Row:
+    """A row of alpaca.
+
+    Raises:
+      ShapeError: there are tool turns, or an answer before the first question.
+    """
+    if any(m.tool or m.role == "tool" for m in messages):
+        raise ShapeError("has no place for tool turns")
+    if next(m.role for m in messages if m.role != "system") != "user":
+        raise ShapeError("has no place for an answer before the first question")
+    system = [m.content for m in messages if m.role == "system"]
+    texts = [m.content for m in messages if m.role != "system"]
+    row: Row = {"instruction": texts[-2], "input": "", "output": texts[-1]}
+    if system:
+        row["system"] = system[0]
+    if texts[:-2]:
+        row["history"] = [list(pair) for pair in zip(texts[:-2:2], texts[1:-2:2], strict=True)]
+    return row
+
+
+def sharegpt_row(messages: Sequence[Message]) -> Row:
+    """A row of ShareGPT; calls and results of tools as LLaMA-Factory has them."""
+    names = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+    turns = []
+    for m in messages:
+        weight = {} if m.learnt else {"weight": 0}
+        fields = parts_of(m.tool)
+        calls = [
+            {**({"id": call["id"]} if "id" in call else {}), **call["function"]}
+            for call in fields.pop("tool_calls", ())
+        ]
+        if m.content or not calls:
+            turns.append({"from": names[m.role], "value": m.content, **fields, **weight})
+        if calls:
+            value = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
+            turns.append({"from": "function_call", "value": value, **weight})
+    return {"conversations": turns}
+
+
+def messages_row(messages: Sequence[Message]) -> Row:
+    """A row of messages."""
+    return {"messages": [m.to_json() for m in messages]}
+
+
+def prompt_completion_turns(row: Row) -> list[Turn]:
+    """The turns of a row of prompt_completion."""
+    turns = []
+    sides: dict[str, Role] = {"prompt": "user", "completion": "assistant"}
+    for column, role in sides.items():
+        value = row.get(column)
+        if isinstance(value, list) and any(isinstance(turn, dict) and "role" in turn for turn in value):
+            turns += turn_list(row, column, "role", "content")
+        elif isinstance(value, list | dict):
+            turns.append(Turn(role, content_of(value, f"column {column!r}")))
+        else:
+            turns.append(Turn(role, text_of(row, column)))
+    if context := text_of(row, "context", "").strip():
+        asked = max((n for n, turn in enumerate(turns) if turn.role == "user"), default=None)
+        if asked is not None and context not in turns[asked].content:
+            turns[asked] = turns[asked]._replace(content=f"{turns[asked].content}\n{row['context']}")
+    return turns
+
+
+def prompt_completion_row(messages: Sequence[Message]) -> Row:
+    """A row of prompt and completion as texts."""
+    user, assistant = messages
+    return {"prompt": user.content, "completion": assistant.content}
+
+
+def conversational_row(messages: Sequence[Message]) -> Row:
+    """A row of prompt and completion as lists of turns."""
+    turns = [m.to_json() for m in messages]
+    return {"prompt": turns[:-1], "completion": turns[-1:]}
+
+
+def uniform(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose turns all have the same fields, null where a turn has none, as typed columns need it.
+
+    The arguments of tool calls become JSON text, which is OpenAI's own form.
+    """
+    fields = dict.fromkeys(key for row in rows for turn in _turns(row) for key in turn)
+    if not fields.keys() & {"tool_calls", "tool_call_id", "name"}:
+        return list(rows)
+
+    def filled(turn: Any) -> Any:
+        return {key: _as_texts(turn.get(key)) if key == "tool_calls" else turn.get(key) for key in fields}
+
+    def is_turns(value: Any) -> bool:
+        return isinstance(value, list) and any(map(_is_turn, value))
+
+    return [{k: [filled(t) for t in v] if is_turns(v) else v for k, v in row.items()} for row in rows]
+
+
+def _turns(row: Row) -> list[dict[str, Any]]:
+    """All turns in the columns of a row."""
+    return [item for value in row.values() if isinstance(value, list) for item in value if _is_turn(item)]
+
+
+def _is_turn(item: Any) -> bool:
+    if not isinstance(item, dict):
+        return False
+    return {"role", "content"} <= item.keys() or {"from", "value"} <= item.keys()
+
+
+def _as_texts(calls: Any) -> Any:
+    if not calls:
+        return None
+    return [
+        {
+            "id": call.get("id"),
+            "type": call["type"],
+            "function": {
+                "name": call["function"]["name"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in calls
+    ]

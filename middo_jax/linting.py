@@ -1,0 +1,269 @@
+"""`middo inspect` as a linter: faults of a dataset that no format shows, counted. No model is needed.
+
+lint(examples, places, limits={"refusals": 0.01}, benchmarks=read_texts("gsm8k_test.jsonl"))
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from middo_jax.data.example import Example
+from middo_jax.data.files import Rejection, files_at, rows_of_files
+from middo_jax.refinement.acceptance.language import languages
+from middo_jax.refinement.acceptance.overlap import jaccard, shingles
+from middo_jax.refinement.acceptance.refusal import is_refusal
+
+SHOWN = 3  # places per check
+NEAR = 0.8  # share of common word triples from which two prompts are near-duplicates
+_SKETCH = 4  # smallest hashes of a prompt's triples: near-duplicates share one of them almost surely
+_GRAM = 13  # words of a text that is taken for a quotation of a benchmark, as in the report on GPT-3
+_SHORTEST = 6  # words of a benchmark's text that is looked for whole
+
+_MISSING = frozenset(
+    {"nan", "null", "none", "n/a", "na", "undefined", "nil", "[]", "{}", '""', "<na>", "#n/a"}
+)
+_WORD = re.compile(r"\w+")
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
+_SECRETS: Mapping[str, re.Pattern[str]] = {
+    "an AWS key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    "a GitHub token": re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{50,})"),
+    "an OpenAI or Anthropic key": re.compile(r"\bsk-(?:ant-|proj-|svcacct-)?[A-Za-z0-9_-]{20,}"),
+    "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
+    "a Google key": re.compile(r"\bAIza[0-9A-Za-z_-]{35}\b"),
+    "a Slack token": re.compile(r"\bxox[abprs]-[A-Za-z0-9-]{10,}"),
+    "a private key": re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
+    "a JSON web token": re.compile(r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
+    "an e-mail address": re.compile(
+        r"\b[\w.+-]+@(?!(?:[\w-]+\.)*(?:example\.(?:com|org|net)|example|test|invalid)\b)[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b",
+        re.IGNORECASE,
+    ),
+}
+
+
+class Check(NamedTuple):
+    """What a check looks for, in words, and its limit with `--strict`: a share of the rows, or None."""
+
+    text: str
+    strict: float | None
+
+
+CHECKS: Mapping[str, Check] = {
+    "empty": Check("rows refused because a text is empty", 0),
+    "missing": Check('a text such as "nan" or "null" in the place of a value', 0),
+    "mojibake": Check("UTF-8 that was read as another encoding, or characters that were lost", 0),
+    "refusals": Check("answers that refuse", 0),
+    "near_duplicates": Check("prompts that are nearly an earlier row's prompt", 0),
+    "languages": Check("rows in another language than most", None),
+    "secrets": Check("keys, tokens, e-mail addresses", 0),
+    "benchmarks": Check("rows that quote a file of --against", 0),
+}
+
+
+class Found(NamedTuple):
+    """The result of one check.
+
+    Attributes:
+      check: its name in `CHECKS`.
+      n: rows with the fault.
+      share: of all rows that were read.
+      limit: the largest allowed share; None: any.
+      first: place and detail of the first ones.
+    """
+
+    check: str
+    n: int
+    share: float
+    limit: float | None
+    first: list[tuple[str, str]]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the share is over the limit."""
+        return self.limit is not None and self.share > self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values for `--json`."""
+        first = [{"where": where, "detail": detail} for where, detail in self.first]
+        return {**self._asdict(), "first": first, "over": self.is_over}
+
+
+def lint(
+    examples: Sequence[Example],
+    places: Sequence[str],
+    rejections: Sequence[Rejection] = (),
+    limits: Mapping[str, float] | None = None,
+    strict: bool = False,
+    benchmarks: Sequence[str] = (),
+) -> list[Found]:
+    """The results of all checks, in the order of `CHECKS`.
+
+    Args:
+      examples: the usable rows.
+      places: where each is, such as file:line.
+      rejections: the other rows.
+      limits: the largest allowed share of rows by check; over `strict`.
+      strict: whether the limits of `CHECKS` hold.
+      benchmarks: texts that no row may quote.
+    """
+    if unknown := sorted((limits or {}).keys() - CHECKS.keys()):
+        raise ValueError(f"there is no check {unknown[0]!r}; there are: {', '.join(CHECKS)}")
+    rows = list(zip(places, examples, strict=True))
+    faults: dict[str, list[tuple[str, str]]] = {
+        "empty": [(r.where, r.reason) for r in rejections if "empty" in r.reason],
+        "missing": _each(rows, _missing),
+        "mojibake": _each(rows, _mojibake),
+        "refusals": _each(rows, lambda e: "the answer refuses" if is_refusal(e.response) else None),
+        "near_duplicates": list(_near_duplicates(rows)),
+        "languages": list(_other_languages(rows)),
+        "secrets": _each(rows, _secret),
+        "benchmarks": _each(rows, _Quotations(benchmarks).find) if benchmarks else [],
+    }
+    total = max(1, len(examples) + len(rejections))
+    given = {name: check.strict for name, check in CHECKS.items() if strict} | dict(limits or {})
+    return [
+        Found(name, len(found), len(found) / total, given.get(name), found[:SHOWN])
+        for name, found in faults.items()
+    ]
+
+
+def read_limits(options: Sequence[str]) -> dict[str, float]:
+    """The limits of `--max NAME=SHARE`.
+
+    Raises:
+      ValueError: the form is another one, or the share is not in 0..1.
+    """
+    limits = {}
+    for option in options:
+        name, _, share = option.partition("=")
+        try:
+            limits[name] = float(share)
+        except ValueError as e:
+            raise ValueError(f"--max {option}: write NAME=SHARE, as in --max refusals=0.01") from e
+        if not 0 <= limits[name] <= 1:
+            raise ValueError(f"--max {option}: the share must be in 0..1")
+    return limits
+
+
+def read_texts(path: str) -> list[str]:
+    """All texts of a benchmark's file, of any columns.
+
+    Raises:
+      DataError: the file cannot be read.
+    """
+    rows = (item for item in rows_of_files(files_at(path)) if not isinstance(item, Rejection))
+    return [text for _, row in rows for text in _texts(row)]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _each(
+    rows: Sequence[tuple[str, Example]], check: Callable[[Example], str | None]
+) -> list[tuple[str, str]]:
+    return [(where, found) for where, example in rows if (found := check(example)) is not None]
+
+
+def _missing(example: Example) -> str | None:
+    for message in example.messages:
+        if message.content.strip().lower() in _MISSING:
+            return f"the {message.role}'s text is {message.content.strip()!r}"
+    return None
+
+
+def _mojibake(example: Example) -> str | None:
+    for message in example.messages:
+        if "\ufffd" in message.content:
+            return "a character was lost (U+FFFD)"
+        for run in _NOT_ASCII.findall(message.content):
+            for encoding in ("cp1252", "latin-1"):
+                try:
+                    meant = run.encode(encoding).decode("utf-8")
+                except UnicodeError:
+                    continue
+                return f"{run!r} was {meant!r}"
+    return None
+
+
+def _secret(example: Example) -> str | None:
+    """The kind of the first secret; never the secret itself, since outputs are kept and shared."""
+    text = "\n".join(message.text for message in example.messages)
+    return next((kind for kind, pattern in _SECRETS.items() if pattern.search(text)), None)
+
+
+def _other_languages(rows: Sequence[tuple[str, Example]]) -> Iterator[tuple[str, str]]:
+    codes = [(where, languages(example.response) or languages(example.prompt)) for where, example in rows]
+    counts = Counter(found[0] for _, found in codes if found)
+    if not counts:
+        return
+    main = counts.most_common(1)[0][0]
+    for where, found in codes:
+        if found and main not in found:
+            yield where, f"{found[0]}, most rows are {main}"
+
+
+def _near_duplicates(rows: Sequence[tuple[str, Example]]) -> Iterator[tuple[str, str]]:
+    """Compares prompts that share one of their smallest hashes, so that time is proportional to the rows."""
+    seen: defaultdict[int, list[int]] = defaultdict(list)
+    known = []
+    for number, (where, example) in enumerate(rows):
+        own = shingles(example.prompt)
+        known.append(own)
+        hashes = sorted(zlib.crc32(" ".join(triple).encode("utf-8", "replace")) for triple in own)[:_SKETCH]
+        others = dict.fromkeys(other for value in hashes for other in seen[value])
+        near = ((jaccard(own, known[other]), other) for other in others)
+        best = max(near, default=(0.0, 0))
+        if best[0] >= NEAR:
+            yield where, f"{best[0]:.2f} like {rows[best[1]][0]}"
+            continue  # the earlier row stands for both
+        for value in hashes:
+            seen[value].append(number)
+
+
+class _Quotations:
+    """Finds rows with 13 consecutive words of a benchmark, or with a short text of it as a whole."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._grams: set[str] = set()
+        self._short: defaultdict[int, set[str]] = defaultdict(set)
+        for text in texts:
+            words = _words(text)
+            if len(words) >= _GRAM:
+                self._grams.update(_grams(words, _GRAM))
+            elif len(words) >= _SHORTEST:
+                self._short[len(words)].add(" ".join(words))
+
+    def find(self, example: Example) -> str | None:
+        for message in example.messages:
+            words = _words(message.content)
+            for size, known in ((_GRAM, self._grams), *self._short.items()):
+                if found := next((gram for gram in _grams(words, size) if gram in known), None):
+                    return f"{found!r}"
+        return None
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _grams(words: Sequence[str], size: int) -> Iterator[str]:
+    return (" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
+
+
+def render(found: Sequence[Found]) -> list[str]:
+    """The results as lines for a terminal."""
+    lines = ["", "checks (share of all rows, limit):"]
+    for result in found:
+        limit = "no limit" if result.limit is None else f"limit {result.limit:.2%}"
+        mark = "FAIL" if result.is_over else "    "
+        lines.append(f"{mark} {result.check:<16} {result.n:>7,}  {result.share:7.2%}  {limit}")
+        lines += [f"       {where}: {detail}" for where, detail in result.first]
+    return lines

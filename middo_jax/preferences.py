@@ -1,0 +1,83 @@
+"""Preference pairs of a run, in TRL's format with an explicit prompt: what was accepted, and what lost.
+
+    {"prompt": [turns], "chosen": [answer], "rejected": [answer], "rejected_from": "original", ...}
+
+An original or a losing candidate may have answered another prompt than the accepted one; `same_prompt` says
+so, since most trainings want pairs of one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from middo_jax.data.example import Example
+from middo_jax.refinement.reply import without_reasoning
+from middo_jax.rundir import RoundDir, RunDir, read_jsonl
+
+SCORES = ("loss_post", "quality")
+
+
+def preference_pairs(run: RunDir) -> list[dict[str, Any]]:
+    """The pairs of all rounds: each accepted rewrite against its original, and against earlier candidates.
+
+    Additions have no original, so that only their losing candidates make pairs. A pair whose two answers are
+    equal is left out.
+    """
+    return [pair for folder in run.rounds() if folder.refined.exists() for pair in _of_round(folder)]
+
+
+def _of_round(folder: RoundDir) -> Iterator[dict[str, Any]]:
+    measured: dict[tuple[str, int], Mapping[str, Any]] = {}
+    if folder.candidates.exists():
+        measured = {(row["task_id"], row["attempt"]): row for row in read_jsonl(folder.candidates)}
+    answers: dict[str, dict[int, dict[str, Any]]] = {}
+    if folder.requests.exists():
+        for row in read_jsonl(folder.requests):
+            if row.get("step") == "answer":  # of several answers of an attempt, the last one counts
+                answers.setdefault(row["task_id"], {})[row["attempt"]] = row
+    for task in read_jsonl(folder.refined):
+        if not task["accepted"] or not task["example"]:
+            continue
+        child, original = Example.from_json(task["example"]), Example.from_json(task["original"])
+        after = child.lineage.scores_after or {}
+        if task["replaces"]:
+            same = _same(child.question, original.question) and child.context == original.context
+            before = task.get("scores_before") or child.lineage.scores_before or {}
+            yield from _pair(child, original.response, "original", same, after, before)
+        for attempt, row in sorted(answers.get(task["task_id"], {}).items()):
+            if attempt >= task.get("attempts", 1) - 1:
+                continue
+            text = without_reasoning(row["answer"]) or ""
+            found = (measured.get((task["task_id"], attempt)) or {}).get("measured") or {}
+            scores = {"loss_post": found.get("loss"), "quality": found.get("quality")}
+            same = [turn["content"] for turn in row["messages"]] == [m.content for m in child.messages[:-1]]
+            yield from _pair(child, text, "candidate", same, after, scores)
+
+
+def _pair(
+    child: Example,
+    rejected: str,
+    origin: str,
+    same_prompt: bool,
+    after: Mapping[str, float | None],
+    before: Mapping[str, float | None],
+) -> Iterator[dict[str, Any]]:
+    if not rejected.strip() or _same(rejected, child.response):
+        return
+    *prompt, answer = child.messages
+    yield {
+        "prompt": [{"role": m.role, "content": m.content} for m in prompt],
+        "chosen": [{"role": "assistant", "content": answer.content}],
+        "rejected": [{"role": "assistant", "content": rejected.strip()}],
+        "rejected_from": origin,
+        "same_prompt": same_prompt,
+        "middo_id": child.id,
+        "middo_axis": child.lineage.axis,
+        **{f"chosen_{name}": after.get(name) for name in SCORES},
+        **{f"rejected_{name}": before.get(name) for name in SCORES},
+    }
+
+
+def _same(one: str, other: str) -> bool:
+    return " ".join(one.split()) == " ".join(other.split())

@@ -1,0 +1,156 @@
+"""The dataset card of a run's dataset: README.md with the front matter that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from middo_jax.data.example import Example
+from middo_jax.report.status import load_json, load_jsonl, load_settings
+from middo_jax.rundir import RoundDir, RunDir
+from middo_jax.version import __version__
+
+
+def card(run: RunDir, files: Mapping[str, str], form: str, pairs: str | None = None) -> str:
+    """The text of README.md beside the exported files.
+
+    It says how the dataset was made, with counts, costs and hashes from the run's folder. The licence is left
+    to the user, since only they know that of their data.
+
+    Args:
+      run: the run's folder.
+      files: the data files by split: train, and heldout if it was exported.
+      form: their format.
+      pairs: the file of preference pairs, if there is one.
+    """
+    settings = load_settings(run)
+    folder = run.final if run.final.dataset.exists() else run.rounds()[-1]
+    lineages = [Example.from_json(row).lineage for row in load_jsonl(folder.dataset) or []]
+    name = settings.get("name") or run.path.resolve().name
+    splits = [
+        {"split": "test" if split == "heldout" else split, "path": file} for split, file in files.items()
+    ]
+    configs = [{"config_name": "default", "data_files": splits}]
+    if pairs is not None:
+        configs.append({"config_name": "pairs", "data_files": [{"split": "train", "path": pairs}]})
+    front = {
+        "license": "unknown",
+        "pretty_name": str(name),
+        "tags": ["middo", "instruction-tuning", "synthetic"],
+        "task_categories": ["text-generation"],
+        "size_categories": [_size(len(lineages))],
+        "configs": configs,
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
+        f"# {name}\n",
+        "An instruction dataset that was improved in a closed loop by middo-jax "
+        f"{__version__} (the method: [Middo](https://arxiv.org/abs/2508.21589)). Fill in `license` above: it "
+        "depends on the original dataset and on the refiner's terms.\n",
+        "## What is in it\n",
+        _table(("rows", "how they were made"), _made(lineages)),
+        f"Format: {form}.\n",
+        "## How it was made\n",
+        _table(("what", "value"), _facts(settings, run)),
+        *_rounds(run),
+        "## How to repeat it\n",
+        "Save these settings as `config.yaml` and run `middo run config.yaml`. The answers of a served "
+        "refiner are repeated only from the run's cache.\n",
+        f"```yaml\n{yaml.safe_dump(_public(settings), sort_keys=False, allow_unicode=True)}```\n",
+    ]
+    return "\n".join(parts)
+
+
+def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without places of one's own: folders, addresses, devices."""
+    private = {
+        "": ("runs_dir", "mesh", "hosts"),
+        "refine": ("base_url", "cache", "api_key_env", "per_minute"),
+    }
+    kept = {name: value for name, value in settings.items() if name not in private[""]}
+    if isinstance(kept.get("refine"), dict):
+        kept["refine"] = {k: v for k, v in kept["refine"].items() if k not in private["refine"]}
+    return kept
+
+
+def _made(lineages: list[Any]) -> list[tuple[str, str]]:
+    named = {
+        "seed": "the original rows, unchanged",
+        "simplify": "rewritten to be easier (complexity)",
+        "rewrite": "rewritten to be better (quality)",
+        "synthesize": "new rows near sparse ones (diversity)",
+    }
+    counts = Counter(lineage.op for lineage in lineages)
+    return [(f"{counts[op]:,}", text) for op, text in named.items() if counts[op]]
+
+
+def _facts(settings: Mapping[str, Any], run: RunDir) -> list[tuple[str, str]]:
+    refine, data = settings.get("refine", {}), settings.get("data", {})
+    first = run.round(0).stages().get("prepare", {})
+    inputs = [f"`{known['hash'][:16]}`" for known in first.get("inputs", {}).values()]
+    sources = [source["path"] for source in data.get("sources") or []]
+    rows = [
+        ("model", str(settings.get("model", {}).get("path", ""))),
+        ("original data", data.get("path") or ", ".join(sources)),
+        ("SHA-256 of its files, first digits", ", ".join(inputs) or "not recorded"),
+        ("rounds", str(len(run.rounds()))),
+        ("refiner", str(refine.get("model") or "the model itself")),
+        ("acceptance", str(refine.get("accept", ""))),
+    ]
+    return rows
+
+
+def _rounds(run: RunDir) -> list[str]:
+    """A table of tasks, accepted rewrites and cost, and one of gates, if a round was refined."""
+    rows, gates = [], Counter[str]()
+    for folder in run.rounds():
+        tasks = load_jsonl(folder.refined)
+        if tasks is None:
+            continue
+        usage = folder.stages().get("refine", {}).get("usage", {}).values()
+        tokens = sum(u["prompt_tokens"] + u["completion_tokens"] for u in usage)
+        usd = sum(u["usd"] for u in usage)
+        rows.append(
+            (
+                folder.path.name,
+                _selected(folder),
+                f"{len(tasks):,}",
+                f"{sum(task['accepted'] for task in tasks):,}",
+                f"{tokens:,}",
+                f"{usd:.2f}",
+            )
+        )
+        gates.update(row["gate"] for row in load_jsonl(folder.candidates) or [] if row.get("gate"))
+    if not rows:
+        return []
+    header = ("round", "selected", "tasks", "accepted", "refiner's tokens", "US dollars")
+    found = [_table(header, rows)]
+    if gates:
+        counted = [(gate, f"{n:,}") for gate, n in gates.most_common()]
+        found.append(_table(("gate", "candidates that it rejected"), counted))
+    return found
+
+
+def _selected(folder: RoundDir) -> str:
+    axes = (load_json(folder.selection) or {"axes": {}})["axes"]
+    return ", ".join(f"{axis} {len(facts['ids']):,}" for axis, facts in axes.items())
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    def line(cells: tuple[str, ...]) -> str:
+        return f"| {' | '.join(' '.join(cell.split()).replace('|', '/') for cell in cells)} |"
+
+    return "\n".join([line(header), line(("---",) * len(header)), *map(line, rows), ""])
+
+
+def _size(n: int) -> str:
+    """The hub's name of a size: n<1K, 1K<n<10K, ..."""
+    edges = (("1K", 10**3), ("10K", 10**4), ("100K", 10**5), ("1M", 10**6), ("10M", 10**7))
+    below = "n<1K"
+    for (name, edge), (after, _) in zip(edges, [*edges[1:], ("100M", 10**8)], strict=True):
+        if n >= edge:
+            below = f"{name}<n<{after}"
+    return below

@@ -1,0 +1,116 @@
+"""Files of a run that cannot be used, and where they go: `damaged-TIME/` in the run's folder.
+
+Where a stage's files were edited or lost, the chain has the stage done again. This module finds the files
+that stop a run: a folder where a file belongs or the reverse, a file that cannot be read, a manifest that is
+none, a checkpoint that does not say what it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from middo_jax.rundir.chain import Link
+from middo_jax.rundir.layout import RoundDir, RunDir
+from middo_jax.rundir.manifest import Manifest, RunError
+
+FOLDERS = frozenset(("checkpoint", "huggingface"))  # what stages write as folders; all else are files
+ASIDE = "damaged-"
+
+
+class Damage(NamedTuple):
+    """A file or folder that cannot be used, and why: `is a folder, not a file`."""
+
+    path: Path
+    why: str
+
+
+def damages(run: RunDir, links: Sequence[Link]) -> Iterator[Damage]:
+    """What of a run cannot be used, in the order of the stages."""
+    folders = list(dict.fromkeys(link.folder.path for link in links))
+    for path in (run.config, run.events, run.llm_cache, run.report, *(RoundDir(f).manifest for f in folders)):
+        yield from _of(path)
+    for folder in folders:
+        if os.path.lexists(folder) and not folder.is_dir():
+            yield Damage(folder, "is not a folder")
+    for link in links:
+        for path in (*link.writes, *link.may_write):
+            yield from _of(path)
+    for folder in folders:
+        yield from _of_contents(RoundDir(folder))
+
+
+def refuse_damaged(found: Sequence[Damage]) -> None:
+    """Raises RunError with the first damage, and how to go on."""
+    if found:
+        path, why = found[0]
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise RunError(
+            f"{path} {why}{more}: mend it, or let `middo run CONFIG --repair` put it aside and do again what "
+            "is missing then; answers that were paid for are kept"
+        )
+
+
+def edited(links: Sequence[Link]) -> Iterator[Damage]:
+    """What stages wrote and is not as it was written; doing them again would write over it."""
+    for link in links:
+        try:
+            record = link.folder.stages().get(link.name)
+        except RunError:  # a damage of its own
+            continue
+        manifest = Manifest(link.folder.path)
+        for name in manifest.edited(record) if record is not None else ():
+            yield Damage(manifest.folder / name, "is not as it was written")
+
+
+def put_aside(run: RunDir, found: Sequence[Damage]) -> dict[Path, Path]:
+    """Moves damaged files to a new folder of the run, under their own names; returns where each is now."""
+    moved: dict[Path, Path] = {}
+    root = run.path / f"{ASIDE}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    for path in dict.fromkeys(damage.path for damage in found):
+        if not os.path.lexists(path):
+            continue  # within a folder that was moved
+        to = root / path.relative_to(run.path)
+        number = 1
+        while os.path.lexists(to):
+            to, number = to.with_name(f"{path.name}.{number}"), number + 1
+        to.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(path, to)
+        moved[path] = to
+    return moved
+
+
+def _of(path: Path) -> Iterator[Damage]:
+    if not os.path.lexists(path):
+        return
+    is_folder = path.name in FOLDERS
+    if path.exists() and path.is_dir() != is_folder:
+        yield Damage(path, "is a file, not a folder" if is_folder else "is a folder, not a file")
+        return
+    for file in (path, *path.rglob("*")) if is_folder else (path,):
+        if file.is_dir():
+            continue
+        try:
+            with file.open("rb") as opened:
+                opened.read(1)
+        except OSError as error:
+            yield Damage(file, f"cannot be read ({error.strerror or error})")
+
+
+def _of_contents(folder: RoundDir) -> Iterator[Damage]:
+    try:
+        folder.stages()
+    except RunError as error:
+        if folder.manifest.is_file() and "format version" not in str(error):
+            yield Damage(folder.manifest, "is not a manifest, or is not as it was written")
+    metadata = folder.checkpoint / "metadata.json"
+    if metadata.is_file():
+        try:
+            if not isinstance(json.loads(metadata.read_bytes()), dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError):
+            yield Damage(folder.checkpoint, "has a metadata.json that is not JSON")

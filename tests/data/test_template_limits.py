@@ -1,0 +1,88 @@
+"""Chat templates and tokenizers of strangers: one sentence in place of a full memory or an endless wait."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from support.tiny_model import write_tiny_model
+
+from middo_jax.data.template_limits import fault_of
+from middo_jax.data.templates import CONTROL_TOKENS, TemplateError, named_template
+from middo_jax.data.tokenize import load_tokenizer
+
+EATERS = {
+    "range": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+    "loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "processor time",
+    ),
+    "text": ("{{ 'a' * 10**10 }}", "of memory"),
+    "list": ("{% set x = [0] * 10**9 %}", "of memory"),
+    "format": ("{{ '%1000000000d' % 1 }}", "of memory"),
+    "center": ("{{ 'a'|center(10**10) }}", "of memory"),
+    "power": ("{{ 10 ** (10 ** 10) }}", "processor time"),  # one instruction, which no exception can end
+    "macro": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deep"),
+    "doubles": (
+        "{% set ns = namespace(x='aaaa') %}{% for m in messages %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+        "{{ ns.x|length }}",
+        "of memory|processor time",
+    ),
+    "output": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "more than 1,000,000 characters"),
+    "brackets": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deep"),
+    "length": ("{# " + "a" * 1_000_000 + " #}", "1,000,006 characters"),
+}
+
+
+@pytest.mark.parametrize("name", EATERS)
+def test_a_template_that_eats_resources_is_refused(name: str) -> None:
+    template, words = EATERS[name]
+    began = time.monotonic()
+    fault = fault_of(template, {"bos_token": "<s>"})
+    assert fault is not None
+    assert any(word in fault for word in words.split("|")), fault
+    assert "\n" not in fault
+    assert time.monotonic() - began < 30  # a second where nothing else runs
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *(named_template(name) for name in CONTROL_TOKENS),
+        "{% generation %}{{ messages[0].content }}{% endgeneration %}",
+        "{% for i in [1] %}{% break %}{% endfor %}",
+        "{{ raise_exception('system turns are not supported') }}",
+        "{{ messages[1].content + 1 }}",  # wrong, but small: the first rendering says what is wrong
+        "{% if %}",
+        "{{ strftime_now('%Y') }}{{ messages | tojson }}{{ bos_token }}",
+    ],
+)
+def test_other_templates_are_not_the_trials_concern(template: str) -> None:
+    assert fault_of(template, {"bos_token": "<s>"}) is None
+
+
+def test_a_tokenizer_with_such_a_template_is_not_loaded(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": EATERS["text"][0]}))
+    with pytest.raises(TemplateError, match=r"chat template of .*model cannot be used: it takes more than"):
+        load_tokenizer(model)
+    own = tmp_path / "own.jinja"
+    own.write_text(EATERS["range"][0])
+    with pytest.raises(TemplateError, match="Range too big"):
+        load_tokenizer(model, str(own))
+    assert load_tokenizer(model, "chatml")
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "", "null", "[" * 100_000, '{"model": {"type": "BPE", "vocab": {}, "merges": []}}']
+)
+def test_a_damaged_tokenizer_is_one_sentence(tmp_path: Path, content: str) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    (model / "tokenizer.json").write_text(content)
+    with pytest.raises(TemplateError, match=r"model: its tokenizer") as caught:
+        load_tokenizer(model)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600

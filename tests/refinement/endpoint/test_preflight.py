@@ -1,0 +1,133 @@
+"""The check of a refiner before anything is spent: what it asks, what it says, what it lets pass."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from middo_jax.config import RefineSettings
+from middo_jax.refinement.endpoint.faults import RefinerError
+from middo_jax.refinement.endpoint.preflight import preflight
+
+KEY = "sk-marker-77"
+SETTINGS = RefineSettings(api_key_env="MIDDO_TEST_KEY", timeout=5)
+
+
+@contextlib.contextmanager
+def server(
+    status: int = 200, models: list[str] | None = None, refuses: str = ""
+) -> Iterator[tuple[str, list]]:
+    """(URL, the requests): it answers with `status`, and with 400 to the field `refuses`."""
+    asked: list[tuple[str, Any, str | None]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def _reply(self, code: int, value: Any) -> None:
+            data = json.dumps(value).encode()
+            self.send_response(code)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self) -> None:
+            asked.append((self.path, None, self.headers["authorization"]))
+            if models is None:
+                self._reply(404, {"error": {"message": "no such path"}})
+            else:
+                self._reply(
+                    200, {"object": "list", "data": [{"id": name, "object": "model"} for name in models]}
+                )
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            asked.append((self.path, body, self.headers["authorization"]))
+            if refuses in body:
+                self._reply(400, {"error": {"message": f"Unsupported parameter: '{refuses}'"}})
+            elif status != 200:
+                self._reply(status, {"error": {"message": f"no, {KEY}"}})
+            else:
+                choice = {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": "Hi"},
+                    "finish_reason": "length",
+                }
+                self._reply(200, {"id": "x", "object": "chat.completion", "choices": [choice]})
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
+        thread = threading.Thread(target=serving.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{serving.server_port}/v1", asked
+        finally:
+            serving.shutdown()
+            thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIDDO_TEST_KEY", KEY)
+
+
+def test_one_token_is_asked_of_each_server_with_the_key() -> None:
+    with server() as (one, asked), server() as (other, asked_too):
+        preflight((one, other), "m", SETTINGS)
+    [(path, body, key)] = asked
+    assert (path, body["model"], body["max_tokens"], key) == ("/v1/chat/completions", "m", 1, f"Bearer {KEY}")
+    assert len(asked_too) == 1
+
+
+def test_the_other_name_of_the_limit_is_tried() -> None:
+    with server(refuses="max_tokens") as (url, asked):
+        preflight(url, "m", SETTINGS)
+    assert [sorted(body)[0] for _, body, _ in asked] == ["max_tokens", "max_completion_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("status", "models", "message"),
+    [
+        (
+            401,
+            None,
+            r"cannot be used \(401\): no, \*\*\*\. The key is read from .* MIDDO_TEST_KEY .*, which is set",
+        ),
+        (404, ["gpt-4o", "qwen2.5-7b"], r"'qwen-7b'; check refine.model.* It serves qwen2.5-7b"),
+        (
+            404,
+            None,
+            r"check refine.model, and refine.base_url, which usually ends in /v1\. \(refine.preflight",
+        ),
+        (500, None, r"cannot be used \(500\)"),
+    ],
+)
+def test_what_is_wrong_is_said(status: int, models: list[str] | None, message: str) -> None:
+    with server(status, models) as (url, _), pytest.raises(RefinerError, match=message) as raised:
+        preflight(url, "qwen-7b", SETTINGS)
+    assert KEY not in str(raised.value)
+    assert raised.value.stops_stage
+
+
+def test_a_server_that_is_not_there() -> None:
+    with server() as (url, _):
+        pass
+    with pytest.raises(
+        RefinerError, match=r"the refiner at http://127\.0\.0\.1:\d+/v1 cannot be used: Connect"
+    ):
+        preflight(url, "m", SETTINGS)
+
+
+def test_a_refused_form_is_no_fault_here() -> None:
+    with server(400) as (url, asked):
+        preflight(url, "m", SETTINGS)
+    assert [body.keys() & {"max_tokens", "max_completion_tokens"} for _, body, _ in asked] == [
+        {"max_tokens"},
+        {"max_completion_tokens"},
+    ]

@@ -1,0 +1,106 @@
+"""Laws of the readings beside the loss: which token ends a turn, and a prompt behind its response."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from support.tiny_model import write_tiny_model
+
+from middo_jax.config import MeshSettings
+from middo_jax.data.example import Example, Message
+from middo_jax.data.tokenize import end_of_turn_token, load_tokenizer, tokenize_all
+from middo_jax.models import hf
+from middo_jax.parallel.mesh import make_mesh
+from middo_jax.passes.losses import score_examples
+from middo_jax.signals.readings import GUESS, end_nll, pmi, prompts_behind_responses
+from middo_jax.signals.table import Measured
+
+ONE_TURN = Example(
+    (
+        Message("system", "Be brief."),
+        Message("user", "What is the capital of France?"),
+        Message("assistant", "Paris, of course."),
+    )
+)
+TWO_TURNS = Example((*ONE_TURN.messages, Message("user", "Why?"), Message("assistant", "It was so.")))
+CONVERSATIONS = [ONE_TURN, TWO_TURNS]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def test_the_end_is_that_of_the_last_turn_and_a_cut_answer_has_none(directory: Path) -> None:
+    tokenizer = load_tokenizer(directory)
+    whole = tokenize_all(CONVERSATIONS, tokenizer)
+    long = Example((Message("user", "Where?"), Message("assistant", "Paris, of course. " * 20)))
+    [cut] = tokenize_all([long], tokenizer, 64)
+    assert cut.truncated
+    end = end_of_turn_token(tokenizer)
+    last = np.array([0.5, 0.25, 2.0], np.float32)
+    np.testing.assert_array_equal(end_nll(last, [*whole, cut], end), [0.5, 0.25, np.nan])
+    assert np.isnan(end_nll(last, [*whole, cut], None)).all()  # a template without an end of turn
+    whole[0].is_target_n[:] = False
+    assert np.isnan(end_nll(last[:1], whole[:1], end)).all()
+
+
+def test_the_end_of_turn_has_the_loss_of_its_token_alone(directory: Path) -> None:
+    """The pass over a conversation of which the end of turn is the only target."""
+    mesh = make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    model, tokenizer = hf.load(directory, mesh=mesh), load_tokenizer(directory)
+    whole = tokenize_all(CONVERSATIONS, tokenizer)
+    ends = tokenize_all(CONVERSATIONS, tokenizer)
+    for example in ends:
+        last = np.flatnonzero(example.is_target_n)[-1]
+        example.is_target_n[:] = np.arange(len(example)) == last
+        assert example.tokens_n[last] == end_of_turn_token(tokenizer)
+
+    def scores(examples: list) -> tuple[np.ndarray, np.ndarray]:
+        found, _ = score_examples(model, examples, batch_tokens=256, chunk=64)
+        return found.last_nll_n, found.loss_n
+
+    np.testing.assert_allclose(scores(whole)[0], scores(ends)[1], rtol=1e-5)
+
+
+def test_a_prompt_behind_its_response_keeps_its_tokens(directory: Path) -> None:
+    tokenizer = load_tokenizer(directory)
+    tokenized = tokenize_all(CONVERSATIONS, tokenizer)
+    turned, several = prompts_behind_responses(CONVERSATIONS, tokenized, tokenizer, 512)
+    assert several is None
+    assert turned is not None
+    assert tokenizer.decode(turned.tokens_n) == (
+        f"<|im_start|>user\n{GUESS}Paris, of course.<|im_end|>\n"
+        "<|im_start|>assistant\nWhat is the capital of France?"
+    )
+    targets, prompt = turned.tokens_n[turned.is_target_n], tokenized[0].tokens_n[tokenized[0].in_prompt_n]
+    np.testing.assert_array_equal(targets, prompt)
+    assert not turned.in_prompt_n.any()
+    assert prompts_behind_responses(CONVERSATIONS, tokenized, tokenizer, len(turned) - 1) == [None, None]
+    mute = Example((Message("user", "Hi"), Message("assistant", "")))
+    assert prompts_behind_responses([mute], tokenize_all([mute], tokenizer), tokenizer, 512) == [None]
+
+
+def test_columns() -> None:
+    n = np.array([4, 2], np.int32)
+    loss, alone = np.array([1.0, 2.0]), np.array([1.5, 1.0])
+    np.testing.assert_allclose(pmi(loss, alone, n), [2.0, -2.0])
+    table = Measured(
+        ["a", "b"],
+        n,
+        np.zeros(2, bool),
+        loss_post=loss,
+        loss_unconditional=alone,
+        end_nll=np.array([0.5, np.nan]),
+        worst_decile_nll=np.array([3.0, np.nan]),
+        prompt_nll=np.array([2.0, 4.0]),
+        prompt_behind_response=np.array([1.0, np.nan]),
+    ).to_table()
+    assert table["pmi"].to_pylist() == [2.0, -2.0]
+    assert table["reverse_ifd"].to_pylist() == [0.5, None]
+    assert table["end_nll"].to_pylist() == [0.5, None]
+    # No end and no single turn are no errors; each target has a loss.
+    assert table["error"].to_pylist() == [None, "worst_decile_nll is not finite"]

@@ -1,0 +1,197 @@
+"""A run's dataset in the user's own shape, opened by other readers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from support.synthetic_run import write_run
+
+from middo_jax.data.example import Example, Lineage, Message
+from middo_jax.data.sources import DataError, read, read_rows, write
+from middo_jax.exporting import export_data
+from middo_jax.preferences import preference_pairs
+from middo_jax.rundir import RunDir, RunError, read_jsonl, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return write_run(tmp_path_factory.mktemp("runs") / "demo", n_rows=60)
+
+
+def originals(run: RunDir) -> list[Example]:
+    return [Example.from_json(row) for row in read_jsonl(run.final.dataset)]
+
+
+@pytest.mark.parametrize("form", ["alpaca", "sharegpt", "messages", "prompt_completion", "parquet"])
+def test_every_format_reads_back_and_opens_elsewhere(run: RunDir, tmp_path: Path, form: str) -> None:
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    out = tmp_path / "out"
+    done = export_data(run, out, form, heldout=True)
+    ending = "parquet" if form == "parquet" else "jsonl"
+    examples, rejections = read(str(out / f"train.{ending}"))
+    wanted = [e.messages for e in originals(run)]
+    # The synthetic run has additions of equal words, of which reading keeps one.
+    assert [e.messages for e in examples] == list(dict.fromkeys(wanted))
+    assert all("duplicate" in r.reason for r in rejections)
+    assert (done.n, done.n_heldout) == (len(wanted), 20)
+    assert len(read(str(out / f"heldout.{ending}"))[0]) == 20
+    # As `datasets` reads a folder with a card, from its front matter.
+    loaded = datasets.load_dataset(str(out), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(split) for name, split in loaded.items()} == {"train": done.n, "test": 20}
+    table = (
+        pandas.read_parquet(out / "train.parquet")
+        if form == "parquet"
+        else pandas.read_json(out / "train.jsonl", lines=True)
+    )
+    assert len(table) == done.n
+    info = json.loads((out / "dataset_info.json").read_text())
+    assert set(info) == {"demo", "demo_heldout"}
+    columns = info["demo"]["columns"]
+    assert set(columns.values()) <= set(table.columns)
+    assert {"response", "messages"} & columns.keys()
+    axolotl = yaml.safe_load((out / "axolotl.yaml").read_text())
+    assert (out / axolotl["datasets"][0]["path"]).exists()
+    compile((out / "trl.py").read_text(), "trl.py", "exec")
+
+
+@pytest.mark.parametrize("form", ["alpaca", "sharegpt", "messages", "prompt_completion"])
+def test_the_snippet_for_trl_makes_columns_that_trl_takes(
+    run: RunDir, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    export_data(run, tmp_path / "out", form)
+    monkeypatch.chdir(tmp_path / "out")
+    names: dict[str, Any] = {}
+    exec((tmp_path / "out" / "trl.py").read_text(), names)
+    columns = set(names["data"]["train"].column_names)
+    assert columns >= {"prompt", "completion"} or "messages" in columns
+
+
+def test_scores_and_lineage_are_columns(run: RunDir, tmp_path: Path) -> None:
+    export_data(run, tmp_path / "out", "messages", scores=True, lineage=True)
+    rows = read_jsonl(tmp_path / "out" / "train.jsonl")
+    assert {row["middo_id"] for row in rows} == {e.id for e in originals(run)}
+    scored = {row["id"]: row for folder in run.rounds() for row in pq.read_table(folder.scores).to_pylist()}
+    seeds = [row for row in rows if row["middo_op"] == "seed"]
+    assert [row["middo_loss_post"] for row in seeds] == [
+        scored[row["middo_id"]]["loss_post"] for row in seeds
+    ]
+    assert any(row["middo_loss_post"] for row in seeds)
+    rewritten = [row for row in rows if row["middo_op"] != "seed"]
+    assert rewritten
+    assert all(row["middo_parent_ids"] for row in rewritten)
+
+
+def test_the_card_says_how_the_data_was_made_and_nothing_private(run: RunDir, tmp_path: Path) -> None:
+    settings = yaml.safe_load(run.config.read_text())
+    private = {"base_url": "http://user:secret@10.0.0.7/v1", "model": "gpt-4o-mini", "accept": "measured"}
+    run.config.write_text(yaml.safe_dump(settings | {"refine": private, "runs_dir": "/home/me/runs"}))
+    try:
+        export_data(run, tmp_path / "out")
+    finally:
+        run.config.write_text(yaml.safe_dump(settings))
+    text = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["configs"][0]["data_files"] == [{"split": "train", "path": "train.jsonl"}]
+    assert front["license"] == "unknown"
+    assert "gpt-4o-mini" in text
+    assert "secret" not in text
+    assert "/home/me" not in text
+    counts = {op: sum(e.lineage.op == op for e in originals(run)) for op in ("seed", "synthesize")}
+    assert f"| {counts['seed']:,} | the original rows, unchanged |" in text
+    assert f"| {counts['synthesize']:,} | new rows near sparse ones (diversity) |" in text
+
+
+def test_a_folder_with_files_and_a_run_without_data_are_refused(run: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    with pytest.raises(RunError, match="not an empty folder"):
+        export_data(run, tmp_path / "full")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="not a run"):
+        export_data(RunDir(tmp_path / "empty"), tmp_path / "out")
+
+
+def test_a_column_of_the_users_that_has_our_name(run: RunDir, tmp_path: Path) -> None:
+    before = read_jsonl(run.final.dataset)
+    write_jsonl(run.final.dataset, [{**before[0], "extra": {"middo_op": "mine"}}, *before[1:]])
+    try:
+        with pytest.raises(DataError, match="has a column 'middo_op' of its own"):
+            export_data(run, tmp_path / "out", lineage=True)
+    finally:
+        write_jsonl(run.final.dataset, before)
+
+
+def test_alpaca_keeps_instruction_and_input_apart(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "input": "2 and 3", "output": "5", "id": "a1"}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    data = read_rows(str(tmp_path / "in.jsonl"))
+    [example] = data.examples
+    assert (example.prompt, data.format) == ("Add.\n2 and 3", "alpaca")
+    example = Example.from_json(json.loads(json.dumps(example.to_json())))
+    write([example], tmp_path / "out.jsonl", "alpaca")
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == row
+    child = example.replace_text("Add 2 and 3.", "It is 5.", Lineage((example.id,), example.id, 1, "rewrite"))
+    write([child], tmp_path / "out.jsonl", "alpaca")
+    new = {"instruction": "Add 2 and 3.", "input": "", "output": "It is 5.", "id": "a1"}
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == new
+    added = example.replace_text("Name a sea.", "North.", Lineage((example.id,), example.id, 1, "synthesize"))
+    assert (added.user_id, child.user_id) == (None, "a1")
+
+
+def test_preference_pairs_of_accepted_rewrites(run: RunDir, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    done = export_data(run, tmp_path / "out", pairs=True)
+    pairs = read_jsonl(tmp_path / "out" / "pairs.jsonl")
+    tasks = [task for folder in run.rounds() for task in read_jsonl(folder.refined)]
+    replaced = {t["example"]["id"]: t for t in tasks if t["accepted"] and t["replaces"]}
+    assert done.n_pairs == len(pairs) > 0
+    of_originals = [pair for pair in pairs if pair["rejected_from"] == "original"]
+    assert {pair["middo_id"] for pair in of_originals} == replaced.keys()
+    for pair in of_originals:
+        child = Example.from_json(replaced[pair["middo_id"]]["example"])
+        original = Example.from_json(replaced[pair["middo_id"]]["original"])
+        assert pair["prompt"] == [{"role": m.role, "content": m.content} for m in child.messages[:-1]]
+        assert pair["chosen"] == [{"role": "assistant", "content": child.response}]
+        assert pair["rejected"] == [{"role": "assistant", "content": original.response}]
+        assert pair["same_prompt"] == (child.prompt == original.prompt)
+        assert pair["chosen_quality"] == (child.lineage.scores_after or {}).get("quality")
+    loaded = datasets.load_dataset(str(tmp_path / "out"), "pairs", cache_dir=str(tmp_path / "cache"))
+    assert len(loaded["train"]) == len(pairs)
+
+
+def test_a_losing_candidate_makes_a_pair_with_its_own_scores(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path / "run").round(0)
+    original = Example((Message("user", "Name a sea."), Message("assistant", "A sea.")))
+    lineage = Lineage((original.id,), original.id, 1, "rewrite", "quality", scores_after={"quality": 8.0})
+    child = original.replace_text("Name a sea.", "The North Sea.", lineage)
+    task = {
+        "task_id": "t",
+        "accepted": True,
+        "replaces": original.id,
+        "attempts": 2,
+        "scores_before": {"quality": 3.0},
+    }
+    write_jsonl(folder.refined, [task | {"example": child.to_json(), "original": original.to_json()}])
+    asked = [{"role": "user", "content": "Name a sea."}]
+    answers = ("<think>Hm.</think>A big sea.", "The North Sea.")
+    write_jsonl(
+        folder.requests,
+        [
+            {"task_id": "t", "attempt": n, "step": "answer", "messages": asked, "answer": text}
+            for n, text in enumerate(answers)
+        ],
+    )
+    measured = {"loss": 1.5, "quality": 4.0}
+    write_jsonl(folder.candidates, [{"task_id": "t", "attempt": 0, "measured": measured}])
+    of_original, of_candidate = preference_pairs(RunDir(tmp_path / "run"))
+    assert (of_original["rejected_from"], of_original["same_prompt"]) == ("original", True)
+    assert (of_original["chosen_quality"], of_original["rejected_quality"]) == (8.0, 3.0)
+    assert of_candidate["rejected"] == [{"role": "assistant", "content": "A big sea."}]
+    assert (of_candidate["rejected_loss_post"], of_candidate["rejected_quality"]) == (1.5, 4.0)

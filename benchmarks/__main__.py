@@ -45,6 +45,7 @@ INDEX = (
     Benchmark("oracle", f"{ALPACA}, {MODEL}", "about an hour per seed and budget"),
     Benchmark("paper_memory", "the `tpu` extra", "10 minutes", "CPU; compiles for TPUs"),
     Benchmark("plan_check", "the `tpu` extra with --published", "5 minutes"),
+    Benchmark("plan_pods", "the `tpu` extra", "20 minutes", "CPU; compiles for TPUs"),
     Benchmark("planted_defects", f"{ALPACA}, GSM8K, {MODEL}", "hours"),
     Benchmark("readings_cost", f"{ALPACA}, {MODEL}", "5 minutes"),
     Benchmark("refine_examples", "a folder of `middo refine`", "seconds"),

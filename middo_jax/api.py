@@ -7,7 +7,6 @@ This module loads JAX, so `import middo_jax` imports it only when one of its fun
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +25,6 @@ from middo_jax.data.own_columns import own_columns
 from middo_jax.data.sources import Rejection, UserRows
 from middo_jax.evaluation.heldout import HeldoutLoss
 from middo_jax.loop import run_loop
-from middo_jax.models.config import read_config
-from middo_jax.models.lora import from_settings
 from middo_jax.models.resolve import resolve
 from middo_jax.parallel.coordination import barrier
 from middo_jax.planning.amounts import Amounts
@@ -37,7 +34,17 @@ from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
 from middo_jax.refinement import DryRun
 from middo_jax.report.status import status
 from middo_jax.results import Exported, Refined, Run, Scores, Trained
-from middo_jax.rundir import RoundDir, RunDir, RunError, held, local, read_jsonl, write_jsonl, write_text
+from middo_jax.rundir import (
+    RoundDir,
+    RunDir,
+    RunError,
+    held,
+    local,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from middo_jax.rundir.rows import BenchmarksFile
 from middo_jax.selecting import PathLike, load_config
 from middo_jax.session import Session, prepare, read_data, session_for, session_of, write_dataset
@@ -110,7 +117,7 @@ def score(
     place = None if out is None else local(Path(out))
     model_path = resolve(os.fspath(model))
     with contextlib.nullcontext() if place is None else held(place):
-        session = session_for(model_path, _path(rows), settings, place)
+        session = session_for(model_path, _path(rows), settings, place).settled()
         axes = scored_axes(session.config) if axes is None else axes
         data = read_data(session, None if _path(rows) else rows)
         kept, _, rejections, *_ = prepare(session, data)
@@ -215,7 +222,7 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
     """
     place, model_path = local(Path(out)), resolve(os.fspath(model))
     with held(place):
-        session = session_for(model_path, _path(rows), settings, place)
+        session = session_for(model_path, _path(rows), settings, place).settled()
         data = read_data(session, None if _path(rows) else rows)
         kept, heldout, rejections, *_ = prepare(session, data)
         with session.stage():  # the checks, the training and the final loss share tokenized conversations
@@ -319,19 +326,23 @@ def plan(config: Config, request: Request, rows: int | None = None, tokens: floa
       PlanError: the TPU compiler is not installed, or does not have this topology.
     """
     session = Session(config, for_stderr())
-    decoder = dataclasses.replace(
-        read_config(session.base, config.model.dtype),
-        attention=config.model.attention,
-        lora=from_settings(config.lora),
-    )
     if rows is not None and tokens is not None:
         amounts = Amounts.assumed(rows, tokens, config.model.max_length)
     else:
         tokenized = session.tokenize(prepare(session)[0])
         n_targets = sum(int(one.is_target_n.sum()) for one in tokenized)
         lengths_n = np.asarray([len(one) for one in tokenized])
-        amounts = Amounts.of_lengths(lengths_n, n_targets, config.data.path)
-    return plan_run(config, decoder, amounts, request, session.progress)
+        amounts = Amounts.of_lengths(lengths_n, n_targets, config.data.name)
+    return plan_run(config, session.decoder, amounts, request, session.progress)
+
+
+def save_plan(found: Plan) -> Path:
+    """Writes a plan into its run's folder as plan.json, which the report shows beside the measured times."""
+    config = found.job.config
+    run = RunDir(Path(config.runs_dir) / config.name)
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_json(run.plan, found.to_json())
+    return run.plan
 
 
 def require_axes(axes: Collection[str], name: str = "axes") -> None:

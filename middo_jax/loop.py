@@ -141,7 +141,9 @@ def _repair(run: RunDir, config: Config, progress: Progress) -> None:
 
 
 def _run(run: RunDir, session: Session) -> None:
-    config, progress, began = session.config, session.progress, time.monotonic()
+    progress, began = session.progress, time.monotonic()
+    session = session.settled()
+    config = session.config
     with contextlib.ExitStack() as checked:
         checked.enter_context(session.stage())  # the first training reuses what the checks tokenize
         progress.say(_header(session))

@@ -30,6 +30,9 @@ def plan(
         str | None, typer.Option(help="Some of train,score,rate,neighbours,refine,export. Without it: all.")
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Dollars per chip-hour.")] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write plan.json into the run's folder, for its report.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Says whether a run fits TPUs that are not there, how long it takes, and what limits it."""
@@ -42,5 +45,8 @@ def plan(
         raise typer.BadParameter("give --rows and --tokens together, or neither")
     named = None if stages is None else names_in(stages)
     request = Request.parse(topology, mesh, named, price)
-    found = api.plan(api.load_config(config, overrides), request, rows, tokens)
+    settings = api.load_config(config, overrides)
+    found = api.plan(settings, request, rows, tokens)
+    if save:
+        api.save_plan(found)
     show(as_json, found.to_json(), text_of(found))

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from middo_jax.config import Config, Threshold
+from middo_jax.config import Config, ConfigError, Threshold
 from middo_jax.config.axes import Fraction
-from middo_jax.config.axis_table import axes
+from middo_jax.config.axis_table import axis, scored_axes, threshold_of
 from middo_jax.data.packing import Bucket, first_fit, plan_buckets
 from middo_jax.data.trees import common_prefix, trie
 from middo_jax.passes.losses import MIN_LENGTH
@@ -76,11 +76,20 @@ class Batches:
     count: float
 
 
+def batch_tokens_of(config: Config) -> int:
+    """`scoring.batch_tokens` as a number.
+
+    Raises:
+      ConfigError: it is still `auto`.
+    """
+    if config.scoring.batch_tokens == "auto":
+        raise ConfigError("config: scoring.batch_tokens=auto was not replaced by a number")
+    return config.scoring.batch_tokens
+
+
 def scoring_batches(amounts: Amounts, config: Config, ways: int) -> list[Batches]:
     """The batches of a scoring pass, most positions first."""
-    return _batches(
-        amounts.lengths_n.tolist(), amounts.scale, config.scoring.batch_tokens, ways, 0, MIN_LENGTH
-    )
+    return _batches(amounts.lengths_n.tolist(), amounts.scale, batch_tokens_of(config), ways, 0, MIN_LENGTH)
 
 
 def rating_batches(amounts: Amounts, config: Config, ways: int) -> tuple[list[Batches], int]:
@@ -88,7 +97,7 @@ def rating_batches(amounts: Amounts, config: Config, ways: int) -> tuple[list[Ba
     prefix, fixed, per_token = tree_size()
     trees_n = np.round(fixed + per_token * amounts.lengths_n).astype(np.int64)
     trees_n = np.minimum(trees_n, len(PARTS) * len(DIMENSIONS) * config.model.max_length)
-    tokens = config.scoring.batch_tokens
+    tokens = batch_tokens_of(config)
     return _batches(trees_n.tolist(), amounts.scale, tokens, ways, prefix, MIN_TREE), prefix
 
 
@@ -159,9 +168,9 @@ def refining(amounts: Amounts, config: Config) -> Refining:
     taken to have 400 tokens.
     """
     share = sum(
-        selected_share(getattr(config, row.name).threshold)
-        for row in axes()
-        if row.op is not None and hasattr(config, row.name)
+        selected_share(threshold_of(config, name))
+        for name in scored_axes(config)
+        if axis(name).op is not None
     )
     rows = amounts.rows * min(share, 1.0)
     length = amounts.tokens / max(amounts.rows, 1)

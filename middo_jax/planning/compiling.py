@@ -103,6 +103,21 @@ def compile_program(program: Program, mesh: Mesh, chip: Chip, slices: Slices | N
       slices: the topology; None on this host.
     """
     began = time.monotonic()
+    compiled, memory = _compiled(program, mesh, chip.usable_bytes)
+    counted = None
+    if compiled is not None:
+        machine = Machine(chip, Network.of(mesh, slices), program.loops, program.window)
+        counted = cost(compiled.as_text() or "", machine)
+    return Compiled(program, memory, counted, time.monotonic() - began)
+
+
+def memory_of_program(program: Program, mesh: Mesh, usable: float) -> Memory:
+    """Compiles a program and reads its memory; `usable` is that of a device."""
+    return _compiled(program, mesh, usable)[1]
+
+
+def _compiled(program: Program, mesh: Mesh, usable: float) -> tuple[jax.stages.Compiled | None, Memory]:
+    """The compiled program, None if it does not fit the device, and its memory."""
     with jax.set_mesh(mesh):
         lowered = program.lower()
     try:
@@ -111,14 +126,12 @@ def compile_program(program: Program, mesh: Mesh, chip: Chip, slices: Slices | N
         found = _USED.search(str(error))
         if found is None:
             raise
-        used, usable = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))  # the number and its unit
-        return Compiled(program, Memory(used, usable, {}), None, time.monotonic() - began)
-    machine = Machine(chip, Network.of(mesh, slices), program.loops, program.window)
-    counted = cost(compiled.as_text() or "", machine)
-    return Compiled(program, memory_of(program, compiled, chip), counted, time.monotonic() - began)
+        used, there = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))  # the number and its unit
+        return None, Memory(used, there, {})
+    return compiled, memory_of(program, compiled, usable)
 
 
-def memory_of(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> Memory:
+def memory_of(program: Program, compiled: jax.stages.Compiled, usable: float) -> Memory:
     """The memory of a compiled program, by kind.
 
     Gradients are counted in float32, as large as the trained parameters; the rest of the temporaries are
@@ -135,4 +148,4 @@ def memory_of(program: Program, compiled: jax.stages.Compiled, chip: Chip) -> Me
         parts["gradients"] = gradients
     parts["activations and temporaries"] = sizes.temp_size_in_bytes - gradients
     parts["program"] = sizes.generated_code_size_in_bytes
-    return Memory(sum(parts.values()), chip.usable_bytes, {k: v for k, v in parts.items() if v})
+    return Memory(sum(parts.values()), usable, {k: v for k, v in parts.items() if v})

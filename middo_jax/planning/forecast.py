@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from middo_jax.config import Config, ConfigError
 from middo_jax.models.config import DecoderConfig
 from middo_jax.planning.amounts import Amounts, Refining, refining
+from middo_jax.planning.automatic import changed_settings
 from middo_jax.planning.chips import GIB, Slices
 from middo_jax.planning.compiling import mesh_of
-from middo_jax.planning.search import MeshShape, Remedy, best_mesh, nearest_fitting
+from middo_jax.planning.search import (
+    MeshShape,
+    Remedy,
+    best_mesh,
+    nearest_fitting,
+    plan_passes,
+    with_training,
+)
 from middo_jax.planning.stages import STAGES, Job, Stage, plan_stage
 from middo_jax.progress import Progress
 from middo_jax.refinement.endpoint.usage import cost_usd
+from middo_jax.rundir.plan_rows import PlanFile, PlannedStageRow
+from middo_jax.rundir.schemas import PLAN
 from middo_jax.training.flops import training_flops
 
 
@@ -23,7 +33,8 @@ class Plan:
     """A planned run.
 
     Attributes:
-      job: what was planned.
+      job: what was planned, with values in place of settings that were auto.
+      chosen: those values.
       slices: the chips.
       mesh: devices along data, fsdp and tensor.
       stages: the stages of one round.
@@ -33,6 +44,7 @@ class Plan:
     """
 
     job: Job
+    chosen: Sequence[str]
     slices: Slices
     mesh: MeshShape
     stages: list[Stage]
@@ -62,10 +74,11 @@ class Plan:
         peak = self.slices.devices * self.job.chip.matmul_flops
         return least * self.job.config.train.num_epochs / stage.seconds / peak
 
-    def to_json(self) -> dict[str, Any]:
-        """All numbers, for `--json`."""
+    def to_json(self) -> PlanFile:
+        """All numbers, for `--json` and plan.json."""
         config, rounds = self.job.config, self.job.config.rounds
         return {
+            "version": PLAN.version,
             "topology": self.slices.name + (f"x{self.slices.count}" if self.slices.count > 1 else ""),
             "chips": self.slices.chips,
             "mesh": dict(zip(("data", "fsdp", "tensor"), self.mesh, strict=True)),
@@ -73,20 +86,26 @@ class Plan:
             "tokens": self.job.amounts.tokens,
             "lengths": self.job.amounts.source,
             "rounds": rounds,
+            "chosen": list(self.chosen),
             "fits": self.fits,
             "training_mfu": self.mfu,
             "hours": self.hours,
             "chip_hours": self.hours * self.slices.chips,
             "usd": None if self.price is None else self.hours * self.slices.chips * self.price,
-            "refiner_per_round": dataclasses.asdict(self.refiner)
-            | {"usd": cost_usd(config.refine.prices, *self._refiner_tokens())},
+            "refiner_per_round": {
+                "rows": self.refiner.rows,
+                "requests": self.refiner.requests,
+                "prompt_tokens": self.refiner.prompt_tokens,
+                "completion_tokens": self.refiner.completion_tokens,
+                "usd": cost_usd(config.refine.prices, *self._refiner_tokens()),
+            },
             "stages": [self._stage(stage) for stage in self.stages],
         }
 
     def _refiner_tokens(self) -> tuple[int, int]:
         return round(self.refiner.prompt_tokens), round(self.refiner.completion_tokens)
 
-    def _stage(self, stage: Stage) -> dict[str, Any]:
+    def _stage(self, stage: Stage) -> PlannedStageRow:
         cost, chip = stage.cost, self.job.chip
         remedy = self.remedies.get(stage.name)
         return {
@@ -181,23 +200,29 @@ def plan_run(
     def make(shape: MeshShape) -> Any:
         return mesh_of(slices, shape)
 
-    shape, known = request.mesh, {}
+    shape, known = request.mesh, dict[str, Stage]()
     if shape is None:
         best = best_mesh(job, make, progress.say)
         shape = (slices.count, slices.devices // slices.count, 1) if best is None else best[0]
         known = {} if best is None else {"train": best[1]}
     mesh, names = make(shape), _planned(config, request.stages)
-    stages, remedies = [], {}
+    job = with_training(job, mesh)
+    passes = [name for name in names if name in ("score", "rate")]
+    remedies = {}
     with progress.task("plan", "stages") as advance:
-        for done, name in enumerate(names):
-            advance(done, len(names), name)
-            stage = known.get(name) or plan_stage(name, job, mesh, progress.say)
-            if stage.compiled:
-                stages.append(stage)
-                if stage.seconds is None:
-                    remedies[name] = nearest_fitting(name, job, mesh, make, progress.say)
+        advance(0, len(names), "passes")
+        job, planned = plan_passes(passes, job, mesh, progress.say)
+        known |= dict(zip(passes, planned, strict=True))
+        for name in names:
+            advance(len(known), len(names), name)
+            if name not in known:
+                known[name] = plan_stage(name, job, mesh, progress.say)
+            if known[name].compiled and known[name].seconds is None:
+                remedies[name] = nearest_fitting(name, job, mesh, make, progress.say)
         advance(len(names), len(names))
-    return Plan(job, slices, shape, stages, remedies, refining(amounts, config), request.price)
+    stages = [known[name] for name in names if known[name].compiled]
+    chosen = changed_settings(config, job.config)
+    return Plan(job, chosen, slices, shape, stages, remedies, refining(amounts, config), request.price)
 
 
 def _planned(config: Config, stages: Collection[str]) -> list[str]:
@@ -214,12 +239,14 @@ def text_of(plan: Plan) -> str:
     lines = [
         f"{facts['topology']}: {facts['chips']} chips, mesh {mesh}; {facts['lengths']}; "
         f"{facts['rounds']} round{'s' if facts['rounds'] > 1 else ''}",
+        *([f"in place of auto: {' '.join(facts['chosen'])}"] if facts["chosen"] else []),
         "",
         f"{'stage':<11} {'fits':<5} {'GiB per chip':>16} {'per round':>10} {'compiler':>10}  limited by",
     ]
     for stage in facts["stages"]:
         memory = f"{stage['used_gib']:.2f} of {stage['usable_gib']:.2f}"
-        ours, theirs = (_duration(stage[f"{name}seconds_per_round"]) for name in ("", "compiler_"))
+        ours = _duration(stage["seconds_per_round"])
+        theirs = _duration(stage["compiler_seconds_per_round"])
         fits = "yes" if stage["fits"] else "NO"
         limit = stage["limited_by"] or ""
         lines.append(f"{stage['stage']:<11} {fits:<5} {memory:>16} {ours:>10} {theirs:>10}  {limit}".rstrip())
@@ -228,7 +255,7 @@ def text_of(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _details(stage: dict[str, Any]) -> list[str]:
+def _details(stage: PlannedStageRow) -> list[str]:
     found = [stage["note"]] if stage["note"] else []
     if stage["memory_gib"]:
         largest = sorted(stage["memory_gib"].items(), key=lambda item: -item[1])
@@ -245,7 +272,7 @@ def _details(stage: dict[str, Any]) -> list[str]:
     return found + stage["notes"]
 
 
-def _totals(plan: Plan, facts: dict[str, Any]) -> list[str]:
+def _totals(plan: Plan, facts: PlanFile) -> list[str]:
     found = [f"total: {facts['hours']:.2f} hours, {facts['chip_hours']:.1f} chip-hours"]
     if facts["usd"] is not None:
         found[0] += f", ${facts['usd']:.2f} at ${plan.price:g} per chip-hour"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from middo_jax.config import Config
-from middo_jax.inference.engine import CHUNK, PromptChunk, decode, prefill
+from middo_jax.inference.programs import CHUNK, PromptChunk, decode, prefill
 from middo_jax.inference.sampling import Request, Sampling
 from middo_jax.models.attention.cached import CACHE_BLOCK
 from middo_jax.models.config import DecoderConfig
@@ -181,12 +181,12 @@ def training(config: Config, decoder: DecoderConfig, mesh: Mesh, target_share: f
         model.graphdef, settings, STEPS, chunk=chunk, state=(trained, opt_state), longest=length
     )
     batch = abstract_batch(settings, length, mesh)
-    micro = Rows(settings.batch_size // settings.gradient_accumulation, length, length, target_share)
+    micro = Rows(settings.batch_size // settings.micro_batches, length, length, target_share)
     gradients = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trained
     )
     return Program(
-        f"{settings.batch_size} rows of {length}, remat {settings.remat}",
+        f"{settings.micro_batches} x {micro.batch} rows of {length}, remat {settings.remat}",
         lambda: step.lower(trained, opt_state, frozen, batch),
         runs,
         (_head(micro, mesh, chunk),),
@@ -221,7 +221,9 @@ def engine(
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    chunk = PromptChunk(jax.ShapeDtypeStruct((1, CHUNK), jnp.int32), number, number, number)
+    tokens_1t = jax.ShapeDtypeStruct((1, CHUNK), jnp.int32)
+    wants = jax.ShapeDtypeStruct((), jnp.bool_)
+    chunk = PromptChunk(tokens_1t, tokens_1t, number, number, number, wants)
     slots_b = jax.ShapeDtypeStruct((slots,), jnp.int32)
     blocks = -(-context // min(CACHE_BLOCK, length))
     # Five groups of rounds of the random generator; a CPU's compiler hides their count.

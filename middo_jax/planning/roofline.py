@@ -58,6 +58,7 @@ class Cost:
       memory_s: time of the instructions that memory limits.
       network_s: time in which nothing but the network works.
       collectives: (number of runs, seconds per run) of each collective.
+      copies: (number of runs, bytes moved per run) of copies and transposes in memory, by their JAX scopes.
       cycles: the compiler's estimated cycles of everything but kernels and collectives.
       kernels_s: time of the kernels.
       notes: parts of the program that could not be counted.
@@ -70,6 +71,7 @@ class Cost:
     memory_s: float = 0.0
     network_s: float = 0.0
     collectives: dict[Collective, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    copies: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     cycles: float = 0.0
     kernels_s: float = 0.0
     notes: tuple[str, ...] = ()
@@ -81,6 +83,9 @@ class Cost:
         for collective, (runs, seconds) in other.collectives.items():
             before, _ = self.collectives.get(collective, (0.0, seconds))
             self.collectives[collective] = before + times * runs, seconds
+        for name, (runs, size) in other.copies.items():
+            before, _ = self.copies.get(name, (0.0, size))
+            self.copies[name] = before + times * runs, size
         self.notes = tuple(dict.fromkeys((*self.notes, *other.notes)))
 
     def compiler_seconds(self, chip: Chip) -> float:
@@ -267,12 +272,16 @@ class _Reader:
             is_kernel = target == "tpu_custom_call"
             if is_kernel:
                 found = work.kernel(computation, one, self.machine.window)
-            elif target not in _CHEAP:
+            elif target in _CHEAP:
+                return
+            elif target not in _BY_MEMORY:
                 total.notes = tuple(dict.fromkeys((*total.notes, f"not counted: custom call {target}")))
                 return
-            else:
-                return
         size = work.memory_bytes(self.module, computation, one)
+        if size and one.opcode in ("copy", "transpose"):
+            name = f"{one.op_name or one.name} {one.shapes[0].dtype}{list(one.shapes[0].dims)}"
+            runs, _ = total.copies.get(name, (0.0, size))
+            total.copies[name] = runs + 1, size
         compute_s = sum(each.seconds(chip) for each in found)
         memory_s = size / chip.memory_rate
         memory_end = clock.begin([_MEMORY], memory_s) if size else clock.now
@@ -288,6 +297,8 @@ class _Reader:
         total.network_s += clock.wait(end)
 
 
+# Custom calls that cost the memory that they read and write.
+_BY_MEMORY = frozenset({"TopK", "PartialReduce"})
 # Custom calls that compute nothing.
 _CHEAP = frozenset(
     {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jax.sharding import Mesh
 
 from middo_jax.config import Config, SampledRating
-from middo_jax.inference.engine import CHUNK
+from middo_jax.inference.programs import CHUNK
 from middo_jax.models.config import DecoderConfig
 from middo_jax.parallel.mesh import batch_divisor
 from middo_jax.planning import programs
@@ -20,6 +20,7 @@ from middo_jax.planning.amounts import (
     scoring_batches,
     training_steps,
 )
+from middo_jax.planning.automatic import with_changes
 from middo_jax.planning.chips import Chip, Slices
 from middo_jax.planning.compiling import Compiled, Memory, compile_program
 from middo_jax.planning.programs import Program, Rows
@@ -52,6 +53,10 @@ class Job:
     def base(self) -> DecoderConfig:
         """The model without adapters."""
         return dataclasses.replace(self.decoder, lora=None)
+
+    def changed(self, changes: Sequence[str]) -> Job:
+        """The job with other settings, written as on the command line."""
+        return dataclasses.replace(self, config=with_changes(self.config, changes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +128,9 @@ def _merged(batches: list[Batches]) -> tuple[list[tuple[Batches, float]], str]:
 
 
 def _passes(config: Config) -> int:
-    """Passes over all rows: losses before and after training, and of the responses alone for IFD."""
-    return 2 + config.scoring.ifd
+    """Passes over all rows: losses before and after training, and those that `scoring.readings` adds."""
+    readings = set(config.scoring.readings)
+    return 2 + bool(readings & {"ifd", "pmi", "consistency"}) + ("reverse_ifd" in readings)
 
 
 def _scoring(job: Job, mesh: Mesh) -> tuple[list[Program], str]:
@@ -132,9 +138,10 @@ def _scoring(job: Job, mesh: Mesh) -> tuple[list[Program], str]:
     if config.refine.accept == "measured":  # the loss of the rewrites, before they are accepted
         passes += refining(job.amounts, config).rows / max(job.amounts.rows, 1)
     merged, note = _merged(scoring_batches(job.amounts, config, batch_divisor(mesh)))
+    with_prompts = not {"prompt_nll", "reverse_ifd"}.isdisjoint(config.scoring.readings)
+    unembedded = 1.0 if with_prompts else job.amounts.target_share
     found = [
-        programs.scoring(config, job.base, mesh, _rows(b, job.amounts.target_share), passes * runs)
-        for b, runs in merged
+        programs.scoring(config, job.base, mesh, _rows(b, unembedded), passes * runs) for b, runs in merged
     ]
     return found, "; ".join(part for part in (f"{passes:.2g} passes", note) if part)
 

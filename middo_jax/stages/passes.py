@@ -63,12 +63,11 @@ class Passes:
 
         With `prompts`, the losses of the prompts are computed too.
         """
-        scoring = self._session.config.scoring
         scores, self.facts[name] = score_examples(
             model,
             of,
-            batch_tokens=scoring.batch_tokens,
-            chunk=scoring.unembed_chunk,
+            batch_tokens=self._session.batch_tokens,
+            chunk=self._session.config.scoring.unembed_chunk,
             progress=self._session.progress,
             name=name,
             prompts=prompts,

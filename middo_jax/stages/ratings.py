@@ -41,7 +41,7 @@ def ratings(
         examples,
         session.tokenizer,
         max_length=config.model.max_length,
-        batch_tokens=config.scoring.batch_tokens,
+        batch_tokens=session.batch_tokens,
         readout=Readout(rating.score, rating.score_temperature),
         progress=session.progress,
     )

@@ -21,6 +21,9 @@ from middo_jax.planning.compiling import PlanError, compile_program, devices_of
 from middo_jax.planning.forecast import Request
 from middo_jax.planning.programs import Program, Rows, engine, export, neighbours, rating, scoring, training
 from middo_jax.planning.search import candidate_meshes
+from middo_jax.rundir import RunDir
+from middo_jax.rundir.plan_rows import PlanFile
+from middo_jax.rundir.schemas import faults
 
 CPU = Chip("cpu", 1e11, 1e10, float("inf"), matmul_tile=1)
 TINY = DecoderConfig(512, 128, 256, 2, 4, 2, 32, 256, attention="xla", dtype="float32")
@@ -136,9 +139,10 @@ def test_the_command_plans_a_slice(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(f"model: {{path: {tmp_path}}}\ndata: {{path: none}}\n", encoding="utf-8")
     command = ["plan", str(config), "--topology", "v5e:2x2", "--mesh", "1,2,2", "--stages", "train,score"]
-    command += ["--rows", "1000", "--tokens", "80"]
+    command += ["--rows", "1000", "--tokens", "80", "--save"]
+    settings = ["model.max_length=512", f"runs_dir={tmp_path}", "train.gradient_accumulation=auto"]
     done = subprocess.run(
-        [sys.executable, "-m", "middo_jax", *command, "--price", "1.2", "--json", "model.max_length=512"],
+        [sys.executable, "-m", "middo_jax", *command, "--price", "1.2", "--json", *settings],
         env=dict(os.environ),
         capture_output=True,
         text=True,
@@ -146,7 +150,10 @@ def test_the_command_plans_a_slice(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     plan = json.loads(done.stdout)
+    assert faults(plan, PlanFile) == []
+    assert json.loads(RunDir(tmp_path / "run").plan.read_text(encoding="utf-8")) == plan
     assert plan["fits"]
+    assert plan["chosen"] == ["train.gradient_accumulation=1", f"scoring.batch_tokens={2 * 16_384}"]
     assert [stage["stage"] for stage in plan["stages"]] == ["train", "score"]
     assert plan["usd"] == pytest.approx(plan["hours"] * 4 * 1.2)
     for stage in plan["stages"]:

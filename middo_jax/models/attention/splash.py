@@ -10,7 +10,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
-from middo_jax.models.attention.arguments import AttentionSpec
+from middo_jax.models.attention.arguments import ATTENDED, AttentionSpec
 from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.workload import Workload
 
@@ -84,6 +84,8 @@ def _one_device(
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=spec.soft_cap,
+        # Named so that a checkpointed layer can save output and log-sum-exp; otherwise the kernel runs again.
+        residual_checkpoint_name=ATTENDED,
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,

@@ -51,6 +51,7 @@ INDEX = (
     Benchmark("refine_examples", "a folder of `middo refine`", "seconds"),
     Benchmark("rubric_wordings", f"{ALPACA}, {MODEL}", "1 hour"),
     Benchmark("saving", MODEL, "10 minutes"),
+    Benchmark("scale", "nothing", "3 minutes; half an hour for two million rows"),
     Benchmark("scoring", f"{ALPACA}, two models, a peer's script, torch", "1 hour"),
     Benchmark("scoring_sides", MODEL, "1 minute"),
     Benchmark("serving", "servers that run", "10 minutes"),

@@ -301,7 +301,7 @@ def _prepare(plan: Plan, link: Link) -> None:
     began, facts = time.monotonic(), dict[str, Any]()
     if link.earlier is not None:
         begun = link.begin()
-        kept, _ = stages.merged(plan.session, link.earlier)
+        kept = stages.merged(plan.session, link.earlier)
     else:
         assert plan.fresh is not None  # `_checked` read the data, because this stage is not done
         begun, data = plan.fresh

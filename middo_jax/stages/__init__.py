@@ -14,12 +14,11 @@ if TYPE_CHECKING:
     from middo_jax.stages.benchmark import benchmark_stage, check_benchmarks, measure_benchmarks
     from middo_jax.stages.checks import check_continues, check_refiner, check_training
     from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
+    from middo_jax.stages.merge import merge_stage, merged
     from middo_jax.stages.refine import (
         check_learnt,
         follow_refinement,
         kept_samples,
-        merge_stage,
-        merged,
         plan_refinement,
         refine_round,
         refine_stage,
@@ -35,8 +34,8 @@ _MODULES = {
     "benchmark": "benchmark_stage check_benchmarks measure_benchmarks",
     "checks": "check_continues check_refiner check_training",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
-    "refine": "check_learnt follow_refinement kept_samples merge_stage merged plan_refinement refine_round "
-    "refine_stage",
+    "merge": "merge_stage merged",
+    "refine": "check_learnt follow_refinement kept_samples plan_refinement refine_round refine_stage",
     "score": "check_embedder score_stage",
     "select": "select_stage",
     "surroundings": "answer_cache check_cache save_answers",

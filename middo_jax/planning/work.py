@@ -10,6 +10,7 @@ import math
 import re
 from typing import NamedTuple
 
+from middo_jax.models.attention.tpu_trees import blocks_of_kernel
 from middo_jax.planning.chips import Chip
 from middo_jax.planning.hlo import Computation, HloError, Instruction, Module, Shape
 
@@ -150,6 +151,8 @@ def kernel(computation: Computation, one: Instruction, window: int | None) -> li
       HloError: the kernel is unknown.
     """
     name = f"{one.name} {one.op_name} {one.attributes}"
+    if "tree_attention" in name:
+        return _tree_kernel(computation, one, name)
     known = {"splash_mha_dkv": 4, "splash_mha_dq": 3, "splash_mha_fwd": 2, "splash_mqa_fwd": 2}
     count = next((n for text, n in known.items() if text in name), None)
     if count is None:
@@ -166,6 +169,17 @@ def kernel(computation: Computation, one: Instruction, window: int | None) -> li
     blocks = sum(min(i, back) + 1 for i in range(length // block))
     flops = 2.0 * math.prod(batch) * blocks * block * block * width
     return [Matmul(flops, width, block, block)] * count
+
+
+def _tree_kernel(computation: Computation, one: Instruction, name: str) -> list[Matmul]:
+    """Scores and outputs of the kernel for trees, of all blocks that it may read."""
+    arrays = [computation.instructions[o].shapes[0] for o in one.operands]
+    b, kv_heads, group, length, width = max(arrays, key=lambda a: len(a.dims)).dims  # the queries
+    found = blocks_of_kernel(name, length)
+    assert found is not None  # the name begins like that of the kernel
+    pairs, block = found
+    flops = 2.0 * b * kv_heads * group * pairs * block * block * width
+    return [Matmul(flops, width, block, block)] * 2
 
 
 def memory_bytes(module: Module, computation: Computation, one: Instruction) -> float:

@@ -68,7 +68,7 @@ GEMMA3_1B = model(4, 1, 256, window=512)
         (GEMMA2_2B, 8192, False, ["dkv", "dq", "fwd"]),
         (QWEN2_1B, 1024, False, ["dkv", "dq", "fwd"]),
         (GEMMA3_1B, 1000, False, ["dkv", "dq", "fwd"]),
-        (LLAMA_1B, 256, True, []),
+        (LLAMA_1B, 256, True, ["tree"]),
     ],
 )
 def test_auto_compiles_to_splash(

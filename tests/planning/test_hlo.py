@@ -256,6 +256,17 @@ def test_splash_has_the_formula_of_its_blocks() -> None:
     assert near.flops == 2 * 2 * (2 * 32) * (1 + 2 + 2 + 2) * 512 * 512 * 128
 
 
+def test_the_kernel_for_trees_has_the_formula_of_its_blocks() -> None:
+    text = (
+        "  %q = bf16[2,8,4,2048,128]{4,3,2,1,0} parameter(0)\n"
+        "  %k = bf16[2,8,2048,128]{3,2,1,0} parameter(1)\n"
+        "  ROOT %a = bf16[2,8,4,2048,128]{4,3,2,1,0} custom-call(%q, %k, %k), "
+        'custom_call_target="tpu_custom_call", '
+        'metadata={op_name="jit(f)/attention/tree_attention_p1_r3_b512/pallas_call"}'
+    )
+    assert entry(text).flops == 2 * 2 * (2 * 32) * (1 + 2 + 3 + 3) * 512 * 512 * 128
+
+
 def test_what_cannot_be_read_is_an_error() -> None:
     with pytest.raises(HloError, match="no ENTRY"):
         parse("HloModule m")

@@ -1,5 +1,7 @@
 """Attention on TPUs by JAX's splash kernel (Pallas): no scores in memory, no work on fully masked blocks.
 
+It computes segments; trees are computed by `tpu_trees`, under the same name.
+
 Axes: docs/contributing.md#axes; e head dimension.
 """
 
@@ -22,8 +24,6 @@ def refusal(workload: Workload) -> str | None:
     """Why the kernel cannot compute the workload; None if it can."""
     if workload.platform != "tpu":
         return f"a {workload.platform}: it is a TPU kernel"
-    if workload.has_trees:
-        return "trees: it supports segments and windows only"
     return workload.misfit()
 
 

@@ -105,7 +105,8 @@ def write_scores(folder: Path, rows: int) -> None:
 
     first, rng = RunDir(folder / "run").round(0), np.random.default_rng(0)
     ids = [row["id"] for row in each_jsonl(first.dataset)]
-    names = [name for name in SCHEMA.names if SCHEMA.field(name).type == pa.float32()]
+    floats = [name for name in SCHEMA.names if SCHEMA.field(name).type == pa.float32()]
+    names = [name for name in floats if name != "consistency"]  # of an optional axis
     with pq.ParquetWriter(first.scores, SCHEMA) as writer:
         for start in range(0, len(ids), GROUP):
             own = ids[start : start + GROUP]

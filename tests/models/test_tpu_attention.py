@@ -36,7 +36,7 @@ def loss(q, k, v, *ids):
 q, kv = (array(jnp.bfloat16, b, t, case[heads], d) for heads in ("heads", "kv_heads"))
 ids = [array(jnp.int32, b, t) for _ in range(3 if case["trees"] else 2)]
 with jax.set_mesh(mesh):
-    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, kv, kv, *ids).compile().as_text()
+    text = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(q, kv, kv, *ids).compile().as_text()
 calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
 phases = "splash_mha_(fwd|dq|dkv)|(tree)_attention"
 print(json.dumps(sorted("".join(re.search(phases, call).groups("")) for call in calls)))

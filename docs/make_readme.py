@@ -60,6 +60,7 @@ def record(run: RunDir, log: str, note: str = "") -> dict[str, Any]:
     return {
         "device": _device(),
         "note": note,
+        "installs": "installing middo-jax" in log,
         "versions": {"python": platform.python_version(), "jax": importlib.metadata.version("jax")},
         "inputs": inputs(),
         "transcript": transcript(log),
@@ -135,12 +136,14 @@ def _measured(facts: dict[str, Any]) -> str:
     verdict = effects["rounds"]["verdict"]
     shows = "no effect of the round" if verdict == "no effect shown" else f"a final model that is {verdict}"
     sentences = (
-        f"After installation, this run took {duration(facts['seconds'])}",
+        f"This run took {duration(facts['seconds'])},",
+        f"{'with' if facts['installs'] else 'after'} installation",
         f"({facts['loop']} of it for the loop),",
         f"{duration(facts['cpu_seconds'])} of CPU time,",
         f"and at most {facts['peak_gb']} GB of memory on {facts['device']}{note},",
         f"with Python {versions['python']} and jax {versions['jax']}.",
-        f"{rewrites['accepted']} of {rewrites['tried']} rewrites were accepted.",
+        f"{rewrites['accepted']} of {rewrites['tried']} rewrites",
+        f"{'was' if rewrites['accepted'] == 1 else 'were'} accepted.",
         f"The dataset has {rows['in']} rows before the round and {rows['out']} after it.",
         *_effect("Fine-tuning", effects["fine_tuning"]),
         *_effect("The round", effects["rounds"]),

@@ -23,6 +23,7 @@ from middo_jax.models.attention import shares_prefixes
 from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.models.nll import target_nll
 from middo_jax.parallel.mesh import batch_divisor
+from middo_jax.passes.parts import Parts
 from middo_jax.passes.runner import Pass, PassFacts, Plan
 from middo_jax.progress import Progress, Silent
 
@@ -235,8 +236,13 @@ class LossPass:
         inputs = functools.partial(loss_inputs, examples, prompts=prompts)
         self._pass = Pass(score_batch, self.plan, inputs, static)
 
-    def __call__(self, model: Model, progress: Progress, name: str) -> tuple[ExampleScores, PassFacts]:
-        """Returns the scores of all examples under a model; the progress display shows `name`."""
+    def __call__(
+        self, model: Model, progress: Progress, name: str, parts: Parts | None = None
+    ) -> tuple[ExampleScores, PassFacts]:
+        """Returns the scores of all examples under a model; the progress display shows `name`.
+
+        `parts` has results of an earlier start of the pass; new ones are added.
+        """
         loss_n, last_nll_n, worst_n, prompt_nll_n = np.full((4, self._n), np.nan, np.float32)
         n_targets_n = np.zeros(self._n, np.int32)
         embedding_nd = np.full((self._n, self._width), np.nan, np.float32)
@@ -251,7 +257,7 @@ class LossPass:
                 prompt_nll_n[index_m] = scores.prompt_nll_bs
             embedding_nd[index_m] = scores.embedding_bsd
 
-        facts = self._pass.run(model, keep, progress, name)
+        facts = self._pass.run(model, keep, progress, name, parts)
         prompts_n = prompt_nll_n if self._prompts else None
         return ExampleScores(loss_n, n_targets_n, embedding_nd, last_nll_n, worst_n, prompts_n), facts
 

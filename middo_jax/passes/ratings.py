@@ -22,6 +22,7 @@ from middo_jax.data.trees import PackedTrees, Tree, common_prefix
 from middo_jax.models.decoder import Decoder
 from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.parallel.mesh import batch_divisor
+from middo_jax.passes.parts import Parts
 from middo_jax.passes.runner import Pass, PassFacts, Plan
 from middo_jax.progress import Progress, Silent
 
@@ -153,6 +154,7 @@ def rate(
     batch_tokens: int,
     progress: Progress | None = None,
     name: str = "ratings",
+    parts: Parts | None = None,
 ) -> tuple[np.ndarray, PassFacts]:
     """Returns the ratings of every example, [n, c] float32, and the facts of the pass.
 
@@ -163,6 +165,7 @@ def rate(
       batch_tokens: tokens per batch, all devices together.
       progress: progress display.
       name: name of the pass in the progress display.
+      parts: results of an earlier start of this pass, see `passes.parts`.
     """
     trees = [one.tree for one in asked]
     prefix = (
@@ -190,5 +193,5 @@ def rate(
         return {"scale": scale, "prefix": prefix, "longest": bucket.longest}
 
     plan = Plan.of(trees, prefix, batch_tokens, batch_divisor(model.mesh), MIN_TREE)
-    facts = Pass(judge_batch, plan, inputs, static).run(model, keep, progress or Silent(), name)
+    facts = Pass(judge_batch, plan, inputs, static).run(model, keep, progress or Silent(), name, parts)
     return rating_nc, facts

@@ -11,7 +11,7 @@ import concurrent.futures
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ from middo_jax.data.trees import PackedTrees, Tree
 from middo_jax.models.model import Model
 from middo_jax.parallel.coordination import stop_point
 from middo_jax.parallel.hosts import to_host, to_mesh
+from middo_jax.parallel.preemption import Preempted
+from middo_jax.passes.parts import Parts
 from middo_jax.progress import Progress
 
 COMPILERS = 4  # maximum number of threads that compile
@@ -37,6 +39,8 @@ class PassFacts:
       shapes: number of programs, newly compiled or reused.
       compile_seconds: time until all programs were compiled.
       seconds: time of the pass after compilation.
+
+    What an earlier start of the pass has computed does not count.
     """
 
     real_tokens: int
@@ -84,11 +88,14 @@ class Plan:
         """Returns the packed batch of some rows."""
         return PackedTrees(self.trees, rows, bucket.batch, bucket.length, self.prefix)
 
+    def real_tokens_of(self, packed: PackedTrees) -> int:
+        """Number of positions of a batch without padding; a row's prefix counts once."""
+        return sum(self.prefix + sum(packed.sizes(row)) for row in packed.rows if row)
+
     @property
     def real_tokens(self) -> int:
-        """Number of computed positions without padding; a row's prefix counts once."""
-        packed = (self.packed(bucket, bucket.rows) for bucket in self.buckets)
-        return sum(self.prefix + sum(batch.sizes(row)) for batch in packed for row in batch.rows if row)
+        """Number of computed positions without padding."""
+        return sum(self.real_tokens_of(self.packed(bucket, bucket.rows)) for bucket in self.buckets)
 
     @property
     def computed_tokens(self) -> int:
@@ -125,7 +132,12 @@ class Pass:
     _compiled: tuple[Hashable, list[Any]] | None = dataclasses.field(default=None, init=False, repr=False)
 
     def run(
-        self, model: Model, keep: Callable[[np.ndarray, Any], None], progress: Progress, name: str
+        self,
+        model: Model,
+        keep: Callable[[np.ndarray, Any], None],
+        progress: Progress,
+        name: str,
+        parts: Parts | None = None,
     ) -> PassFacts:
         """Computes every batch on the model's mesh.
 
@@ -134,6 +146,7 @@ class Pass:
           keep: called with [m] indices of examples, in any order, and the pytree of their results [m, ...].
           progress: progress display.
           name: name of the pass in the progress display.
+          parts: results of an earlier start with this model, which are taken; new ones are added.
         """
         began = time.monotonic()
         with jax.set_mesh(model.mesh):
@@ -141,39 +154,45 @@ class Pass:
             compiled = time.monotonic()
             with progress.task(name) as advance:
                 total = sum(len(row) for bucket in self.plan.buckets for row in bucket.rows)
-                done, running = 0, None
-
-                def finish(rows: list[list[int]], result: Any) -> None:
-                    nonlocal done
-                    index_m = np.concatenate([np.asarray(row, np.int64) for row in rows])
-                    b_m = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-                    s_m = np.concatenate([np.arange(len(row)) for row in rows])
-                    keep(index_m, jax.tree.map(lambda x_bs: x_bs[b_m, s_m], to_host(result)))
-                    done += len(index_m)
-                    advance(done, total)
-
-                for run, rows, inputs in self._batches(programs):
-                    stop_point()
-                    result = run(model.params, _on_mesh(model, inputs))
-                    # Waits for the previous batch's results only after this batch was dispatched.
-                    if running is not None:
-                        finish(*running)
-                    running = rows, result
-                if running is not None:
-                    finish(*running)
+                results = _Results(keep, advance, total, parts)
+                try:
+                    self._run_batches(programs, model, results)
+                finally:
+                    if parts is not None:
+                        parts.save()
             seconds = time.monotonic() - compiled
         return PassFacts(
-            real_tokens=self.plan.real_tokens,
-            computed_tokens=self.plan.computed_tokens,
+            real_tokens=results.real_tokens,
+            computed_tokens=results.computed_tokens,
             shapes=len(programs),
             compile_seconds=compiled - began,
             seconds=seconds,
         )
 
-    def _batches(self, programs: list[Any]) -> Iterator[tuple[Any, list[list[int]], Any]]:
-        for bucket, run in zip(self.plan.buckets, programs, strict=True):
-            for rows in bucket.batches():
-                yield run, rows, self.inputs(self.plan.packed(bucket, rows))
+    def _run_batches(self, programs: list[Any], model: Model, results: _Results) -> None:
+        running = None
+        try:
+            for bucket, program in zip(self.plan.buckets, programs, strict=True):
+                for rows in bucket.batches():
+                    stop_point()
+                    packed = self.plan.packed(bucket, rows)
+                    inputs = self.inputs(packed)
+                    key = results.key_if_missing(rows, inputs, self.static(bucket), program.out_tree)
+                    if key is None:
+                        continue
+                    result = program(model.params, _on_mesh(model, inputs))
+                    # Waits for the previous batch's results only after this batch was dispatched.
+                    if running is not None:
+                        results.finish(*running)
+                    running = rows, result, key
+                    results.real_tokens += self.plan.real_tokens_of(packed)
+                    results.computed_tokens += bucket.batch * bucket.length
+        except Preempted:
+            if running is not None:
+                results.finish(*running)  # the devices have computed it, or are about to
+            raise
+        if running is not None:
+            results.finish(*running)
 
     def _programs(self, model: Model, progress: Progress, name: str) -> list[Any]:
         """Returns the compiled program of each bucket."""
@@ -189,6 +208,58 @@ class Pass:
             programs = _compile(lowered, advance)
         self._compiled = kind, programs
         return programs
+
+
+@dataclasses.dataclass
+class _Results:
+    """What a running pass does with its results.
+
+    Attributes:
+      keep: see `Pass.run`.
+      advance: is called with the number of finished examples, and of all.
+      total: number of all examples.
+      parts: see `Pass.run`.
+      done: number of finished examples.
+      real_tokens, computed_tokens: see `PassFacts`.
+    """
+
+    keep: Callable[[np.ndarray, Any], None]
+    advance: Callable[[int, int], None]
+    total: int
+    parts: Parts | None
+    done: int = 0
+    real_tokens: int = 0
+    computed_tokens: int = 0
+
+    def key_if_missing(
+        self, rows: list[list[int]], inputs: Any, static: dict[str, Any], out_tree: Any
+    ) -> bytes | None:
+        """Returns the batch's key in the parts, which is empty without parts.
+
+        None if an earlier start has computed the batch; its results are kept then.
+        """
+        if self.parts is None:
+            return b""
+        key = self.parts.key(inputs, static)
+        if (leaves := self.parts.find(key)) is None:
+            return key
+        self._finish(rows, jax.tree.unflatten(out_tree, leaves))
+        return None
+
+    def finish(self, rows: list[list[int]], result: Any, key: bytes) -> None:
+        """Keeps the results of a batch, a pytree of arrays [b, s, ...] on the devices."""
+        b_m = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+        s_m = np.concatenate([np.arange(len(row)) for row in rows])
+        found = jax.tree.map(lambda x_bs: x_bs[b_m, s_m], to_host(result))
+        if self.parts is not None:
+            self.parts.add(key, jax.tree.leaves(found))
+        self._finish(rows, found)
+
+    def _finish(self, rows: list[list[int]], found: Any) -> None:
+        index_m = np.concatenate([np.asarray(row, np.int64) for row in rows])
+        self.keep(index_m, found)
+        self.done += len(index_m)
+        self.advance(self.done, self.total)
 
 
 def _on_mesh(model: Model, inputs: Any) -> Any:

@@ -58,6 +58,11 @@ class RoundDir:
         return self.path / "embeddings.parquet"
 
     @property
+    def scoring_parts(self) -> Path:
+        """Folder of what the passes of an unfinished scoring stage have measured so far."""
+        return self.path / "scoring"
+
+    @property
     def selection(self) -> Path:
         """Thresholds, the three sets, their overlap, the m-sweep."""
         return self.path / "selection.json"

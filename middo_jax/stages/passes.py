@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +13,14 @@ from middo_jax.data.example import Example
 from middo_jax.data.long_texts import is_long, last_tokens
 from middo_jax.data.tokenize import TokenizedExample, response_header
 from middo_jax.models.model import Model
-from middo_jax.passes.losses import ExampleScores, score_examples
+from middo_jax.passes.losses import ExampleScores, LossPass
+from middo_jax.passes.parts import Parts
 from middo_jax.passes.runner import PassFacts
 from middo_jax.session import Session
 from middo_jax.signals.duplicates import prompt_hash
 from middo_jax.signals.ifd import mean_by_example, responses_alone
 from middo_jax.signals.readings import prompts_behind_responses
+from middo_jax.training.identity import of_model
 
 
 class Texts(NamedTuple):
@@ -52,9 +55,17 @@ class Texts(NamedTuple):
 class Passes:
     """Runs scoring passes by the settings, and keeps the facts of each pass (`facts`, by name)."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, parts: Path | None = None) -> None:
+        """Passes whose results are kept in a folder, so that they go on after a stop; None keeps nothing."""
+        self._session, self._parts = session, parts
         self.facts: dict[str, PassFacts] = {}
+
+    def parts(self, name: str, model: Model) -> Parts | None:
+        """The results that earlier starts of a pass have left."""
+        if self._parts is None:
+            return None
+        folder = self._parts / name.replace(" ", "_")
+        return Parts(folder, of_model(model), self._session.progress, name)
 
     def __call__(
         self, name: str, model: Model, of: Sequence[TokenizedExample], *, prompts: bool = False
@@ -63,15 +74,10 @@ class Passes:
 
         With `prompts`, the losses of the prompts are computed too.
         """
-        scores, self.facts[name] = score_examples(
-            model,
-            of,
-            batch_tokens=self._session.batch_tokens,
-            chunk=self._session.config.scoring.unembed_chunk,
-            progress=self._session.progress,
-            name=name,
-            prompts=prompts,
-        )
+        tokens, chunk = self._session.batch_tokens, self._session.config.scoring.unembed_chunk
+        planned = LossPass(of, model, tokens, chunk, prompts=prompts)
+        parts = self.parts(name, model)
+        scores, self.facts[name] = planned(model, self._session.progress, name, parts)
         return scores
 
 

@@ -13,11 +13,12 @@ from middo_jax.data.tokenize import eos_token_ids
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.sampling import Request
 from middo_jax.models.model import Model
+from middo_jax.passes.parts import Parts
 from middo_jax.passes.ratings import RatingScale, rate
 from middo_jax.passes.runner import PassFacts
 from middo_jax.progress import Progress
 from middo_jax.session import Session
-from middo_jax.signals.judge.questions import RatingTokens, rating_tree
+from middo_jax.signals.judge.questions import RatingTokens, RatingTree, rating_tree
 from middo_jax.signals.judge.readout import EXPECTED, Readout
 from middo_jax.signals.judge.rubrics import COLUMNS
 from middo_jax.signals.judge.sampled import parse_rating, rating_prompts
@@ -26,24 +27,25 @@ TOP_P, TOP_K = 0.7, 50  # of sampled ratings, as published
 
 
 def ratings(
-    session: Session, model: Model, examples: Sequence[Example]
+    session: Session, model: Model, examples: Sequence[Example], parts: Parts | None = None
 ) -> tuple[np.ndarray, PassFacts | None]:
     """Returns six ratings per example, [n, 6] in the order of `rubrics.COLUMNS`, by `quality.method`.
 
-    Also returns the facts of the pass; None for the sampled method, which decodes instead.
+    Also returns the facts of the pass; None for the sampled method, which decodes instead. `parts` has
+    results of an earlier start.
     """
     config = session.config
     rating = config.quality.rating
     if isinstance(rating, SampledRating):
         return sampled_ratings(session, model, examples, rating), None
-    return judge(
+    asked, spelling = rating_trees(examples, session.tokenizer, config.model.max_length)
+    return rate(
         model,
-        examples,
-        session.tokenizer,
-        max_length=config.model.max_length,
+        asked,
+        RatingScale(spelling, Readout(rating.score, rating.score_temperature), len(COLUMNS)),
         batch_tokens=session.batch_tokens,
-        readout=Readout(rating.score, rating.score_temperature),
         progress=session.progress,
+        parts=parts,
     )
 
 
@@ -62,17 +64,24 @@ def judge(
     The ratings are [n, 6] float32, in the order of `rubrics.COLUMNS`.
 
     Raises:
+      JudgeError: see `rating_trees`.
+    """
+    asked, spelling = rating_trees(examples, tokenizer, max_length)
+    scale = RatingScale(spelling, readout or EXPECTED, len(COLUMNS))
+    return rate(model, asked, scale, batch_tokens=batch_tokens, progress=progress)
+
+
+def rating_trees(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[RatingTree], RatingTokens]:
+    """Returns the questions about each example, and the tokens of the ratings.
+
+    Raises:
       JudgeError: the tokenizer spells the ratings in a way that one prefill cannot score, or a question alone
         is longer than `max_length`.
     """
     spelling = RatingTokens.of(tokenizer)
-    return rate(
-        model,
-        [rating_tree(example, tokenizer, spelling, max_length) for example in examples],
-        RatingScale(spelling, readout or EXPECTED, len(COLUMNS)),
-        batch_tokens=batch_tokens,
-        progress=progress,
-    )
+    return [rating_tree(example, tokenizer, spelling, max_length) for example in examples], spelling
 
 
 def sampled_ratings(

@@ -20,6 +20,8 @@ from middo_jax.data.tokenize import end_of_turn_token
 from middo_jax.models.lora import without_adapters
 from middo_jax.models.model import Model
 from middo_jax.rundir import RoundDir, RunError, chain
+from middo_jax.rundir.files import is_reader
+from middo_jax.rundir.leftovers import remove
 from middo_jax.session import Session, read_dataset
 from middo_jax.signals.axes import with_computed
 from middo_jax.signals.duplicates import count_duplicates, groups
@@ -74,7 +76,9 @@ def score_stage(
     check_embedder(session, pre_model, axes)
     begun = chain.score(directory, model, pre_model).begin()
     examples = read_dataset(directory)
-    scored = measure(session, examples, model, pre_model, axes, earlier=earlier)
+    scored = measure(
+        session, examples, model, pre_model, axes, earlier=earlier, parts=directory.scoring_parts
+    )
     own = user_ids(examples) if own is None else own
     if own is not None:
         scored = scored._replace(table=with_columns(scored.table, own))
@@ -82,6 +86,8 @@ def score_stage(
     write_scores(directory.scores, scored.table)
     write_embeddings(directory.embeddings, scored.table["id"].to_pylist(), scored.embedding_nd)
     begun.finish(session.config, time.monotonic() - began, **scored.facts)
+    if not is_reader():
+        remove(directory.scoring_parts)
     return scored
 
 
@@ -102,14 +108,19 @@ def measure(
     axes: Collection[str],
     *,
     earlier: RoundDir | None = None,
+    parts: Path | None = None,
 ) -> Scored:
-    """Measures samples without writing files; the arguments are those of `score_stage`.
+    """Measures samples; the other arguments are those of `score_stage`.
+
+    Args:
+      parts: folder where the passes keep results until all is measured, so that they go on after a stop; None
+        writes no file.
 
     Raises:
       RunError: see `check_embedder`.
     """
     check_embedder(session, pre_model, axes)
-    passes, before, base = Passes(session), None, None
+    passes, before, base = Passes(session, parts), None, None
     embeds = "diversity" in axes and session.config.diversity.embedder == "pre"
     wanted = Wanted(loss="complexity" in axes, embeddings=embeds)
     with session.stage():
@@ -188,7 +199,7 @@ def _under_model(
     more = conditioned(session, passes, model, texts.examples, texts.tokenized, readings)
     rated = None
     if "quality" in axes:
-        rated, facts = ratings(session, model, texts.examples)
+        rated, facts = ratings(session, model, texts.examples, passes.parts("ratings", model))
         passes.facts |= {"ratings": facts} if facts else {}
     measured = Measured(
         ids=texts.ids,

@@ -35,6 +35,13 @@ def identity(model: Model, plan: TrainingPlan) -> str:
     return digest.hexdigest()
 
 
+def of_model(model: Model) -> str:
+    """Returns the SHA-256 of a model's config and parameters; the attention kernel does not enter it."""
+    config = repr(dataclasses.replace(model.config, attention="auto"))
+    values = np.stack(to_host(checksums(model.params))).tolist()
+    return hashlib.sha256(json.dumps([config, values]).encode()).hexdigest()
+
+
 @jax.jit
 def checksums(params: Params) -> list[jax.Array]:
     """Returns a uint32 per parameter: the sum modulo 2**32 of each value's bits, mixed with its indices.

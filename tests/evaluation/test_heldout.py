@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -17,14 +18,21 @@ from support.heldout_datasets import DATASETS, MAX_LENGTH, dataset
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.evaluation.heldout import row_losses, total
 from middo_jax.models import hf
-from middo_jax.models.model import Model
+from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes import runner
 from middo_jax.passes.losses import LossPass
 from middo_jax.progress import Silent
 
 BEFORE = json.loads((Path(__file__).parents[1] / "support" / "golden" / "heldout_losses.json").read_text())
-ALONE = jax.jit(forward, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_alone(
+    graphdef: Structure, params: Params, tokens_bt: jax.Array, segment_ids_bt: jax.Array, at_bt: jax.Array
+) -> jax.Array:
+    """float32 [t, v] of one row."""
+    return bound(graphdef, params).unembed(forward(graphdef, params, tokens_bt, segment_ids_bt, at_bt)[0])
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -48,10 +56,11 @@ def test_held_out_loss_is_what_it_was_and_what_each_example_alone_says(name: str
 
 def nll_sum(model: Model, example: TokenizedExample) -> float:
     """Of an example alone: float64 log-softmax of its whole logits."""
-    n, at = len(example), jnp.arange(MAX_LENGTH)[None]
-    tokens_bt = jnp.zeros((1, MAX_LENGTH), jnp.int32).at[0, :n].set(jnp.asarray(example.tokens_n))
-    hidden_btd = ALONE(model.graphdef, model.params, tokens_bt, jnp.where(at < n, 0, -1), at)
-    logits_nv = np.asarray(model.decoder().unembed(hidden_btd[0, :n]), np.float64)
+    n, at_bt = len(example), np.arange(MAX_LENGTH)[None]
+    tokens_bt = np.zeros((1, MAX_LENGTH), np.int32)
+    tokens_bt[0, :n] = example.tokens_n
+    logits_tv = logits_alone(model.graphdef, model.params, tokens_bt, np.where(at_bt < n, 0, -1), at_bt)
+    logits_nv = np.asarray(logits_tv, np.float64)[:n]
     log_p_nv = logits_nv - np.log(np.exp(logits_nv).sum(axis=1, keepdims=True))
     targets = np.flatnonzero(example.is_target_n[1:])
     return -float(log_p_nv[targets, example.tokens_n[targets + 1]].sum())

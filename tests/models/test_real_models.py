@@ -22,7 +22,10 @@ pytestmark = pytest.mark.real_model
 NUM_COMPARED = 64  # positions whose logits are compared: all of 700 would be 734 MB with Gemma's vocabulary
 
 
-@pytest.fixture(scope="module", params=DEMOS)
+@pytest.fixture(
+    scope="module",
+    params=[name if name == "smollm2" else pytest.param(name, marks=pytest.mark.slow) for name in DEMOS],
+)
 def demo(request: pytest.FixtureRequest) -> tuple[str, Path]:
     try:
         return request.param, demo_directory(request.param)

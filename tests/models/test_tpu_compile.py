@@ -41,7 +41,10 @@ print(json.dumps(sizes | {"has_splash": "splash_mha_fwd" in compiled.as_text()})
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize(("topology", "shape"), [("v5e:4x4", [1, 16, 1]), ("v5e:4x4", [1, 4, 4])])
+@pytest.mark.parametrize(
+    ("topology", "shape"),
+    [("v5e:4x4", [1, 4, 4]), pytest.param("v5e:4x4", [1, 16, 1], marks=pytest.mark.slow)],
+)
 def test_scoring_an_8b_model_fits_a_slice(topology: str, shape: list[int]) -> None:
     pytest.importorskip("libtpu")
     # Only a chip is not to be shared; without one, several compilers may run at a time.

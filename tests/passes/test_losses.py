@@ -70,12 +70,12 @@ class ByHand(NamedTuple):
 def by_hand(model: Model, example: TokenizedExample) -> ByHand:
     """What the pass gives, of one example alone."""
     # Padded behind, which nothing before it sees, so that one shape is compiled.
-    at = jnp.arange(300)[None]
-    tokens = jnp.zeros((1, 300), jnp.int32).at[0, : len(example)].set(jnp.asarray(example.tokens_n))
-    hidden_btd = PASS(model.graphdef, model.params, tokens, jnp.where(at < len(example), 0, -1), at)[
-        :, : len(example)
-    ]
-    logits = np.asarray(hidden_btd[0], np.float64) @ np.asarray(model.params["embed"][...], np.float64).T
+    at = np.arange(300)[None]
+    tokens = np.zeros((1, 300), np.int32)
+    tokens[0, : len(example)] = example.tokens_n
+    hidden_btd = PASS(model.graphdef, model.params, tokens, np.where(at < len(example), 0, -1), at)
+    hidden_nd = np.asarray(hidden_btd[0], np.float64)[: len(example)]
+    logits = hidden_nd @ np.asarray(model.params["embed"][...], np.float64).T
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
     def nlls(chosen_n: np.ndarray) -> list[float]:
@@ -86,7 +86,7 @@ def by_hand(model: Model, example: TokenizedExample) -> ByHand:
 
     nll = nlls(example.is_target_n)
     worst = sorted(nll, reverse=True)[: math.ceil(len(nll) / 10)]
-    hidden = np.asarray(hidden_btd[0], np.float64)[example.in_prompt_n]
+    hidden = hidden_nd[example.in_prompt_n]
     with np.errstate(invalid="ignore"):
         embedding = hidden.sum(axis=0) / len(hidden)
     last = nll[-1] if nll else math.nan

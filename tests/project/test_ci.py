@@ -26,7 +26,7 @@ def jobs() -> dict[str, Any]:
         "jobs",
     }  # YAML 1.1 reads `on` as true
     assert workflow["permissions"] == {"contents": "read"}
-    assert set(workflow[True]) == {"push", "pull_request"}
+    assert set(workflow[True]) == {"push", "pull_request", "schedule"}
     return workflow["jobs"]
 
 
@@ -44,6 +44,7 @@ def test_there_is_a_job_for_everything_that_can_break(jobs: dict[str, Any]) -> N
         "lint": [["make", "lint"]],
         "docs": [["make", "docs"]],
         "test": [["make", "test"]],
+        "slow": [["make", "test"]],
         "wheel": [["make", "wheel-smoke"]],
     }
 

@@ -1,0 +1,134 @@
+"""The results of a pass on disk, in parts, so that a pass that was stopped goes on where it was.
+
+A batch is known by a hash of all that decides its results: the model, the program's static arguments and the
+packed inputs. The plan of a pass depends on the examples and the mesh alone, so the same pass packs the same
+batches again, and takes the results of those that it has. On another mesh it packs others, and computes them.
+
+A part is a numpy archive, written every `SAVE_EVERY_S` and where the pass ends early:
+
+  keys      uint8 [batches, 16], the batches' hashes
+  sizes     int64 [batches], examples per batch
+  leaf0...  results of all its examples, [examples, ...]; the leaves of the program's output
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from middo_jax.parallel.coordination import from_first
+from middo_jax.progress import Progress
+from middo_jax.rundir import files
+from middo_jax.rundir.leftovers import remove
+
+SAVE_EVERY_S = 60.0
+_KEY_BYTES = 16
+_NAME = re.compile(r"([0-9a-f]{16})-(\d{6})\.npz")
+
+
+class _Place(NamedTuple):
+    """Where the results of a batch are: the examples from `start` to `stop` of a part."""
+
+    part: Path
+    start: int
+    stop: int
+
+
+class Parts:
+    """The parts of one pass in a folder of its own. Process 0 writes them, and all processes read them."""
+
+    def __init__(self, folder: Path, identity: str, progress: Progress, name: str) -> None:
+        """Finds the parts of earlier starts. Those of another model are removed.
+
+        Args:
+          folder: folder of the pass; it is made when the first part is written.
+          identity: hash of the model's config and weights.
+          progress: is told how many results were found.
+          name: name of the pass in the progress display.
+        """
+        self._folder, self._identity = folder, hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self._pending: dict[bytes, list[np.ndarray]] = {}
+        self._saved_at = time.monotonic()
+        self._open: tuple[Path, list[np.ndarray]] | None = None
+        names = from_first(f"parts of {name}", lambda: self._whole_parts(progress))
+        self._next = 1 + max((int(name.rpartition("-")[2].removesuffix(".npz")) for name in names), default=0)
+        self._places: dict[bytes, _Place] = {}
+        for part in (folder / name for name in names):
+            with np.load(part, allow_pickle=False) as archive:
+                stops = np.cumsum(archive["sizes"]).tolist()
+                for key, start, stop in zip(archive["keys"], [0, *stops], stops, strict=False):
+                    self._places[key.tobytes()] = _Place(part, start, stop)
+        if found := sum(place.stop - place.start for place in self._places.values()):
+            progress.say(f"{name}: goes on after {found:,} examples of an earlier start")
+
+    def key(self, inputs: Any, static: dict[str, Any]) -> bytes:
+        """Returns the hash of a batch: of its packed inputs, a pytree of arrays, and the static arguments."""
+        digest = hashlib.blake2b(self._identity.encode(), digest_size=_KEY_BYTES)
+        digest.update(repr(sorted(static.items())).encode())
+        for path, x in jax.tree_util.tree_leaves_with_path(inputs):
+            digest.update(f"\n{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
+            digest.update(np.ascontiguousarray(x).data)
+        return digest.digest()
+
+    def find(self, key: bytes) -> list[np.ndarray] | None:
+        """Returns the leaves of a batch's results, [m, ...] each; None if they must be computed."""
+        if (place := self._places.get(key)) is None:
+            return None
+        if self._open is None or self._open[0] != place.part:  # batches are asked for in the order of a part
+            with np.load(place.part, allow_pickle=False) as archive:
+                count = sum(name.startswith("leaf") for name in archive.files)
+                self._open = place.part, [archive[f"leaf{i}"] for i in range(count)]
+        return [leaf[place.start : place.stop] for leaf in self._open[1]]
+
+    def add(self, key: bytes, leaves: Sequence[np.ndarray]) -> None:
+        """Keeps the results of a batch, [m, ...] each, and writes a part if it is time."""
+        self._pending[key] = list(leaves)
+        if time.monotonic() - self._saved_at >= SAVE_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        """Writes what was added since the last part."""
+        self._saved_at = time.monotonic()
+        if not self._pending:
+            return
+        batches = list(self._pending.values())
+        arrays = {f"leaf{i}": np.concatenate(of_all) for i, of_all in enumerate(zip(*batches, strict=True))}
+        arrays["keys"] = np.frombuffer(b"".join(self._pending), np.uint8).reshape(-1, _KEY_BYTES)
+        arrays["sizes"] = np.array([len(batch[0]) for batch in batches], np.int64)
+        with files.atomic(self._folder / f"{self._identity}-{self._next:06d}.npz", "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        self._next += 1
+        self._pending.clear()
+
+    def _whole_parts(self, progress: Progress) -> list[str]:
+        """Names of this model's parts, in order; removes the others, and says which are damaged."""
+        names = []
+        for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else []:
+            match = _NAME.fullmatch(path.name)
+            if match is None:
+                continue  # a temporary file, which is swept with the others
+            if match[1] != self._identity:
+                remove(path)
+            elif _is_whole(path):
+                names.append(path.name)
+            else:
+                progress.say(f"{path}: damaged, so its batches are computed again")
+                remove(path)
+        return names
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an archive has the checksums that it was written with."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        return False

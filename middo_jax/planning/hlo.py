@@ -19,6 +19,8 @@ from typing import NamedTuple
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
+# Of a computation; one that another core runs, such as a v6e's SparseCore, names its thread.
+_END = re.compile(r'^\}(?:, execution_thread="[^"]*")?\s*$')
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -165,7 +167,7 @@ def _joined(text: str) -> Iterator[str]:
     """The lines; those of a kernel's attributes, which contain line ends, as one with their instruction."""
     parts: list[str] = []
     for line in text.splitlines():
-        if parts and not _INSTRUCTION.match(line) and line.rstrip() != "}":
+        if parts and not _INSTRUCTION.match(line) and not _END.match(line):
             parts.append(line)
             continue
         if parts:

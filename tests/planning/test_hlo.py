@@ -120,6 +120,12 @@ def test_a_loop_of_unknown_length_has_the_given_one_or_is_named() -> None:
     assert once.notes == ("a loop of unknown length counts once: jit(f)/head/while",)
 
 
+def test_a_computation_of_another_thread_ends_where_it_ends() -> None:
+    text = NESTED.replace("}\n\n%inner_body", '}, execution_thread="sparsecore"\n\n%inner_body')
+    assert text != NESTED
+    assert cost(text, machine()).flops == cost(NESTED, machine()).flops
+
+
 def test_a_bound_that_is_carried_unchanged_is_known() -> None:
     text = NESTED.replace("%end = s32[] constant(12)", "%end = s32[] get-tuple-element(%p.1), index=3")
     text = text.replace("tuple(%next, %planted, %w)", "tuple(%next, %planted, %w, %bound)")

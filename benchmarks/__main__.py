@@ -42,7 +42,7 @@ INDEX = (
     Benchmark("logits", f"{MODEL}, torch", "5 minutes"),
     Benchmark("neighbours", "faiss-cpu for its side", "5 minutes"),
     Benchmark("neighbours_update", "nothing", "10 minutes"),
-    Benchmark("oracle", f"{ALPACA}, {MODEL}", "about an hour per seed and budget"),
+    Benchmark("oracle", f"{ALPACA}, {MODEL}", "an hour per seed and budget"),
     Benchmark("paper_memory", "the `tpu` extra", "10 minutes", "CPU; compiles for TPUs"),
     Benchmark("plan_check", "the `tpu` extra with --published", "5 minutes"),
     Benchmark("plan_pods", "the `tpu` extra", "20 minutes", "CPU; compiles for TPUs"),

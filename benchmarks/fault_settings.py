@@ -17,7 +17,7 @@ class Change(NamedTuple):
       value: the other value. `{root}`, `{url}`: of the world.
       stages: which are stale by themselves; None: the settings name another run.
       more: what has to be changed with it.
-      base: settings of the run before the change, where the setting does not exist otherwise.
+      base: settings of the run before the change, if the setting needs them to have an effect.
     """
 
     value: Any
@@ -30,8 +30,10 @@ PREPARE, TRAIN, SCORE, SELECT = ("prepare",), ("train",), ("score",), ("select",
 REFINE, MERGE = ("refine",), ("merge", "follow")
 READS_BASE = ("train", "score", "evaluate")  # the weights; the tokenizer's files are the same
 TEXT = ("prepare", "train", "score", "refine", "evaluate")
-SAMPLED = {"quality.method": "sample"}
+BENCHMARK = ("benchmark",)
+SAMPLED = {"quality.method": "sample", "quality.max_new_tokens": 16}
 WITH_LORA = {"lora.rank": 2}
+WITH_TASKS = {"evaluate.tasks": "[capitals]", "evaluate.include_path": "{root}/tasks"}
 
 CHANGES: dict[str, Change] = {
     "name": Change("another", None),
@@ -47,12 +49,12 @@ CHANGES: dict[str, Change] = {
     "data.path": Change("{root}/other.json", PREPARE),
     "data.format": Change("alpaca", PREPARE),
     "data.limit": Change(14, PREPARE),
-    "data.columns": Change("{system: persona}", PREPARE),
-    "data.eval_path": Change("{root}/other.json", PREPARE),
-    "data.id_column": Change("instruction", PREPARE),
+    "data.columns": Change("{input: source}", PREPARE),
+    "data.eval_path": Change("{root}/own_heldout.json", PREPARE),
+    "data.id_column": Change("number", PREPARE, more={"data.path": "{root}/numbered.json"}),
     "data.if_changed": Change("stop"),
     "data.roles": Change("{narrator: user}", PREPARE),
-    "data.sources": Change("[{path: '{root}/other.json'}]", PREPARE, more={"data.path": ""}),
+    "data.sources": Change("[{path: '{root}/other.json'}]", PREPARE, more={"data.path": "''"}),
     "data.strict": Change(True, PREPARE),
     "data.eval_fraction": Change(0.3, PREPARE),
     "data.source_column": Change("instruction", PREPARE),
@@ -86,10 +88,10 @@ CHANGES: dict[str, Change] = {
     "scoring.batch_tokens": Change(4096),
     "scoring.unembed_chunk": Change(64),
     "scoring.readings": Change("[ifd]", SCORE),
-    "complexity.m": Change(0.5, SELECT),
+    "complexity.m": Change(0.5, SELECT, more={"complexity.fraction": "null"}),
     "complexity.fraction": Change(0.4, SELECT),
     "complexity.normalise": Change("length", SELECT),
-    "diversity.m": Change(0.5, SELECT),
+    "diversity.m": Change(0.5, SELECT, more={"diversity.fraction": "null"}),
     "diversity.fraction": Change(0.4, SELECT),
     "diversity.k": Change(3, SCORE),
     "diversity.text": Change("raw", SCORE),
@@ -97,16 +99,17 @@ CHANGES: dict[str, Change] = {
     "diversity.ignore_duplicates": Change(True, SCORE),
     "consistency.m": Change(0.5, SELECT),
     "consistency.fraction": Change(0.4, SELECT),
-    "quality.m": Change(0.5, SELECT),
+    "quality.m": Change(0.5, SELECT, more={"quality.fraction": "null"}),
     "quality.fraction": Change(0.4, SELECT),
-    "quality.method": Change("sample", SCORE),
+    "quality.method": Change("sample", SCORE, more={"quality.max_new_tokens": 16}),
     "quality.score": Change("log_odds", SCORE),
     "quality.score_temperature": Change(2.0, SCORE),
+    "quality.rubric": Change("{root}/rubric.yaml", SCORE),
     "quality.max_new_tokens": Change(32, SCORE, base=SAMPLED),
     "quality.temperature": Change(0.5, SCORE, base=SAMPLED),
     "refine.base_url": Change("[{url}, {url}]"),
     "refine.model": Change("fake2", REFINE),
-    "refine.model_revision": Change("2", REFINE),
+    "refine.model_revision": Change("second", REFINE),
     "refine.api_key_env": Change("OTHER_KEY"),
     "refine.temperature": Change(0.5, REFINE),
     "refine.max_tokens": Change(32, REFINE),
@@ -122,7 +125,9 @@ CHANGES: dict[str, Change] = {
     "refine.cache": Change("{root}/shared.sqlite"),
     "refine.show_response": Change(False, REFINE),
     "refine.turns": Change("all", REFINE),
+    "refine.prompts": Change("{root}/words.yaml", REFINE),
     "refine.preflight": Change(True),
+    "refine.wait_for_review": Change(True),
     "refine.accept": Change("none", REFINE),
     "refine.max_attempts": Change(3, REFINE),
     "refine.growth": Change("keep", MERGE),
@@ -135,15 +140,14 @@ CHANGES: dict[str, Change] = {
     "refine.gates.context": Change(0.5, REFINE),
     "refine.gates.novelty": Change(0.5, REFINE),
     "refine.gates.duplicate": Change(0.7, REFINE),
-    # A task that no folder has: the run refuses it. The settings of tasks do nothing without tasks.
-    "evaluate.tasks": Change("[no_such_task]"),
-    "evaluate.allow_code": Change(True),
-    "evaluate.chat_template": Change(True),
-    "evaluate.include_path": Change("{root}"),
-    "evaluate.limit": Change(5),
-    "evaluate.local_data": Change("{root}"),
-    "evaluate.max_length": Change(64),
-    "evaluate.num_fewshot": Change(1),
+    "evaluate.tasks": Change("[capitals]", BENCHMARK, more={"evaluate.include_path": "{root}/tasks"}),
+    "evaluate.allow_code": Change(True, BENCHMARK, base=WITH_TASKS),
+    "evaluate.chat_template": Change(True, BENCHMARK, base=WITH_TASKS),
+    "evaluate.include_path": Change("{root}/other_tasks", BENCHMARK, base=WITH_TASKS),
+    "evaluate.limit": Change(3, BENCHMARK, base=WITH_TASKS),
+    "evaluate.local_data": Change("{root}/tasks", BENCHMARK, base=WITH_TASKS),
+    "evaluate.max_length": Change(64, BENCHMARK, base=WITH_TASKS),
+    "evaluate.num_fewshot": Change(1, BENCHMARK, base=WITH_TASKS),
     "serve.max_batch": Change(2),
     "serve.max_context": Change(777, REFINE),
 }
@@ -151,15 +155,16 @@ CHANGES: dict[str, Change] = {
 
 def override(name: str, change: Change, root: str, url: str) -> dict[str, Any]:
     """The change as overrides of a run in a world, `__` for the dot."""
+    return _filled({**change.more, name: change.value}, root, url)
 
+
+def base_of(change: Change, root: str, url: str) -> dict[str, Any]:
+    """The settings of the run before the change, likewise."""
+    return _filled(change.base, root, url)
+
+
+def _filled(given: Mapping[str, Any], root: str, url: str) -> dict[str, Any]:
     def filled(value: Any) -> Any:
         return value.replace("{root}", root).replace("{url}", url) if isinstance(value, str) else value
 
-    return {
-        key.replace(".", "__"): filled(value) for key, value in {**change.more, name: change.value}.items()
-    }
-
-
-def base_of(change: Change) -> dict[str, Any]:
-    """The settings of the run before the change, likewise."""
-    return {key.replace(".", "__"): value for key, value in change.base.items()}
+    return {key.replace(".", "__"): filled(value) for key, value in given.items()}

@@ -23,7 +23,8 @@ from benchmarks.fault_settings import CHANGES, Change, base_of, override
 from benchmarks.fault_world import FAULTS, FOLDER_FAULTS, Again, World, differences, files, folders
 from middo_jax.rundir import RunDir
 
-from support.tiny_model import write_tiny_model  # isort: skip
+from support.local_tasks import write_local_tasks  # isort: skip
+from support.tiny_model import CHAT_TEMPLATE, write_tiny_model  # isort: skip
 
 # Who makes a file, by hand: the first pattern that fits. `*` is the name of the folder of the round.
 MAKERS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -50,7 +51,17 @@ MAKERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("final/manifest.json", ("final prepare", "final train", "final evaluate", "final export")),
     ("*/manifest.json", tuple(f"* {s}" for s in ("prepare", "train", "score", "select", "refine", "merge"))),
 )
-BASE_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer_config.json")
+# Files of the base model and the data -> the stages that another file there makes stale by itself.
+OF_THE_TOKENIZER = ("prepare", "train", "score", "refine", "evaluate", "export")
+INPUTS: dict[str, tuple[str, ...]] = {
+    "model/model.safetensors": ("train", "score", "evaluate"),
+    "model/config.json": OF_THE_TOKENIZER,
+    "model/generation_config.json": OF_THE_TOKENIZER,
+    "model/tokenizer_config.json": OF_THE_TOKENIZER,
+    "model/tokenizer.json": OF_THE_TOKENIZER,
+    "model/chat_template.jinja": OF_THE_TOKENIZER,
+    "data.json": ("prepare",),
+}
 
 
 class Case(NamedTuple):
@@ -85,9 +96,8 @@ def cases(world: World) -> Iterator[Case]:
             yield Case(f"{fault} {name}/", lambda n=name, f=fault: file_case(world, n, FOLDER_FAULTS[f]))
     for name, change in CHANGES.items():
         yield Case(f"set {name}={change.value}", lambda n=name, c=change: setting_case(world, n, c))
-    for name in BASE_FILES:
-        yield Case(f"replace model/{name}", lambda n=name: input_case(world, n))
-    yield Case("replace data.json", lambda: input_case(world, "data.json"))
+    for name in INPUTS:
+        yield Case(f"replace {name}", lambda n=name: input_case(world, n))
     yield Case("rename the run's folder", lambda: moved_case(world))
 
 
@@ -134,89 +144,104 @@ def _selects(again: Again) -> set[str]:
 def setting_case(world: World, name: str, change: Change) -> list[str]:
     """One setting is changed; the run must end like a fresh one, and nothing else may be redone."""
     more = override(name, change, str(world.root), world.url)
-    base = base_of(change)
+    base = base_of(change, str(world.root), world.url)
     other_inputs(world)
     if base:
         source = RunDir(world.root / "runs" / ("base_" + "_".join(base)))
-        if not source.final.manifest.exists() and (error := world.run(source, **base).error) is not None:
+        if (error := world.run(source, **base).error) is not None:
             return [f"the run before the change: {error}"]
         run = world.copy("changed", source)
     else:
         run = world.copy("changed")
-    before = world.results(run)
     if change.stages is None:
+        before = world.results(run)
         more = {"runs_dir": str(world.root / "others"), **more}
         shutil.rmtree(world.root / "others", ignore_errors=True)
         again = world.run(run, **more)
         wrote = sorted(p.name for p in (world.root / "others").iterdir())
         found = [] if again.error is None and len(wrote) == 1 else [f"{again.error}, {wrote}"]
         return found + differences(world.results(run), before)
-    again = world.run(run, **base, **more)
+    stages = stale_by(change.stages)
+    if name == "rounds":
+        stages |= {f"round_01 {s}" for s in ("prepare", "train", "score", "select", "refine", "merge")}
+    return _changed_case(world, run, stages, **base, **more)
+
+
+def _changed_case(world: World, run: RunDir, wanted: set[str], **more: Any) -> list[str]:
+    """A run after a change: it announces what is stale, redoes what is needed, and ends like a fresh one.
+
+    Args:
+      world: whose inputs may have changed.
+      run: before the change.
+      wanted: the stages that the change makes stale by itself.
+      more: settings after the change.
+    """
+    before, records = world.results(run), records_of(run)
+    again = world.run(run, **more)
     if again.error is not None:
         return [f"{type(again.error).__name__}: {again.error}"]
-    own = {w for w, why in (again.stale or {}).items() if not why.startswith("follows ")}
-    wanted = _stale_by(world, name, change)
+    stale = again.stale or {}
+    own = {where for where, why in stale.items() if not why.is_forecast}
     broken = [] if own == wanted else [f"stale: {sorted(own)}, wanted: {sorted(wanted)}"]
-    if not set(again.redone) <= {*(again.stale or {}), *_selects(again)}:
-        broken.append(f"redone: {again.redone}, announced: {sorted(again.stale or {})}")
+    if not set(again.redone) <= {*stale, *_selects(again)}:
+        broken.append(f"redone: {again.redone}, announced: {sorted(stale)}")
     if not own <= set(again.redone):
         broken.append(f"stale and not redone: {sorted(own - set(again.redone))}")
-    if not change.stages:
+    after = records_of(run)
+    needless = [w for w in again.redone if w not in own | _selects(again) and records.get(w) == after.get(w)]
+    broken += [f"redone, although all that it reads is the same: {where}" for where in needless]
+    if not wanted:
         return broken + differences(world.results(run), before)
     fresh = RunDir(world.root / "runs" / "fresh")
     shutil.rmtree(fresh.path, ignore_errors=True)
-    if (error := world.run(fresh, **base, **more).error) is not None:
+    if (error := world.run(fresh, **more).error) is not None:
         return [*broken, f"a fresh run fails: {error}"]
     return broken + differences(world.results(run), world.results(fresh))
 
 
-def _stale_by(world: World, name: str, change: Change) -> set[str]:
-    """The stages of a change with their folders."""
-    found = set[str]()
-    for stage in change.stages or ():
-        if stage == "prepare":
-            found.add("round_00 prepare")
-        elif stage == "follow":
-            found.add("final prepare")
-        elif stage in ("evaluate", "export"):
-            found.add(f"final {stage}")
-        else:
-            found.add(f"round_00 {stage}")
-            if stage == "train":
-                found.add("final train")
-    if name == "rounds":
-        found |= {f"round_01 {s}" for s in ("prepare", "train", "score", "select", "refine", "merge")}
-    return found
+def records_of(run: RunDir) -> dict[str, Any]:
+    """What each finished stage read: hashes of files within the run, and of inputs by role."""
+    return {
+        f"{here.path.name} {stage}": (of["reads"], {role: i["hash"] for role, i in of["inputs"].items()})
+        for here in (*run.rounds(), run.final)
+        for stage, of in here.stages().items()
+    }
+
+
+def stale_by(stages: tuple[str, ...]) -> set[str]:
+    """The stages of a change with their folders, in a run of one round."""
+    folders = {"prepare": ["round_00"], "follow": ["final"], "evaluate": ["final"], "export": ["final"]}
+    both = {"train", "benchmark"}
+    return {
+        f"{folder} {'prepare' if stage == 'follow' else stage}"
+        for stage in stages
+        for folder in folders.get(stage, ["round_00", "final"] if stage in both else ["round_00"])
+    }
 
 
 def other_inputs(world: World) -> None:
     """Makes the model and the data that settings change to, if they are not there."""
-    if not (world.root / "other_model").exists():
+    if not (world.root / "numbered.json").exists():
+        (world.root / "words.yaml").write_text("simplify: {instruction: Make it easy.}", encoding="utf-8")
+        (world.root / "rubric.yaml").write_text("opening: Rate it from 0 to 10.", encoding="utf-8")
         write_tiny_model(world.root / "other_model", seed=1)
-        shutil.copyfile(world.root / "data.json", world.root / "other.json")
-        rows = json.loads((world.root / "other.json").read_text(encoding="utf-8"))
+        rows = json.loads((world.root / "data.json").read_text(encoding="utf-8"))
         (world.root / "other.json").write_text(json.dumps(rows[1:]), encoding="utf-8")
+        (world.root / "own_heldout.json").write_text(json.dumps(rows[:3]), encoding="utf-8")
+        for name in ("tasks", "other_tasks"):
+            write_local_tasks(world.root / name)
+        numbered = [row | {"number": n} for n, row in enumerate(rows)]
+        (world.root / "numbered.json").write_text(json.dumps(numbered), encoding="utf-8")
 
 
 def input_case(world: World, name: str) -> list[str]:
     """The base model or the data is another one at the same place; a fresh run says what must come out."""
-    path = world.root / (name if name == "data.json" else f"model/{name}")
+    path = world.root / name
     kept = path.read_bytes() if path.exists() else None
     run = world.copy("changed")
     try:
         replace(path)
-        again = world.run(run)
-        if again.error is not None:
-            return [f"{type(again.error).__name__}: {again.error}"]
-        fresh = RunDir(world.root / "runs" / "fresh")
-        shutil.rmtree(fresh.path, ignore_errors=True)
-        if (error := world.run(fresh).error) is not None:
-            return [f"a fresh run fails: {error}"]
-        wanted = {"data.json": "round_00 prepare", "model.safetensors": "round_00 train"}.get(
-            name, "final export"
-        )
-        broken = [] if wanted in again.redone else [f"redone: {again.redone}, without {wanted}"]
-        return broken + differences(world.results(run), world.results(fresh))
+        return _changed_case(world, run, stale_by(INPUTS[name]))
     finally:
         path.unlink() if kept is None else path.write_bytes(kept)
 
@@ -226,14 +251,18 @@ def replace(path: Path) -> None:
     if path.suffix == ".safetensors":
         tensors = load_file(path)
         save_file({k: np.flip(v).copy() for k, v in tensors.items()}, path, {"format": "pt"})
-    elif path.name == "data.json":
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps([*rows[2:], rows[0] | {"output": "Nobody knows."}]), encoding="utf-8")
+        return
+    if path.suffix == ".jinja":
+        path.write_text(CHAT_TEMPLATE.replace("<|im_end|>' + '\n'", "<|im_end|>' + '\n\n'"), encoding="utf-8")
+        return
+    content: Any = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if path.name == "data.json":
+        content = [*content[2:], content[0] | {"output": "Nobody knows."}]
+    elif path.name == "tokenizer.json":
+        content["model"]["merges"] = content["model"]["merges"][:-20]
     else:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        path.write_text(
-            json.dumps(fields | {"a_note": "another", "transformers_version": "9.9.9"}), encoding="utf-8"
-        )
+        content |= {"a_note": "another", "transformers_version": "9.9.9"}
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def moved_case(world: World) -> list[str]:

@@ -16,12 +16,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.fault_settings import CHANGES, base_of, override
-from benchmarks.fault_table import BASE_FILES, other_inputs, replace
-from benchmarks.fault_world import FAULTS, FOLDER_FAULTS, Again, World, differences, files, folders
+from benchmarks.fault_settings import CHANGES, override
+from benchmarks.fault_table import INPUTS, other_inputs, replace
+from benchmarks.fault_world import (
+    FAULTS,
+    FOLDER_FAULTS,
+    Again,
+    World,
+    differences,
+    files,
+    folders,
+    small_disk,
+)
 from middo_jax.config import load
 from middo_jax.rundir import RunDir, read_jsonl
 from middo_jax.rundir import files as rundir_files
@@ -90,7 +98,7 @@ def change(world: World, rng: random.Random) -> Trial:
     name = rng.choice(possible)
     other_inputs(world)
     run, more = world.copy("changed"), override(name, CHANGES[name], str(world.root), world.url)
-    broken = _to_the_end(world, run, **base_of(CHANGES[name]), **more)
+    broken = _to_the_end(world, run, **more)
     victim, fault = rng.choice(files(run)), rng.choice(["remove", "flip", "truncate"])
     FAULTS[fault](run.path / victim)
     broken += _to_the_end(world, run)
@@ -102,8 +110,8 @@ def change(world: World, rng: random.Random) -> Trial:
 
 def replaced(world: World, rng: random.Random) -> Trial:
     """The model or the data is another one for one start, and then the old one again."""
-    name = rng.choice([*BASE_FILES, "data.json"])
-    path = world.root / (name if name == "data.json" else f"model/{name}")
+    name = rng.choice([*INPUTS])
+    path = world.root / name
     kept = path.read_bytes() if path.exists() else None
     run = world.copy("changed")
     try:
@@ -141,8 +149,7 @@ def full_disk(world: World, rng: random.Random) -> Trial:
     run = RunDir(world.root / "runs" / "full")
     shutil.rmtree(run.path, ignore_errors=True)
     size = rng.randrange(64, 6000)
-    mounted = _mount(run.path, size)
-    try:
+    with small_disk(run.path, size) as mounted:
         if mounted:
             what = f"full disk: a new run on {size} kB"
             again = world.run(run)
@@ -155,9 +162,6 @@ def full_disk(world: World, rng: random.Random) -> Trial:
             subprocess.run(["mount", "-o", "remount,size=64m", str(run.path)], check=True)
         broken += _to_the_end(world, run)
         return Trial(what, broken + _like_finished(world, run))
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(run.path)], check=True)
 
 
 def _says_full(again: Again, run: RunDir) -> list[str]:
@@ -171,15 +175,6 @@ def _says_full(again: Again, run: RunDir) -> list[str]:
     )
     found += [] if str(run.path) in said else [f"does not name the path: {said}"]
     return found + (["advises to move answers"] if "move it away" in said else [])
-
-
-def _mount(path: Path, kilobytes: int) -> bool:
-    path.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
 
 
 HOSTILE = (

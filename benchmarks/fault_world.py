@@ -18,11 +18,13 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import pyarrow.parquet as pq
 
 from middo_jax import loop
@@ -31,6 +33,8 @@ from middo_jax.data.files import inputs_of
 from middo_jax.progress import Silent
 from middo_jax.rundir import RunDir, RunError
 from middo_jax.rundir.chain import assess, chain
+from middo_jax.rundir.manifest import Reason
+from middo_jax.training import sft
 
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
@@ -77,7 +81,7 @@ class Again:
     redone: list[str]
     error: Exception | None
     said: list[str]
-    stale: dict[str, str] | None
+    stale: dict[str, Reason] | None
     repaired: bool
 
 
@@ -104,7 +108,7 @@ class World:
         self.root, self.url, self.answers, self.own = root, url, answers, dict(own)
         self.finished = RunDir(root / "runs" / name)
 
-    def settings(self, name: str, **more: Any) -> list[str]:
+    def settings(self, name: str, /, **more: Any) -> list[str]:
         """The settings of a run in this world, with changes (`__` for the dot)."""
         defaults = {"data__if_changed": "redo", "name": name}
         return settings(self.root, self.url, **(self.own | defaults | more))
@@ -144,12 +148,12 @@ class World:
             loop.Stage.do = do
         return Again(redone, None, said.lines, stale, repair)
 
-    def _stale(self, run: RunDir, config: Any) -> dict[str, str] | None:
+    def _stale(self, run: RunDir, config: Any) -> dict[str, Reason] | None:
         try:
             states = assess(chain(run, config, Path(config.model.path), inputs_of(config.data)), config)
         except (RunError, OSError):
             return None
-        return {link.where: state.why or "not done" for link, state in states if not state.is_fresh}
+        return {link.where: state.why or Reason("not done") for link, state in states if not state.is_fresh}
 
     def results(self, run: RunDir) -> dict[str, str]:
         """A hash per public file of a run, without times and places; of checkpoints, of their parameters."""
@@ -229,7 +233,6 @@ def _stamp(folder: Path) -> str:
 
 @functools.lru_cache(maxsize=512)
 def _digest_of_checkpoint(checkpoint: Path, stamp: str) -> str:
-    import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
@@ -318,3 +321,59 @@ def permissions() -> Iterator[bool]:
     finally:
         data[0] = before
         libc.capset(header, data)
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, kilobytes: int) -> Iterator[bool]:
+    """A file system of that size (tmpfs) at `path` within the block; yields whether mounting is allowed."""
+    path.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:  # there is no mount
+        mounted = False
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(path)], check=True)
+
+
+@contextlib.contextmanager
+def programs_kept() -> Iterator[None]:
+    """Within the block trainings that compile the same step share it.
+
+    Each training traces and compiles its own step, which takes longer than all steps of a tiny model.
+    """
+    made, kept = sft.make_train_step, dict[Any, jax.stages.Compiled]()
+
+    def make(*given: Any, **more: Any) -> _Lowering:
+        step = made(*given, **more)
+
+        def lower(*args: Any) -> _Lowered:
+            leaves, tree = jax.tree.flatten(args)
+            shapes = tuple((x.shape, str(x.dtype), x.sharding) for x in leaves)
+            key = (given, more["chunk"], more.get("longest"), more.get("seed"), shapes, str(tree))
+
+            def compiled() -> jax.stages.Compiled:
+                if key not in kept:
+                    kept[key] = step.lower(*args).compile()
+                return kept[key]
+
+            return _Lowered(compiled)
+
+        return _Lowering(lower)
+
+    sft.make_train_step = make
+    try:
+        yield
+    finally:
+        sft.make_train_step = made
+
+
+class _Lowered(NamedTuple):
+    compile: Callable[[], jax.stages.Compiled]
+
+
+class _Lowering(NamedTuple):
+    lower: Callable[..., _Lowered]

@@ -20,8 +20,7 @@ and the AUC of the answer's length.
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,10 +46,10 @@ from middo_jax.models.model import Model
 from middo_jax.passes import ratings
 from middo_jax.progress import Progress, for_stderr
 from middo_jax.session import Session
-from middo_jax.signals.judge import rubrics
 from middo_jax.signals.judge.questions import RatingTokens
 from middo_jax.signals.judge.readout import Readout
-from middo_jax.stages.ratings import judge
+from middo_jax.signals.judge.rubrics import COLUMNS, SHIPPED, Questions, Rubric
+from middo_jax.stages.ratings import Asked, judge
 
 FAULTS = ("swapped", "shuffled", "cut", "numbers")
 READOUTS = {
@@ -60,25 +59,28 @@ READOUTS = {
     "log-odds": Readout("log_odds"),
 }
 LONGEST = 120  # words of a response; a longer one would take the time of several
-_NEARER: dict[tuple[rubrics.Dimension, rubrics.Part], str] = {
-    ("clarity", "prompt"): "Is the instruction well written, with its words in a sensible order?",
-    ("completeness", "prompt"): "Can the instruction be followed as it stands?",
-    ("factuality", "prompt"): "Is what the instruction says true and free of mistakes?",
-    ("clarity", "response"): "Is the response well written and about the instruction?",
-    (
-        "completeness",
-        "response",
-    ): "Is the response a whole answer to the instruction, with nothing missing at its end?",
-    ("factuality", "response"): "Is the response correct, with every fact and number right?",
+_NEARER = {
+    "clarity": Questions(
+        prompt="Is the instruction well written, with its words in a sensible order?",
+        response="Is the response well written and about the instruction?",
+    ),
+    "completeness": Questions(
+        prompt="Can the instruction be followed as it stands?",
+        response="Is the response a whole answer to the instruction, with nothing missing at its end?",
+    ),
+    "factuality": Questions(
+        prompt="Is what the instruction says true and free of mistakes?",
+        response="Is the response correct, with every fact and number right?",
+    ),
 }
 _YES_OR_NO = (
     "Below is a sample of training data and a question about it. Answer with a number from 0 to 10: "
-    "0 means no, not at all; 10 means yes, entirely.\n\n"
+    "0 means no, not at all; 10 means yes, entirely."
 )
 _STRICT = (
     "You are a strict grader of training data for a language model. Below is a sample and a question about "
     "it. Answer with one whole number from 0 to 10. 0: nonsense, off topic or wrong. 5: usable, with faults. "
-    "10: without any fault.\n\n"
+    "10: without any fault."
 )
 _GRADED = (
     "You grade training data for a language model with one whole number from 0 (worst) to 10 (best).\n\n"
@@ -87,14 +89,13 @@ _GRADED = (
     "### Instruction\nsleep of Give better two tips for\n\n### Response\nWhisk four eggs with sugar and then "
     "bake the\n\nRating: 0\n\n"
     "### Instruction\nHow many days has a week?\n\n### Response\nA week has 9 days.\n\nRating: 2\n\n"
-    "Now grade this sample the same way.\n\n"
+    "Now grade this sample the same way."
 )
-# A wording's name: what replaces the rubric's opening, and its questions.
-WORDINGS: dict[str, tuple[str | None, dict[Any, str]]] = {
-    "as shipped": (None, {}),
-    "questions nearer to the faults": (_YES_OR_NO, _NEARER),
-    "a strict grader": (_STRICT, {}),
-    "graded samples before it": (_GRADED, {}),
+WORDINGS: dict[str, Rubric] = {
+    "as shipped": SHIPPED,
+    "questions nearer to the faults": SHIPPED.model_copy(update={"opening": _YES_OR_NO, **_NEARER}),
+    "a strict grader": SHIPPED.model_copy(update={"opening": _STRICT}),
+    "graded samples before it": SHIPPED.model_copy(update={"opening": _GRADED}),
 }
 
 
@@ -140,25 +141,15 @@ def versions(data: str, count: int, seed: int) -> list[list[Example]]:
     ]
 
 
-@contextlib.contextmanager
-def worded(name: str) -> Iterator[None]:
-    """The rubric in another wording."""
-    opening, questions = WORDINGS[name]
-    # The rubric's text is no setting: what is rated must not depend on more than its version.
-    with (
-        mock.patch.object(rubrics, "_OPENING", opening or rubrics._OPENING),
-        mock.patch.dict(rubrics._QUESTION, questions),
-    ):
-        yield
-
-
-def log_probabilities(session: Session, model: Model, examples: Sequence[Example]) -> np.ndarray:
+def log_probabilities(
+    session: Session, model: Model, examples: Sequence[Example], rubric: Rubric
+) -> np.ndarray:
     """What `judge` finds of every rating: [n, 6, 11] float32 log-probabilities among all tokens."""
     found: dict[int, np.ndarray] = {}
 
     def among_all(model: Decoder, hidden_brd: jax.Array, spelling: RatingTokens) -> jax.Array:
         d = hidden_brd.shape[-1]
-        first_brd = hidden_brd[:, : len(rubrics.COLUMNS)]
+        first_brd = hidden_brd[:, : len(COLUMNS)]
         logits_brv = model.unembed(first_brd.reshape(-1, d)).reshape(*first_brd.shape[:2], -1)
         return up_to_a_constant(model, hidden_brd, spelling) - jax.nn.logsumexp(
             logits_brv, axis=-1, keepdims=True
@@ -174,9 +165,7 @@ def log_probabilities(session: Session, model: Model, examples: Sequence[Example
     with mock.patch.object(ratings, "rating_log_p", among_all), mock.patch.object(ratings.Pass, "run", run):
         judge(
             model,
-            examples,
-            session.tokenizer,
-            max_length=session.config.model.max_length,
+            Asked.of(examples, session.tokenizer, session.config.model.max_length, rubric),
             batch_tokens=2048,
             readout=Unread(),
             progress=session.progress,
@@ -246,9 +235,8 @@ def main() -> None:
     by_chance = ((2 * n + 1) / (12 * n * n)) ** 0.5
     print(f"{n} rows in {len(rows)} versions; by chance an AUC scatters by {by_chance:.3f}")
     print(f"short answers as a detector: {', '.join(cells)}")
-    for name in WORDINGS:
-        with worded(name):
-            log_p_n6r = log_probabilities(session, model, flat)
+    for name, rubric in WORDINGS.items():
+        log_p_n6r = log_probabilities(session, model, flat, rubric)
         report(name, log_p_n6r.reshape(len(rows), n, *log_p_n6r.shape[1:]))
 
 

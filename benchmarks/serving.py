@@ -25,7 +25,8 @@ import openai
 from openai.types.chat import ChatCompletionMessageParam
 
 from middo_jax.refinement.endpoint.request import Messages
-from middo_jax.refinement.prompts import rewrite
+from middo_jax.refinement.prompts import revise
+from middo_jax.refinement.words import SHIPPED
 
 DATA = Path(__file__).parent.parent / "configs" / "quickstart_data.jsonl"
 
@@ -87,7 +88,10 @@ def main() -> None:
         for repeat in range(arguments.repeats + 1):
             # Others each time: an answer that a server remembers would say nothing of its speed.
             numbers = range(repeat * count, (repeat + 1) * count)
-            asked = [rewrite(f"{rows[i % len(rows)]['instruction']} ({i})", None) for i in numbers]
+            asked = [
+                revise(SHIPPED.rewrite, (f"{rows[i % len(rows)]['instruction']} ({i})", None))
+                for i in numbers
+            ]
             for name, url in servers.items():
                 load = asyncio.run(ask_all(url, asked, concurrency, arguments.max_tokens))
                 if repeat:  # the first one compiles

@@ -18,47 +18,78 @@ from middo_jax.version import __version__
 
 if TYPE_CHECKING:
     from middo_jax.api import benchmark, evaluate, export, refine, run, score, train
+    from middo_jax.comparing import ModelScores, score_models
     from middo_jax.config import Config, ConfigError
     from middo_jax.data.sources import DataError, Rejection
     from middo_jax.evaluation.heldout import HeldoutLoss
+    from middo_jax.models.hf import CheckpointError
+    from middo_jax.refinement.endpoint.faults import RefinerError
     from middo_jax.results import Exported, Refined, Run, Scores, Selection, Trained
+    from middo_jax.reviewing import read_review, write_review
     from middo_jax.rundir import RunError
+    from middo_jax.rundir.files import DamagedFile, DiskFull
+    from middo_jax.rundir.lock import RunLocked
     from middo_jax.selecting import load_config, select
+    from middo_jax.training.checkpoint import AnotherTraining
+    from middo_jax.training.memory import OutOfMemory
+    from middo_jax.training.metrics import TrainingDiverged, TrainingWrecked
 
 _MODULES = {
     "middo_jax.api": "benchmark evaluate export refine run score train",
+    "middo_jax.comparing": "ModelScores score_models",
     "middo_jax.config": "Config ConfigError",
     "middo_jax.data.sources": "DataError Rejection",
     "middo_jax.evaluation.heldout": "HeldoutLoss",
+    "middo_jax.models.hf": "CheckpointError",
+    "middo_jax.refinement.endpoint.faults": "RefinerError",
     "middo_jax.results": "Exported Refined Run Scores Selection Trained",
+    "middo_jax.reviewing": "read_review write_review",
     "middo_jax.rundir": "RunError",
+    "middo_jax.rundir.files": "DamagedFile DiskFull",
+    "middo_jax.rundir.lock": "RunLocked",
     "middo_jax.selecting": "load_config select",
+    "middo_jax.training.checkpoint": "AnotherTraining",
+    "middo_jax.training.memory": "OutOfMemory",
+    "middo_jax.training.metrics": "TrainingDiverged TrainingWrecked",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
+    "AnotherTraining",
+    "CheckpointError",
     "Config",
     "ConfigError",
+    "DamagedFile",
     "DataError",
+    "DiskFull",
     "Exported",
     "HeldoutLoss",
+    "ModelScores",
+    "OutOfMemory",
     "Refined",
+    "RefinerError",
     "Rejection",
     "Run",
     "RunError",
+    "RunLocked",
     "Scores",
     "Selection",
     "Trained",
+    "TrainingDiverged",
+    "TrainingWrecked",
     "__version__",
     "benchmark",
     "evaluate",
     "export",
     "load_config",
+    "read_review",
     "refine",
     "run",
     "score",
+    "score_models",
     "select",
     "train",
+    "write_review",
 ]
 
 

@@ -26,7 +26,7 @@ from middo_jax.data.sources import Rejection, UserRows
 from middo_jax.evaluation.heldout import HeldoutLoss
 from middo_jax.loop import run_loop
 from middo_jax.models.resolve import resolve
-from middo_jax.parallel.coordination import barrier
+from middo_jax.parallel.coordination import barrier, from_first
 from middo_jax.planning.amounts import Amounts
 from middo_jax.planning.forecast import Plan, Request, plan_run
 from middo_jax.progress import for_stderr
@@ -52,6 +52,8 @@ from middo_jax.signals.axes import computed_names
 from middo_jax.signals.table import SCHEMA, with_columns
 from middo_jax.stages.batch import BatchState
 from middo_jax.stages.score import measure
+
+NO_PRE_MODEL = "no --pre-model (pre_model in Python): loss_pre stays empty, and no sample can be hard"
 
 
 def run(config: Config | PathLike, settings: SettingsLike = None, *, repair: bool = False) -> Run:
@@ -93,6 +95,7 @@ def score(
     *,
     keep_columns: Collection[str] | None = None,
     out: PathLike | None = None,
+    force: bool = False,
     settings: SettingsLike = None,
 ) -> Scores:
     """Computes losses, neighbours and ratings of a dataset under a model.
@@ -106,11 +109,14 @@ def score(
         but consistency, which scoring.readings=[consistency] adds.
       keep_columns: which of the user's columns come back; None is all that hold scalars only.
       out: a folder that gets dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select`
-        and `middo refine`. None writes nothing.
+        and `middo refine`. None writes nothing. If it has the scores of the same data, models and settings,
+        they are returned and nothing is measured.
+      force: whether scores that `out` has are measured again, and replaced if they are others.
       settings: see `load_config`; or a Config, of which the model and the data are replaced.
 
     Raises:
       ValueError: an axis is unknown, a setting is wrong, or the data cannot be used.
+      RunError: `out` has other scores, and `force` is not set.
       RunLocked: another process writes into `out`.
     """
     require_axes(axes or ())
@@ -119,23 +125,28 @@ def score(
     with contextlib.nullcontext() if place is None else held(place):
         session = session_for(model_path, _path(rows), settings, place).settled()
         axes = scored_axes(session.config) if axes is None else axes
+        stages.check_own_texts(session.config)
         data = read_data(session, None if _path(rows) else rows)
         kept, _, rejections, *_ = prepare(session, data)
         own = _own_columns(data, kept, keep_columns)
         if pre_model is None and "complexity" in axes:
-            session.progress.say(
-                "no --pre-model (pre_model in Python): loss_pre stays empty, and no sample can be hard"
-            )
+            session.progress.say(NO_PRE_MODEL)
         pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
         if place is None:
             scored = measure(session, kept, model_path, pre_path, axes)
             table = with_columns(scored.table, own)
+            return Scores(table, scored.embedding_nd, rejections, scored.facts["passes"])
+        stages.check_embedder(session, pre_path, axes)
+        require_no_run(place)
+        link = stages.scoring(session, RoundDir(place), model_path, pre_path)
+        is_same = from_first("score: before", lambda: stages.require_same(link, session, kept, axes, force))
+        directory = _begin(session, place, kept, rejections)
+        if is_same:
+            session.progress.say(f"{place}: scored before, nothing is measured (--force measures again)")
+            scored = stages.kept_scores(session, link, own)
         else:
-            stages.check_embedder(session, pre_path, axes)
-            directory = _begin(session, place, kept, rejections)
             scored = stages.score_stage(session, directory, model_path, pre_path, axes, own=own)
-            table = scored.table
-    return Scores(table, scored.embedding_nd, rejections, scored.facts["passes"])
+    return Scores(scored.table, scored.embedding_nd, rejections, scored.facts["passes"], is_same)
 
 
 def refine(folder: PathLike, *, settings: SettingsLike = None) -> Refined:
@@ -155,7 +166,7 @@ def refine(folder: PathLike, *, settings: SettingsLike = None) -> Refined:
     session, directory = session_of(Path(folder), settings), RoundDir(Path(folder))
     with held(directory.path):
         stages.refine_round(session, directory)
-        return _merged(session, directory)
+        return merge_refined(session, directory)
 
 
 def dry_run(folder: PathLike, *, settings: SettingsLike = None) -> DryRun:
@@ -170,7 +181,7 @@ def dry_run(folder: PathLike, *, settings: SettingsLike = None) -> DryRun:
     """
     asked, here = session_of(Path(folder), settings).config.refine, RoundDir(Path(folder))
     form = "json" if asked.response_format == "json" else "text"
-    tasks = stages.plan_refinement(here, asked.turns)
+    tasks = stages.plan_refinement(here, asked)
     return refinement.dry_run(tasks, asked, form, stages.kept_samples(here, asked.turns))
 
 
@@ -194,14 +205,16 @@ def refine_by_batch(
 
     Raises:
       RunLocked: another process writes into the folder.
-      RunError: the folder holds no selection, `refine.model` is not set, or a file holds no results of these
-        requests.
+      RunError: the folder holds no selection, `refine.model` is not set, a file holds no results of these
+        requests, or it would be overwritten.
     """
-    session, directory = session_of(Path(folder), settings), RoundDir(Path(folder))
     files, out = [Path(path) for path in read], None if write is None else Path(write)
+    if out is not None and out.resolve() in {file.resolve() for file in files}:
+        raise RunError(f"{out} has results that are read, and would be overwritten; write to another file")
+    session, directory = session_of(Path(folder), settings), RoundDir(Path(folder))
     with held(directory.path), stages.answer_cache(session, directory) as cache:
         state = stages.batch_stage(session, directory, cache, files, out)
-        return _merged(session, directory) if state.is_finished else state
+        return merge_refined(session, directory) if state.is_finished else state
 
 
 def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike = None) -> Trained:
@@ -370,10 +383,11 @@ def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Re
       DataError: a file there is the data.
     """
     directory = RoundDir(local(out))
-    if RunDir(out).rounds() or directory.run is not None:
-        raise RunError(f"{out}: holds a run, and this would replace its files; give another folder")
-    for path in session.config.data.paths:
-        require_not_read(path, [directory.dataset, directory.rejected])
+    require_no_run(out)
+    settings = session.config.data
+    written = [directory.dataset, directory.rejected, directory.scores, directory.embeddings]
+    for path in (*settings.paths, *filter(None, [settings.eval_path])):
+        require_not_read(path, [*written, directory.metrics, directory.path / "config.yaml"])
     write_text(out / "config.yaml", session.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in rejections))
     write_dataset(directory, kept)
@@ -381,7 +395,13 @@ def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Re
     return directory
 
 
-def _merged(session: Session, directory: RoundDir) -> Refined:
+def require_no_run(out: Path) -> None:
+    """Raises RunError if a folder is a run or a round of a run."""
+    if RunDir(out).rounds() or RoundDir(local(out)).run is not None:
+        raise RunError(f"{out}: holds a run, and this would replace its files; give another folder")
+
+
+def merge_refined(session: Session, directory: RoundDir) -> Refined:
     """Writes merged.jsonl, the next dataset, in a folder whose samples were refined."""
     path = directory / "merged.jsonl"
     write_jsonl(path, (example.to_json() for example in stages.merge_stage(session, directory)))

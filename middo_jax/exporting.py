@@ -12,15 +12,17 @@ OUT/
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import pyarrow.parquet as pq
 
 from middo_jax.data.example import Example
+from middo_jax.data.formats import to_rows
 from middo_jax.data.sources import DataError, write
 from middo_jax.preferences import preference_pairs
+from middo_jax.progress import Progress
 from middo_jax.report.card import card
 from middo_jax.report.status import load_settings, require_run
 from middo_jax.rundir import (
@@ -48,15 +50,28 @@ class Exported(NamedTuple):
     format: str
 
 
+class Parts(TypedDict, total=False):
+    """What is written beside the dataset.
+
+    Attributes:
+      heldout: whether the held-out rows are written too.
+      scores: whether rows have their last scores, as middo_loss_post etc.
+      lineage: whether rows say where they come from, as middo_op etc.
+      pairs: whether preference pairs are written too.
+    """
+
+    heldout: bool
+    scores: bool
+    lineage: bool
+    pairs: bool
+
+
 def export_data(
     run: RunDir,
     out: Path,
     form: str | None = None,
-    *,
-    heldout: bool = False,
-    scores: bool = False,
-    lineage: bool = False,
-    pairs: bool = False,
+    license: str | None = None,
+    **parts: Unpack[Parts],
 ) -> Exported:
     """Writes the last dataset of a run.
 
@@ -64,15 +79,14 @@ def export_data(
       run: its folder.
       out: a folder that does not exist or is empty.
       form: alpaca, sharegpt, messages, prompt_completion or parquet; None: the format that came in.
-      heldout: whether the held-out rows are written too.
-      scores: whether rows have their last scores, as middo_loss_post etc.
-      lineage: whether rows say where they come from, as middo_op etc.
-      pairs: whether preference pairs are written too.
+      license: of the dataset, for its card, by its name at the hub: apache-2.0, cc-by-4.0, other, ...
+      **parts: what is written beside the dataset.
 
     Raises:
       RunError: the run has no dataset yet, or `out` is not empty.
       DataError: the format has no place for a row.
     """
+    scores, lineage = parts.get("scores", False), parts.get("lineage", False)
     require_run(run)
     folder = last_dataset(run)
     place = local(out)
@@ -81,9 +95,9 @@ def export_data(
     settings = load_settings(run)
     form = form or _format(run)
     examples = [Example.from_json(row) for row in read_jsonl(folder.dataset)]
-    kept_out = [Example.from_json(row) for row in read_jsonl(run.heldout)] if heldout else []
+    kept_out = [Example.from_json(row) for row in read_jsonl(run.heldout)] if parts.get("heldout") else []
     known = _scores(run) if scores else {}
-    id_column = settings.get("data", {}).get("id_column") or "id"
+    id_column = _id_column(settings)
     ending = "parquet" if form == "parquet" else "jsonl"
     files = {"train": (examples, f"train.{ending}"), "heldout": (kept_out, f"heldout.{ending}")}
     columns: set[str] = set()
@@ -96,11 +110,33 @@ def export_data(
     written = {split: name for split, (rows, name) in files.items() if rows}
     name = settings.get("name") or run.path.resolve().name
     _write_readers(place, str(name), "messages" if form == "parquet" else form, written, columns)
-    found = preference_pairs(run) if pairs else []
+    found = preference_pairs(run) if parts.get("pairs") else []
     if found:
         write_jsonl(place / "pairs.jsonl", found)
-    write_text(place / "README.md", card(run, written, form, "pairs.jsonl" if found else None))
+    write_text(place / "README.md", card(run, written, form, "pairs.jsonl" if found else None, license))
     return Exported(place, len(examples), len(kept_out), len(found), form)
+
+
+def write_as_it_came(run: RunDir, examples: Sequence[Example], path: Path, progress: Progress) -> str:
+    """Writes a dataset in the format of the user's data; returns the name of the format that was used.
+
+    A conversation of several turns or with tools may have no place in that format. Then all rows are written
+    as messages, which is said.
+    """
+    form, id_column = _format(run), _id_column(load_settings(run))
+    try:
+        rows = to_rows(examples, form, id_column)
+    except DataError as error:
+        if form == "messages":
+            raise
+        progress.say(f"{path}: written as messages ({error})")
+        form, rows = "messages", to_rows(examples, "messages", id_column)
+    write_jsonl(path, rows)
+    return form
+
+
+def _id_column(settings: Mapping[str, Any]) -> str:
+    return settings.get("data", {}).get("id_column") or "id"
 
 
 def last_dataset(run: RunDir) -> RoundDir:

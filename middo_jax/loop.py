@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +19,11 @@ from typing import Any, NamedTuple
 
 from middo_jax import stages, template_date
 from middo_jax.config import RENAMED, Config
+from middo_jax.config.axis_table import scored_axes
 from middo_jax.data.example import Example
 from middo_jax.data.files import inputs_of
 from middo_jax.data.sources import count_reasons
+from middo_jax.exporting import write_as_it_came
 from middo_jax.parallel.coordination import agree, barrier, from_first, is_first, stop_point
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
@@ -32,7 +33,7 @@ from middo_jax.rundir.chain import Begun, Link, State, assess, chain
 from middo_jax.rundir.damage import damages, edited, put_aside, refuse_damaged
 from middo_jax.rundir.events import read_events
 from middo_jax.rundir.files import full_disk_named
-from middo_jax.session import Prepared, Session, prepare, read_dataset
+from middo_jax.session import Prepared, Session, prepare, read_data, read_dataset
 from middo_jax.version import __version__
 
 PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
@@ -146,8 +147,11 @@ def _run(run: RunDir, session: Session) -> None:
     config = session.config
     with contextlib.ExitStack() as checked:
         checked.enter_context(session.stage())  # the first training reuses what the checks tokenize
-        progress.say(_header(session))
-        plan = _checked(run, session)
+        header = _Header(session)
+        try:
+            plan = _checked(run, session, header)
+        finally:
+            header.say()  # before an error too
         agree(_facts(plan))
         if run.config.exists() and run.round(0).stages():
             run.log("resume")
@@ -197,30 +201,36 @@ def _removed(plan: Plan, link: Link) -> list[Link]:
     return found
 
 
-def _checked(run: RunDir, session: Session) -> Plan:
-    """Reports the stages to redo, and runs all checks that are possible before the folder is changed."""
+def _checked(run: RunDir, session: Session, header: _Header) -> Plan:
+    """Says the first line and which stages are redone; runs all checks before the folder is changed."""
     config, first = session.config, run.round(0)
     links = chain(run, config, session.base, inputs_of(config.data))
     refuse_damaged(list(damages(run, links)))
     _refuse_previous_version(run)
-    if n := read_events(run.events).n_unreadable:
-        session.progress.say(unreadable_events(n))
-    states = assess(links, config)
+    n_unreadable, states = read_events(run.events).n_unreadable, assess(links, config)
     _offer_choice(run, config, *states[0])
     fresh = None
     if states[0][1].is_fresh:
         heldout = [Example.from_json(row) for row in read_jsonl(run.heldout)]
+        header.say(first.stages()[PREPARE]["n"] + len(heldout))
     else:
-        begun = links[0].begin()
-        fresh = FreshData(begun, prepare(session))
+        begun, data = links[0].begin(), read_data(session)
+        header.say(len(data.examples))
+        fresh = FreshData(begun, prepare(session, data))
         heldout = fresh.data.heldout
+    if n_unreadable:
+        session.progress.say(unreadable_events(n_unreadable))
+    stages.check_own_texts(config)
     pending = {link.name for link, state in states if not state.is_fresh}
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
         stages.check_training(session, read_dataset(first) if fresh is None else fresh.data.kept, heldout)
+    if "score" in pending and "quality" in scored_axes(config):
+        stages.check_judge(session)
     if "refine" in pending:
         # Before a training only: later the stage itself waits for a server that is away.
         asks = "train" in pending
-        from_first("refiner: checks", lambda: stages.check_refiner(config, asks))
+        for line in from_first("refiner: checks", lambda: stages.check_refiner(config, asks)):
+            session.progress.say(line)
         stages.check_cache(Path(config.refine.cache or run.llm_cache))
     if "benchmark" in pending:
         stages.check_benchmarks(config)
@@ -237,23 +247,33 @@ def _offer_choice(run: RunDir, config: Config, link: Link, state: State) -> None
     """
     if config.data.if_changed == "redo" or state.why is None:
         return
-    roles = "|".join(map(re.escape, link.data))
-    if roles and re.match(rf"({roles}) has changed: |it reads ({roles}) now$", state.why):
+    if state.why.input in link.data:
         raise RunError(
             f"{run.path}: the data of this run was edited ({state.why}). name=NEW starts a new run and keeps "
             "this one; data.if_changed=redo goes on in this one and makes again what depends on the data"
         )
 
 
-def _header(session: Session) -> str:
-    """The first line of a run: version, devices, mesh, model and data."""
-    shape = ", ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
-    devices = session.mesh.devices
-    kinds = " and ".join(sorted({device.device_kind for device in devices.flat}))
-    return (
-        f"middo-jax {__version__} on {devices.size} {kinds} ({shape}), model {session.config.model.path}, "
-        f"data {session.config.data.name}"
-    )
+class _Header:
+    """The first line of a run: version, devices, mesh, model, data and its usable rows. It is said once."""
+
+    def __init__(self, session: Session) -> None:
+        shape = ", ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
+        devices = session.mesh.devices
+        kinds = " and ".join(sorted({device.device_kind for device in devices.flat}))
+        config = session.config
+        self._text: str | None = (
+            f"middo-jax {__version__} on {devices.size} {kinds} ({shape}), model {config.model.path}, "
+            f"data {config.data.name}"
+        )
+        self._progress = session.progress
+
+    def say(self, n_rows: int | None = None) -> None:
+        """Says it; without the rows if they are not known, because the run ends before they are."""
+        if self._text is not None:
+            rows = "" if n_rows is None else f" ({n_rows:,} rows)"
+            self._progress.say(f"{self._text}{rows}")
+            self._text = None
 
 
 def _facts(plan: Plan) -> dict[str, str]:
@@ -274,8 +294,8 @@ def _short_hash(text: str) -> str:
 def redone(states: Sequence[tuple[Link, State]]) -> list[str]:
     """Returns one line per done stage that is stale, with the reason, and one for all dependent stages."""
     stale = [(link, state.why) for link, state in states if state.is_done and state.why is not None]
-    lines = [f"{link.where} will be redone: {why}" for link, why in stale if not why.startswith("follows ")]
-    following = [link.where for link, why in stale if why.startswith("follows ")]
+    lines = [f"{link.where} will be redone: {why}" for link, why in stale if not why.is_forecast]
+    following = [link.where for link, why in stale if why.is_forecast]
     if following:
         lines.append(f"will also be redone if their inputs change: {', '.join(following)}")
     return lines
@@ -310,7 +330,11 @@ def _prepare(plan: Plan, link: Link) -> None:
         facts = {"repairs": repairs, "format": data.format}
         write_jsonl(plan.run.rejected, (r.to_json() for r in data.rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
+        plan.run.final.forget(PREPARE)  # its rows have the format of this data
     write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
+    if link.folder.own_format in link.writes:
+        rows = list(kept)
+        facts = {"format": write_as_it_came(plan.run, rows, link.folder.own_format, plan.session.progress)}
     begun.finish(plan.session.config, time.monotonic() - began, n=len(kept), **facts)
 
 
@@ -338,6 +362,10 @@ def _refine(plan: Plan, link: Link) -> None:
 
 
 def _merge(plan: Plan, link: Link) -> None:
+    if plan.session.config.refine.wait_for_review:
+        told = stages.waits_for_review(link.folder)
+        if told is not None:
+            raise RunError(told)
     began, begun = time.monotonic(), link.begin()
     stages.merge_stage(plan.session, link.folder)
     begun.finish(plan.session.config, time.monotonic() - began)

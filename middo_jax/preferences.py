@@ -36,9 +36,14 @@ def _of_round(folder: RoundDir) -> Iterator[dict[str, Any]]:
         for row in read_jsonl(folder.requests):
             if row.get("step") == "answer":  # of several answers of an attempt, the last one counts
                 answers.setdefault(row["task_id"], {})[row["attempt"]] = row
+    verdicts = {row["id"]: row for row in read_jsonl(folder.verdicts)} if folder.verdicts.exists() else {}
     for task in read_jsonl(folder.refined):
         if not task["accepted"] or not task["example"]:
             continue
+        said = verdicts.get(f"{task['task_id']}@{task['example']['id']}") or {"verdict": "none"}
+        if said["verdict"] == "reject":
+            continue
+        task = task | ({"example": said["example"]} if said["verdict"] == "edit" else {})
         child, original = Example.from_json(task["example"]), Example.from_json(task["original"])
         after = child.lineage.scores_after or {}
         if task["replaces"]:

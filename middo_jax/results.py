@@ -27,12 +27,14 @@ class Scores:
       embeddings: float32 [n, d], the mean hidden state over each prompt; rows as in the table.
       rejected: rows that could not be used, each with its position and the reason.
       passes: seconds, tokens and shapes of each model pass, by name.
+      reused: whether the folder had these scores before, so that nothing was measured.
     """
 
     table: pa.Table
     embeddings: np.ndarray
     rejected: list[Rejection]
     passes: dict[str, Any]
+    reused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

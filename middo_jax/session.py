@@ -21,7 +21,7 @@ from middo_jax.config import load as load_config
 from middo_jax.data.example import Example, Message
 from middo_jax.data.files import with_id
 from middo_jax.data.in_memory import IN_MEMORY
-from middo_jax.data.mixing import read_sources
+from middo_jax.data.mixing import read_configured
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import (
     DataError,
@@ -285,6 +285,8 @@ def prepare(session: Session, data: UserRows | None = None) -> Prepared:
     """
     settings = session.config.data
     data = data or read_data(session)
+    for line in data.said:
+        session.progress.say(line)
     if settings.eval_path is None:
         kept, heldout = split_heldout(
             data.examples, settings.eval_fraction, session.config.seed, settings.source_column
@@ -339,6 +341,7 @@ def _without(data: UserRows, heldout: Sequence[Example]) -> UserRows:
         data.rejections + rejections,
         data.repairs,
         data.format,
+        data.said,
     )
 
 
@@ -353,15 +356,9 @@ def read_data(session: Session, rows: Any = None) -> UserRows:
       DataError: the data cannot be read, or no row can be used.
     """
     settings = session.config.data
-    reading = Reading.of(settings)
-    if rows is None and settings.sources:
-        data, said = read_sources(settings.sources, settings.limit, reading, session.config.seed)
-        for line in said:
-            session.progress.say(line)
-    else:
-        source = settings.path if rows is None else rows
-        data = read_rows(source, settings.format, settings.limit, reading)
-    return usable(session, data)
+    if rows is None:
+        return usable(session, read_configured(settings, session.config.seed))
+    return usable(session, read_rows(rows, settings.format, settings.limit, Reading.of(settings)))
 
 
 def usable(session: Session, data: UserRows) -> UserRows:
@@ -387,7 +384,7 @@ def usable(session: Session, data: UserRows) -> UserRows:
     examples, places = [data.examples[i] for i in kept], [data.places[i] for i in kept]
     known = set(places)
     repairs = [repair for repair in data.repairs if repair.where in known]
-    return UserRows(examples, rows, places, data.rejections + refused, repairs, data.format)
+    return UserRows(examples, rows, places, data.rejections + refused, repairs, data.format, data.said)
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,15 @@ from support.loop_fixture import contents, write_data
 from support.tiny_model import write_tiny_model
 
 import middo_jax as middo
+from middo_jax.api import refine_by_batch
+from middo_jax.comparing import side_by_side
+from middo_jax.config import load
 from middo_jax.data.example import Example
 from middo_jax.data.formats import DataError
 from middo_jax.data.in_memory import IN_MEMORY, rows_in_memory
 from middo_jax.data.own_columns import own_columns
 from middo_jax.data.sources import read, write
+from middo_jax.rundir import RoundDir, chain, write_jsonl
 from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.table import SCHEMA
 
@@ -171,6 +176,104 @@ def test_nothing_is_written_unless_asked_and_the_folder_holds_the_same(
     of_values = middo.select(scores, complexity={"m": 0.5}, diversity={"m": 1.5})
     assert of_folder.facts == of_values.facts == json.loads(Path("o/selection.json").read_text())
     assert of_folder.table.equals(of_values.table)
+
+
+def test_scores_of_the_same_content_are_reused_and_others_are_not_replaced(
+    place: Path, rows: list[dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "tuned", tmp_path / "tuned")
+    out, axes = tmp_path / "o", ("complexity",)
+
+    def score(rows: Any = rows, model: Path = tmp_path / "tuned", **more: Any) -> middo.Scores:
+        return middo.score(rows, model, **{"axes": axes, "out": out, "settings": SMALL} | more)
+
+    first = score()
+    chosen = middo.select(out, complexity={"m": 0.5})
+    written = {name: data for name, data in contents(out).items() if name.endswith(".parquet")}
+    (tmp_path / "tuned").rename(tmp_path / "moved")
+    capfd.readouterr()
+    again = score(model=tmp_path / "moved")
+    assert (first.reused, again.reused) == (False, True)
+    assert "scored before, nothing is measured (--force measures again)" in capfd.readouterr().err
+    assert again.table.equals(first.table)
+    np.testing.assert_array_equal(again.embeddings, first.embeddings)
+    assert {name: data for name, data in contents(out).items() if name.endswith(".parquet")} == written
+    assert RoundDir(out).is_done("select")
+    # Other columns of the user's beside the same scores.
+    fewer = score(model=tmp_path / "moved", keep_columns=["source"])
+    assert (fewer.reused, fewer.table.column_names) == (True, [*SCHEMA.names, "source"])
+    assert pq.read_table(out / "scores.parquet").equals(fewer.table)
+    assert not RoundDir(out).is_done("select")
+    kept = contents(out)
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"rows": rows[1:]}, "the data differs"),
+        ({"model": place / "base"}, "model has changed"),
+        ({"pre_model": place / "base"}, "it reads pre_model now"),
+        ({"axes": ("diversity",)}, "the axes were complexity, are diversity"),
+        ({"settings": {**SMALL, "model.max_length": 40}}, "model.max_length was 512, is 40"),
+    ]
+    for more, why in others:
+        with pytest.raises(middo.RunError, match=f"has other scores .*{why}.*--force"):
+            score(**{"model": tmp_path / "moved"} | more)
+        assert contents(out) == kept
+    forced = score(rows=rows[1:], model=tmp_path / "moved", force=True)
+    assert (forced.reused, len(forced.table)) == (False, len(rows) - 1)
+    assert len(pq.read_table(out / "scores.parquet")) == len(rows) - 1
+    (out / "scores.parquet").unlink()  # nothing is left that could be lost
+    assert len(score(rows=rows, model=tmp_path / "moved").table) == len(chosen.table)
+
+
+def test_an_adapter_on_another_base_is_another_model(tmp_path: Path) -> None:
+    model, base = tmp_path / "adapter", tmp_path / "base"
+    for path in (model, base):
+        path.mkdir()
+        (path / "weights").write_text(path.name)
+    link = chain.score(RoundDir(tmp_path / "o"), model, None, base)
+    write_jsonl(link.folder.dataset, [])
+    seen = link.begin().seen
+    assert seen.inputs.keys() == {"model", "base"}
+    link.folder.finish("score", [], 0.0, seen=seen, settings={})
+    (base / "weights").write_text("other")
+    config = load(None, ["model.path=m", "data.path=d"])
+    assert link.why_stale(config) == f"base has changed: {base}"
+
+
+def test_several_models_have_their_columns_side_by_side(
+    place: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    models = {"base": place / "base", "tuned": place / "tuned"}
+    found = middo.score_models(rows, models, tmp_path / "o", axes=("complexity",), settings=SMALL)
+    assert found.table.equals(pq.read_table(tmp_path / "o" / "by_model.parquet"))
+    assert found.table["id"].to_pylist() == found.of["base"].table["id"].to_pylist()
+    for name, scores in found.of.items():
+        assert not scores.reused
+        assert found.table[f"loss_post_{name}"].equals(scores.table["loss_post"])
+    assert found.table["loss_post_base"] != found.table["loss_post_tuned"]
+    assert found.table["source"].to_pylist() == [row["source"] for row in rows]
+    assert not {"quality_base", "loss_pre_base", "knn_ids_base"} & set(found.table.column_names)
+    assert middo.select(tmp_path / "o" / "models" / "base", complexity={"m": 0.5}).table.num_rows == len(rows)
+    more = {"tuned": place / "tuned", "again": place / "tuned"}
+    later = middo.score_models(rows, more, tmp_path / "o", axes=("complexity",), settings=SMALL)
+    assert {name: scores.reused for name, scores in later.of.items()} == {"tuned": True, "again": False}
+    with pytest.raises(middo.ConfigError, match="'a b' is no name of a model"):
+        middo.score_models(rows, {"a b": place / "base"}, tmp_path / "o")
+
+
+def test_results_of_a_batch_are_not_overwritten_by_requests(tmp_path: Path) -> None:
+    (tmp_path / "paid.jsonl").write_text("{}")
+    with pytest.raises(middo.RunError, match=r"paid\.jsonl has results that are read"):
+        refine_by_batch(tmp_path, [tmp_path / "paid.jsonl"], tmp_path / "x" / ".." / "paid.jsonl")
+
+
+def test_tables_of_models_are_joined_by_id() -> None:
+    one = pa.table({"id": ["a", "b"], "loss_post": [1.0, 2.0], "quality": [None, None], "own": ["x", "y"]})
+    other = pa.table({"id": ["c", "b"], "loss_post": [3.0, 4.0], "own": ["z", "y"]})
+    assert side_by_side({"m": one, "n": other}).to_pydict() == {
+        "id": ["a", "b", "c"],
+        "loss_post_m": [1.0, 2.0, None],
+        "loss_post_n": [None, 4.0, 3.0],
+        "own": ["x", "y", "z"],
+    }
 
 
 @pytest.mark.parametrize("kind", ["path", "arrow", "pandas", "datasets"])

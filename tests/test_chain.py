@@ -18,6 +18,7 @@ from support.loop_fixture import Finished, contents, fake_refiner, settings
 from middo_jax import cli, stages
 from middo_jax.config import ConfigError, layers_of, load
 from middo_jax.loop import run_loop
+from middo_jax.models.hf import CheckpointError
 from middo_jax.progress import Silent
 from middo_jax.report.build import build
 from middo_jax.report.lineage import trace
@@ -33,6 +34,7 @@ from middo_jax.rundir import (
     write_jsonl,
 )
 from middo_jax.rundir.chain import assess, chain
+from middo_jax.rundir.manifest import Reason
 from middo_jax.session import Session
 from middo_jax.stages.measure import scored_as
 
@@ -58,7 +60,7 @@ def reasons(run: RunDir, settings: list[str]) -> dict[tuple[str, str], str]:
     """Why stages of a finished run are stale under these settings."""
     config = load(None, settings)
     states = assess(chain(run, config), config)
-    return {(link.folder.path.name, link.name): state.why for link, state in states if state.why}
+    return {(link.folder.path.name, link.name): state.why.text for link, state in states if state.why}
 
 
 def own(stale: dict[tuple[str, str], str]) -> set[tuple[str, str]]:
@@ -176,7 +178,8 @@ def test_the_seed_of_a_sampled_rating_is_one_of_scoring(tmp_path: Path) -> None:
 
     def why(**more: Any) -> str | None:
         config = load(None, settings(tmp_path, **sampled, **more))
-        return chain(RunDir(tmp_path / "run"), config)[2].why_stale(config)
+        reason = chain(RunDir(tmp_path / "run"), config)[2].why_stale(config)
+        return None if reason is None else reason.text
 
     assert why() is None
     assert why(seed=9) == "seed was 3, is 9"
@@ -226,6 +229,7 @@ def weights(directory: RoundDir) -> Path:
          "refined.jsonl is not as it was written"),
         (lambda run: flip(weights(run.round(1))), [("round_01", "train")], "is not as it was written"),
         (lambda run: run.heldout_losses.unlink(), [("final", "evaluate")], "heldout_losses.json is missing"),
+        (lambda run: run.final.own_format.unlink(), [], "train.jsonl is missing"),
         (lambda run: tear(run.round(1).selection), [("round_01", "select")],
          "selection.json is not as it was written"),
         (lambda run: tear(run.round(1).refined), [("round_01", "refine")],
@@ -261,6 +265,23 @@ def test_what_is_damaged_is_made_again_with_the_same_bytes_and_nothing_else(
     assert results(run) == before
     assert len(finished.requests) == asked
     assert status(run)["complete"]
+
+
+def test_a_run_from_before_train_jsonl_gets_it_and_nothing_else_is_done_again(
+    finished: Finished, tmp_path: Path
+) -> None:
+    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path)))
+    run = RunDir(tmp_path / "run")
+    before, events = results(run), len(read_jsonl(run.events))
+    manifest = json.loads(run.final.manifest.read_text(encoding="utf-8"))
+    del manifest["checksum"], manifest["stages"]["prepare"]["files"]["train.jsonl"]
+    write_json(run.final.manifest, manifest)
+    run.final.own_format.unlink()
+    said = Said()
+    run_loop(config, said)
+    assert "final prepare will be redone: it writes train.jsonl now" in said.lines
+    assert begun(run, events) == []
+    assert results(run) == before
 
 
 def test_changed_data_makes_all_stale_and_missing_data_nothing(finished: Finished) -> None:
@@ -322,10 +343,10 @@ def test_a_touched_file_is_hashed_and_an_untouched_one_is_not(
     assert manifest.why_stale("select") is None
     assert [path.name for path in hashed] == ["dataset.jsonl"]
     write_jsonl(folder.dataset, [3])
-    assert manifest.why_stale("select") == "dataset.jsonl has changed"
+    assert manifest.why_stale("select") == Reason("dataset.jsonl has changed")
     write_jsonl(folder.dataset, [1])
     (tmp_path / "data" / "rows").write_text("other")
-    assert manifest.why_stale("select") == f"data has changed: {tmp_path / 'data'}"
+    assert manifest.why_stale("select") == Reason(f"data has changed: {tmp_path / 'data'}", input="data")
 
 
 def test_an_edit_while_a_stage_runs_makes_it_stale(tmp_path: Path) -> None:
@@ -338,7 +359,7 @@ def test_an_edit_while_a_stage_runs_makes_it_stale(tmp_path: Path) -> None:
         write_jsonl(path, [3])
     begun.finish(config, 1.0)
     assert link.where == "round_00 select"
-    assert link.why_stale(config) == "scores.parquet has changed"
+    assert link.why_stale(config) == Reason("scores.parquet has changed")
 
 
 def test_a_large_file_is_known_by_its_size_and_samples(
@@ -375,7 +396,7 @@ def test_embeddings_without_ids_are_measured_again(finished: Finished, tmp_path:
         write_json(here.manifest, manifest)
     states = {link.where: state.why for link, state in assess(chain(run, config), config)}
     assert states["round_00 train"] is None
-    assert states["round_00 score"] == "it writes embeddings.parquet now"
+    assert states["round_00 score"] == Reason("it writes embeddings.parquet now")
     session = Session(config, Silent())
     with pytest.raises(RunError, match=r"embeddings\.npy was written by an earlier version.*`middo score`"):
         stages.refine_round(session, run.round(0))
@@ -410,6 +431,7 @@ def status_under(run: RunDir, settings: list[str]) -> set[str]:
         ({"mesh__fsdp": 3}, "does not fit"),
         ({"data__path": "none.json"}, "there is no file none.json"),
         ({"model__path": "./none"}, "no such file or directory"),
+        ({"model__max_length": 192}, "quality: a question takes [0-9,]+ tokens, over model.max_length=192"),
     ],
 )
 def test_a_refused_start_leaves_no_folder(
@@ -419,6 +441,14 @@ def test_a_refused_start_leaves_no_folder(
     with pytest.raises((ConfigError, RunError, ValueError), match=message):
         run_loop(config, Silent())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_embedded_refiner_that_is_missing_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    wrong = settings(tmp_path / "made", refine__model=tmp_path / "none", runs_dir=tmp_path / "runs")
+    with pytest.raises(CheckpointError, match="none: no such file or directory"):
+        run_loop(load(None, wrong), Silent())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_refused_start_changes_nothing_of_a_finished_run(finished: Finished, tmp_path: Path) -> None:

@@ -246,10 +246,34 @@ def test_one_axis_alone_leaves_the_others_null(middo: Middo, place: Path, tmp_pa
     assert list(selection["axes"]) == ["diversity"]
     assert middo("refine", tmp_path / "o", "--dry-run").code == 0
     # Scored again, the selection is of other scores.
-    middo(*call, "--axes", "diversity", *SMALL)
+    middo(*call, "--axes", "diversity", "--force", *SMALL)
     stale = middo("refine", tmp_path / "o", "--dry-run")
     assert (stale.code, stale.out) == (1, "")
     assert "run `middo select` first" in stale.err
+
+
+def test_scores_are_reused_replaced_and_compared(middo: Middo, place: Path, tmp_path: Path) -> None:
+    call = ("score", "--data", place / "data.json", "--axes", "complexity", *SMALL, "--json")
+    one = (*call, "--model", place / "model", "--out", tmp_path / "o")
+    assert [middo(*one, *more).json["reused"] for more in ((), (), ("--force",))] == [False, True, False]
+    other = middo(*one, "model.max_length=40")
+    assert (other.code, other.out) == (1, "")
+    assert "has other scores (model.max_length was 512, is 40): --force" in other.err
+    named = ("--model", f"a={place / 'model'}", "--model", f"b={place / 'model'}", "--out", tmp_path / "two")
+    assert [m["reused"] for m in middo(*call, *named).json["models"].values()] == [False, False]
+    again = middo(*call, *named).json
+    assert [m["reused"] for m in again["models"].values()] == [True, True]
+    table = pq.read_table(again["scores"])
+    assert table["loss_post_a"].equals(table["loss_post_b"])
+    for wrong, why in (
+        (["a=x", "y"], "--model y: of several models each needs a name: --model NAME=y"),
+        (["a=x", "a=y"], "two models have the same name"),
+    ):
+        ended = middo(
+            *call, *(part for value in wrong for part in ("--model", value)), "--out", tmp_path / "n"
+        )
+        assert (ended.code, why in ended.err) == (1, True)
+    assert not (tmp_path / "n").exists()
 
 
 def test_train_eval_export_and_score_what_was_exported(middo: Middo, place: Path, tmp_path: Path) -> None:

@@ -11,11 +11,21 @@ import pytest
 import yaml
 from support.synthetic_run import write_run
 
+from middo_jax import exporting
 from middo_jax.data.example import Example, Lineage, Message
 from middo_jax.data.sources import DataError, read, read_rows, write
-from middo_jax.exporting import export_data
+from middo_jax.exporting import export_data, write_as_it_came
 from middo_jax.preferences import preference_pairs
+from middo_jax.progress import Silent
 from middo_jax.rundir import RunDir, RunError, read_jsonl, write_jsonl
+
+
+class Said(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +83,22 @@ def test_the_snippet_for_trl_makes_columns_that_trl_takes(
     assert columns >= {"prompt", "completion"} or "messages" in columns
 
 
+def test_what_the_format_has_no_place_for_is_written_as_messages_and_said(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = Said()
+    monkeypatch.setattr(exporting, "_format", lambda run: "alpaca")
+    plain = Example((Message("user", "Name a sea."), Message("assistant", "The North Sea.")))
+    unlearnt = (Message("user", "Hi."), Message("assistant", "Hello.", learnt=False), *plain.messages)
+    path = tmp_path / "train.jsonl"
+    assert write_as_it_came(run, [plain], path, progress) == "alpaca"
+    assert (read(str(path))[0], progress.lines) == ([plain], [])
+    two = [plain, Example(unlearnt)]
+    assert write_as_it_came(run, two, path, progress) == "messages"
+    assert read(str(path))[0] == two
+    assert "written as messages (alpaca has no field for answers of weight 0" in progress.lines[0]
+
+
 def test_scores_and_lineage_are_columns(run: RunDir, tmp_path: Path) -> None:
     export_data(run, tmp_path / "out", "messages", scores=True, lineage=True)
     rows = read_jsonl(tmp_path / "out" / "train.jsonl")
@@ -91,6 +117,7 @@ def test_scores_and_lineage_are_columns(run: RunDir, tmp_path: Path) -> None:
 def test_the_card_says_how_the_data_was_made_and_nothing_private(run: RunDir, tmp_path: Path) -> None:
     settings = yaml.safe_load(run.config.read_text())
     private = {"base_url": "http://user:secret@10.0.0.7/v1", "model": "gpt-4o-mini", "accept": "measured"}
+    private |= {"prompts": "/home/me/words.yaml"}
     run.config.write_text(yaml.safe_dump(settings | {"refine": private, "runs_dir": "/home/me/runs"}))
     try:
         export_data(run, tmp_path / "out")
@@ -103,6 +130,7 @@ def test_the_card_says_how_the_data_was_made_and_nothing_private(run: RunDir, tm
     assert "gpt-4o-mini" in text
     assert "secret" not in text
     assert "/home/me" not in text
+    assert "prompts: words.yaml" in text
     counts = {op: sum(e.lineage.op == op for e in originals(run)) for op in ("seed", "synthesize")}
     assert f"| {counts['seed']:,} | the original rows, unchanged |" in text
     assert f"| {counts['synthesize']:,} | new rows near sparse ones (diversity) |" in text

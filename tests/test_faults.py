@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,13 @@ from support.loop_fixture import Finished, fake_answer
 
 from benchmarks.fault_settings import CHANGES
 from benchmarks.fault_table import MAKERS, Case, cases, expected
-from benchmarks.fault_world import World, differences, files, permissions
+from benchmarks.fault_world import World, differences, files, permissions, small_disk
 from middo_jax.cleaning import clean, render_clean
 from middo_jax.config import leaves
 from middo_jax.report.build import build
 from middo_jax.report.status import status
 from middo_jax.rundir import RunDir, RunError, read_jsonl
+from middo_jax.rundir.files import DiskFull
 
 pytest_plugins = ["support.loop_fixture"]
 
@@ -159,6 +161,33 @@ def test_a_cache_that_is_none_stops_the_run_before_anything_is_trained(world: Wo
     assert isinstance(again.error, RuntimeError)
     assert "llm_cache.sqlite" in str(again.error)
     assert "--repair" in str(again.error)
+
+
+@pytest.mark.parametrize("room", [0, 100])  # kB: too little for the lock; for the export
+def test_on_a_full_disk_nothing_is_lost_and_the_run_goes_on_when_there_is_room(
+    world: World, finished: Finished, room: int
+) -> None:
+    run = RunDir(world.root / "runs" / "broken")
+    with small_disk(run.path, 16_000) as mounted:
+        if not mounted:
+            pytest.skip("file systems cannot be mounted here")
+        shutil.copytree(world.finished.path, run.path, dirs_exist_ok=True)
+        run.round(1).refined.unlink()
+        (run.final / "huggingface" / "model.safetensors").unlink()
+        disk, others = os.statvfs(run.path), run.path / "of_others"
+        others.write_bytes(bytes(disk.f_bavail * disk.f_frsize - room * 1024))
+        kept, asked = files(run), len(finished.requests)
+        again = world.run(run)
+        assert isinstance(again.error, DiskFull)
+        assert str(again.error).startswith(str(run.path))
+        assert "disk full: free space" in str(again.error)
+        assert set(kept) <= {*files(run), *(f for f in kept if f.startswith("final/huggingface/"))}
+        others.unlink()
+        again = world.run(run)
+        assert again.error is None
+        assert again.redone[-1] == "final export"
+        assert differences(world.results(run), world.results(world.finished)) == []
+        assert len(finished.requests) == asked  # no answer is paid twice
 
 
 def test_what_repair_puts_aside_keeps_its_name_and_content(world: World) -> None:

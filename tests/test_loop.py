@@ -59,7 +59,7 @@ def test_every_artefact_is_where_the_contract_says(finished: Finished) -> None:
     a_round |= {"checkpoint", "metrics.jsonl", "manifest.json"}
     for directory in run.rounds():
         assert {p.name for p in directory.path.iterdir()} == a_round
-    last = {"dataset.jsonl", "checkpoint", "metrics.jsonl", "manifest.json", "huggingface"}
+    last = {"dataset.jsonl", "checkpoint", "metrics.jsonl", "manifest.json", "huggingface", "train.jsonl"}
     assert {p.name for p in run.final.path.iterdir()} == last
     assert load(run.config) == load(None, finished.settings())
 
@@ -83,6 +83,20 @@ def test_every_stage_is_logged_once_and_in_order(finished: Finished) -> None:
     for kind in ("start", "done"):
         assert [(e["round"], e["stage"]) for e in events if e["event"] == kind] == steps
     assert events[-1]["event"] == "report"
+
+
+def test_final_has_the_dataset_in_the_format_that_came_in(finished: Finished) -> None:
+    rows = read_jsonl(finished.run.final.own_format)
+    assert all(row.keys() == {"id", "instruction", "input", "output", "source"} for row in rows)
+    wanted = {id_: [m["content"] for m in row["messages"]] for id_, row in
+              rows_by_id(finished.run.final.dataset).items()}  # fmt: skip
+    found = {row["id"]: ["\n".join(filter(None, [row["instruction"], row["input"]])), row["output"]]
+             for row in rows}  # fmt: skip
+    assert found == wanted
+    came_in = json.loads((finished.root / "data.json").read_text(encoding="utf-8"))
+    kept = [{k: v for k, v in row.items() if k != "id"} for row in rows]
+    assert any(row["input"] and row in kept for row in came_in)
+    assert finished.run.final.stages()["prepare"]["format"] == "alpaca"
 
 
 def test_scores_have_every_column_and_a_row_a_sample(finished: Finished) -> None:
@@ -200,7 +214,9 @@ def test_a_second_start_finds_everything_done(finished: Finished, tmp_path: Path
     before = contents(tmp_path)
     said = Said()
     run_loop(config, said)
-    assert said.lines[0].startswith("middo-jax ")  # the header
+    header = said.lines[0]
+    assert header.startswith("middo-jax ")
+    assert header.endswith(f"data {finished.root / 'data.json'} (24 rows)")
     assert [line.endswith("done before") for line in said.lines[1:-1]] == [True] * 13
     after = contents(tmp_path)
     changing = {"run/events.jsonl", "run/report.html", "run/config.yaml"}  # the last: runs_dir is another

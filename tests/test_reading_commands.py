@@ -134,3 +134,28 @@ def test_every_file_of_a_tokenizer_is_downloaded(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     assert resolve("org/tiny") == model
+
+
+def test_several_sources_are_inspected_and_converted_as_one(
+    middo: Middo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "a.jsonl", *(chat(f"Name sea {i}.", "North") for i in range(4)))
+    (tmp_path / "b.csv").write_text("instruction,output\nName a lake.,Wener\nName a river.,Elbe\n")
+    sources = "data.sources=[{path: a.jsonl, weight: 1}, {path: b.csv, weight: 1}]"
+    found = middo("inspect", sources, "--json")
+    assert json.loads(found.out)["n"] == 4
+    assert found.err.splitlines() == ["a.jsonl: 2 of 4 rows taken", "b.csv: 2 of 2 rows taken"]
+    done = middo("convert", sources, "out.jsonl", "--format", "alpaca")
+    assert (done.code, done.out) == (0, "out.jsonl\n")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["output"] for row in rows] == ["North", "North", "Wener", "Elbe"]
+    # The same from a file of settings, and nothing that is read is written.
+    (tmp_path / "mine.yaml").write_text("data: {sources: [{path: a.jsonl}, {path: b.csv}]}\n")
+    assert json.loads(middo("inspect", "mine.yaml", "--json").out)["n"] == 6
+    before = (tmp_path / "a.jsonl").read_bytes()
+    refused = middo("convert", "mine.yaml", "a.jsonl", "--format", "messages")
+    assert (refused.code, "a.jsonl is read as data" in refused.err) == (1, True)
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+    both = middo("inspect", "a.jsonl", sources)
+    assert (both.code, "give data.path or data.sources, not both" in both.err) == (1, True)

@@ -117,8 +117,7 @@ def assert_equal(run: RunDir, alone: RunDir) -> None:
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_job_gives_what_one_process_gives(loop: Loop, tmp_path: Path, processes: int) -> None:
     ended = end(start(processes, *loop.command(tmp_path)))
     assert [e.code for e in ended] == [0] * processes

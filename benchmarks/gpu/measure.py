@@ -96,7 +96,7 @@ def ratings(model: str) -> Figures:
     """`judge` of the quickstart's rows, whose six questions are one tree each."""
     from middo_jax.data.sources import read
     from middo_jax.data.tokenize import load_tokenizer
-    from middo_jax.stages.ratings import judge
+    from middo_jax.stages.ratings import Asked, judge
 
     config, mesh = shapes.MODELS[model], one_device()
     rows, _ = read("configs/quickstart_data.jsonl", "alpaca")
@@ -111,9 +111,7 @@ def ratings(model: str) -> Figures:
         began = time.perf_counter()
         rating_n6, facts = judge(
             judging,
-            rows,
-            tokenizer,
-            max_length=2048,
+            Asked.of(rows, tokenizer, 2048),
             batch_tokens=32_768 if not TINY else 2048,
         )
         assert np.isfinite(rating_n6).all()

@@ -9,12 +9,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from middo_jax.cli.options import EXIT_FAULTS, AsJson, Overrides, show
+from middo_jax.cli.options import DATA_HELP, EXIT_FAULTS, AsJson, Overrides, data_layer, show
 from middo_jax.cli.program import app
 
 if TYPE_CHECKING:
     from middo_jax.config import Config
     from middo_jax.data.sources import UserRows
+
+
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format", help="alpaca sharegpt messages prompt_completion parquet. Default: as it came in."
+    ),
+]
+WithHeldout = Annotated[bool, typer.Option("--with-heldout", help="Also write the held-out rows.")]
+WithScores = Annotated[
+    bool, typer.Option("--with-scores", help="Add the last scores as middo_loss_post etc.")
+]
+WithLineage = Annotated[
+    bool, typer.Option("--with-lineage", help="Add where each row comes from, as middo_op etc.")
+]
+WithPairs = Annotated[
+    bool, typer.Option("--with-pairs", help="Also write preference pairs, accepted against lost answers.")
+]
+License = Annotated[
+    str | None,
+    typer.Option(help="The dataset's licence for its card, as the hub names it: cc-by-4.0, other, ..."),
+]
 
 
 @app.command(
@@ -23,36 +45,54 @@ if TYPE_CHECKING:
 def export_data(
     run: Path,
     out: Annotated[Path, typer.Argument(help="A new folder.")],
-    to: Annotated[
-        str | None,
-        typer.Option(
-            "--format", help="alpaca sharegpt messages prompt_completion parquet. Default: as it came in."
-        ),
-    ] = None,
-    heldout: Annotated[bool, typer.Option("--with-heldout", help="Also write the held-out rows.")] = False,
-    scores: Annotated[
-        bool, typer.Option("--with-scores", help="Add the last scores as middo_loss_post etc.")
-    ] = False,
-    lineage: Annotated[
-        bool, typer.Option("--with-lineage", help="Add where each row comes from, as middo_op etc.")
-    ] = False,
-    pairs: Annotated[
-        bool, typer.Option("--with-pairs", help="Also write preference pairs, accepted against lost answers.")
-    ] = False,
+    to: Format = None,
+    heldout: WithHeldout = False,
+    scores: WithScores = False,
+    lineage: WithLineage = False,
+    pairs: WithPairs = False,
+    license: License = None,
     as_json: AsJson = False,
 ) -> None:
     """Writes a run's last dataset with a card, and what LLaMA-Factory, axolotl and TRL need to read it."""
     from middo_jax import exporting
     from middo_jax.rundir import RunDir
 
-    parts = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
-    done = exporting.export_data(RunDir(run), out, to, **parts)
+    parts: exporting.Parts = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
+    done = exporting.export_data(RunDir(run), out, to, license, **parts)
     show(as_json, {**done._asdict(), "path": str(done.path)}, str(done.path))
+
+
+@app.command(epilog="Example: middo push runs/mine me/better-alpaca --license cc-by-nc-4.0 --dry-run")
+def push(
+    run: Path,
+    repo: Annotated[str, typer.Argument(help="A dataset repository of the hub: OWNER/NAME.")],
+    license: License = None,
+    to: Format = None,
+    heldout: WithHeldout = False,
+    scores: WithScores = False,
+    lineage: WithLineage = False,
+    pairs: WithPairs = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be sent; nothing is sent.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Sends what `middo export-data` writes to the Hugging Face hub. The token is read from $HF_TOKEN."""
+    from middo_jax import exporting, pushing
+    from middo_jax.rundir import RunDir
+
+    if license is None and sys.stdin.isatty():
+        license = typer.prompt(pushing.ASKED, err=True)
+    parts: exporting.Parts = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
+    plan = pushing.Push(repo, license, public, dry_run)
+    done = pushing.push(RunDir(run), plan, to, **parts)
+    show(as_json, done._asdict(), pushing.render(done))
 
 
 @app.command(epilog="Example: middo convert alpaca.json chat.jsonl --format messages")
 def convert(
-    data: Annotated[str, typer.Argument(help="As --data of other commands.")],
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
     out: Path,
     to: Annotated[
         str, typer.Option("--format", help="alpaca messages sharegpt prompt_completion parquet tfds")
@@ -66,14 +106,20 @@ def convert(
     """Writes a dataset in another format. Unusable rows are counted and written to OUT.rejected.jsonl."""
     from middo_jax.config import load
     from middo_jax.data.files import require_not_read
-    from middo_jax.data.reading import Reading
-    from middo_jax.data.sources import commonest_reasons, read_rows, write
+    from middo_jax.data.mixing import read_configured
+    from middo_jax.data.sources import commonest_reasons, write
     from middo_jax.rundir import local, write_jsonl
 
-    require_not_read(data, [out, out.with_name(f"{out.name}.rejected.jsonl")])
-    settings = load(None, ["model.path=none", {"data.path": data}, *(overrides or ())]).data
-    read = read_rows(data, from_, settings.limit, Reading.of(settings))
+    config = load(None, ["model.path=none", data_layer(data), *(overrides or ())])
+    settings = config.data
+    if from_ != "auto":
+        settings = settings.model_copy(update={"format": from_})
+    for path in settings.paths:
+        require_not_read(path, [out, out.with_name(f"{out.name}.rejected.jsonl")])
+    read = read_configured(settings, config.seed)
     examples, rejections = read.examples, read.rejections
+    for line in read.said:
+        print(line, file=sys.stderr)
     write(examples, local(out), to, settings.id_column or "id")
     if rejections:
         beside = out.with_name(f"{out.name}.rejected.jsonl")
@@ -88,7 +134,7 @@ def convert(
 
 @app.command(epilog="Example: middo inspect alpaca.json --model ./base model.max_length=512")
 def inspect(
-    data: Annotated[str, typer.Argument(help="As --data of other commands.")],
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
     model: Annotated[
         str | None,
         typer.Option(
@@ -112,16 +158,16 @@ def inspect(
     """Checks a dataset for faults; with a model, shows lengths, packing and the first sample."""
     from middo_jax import linting
     from middo_jax.config import load
-    from middo_jax.data.reading import Reading
-    from middo_jax.data.sources import read_rows
+    from middo_jax.data.mixing import read_configured
     from middo_jax.models.source import tokenizer_directory
     from middo_jax.report.inspection import inspect_rows
     from middo_jax.report.terminal import printable, render_inspection
 
     base = tokenizer_directory(model) if model else "none"
-    config = load(None, [f"model.path={base}", f"data.path={data}", *(overrides or ())])
-    reading = Reading.of(config.data)
-    rows = read_rows(config.data.path, config.data.format, config.data.limit, reading)
+    config = load(None, [data_layer(data), f"model.path={base}", *(overrides or ())])
+    rows = read_configured(config.data, config.seed)
+    for line in rows.said:
+        print(line, file=sys.stderr)
     facts = inspect_rows(rows.examples, rows.rejections, rows.repairs)
     texts = [text for path in against or () for text in linting.read_texts(path)]
     limits = linting.read_limits(most or ())

@@ -24,6 +24,7 @@ Data = Annotated[str, typer.Option(help="A file, a dataset directory, tfds:NAME:
 MODEL_HELP = "A Hugging Face directory, a checkpoint, a LoRA adapter, a .gguf file or a hub id."
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 
+DATA_HELP = "As --data of other commands; or data.sources=[...], or a YAML file of settings with the data."
 EXIT_FAULTS = 3  # of `middo inspect`: more rows have a fault than a limit allows
 JOB: dict[str, Any] = {}  # what the program's own options say of the job that this process belongs to
 
@@ -48,6 +49,12 @@ def print_error(error: BaseException) -> None:
         return
     print(f"middo: {error}", file=sys.stderr)
     print("(MIDDO_TRACEBACK=1 shows the traceback)", file=sys.stderr)
+
+
+def data_layer(data: str) -> str | dict[str, str]:
+    """The setting behind an argument DATA: a path, `data.sources=[...]`, or a YAML file of settings."""
+    is_setting = data.startswith("data.") and "=" in data
+    return data if is_setting or data.endswith((".yaml", ".yml")) else {"data.path": data}
 
 
 def names_in(text: str) -> list[str]:

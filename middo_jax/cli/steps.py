@@ -9,43 +9,90 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from middo_jax.cli.options import AsJson, Data, Model, Overrides, in_job, names_in, show
+from middo_jax.cli.options import MODEL_HELP, AsJson, Data, Model, Overrides, in_job, names_in, show
 from middo_jax.cli.program import app
 
 if TYPE_CHECKING:
     from middo_jax.evaluation.heldout import HeldoutLoss
+    from middo_jax.results import Scores
 
 
 @app.command(epilog="Example: middo score --data alpaca.json --model ./tuned --pre-model ./base --out scored")
 def score(
     data: Data,
-    model: Model,
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help=f"{MODEL_HELP} Several, each as NAME=MODEL: OUT/by_model.parquet has all their columns."
+        ),
+    ],
     out: Annotated[
         Path, typer.Option(help="The folder for dataset.jsonl, scores.parquet and embeddings.parquet.")
     ],
     pre_model: Annotated[str | None, typer.Option(help="The model before training, for loss_pre.")] = None,
-    axes: Annotated[str, typer.Option(help="Comma-separated.")] = "complexity,diversity,quality",
+    axes: Annotated[
+        str | None,
+        typer.Option(help="Axes to measure, comma-separated. Default: those that the settings name."),
+    ] = None,
     keep_columns: Annotated[
         str | None,
         typer.Option(
             help="Columns of the data to write next to the scores, comma-separated. Default: all scalar ones."
         ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure again, and replace the scores that OUT has.")
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measures losses, neighbours and ratings of a dataset, without the loop."""
-    from middo_jax import api
+    """Measures losses, neighbours and ratings of a dataset, without the loop; reuses the scores in OUT."""
+    from middo_jax import api, comparing
     from middo_jax.rundir import RoundDir
 
-    wanted = names_in(axes)
-    api.require_axes(wanted, "--axes")
-    kept = None if keep_columns is None else names_in(keep_columns)
+    wanted, named = None if axes is None else names_in(axes), _named_models(model)
+    api.require_axes(wanted or (), "--axes")
+    options: comparing.ScoreOptions = {
+        "pre_model": pre_model,
+        "axes": wanted,
+        "keep_columns": None if keep_columns is None else names_in(keep_columns),
+        "force": force,
+        "settings": overrides,
+    }
     with in_job(out.absolute().parent, overrides):
-        scores = api.score(data, model, pre_model, wanted, keep_columns=kept, out=out, settings=overrides)
-    path = str(RoundDir(out).scores)
-    result = {"out": str(out), "n": len(scores.table), "rejected": len(scores.rejected), "scores": path}
-    show(as_json, result, path)
+        if named is None:
+            scores = api.score(data, model[0], out=out, **options)
+            path, facts = RoundDir(out).scores, _facts(scores)
+        else:
+            found = comparing.score_models(data, named, out, **options)
+            of = {name: _facts(scores) for name, scores in found.of.items()}
+            path, facts = found.path, {"n": len(found.table), "models": of}
+    show(as_json, {"out": str(out), **facts, "scores": str(path)}, str(path))
+
+
+def _named_models(given: list[str]) -> dict[str, str] | None:
+    """The models of `--model NAME=MODEL` by name; None if one model was given without a name.
+
+    Raises:
+      ValueError: of several, one has no name, or two have the same.
+    """
+    pairs = [value.partition("=") for value in given]
+    if len(given) == 1 and (not pairs[0][1] or Path(given[0]).exists()):
+        return None
+    if unnamed := [
+        value for value, (_, sign, model) in zip(given, pairs, strict=True) if not sign or not model
+    ]:
+        raise ValueError(
+            f"--model {unnamed[0]}: of several models each needs a name: --model NAME={unnamed[0]}"
+        )
+    named = {name: model for name, _, model in pairs}
+    if len(named) < len(given):
+        raise ValueError("--model: two models have the same name")
+    return named
+
+
+def _facts(scores: Scores) -> dict[str, Any]:
+    return {"n": len(scores.table), "rejected": len(scores.rejected), "reused": scores.reused}
 
 
 @app.command(epilog="Example: middo select scored complexity.m=1.5 quality.fraction=0.05")
@@ -74,6 +121,14 @@ def refine(
     read_batch: Annotated[
         list[Path] | None, typer.Option(help="A result file of a batch; repeat the option for further files.")
     ] = None,
+    write_review: Annotated[
+        Path | None, typer.Option(help="A new file with the accepted rewrites, for people to judge.")
+    ] = None,
+    review_format: Annotated[str, typer.Option(help="Of --write-review: argilla label-studio")] = "argilla",
+    read_review: Annotated[
+        list[Path] | None,
+        typer.Option(help="A file with people's verdicts; repeat the option for further files."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rewrites the selected samples of DIRECTORY by a served LLM, into refined.jsonl and merged.jsonl."""
@@ -81,6 +136,9 @@ def refine(
     from middo_jax.report.terminal import render_batch, render_dry_run
     from middo_jax.results import Refined
 
+    if write_review or read_review:
+        _review(directory, write_review, review_format, read_review or [], overrides, as_json)
+        return
     if dry_run:
         facts = dataclasses.asdict(api.dry_run(directory, settings=overrides))
         show(as_json, facts, render_dry_run(facts))
@@ -98,6 +156,27 @@ def refine(
     result = {**counts, "merged": str(refined.merged), "usage": refined.usage}
     text = f"{refined.n_accepted} of {len(refined.rows)} rewrites accepted\n{refined.merged}"
     show(as_json, result, text)
+
+
+def _review(
+    directory: Path,
+    write: Path | None,
+    form: str,
+    read: list[Path],
+    overrides: list[str] | None,
+    as_json: bool,
+) -> None:
+    from middo_jax import reviewing
+
+    if write is not None and read:
+        raise ValueError("give --write-review or --read-review, not both")
+    if write is not None:
+        n = reviewing.write_review(directory, write, form, settings=overrides)
+        show(as_json, {"rewrites": n, "review": str(write)}, f"{n:,} rewrites to review\n{write}")
+        return
+    refined, found = reviewing.read_review(directory, read, settings=overrides)
+    text = f"{reviewing.describe(found)}\n{refined.merged}"
+    show(as_json, {"verdicts": dict(found), "merged": str(refined.merged)}, text)
 
 
 @app.command(epilog="Example: middo train --data alpaca.json --model ./base --out tuned train.num_epochs=3")
@@ -145,8 +224,13 @@ def evaluate(
 
     if (data is None) == (tasks is None):
         raise ValueError("middo eval: give --data for the loss on a dataset, or --tasks for benchmarks")
+    named = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
+    if data is not None and (of_tasks := [name for name, value in named.items() if value is not None]):
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in of_tasks)
+        raise ValueError(
+            f"middo eval: {options} belongs to --tasks, not to --data (data.limit limits the rows)"
+        )
     if data is None:
-        named = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
         given = {
             f"evaluate.{name}": str(value) if isinstance(value, Path) else value
             for name, value in named.items()

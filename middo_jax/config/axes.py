@@ -114,6 +114,11 @@ class QualitySettings(AxisSettings):
     """Low-quality samples: rated low by the model itself."""
 
     rating: Annotated[ExpectedRating | SampledRating, OneOf(by="method", inline=True)] = ExpectedRating()
+    rubric: Annotated[str | None, Affects("scores")] = Field(
+        default=None,
+        description="YAML file with your own questions to the judge, see docs/scoring.md. None: those of the "
+        "package.",
+    )
 
 
 class ConsistencySettings(AxisSettings):

@@ -265,10 +265,10 @@ _TABLE = [
         needs="measurement",
         accept="measured",
         of="replacements",
-        title="prompt and answer tell each other",
+        title="prompt and answer belong together",
         rule="The prompt raises the answer's log-probability by at least 90 % of the original's nats (PMI), "
-        "or reverse IFD, how badly the answer tells its prompt, rises by 2 % at most. An original of several "
-        "turns is not compared.",
+        "or reverse IFD, how badly the answer predicts its prompt, rises by 2 % at most. An original of "
+        "several turns is not compared.",
         feedback={
             "": "Its answer had little to do with it. Ask for something whose answer depends on every detail."
         },

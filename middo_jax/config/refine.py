@@ -207,6 +207,11 @@ class RefineSettings(Settings):
         default=True,
         description="Whether the refiner's prompt also contains the original response; false as published.",
     )
+    prompts: Annotated[str | None, Affects("rewrites")] = Field(
+        default=None,
+        description="YAML file with your own instructions and worked examples, see docs/refine.md. None: "
+        "those of the package.",
+    )
     turns: Annotated[Turns, Affects("rewrites")] = Field(
         default="last",
         description="What is rewritten of a conversation of several turns. last: its last user turn, which "
@@ -217,6 +222,11 @@ class RefineSettings(Settings):
         default="measured",
         description="measured: sane, and better on its axis under the model in training; sane: only the text "
         "is checked; none: any readable text is accepted, as published.",
+    )
+    wait_for_review: Annotated[bool, Affects("place")] = Field(
+        default=False,
+        description="Whether a run stops before each merge until `middo refine RUN/round_00 --read-review` "
+        "has read people's verdicts on the accepted rewrites.",
     )
     max_attempts: Annotated[PositiveInt, Affects("acceptance")] = Field(
         default=2,

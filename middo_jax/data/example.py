@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from middo_jax.data.tools import calls_text, dumped, of_calls, of_result, parts_of
 from middo_jax.rundir.rows import ExampleRow, LineageRow, TurnRow
@@ -38,8 +38,7 @@ class Message:
 
     def to_json(self) -> TurnRow:
         """A turn of dataset.jsonl: role, content, tool calls, and weight 0 if it is not learnt."""
-        row: TurnRow = {"role": self.role, "content": self.content}
-        row.update(parts_of(self.tool))  # type: ignore[typeddict-item]
+        row: TurnRow = {"role": self.role, "content": self.content, **parts_of(self.tool)}
         return row if self.learnt else {**row, "weight": 0}
 
     @classmethod
@@ -83,6 +82,15 @@ class Lineage:
             "scores_before": self.scores_before,
             "scores_after": self.scores_after,
         }
+
+
+class _Given(TypedDict, total=False):
+    """The keys of an `ExampleRow` that are absent if there is nothing in them."""
+
+    user_id: str | int
+    tools: list[Any]
+    prompt_columns: dict[str, str]
+    extra: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -183,16 +191,17 @@ class Example:
 
     def to_json(self) -> ExampleRow:
         """A row of dataset.jsonl; `from_json` reads it back to an equal Example."""
-        row: dict[str, Any] = {"id": self.id, "messages": [m.to_json() for m in self.messages]}
+        given = _Given()
         if self.user_id is not None:
-            row["user_id"] = self.user_id
+            given["user_id"] = self.user_id
         if self.tools:
-            row["tools"] = json.loads(self.tools)
+            given["tools"] = json.loads(self.tools)
         if self.prompt_columns:
-            row["prompt_columns"] = self.prompt_columns
+            given["prompt_columns"] = self.prompt_columns
         if self.extra:
-            row["extra"] = self.extra
-        return {**row, "lineage": self.lineage.to_json()}  # type: ignore[return-value]
+            given["extra"] = self.extra
+        messages = [message.to_json() for message in self.messages]
+        return {"id": self.id, "messages": messages, **given, "lineage": self.lineage.to_json()}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Example:

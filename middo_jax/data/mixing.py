@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
-from middo_jax.config.settings import Source
+from middo_jax.config.settings import DataSettings, Source
 from middo_jax.data.example import Example
 from middo_jax.data.files import Rejection
 from middo_jax.data.formats import DataError, plain
@@ -45,6 +45,19 @@ def chosen(n: int, count: int, seed: int, name: str) -> list[int]:
     if count >= n:
         return list(range(n))
     return sorted(random.Random(f"{seed}:{name}").sample(range(n), count))
+
+
+def read_configured(settings: DataSettings, seed: int) -> UserRows:
+    """The dataset that the settings name: `data.path`, or `data.sources` as one.
+
+    Raises:
+      DataError: see `read_rows` and `read_sources`.
+    """
+    reading = Reading.of(settings)
+    if not settings.sources:
+        return read_rows(settings.path, settings.format, settings.limit, reading)
+    data, said = read_sources(settings.sources, settings.limit, reading, seed)
+    return data._replace(said=tuple(said))
 
 
 def read_sources(

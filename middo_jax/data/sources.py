@@ -68,6 +68,7 @@ class UserRows(NamedTuple):
       rejections: all other rows.
       repairs: what was repaired, one per row and kind of repair.
       format: of the rows; messages for several sources of different formats.
+      said: what was taken of each of several sources, one line each.
     """
 
     examples: list[Example]
@@ -76,6 +77,7 @@ class UserRows(NamedTuple):
     rejections: list[Rejection]
     repairs: Sequence[Repair] = ()
     format: str = ""
+    said: Sequence[str] = ()
 
 
 def read(path: str, format: str = "auto", limit: int | None = None) -> tuple[list[Example], list[Rejection]]:

@@ -62,8 +62,9 @@ def render(
     """
     try:
         text = tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.content, **parts_of(m.tool)} for m in messages],
-            tools=cast(Any, rendered(tools) or None),  # the stub expects a wider list
+            # The stubs expect texts alone in a message, and a wider list of tools.
+            cast(Any, [{"role": m.role, "content": m.content, **parts_of(m.tool)} for m in messages]),
+            tools=cast(Any, rendered(tools) or None),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **template_arguments(tokenizer),
@@ -263,7 +264,7 @@ def _call_span(tokenizer: PreTrainedTokenizerBase, text: str, example: Example, 
     shown = own[start : max(start, _n_shared(own, text))]
     ends = [at for token in control_tokens(tokenizer) if (at := shown.rfind(token)) >= 0]
     stop = max(ends) if ends else len(shown.rstrip())
-    calls = parts_of(message.tool)["tool_calls"]
+    calls = parts_of(message.tool).get("tool_calls", [])
     wanted = [*(call["function"]["name"] for call in calls), "".join(message.content.split())]
     if any(piece not in "".join(shown[:stop].split()) for piece in wanted):
         raise TemplateError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 TOOL_COLUMN = "tools"
 # Roles of turns in which a tool speaks, and of turns in which the assistant calls one. In lower case.
@@ -79,7 +79,15 @@ def of_result(fields: Mapping[str, Any]) -> str:
     return dumped(kept) if kept else ""
 
 
-def parts_of(tool: str) -> dict[str, Any]:
+class ToolFields(TypedDict, total=False):
+    """The fields of a turn of dataset.jsonl that concern tools, see `rundir.rows.TurnRow`."""
+
+    tool_calls: list[Any]
+    tool_call_id: str
+    name: str
+
+
+def parts_of(tool: str) -> ToolFields:
     """The fields in a `Message.tool`; {} if there are none."""
     return json.loads(tool) if tool else {}
 

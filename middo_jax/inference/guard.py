@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hmac
-import ipaddress
 import os
 from urllib.parse import urlsplit
 
@@ -21,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from middo_jax.config import ConfigError
 from middo_jax.inference.errors import ApiError
+from middo_jax.loopback import is_loopback
 
 TOKEN_VARIABLE = "MIDDO_SERVE_TOKEN"
 SHORTEST_TOKEN = 16  # characters
@@ -61,16 +61,6 @@ class Access:
                 f"config: ${TOKEN_VARIABLE} must have at least {SHORTEST_TOKEN} printable ASCII characters"
             )
         return cls(token, is_loopback(host))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address, without a port, reaches only this machine."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return False
 
 
 class Guard:

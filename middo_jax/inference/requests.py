@@ -258,13 +258,12 @@ class CompletionRequest(GenerationRequest):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """`prompt` as a list of texts, or of lists of token ids."""
-        match self.prompt:
-            case str(text):
-                return [text]
-            case [int(), *_] as tokens:
-                return [tokens]  # pyright: ignore[reportReturnType]  # a list of ints, by its first
-            case several:
-                return several  # pyright: ignore[reportReturnType]
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if token_ids := [each for each in self.prompt if isinstance(each, int)]:
+            return [token_ids]
+        texts = [each for each in self.prompt if isinstance(each, str)]
+        return texts or [each for each in self.prompt if isinstance(each, list)]
 
 
 def _equal(value: object, neutral: object) -> bool:

@@ -26,7 +26,7 @@ from jax._src import distributed  # the client has no public name; Orbax uses it
 from jax.experimental import multihost_utils
 
 from middo_jax.parallel import watch
-from middo_jax.parallel.preemption import EXIT_PREEMPTED, Preempted
+from middo_jax.parallel.preemption import EXIT_PREEMPTED, Preempted, end_if_asked
 from middo_jax.rundir import RunError
 
 T = TypeVar("T")
@@ -180,10 +180,12 @@ def _marked(path: Path) -> tuple[str, str]:
 def stop_point() -> None:
     """Raises `Preempted` in all processes at the same call, once any of them has received a SIGTERM.
 
-    All processes must call it equally often. It does nothing in a single process, which handles the signal
-    itself.
+    All processes must call it equally often. In a single process the signal's handler raises, and this only
+    where that was lost.
     """
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_points)):
+    if jax.process_count() == 1:
+        end_if_asked()
+    elif multihost_utils.reached_preemption_sync_point(next(_points)):
         raise Preempted
 
 

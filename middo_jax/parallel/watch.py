@@ -79,12 +79,14 @@ class Watch:
         if client is None:  # shut down normally
             sys.exit()
         about = {"beat": next(self._beats), "count": _count, "at": _at, "host": socket.gethostname()}
-        client.key_value_set(f"middo/alive/{me}", json.dumps(about), allow_overwrite=True)
+        client.key_value_set(f"middo/heartbeat/{me}", json.dumps(about), allow_overwrite=True)
         ended = {key.rsplit("/", 1)[1]: text for key, text in client.key_value_dir_get("middo/end/")}
         for process, text in ended.items():
             if text and process != me:
                 return _End(f"process {process} ended: {text}", 1, END_AFTER_S)
-        table = {key.rsplit("/", 1)[1]: json.loads(x) for key, x in client.key_value_dir_get("middo/alive/")}
+        table = {
+            key.rsplit("/", 1)[1]: json.loads(x) for key, x in client.key_value_dir_get("middo/heartbeat/")
+        }
         now = time.monotonic()
         for process, row in table.items():
             if self._seen.get(process, (None, 0))[0] != row["beat"]:
@@ -96,7 +98,7 @@ class Watch:
                 row = table.get(process)
                 where, last = (f" on {row['host']}", f", last at {row['at']}") if row else ("", "")
                 reason = (
-                    f"process {process}{where} has given no sign of life for {now - since:.0f} s{last}: "
+                    f"process {process}{where} has sent no heartbeat for {now - since:.0f} s{last}: "
                     "it is dead or cut off"
                 )
                 return _End(reason, EXIT_PREEMPTED, END_AFTER_S)

@@ -97,6 +97,8 @@ class Parts:
     def save(self) -> None:
         """Writes what was added since the last part."""
         self._saved_at = time.monotonic()
+        if files.is_reader():  # process 0 writes what all have gathered
+            self._pending.clear()
         if not self._pending:
             return
         batches = list(self._pending.values())

@@ -82,7 +82,7 @@ def _is_json_prompt(text: str) -> bool:
 def answer_request(task: Task, prompt: str, context: Sequence[Message]) -> Messages:
     """The request for the last answer, to a prompt after the turns before it."""
     if task.op == "complete":
-        return prompts.completion(prompt, task.original.response, context)
+        return prompts.completion(prompt, task.original.response, context, task.words)
     return prompts.answer(prompt, context)
 
 
@@ -100,12 +100,13 @@ def _first_request(task: Task, settings: RefineSettings, form: Form) -> Messages
     if task.op == "synthesize":
         several = any(example.n_user_turns > 1 for example in (task.original, *task.hints))
         hints = [prompts.questions(hint) for hint in task.hints]
-        return prompts.synthesize(prompts.questions(task.original), hints, form, several)
+        return prompts.synthesize(prompts.questions(task.original), hints, form, several, task.words)
     response = task.original.response if settings.show_response else None
-    revise = prompts.simplify if task.op == "simplify" else prompts.rewrite
+    how = task.words.simplify if task.op == "simplify" else task.words.rewrite
     if task.op == "rewrite" and "complexity" in task.axes:
-        revise = prompts.both
-    return revise(task.prompt, response, form, prompts.conversation(task.original.context))
+        how = task.words.both
+    context = prompts.conversation(task.original.context)
+    return prompts.revise(how, (task.prompt, response), form, context, task.words.in_context)
 
 
 async def refine_tasks(
@@ -394,6 +395,6 @@ def _lineage(task: Task, refiner: str, round_index: int) -> Lineage:
         axis="+".join(task.axes),
         hint_ids=tuple(hint.id for hint in task.hints),
         refiner=refiner,
-        prompt_version=prompts.PROMPT_VERSION,
+        prompt_version=task.words.version,
         scores_before=dict(task.scores),
     )

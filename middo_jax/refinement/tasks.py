@@ -15,6 +15,7 @@ from middo_jax.config.gates import gate
 from middo_jax.config.refine import Turns
 from middo_jax.data.example import Example
 from middo_jax.refinement.endpoint.request import Answer, Messages
+from middo_jax.refinement.words import SHIPPED, Words
 from middo_jax.rundir.rows import RefinedRow, RequestRow
 
 Scores = Mapping[str, float | None]
@@ -33,6 +34,7 @@ class Task:
       scores: the scores for which the sample was selected.
       attempt: counted from 0.
       feedback: why the candidates of earlier attempts were not accepted.
+      words: what the refiner is told.
     """
 
     op: TaskOp
@@ -42,6 +44,7 @@ class Task:
     scores: Scores = dataclasses.field(default_factory=dict)
     attempt: int = 0
     feedback: tuple[str, ...] = ()
+    words: Words = dataclasses.field(default=SHIPPED, repr=False)
 
     @property
     def prompt(self) -> str:

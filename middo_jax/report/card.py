@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,8 +14,12 @@ from middo_jax.report.status import load_json, load_jsonl, load_settings
 from middo_jax.rundir import RoundDir, RunDir
 from middo_jax.version import __version__
 
+OWN_TEXTS = (("refine", "prompts"), ("quality", "rubric"))  # settings that name a file of the user's
 
-def card(run: RunDir, files: Mapping[str, str], form: str, pairs: str | None = None) -> str:
+
+def card(
+    run: RunDir, files: Mapping[str, str], form: str, pairs: str | None = None, license: str | None = None
+) -> str:
     """The text of README.md beside the exported files.
 
     It says how the dataset was made, with counts, costs and hashes from the run's folder. The licence is left
@@ -25,6 +30,7 @@ def card(run: RunDir, files: Mapping[str, str], form: str, pairs: str | None = N
       files: the data files by split: train, and heldout if it was exported.
       form: their format.
       pairs: the file of preference pairs, if there is one.
+      license: of the dataset, by its name at the hub; None: the card asks for it.
     """
     settings = load_settings(run)
     folder = run.final if run.final.dataset.exists() else run.rounds()[-1]
@@ -37,19 +43,23 @@ def card(run: RunDir, files: Mapping[str, str], form: str, pairs: str | None = N
     if pairs is not None:
         configs.append({"config_name": "pairs", "data_files": [{"split": "train", "path": pairs}]})
     front = {
-        "license": "unknown",
+        "license": license or "unknown",
         "pretty_name": str(name),
         "tags": ["middo", "instruction-tuning", "synthetic"],
         "task_categories": ["text-generation"],
         "size_categories": [_size(len(lineages))],
         "configs": configs,
     }
+    asked = (
+        ""
+        if license
+        else " Fill in `license` above: it depends on the original dataset and on the refiner's terms."
+    )
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
         f"# {name}\n",
         "An instruction dataset that was improved in a closed loop by middo-jax "
-        f"{__version__} (the method: [Middo](https://arxiv.org/abs/2508.21589)). Fill in `license` above: it "
-        "depends on the original dataset and on the refiner's terms.\n",
+        f"{__version__} (the method: [Middo](https://arxiv.org/abs/2508.21589)).{asked}\n",
         "## What is in it\n",
         _table(("rows", "how they were made"), _made(lineages)),
         f"Format: {form}.\n",
@@ -73,6 +83,9 @@ def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in settings.items() if name not in private[""]}
     if isinstance(kept.get("refine"), dict):
         kept["refine"] = {k: v for k, v in kept["refine"].items() if k not in private["refine"]}
+    for group, name in OWN_TEXTS:
+        if isinstance(kept.get(group), dict) and kept[group].get(name):
+            kept[group] = kept[group] | {name: Path(kept[group][name]).name}
     return kept
 
 
@@ -100,6 +113,10 @@ def _facts(settings: Mapping[str, Any], run: RunDir) -> list[tuple[str, str]]:
         ("refiner", str(refine.get("model") or "the model itself")),
         ("acceptance", str(refine.get("accept", ""))),
     ]
+    for stage, (group, name) in zip(("refine", "score"), OWN_TEXTS, strict=True):
+        known = run.round(0).stages().get(stage, {}).get("inputs", {}).get(name)
+        if known is not None:
+            rows.append((f"SHA-256 of {group}.{name}, first digits", f"`{known['hash'][:16]}`"))
     return rows
 
 

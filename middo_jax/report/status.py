@@ -182,14 +182,14 @@ def _stale(run: RunDir) -> dict[tuple[str, str], str]:
     if config is not None:
         for link, state in assess(chain(run, config), config):
             if state.is_done and state.why is not None:
-                found[link.folder.path.name, link.name] = state.why
+                found[link.folder.path.name, link.name] = state.why.text
     for folder in (*run.rounds(), run.final):  # also stages that are not in the chain of the settings
         manifest = Manifest(folder.path)
         is_removed = folder.path != run.final.path and not folder.checkpoint.exists()
         for stage in manifest.records():
             removed = [folder.checkpoint] if stage == "train" and is_removed else []
             if (why := manifest.why_stale(stage, removed=removed)) is not None:
-                found.setdefault((folder.path.name, stage), why)
+                found.setdefault((folder.path.name, stage), why.text)
     return found
 
 

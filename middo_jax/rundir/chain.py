@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from middo_jax.config import Config, Effect, affecting, default_of
 from middo_jax.rundir.layout import RoundDir, RunDir
-from middo_jax.rundir.manifest import TOKENIZER, Manifest, Seen
+from middo_jax.rundir.manifest import TOKENIZER, Manifest, Reason, Seen
 
 # The effects of settings that each stage depends on. "prepare" is the first round's, which reads the user's
 # data; "follow" prepares a later round. A stage need not repeat the effects of a stage whose files it reads.
@@ -34,7 +34,12 @@ AFFECTED_BY: Mapping[str, frozenset[Effect]] = {
 }
 
 # Settings that name a place, and the roles under which its content is recorded: a moved model is the same.
-_PLACES = {"model.path": (TOKENIZER, "base", "start", "pre_model"), "data.path": ("data",)}
+_PLACES = {
+    "model.path": (TOKENIZER, "base", "start", "pre_model", "model"),
+    "data.path": ("data",),
+    "refine.prompts": ("prompts",),
+    "quality.rubric": ("rubric",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Link:
             Manifest(folder).records()
         return Begun(self, Manifest(self.folder.path).see(self.reads, self.inputs))
 
-    def why_stale(self, config: Config) -> str | None:
+    def why_stale(self, config: Config) -> Reason | None:
         """Returns why the stage's record is stale, None if it is not. Ignores the state of earlier stages."""
         manifest = Manifest(self.folder.path)
         record = manifest.records()[self.name]
@@ -115,16 +120,18 @@ class Link:
         # First what the record names: what it does not name may be asked now because of such a change.
         for name in sorted(settings, key=lambda name: name not in before):
             if (was := before.get(name, default_of(name))) != (now := settings[name]):
-                return f"{name} was {_shown(was)}, is {_shown(now)}"
+                return Reason(f"{name} was {_shown(was)}, is {_shown(now)}")
         if (reason := manifest.why_stale(self.name, self.inputs, self.removed)) is not None:
             return reason
         wrote = record["files"]
         for name in map(manifest.name, self.writes):  # a folder is recorded file by file
             if not any(file == name or file.startswith(f"{name}/") for file in wrote):
-                return f"it writes {name} now"
+                return Reason(f"it writes {name} now")
         known = {*record["reads"], *record["inputs"], TOKENIZER}  # older records do not have the last
-        new = [n for n in (*map(manifest.name, self.reads), *self.inputs) if n not in known]
-        return f"it reads {new[0]} now" if new else None
+        for name in (*map(manifest.name, self.reads), *self.inputs):
+            if name not in known:
+                return Reason(f"it reads {name} now", input=name if name in self.inputs else None)
+        return None
 
     def _settings(self, config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The settings it depends on, but the names of places whose content is compared."""
@@ -153,7 +160,7 @@ class State(NamedTuple):
     """State of a stage. `is_done`: it has a record; `why`: why the record is stale, None if it is not."""
 
     is_done: bool
-    why: str | None
+    why: Reason | None
 
     @property
     def is_fresh(self) -> bool:
@@ -170,7 +177,7 @@ def assess(links: Sequence[Link], config: Config) -> list[tuple[Link, State]]:
         why = None if record is None else link.why_stale(config)
         cause = next((of for path, of in pending for read in link.reads if read.is_relative_to(path)), None)
         if record is not None and why is None and cause is not None and "settings" in record:
-            why = f"follows {cause.where}"
+            why = Reason(f"follows {cause.where}", is_forecast=True)
         states.append((link, State(record is not None, why)))
         if record is None or why is not None:
             pending += [(path, cause or link) for path in link.writes]
@@ -202,8 +209,10 @@ def chain(
         if here.path == run.final.path:
             break
         measuring = here.checkpoint if config.refine.accept == "measured" else None
-        scored = dataclasses.replace(score(here, here.checkpoint, start), earlier=earlier)
-        links += [scored, select(here), refine(here, run.heldout, measuring, base), merge(here), *benchmarks]
+        rated = score(here, here.checkpoint, start, rubric=own_file(config.quality.rubric))
+        scored = dataclasses.replace(rated, earlier=earlier)
+        refined = refine(here, run.heldout, measuring, base, own_file(config.refine.prompts))
+        links += [scored, select(here), refined, merge(here), *benchmarks]
     return [*links, evaluate(run, ends, base), *benchmarks, export(run.final, base)]
 
 
@@ -215,9 +224,10 @@ def prepare(run: RunDir, data: Mapping[str, Path], base: Path | None = None) -> 
 
 
 def follow(here: RoundDir, earlier: RoundDir) -> Link:
-    """A round with its rewrites -> the next round's dataset."""
-    files = (earlier.dataset, earlier.scores, earlier.selection, earlier.refined)
-    return Link("prepare", here, AFFECTED_BY["follow"], files, (here.dataset,), earlier=earlier)
+    """A round with its rewrites -> the next round's dataset, the last one in the user's format too."""
+    files = (earlier.dataset, earlier.scores, earlier.selection, earlier.refined, *_verdicts(earlier))
+    writes = (here.dataset, here.own_format) if here.path.name == "final" else (here.dataset,)
+    return Link("prepare", here, AFFECTED_BY["follow"], files, writes, earlier=earlier)
 
 
 def train(here: RoundDir, start: Path | None) -> Link:
@@ -236,10 +246,21 @@ def train(here: RoundDir, start: Path | None) -> Link:
     )
 
 
-def score(here: RoundDir, model: Path, pre_model: Path | None) -> Link:
-    """Dataset -> scores and embeddings, under the model after training and the one before."""
+def score(
+    here: RoundDir,
+    model: Path,
+    pre_model: Path | None,
+    base: Path | None = None,
+    rubric: Path | None = None,
+) -> Link:
+    """Dataset -> scores and embeddings, under the model after training and the one before.
+
+    `base`: that of an adapter, whose own files do not contain it; in a run, the training's record has it.
+    """
     models, writes = {"model": model, "pre_model": pre_model}, (here.scores, here.embeddings)
-    return Link("score", here, AFFECTED_BY["score"], (here.dataset,), writes, models)
+    models |= {} if base is None else {"base": base}
+    data = {} if rubric is None else {"rubric": rubric}
+    return Link("score", here, AFFECTED_BY["score"], (here.dataset,), writes, models, data)
 
 
 def select(here: RoundDir) -> Link:
@@ -248,19 +269,36 @@ def select(here: RoundDir) -> Link:
     return Link("select", here, AFFECTED_BY["select"], (here.scores,), writes)
 
 
-def refine(here: RoundDir, heldout: Path | None, model: Path | None, base: Path | None = None) -> Link:
+def own_file(path: str | None) -> Path | None:
+    """A file of the user's that a setting names."""
+    return None if path is None else Path(path).expanduser()
+
+
+def refine(
+    here: RoundDir,
+    heldout: Path | None,
+    model: Path | None,
+    base: Path | None = None,
+    prompts: Path | None = None,
+) -> Link:
     """The selected samples -> rewrites; `model` measures them, None if they are not measured."""
     held = () if heldout is None else (heldout,)
     measured = () if model is None else (here.embeddings,)
     files = (here.dataset, here.scores, here.selection, *held, *measured)
     writes = (here.requests, here.refined, here.candidates)
-    return Link("refine", here, AFFECTED_BY["refine"], files, writes, {"model": model}, tokenizer=base)
+    data = {} if prompts is None else {"prompts": prompts}
+    return Link("refine", here, AFFECTED_BY["refine"], files, writes, {"model": model}, data, tokenizer=base)
 
 
 def merge(here: RoundDir) -> Link:
     """Rewrites -> the samples that are dropped to make room for them."""
-    files = (here.dataset, here.scores, here.selection, here.refined)
+    files = (here.dataset, here.scores, here.selection, here.refined, *_verdicts(here))
     return Link("merge", here, AFFECTED_BY["merge"], files, (here.dropped,))
+
+
+def _verdicts(here: RoundDir) -> tuple[Path, ...]:
+    """People's verdicts, which no stage writes."""
+    return (here.verdicts,) if here.verdicts.exists() else ()
 
 
 def evaluate(run: RunDir, trained: Iterable[RoundDir], base: Path | None) -> Link:

@@ -29,7 +29,7 @@ def read_events(path: Path) -> Events:
     ignored, and so is white space.
 
     Raises:
-      RunError: a newer version wrote the last line.
+      RunError: a newer version wrote the last two lines, or the only one.
     """
     rows, n_unreadable = list[dict[str, Any]](), 0
     try:
@@ -50,10 +50,11 @@ def read_events(path: Path) -> Events:
             rows.append(row)
         else:
             n_unreadable += 1
-    # Of the last line alone: a newer program would have written that one, and a number that a flipped bit has
+    # A newer program would have written the last lines, several of them; a single number that a flipped bit
     # made of an earlier version is no reason to stop.
-    version = rows[-1].get("version", 0) if rows else 0
-    if isinstance(version, int) and (reason := newer(path.name, version, path)) is not None:
+    found = [row.get("version", 0) for row in rows[-2:]]
+    version = min((number for number in found if isinstance(number, int)), default=0)
+    if (reason := newer(path.name, version, path)) is not None:
         raise RunError(reason)
     return Events(rows, n_unreadable)
 

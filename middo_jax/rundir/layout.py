@@ -48,6 +48,11 @@ class RoundDir:
         return self.path / "dataset.jsonl"
 
     @property
+    def own_format(self) -> Path:
+        """Of `final`: the dataset in the format of the user's data."""
+        return self.path / "train.jsonl"
+
+    @property
     def scores(self) -> Path:
         """One row per sample with its measurements."""
         return self.path / "scores.parquet"
@@ -91,6 +96,11 @@ class RoundDir:
     def candidates(self) -> Path:
         """One row per attempt of the refiner: the gate that rejected it, and its measurements."""
         return self.path / "candidates.jsonl"
+
+    @property
+    def verdicts(self) -> Path:
+        """What people said of the accepted rewrites, if `middo refine --read-review` has read it."""
+        return self.path / "verdicts.jsonl"
 
     @property
     def dropped(self) -> Path:

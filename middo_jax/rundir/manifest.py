@@ -42,6 +42,23 @@ class RunError(RuntimeError):
     """The run's folder is not in the state that an operation needs; the message says what to do."""
 
 
+class Reason(NamedTuple):
+    """Why a stage is stale.
+
+    Attributes:
+      text: for messages, such as `scores.parquet has changed`.
+      input: the role of the input outside the run that is the reason; None if it is something else.
+      is_forecast: only a stale stage before it is the reason, which may write the same again.
+    """
+
+    text: str
+    input: str | None = None
+    is_forecast: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class Seen(NamedTuple):
     """Inputs of a stage, for its record: `reads`, `inputs`, and `stats` of `reads`."""
 
@@ -146,7 +163,7 @@ class Manifest:
 
     def why_stale(
         self, stage: str, inputs: Mapping[str, Path] | None = None, removed: Iterable[Path] = ()
-    ) -> str | None:
+    ) -> Reason | None:
         """Why a finished stage does not fit the files that are there; None if it does.
 
         A missing file that was read is no reason: within the run its writer is stale, and outside of it
@@ -162,12 +179,12 @@ class Manifest:
             if any(name == of or name.startswith(f"{of}/") for of in gone):
                 continue
             if not (self.folder / name).exists():
-                return f"{name} is missing"
+                return Reason(f"{name} is missing")
             if self._has_changed(record, name, known):
-                return f"{name} is not as it was written"
+                return Reason(f"{name} is not as it was written")
         for name, known in record.get("reads", {}).items():
             if (self.folder / name).exists() and self._has_changed(record, name, known, _as_read):
-                return f"{name} has changed"
+                return Reason(f"{name} has changed")
         return _changed_input(record.get("inputs", {}), inputs or {})
 
     def edited(self, record: Mapping[str, Any]) -> list[str]:
@@ -303,11 +320,11 @@ def _input(role: str, path: Path) -> dict[str, str]:
     return {"path": str(path), "hash": fingerprint(path, without), "stat": _stat_of(path, without)}
 
 
-def _changed_input(inputs: Mapping[str, Any], now: Mapping[str, Path]) -> str | None:
+def _changed_input(inputs: Mapping[str, Any], now: Mapping[str, Path]) -> Reason | None:
     for role, known in inputs.items():
         path, without = now.get(role, Path(known["path"])).resolve(), _left_out(role)
         if not path.exists() or _stat_of(path, without) == known["stat"]:
             continue
         if fingerprint(path, without) != known["hash"]:
-            return f"{role} has changed: {path}"
+            return Reason(f"{role} has changed: {path}", input=role)
     return None

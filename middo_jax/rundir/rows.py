@@ -228,6 +228,18 @@ class RefinedRow(TypedDict):
     usage: Annotated[TaskUsageRow, "answers and tokens of the task"]
 
 
+class VerdictRow(TypedDict):
+    """What people said of an accepted rewrite."""
+
+    id: Annotated[str, "`task_id@candidate`, the id of the rewrite's sample behind the sign"]
+    verdict: Annotated[
+        Literal["accept", "reject", "edit", "none"], "`none`: nobody judged it, and it stays accepted"
+    ]
+    example: Annotated[ExampleRow | None, "the sample with edited texts; null if none was edited"]
+    comment: Annotated[str | None, "their comments"]
+    by: Annotated[list[str], "who judged it, as the program names them"]
+
+
 class MeasurementRow(TypedDict):
     """Measurements of a candidate under the model in training; null if a number is not finite."""
 
@@ -326,7 +338,7 @@ class PrepareRecord(StageRecord):
     """The dataset was written."""
 
     n: Annotated[int, "number of samples"]
-    format: NotRequired[Annotated[str, "format of the input's rows"]]
+    format: NotRequired[Annotated[str, "format of the input's rows; of final, that of train.jsonl"]]
     repairs: NotRequired[Annotated[dict[str, int], "number of repaired input rows by kind of repair"]]
 
 
@@ -344,6 +356,8 @@ class ScoreRecord(StageRecord):
     """The dataset was scored."""
 
     n: Annotated[int, "number of samples"]
+    axes: NotRequired[Annotated[list[str], "what was measured"]]
+    columns: NotRequired[Annotated[list[str], "the user's columns beside the scores"]]
     model: Annotated[str, "the model in training"]
     embedder: Annotated[str, "the model that computed the embeddings"]
     n_searched: Annotated[int, "number of samples whose neighbours were searched"]

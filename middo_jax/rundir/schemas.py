@@ -205,6 +205,14 @@ SCHEMAS: tuple[Schema, ...] = (
     ),
     Schema("refined.jsonl", "JSON lines", "a round", "One row per task of the refiner.", 1, rows.RefinedRow),
     Schema(
+        "verdicts.jsonl",
+        "JSON lines",
+        "a round",
+        "One row per accepted rewrite, if `middo refine --read-review` has read verdicts on them.",
+        1,
+        rows.VerdictRow,
+    ),
+    Schema(
         "candidates.jsonl",
         "JSON lines",
         "a round",

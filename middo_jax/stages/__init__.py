@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from middo_jax.stages.batch import batch_stage
     from middo_jax.stages.benchmark import benchmark_stage, check_benchmarks, measure_benchmarks
-    from middo_jax.stages.checks import check_continues, check_refiner, check_training
+    from middo_jax.stages.checks import (
+        check_continues,
+        check_judge,
+        check_own_texts,
+        check_refiner,
+        check_training,
+    )
     from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
     from middo_jax.stages.merge import merge_stage, merged
     from middo_jax.stages.refine import (
@@ -23,7 +29,9 @@ if TYPE_CHECKING:
         refine_round,
         refine_stage,
     )
-    from middo_jax.stages.score import check_embedder, score_stage
+    from middo_jax.stages.review import outcomes_of, read_review, waits_for_review, write_review
+    from middo_jax.stages.score import check_embedder, score_stage, scoring
+    from middo_jax.stages.scored_before import kept_scores, require_same
     from middo_jax.stages.select import select_stage
     from middo_jax.stages.surroundings import answer_cache, check_cache, save_answers
     from middo_jax.stages.train import remove_training, train_stage
@@ -32,11 +40,13 @@ if TYPE_CHECKING:
 _MODULES = {
     "batch": "batch_stage",
     "benchmark": "benchmark_stage check_benchmarks measure_benchmarks",
-    "checks": "check_continues check_refiner check_training",
+    "checks": "check_continues check_judge check_own_texts check_refiner check_training",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
     "merge": "merge_stage merged",
     "refine": "check_learnt follow_refinement kept_samples plan_refinement refine_round refine_stage",
-    "score": "check_embedder score_stage",
+    "review": "outcomes_of read_review waits_for_review write_review",
+    "score": "check_embedder score_stage scoring",
+    "scored_before": "kept_scores require_same",
     "select": "select_stage",
     "surroundings": "answer_cache check_cache save_answers",
     "train": "remove_training train_stage",
@@ -52,25 +62,34 @@ __all__ = [
     "check_cache",
     "check_continues",
     "check_embedder",
+    "check_judge",
     "check_learnt",
+    "check_own_texts",
     "check_refiner",
     "check_training",
     "export_adapter",
     "export_checkpoint",
     "follow_refinement",
     "kept_samples",
+    "kept_scores",
     "measure_benchmarks",
     "measure_heldout",
     "merge_stage",
     "merged",
+    "outcomes_of",
     "plan_refinement",
+    "read_review",
     "refine_round",
     "refine_stage",
     "remove_training",
+    "require_same",
     "save_answers",
     "score_stage",
+    "scoring",
     "select_stage",
     "train_stage",
+    "waits_for_review",
+    "write_review",
 ]
 
 

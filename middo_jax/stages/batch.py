@@ -10,6 +10,7 @@ from middo_jax.refinement import AnswerCache, BatchClient, Ledger, NotAnswered, 
 from middo_jax.refinement.endpoint.address import Secrets
 from middo_jax.refinement.endpoint.client import read_key
 from middo_jax.refinement.endpoint.receiving import answer_bytes
+from middo_jax.refinement.words import read_words
 from middo_jax.rundir import RoundDir, RunError
 from middo_jax.session import Session
 from middo_jax.stages.refine import refine_stage
@@ -65,7 +66,9 @@ def batch_stage(
     # A truncated answer is requested once more with twice the tokens.
     results = read_results(read, secrets, answer_bytes(2 * config.refine.max_tokens))
     index, heldout = directory.index, heldout_of(directory)
-    requests = prompts.requests(config.refine.model, config.refine, config.seed)
+    requests = prompts.requests(
+        config.refine.model, config.refine, config.seed, read_words(config.refine.prompts)
+    )
     client = BatchClient(requests, cache, Ledger(cache, config.name, index))
     taken: set[str] = set()
     while True:

@@ -6,16 +6,20 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from middo_jax.config import Config, affecting, load
-from middo_jax.data.example import Example
+from middo_jax.config import Config, SampledRating, affecting, load
+from middo_jax.data.example import Example, Message
 from middo_jax.models.config import read_config
 from middo_jax.models.lora import from_settings
 from middo_jax.models.model import abstract_model
+from middo_jax.models.source import tokenizer_directory
 from middo_jax.refinement.acceptance.language import load_identifier
 from middo_jax.refinement.endpoint.preflight import preflight
+from middo_jax.refinement.words import read_words
 from middo_jax.rundir import RoundDir, chain, read_jsonl
 from middo_jax.session import Session
+from middo_jax.signals.judge.rubrics import read_rubric
 from middo_jax.stages.endpoint import named_endpoint
+from middo_jax.stages.ratings import Asked
 from middo_jax.stages.train import check_evaluations
 from middo_jax.training.checkpoint import another_training
 from middo_jax.training.checks import check_batch, check_examples, check_fill
@@ -62,16 +66,41 @@ def check_training(session: Session, examples: Sequence[Example], heldout: Seque
     check_fill(len(tokenized), rows, settings, mesh)
 
 
-def check_refiner(config: Config, asks: bool = False) -> None:
+def check_judge(session: Session) -> None:
+    """Checks that the tokenizer and `model.max_length` allow the questions about quality.
+
+    Raises:
+      JudgeError: see `Asked.of`.
+    """
+    if not isinstance(session.config.quality.rating, SampledRating):
+        longest = session.config.model.max_length
+        too_long = "word " * longest  # a text that is shortened leaves a mark, which takes tokens as well
+        example = Example((Message("user", too_long), Message("assistant", too_long)))
+        Asked.of([example], session.tokenizer, longest, read_rubric(session.config.quality.rubric))
+
+
+def check_refiner(config: Config, asks: bool = False) -> list[str]:
     """Checks the refiner's settings; if it `asks`, also that each named server answers with one token.
+
+    Returns warnings.
 
     Raises:
       RunError: an endpoint is set, but `refine.model` is not.
       RefinerError: a server cannot be used.
+      CheckpointError: no endpoint is set, and there is no model `refine.model` for the embedded one.
       ConfigError: a gate needs a package that is not installed.
     """
-    served = named_endpoint(config)
+    served, warnings = named_endpoint(config), list[str]()
     if asks and served is not None and config.refine.preflight:
-        preflight(served.url, served.model, config.refine)
+        warnings = preflight(served.url, served.model, config.refine)
+    if served is None and config.refine.model:
+        tokenizer_directory(config.refine.model)
     if config.refine.accept != "none" and config.refine.gates.value("language"):
         load_identifier()
+    return warnings
+
+
+def check_own_texts(config: Config) -> None:
+    """Raises ConfigError if a file of `refine.prompts` or `quality.rubric` cannot be used."""
+    read_words(config.refine.prompts)
+    read_rubric(config.quality.rubric)

@@ -47,7 +47,7 @@ def named_endpoint(config: Config) -> Served | None:
         return None
     if config.refine.model is None:
         served = "refine.base_url" if config.refine.base_url else "$OPENAI_BASE_URL"
-        raise RunError(f"config: refine.model is missing: the name of a model that {served} serves")
+        raise RunError(f"config: refine.model is missing; set it to the name of a model that {served} serves")
     return Served(url, config.refine.model, sends_key=True)
 
 

@@ -15,12 +15,13 @@ import pyarrow.compute as pc
 
 from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.data.example import Example, Lineage, Op
-from middo_jax.refinement import Outcome, merge
+from middo_jax.refinement import merge
 from middo_jax.refinement.growth import Dropped, fit, max_size
 from middo_jax.rundir import RoundDir, RunError, write_jsonl
 from middo_jax.rundir.files import each_jsonl, read_json
 from middo_jax.session import Session
 from middo_jax.signals.table import read_scores
+from middo_jax.stages.review import outcomes_of, strange_verdicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Merged:
       kept: the samples; those of D_t are outlines without texts.
       gone: the dropped ones, likewise.
       scores: by id, the scores that samples of earlier rounds get in their lineage.
+      n_strange: number of people's verdicts on rewrites that were made anew since then.
     """
 
     directory: RoundDir
     kept: Sequence[Example]
     gone: Sequence[Dropped]
     scores: Mapping[str, dict[str, float | None]]
+    n_strange: int
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -67,12 +70,14 @@ class Merged:
 def merge_stage(session: Session, directory: RoundDir) -> Merged:
     """Returns the next dataset, see `merged`, and writes the dropped samples to dropped.jsonl."""
     found = merged(session, directory)
+    if n := found.n_strange:
+        session.progress.say(f"{n:,} verdicts of {directory.verdicts} are on rewrites that were made anew")
     write_jsonl(directory.dropped, (d.to_json() for d in found.dropped()))
     return found
 
 
 def merged(session: Session, directory: RoundDir) -> Merged:
-    """D_{t+1}: the folder's dataset with its accepted rewrites, limited by `refine.growth`.
+    """D_{t+1}: the folder's dataset with its accepted rewrites after a review, limited by `refine.growth`.
 
     A sample from an earlier round gets its present scores in its lineage, unless it was measured when it was
     accepted.
@@ -90,9 +95,7 @@ def merged(session: Session, directory: RoundDir) -> Merged:
         if lineage["op"] != "seed" and lineage.get("scores_after") is None:
             unscored.add(row["id"])
     table = read_scores(directory.scores)
-    by_id = {outline.id: outline for outline in outlines}
-    outcomes = [Outcome.from_json(row, by_id) for row in each_jsonl(directory.refined)]
-    together = merge(outlines, outcomes)
+    together = merge(outlines, outcomes_of(directory, outlines))
     room = max_size(len(outlines), session.config.refine.growth)
     neighbours: Mapping[str, Sequence[tuple[str, float]]] = {}
     if room is not None and room < len(together):
@@ -106,10 +109,10 @@ def merged(session: Session, directory: RoundDir) -> Merged:
     axes = read_json(directory.selection)["axes"]
     selected = {id_ for axis in axes.values() for id_ in axis["ids"]}
     kept, gone = fit(outlines, together, room, selected, neighbours)
-    scores = kept_scores(table, rows_of(table, unscored))
+    scores = lineage_scores(table, rows_of(table, unscored))
     if missing := unscored - scores.keys():
         raise RunError(f"{directory.scores}: no row of sample {min(missing)}; score the round again")
-    return Merged(directory, kept, gone, scores)
+    return Merged(directory, kept, gone, scores, strange_verdicts(directory, outlines))
 
 
 _LINEAGES: dict[Op, Lineage] = {}
@@ -147,7 +150,7 @@ def rows_of(table: pa.Table, ids: Collection[str]) -> list[dict[str, Any]]:
     return table.filter(pc.field("id").isin(list(ids))).to_pylist() if ids else []
 
 
-def kept_scores(table: pa.Table, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+def lineage_scores(table: pa.Table, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """What the lineage of some samples keeps of their scores: the columns that decide on an axis.
 
     Those of an optional axis only where it was scored. `table` has the scores of all samples.

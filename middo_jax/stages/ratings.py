@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from middo_jax.progress import Progress
 from middo_jax.session import Session
 from middo_jax.signals.judge.questions import RatingTokens, RatingTree, rating_tree
 from middo_jax.signals.judge.readout import EXPECTED, Readout
-from middo_jax.signals.judge.rubrics import COLUMNS
+from middo_jax.signals.judge.rubrics import COLUMNS, SHIPPED, Rubric, read_rubric
 from middo_jax.signals.judge.sampled import parse_rating, rating_prompts
 
 TOP_P, TOP_K = 0.7, 50  # of sampled ratings, as published
@@ -38,23 +39,45 @@ def ratings(
     rating = config.quality.rating
     if isinstance(rating, SampledRating):
         return sampled_ratings(session, model, examples, rating), None
-    asked, spelling = rating_trees(examples, session.tokenizer, config.model.max_length)
+    asked = Asked.of(examples, session.tokenizer, config.model.max_length, read_rubric(config.quality.rubric))
     return rate(
         model,
-        asked,
-        RatingScale(spelling, Readout(rating.score, rating.score_temperature), len(COLUMNS)),
+        asked.trees,
+        RatingScale(asked.spelling, Readout(rating.score, rating.score_temperature), len(COLUMNS)),
         batch_tokens=session.batch_tokens,
         progress=session.progress,
         parts=parts,
     )
 
 
+class Asked(NamedTuple):
+    """What the judge is asked about some examples: a tree of questions each, and how ratings are spelt."""
+
+    trees: list[RatingTree]
+    spelling: RatingTokens
+
+    @classmethod
+    def of(
+        cls,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        rubric: Rubric = SHIPPED,
+    ) -> Asked:
+        """Tokenizes the questions.
+
+        Raises:
+          JudgeError: the tokenizer spells the ratings in a way that one prefill cannot score, or a question
+            alone is longer than `max_length`.
+        """
+        spelling = RatingTokens.of(tokenizer)
+        return cls([rating_tree(e, tokenizer, spelling, max_length, rubric) for e in examples], spelling)
+
+
 def judge(
     model: Model,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    asked: Asked,
     *,
-    max_length: int,
     batch_tokens: int,
     readout: Readout | None = None,
     progress: Progress | None = None,
@@ -62,26 +85,9 @@ def judge(
     """Returns six ratings per example from the probabilities of all answers, and the facts of the pass.
 
     The ratings are [n, 6] float32, in the order of `rubrics.COLUMNS`.
-
-    Raises:
-      JudgeError: see `rating_trees`.
     """
-    asked, spelling = rating_trees(examples, tokenizer, max_length)
-    scale = RatingScale(spelling, readout or EXPECTED, len(COLUMNS))
-    return rate(model, asked, scale, batch_tokens=batch_tokens, progress=progress)
-
-
-def rating_trees(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[RatingTree], RatingTokens]:
-    """Returns the questions about each example, and the tokens of the ratings.
-
-    Raises:
-      JudgeError: the tokenizer spells the ratings in a way that one prefill cannot score, or a question alone
-        is longer than `max_length`.
-    """
-    spelling = RatingTokens.of(tokenizer)
-    return [rating_tree(example, tokenizer, spelling, max_length) for example in examples], spelling
+    scale = RatingScale(asked.spelling, readout or EXPECTED, len(COLUMNS))
+    return rate(model, asked.trees, scale, batch_tokens=batch_tokens, progress=progress)
 
 
 def sampled_ratings(
@@ -95,7 +101,7 @@ def sampled_ratings(
     config, tokenizer = session.config, session.tokenizer
     context = config.serve.max_context
     stop_ids = eos_token_ids(session.base, tokenizer)
-    prompts = rating_prompts(examples, tokenizer, context)
+    prompts = rating_prompts(examples, tokenizer, context, read_rubric(config.quality.rubric))
     rating_q = np.full(len(prompts), np.nan, np.float32)
     with (
         session.progress.task("ratings") as advance,

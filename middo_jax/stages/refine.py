@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from middo_jax.config import Config
+from middo_jax.config import Config, RefineSettings
 from middo_jax.config.refine import Turns
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
@@ -30,6 +30,7 @@ from middo_jax.refinement import (
 )
 from middo_jax.refinement.meter import Meter
 from middo_jax.refinement.tasks import why_kept
+from middo_jax.refinement.words import read_words
 from middo_jax.rundir import RoundDir, RunError, chain, write_jsonl
 from middo_jax.rundir.files import read_json
 from middo_jax.session import Session, read_dataset
@@ -38,7 +39,7 @@ from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.accept import Acceptance
 from middo_jax.stages.endpoint import endpoint, refines_itself
 from middo_jax.stages.measure import UnderTraining, scored_model
-from middo_jax.stages.merge import kept_scores, rows_of
+from middo_jax.stages.merge import lineage_scores, rows_of
 from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
 from middo_jax.training.metrics import wrecked_from
 
@@ -50,24 +51,31 @@ ITSELF = (
 Ask = Callable[[Sequence[Task]], list[Outcome]]
 
 
-def plan_refinement(directory: RoundDir, turns: Turns = "last") -> list[Task]:
+def plan_refinement(directory: RoundDir, settings: RefineSettings | None = None) -> list[Task]:
     """Returns the refiner's tasks, planned from the folder's dataset, scores and selection.
 
-    `turns` is `refine.turns`.
+    Of the settings, `refine.turns` and `refine.prompts` are used.
+
+    Raises:
+      RunError: the folder has no selection.
+      ConfigError: the file of `refine.prompts` cannot be used.
     """
+    settings = settings or RefineSettings()
+    own_words = read_words(settings.prompts)
     if not directory.is_done("select"):
         raise RunError(f"{directory.path}: no selection from its scores there; run `middo select` first")
     axes = read_json(directory.selection)["axes"]
     table = read_scores(directory.scores)
     rows = rows_of(table, {id_ for facts in axes.values() for id_ in facts["ids"]})
-    return plan_tasks(
+    planned = plan_tasks(
         read_dataset(directory),
         {axis: facts["ids"] for axis, facts in axes.items()},
         knn_ids={row["id"]: row["knn_ids"] or () for row in rows},
-        scores=kept_scores(table, rows),
+        scores=lineage_scores(table, rows),
         faults={row["id"]: row["fault"] for row in rows},
-        turns=turns,
+        turns=settings.turns,
     )
+    return [dataclasses.replace(task, words=own_words) for task in planned]
 
 
 def check_learnt(config: Config, directory: RoundDir) -> None:
@@ -131,7 +139,7 @@ def refine_stage(
       RefinerError: the endpoint fails for every request; earlier answers stay in the cache.
     """
     config, began = session.config, time.monotonic()
-    tasks = plan_refinement(directory, config.refine.turns)
+    tasks = plan_refinement(directory, config.refine)
     kept = kept_samples(directory, config.refine.turns)
     for why, n in kept.items():
         session.progress.say(f"{n:,} selected samples stay as they are: {why}")
@@ -139,7 +147,8 @@ def refine_stage(
     if config.refine.accept == "measured":
         measuring = model or scored_model(directory)
         require_embeddings(directory.embeddings)
-    begun = chain.refine(directory, heldout_file(directory), measuring, session.base).begin()
+    own = chain.own_file(config.refine.prompts)
+    begun = chain.refine(directory, heldout_file(directory), measuring, session.base, own).begin()
     if tasks and refines_itself(session):
         session.progress.say(ITSELF)
     ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
@@ -218,10 +227,10 @@ def _refiner(
         settings = config.refine
         if served.revision is not None:
             settings = settings.model_copy(update={"model_revision": served.revision})
-        requests = prompts.requests(served.model, settings, config.seed)
 
         def ask(tasks: Sequence[Task]) -> list[Outcome]:
             attempt = tasks[0].attempt + 1
+            requests = prompts.requests(served.model, settings, config.seed, tasks[0].words)
             name = "rewrites" if attempt == 1 else f"rewrites, attempt {attempt}"
             client = ChatClient(requests, served.url, cache, sends_key=served.sends_key, ledger=ledger)
             with session.progress.task(name) as advance:

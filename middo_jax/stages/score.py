@@ -74,7 +74,7 @@ def score_stage(
     began = time.monotonic()
     axes = scored_axes(session.config) if axes is None else axes
     check_embedder(session, pre_model, axes)
-    begun = chain.score(directory, model, pre_model).begin()
+    begun = scoring(session, directory, model, pre_model).begin()
     examples = read_dataset(directory)
     scored = measure(
         session, examples, model, pre_model, axes, earlier=earlier, parts=directory.scoring_parts
@@ -85,10 +85,18 @@ def score_stage(
     directory.forget("select")  # it belongs to the scores that are replaced now
     write_scores(directory.scores, scored.table)
     write_embeddings(directory.embeddings, scored.table["id"].to_pylist(), scored.embedding_nd)
-    begun.finish(session.config, time.monotonic() - began, **scored.facts)
+    columns = [] if own is None else own.column_names
+    begun.finish(session.config, time.monotonic() - began, **scored.facts, columns=columns)
     if not is_reader():
         remove(directory.scoring_parts)
     return scored
+
+
+def scoring(session: Session, directory: RoundDir, model: Path, pre_model: Path | None) -> chain.Link:
+    """The stage that scores in a folder. Outside of a run, a model's base is among its inputs."""
+    base = None if directory.run is not None else session.locate(model).base
+    rubric = chain.own_file(session.config.quality.rubric)
+    return chain.score(directory, model, pre_model, None if base == model else base, rubric)
 
 
 def check_embedder(session: Session, pre_model: Path | None, axes: Collection[str]) -> None:
@@ -137,6 +145,7 @@ def measure(
         session.progress.say(f"  {describe(name, facts)}")
     of_measuring = {
         "n": len(examples),
+        "axes": sorted(axes),
         "model": str(model.absolute()),
         "embedder": str((pre_model if pre_model and embeds else model).absolute()),
         "n_searched": n_searched,

@@ -78,7 +78,7 @@ def test_where_one_is_killed_all_end_to_be_started_again_and_name_it(tmp_path: P
     ended = run_job(tmp_path, thing, 3)
     assert [e.code for e in ended] == [EXIT_PREEMPTED, -signal.SIGKILL, EXIT_PREEMPTED]
     # A process may die before its first heartbeat, which has its host.
-    named = re.compile(r"process 1( on \S+)? has given no sign of life .* dead or cut off")
+    named = re.compile(r"process 1( on \S+)? has sent no heartbeat .* dead or cut off")
     assert all(named.search(ended[i].output) for i in (0, 2))
 
 

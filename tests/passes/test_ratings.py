@@ -25,7 +25,7 @@ from middo_jax.parallel.mesh import make_mesh
 from middo_jax.signals.judge.questions import JudgeError, RatingTokens, RatingTree, rating_tree
 from middo_jax.signals.judge.rubrics import ANSWER_STEM, COLUMNS, DIMENSIONS, PARTS, judge_message, quality
 from middo_jax.signals.judge.sampled import parse_rating
-from middo_jax.stages.ratings import judge
+from middo_jax.stages.ratings import Asked, judge
 
 MAX_LENGTH = 1024
 
@@ -104,8 +104,9 @@ def ratings_of(
     mesh = make_mesh(MeshSettings(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     if shape is not None:
         mesh = make_mesh(MeshSettings(data=shape[0], fsdp=shape[1], tensor=shape[2]))
-    how = {"max_length": MAX_LENGTH, "batch_tokens": 4096} | how
-    return judge(hf.load(directory, mesh=mesh), EXAMPLES, tokenizer, **how)[0]
+    asked = Asked.of(EXAMPLES, tokenizer, MAX_LENGTH)
+    options: dict[str, Any] = {"batch_tokens": 4096} | how
+    return judge(hf.load(directory, mesh=mesh), asked, **options)[0]
 
 
 @pytest.fixture(scope="module")

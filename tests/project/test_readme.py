@@ -17,6 +17,8 @@ from support.synthetic_run import write_run
 from middo_jax.report.effects import effect_lines
 from middo_jax.report.status import FINAL_STAGES, ROUND_STAGES
 from middo_jax.rundir import RunDir
+from middo_jax.stages.refine import ITSELF
+from middo_jax.version import __version__
 
 ROOT = Path(__file__).parents[2]
 LOG = """\
@@ -85,7 +87,10 @@ def test_the_record_is_of_the_settings_and_data_that_ship(script: ModuleType, fa
 
 
 def test_the_recorded_transcript_is_what_the_program_prints(facts: dict[str, Any]) -> None:
-    """Its stages, and its last lines; a change of either needs a new record."""
+    """Its first line, its stages, a warning and its last lines; a change of any needs a new record."""
+    assert facts["transcript"][0].startswith(f"middo-jax {__version__} on ")
+    (warning,) = [line for line in facts["transcript"] if line.startswith("warning: ")]
+    assert ITSELF.startswith(warning.removesuffix("…"))
     stages = [f"round_00 {s}" for s in ROUND_STAGES] + [f"final {s}" for s in FINAL_STAGES]
     shown = [line for line in facts["transcript"] if line.startswith("[")]
     assert shown == [f"[{i}/{len(stages)}] {stage}" for i, stage in enumerate(stages, 1)]

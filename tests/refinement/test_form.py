@@ -24,6 +24,7 @@ from middo_jax.refinement.parse import parse_prompt
 from middo_jax.refinement.prompts import requests
 from middo_jax.refinement.rewrite import find_form, run
 from middo_jax.refinement.tasks import Outcome, Task, Verdict
+from middo_jax.refinement.words import SHIPPED
 
 pytest_plugins = ["support.scripted_server"]
 
@@ -172,7 +173,7 @@ def test_a_server_that_honours_a_schema_is_asked_by_it(server: ScriptedServer, c
     assert by_schema[0]["response_format"] == prompts.RESPONSE_FORMAT
     for body in by_schema:
         assert body["messages"][-1]["content"].endswith(prompts.FORMS["json"])
-        assert parse_prompt(body["messages"][1]["content"]) in prompts.EXAMPLES
+        assert parse_prompt(body["messages"][1]["content"]) in SHIPPED.written
         json.loads(body["messages"][1]["content"])
     assert all("<prompt>" not in turn["content"] for body in asked for turn in body["messages"])
 

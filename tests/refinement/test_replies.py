@@ -427,6 +427,14 @@ def test_a_limit_or_a_filter_may_leave_no_text() -> None:
     assert read_answer(body("", "stop"), "k", Secrets()).text == ""
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_beside_the_answer_is_not_read(field: str) -> None:
+    reasoned = {field: "Shall I? <prompt>A draft.</prompt>"}
+    assert read_answer(body("A bird.", "stop", **reasoned), "k", Secrets()).text == "A bird."
+    cut = read_answer(body("", "length", **reasoned), "k", Secrets())  # and asked for with more tokens
+    assert (cut.text, ending(cut.finish_reason)) == ("", "cut")
+
+
 def test_an_unreadable_reply_is_asked_for_again_and_never_kept(
     server: ScriptedServer, cache: AnswerCache
 ) -> None:

@@ -451,6 +451,10 @@ def test_torn_lines_of_the_log_are_counted_and_harm_nothing(run: RunDir) -> None
     assert read_events(run.events).rows == [json.loads(line) for line in whole.splitlines()]
     run.log("resume")  # on a line of its own
     assert status(run)["last_event"]["event"] == "resume"
+    lines = whole.decode().splitlines()
+    last = json.dumps(json.loads(lines[-1]) | {"version": 9})
+    run.events.write_text("\n".join([*lines[:-1], last]))  # one digit was damaged
+    assert status(run)["last_event"]["version"] == 9
     run.events.write_text('{"version": 2, "time": "later"}\n')
     with pytest.raises(RunError, match=r"events\.jsonl has format version 2"):
         status(run)

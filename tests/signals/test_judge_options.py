@@ -19,7 +19,7 @@ from middo_jax.parallel.mesh import make_mesh
 from middo_jax.signals.judge.readout import Readout
 from middo_jax.signals.select import at_mean_length, select
 from middo_jax.signals.table import Measured
-from middo_jax.stages.ratings import judge
+from middo_jax.stages.ratings import Asked, judge
 
 
 def log_sum(x: np.ndarray) -> np.ndarray:
@@ -49,8 +49,7 @@ def test_the_judge_reads_as_it_is_told(tmp_path: Path) -> None:
     examples = [Example((Message("user", "Count to two."), Message("assistant", "One, two.")))]
 
     def rated(readout: Readout) -> np.ndarray:
-        how = {"max_length": 1024, "batch_tokens": 1024, "readout": readout}
-        return judge(model, examples, tokenizer, **how)[0]
+        return judge(model, Asked.of(examples, tokenizer, 1024), batch_tokens=1024, readout=readout)[0]
 
     np.testing.assert_allclose(rated(Readout(temperature=1e6)), 5, atol=1e-4)
     np.testing.assert_allclose(rated(Readout("log_odds", 1e6)), 0, atol=1e-4)

@@ -128,18 +128,19 @@ def test_scoring_loads_one_base_for_both_models(
     alone = scores("pre", pre_model, None)["loss_post"], scores("post", post_model, None)["loss_post"]
     loads: list[Path] = []
     seen: list[tuple[Structure, dict[tuple[str, ...], list[int]]]] = []
-    load_weights, score_examples = hf.load, scoring.score_examples
+    load_weights = hf.load
 
     def counted(directory: Path, *arguments: Any) -> Any:
         loads.append(directory)
         return load_weights(directory, *arguments)
 
-    def watched(model: Model, *arguments: Any, **how: Any) -> Any:
-        seen.append((model.graphdef, buffers(model.params)))
-        return score_examples(model, *arguments, **how)
+    class Watched(scoring.LossPass):
+        def __call__(self, model: Model, *arguments: Any) -> Any:
+            seen.append((model.graphdef, buffers(model.params)))
+            return super().__call__(model, *arguments)
 
     monkeypatch.setattr(hf, "load", counted)
-    monkeypatch.setattr(scoring, "score_examples", watched)
+    monkeypatch.setattr(scoring, "LossPass", Watched)
     both = scores("both", post_model, pre_model)
     assert loads == [adapted.base.resolve()] or loads == [adapted.base]
     (_, before), (_, after) = seen

@@ -63,7 +63,7 @@ class _Walk:
             raise ValueError(f"tensor {name} claims {numbers:,} numbers")
         self._number("I")
         if self._number("Q") > len(self._data):
-            raise ValueError(f"tensor {name} lies behind the end of the file")
+            raise ValueError(f"tensor {name} is past the end of the file")
 
     def _value(self, kind: int, name: str) -> None:
         if kind == _STRING:
@@ -109,5 +109,5 @@ class _Walk:
 
     def _skip(self, size: int, what: str) -> None:
         if size > len(self._data) - self._at:
-            raise ValueError(f"{what} goes on behind the end of the file, which is truncated or no GGUF file")
+            raise ValueError(f"{what} goes past the end of the file, which is truncated or no GGUF file")
         self._at += size

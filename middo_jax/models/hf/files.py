@@ -166,7 +166,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
                 or stop < start
                 or (dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize)
             ):
-                raise CheckpointError(f"{path}: tensor {name} does not lie where the header says")
+                raise CheckpointError(f"{path}: tensor {name} is not where the header places it")
             tensors[name], end = StoredTensor(path, dtype, shape, begin + start), begin + stop
             if end > size:
                 raise CheckpointError(f"{path}: truncated: tensor {name} ends at byte {end:,} of {size:,}")

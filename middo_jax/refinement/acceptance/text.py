@@ -11,12 +11,12 @@ from middo_jax.refinement.acceptance.hidden import hidden_character
 from middo_jax.refinement.acceptance.language import changed_language, languages
 from middo_jax.refinement.acceptance.refusal import is_refusal
 from middo_jax.refinement.endpoint.ending import ending
-from middo_jax.refinement.prompts import EXAMPLES, MATERIAL
+from middo_jax.refinement.prompts import MATERIAL
 from middo_jax.refinement.reply import control_token, reasoning_mark
 from middo_jax.refinement.tasks import Task
 
-# Texts of our own requests: a candidate that contains one is an echo.
-LEFTOVERS = ("<prompt>", "</prompt>", *EXAMPLES, MATERIAL)
+# Texts of our own requests, besides the examples: a candidate that contains one is an echo.
+LEFTOVERS = ("<prompt>", "</prompt>", MATERIAL)
 
 
 def readable(candidate: Candidate, _: Any) -> Finding | None:
@@ -113,8 +113,9 @@ def _found(fault: str | None) -> Finding | None:
 def _leftover(task: Task, text: str) -> str | None:
     """The first piece of our own request or mark of reasoning that the samples do not contain; or None."""
     lowered, given = text.lower(), task.given.lower()
-    pieces = (piece for piece in LEFTOVERS if piece.lower() in lowered and piece.lower() not in given)
-    return next(pieces, None) or reasoning_mark(text, given)
+    pieces = (*LEFTOVERS, *task.words.written)
+    left = (piece for piece in pieces if piece.lower() in lowered and piece.lower() not in given)
+    return next(left, None) or reasoning_mark(text, given)
 
 
 def _control(candidate: Candidate, text: str, name: str) -> Finding | None:

@@ -20,12 +20,14 @@ class Address:
 
     Attributes:
       url: without user, password, query and fragment.
+      host: name or address, without the port.
       query: is sent with every request.
       headers: the user and the password, as HTTP sends them.
       secrets: parts of the URL that must be shown to nobody.
     """
 
     url: str
+    host: str
     query: dict[str, str]
     headers: dict[str, str]
     secrets: tuple[str, ...]
@@ -55,19 +57,15 @@ class Address:
             headers["Authorization"] = f"Basic {basic}"
             # A token may be in the user's place. A short name may be a word of a message.
             secrets += [basic, password, *([user] if len(user) >= SECRET_CHARS else [])]
-        return cls(shown(url), query, headers, tuple(secret for secret in secrets if secret))
+        return cls(
+            shown(url), parts.hostname or "", query, headers, tuple(secret for secret in secrets if secret)
+        )
 
 
 def shown(url: str) -> str:
     """A URL for messages: without user, password, query and fragment."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def is_loopback(url: str) -> bool:
-    """Whether a URL leads to this machine."""
-    host = urllib.parse.urlsplit(url).hostname or ""
-    return host in {"localhost", "::1"} or host.startswith("127.")
 
 
 class Secrets:

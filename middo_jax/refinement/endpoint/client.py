@@ -20,7 +20,8 @@ from typing import Any
 import openai
 
 from middo_jax.config import ConfigError, RefineSettings, RequestRate, TokenRate
-from middo_jax.refinement.endpoint.address import Address, Secrets, is_loopback
+from middo_jax.loopback import is_loopback
+from middo_jax.refinement.endpoint.address import Address, Secrets
 from middo_jax.refinement.endpoint.budget import Budget
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.context_check import check_context
@@ -357,7 +358,7 @@ def connect(address: Address, key: str | None, settings: RefineSettings) -> Endp
         http_client=BoundedClient(
             limits=limits,
             # A proxy from the environment cannot reach this machine's loopback.
-            trust_env=not is_loopback(address.url),
+            trust_env=not is_loopback(address.host),
         ),
     )
     return Endpoint(address.url, api, Throttle(settings.concurrency))

@@ -11,38 +11,51 @@ import openai
 from middo_jax.config import RefineSettings
 from middo_jax.refinement.endpoint.address import Address, Secrets, shown
 from middo_jax.refinement.endpoint.client import connect, read_key
-from middo_jax.refinement.endpoint.faults import Fault, RefinerError, advice, read_fault
+from middo_jax.refinement.endpoint.faults import Fault, RefinerError, advice, read_fault, words
 from middo_jax.refinement.endpoint.receiving import limited_to
 
 TIMEOUT_S = 60.0  # a served model may have to be loaded first
 _LIMITS = ("max_tokens", "max_completion_tokens")  # newer OpenAI models refuse the first name
 _LISTED = 5  # names of models in a message
+_LIST_TOKENS = 16_384  # limit of a list of models, as of an answer: about 4 MB
 
 
-def preflight(urls: str | Sequence[str], model: str, settings: RefineSettings) -> None:
-    """Requests the list of models and one token from each server.
+def preflight(urls: str | Sequence[str], model: str, settings: RefineSettings) -> list[str]:
+    """Requests one token and the list of models (`/v1/models`) from each server; returns warnings.
 
-    A server that has no list is asked for the token only. A refusal of the request's form (400) is no fault
-    here, since the client adapts the form later.
+    A server that has no list, or refuses it, is judged by the token alone. A refusal of the request's form
+    (400) is no fault here, since the client adapts the form later; but it is one if the server has a list
+    without the model. A server that answers although its list does not have the model is warned of: some
+    answer to any name.
 
     Raises:
       RefinerError: a server cannot be reached, refuses the key, or does not serve the model; the message says
         which, and what to do.
     """
     key = read_key(settings.api_key_env)
-    for url in [urls] if isinstance(urls, str) else urls:
-        asyncio.run(_check(Address.of(url), model, settings, key))
+    every = [urls] if isinstance(urls, str) else urls
+    warnings = [asyncio.run(_check(Address.of(url), model, settings, key)) for url in every]
+    return [warning for warning in warnings if warning is not None]
 
 
-async def _check(address: Address, model: str, settings: RefineSettings, key: str | None) -> None:
+async def _check(address: Address, model: str, settings: RefineSettings, key: str | None) -> str | None:
+    """The warning of one server, if there is one."""
     secrets = Secrets([key, *address.secrets])
     patient = settings.model_copy(update={"timeout": min(TIMEOUT_S, settings.timeout)})
     async with connect(address, key, patient).api as api:
         with limited_to(1):
             fault = await _one_token(api, model, patient.timeout, secrets)
-            if fault is None or fault.status == 400:
-                return
-            known = await _models(api) if fault.status in (404, 422) else []
+        known: list[str] = []
+        if fault is None or fault.status in (400, 404, 422):
+            with limited_to(_LIST_TOKENS):
+                known = await _models(api, secrets)
+    if (fault is None or fault.status == 400) and (not known or model in known):
+        return None
+    if fault is None:
+        return (
+            f"warning: the refiner at {shown(address.url)} answers, but its list of models does not have "
+            f"{model!r}.{_names(known, model)} Check refine.model"
+        )
     said = advice(fault, False, model, settings.api_key_env, key is not None)
     raise RefinerError(
         f"the refiner at {shown(address.url)} cannot be used{fault.status_text}: {fault.words}{said}"
@@ -67,10 +80,10 @@ async def _one_token(api: openai.AsyncOpenAI, model: str, timeout: float, secret
     return fault
 
 
-async def _models(api: openai.AsyncOpenAI) -> list[str]:
-    """The names in the server's list of models; none if it has no list."""
+async def _models(api: openai.AsyncOpenAI, secrets: Secrets) -> list[str]:
+    """The names in the server's list of models; none if it has no list, or one that is too long to read."""
     try:
-        return [model.id for model in (await api.models.list()).data or ()]
+        return [words(model.id, secrets) for model in (await api.models.list()).data or ()]
     except (openai.OpenAIError, AttributeError, TypeError, ValueError):
         return []
 

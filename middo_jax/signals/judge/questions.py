@@ -15,7 +15,15 @@ from middo_jax.data.example import Example, Message
 from middo_jax.data.long_texts import both_ends
 from middo_jax.data.tokenize import tokenize_prompt
 from middo_jax.data.trees import Tree, common_prefix, trie
-from middo_jax.signals.judge.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, Part, judge_message
+from middo_jax.signals.judge.rubrics import (
+    ANSWER_STEM,
+    DIMENSIONS,
+    PARTS,
+    SHIPPED,
+    Part,
+    Rubric,
+    judge_message,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +89,11 @@ class RatingTree:
 
 
 def rating_tree(
-    example: Example, tokenizer: PreTrainedTokenizerBase, ratings: RatingTokens, max_length: int
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    ratings: RatingTokens,
+    max_length: int,
+    rubric: Rubric = SHIPPED,
 ) -> RatingTree:
     """The six questions about a sample as one tree: questions share all tokens up to their first difference.
 
@@ -90,7 +102,7 @@ def rating_tree(
     Raises:
       JudgeError: a question without the sample exceeds `max_length`.
     """
-    asked = {part: questions(example, part, tokenizer, ratings, max_length) for part in PARTS}
+    asked = {part: questions(example, part, tokenizer, ratings, max_length, rubric) for part in PARTS}
     tree, ends = trie([asked[part][i] for i in range(len(DIMENSIONS)) for part in PARTS])
     if ratings.ten_second is None:
         return RatingTree(tree, tuple(ends))
@@ -109,6 +121,7 @@ def questions(
     tokenizer: PreTrainedTokenizerBase,
     ratings: RatingTokens,
     max_length: int,
+    rubric: Rubric = SHIPPED,
 ) -> list[np.ndarray]:
     """The tokens of the three questions about one part, each up to its rating, or including the "1".
 
@@ -123,7 +136,7 @@ def questions(
     one = ratings.first[1:2] if ratings.ten_second is not None else ()
 
     def asked() -> list[np.ndarray]:
-        messages = [judge_message(dimension, part, prompt, response) for dimension in DIMENSIONS]
+        messages = [judge_message(dimension, part, prompt, response, rubric) for dimension in DIMENSIONS]
         tokens = [tokenize_prompt([Message("user", text)], tokenizer) for text in messages]
         return [np.r_[tokens_n, ratings.stem, one].astype(np.int32) for tokens_n in tokens]
 
@@ -138,7 +151,7 @@ def questions(
         if left < 0:
             raise JudgeError(
                 f"quality: a question takes {max(map(len, texts))} tokens, over model.max_length="
-                f"{max_length}; raise it, or leave this axis out"
+                f"{max_length}; raise it, or set quality.method=sample"
             )
         share = max(left // 2, left - shorter_one)  # of each text; a short text leaves its rest to the other
         prompt, response = (_shorten(text, offsets, share) for text, offsets in originals)

@@ -16,7 +16,7 @@ import numpy as np
 from middo_jax.data.example import Example, Message
 from middo_jax.data.long_texts import both_ends
 from middo_jax.data.tokenize import tokenize_prompt
-from middo_jax.signals.judge.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, judge_message
+from middo_jax.signals.judge.rubrics import ANSWER_STEM, DIMENSIONS, PARTS, SHIPPED, Rubric, judge_message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,10 @@ def _value(number: str) -> float:
 
 
 def rating_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, context: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    rubric: Rubric = SHIPPED,
 ) -> list[np.ndarray]:
     """The tokens of the questions about each example, in the order of `rubrics.COLUMNS`.
 
@@ -66,7 +69,11 @@ def rating_prompts(
     """
     questions = [
         judge_message(
-            dimension, part, both_ends(example.prompt, context), both_ends(example.response, context)
+            dimension,
+            part,
+            both_ends(example.prompt, context),
+            both_ends(example.response, context),
+            rubric,
         )
         for example in examples
         for dimension in DIMENSIONS

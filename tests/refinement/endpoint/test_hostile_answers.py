@@ -403,7 +403,7 @@ def test_settings_take_no_secret_in_a_url(url: str) -> None:
 def test_a_version_in_a_url_is_a_setting() -> None:
     url = "https://h/openai/v1?api-version=2024-02-01"
     assert RefineSettings(base_url=url).base_url == url
-    assert Address.of(url) == Address("https://h/openai/v1", {"api-version": "2024-02-01"}, {}, ())
+    assert Address.of(url) == Address("https://h/openai/v1", "h", {"api-version": "2024-02-01"}, {}, ())
 
 
 def test_a_url_that_cannot_be_read_is_not_shown(cache: AnswerCache) -> None:

@@ -78,17 +78,36 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_token_is_asked_of_each_server_with_the_key() -> None:
-    with server() as (one, asked), server() as (other, asked_too):
-        preflight((one, other), "m", SETTINGS)
-    [(path, body, key)] = asked
+    with server() as (one, asked), server(models=["x", "m"]) as (other, asked_too):
+        assert preflight((one, other), "m", SETTINGS) == []
+    (path, body, key), *rest = asked
     assert (path, body["model"], body["max_tokens"], key) == ("/v1/chat/completions", "m", 1, f"Bearer {KEY}")
-    assert len(asked_too) == 1
+    assert rest == [("/v1/models", None, f"Bearer {KEY}")]  # which this server does not have
+    assert len(asked_too) == 2
+
+
+def test_a_server_that_answers_to_a_name_that_it_does_not_list_is_warned_of() -> None:
+    with server(models=["qwen2.5-7b", "gpt-4o\x1b[31m"]) as (url, _):
+        [warning] = preflight(url, "qwen-7b", SETTINGS)
+    assert warning.startswith("warning: the refiner at http://127.0.0.1:")
+    assert "its list of models does not have 'qwen-7b'. It serves qwen2.5-7b" in warning
+    assert "\x1b" not in warning
+
+
+def test_a_refused_form_is_one_if_the_list_does_not_have_the_model() -> None:
+    with (
+        server(400, ["other"]) as (url, _),
+        pytest.raises(RefinerError, match=r"\(400\).* It serves other\."),
+    ):
+        preflight(url, "m", SETTINGS)
+    with server(400, ["m"]) as (url, _):
+        assert preflight(url, "m", SETTINGS) == []
 
 
 def test_the_other_name_of_the_limit_is_tried() -> None:
     with server(refuses="max_tokens") as (url, asked):
         preflight(url, "m", SETTINGS)
-    assert [sorted(body)[0] for _, body, _ in asked] == ["max_tokens", "max_completion_tokens"]
+    assert [sorted(body)[0] for _, body, _ in asked if body] == ["max_tokens", "max_completion_tokens"]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +146,7 @@ def test_a_server_that_is_not_there() -> None:
 def test_a_refused_form_is_no_fault_here() -> None:
     with server(400) as (url, asked):
         preflight(url, "m", SETTINGS)
-    assert [body.keys() & {"max_tokens", "max_completion_tokens"} for _, body, _ in asked] == [
+    assert [body.keys() & {"max_tokens", "max_completion_tokens"} for _, body, _ in asked if body] == [
         {"max_tokens"},
         {"max_completion_tokens"},
     ]

@@ -1,0 +1,234 @@
+"""Accepted rewrites for people to judge, in the formats of Argilla and Label Studio, and their verdicts.
+
+A person answers four questions about each rewrite: `verdict` (accept or reject), `new_prompt` and
+`new_answer` (the texts as they should be; unchanged ones are no edit) and `comment`. The id of a row is
+`TASK@CANDIDATE`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from middo_jax.data.formats import DataError
+from middo_jax.refinement.prompts import conversation
+from middo_jax.refinement.tasks import Outcome
+
+ReviewFormat = Literal["argilla", "label-studio"]
+QUESTIONS = ("verdict", "new_prompt", "new_answer", "comment")
+ACCEPT, REJECT = "accept", "reject"
+
+# Beside a file for Label Studio: the labelling interface of a new project.
+LABELLING = """\
+<View>
+  <Header value="The conversation before it"/> <Text name="context" value="$context"/>
+  <Header value="The original"/>
+  <Text name="original_prompt" value="$original_prompt"/>
+  <Text name="original_answer" value="$original_answer"/>
+  <Header value="The rewrite"/>
+  <Text name="prompt" value="$prompt"/> <Text name="answer" value="$answer"/>
+  <Choices name="verdict" toName="answer" choice="single-radio" required="true">
+    <Choice value="accept"/> <Choice value="reject"/>
+  </Choices>
+  <TextArea name="new_prompt" toName="prompt" maxSubmissions="1" editable="true" rows="3"/>
+  <TextArea name="new_answer" toName="answer" maxSubmissions="1" editable="true" rows="8"/>
+  <TextArea name="comment" toName="answer" maxSubmissions="1" placeholder="Comment"/>
+</View>
+"""
+# Beside a file for Argilla: a script that makes the dataset.
+ARGILLA = '''\
+"""Puts rewrites into Argilla, whose address and key are in ARGILLA_API_URL and ARGILLA_API_KEY."""
+
+import json
+import os
+
+import argilla as rg
+
+client = rg.Argilla(api_url=os.environ["ARGILLA_API_URL"], api_key=os.environ["ARGILLA_API_KEY"])
+texts = ("context", "original_prompt", "original_answer", "prompt", "answer")
+settings = rg.Settings(
+    fields=[rg.TextField(name=name, required=name in ("prompt", "answer")) for name in texts],
+    questions=[
+        rg.LabelQuestion(name="verdict", labels=["accept", "reject"]),
+        rg.TextQuestion(name="new_prompt", required=False),
+        rg.TextQuestion(name="new_answer", required=False),
+        rg.TextQuestion(name="comment", required=False),
+    ],
+    metadata=[rg.TermsMetadataProperty(name=name) for name in ("op", "axes")],
+    allow_extra_metadata=True,
+)
+dataset = rg.Dataset(name="middo-review", settings=settings, client=client)
+dataset.create()
+with open({name}, encoding="utf-8") as file:
+    text = file.read()
+rows = json.loads(text) if text.startswith("[") else map(json.loads, text.strip().split("\\n"))
+dataset.records.log([rg.Record.from_dict(row) for row in rows])
+# Later: dataset.records.to_json("verdicts.json"), and `middo refine DIR --read-review verdicts.json`.
+'''
+
+
+def review_id(outcome: Outcome) -> str:
+    """The name of an accepted rewrite in review files."""
+    assert outcome.example is not None
+    return f"{outcome.task.task_id}@{outcome.example.id}"
+
+
+def review_rows(outcomes: Sequence[Outcome], form: ReviewFormat) -> Iterator[dict[str, Any]]:
+    """One row per accepted rewrite, for Argilla's `Record.from_dict` or as a task of Label Studio."""
+    for outcome in outcomes:
+        if outcome.example is not None:
+            yield _argilla(outcome) if form == "argilla" else _label_studio(outcome)
+
+
+def _texts(outcome: Outcome) -> dict[str, str]:
+    child, original = outcome.example, outcome.task.original
+    assert child is not None
+    is_addition = outcome.task.op == "synthesize"
+    return {
+        "context": conversation(child.context),
+        "original_prompt": "" if is_addition else original.question,
+        "original_answer": "" if is_addition else original.response,
+        "prompt": child.question,
+        "answer": child.response,
+    }
+
+
+def _facts(outcome: Outcome) -> dict[str, Any]:
+    child = outcome.example
+    assert child is not None
+    after = child.lineage.scores_after or {}
+    facts: dict[str, Any] = {"op": outcome.task.op, "axes": "+".join(outcome.task.axes)}
+    facts |= {f"{name}_before": value for name, value in outcome.task.scores.items()}
+    facts |= {f"{name}_after": value for name, value in after.items()}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _argilla(outcome: Outcome) -> dict[str, Any]:
+    texts, agent = _texts(outcome), outcome.example and outcome.example.lineage.refiner
+    return {
+        "id": review_id(outcome),
+        "fields": texts,
+        "metadata": _facts(outcome),
+        "suggestions": {
+            name: {"value": texts[field], "score": None, "agent": agent}
+            for name, field in (("new_prompt", "prompt"), ("new_answer", "answer"))
+        },
+        "responses": {},
+        "vectors": {},
+    }
+
+
+def _label_studio(outcome: Outcome) -> dict[str, Any]:
+    texts, agent = _texts(outcome), outcome.example and outcome.example.lineage.refiner
+    result = [
+        {"from_name": name, "to_name": field, "type": "textarea", "value": {"text": [texts[field]]}}
+        for name, field in (("new_prompt", "prompt"), ("new_answer", "answer"))
+    ]
+    return {
+        "data": {"review_id": review_id(outcome), **texts, **_facts(outcome)},
+        "predictions": [{"model_version": agent or "", "result": result}],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What one person said of one rewrite. `prompt`, `answer`: as they should be; None: as they are."""
+
+    id: str
+    verdict: str
+    prompt: str | None = None
+    answer: str | None = None
+    comment: str | None = None
+    by: str | None = None
+
+
+def judgements(row: Any, where: str) -> list[Judgement]:
+    """What people said in one row of Argilla, Label Studio or a file that was filled in by hand.
+
+    Read are Argilla's `to_json` and `to_list(flatten=True)`, Label Studio's JSON and JSON_MIN, and rows with
+    `id` or `review_id` and `verdict`. A row that nobody judged gives none. Drafts, discarded responses and
+    cancelled annotations are none.
+
+    Raises:
+      DataError: the row is none of these, or a verdict is neither `accept` nor `reject`.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: a row must be an object, not {type(row).__name__}")
+    by_hand = row.get("review_id", row.get("id")), [{**row, "by": row.get("annotator")}]
+    if _said(row.get("verdict")) is not None:
+        id_, found = by_hand
+    elif isinstance(row.get("annotations"), list) and isinstance(row.get("data"), Mapping):
+        id_, found = row["data"].get("review_id"), _annotated(row["annotations"])
+    elif isinstance(row.get("responses"), Mapping):
+        id_, found = row.get("id"), _by_person(row["responses"])
+    elif any(name.endswith(".responses") for name in row):
+        id_, found = row.get("id"), _by_person(_unflattened(row))
+    else:
+        id_, found = by_hand
+    if not isinstance(id_, str) or "@" not in id_:
+        raise DataError(
+            f"{where}: no id of a rewrite (TASK@CANDIDATE in id or review_id); give the file that Argilla or "
+            "Label Studio exports of what --write-review wrote"
+        )
+    return [_judgement(id_, said, where) for said in found if _said(said.get("verdict")) is not None]
+
+
+def _judgement(id_: str, said: Mapping[str, Any], where: str) -> Judgement:
+    verdict = _said(said["verdict"])
+    if verdict not in (ACCEPT, REJECT):
+        raise DataError(f"{where}: the verdict {verdict!r} is neither {ACCEPT} nor {REJECT}")
+    texts = {name: _said(said.get(question)) for name, question in _ANSWERS.items()}
+    by = said.get("by")
+    return Judgement(id_, verdict, **texts, by=None if by is None else str(by))
+
+
+_ANSWERS = {"prompt": "new_prompt", "answer": "new_answer", "comment": "comment"}
+
+
+def _said(value: Any) -> str | None:
+    """The text of an answer; Label Studio gives lists. None if there is none."""
+    while isinstance(value, list):
+        value = value[-1] if value else None
+    return value.strip() or None if isinstance(value, str) else None
+
+
+def _annotated(annotations: Sequence[Any]) -> list[dict[str, Any]]:
+    """The answers of each annotation of Label Studio by question."""
+    found = []
+    for annotation in annotations:
+        if annotation.get("was_cancelled"):
+            continue
+        said: dict[str, Any] = {"by": annotation.get("completed_by")}
+        for result in annotation.get("result") or ():
+            value = result.get("value") or {}
+            said[result.get("from_name")] = value.get("choices", value.get("text"))
+        found.append(said)
+    return found
+
+
+def _unflattened(row: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The responses of a flat row of Argilla, as in one that is not flat."""
+    found = {}
+    for question in QUESTIONS:
+        name = f"{question}.responses"
+        values = row.get(name) or []
+        people = row.get(f"{name}.users") or [None] * len(values)
+        states = row.get(f"{name}.status") or [None] * len(values)
+        found[question] = [
+            {"value": value, "user_id": person, "status": state}
+            for value, person, state in zip(values, people, states, strict=False)
+        ]
+    return found
+
+
+def _by_person(responses: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The answers of each person in Argilla's responses by question."""
+    people: dict[str, dict[str, Any]] = {}
+    for question in QUESTIONS:
+        for response in responses.get(question) or ():
+            if response.get("status") in ("draft", "discarded"):
+                continue
+            person = str(response.get("user_id"))
+            people.setdefault(person, {"by": person})[question] = response.get("value")
+    return list(people.values())

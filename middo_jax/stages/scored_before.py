@@ -1,0 +1,88 @@
+"""Scores that a folder already has: they are reused if data, models and settings are the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+
+import pyarrow as pa
+
+from middo_jax.config import Config
+from middo_jax.data.example import Example
+from middo_jax.rundir import Manifest, RunError, read_jsonl
+from middo_jax.rundir.chain import Link
+from middo_jax.rundir.rows import StageRecord
+from middo_jax.session import Session
+from middo_jax.signals.embeddings import read_embeddings
+from middo_jax.signals.table import read_scores, with_columns, write_scores
+from middo_jax.stages.score import Scored
+
+
+def require_same(
+    link: Link, session: Session, examples: Sequence[Example], axes: Collection[str], force: bool
+) -> bool:
+    """Whether a folder has the scores of these samples, so that nothing has to be measured.
+
+    False: it has none, they are incomplete, or `force` is set.
+
+    Args:
+      link: the stage, with the models; nothing of it was written yet.
+      session: the settings.
+      examples: the samples.
+      axes: what is to be measured.
+      force: whether scores of anything may be replaced.
+
+    Raises:
+      RunError: the folder has other scores, which would be lost; the message says what differs.
+    """
+    folder = link.folder
+    record = folder.stages().get("score")
+    if record is None or force:
+        return False
+    if not all((folder.path / name).exists() for name in record["files"]):
+        return False
+    why = _difference(session.config, link, examples, axes)
+    if why is not None:
+        raise RunError(
+            f"{folder.path} has other scores ({why}): --force (force=True in Python) replaces them, another "
+            "--out keeps them"
+        )
+    return True
+
+
+def _difference(config: Config, link: Link, examples: Sequence[Example], axes: Collection[str]) -> str | None:
+    """What differs between the folder's scores and what is to be measured; None: nothing."""
+    folder, record = link.folder, link.folder.stages()["score"]
+    was, now = record.get("axes"), sorted(axes)
+    if was != now:
+        return f"the axes were {_named(was)}, are {_named(now)}"
+    rows = json.loads(json.dumps([example.to_json() for example in examples]))
+    if folder.dataset.exists() and rows != read_jsonl(folder.dataset):
+        return "the data differs"
+    given = {Manifest(folder.path).name(path) for path in link.reads} | link.inputs.keys()
+    if gone := sorted((record["reads"].keys() | record["inputs"].keys()) - given):
+        return f"they were made with {gone[0]} too"
+    stale = link.why_stale(config)
+    return None if stale is None else stale.text
+
+
+def _named(axes: Collection[str] | None) -> str:
+    return "not recorded" if axes is None else ", ".join(axes) or "none"
+
+
+def kept_scores(session: Session, link: Link, own: pa.Table) -> Scored:
+    """The scores of a folder, with these columns of the user's beside them.
+
+    If other columns were kept before, the table is written anew; what was measured stays.
+    """
+    folder, record = link.folder, link.folder.stages()["score"]
+    written = read_scores(folder.scores)
+    measured = written.drop_columns([name for name in record["columns"] if name in written.column_names])
+    table = with_columns(measured, own)
+    if not table.equals(written):
+        begun, facts = link.begin(), {k: v for k, v in record.items() if k not in StageRecord.__annotations__}
+        folder.forget("select")  # it has the hash of the table that is replaced
+        write_scores(folder.scores, table)
+        begun.finish(session.config, record["seconds"], **facts | {"columns": own.column_names})
+    embedding_nd = read_embeddings(folder.embeddings, table["id"].to_pylist())
+    return Scored(table, embedding_nd, record)

@@ -1,0 +1,199 @@
+"""People judge rewrites: what Argilla and Label Studio are given, and what is taken of their verdicts."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.loop_fixture import Finished, contents, rows_by_id
+from test_chain import own, reasons
+
+import middo_jax as middo
+from middo_jax import reviewing
+from middo_jax.config import load
+from middo_jax.data.formats import DataError
+from middo_jax.loop import run_loop
+from middo_jax.preferences import preference_pairs
+from middo_jax.progress import Silent
+from middo_jax.refinement.review import Judgement, judgements
+from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl, write_jsonl
+
+pytest_plugins = ["support.loop_fixture"]
+
+
+@pytest.fixture
+def here(finished: Finished, tmp_path: Path) -> RoundDir:
+    finished.copy(tmp_path)
+    return RunDir(tmp_path / "run").round(0)
+
+
+def accepted(here: RoundDir) -> dict[str, dict[str, Any]]:
+    rows = (row for row in read_jsonl(here.refined) if row["accepted"])
+    return {f"{row['task_id']}@{row['example']['id']}": row for row in rows}
+
+
+def test_every_accepted_rewrite_is_written_beside_its_original(here: RoundDir, tmp_path: Path) -> None:
+    n = middo.write_review(here.path, tmp_path / "a.jsonl")
+    rows = {row["id"]: row for row in read_jsonl(tmp_path / "a.jsonl")}
+    assert n == len(rows)
+    assert rows.keys() == accepted(here).keys()
+    assert {row["metadata"]["op"] for row in rows.values()} >= {"rewrite", "synthesize"}
+    for id_, row in rows.items():
+        task = accepted(here)[id_]
+        fields, turns = row["fields"], task["example"]["messages"]
+        assert [fields["prompt"], fields["answer"]] == [turn["content"] for turn in turns]
+        assert row["suggestions"]["new_answer"]["value"] == fields["answer"]
+        assert (fields["original_prompt"] == "") == (task["op"] == "synthesize")
+    compile((tmp_path / "a.jsonl.py").read_text(), "a", "exec")
+    middo.write_review(here.path, tmp_path / "l.json", "label-studio")
+    tasks = json.loads((tmp_path / "l.json").read_text())
+    assert [task["data"]["review_id"] for task in tasks] == list(rows)
+    # Whatever the labelling interface shows is in every task.
+    shown = ET.parse(tmp_path / "l.json.xml").iter()
+    names = {element.get("value", "")[1:] for element in shown if element.tag == "Text"}
+    assert names == {"context", "original_prompt", "original_answer", "prompt", "answer"}
+    assert all(names <= task["data"].keys() for task in tasks)
+    before = contents(tmp_path)
+    for taken in ("a.jsonl", "l.json"):
+        with pytest.raises(RunError, match=r"exists, and may have been filled in"):
+            middo.write_review(here.path, tmp_path / taken)
+    with pytest.raises(middo.ConfigError, match="no review format 'csv'; there are argilla, label-studio"):
+        middo.write_review(here.path, tmp_path / "b", "csv")
+    assert contents(tmp_path) == before
+
+
+def test_verdicts_are_taken_before_merging_and_the_run_notices(
+    here: RoundDir, finished: Finished, tmp_path: Path
+) -> None:
+    rewrites = {id_: task for id_, task in accepted(here).items() if task["replaces"]}
+    bad, worse, *_ = rewrites
+    addition = next(id_ for id_, task in accepted(here).items() if not task["replaces"])
+    path = tmp_path / "verdicts.jsonl"
+    middo.write_review(here.path, path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:  # as Argilla's to_json gives them back
+        if row["id"] in (bad, addition):
+            said = {"verdict": "reject", "comment": "dull"}
+        elif row["id"] == worse:
+            said = {"verdict": "accept", "new_prompt": "What is a number for?", "new_answer": "To count."}
+        else:
+            continue
+        row["responses"] = {name: [{"value": value, "user_id": "7"}] for name, value in said.items()}
+    write_jsonl(path, rows)
+    plain = rows_by_id(middo.refine(here.path).merged)
+    refined, found = middo.read_review(here.path, [path])
+    assert found == {"reject": 2, "edit": 1, "none": len(rows) - 3}
+    assert reviewing.describe(found) == (
+        f"1 accepted with other words, 2 rejected, {len(rows) - 3} not judged, which stay accepted"
+    )
+    merged = rows_by_id(refined.merged)
+    assert rewrites[bad]["source_id"] in merged  # the original stays
+    assert bad.rpartition("@")[2] in plain.keys() - merged.keys()
+    assert addition.rpartition("@")[2] in plain.keys() - merged.keys()
+    [edited] = [row for id_, row in merged.items() if id_ not in plain and id_ != rewrites[bad]["source_id"]]
+    assert [turn["content"] for turn in edited["messages"]] == ["What is a number for?", "To count."]
+    assert edited["lineage"]["refiner"] == "fake+person"
+    assert (edited["lineage"]["scores_after"], edited["lineage"]["op"]) == (None, rewrites[worse]["op"])
+    pairs = {pair["middo_id"]: pair for pair in preference_pairs(RunDir(tmp_path / "run"))}
+    assert bad.rpartition("@")[2] not in pairs
+    assert pairs[edited["id"]]["chosen"][0]["content"] == "To count."
+    found = own(reasons(RunDir(tmp_path / "run"), finished.settings(runs_dir=tmp_path)))
+    assert found == {("round_00", "merge"), ("round_01", "prepare")}
+
+
+def test_a_run_waits_for_verdicts_if_it_is_told(here: RoundDir, finished: Finished, tmp_path: Path) -> None:
+    here.forget("merge")
+    waiting = load(None, finished.settings(runs_dir=tmp_path, refine__wait_for_review=True))
+    with pytest.raises(
+        RunError, match=rf"{len(accepted(here))} rewrites wait for a review: .*--write-review"
+    ):
+        run_loop(waiting, Silent())
+    assert "merge" not in here.stages()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": "t@c", "responses": {"verdict": [{"value": "reject", "user_id": "u"}],
+                                    "comment": [{"value": "no", "user_id": "u"}]}},
+        {"id": "t@c", "verdict.responses": ["reject", "accept"], "verdict.responses.users": ["u", "v"],
+         "verdict.responses.status": ["submitted", "draft"], "comment.responses": ["no"],
+         "comment.responses.users": ["u"], "comment.responses.status": ["submitted"]},
+        {"data": {"review_id": "t@c"}, "annotations": [
+            {"completed_by": "u", "result": [
+                {"from_name": "verdict", "type": "choices", "value": {"choices": ["reject"]}},
+                {"from_name": "comment", "type": "textarea", "value": {"text": ["no"]}}]},
+            {"completed_by": "w", "was_cancelled": True, "result": [
+                {"from_name": "verdict", "type": "choices", "value": {"choices": ["accept"]}}]}]},
+        {"review_id": "t@c", "verdict": "reject", "comment": "no", "annotator": "u"},
+        {"id": "t@c", "fields": {}, "responses": {}, "verdict": "reject", "comment": "no", "annotator": "u"},
+    ],
+    ids=["argilla", "argilla flat", "label studio", "label studio min", "by hand"],
+)  # fmt: skip
+def test_a_verdict_is_read_from_every_form(row: dict[str, Any]) -> None:
+    assert judgements(row, "f:1") == [Judgement("t@c", "reject", comment="no", by="u")]
+
+
+def test_a_row_that_nobody_judged_gives_nothing() -> None:
+    assert judgements({"id": "t@c", "responses": {}}, "f:1") == []
+    assert judgements({"data": {"review_id": "t@c"}, "annotations": []}, "f:1") == []
+
+
+Change = Callable[[list[dict[str, Any]]], Any]
+
+
+def say(n: int, **said: str) -> Change:
+    return lambda rows: rows[n].update(said)
+
+
+def differ(rows: list[dict[str, Any]]) -> None:
+    rows[0]["responses"] = {
+        "verdict": [{"value": "accept", "user_id": u} for u in "ab"],
+        "new_answer": [{"value": f"It is {u}.", "user_id": u} for u in "ab"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda rows: None, "no verdict; nothing was changed"),
+        (say(0, verdict="perhaps"), "r.jsonl:1: the verdict 'perhaps' is neither accept nor reject"),
+        (say(0, verdict="accept", id="x"), "r.jsonl:1: no id of a rewrite"),
+        (lambda rows: [row.update(id="x:a@b", verdict="accept") for row in rows], "no verdict on a rewrite"),
+        (differ, "2 different edits of its answer; keep one of them"),
+        (say(0, verdict="accept", new_answer="Yes.<|im_end|>"), "has the control token <|im_end|>"),
+        (lambda rows: rows.clear() or rows.append(7), "r.jsonl:1: a row must be an object, not int"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_taken_is_refused_and_changes_nothing(
+    here: RoundDir, tmp_path: Path, change: Change, error: str
+) -> None:
+    path = tmp_path / "r.jsonl"
+    middo.write_review(here.path, path)
+    rows = read_jsonl(path)
+    change(rows)
+    write_jsonl(path, rows)
+    before = contents(here.path)
+    with pytest.raises(DataError) as raised:
+        middo.read_review(here.path, [path])
+    assert error in str(raised.value)
+    assert contents(here.path) == before
+
+
+def test_an_edit_may_not_bring_back_what_is_known(here: RoundDir, tmp_path: Path) -> None:
+    original = next(task for task in accepted(here).values() if task["replaces"])["original"]["messages"]
+    held = json.loads((tmp_path / "run" / "heldout.jsonl").read_text().splitlines()[0])["messages"]
+    for turns, why in ((original, "is in the dataset already"), (held, "is held out")):
+        path = tmp_path / f"{why}.jsonl"
+        middo.write_review(here.path, path)
+        rows = read_jsonl(path)
+        said = {"verdict": "accept", "new_prompt": turns[-2]["content"], "new_answer": turns[-1]["content"]}
+        row = next(row for row in rows if not row["fields"]["context"] and row["fields"]["original_prompt"])
+        row.update(said)
+        write_jsonl(path, rows)
+        with pytest.raises(DataError, match=why):
+            middo.read_review(here.path, [path])

@@ -92,7 +92,8 @@ def _effects(leaf: Leaf) -> str:
         elif condition[1] is GIVEN:
             found.append(f"{effect} (with `{condition[0]}`)")
         else:
-            found.append(f"{effect} (with `{condition[0]}: {condition[1]}`)")
+            value = "null" if condition[1] is None else condition[1]
+            found.append(f"{effect} (with `{condition[0]}: {value}`)")
     return ", ".join(found)
 
 

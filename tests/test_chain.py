@@ -16,7 +16,7 @@ from support.local_tasks import write_local_tasks
 from support.loop_fixture import Finished, contents, fake_refiner, settings
 
 from middo_jax import cli, stages
-from middo_jax.config import ConfigError, layers_of, load
+from middo_jax.config import ConfigError, affecting, layers_of, load
 from middo_jax.loop import run_loop
 from middo_jax.models.hf import CheckpointError
 from middo_jax.progress import Silent
@@ -134,7 +134,6 @@ def of_every(*stages: str) -> set[tuple[str, str]]:
         ("lora__rank", 2, of_every("train")),
         ("diversity__k", 3, of_every("score")),
         ("scoring__readings", "[ifd]", of_every("score")),
-        ("serve__max_context", 777, of_every("refine")),  # no score: nothing is sampled
         ("complexity__fraction", 0.3, of_every("select")),
         ("complexity__normalise", "length", of_every("select")),
         ("refine__max_tokens", 777, of_every("refine")),
@@ -162,6 +161,12 @@ def test_a_setting_makes_stale_what_depends_on_it_and_what_follows(
     order.insert(order.index(("final", "train")), ("final", "prepare"))
     first = min(order.index(key) for key in found)
     assert set(found) == set(order[first:])
+
+
+def test_the_context_of_the_embedded_endpoint_matters_where_it_is_used(finished: Finished) -> None:
+    assert reasons(finished.run, finished.settings(serve__max_context=777)) == {}  # nothing is sampled either
+    embedded = affecting(load(None, settings(finished.root)), {"rewrites"})
+    assert "serve.max_context" in embedded
 
 
 def test_the_other_threshold_makes_stale_the_selection_also_with_its_default(finished: Finished) -> None:

@@ -22,6 +22,7 @@ from middo_jax.config.refine import RefineSettings
 from middo_jax.config.training import LoraSettings, TrainSettings
 
 IF_SAMPLED = ("quality.method", "sample")
+IF_EMBEDDED = ("refine.base_url", None)  # without $OPENAI_BASE_URL, which is no setting
 
 
 class ModelSettings(Settings):
@@ -208,7 +209,7 @@ class ServeSettings(Settings):
     max_batch: Annotated[PositiveInt, Affects("speed")] = Field(
         default=8, description="Maximum number of requests decoded together."
     )
-    max_context: Annotated[PositiveInt, Affects("rewrites", scores=IF_SAMPLED)] = Field(
+    max_context: Annotated[PositiveInt, Affects(rewrites=IF_EMBEDDED, scores=IF_SAMPLED)] = Field(
         default=2048, description="Maximum tokens of prompt and answer together."
     )
 

@@ -227,9 +227,16 @@ def _each_share(
     count = -(-is_target_sn.sum(axis=1).max() // width)
 
     def one(next_n: jax.Array, is_target_n: jax.Array, hidden_nd: jax.Array) -> Any:
-        position_n = jnp.argsort(~is_target_n, stable=True)
+        position_n = _targets_first(is_target_n)
         position_n = jnp.pad(position_n, (0, -n % width))
         return of_share(_Chunks(count, width, position_n, next_n, is_target_n.sum()), hidden_nd)
 
     where = RULES.batch if shares > 1 else None
     return jax.vmap(one, spmd_axis_name=where)(next_sn, is_target_sn, hidden_snd)
+
+
+def _targets_first(is_target_n: jax.Array) -> jax.Array:
+    """int32 [n]: the positions, targets first, both in order. A sort takes a TPU's compiler minutes."""
+    at_n, n_before_n = jnp.arange(len(is_target_n)), jnp.cumsum(is_target_n)
+    place_n = jnp.where(is_target_n, n_before_n - 1, n_before_n[-1] + at_n - n_before_n)
+    return jnp.zeros_like(at_n).at[place_n].set(at_n, unique_indices=True)

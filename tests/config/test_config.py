@@ -258,7 +258,8 @@ def test_every_setting_says_what_it_affects() -> None:
     sampled = ("quality.method", "sample")
     of_adapters = {(f"lora.{name}", "training", ("lora.rank", GIVEN)) for name in ("alpha", "target_modules")}
     of_sampling = {("seed", "scores", sampled), ("serve.max_context", "scores", sampled)}
-    assert conditional == of_adapters | of_sampling
+    of_the_embedded = {("serve.max_context", "rewrites", ("refine.base_url", None))}
+    assert conditional == of_adapters | of_sampling | of_the_embedded
     without, with_rank = (
         affecting(load(None, [*NEEDED, *more]), {"training"}) for more in ([], ["lora.rank=2"])
     )
@@ -283,7 +284,9 @@ def test_a_setting_affects_only_where_its_condition_holds() -> None:
     assert {"quality.temperature", "seed", "serve.max_context"} <= sampled.keys() - expected.keys()
     for effect in ("training", "rewrites"):  # a condition is one effect's
         assert "seed" in affecting(load(None, NEEDED), {effect})
-    assert "serve.max_context" in affecting(load(None, NEEDED), {"rewrites"})
+    url = "refine.base_url=http://127.0.0.1:1/v1"
+    of_url = affecting(load(None, [*NEEDED, url, "refine.model=m"]), {"rewrites"})
+    assert "serve.max_context" in affecting(load(None, NEEDED), {"rewrites"}).keys() - of_url.keys()
     assert {"diversity.k", "quality.method"} <= expected.keys() & sampled.keys()
     assert not [name for name in expected if name.startswith("train.")]
 

@@ -154,9 +154,9 @@ GGUFS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a long name": (lambda: gguf(struct.pack("<Q", 10**15)), "the name of a field claims"),
     "a long text": (lambda: gguf(text(b"a") + struct.pack("<IQ", 8, 10**15)), "field a claims"),
     "an array": (lambda: gguf(array(4, 10**12)), r"field general\.a claims 1,000,000,000,000 elements"),
-    "an array behind the end": (lambda: gguf(array(4, 1_000_000)), "behind the end"),
+    "an array behind the end": (lambda: gguf(array(4, 1_000_000)), "past the end"),
     "a real array": (lambda: gguf(array(0, 5_000_000, b"\0" * 5_000_000)), "claims 5,000,000 elements"),
-    "texts": (lambda: gguf(array(8, 1_000_000)), "behind the end"),
+    "texts": (lambda: gguf(array(8, 1_000_000)), "past the end"),
     "arrays in arrays": (
         lambda: gguf(array(9, 1, struct.pack("<IQ", 9, 1) * 100_000)),
         "array of arrays",
@@ -165,7 +165,7 @@ GGUFS: dict[str, tuple[Callable[[], bytes], str]] = {
     "axes": (lambda: gguf(tensors=tensor(10**9), n_tensors=1), "tensor t claims 1,000,000,000 axes"),
     "numbers": (lambda: gguf(tensors=tensor(2, 2**40, 2**40), n_tensors=1), "tensor t claims"),
     "nothing": (lambda: gguf(tensors=tensor(2, 0, 4), n_tensors=1), "tensor t claims 0 numbers"),
-    "an offset": (lambda: gguf(tensors=tensor(1, 4, offset=10**15), n_tensors=1), "behind the end"),
+    "an offset": (lambda: gguf(tensors=tensor(1, 4, offset=10**15), n_tensors=1), "past the end"),
     "no file": (lambda: b"PK\3\4" + b"\0" * 100, "does not begin with GGUF"),
     "empty": (lambda: b"", "empty"),
 }

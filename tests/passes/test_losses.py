@@ -132,6 +132,24 @@ def test_batch_and_chunk_change_nothing(model: Model, packed: ExampleScores, how
     assert_same(score(model, EXAMPLES, **how), packed)
 
 
+def test_the_worst_tenth_is_the_same_with_and_without_a_sort() -> None:
+    """With losses that are equal, 0 or rounded to below it, and with segments of no target."""
+    rng = np.random.default_rng(2)
+    segment_bt = np.where(rng.random((2, 96)) < 0.3, 5, rng.integers(0, 4, (2, 96))).astype(np.int32)
+    nll_bt = rng.choice([-1e-7, 0.0, 0.5, 0.5, 2.0, 3.7, 11.0], (2, 96)).astype(np.float32)
+    by_sort, by_threshold = (
+        np.asarray(jax.jit(way, static_argnums=2)(nll_bt, segment_bt, 5))
+        for way in (scoring.worst_by_sort, scoring.worst_by_threshold)
+    )
+    for row, segment in np.ndindex(2, 5):
+        nll = np.sort(nll_bt[row][segment_bt[row] == segment])[::-1]
+        worst = nll[: -(-len(nll) // 10)]
+        expected = worst.mean() if len(worst) else np.nan
+        np.testing.assert_allclose(by_sort[row, segment], expected, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(by_threshold[row, segment], expected, rtol=1e-6, atol=1e-9)
+    assert np.isnan(by_threshold[:, 4]).all()
+
+
 def test_order_changes_nothing(model: Model, packed: ExampleScores) -> None:
     order = np.random.default_rng(1).permutation(len(EXAMPLES))
     shuffled = score(model, [EXAMPLES[i] for i in order])

@@ -1,4 +1,4 @@
-"""The law of many hosts: two processes that share a mesh measure what one process measures."""
+"""The law of many hosts: two processes measure what one does, also where the pass was stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from support.tiny_model import write_tiny_model
 
 # Every process writes what it ended up with: all must hold all of it.
 PROGRAM = """
+import itertools
 import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 
@@ -24,9 +27,16 @@ if int(processes) > 1:
 from middo_jax.config import MeshSettings
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.signals.neighbours.search import nearest_neighbours
-from middo_jax.passes.losses import score_examples
+from middo_jax.passes import runner
+from middo_jax.passes.losses import LossPass, score_examples
+from middo_jax.passes.parts import Parts
 from middo_jax.models import hf
+from middo_jax.parallel.coordination import barrier
 from middo_jax.parallel.mesh import make_mesh
+from middo_jax.parallel.preemption import Preempted
+from middo_jax.progress import Silent
+from middo_jax.rundir.files import only_read
+from middo_jax.training.identity import of_model
 
 assert len(jax.devices()) == 8 and jax.process_count() == int(processes)
 rng = np.random.default_rng(0)
@@ -37,7 +47,34 @@ for i, length in enumerate(rng.integers(4, 120, 24)):
     examples.append(TokenizedExample(str(i), tokens, at >= length // 2, at < length // 2, False))
 mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
 model = hf.load(directory, mesh=mesh)
-scores, _ = score_examples(model, examples, batch_tokens=1024, chunk=64)
+scores, whole = score_examples(model, examples, batch_tokens=512, chunk=64)
+
+# Stopped behind its first batch, and gone on: what process 0 has written, all processes read.
+if int(process):
+    only_read()
+asked, batches = runner.stop_point, itertools.count()
+
+def stop_point():
+    asked()
+    if next(batches) == 1:
+        raise Preempted
+
+def resumable():
+    parts = Parts(Path(out).parent / f"parts{processes}", of_model(model), Silent(), "loss")
+    return LossPass(examples, model, 512, 64)(model, Silent(), "loss", parts)
+
+runner.stop_point = stop_point
+try:
+    resumable()
+    raise AssertionError("it was not stopped")
+except Preempted:
+    barrier("stopped")
+runner.stop_point = asked
+resumed, rest = resumable()
+assert 0 < rest.computed_tokens < whole.computed_tokens
+for one, other in zip(resumed, scores, strict=True):
+    np.testing.assert_array_equal(one, other)
+
 found = nearest_neighbours(scores.embedding_nd, 3, mesh, block=2)
 np.savez(out, **scores._asdict(), **found._asdict())
 """

@@ -150,7 +150,7 @@ def test_a_changed_file_makes_its_stage_stale_and_a_moved_one_does_not(tmp_path:
     there = link(str(moved))
     assert there.why_stale(elsewhere) is None
     moved.write_text("x: z")
-    assert there.why_stale(elsewhere) == f"{role} has changed: {moved}"
+    assert str(there.why_stale(elsewhere)) == f"{role} has changed: {moved}"
     without = load(None, ["model.path=m", "data.path=d"])
     none = dataclasses.replace(there, data={})
-    assert none.why_stale(without) == f"{setting} was {path}, is null"
+    assert str(none.why_stale(without)) == f"{setting} was {path}, is null"

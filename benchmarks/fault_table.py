@@ -37,6 +37,7 @@ MAKERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("heldout_losses.json", ("final evaluate",)),
     ("heldout_rows.parquet", ("final evaluate",)),
     ("*/dataset.jsonl", ("* prepare",)),
+    ("final/train.jsonl", ("final prepare",)),
     ("*/checkpoint*", ("* train",)),
     ("*/metrics.jsonl", ("* train",)),
     ("*/evaluations.jsonl", ("* train",)),
@@ -161,7 +162,7 @@ def setting_case(world: World, name: str, change: Change) -> list[str]:
         wrote = sorted(p.name for p in (world.root / "others").iterdir())
         found = [] if again.error is None and len(wrote) == 1 else [f"{again.error}, {wrote}"]
         return found + differences(world.results(run), before)
-    stages = stale_by(change.stages)
+    stages = stale_by(run, change.stages)
     if name == "rounds":
         stages |= {f"round_01 {s}" for s in ("prepare", "train", "score", "select", "refine", "merge")}
     return _changed_case(world, run, stages, **base, **more)
@@ -208,14 +209,15 @@ def records_of(run: RunDir) -> dict[str, Any]:
     }
 
 
-def stale_by(stages: tuple[str, ...]) -> set[str]:
-    """The stages of a change with their folders, in a run of one round."""
-    folders = {"prepare": ["round_00"], "follow": ["final"], "evaluate": ["final"], "export": ["final"]}
-    both = {"train", "benchmark"}
+def stale_by(run: RunDir, stages: tuple[str, ...]) -> set[str]:
+    """The stages of a change with their folders."""
+    first, *later = [here.path.name for here in run.rounds()]
+    folders = {"prepare": [first], "follow": [*later, "final"], "evaluate": ["final"], "export": ["final"]}
+    folders |= {key: [first, *later, "final"] for key in ("train", "benchmark")}
     return {
         f"{folder} {'prepare' if stage == 'follow' else stage}"
         for stage in stages
-        for folder in folders.get(stage, ["round_00", "final"] if stage in both else ["round_00"])
+        for folder in folders.get(stage, [first, *later])
     }
 
 
@@ -241,7 +243,7 @@ def input_case(world: World, name: str) -> list[str]:
     run = world.copy("changed")
     try:
         replace(path)
-        return _changed_case(world, run, stale_by(INPUTS[name]))
+        return _changed_case(world, run, stale_by(run, INPUTS[name]))
     finally:
         path.unlink() if kept is None else path.write_bytes(kept)
 

@@ -153,8 +153,12 @@ def last_dataset(run: RunDir) -> RoundDir:
 
 def _format(run: RunDir) -> str:
     """The format of the rows that came in; of a run that did not record it, messages."""
-    found = run.round(0).stages().get("prepare", {}).get("format")
-    return found if found in ("alpaca", "sharegpt", "messages", "prompt_completion") else "messages"
+    return row_format(run.round(0).stages().get("prepare", {}).get("format"))
+
+
+def row_format(of_data: str | None) -> str:
+    """The format in which rows of such data are written: its own, or messages where it has none of rows."""
+    return of_data if of_data in ("alpaca", "sharegpt", "messages", "prompt_completion") else "messages"
 
 
 def _scores(run: RunDir) -> dict[str, dict[str, float | None]]:

@@ -235,7 +235,7 @@ def test_an_adapter_on_another_base_is_another_model(tmp_path: Path) -> None:
     link.folder.finish("score", [], 0.0, seen=seen, settings={})
     (base / "weights").write_text("other")
     config = load(None, ["model.path=m", "data.path=d"])
-    assert link.why_stale(config) == f"base has changed: {base}"
+    assert str(link.why_stale(config)) == f"base has changed: {base}"
 
 
 def test_several_models_have_their_columns_side_by_side(

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from support.local_tasks import write_local_tasks
 from support.loop_fixture import Finished, contents, fake_refiner, settings
+from support.said import Said
 
 from middo_jax import cli, stages
 from middo_jax.config import ConfigError, affecting, layers_of, load
@@ -46,14 +47,6 @@ ALL = [("round_00", s) for s in ROUND] + [("round_01", s) for s in ROUND]
 ALL += [("final", s) for s in ("train", "evaluate", "export")]
 # What says when, where and how fast.
 OF_THIS_RUN = ("config.yaml", "events.jsonl", "manifest.json", "report.html", "llm_cache.sqlite")
-
-
-class Said(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def reasons(run: RunDir, settings: list[str]) -> dict[tuple[str, str], str]:
@@ -141,8 +134,7 @@ def of_every(*stages: str) -> set[tuple[str, str]]:
         ("refine__gates__open", "[numbers, code]", of_every("refine")),
         ("refine__growth", "keep", of_every("merge") | {("round_01", "prepare"), ("final", "prepare")}),
         ("data__limit", 20, {("round_00", "prepare")}),
-        ("model__dtype", "bfloat16", {("round_00", "prepare"), *of_every("train", "score", "refine"),
-                                      *of_every("evaluate", "export")}),
+        ("model__dtype", "bfloat16", of_every("train", "score", "refine", "evaluate", "export")),
         ("model__max_length", 500, {("round_00", "prepare"), *of_every("train", "score", "refine"),
                                     *of_every("evaluate")}),
         ("rounds", 3, {("final", "prepare"), ("final", "evaluate")}),

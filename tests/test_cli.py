@@ -16,7 +16,7 @@ import pytest
 from support.loop_fixture import Finished, contents, rows_by_id, write_data
 from support.tiny_model import write_tiny_model
 
-from middo_jax import cli
+from middo_jax import api, cli
 from middo_jax.data.sources import read
 from middo_jax.progress import Bars, Lines
 from middo_jax.rundir import read_jsonl
@@ -274,6 +274,29 @@ def test_scores_are_reused_replaced_and_compared(middo: Middo, place: Path, tmp_
         )
         assert (ended.code, why in ended.err) == (1, True)
     assert not (tmp_path / "n").exists()
+
+
+def test_options_of_tasks_are_not_ignored_with_data(middo: Middo, place: Path) -> None:
+    call = ("eval", "--data", place / "data.json", "--model", place / "model")
+    ended = middo(*call, "--limit", 3, "--num-fewshot", 2)
+    assert ended.code == 1
+    assert "middo eval: --limit and --num-fewshot: only with --tasks, not with --data" in ended.err
+
+
+def test_score_measures_the_axes_of_the_settings(
+    middo: Middo, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[Any] = []
+
+    def score(data: str, model: str, **how: Any) -> None:
+        wanted.append(how["axes"])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(api, "score", score)
+    call = ("score", "--data", place / "data.json", "--model", place / "model", "--out", tmp_path / "o")
+    for more in ((), ("--axes", "complexity, diversity")):
+        assert "enough" in middo(*call, *more).err
+    assert wanted == [None, ["complexity", "diversity"]]  # None: those of the settings
 
 
 def test_train_eval_export_and_score_what_was_exported(middo: Middo, place: Path, tmp_path: Path) -> None:

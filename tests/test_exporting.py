@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from support.said import Said
 from support.synthetic_run import write_run
 
 from middo_jax import exporting
@@ -16,16 +17,7 @@ from middo_jax.data.example import Example, Lineage, Message
 from middo_jax.data.sources import DataError, read, read_rows, write
 from middo_jax.exporting import export_data, write_as_it_came
 from middo_jax.preferences import preference_pairs
-from middo_jax.progress import Silent
 from middo_jax.rundir import RunDir, RunError, read_jsonl, write_jsonl
-
-
-class Said(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture(scope="module")

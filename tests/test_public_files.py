@@ -98,7 +98,7 @@ def newer_losses(run: RunDir) -> None:
 
 
 def newer_event(run: RunDir) -> None:
-    write_jsonl(run.events, [*read_jsonl(run.events), {"version": 2, "when": 3}])
+    write_jsonl(run.events, [*read_jsonl(run.events), *[{"version": 2, "when": 3}] * 2])
 
 
 NEWER: dict[str, tuple[Callable[[RunDir], None], str, tuple[str, ...]]] = {

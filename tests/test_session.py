@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.loop_fixture import fake_refiner, settings
+from support.said import Said
 from transformers import PreTrainedTokenizerBase
 
 import middo_jax as middo
@@ -201,16 +202,6 @@ def test_what_is_refused_is_what_cannot_be_tokenized(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not show the text of turn 1") as raised:
         tokenize(example, session.tokenizer, 64)
     assert str(raised.value) == reason
-
-
-class Said(Silent):
-    """Keeps the lines."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def evaluate(
     if data is not None and (of_tasks := [name for name, value in named.items() if value is not None]):
         options = " and ".join(f"--{name.replace('_', '-')}" for name in of_tasks)
         raise ValueError(
-            f"middo eval: {options} belongs to --tasks, not to --data (data.limit limits the rows)"
+            f"middo eval: {options}: only with --tasks, not with --data (data.limit limits the rows)"
         )
     if data is None:
         given = {

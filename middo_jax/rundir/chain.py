@@ -21,7 +21,7 @@ from middo_jax.rundir.manifest import TOKENIZER, Manifest, Reason, Seen
 # The effects of settings that each stage depends on. "prepare" is the first round's, which reads the user's
 # data; "follow" prepares a later round. A stage need not repeat the effects of a stage whose files it reads.
 AFFECTED_BY: Mapping[str, frozenset[Effect]] = {
-    "prepare": frozenset(("data", "text", "model")),
+    "prepare": frozenset(("data", "text")),  # the tokenizer is an input of its own
     "follow": frozenset(("growth",)),
     "train": frozenset(("training", "text", "model")),
     "score": frozenset(("scores", "text", "model")),

@@ -18,14 +18,13 @@ from transformers import PreTrainedTokenizerFast
 from middo_jax.config import affecting
 from middo_jax.data.templates import template_arguments
 from middo_jax.models.model import Model
-from middo_jax.parallel.hosts import to_host
 from middo_jax.rundir import RoundDir, fingerprint
 from middo_jax.session import Session
 from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.neighbours.incremental import Earlier, rows_before
 from middo_jax.signals.table import as_floats, neighbours_of, read_scores
 from middo_jax.stages.passes import Passes, Texts
-from middo_jax.training.identity import checksums
+from middo_jax.training.identity import values_of
 
 
 class Wanted(NamedTuple):
@@ -168,7 +167,7 @@ def _identity(session: Session, path: Path, model: Model, wanted: Wanted) -> str
     decisive = [
         str(path.resolve()),
         repr(dataclasses.replace(model.config, attention="auto")),
-        np.stack(to_host(checksums(model.params))).tolist(),
+        values_of(model),
         tokenizer.chat_template,
         template_arguments(tokenizer).get("pinned_day"),
         tokenizer.backend_tokenizer.to_str(),

@@ -23,7 +23,7 @@ def identity(model: Model, plan: TrainingPlan) -> str:
     enter it.
     """
     learnt = affecting(plan.settings, {"training"})
-    start = np.stack(to_host(checksums(model.params))).tolist()
+    start = values_of(model)
     config = repr(dataclasses.replace(model.config, attention="auto"))
     # Not where the base model lies: its parameters are in `start`, and it may be moved.
     about = {name: value for name, value in plan.metadata.items() if name != "base"}
@@ -38,8 +38,12 @@ def identity(model: Model, plan: TrainingPlan) -> str:
 def of_model(model: Model) -> str:
     """Returns the SHA-256 of a model's config and parameters; the attention kernel does not enter it."""
     config = repr(dataclasses.replace(model.config, attention="auto"))
-    values = np.stack(to_host(checksums(model.params))).tolist()
-    return hashlib.sha256(json.dumps([config, values]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([config, values_of(model)]).encode()).hexdigest()
+
+
+def values_of(model: Model) -> list[int]:
+    """Returns the checksums of a model's parameters, on every host."""
+    return np.stack(to_host(checksums(model.params))).tolist()
 
 
 @jax.jit

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.golden.make_golden import torch_logits
+from support.said import Said
 from support.tiny_model import FAMILIES, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,22 +27,11 @@ from middo_jax.models.checkpoint import save_params
 from middo_jax.models.hf import CheckpointError, verifying
 from middo_jax.models.model import Model, Params
 from middo_jax.parallel.mesh import make_mesh
-from middo_jax.progress import Silent
 from middo_jax.stages import export_checkpoint
 
 TRAINED_WITH = (
     "{% for message in messages %}{{ '<|im_start|>' + message['content'] + eos_token }}{% endfor %}"
 )
-
-
-class Said(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def trained(base: Path, mesh: jax.sharding.Mesh | None = None) -> Model:

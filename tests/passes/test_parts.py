@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from support.loop_fixture import settings
+from support.said import Said
 from support.tiny_model import write_tiny_model
 
 from middo_jax import stages
@@ -28,16 +29,6 @@ from middo_jax.progress import Silent
 from middo_jax.rundir import RoundDir
 from middo_jax.session import Session, prepare, write_dataset
 from middo_jax.training.identity import of_model
-
-
-class Said(Silent):
-    """Remembers what was said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture(scope="module")

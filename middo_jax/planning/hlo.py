@@ -244,11 +244,23 @@ class _Affine(NamedTuple):
 def trip_count(module: Module, inside: Computation, loop: Instruction) -> int | None:
     """Returns how often a while loop runs; None if that depends on data.
 
+    The CPU compiler writes the number beside the loop; the TPU compiler does not.
+
     Args:
       module: the program.
       inside: the computation that contains the loop.
       loop: the instruction.
     """
+    if written := _WRITTEN_COUNT.search(loop.attributes):
+        return int(written.group(1))
+    return count_by_condition(module, inside, loop)
+
+
+_WRITTEN_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+def count_by_condition(module: Module, inside: Computation, loop: Instruction) -> int | None:
+    """As `trip_count`, from the condition, the counter's initial value and its step alone."""
     condition, body = module.called(loop, "condition"), module.called(loop, "body")
     comparison = _comparison(module, condition)
     if comparison is None:

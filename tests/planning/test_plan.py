@@ -15,7 +15,7 @@ import pytest
 from middo_jax.config import Config, ConfigError, load
 from middo_jax.models.config import DecoderConfig
 from middo_jax.parallel.mesh import one_device
-from middo_jax.planning import amounts
+from middo_jax.planning import amounts, hlo
 from middo_jax.planning.chips import Chip, Slices
 from middo_jax.planning.compiling import PlanError, compile_program, devices_of
 from middo_jax.planning.forecast import Request
@@ -69,6 +69,19 @@ def test_flops_of_scoring_and_training_are_those_by_hand() -> None:
     last = 2.0 * 4 * 128 * TINY.intermediate_size * TINY.hidden_size * TINY.num_layers
     stepped = flops_of(training(config, TINY, one_device(), 0.5, 1.0))
     assert stepped == pytest.approx(4 * (dense + attention) - last + 3 * head, rel=0.01)
+
+
+def test_conditions_give_the_counts_that_the_compiler_writes() -> None:
+    step = training(settings(**{"train.gradient_accumulation": 2}), TINY, one_device(), 0.5, 1.0)
+    module = hlo.parse(step.lower().compile().as_text())
+    read = [
+        (hlo.count_by_condition(module, inside, one), hlo.trip_count(module, inside, one))
+        for inside in module.computations.values()
+        for one in inside.instructions.values()
+        if one.opcode == "while" and '"known_trip_count"' in one.attributes
+    ]
+    assert sum(by_condition is not None for by_condition, _ in read) >= 4
+    assert all(by_condition in (None, written) for by_condition, written in read)
 
 
 def test_micro_batches_multiply() -> None:

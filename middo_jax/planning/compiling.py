@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import os
 import re
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -103,43 +104,75 @@ def compile_program(program: Program, mesh: Mesh, chip: Chip, slices: Slices | N
       slices: the topology; None on this host.
     """
     began = time.monotonic()
-    compiled, memory = _compiled(program, mesh, chip.usable_bytes)
+    compiled = _compiled(program, mesh)
+    memory = _memory(program, compiled, chip.usable_bytes)
     counted = None
-    if compiled is not None:
+    if not isinstance(compiled, _TooLarge):
         machine = Machine(chip, Network.of(mesh, slices), program.loops, program.window)
-        counted = cost(compiled.as_text() or "", machine)
+        counted = cost(compiled.text, machine)
     return Compiled(program, memory, counted, time.monotonic() - began)
 
 
 def memory_of_program(program: Program, mesh: Mesh, usable: float) -> Memory:
     """Compiles a program and reads its memory; `usable` is that of a device."""
-    return _compiled(program, mesh, usable)[1]
+    return _memory(program, _compiled(program, mesh), usable)
 
 
-def _compiled(program: Program, mesh: Mesh, usable: float) -> tuple[jax.stages.Compiled | None, Memory]:
-    """The compiled program, None if it does not fit the device, and its memory."""
+class _TooLarge(NamedTuple):
+    """What the compiler says of a program that does not fit: bytes needed, bytes of the device."""
+
+    used: float
+    usable: float
+
+
+class _Text(NamedTuple):
+    """A compiled program, and its sizes in memory."""
+
+    text: str
+    sizes: Any
+
+
+# `auto`, the search for the nearest setting that fits, and the plan itself ask for the same programs.
+_compiled_before: dict[str, _Text | _TooLarge] = {}
+
+
+def _compiled(program: Program, mesh: Mesh) -> _Text | _TooLarge:
+    """The compiled program; one that this process has compiled before is not compiled again."""
     with jax.set_mesh(mesh):
         lowered = program.lower()
+    devices = [(d.platform, d.device_kind, d.id) for d in mesh.devices.flat]
+    key = hashlib.sha256(f"{devices}{lowered.as_text()}".encode()).hexdigest()
+    if key not in _compiled_before:
+        _compiled_before[key] = _compile(lowered)
+    return _compiled_before[key]
+
+
+def _compile(lowered: jax.stages.Lowered) -> _Text | _TooLarge:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         found = _USED.search(str(error))
         if found is None:
             raise
-        used, there = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))  # the number and its unit
-        return None, Memory(used, there, {})
-    return compiled, memory_of(program, compiled, usable)
+        return _TooLarge(*(float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3)))  # number and unit
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        raise PlanError("the compiler does not report the memory of a program")
+    return _Text(compiled.as_text() or "", sizes)
 
 
-def memory_of(program: Program, compiled: jax.stages.Compiled, usable: float) -> Memory:
-    """The memory of a compiled program, by kind.
+def _memory(program: Program, compiled: _Text | _TooLarge, usable: float) -> Memory:
+    if isinstance(compiled, _TooLarge):
+        return Memory(compiled.used, compiled.usable, {})
+    return memory_of(program, compiled.sizes, usable)
+
+
+def memory_of(program: Program, sizes: Any, usable: float) -> Memory:
+    """The memory of a compiled program by kind, from the compiler's `memory_analysis()`.
 
     Gradients are counted in float32, as large as the trained parameters; the rest of the temporaries are
     activations and buffers of collectives.
     """
-    sizes = compiled.memory_analysis()
-    if sizes is None:
-        raise PlanError("the compiler does not report the memory of a program")
     parts = dict(program.parts)
     gradients = min(parts.pop("gradients", 0.0), sizes.temp_size_in_bytes)
     parts["other arguments"] = max(0.0, sizes.argument_size_in_bytes - sum(parts.values()))

@@ -99,10 +99,9 @@ def _convolution(one: Instruction, left: Shape, right: Shape) -> Matmul:
             lhs_dilate=int(field("lhs_dilate", i, "1")),
             rhs_dilate=int(field("rhs_dilate", i, "1")),
         )
-    groups = int(one.attribute("batch_group_count") or 1)
     inputs = right.dims[rhs.index("i")]  # those of one feature group
+    # The output's batch axis is divided by batch_group_count already.
     batch, outputs = output.dims[out.index("b")], output.dims[out.index("f")]
-    del groups  # the output's batch axis is already divided by it
     return Matmul(2.0 * batch * outputs * inputs * valid, inputs, batch, outputs, _passes(one, left))
 
 

@@ -154,6 +154,7 @@ def test_the_command_plans_a_slice(tmp_path: Path) -> None:
     command = ["plan", str(config), "--topology", "v5e:2x2", "--mesh", "1,2,2", "--stages", "train,score"]
     command += ["--rows", "1000", "--tokens", "80", "--save"]
     settings = ["model.max_length=512", f"runs_dir={tmp_path}", "train.gradient_accumulation=auto"]
+    settings += ["train.batch_size=8"]
     done = subprocess.run(
         [sys.executable, "-m", "middo_jax", *command, "--price", "1.2", "--json", *settings],
         env=dict(os.environ),

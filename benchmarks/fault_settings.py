@@ -29,7 +29,8 @@ class Change(NamedTuple):
 PREPARE, TRAIN, SCORE, SELECT = ("prepare",), ("train",), ("score",), ("select",)
 REFINE, MERGE = ("refine",), ("merge", "follow")
 READS_BASE = ("train", "score", "evaluate")  # the weights; the tokenizer's files are the same
-TEXT = ("prepare", "train", "score", "refine", "evaluate")
+COMPUTES = ("train", "score", "refine", "evaluate")
+TEXT = ("prepare", *COMPUTES)
 BENCHMARK = ("benchmark",)
 SAMPLED = {"quality.method": "sample", "quality.max_new_tokens": 16}
 WITH_LORA = {"lora.rank": 2}
@@ -41,7 +42,7 @@ CHANGES: dict[str, Change] = {
     "seed": Change(9, ("prepare", "train", "refine")),
     "rounds": Change(2, ("follow", "evaluate")),
     "model.path": Change("{root}/other_model", READS_BASE),
-    "model.dtype": Change("bfloat16", (*TEXT, "export")),
+    "model.dtype": Change("bfloat16", (*COMPUTES, "export")),
     "model.attention": Change("xla"),
     "model.template": Change("default", TEXT),
     "model.template_date": Change("2020-02-02", TEXT),
@@ -149,7 +150,7 @@ CHANGES: dict[str, Change] = {
     "evaluate.max_length": Change(64, BENCHMARK, base=WITH_TASKS),
     "evaluate.num_fewshot": Change(1, BENCHMARK, base=WITH_TASKS),
     "serve.max_batch": Change(2),
-    "serve.max_context": Change(777, REFINE),
+    "serve.max_context": Change(777, SCORE, base=SAMPLED),
 }
 
 

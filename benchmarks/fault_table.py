@@ -90,7 +90,10 @@ def expected(name: str) -> list[str]:
 def cases(world: World) -> Iterator[Case]:
     """All rows of the table."""
     for name in files(world.finished):
+        is_empty = (world.finished.path / name).stat().st_size == 0
         for fault in FAULTS:
+            if is_empty and fault in ("empty", "truncate"):
+                continue  # it stays as it is
             yield Case(f"{fault} {name}", lambda n=name, f=fault: file_case(world, n, FAULTS[f]))
     for name in folders(world.finished):
         for fault in FOLDER_FAULTS:
@@ -165,7 +168,7 @@ def setting_case(world: World, name: str, change: Change) -> list[str]:
     stages = stale_by(run, change.stages)
     if name == "rounds":
         stages |= {f"round_01 {s}" for s in ("prepare", "train", "score", "select", "refine", "merge")}
-    return _changed_case(world, run, stages, **base, **more)
+    return _changed_case(world, run, stages, **{**base, **more})
 
 
 def _changed_case(world: World, run: RunDir, wanted: set[str], **more: Any) -> list[str]:

@@ -61,6 +61,7 @@ SAMPLE = (
     "unreadable round_01/embeddings.parquet",
     "truncate round_01/refined.jsonl",
     "truncate final/checkpoint/metadata.json",
+    "folder round_00/checkpoint/metadata.json",
     "remove final/huggingface/",
     "file round_01/checkpoint/",
     "remove round_00/checkpoint/",

@@ -31,6 +31,11 @@ _ERROR = {
         }
     },
 }
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A chunk as JSON, or [DONE] at the end."}},
+}
 _REFUSALS = {
     "400": "A field is missing, out of its range or not offered; `param` names it.",
     "401": "The token is missing or wrong.",
@@ -119,7 +124,8 @@ def _get(summary: str, schema: Json) -> Json:
 
 
 def _post(summary: str, request: Json, answer: type[pydantic.BaseModel], schemas: Json) -> Json:
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    # Before OpenAPI 3.2, the schema of a stream is that of each event.
+    events = {"text/event-stream": {"schema": _EVENT}}
     return {
         "post": {
             "summary": summary,

@@ -108,9 +108,9 @@ def _of_contents(folder: RoundDir) -> Iterator[Damage]:
         if folder.manifest.is_file() and "format version" not in str(error):
             yield Damage(folder.manifest, "is not a manifest, or is not as it was written")
     metadata = folder.checkpoint / "metadata.json"
-    if metadata.is_file():
+    if os.path.lexists(metadata):
         try:
             if not isinstance(json.loads(metadata.read_bytes()), dict):
                 raise ValueError("not an object")
         except (OSError, ValueError):
-            yield Damage(folder.checkpoint, "has a metadata.json that is not JSON")
+            yield Damage(folder.checkpoint, "has no readable metadata.json")

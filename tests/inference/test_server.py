@@ -18,6 +18,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import schemathesis
 from openai.types.chat import ChatCompletionMessageParam
 from support.tiny_model import write_tiny_model
 
@@ -451,6 +452,19 @@ def test_its_own_description_is_that_of_openais_types(served):
         "/v1/models",
         "/health",
     }
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"), [("chat/completions", {"messages": QUESTION}), ("completions", {"prompt": "What"})]
+)
+def test_a_stream_is_as_described(served, path, asked):
+    described = schemathesis.openapi.from_url(served.url.replace("/v1", "/openapi.json"))
+    body = {"model": "tiny", "stream": True, "max_tokens": 2, **asked}
+    case = described[f"/v1/{path}"]["POST"].Case(body=body, media_type="application/json")
+    response = case.call()
+    assert response.headers["content-type"][0].startswith("text/event-stream")
+    assert len(response.content) > 100
+    case.validate_response(response)
 
 
 class SilentEngine(Engine):

@@ -64,7 +64,7 @@ def main() -> None:
         scores, _ = score_examples(
             loaded,
             tokenized,
-            batch_tokens=session.config.scoring.batch_tokens,
+            batch_tokens=session.batch_tokens,
             chunk=session.config.scoring.unembed_chunk,
             progress=session.progress,
             name=name,

@@ -71,11 +71,9 @@ def main() -> None:
     model = session.load_model(Path(arguments.model))
     examples = read(arguments.data)[0][: arguments.rows]
     tokenized = tokenize_all(examples, session.tokenizer, session.config.model.max_length)
-    scoring = session.config.scoring
+    chunk = session.config.scoring.unembed_chunk
     sides = {
-        name: losses.LossPass(
-            tokenized, model, scoring.batch_tokens, scoring.unembed_chunk, prompts=name == "with prompts"
-        )
+        name: losses.LossPass(tokenized, model, session.batch_tokens, chunk, prompts=name == "with prompts")
         for name in ("loss alone", "with prompts")
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}

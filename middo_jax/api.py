@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from middo_jax import refinement, stages
@@ -26,12 +27,24 @@ from middo_jax.evaluation.heldout import HeldoutLoss
 from middo_jax.loop import run_loop
 from middo_jax.models.resolve import resolve
 from middo_jax.parallel.coordination import barrier, from_first
+from middo_jax.planning.amounts import Amounts
+from middo_jax.planning.forecast import Plan, Request, plan_run
 from middo_jax.progress import for_stderr
 from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
 from middo_jax.refinement import DryRun
 from middo_jax.report.status import status
 from middo_jax.results import Exported, Refined, Run, Scores, Trained
-from middo_jax.rundir import RoundDir, RunDir, RunError, held, local, read_jsonl, write_jsonl, write_text
+from middo_jax.rundir import (
+    RoundDir,
+    RunDir,
+    RunError,
+    held,
+    local,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from middo_jax.rundir.rows import BenchmarksFile
 from middo_jax.selecting import PathLike, load_config
 from middo_jax.session import Session, prepare, read_data, session_for, session_of, write_dataset
@@ -110,7 +123,7 @@ def score(
     place = None if out is None else local(Path(out))
     model_path = resolve(os.fspath(model))
     with contextlib.nullcontext() if place is None else held(place):
-        session = session_for(model_path, _path(rows), settings, place)
+        session = session_for(model_path, _path(rows), settings, place).settled()
         axes = scored_axes(session.config) if axes is None else axes
         stages.check_own_texts(session.config)
         data = read_data(session, None if _path(rows) else rows)
@@ -222,7 +235,7 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
     """
     place, model_path = local(Path(out)), resolve(os.fspath(model))
     with held(place):
-        session = session_for(model_path, _path(rows), settings, place)
+        session = session_for(model_path, _path(rows), settings, place).settled()
         data = read_data(session, None if _path(rows) else rows)
         kept, heldout, rejections, *_ = prepare(session, data)
         with session.stage():  # the checks, the training and the final loss share tokenized conversations
@@ -307,6 +320,42 @@ def export(
         return Exported(directory, None)
     facts = stages.export_checkpoint(source, directory, dtype, for_stderr(), verify=verify)
     return Exported(directory, facts)
+
+
+def plan(config: Config, request: Request, rows: int | None = None, tokens: float | None = None) -> Plan:
+    """Plans a run for chips that are not there: memory, time and money of every stage.
+
+    Compiles the programs that the run would use. Loads no weights: of the model only config.json is read and,
+    for the lengths of the data, the tokenizer.
+
+    Args:
+      config: return value of `load_config`.
+      request: chips, mesh, stages, price.
+      rows: number of rows to plan for, instead of those of `data.path`.
+      tokens: their mean length; given with `rows`.
+
+    Raises:
+      ValueError: a setting, the topology or the mesh is wrong, or the data cannot be used.
+      PlanError: the TPU compiler is not installed, or does not have this topology.
+    """
+    session = Session(config, for_stderr())
+    if rows is not None and tokens is not None:
+        amounts = Amounts.assumed(rows, tokens, config.model.max_length)
+    else:
+        tokenized = session.tokenize(prepare(session)[0])
+        n_targets = sum(int(one.is_target_n.sum()) for one in tokenized)
+        lengths_n = np.asarray([len(one) for one in tokenized])
+        amounts = Amounts.of_lengths(lengths_n, n_targets, config.data.name)
+    return plan_run(config, session.decoder, amounts, request, session.progress)
+
+
+def save_plan(found: Plan) -> Path:
+    """Writes a plan into its run's folder as plan.json, which the report shows beside the measured times."""
+    config = found.job.config
+    run = RunDir(Path(config.runs_dir) / config.name)
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_json(run.plan, found.to_json())
+    return run.plan
 
 
 def require_axes(axes: Collection[str], name: str = "axes") -> None:

@@ -142,7 +142,9 @@ def _repair(run: RunDir, config: Config, progress: Progress) -> None:
 
 
 def _run(run: RunDir, session: Session) -> None:
-    config, progress, began = session.config, session.progress, time.monotonic()
+    progress, began = session.progress, time.monotonic()
+    session = session.settled()
+    config = session.config
     with contextlib.ExitStack() as checked:
         checked.enter_context(session.stage())  # the first training reuses what the checks tokenize
         header = _Header(session)
@@ -319,7 +321,7 @@ def _prepare(plan: Plan, link: Link) -> None:
     began, facts = time.monotonic(), dict[str, Any]()
     if link.earlier is not None:
         begun = link.begin()
-        kept, _ = stages.merged(plan.session, link.earlier)
+        kept = stages.merged(plan.session, link.earlier)
     else:
         assert plan.fresh is not None  # `_checked` read the data, because this stage is not done
         begun, data = plan.fresh
@@ -333,7 +335,8 @@ def _prepare(plan: Plan, link: Link) -> None:
             plan.run.final.forget(PREPARE)  # its rows have the format of the earlier data
     write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
     if link.folder.own_format in link.writes:
-        facts = {"format": write_as_it_came(plan.run, kept, link.folder.own_format, plan.session.progress)}
+        rows = list(kept)
+        facts = {"format": write_as_it_came(plan.run, rows, link.folder.own_format, plan.session.progress)}
     begun.finish(plan.session.config, time.monotonic() - began, n=len(kept), **facts)
 
 

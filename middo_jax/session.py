@@ -42,12 +42,15 @@ from middo_jax.data.tokenize import (
 )
 from middo_jax.models.attention import shares_prefixes
 from middo_jax.models.checkpoint import read_metadata
+from middo_jax.models.config import DecoderConfig, read_config
+from middo_jax.models.lora import from_settings
 from middo_jax.models.model import Model
 from middo_jax.models.resolve import resolve
 from middo_jax.models.source import Source, load, locate
 from middo_jax.parallel.mesh import batch_divisor, make_mesh
 from middo_jax.passes.losses import plan_losses
 from middo_jax.passes.runner import Plan
+from middo_jax.planning import automatic
 from middo_jax.progress import Progress, for_stderr
 from middo_jax.rundir import RoundDir, RunError, read_jsonl, write_jsonl
 from middo_jax.rundir.settings import settings_of
@@ -94,7 +97,37 @@ class Session:
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
             jax.config.update("jax_compilation_cache_dir", str(cache / "middo-jax" / "jax"))
-        return make_mesh(self.config.mesh)
+        settings = self.config.mesh
+        if settings.tensor == "auto":
+            size = automatic.tensor_size(self.config, self.decoder, jax.devices(), automatic.usable_bytes())
+            settings = settings.model_copy(update={"tensor": size})
+        return make_mesh(settings)
+
+    @functools.cached_property
+    def decoder(self) -> DecoderConfig:
+        """The base model's config, with the attention and the adapters of the settings."""
+        return dataclasses.replace(
+            read_config(self.base, self.config.model.dtype),
+            attention=self.config.model.attention,
+            lora=from_settings(self.config.lora),
+        )
+
+    @functools.cached_property
+    def batch_tokens(self) -> int:
+        """`scoring.batch_tokens` as a number."""
+        given = self.config.scoring.batch_tokens
+        if given != "auto":
+            return given
+        return automatic.batch_tokens(self.config, lambda: self.decoder, self._place)
+
+    def settled(self) -> Session:
+        """A session with values in place of the settings that are `auto`, found by compiling."""
+        config = automatic.settled(self.config, lambda: self.decoder, self._place)
+        return self if config == self.config else dataclasses.replace(self, config=config)
+
+    @property
+    def _place(self) -> automatic.Place:
+        return automatic.Place(self.mesh, automatic.usable_bytes())
 
     def locate(self, path: Path) -> Source:
         """What a model is made of, see `models.source.locate`; a base that was moved is the session's."""
@@ -168,7 +201,7 @@ class Session:
         with jax.set_mesh(self.mesh):
             share_prefix = shares_prefixes(self.config.model.attention)
         ways = batch_divisor(self.mesh)
-        return plan_losses(tokenized, share_prefix, ways, self.config.scoring.batch_tokens)
+        return plan_losses(tokenized, share_prefix, ways, self.batch_tokens)
 
 
 def _content(example: Example) -> Content:

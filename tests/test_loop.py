@@ -18,6 +18,7 @@ from support.tiny_model import CHAT_TEMPLATE
 from middo_jax.config import load
 from middo_jax.loop import run_loop
 from middo_jax.models.checkpoint import read_metadata
+from middo_jax.planning.automatic import changed_settings, with_changes
 from middo_jax.progress import Silent
 from middo_jax.rundir import RoundDir, RunDir, RunError, file_hash, read_jsonl
 from middo_jax.signals.embeddings import read_embeddings
@@ -61,7 +62,9 @@ def test_every_artefact_is_where_the_contract_says(finished: Finished) -> None:
         assert {p.name for p in directory.path.iterdir()} == a_round
     last = {"dataset.jsonl", "checkpoint", "metrics.jsonl", "manifest.json", "huggingface", "train.jsonl"}
     assert {p.name for p in run.final.path.iterdir()} == last
-    assert load(run.config) == load(None, finished.settings())
+    given, kept = load(None, finished.settings()), load(run.config)
+    assert changed_settings(given, kept) == ["scoring.batch_tokens=2048"]  # auto
+    assert with_changes(given, ["scoring.batch_tokens=2048"]) == kept
 
 
 def test_manifests_name_every_stage_and_the_files_as_they_are(finished: Finished) -> None:

@@ -4,7 +4,7 @@ The functions import what they call, so `--help` is quick.
 """
 
 # In the order in which `middo --help` lists the commands.
-from middo_jax.cli import running, steps, datasets, serving  # isort: skip
+from middo_jax.cli import running, planning, steps, datasets, serving  # isort: skip
 from middo_jax.cli.program import app, main
 
-__all__ = ["app", "datasets", "main", "running", "serving", "steps"]
+__all__ = ["app", "datasets", "main", "planning", "running", "serving", "steps"]

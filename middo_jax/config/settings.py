@@ -153,7 +153,18 @@ class MeshSettings(Settings):
 
     data: int = Field(default=1, ge=-1, description="Data parallel, parameters replicated.")
     fsdp: int = Field(default=-1, ge=-1, description="Data parallel, parameters sharded.")
-    tensor: int = Field(default=1, ge=-1, description="Tensor parallel: heads, MLP and vocabulary sharded.")
+    tensor: int | Literal["auto"] = Field(
+        default=1,
+        description="Tensor parallel: heads, MLP and vocabulary sharded. auto: the least with which the mesh "
+        "divides train.batch_size and training fits.",
+    )
+
+    @pydantic.field_validator("tensor")
+    @classmethod
+    def _size(cls, tensor: int | str) -> int | str:
+        if isinstance(tensor, int) and tensor < -1:
+            raise ValueError("must be auto, a number of devices, or -1")
+        return tensor
 
 
 class HostsSettings(Settings):
@@ -175,8 +186,10 @@ Reading = Literal["prompt_nll", "ifd", "pmi", "reverse_ifd", "consistency"]
 class ScoringSettings(Settings):
     """The forward passes that score: their speed and memory, and the readings beside the axes' columns."""
 
-    batch_tokens: Annotated[PositiveInt, Affects("speed")] = Field(
-        default=2048, description="Tokens per packed batch, all devices together."
+    batch_tokens: Annotated[PositiveInt | Literal["auto"], Affects("speed")] = Field(
+        default="auto",
+        description="Tokens per packed batch, all devices together. auto: up to 16384 per device, as many as "
+        "fit its memory, which is found by compiling; 2048 on CPUs.",
     )
     unembed_chunk: Annotated[PositiveInt, Affects("speed")] = Field(
         default=512, description="Target positions per device whose logits exist at one time."
@@ -240,7 +253,8 @@ class Config(Settings):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.train.batch_size % self.train.gradient_accumulation:
+        parts = self.train.gradient_accumulation
+        if parts != "auto" and self.train.batch_size % parts:
             raise ValueError("train.gradient_accumulation must divide train.batch_size")
         if self.train.keep_best and self.train.eval_every is None:
             raise ValueError("train.keep_best needs train.eval_every, to find the best state")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from middo_jax.config.base import GIVEN, Affects, Settings
+from middo_jax.config.base import GIVEN, Affects, ConfigError, Settings
 from middo_jax.config.unions import Alternative, OneOf
 
 # The matrices of a layer; PEFT uses the same names.
@@ -92,9 +92,10 @@ class TrainSettings(Settings):
         description="Examples per optimizer step, if they fit into batch_size sequences: the global batch "
         "size of a trainer that does not pack. None: as many as fit.",
     )
-    gradient_accumulation: Annotated[PositiveInt, Affects("speed")] = Field(
+    gradient_accumulation: Annotated[PositiveInt | Literal["auto"], Affects("speed")] = Field(
         default=1,
-        description="Micro-batches per step; each has batch_size / gradient_accumulation sequences.",
+        description="Micro-batches per step; each has batch_size / gradient_accumulation sequences. auto: as "
+        "few as fit the memory, together with remat; found by compiling.",
     )
     warmup_ratio: Annotated[float, Affects("training")] = Field(
         default=0.03, ge=0, lt=1, description="Share of all steps in which the learning rate rises."
@@ -111,11 +112,11 @@ class TrainSettings(Settings):
     max_grad_norm: Annotated[PositiveFloat, Affects("training")] = Field(
         default=1.0, description="Maximum global norm of the gradient; larger gradients are scaled down."
     )
-    remat: Annotated[Literal["none", "dots", "layer"], Affects("speed")] = Field(
+    remat: Annotated[Literal["none", "dots", "layer", "auto"], Affects("speed")] = Field(
         default="layer",
         description="What each layer saves for the backward pass; the rest is recomputed. none: everything; "
         "dots: its input, its products with weights and attention's output; layer: its input only, which "
-        "needs the least memory and the most time.",
+        "needs the least memory and the most time; auto: the fastest that fits, found by compiling.",
     )
     start_from: Annotated[Literal["base", "previous"], Affects("training")] = Field(
         default="base",
@@ -146,6 +147,28 @@ class TrainSettings(Settings):
         description="Trackers that show the training, such as [tensorboard, {wandb: PROJECT}]; each needs "
         "the extra of its name.",
     )
+
+    @property
+    def micro_batches(self) -> int:
+        """`gradient_accumulation` as a number.
+
+        Raises:
+          ConfigError: it is still `auto`.
+        """
+        if self.gradient_accumulation == "auto":
+            raise ConfigError("config: train.gradient_accumulation=auto was not replaced by a number")
+        return self.gradient_accumulation
+
+    @property
+    def recomputed(self) -> Literal["none", "dots", "layer"]:
+        """`remat` without `auto`.
+
+        Raises:
+          ConfigError: it is still `auto`.
+        """
+        if self.remat == "auto":
+            raise ConfigError("config: train.remat=auto was not replaced by a value")
+        return self.remat
 
     @pydantic.field_validator("on_bad_step", mode="before")
     @classmethod

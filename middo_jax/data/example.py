@@ -18,7 +18,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 Op = Literal["seed", "simplify", "rewrite", "synthesize", "reanswer", "complete"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Message:
     """One turn. An answer that is not `learnt` is context only: none of its tokens is a target.
 
@@ -48,7 +48,7 @@ class Message:
         return cls(row["role"], row["content"], row.get("weight") in (None, 1), tool)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Lineage:
     """Where an example comes from, and its scores before and after the rewrite.
 
@@ -93,7 +93,7 @@ class _Given(TypedDict, total=False):
     extra: dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Example:
     """A conversation whose last message is the assistant's.
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from middo_jax.config import ConfigError, MeshSettings
@@ -60,7 +62,20 @@ def make_mesh(settings: MeshSettings | None = None, devices: Sequence[Any] | Non
         wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         raise ConfigError(f"config: {wanted} does not fit {len(devices)} devices; at most one axis may be -1")
     shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_arranged(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array in which neighbours are near each other in the network.
+
+    `jax.make_mesh` refuses a mesh axis that is a part of an axis of the network, such as fsdp=8, tensor=4 on
+    4 x 8 chips of v6e, and any mesh over several slices.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and shape[0] % slices == 0:
+        inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+        return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def one_device() -> Mesh:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import yaml
 from markupsafe import Markup
 
@@ -30,11 +29,14 @@ from middo_jax.report.benchmarks import metric_text, score_text
 from middo_jax.report.costs import costs
 from middo_jax.report.curves import heldout_curves, training_curves
 from middo_jax.report.effects import RESAMPLES
-from middo_jax.report.lineage import score_rows
+from middo_jax.report.lineage import score_rows, score_table
+from middo_jax.report.planned import planned
+from middo_jax.report.score_plots import score_plots
 from middo_jax.report.status import (
     FINAL_STAGES,
     ROUND_STAGES,
     count_rows,
+    each_row,
     load_json,
     load_jsonl,
     load_settings,
@@ -92,11 +94,10 @@ def _page(run: RunDir, excerpt: int) -> str:
     """The page with at most `excerpt` characters of each text."""
     state, settings = status(run), load_settings(run)
     folders = [RoundDir(run.path / r["name"]) for r in state["rounds"]]
-    scores = [score_rows(folder) for folder in folders]
     axes = shown_axes(load_json(folder.selection) for folder in folders)
     rounds = [
-        {**facts, **_round(folder, scores[i : i + 2], settings, axes, excerpt)}
-        for i, (folder, facts) in enumerate(zip(folders, state["rounds"], strict=True))
+        {**facts, **_round(folder, later, settings, axes, excerpt)}
+        for folder, later, facts in zip(folders, [*folders[1:], None], state["rounds"], strict=True)
     ]
     refused = load_jsonl(run.path / "rejected.jsonl")
     refined = [r for r in rounds if r["accepted"] is not None]
@@ -118,6 +119,7 @@ def _page(run: RunDir, excerpt: int) -> str:
         n_accepted=sum(r["accepted"] for r in refined) if refined else None,
         n_tried=sum(r["accepted"] + r["rejected"] for r in refined) if refined else None,
         time=_time(state),
+        planned=planned(run),
         heldout=_heldout(state["heldout"], settings),
         curves=training_curves([*folders, run.final]),
         heldout_curves=heldout_curves([*folders, run.final]),
@@ -143,6 +145,7 @@ def _environment(excerpt: int) -> jinja2.Environment:
         "loss": number(lambda v: f"{v:.4f}"),
         "change": number(lambda v: f"{v:+.4f}"),
         "percent": number(lambda v: f"{v:.1%}"),
+        "ratio": number(lambda v: f"{v:,.2f}"),
         "seconds": number(duration),
         "metric": metric_text,
         "benchmark": lambda v: score_text(v).replace("+-", "\N{PLUS-MINUS SIGN}"),
@@ -198,32 +201,32 @@ def _heldout(models: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str
 
 def _round(
     folder: RoundDir,
-    scores_of_two: list[dict[str, dict[str, Any]]],
+    next_folder: RoundDir | None,
     settings: dict[str, Any],
     axes: Axes,
     excerpt: int,
 ) -> dict[str, Any]:
-    """The page's values about one round, besides those that `status` returns.
-
-    `scores_of_two`: by id, of this round and, if there is one, of the next.
-    """
-    scores, later = [*scores_of_two, {}][:2]
+    """The page's values about one round, besides those that `status` returns."""
     selection = load_json(folder.selection)
     sets = selection["axes"] if selection else {}
     tasks = load_jsonl(folder.refined)
+    taken = [t for t in tasks or [] if t["accepted"] and t["example"]]
+    before = score_rows(folder, {t["original"]["id"] for t in taken})
+    later = {} if next_folder is None else score_rows(next_folder, {t["example"]["id"] for t in taken})
+    scores = score_table(folder)
     needed = {i for task in tasks or [] for i in task["hint_ids"]}
     hints = {}
-    if needed:
-        rows = load_jsonl(folder.dataset) or []
+    if needed and folder.dataset.exists():
+        rows = each_row(folder.dataset)
         hints = {row["id"]: Example.from_json(row).prompt for row in rows if row["id"] in needed}
     rejected = refusals(tasks or [], load_jsonl(folder.requests) or [])
     return {
         "sets": sets,
         "overlap": selection["overlap"] if selection else None,
         "duplicates": selection.get("duplicates") if selection else None,  # not in older folders
-        "n_scored_rows": len(scores) if folder.scores.exists() else None,
+        "n_scored_rows": None if scores is None else len(scores),
         "set_plot": _set_plot(selection, axes) if selection else None,
-        "plots": _score_plots(scores, sets, settings, axes) | {"sweep": _sweep(selection, axes)},
+        "plots": score_plots(scores, sets, settings, axes) | {"sweep": _sweep(selection, axes)},
         "verdicts": _verdicts(tasks, axes) if tasks is not None else None,
         "reasons": Counter((_axes(t), t["verdict"].kind) for t in rejected).most_common(),
         "acceptance": acceptance(
@@ -233,11 +236,7 @@ def _round(
         "dropped": load_jsonl(folder.dropped),
         "kept": folder.stages().get("refine", {}).get("kept", {}),
         "conversations": _conversations(tasks or []),
-        "rewrites": [
-            _rewrite(t, hints, (scores, later), axes, excerpt)
-            for t in tasks or []
-            if t["accepted"] and t["example"]
-        ],
+        "rewrites": [_rewrite(t, hints, (before, later), axes, excerpt) for t in taken],
         "refusals": [t | {k: _example(t[k]) for k in ("example", "original")} for t in rejected],
     }
 
@@ -247,49 +246,6 @@ def _set_plot(selection: dict[str, Any], axes: Axes) -> Markup:
     rows += [(k.replace("_", " ").replace("&", " & "), n, "c-both") for k, n in selection["overlap"].items()]
     drawn = [plots.Bar("all sets" if name == "all" else name, ((n, c),), f"{n:,}") for name, n, c in rows]
     return plots.bars("Samples chosen by each axis, and by several", drawn)
-
-
-def _score_plots(
-    scores: dict[str, dict[str, Any]], sets: dict[str, Any], settings: dict[str, Any], axes: Axes
-) -> dict[str, Any]:
-    """One plot per axis, with the samples of selection.json in colour; None for an axis without scores."""
-    # With normalised losses the thresholds do not apply to the losses in the plot.
-    normalised = settings.get("complexity", {}).get("normalise", "none") != "none"
-    is_log_odds = settings.get("quality", {}).get("score") == "log_odds"
-    found: dict[str, Any] = {}
-    for axis, (name, colour, columns, labels, heading, _) in axes.items():
-        rows = [(i, *(row.get(c) for c in columns)) for i, row in scores.items()]
-        rows = [row for row in rows if None not in row]
-        if not rows:
-            found[axis] = None
-            continue
-        chosen_ids = set(sets.get(axis, {}).get("ids", ()))
-        values = np.array([row[1:] for row in rows], np.float64)
-        chosen = np.array([row[0] in chosen_ids for row in rows])
-        limits = [sets.get(axis, {}).get("threshold", {}).get(c) for c in columns]
-        if axis == "complexity" and normalised:
-            limits = [None, None]
-        if len(columns) == 2:
-            points = plots.Points(values[:, 0], values[:, 1], chosen)
-            plot = plots.scatter(heading, points, (labels[0], labels[1]), (limits[0], limits[1]), colour)
-        else:
-            label = "quality, log-odds of a good rating" if axis == "quality" and is_log_odds else labels[0]
-            plot = plots.histogram(
-                f"Distribution of {columns[0]}", values[:, 0], chosen, limits[0], label, colour
-            )
-        drawn = sum(
-            min(n, len(range(n)[plots.thinned(n)])) for n in (int(chosen.sum()), int((~chosen).sum()))
-        )
-        shown = drawn if len(columns) == 2 else len(rows)
-        found[axis] = {
-            "plot": plot,
-            "n": len(rows),
-            "shown": shown,
-            "chosen": int(chosen.sum()),
-            "name": name,
-            "at_mean_length": axis == "complexity" and normalised,
-        }
-    return found
 
 
 def _sweep(selection: dict[str, Any] | None, shown: Axes) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.lib
 import pyarrow.parquet as pq
 
@@ -76,14 +78,22 @@ def score_rows(round_dir: RoundDir, ids: Iterable[str] | None = None) -> dict[st
       round_dir: a round's folder.
       ids: read only these; None reads all.
     """
+    table = None if ids == set() else score_table(round_dir, ids)
+    rows = [] if table is None else table.to_pylist()
+    return {row.pop("id"): {k: _finite(v) for k, v in row.items()} for row in rows}
+
+
+def score_table(round_dir: RoundDir, ids: Iterable[str] | None = None) -> pa.Table | None:
+    """scores.parquet as a table, see `score_rows`; None if the file does not exist."""
     path = round_dir.scores
     if not path.exists():
-        return {}
+        return None
     try:
-        table = pq.read_table(path, filters=None if ids is None else [("id", "in", list(ids))])
+        wanted = None if ids is None else pc.field("id").isin(list(ids))
+        table = pq.read_table(path, filters=wanted)
         refuse_newer(table.schema, SCORES, path)
-        rows = table.to_pylist()
-        return {row.pop("id"): {k: _finite(v) for k, v in row.items()} for row in rows}
+        table["id"]
+        return table
     except (pyarrow.lib.ArrowException, KeyError) as e:
         raise RunError(
             f"{path}: not a table of scores ({e}); `middo run CONFIG --repair` makes it again"

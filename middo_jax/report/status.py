@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +55,24 @@ def load_jsonl(path: Path, torn_end: bool = False) -> list[Any] | None:
     Raises:
       RunError: a line is not JSON; the message names file and line.
     """
-    if not path.exists():
-        return None
-    rows: list[Any] = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            if torn_end and number == len(lines):  # only an incomplete line lacks its newline
-                break
-            raise RunError(
-                f"{path}:{number}: not valid JSON ({e}); mend the line, or let `middo run CONFIG --repair` "
-                "make the file again"
-            ) from e
-    return rows
+    return list(each_row(path, torn_end)) if path.exists() else None
+
+
+def each_row(path: Path, torn_end: bool = False) -> Iterator[Any]:
+    """The values of a JSONL file one at a time, see `load_jsonl`; the file must exist."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as e:
+                if torn_end and not line.endswith(b"\n"):
+                    return
+                raise RunError(
+                    f"{path}:{number}: not valid JSON ({e}); mend the line, or let `middo run CONFIG "
+                    "--repair` make the file again"
+                ) from e
 
 
 def load_settings(run: RunDir) -> dict[str, Any]:

@@ -167,20 +167,24 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
             file.write(json_line(row))
 
 
-def read_jsonl(path: Path) -> list[Any]:
-    """Reads one JSON value per line; a missing file is an error, as everywhere.
+def each_jsonl(path: Path) -> Iterator[Any]:
+    """The values of a file with one JSON value per line, one at a time; a missing file is an error.
 
     Raises:
       DamagedFile: a line is not JSON.
     """
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise DamagedFile(f"{path}:{number}", error) from error
-    return rows
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise DamagedFile(f"{path}:{number}", error) from error
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The values of a file with one JSON value per line, see `each_jsonl`."""
+    return list(each_jsonl(path))
 
 
 def read_json(path: Path) -> Any:

@@ -204,6 +204,11 @@ class RunDir:
         return self.path / "heldout_rows.parquet"
 
     @property
+    def plan(self) -> Path:
+        """What `middo plan --save` predicted."""
+        return self.path / "plan.json"
+
+    @property
     def report(self) -> Path:
         """The page for people."""
         return self.path / "report.html"

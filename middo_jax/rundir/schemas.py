@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, Union
 
-from middo_jax.rundir import rows
+from middo_jax.rundir import plan_rows, rows
 
 Form = Literal["JSON", "JSON lines", "Parquet"]
 ArrowType = Literal[
@@ -151,6 +151,9 @@ MANIFEST = Schema(
     rows.ManifestFile,
 )
 EVENTS = Schema("events.jsonl", "JSON lines", "the run", "One row per event.", 1, rows.EventRow)
+PLAN = Schema(
+    "plan.json", "JSON", "the run", "What `middo plan --save` predicted for the run.", 1, plan_rows.PlanFile
+)
 SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "dataset.jsonl",
@@ -242,6 +245,7 @@ SCHEMAS: tuple[Schema, ...] = (
         1,
         rows.BenchmarksFile,
     ),
+    PLAN,
     EVENTS,
     MANIFEST,
 )

@@ -30,6 +30,7 @@ ADDED = frozenset(
         *("end_nll", "worst_decile_nll", "prompt_nll", "pmi", "reverse_ifd", "consistency", "fault"),
     }
 )
+_GROUP_ROWS = 1 << 17
 # A sample may have no such reading: an answer without an end of turn, a conversation of several turns.
 MAY_BE_ABSENT = frozenset({"end_nll", "reverse_ifd"})
 
@@ -112,9 +113,9 @@ class Measured:
 
 
 def write_scores(path: Path, table: pa.Table) -> None:
-    """Writes scores.parquet whole or not at all."""
+    """Writes scores.parquet whole or not at all, in row groups that can be read one at a time."""
     with atomic(path, "wb") as file:
-        pq.write_table(table, file)
+        pq.write_table(table, file, row_group_size=_GROUP_ROWS)
 
 
 def read_scores(path: Path) -> pa.Table:

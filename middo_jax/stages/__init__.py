@@ -20,12 +20,11 @@ if TYPE_CHECKING:
         check_training,
     )
     from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
+    from middo_jax.stages.merge import merge_stage, merged
     from middo_jax.stages.refine import (
         check_learnt,
         follow_refinement,
         kept_samples,
-        merge_stage,
-        merged,
         plan_refinement,
         refine_round,
         refine_stage,
@@ -43,8 +42,8 @@ _MODULES = {
     "benchmark": "benchmark_stage check_benchmarks measure_benchmarks",
     "checks": "check_continues check_judge check_own_texts check_refiner check_training",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
-    "refine": "check_learnt follow_refinement kept_samples merge_stage merged plan_refinement refine_round "
-    "refine_stage",
+    "merge": "merge_stage merged",
+    "refine": "check_learnt follow_refinement kept_samples plan_refinement refine_round refine_stage",
     "review": "outcomes_of read_review waits_for_review write_review",
     "score": "check_embedder score_stage scoring",
     "scored_before": "kept_scores require_same",

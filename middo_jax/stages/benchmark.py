@@ -78,12 +78,11 @@ class SessionBackend:
 
     def scored(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         """Every process's part of `log_likelihoods`."""
-        scoring = self._session.config.scoring
         scores, _ = score_continuations(
             self._model,
             [Continuation(*pair) for pair in pairs],
-            batch_tokens=scoring.batch_tokens,
-            chunk=scoring.unembed_chunk,
+            batch_tokens=self._session.batch_tokens,
+            chunk=self._session.config.scoring.unembed_chunk,
             progress=self._session.progress,
         )
         return list(zip(scores.log_likelihood_n.tolist(), scores.is_greedy_n.tolist(), strict=True))

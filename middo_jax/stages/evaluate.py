@@ -46,8 +46,8 @@ class HeldOut:
     def rows(self, model: Model) -> RowLosses:
         """Returns the loss of each example. Models with the same config share the compiled pass."""
         if self._pass is None:
-            scoring = self._session.config.scoring
-            self._pass = LossPass(self._tokenized, model, scoring.batch_tokens, scoring.unembed_chunk)
+            chunk = self._session.config.scoring.unembed_chunk
+            self._pass = LossPass(self._tokenized, model, self._session.batch_tokens, chunk)
         scores, _ = self._pass(model, Silent(), "held-out loss")
         return row_losses([e.id for e in self._tokenized], scores.loss_n, scores.n_targets_n)
 

@@ -74,8 +74,8 @@ class Passes:
 
         With `prompts`, the losses of the prompts are computed too.
         """
-        scoring = self._session.config.scoring
-        planned = LossPass(of, model, scoring.batch_tokens, scoring.unembed_chunk, prompts=prompts)
+        tokens, chunk = self._session.batch_tokens, self._session.config.scoring.unembed_chunk
+        planned = LossPass(of, model, tokens, chunk, prompts=prompts)
         parts = self.parts(name, model)
         scores, self.facts[name] = planned(model, self._session.progress, name, parts)
         return scores

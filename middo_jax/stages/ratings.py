@@ -44,7 +44,7 @@ def ratings(
         model,
         asked.trees,
         RatingScale(asked.spelling, Readout(rating.score, rating.score_temperature), len(COLUMNS)),
-        batch_tokens=config.scoring.batch_tokens,
+        batch_tokens=session.batch_tokens,
         progress=session.progress,
         parts=parts,
     )

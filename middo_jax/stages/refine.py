@@ -1,4 +1,4 @@
-"""The refinement stage: a round's selected samples -> requests, candidates, refined samples, next dataset."""
+"""The refinement stage: a round's selected samples -> requests, candidates, refined samples."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from middo_jax.config import Config, RefineSettings
-from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.config.refine import Turns
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
@@ -26,12 +24,10 @@ from middo_jax.refinement import (
     Ledger,
     Outcome,
     Task,
-    merge,
     plan_tasks,
     prompts,
     run,
 )
-from middo_jax.refinement.growth import Dropped, fit, max_size
 from middo_jax.refinement.meter import Meter
 from middo_jax.refinement.tasks import why_kept
 from middo_jax.refinement.words import read_words
@@ -43,7 +39,7 @@ from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.accept import Acceptance
 from middo_jax.stages.endpoint import endpoint, refines_itself
 from middo_jax.stages.measure import UnderTraining, scored_model
-from middo_jax.stages.review import outcomes_of, strange_verdicts
+from middo_jax.stages.merge import lineage_scores, rows_of
 from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
 from middo_jax.training.metrics import wrecked_from
 
@@ -69,12 +65,13 @@ def plan_refinement(directory: RoundDir, settings: RefineSettings | None = None)
     if not directory.is_done("select"):
         raise RunError(f"{directory.path}: no selection from its scores there; run `middo select` first")
     axes = read_json(directory.selection)["axes"]
-    rows = read_scores(directory.scores).to_pylist()
+    table = read_scores(directory.scores)
+    rows = rows_of(table, {id_ for facts in axes.values() for id_ in facts["ids"]})
     planned = plan_tasks(
         read_dataset(directory),
         {axis: facts["ids"] for axis, facts in axes.items()},
         knn_ids={row["id"]: row["knn_ids"] or () for row in rows},
-        scores=_kept_scores(rows),
+        scores=lineage_scores(table, rows),
         faults={row["id"]: row["fault"] for row in rows},
         turns=settings.turns,
     )
@@ -103,20 +100,6 @@ def kept_samples(directory: RoundDir, turns: Turns) -> dict[str, int]:
     selected = {id_ for axis in axes.values() for id_ in axis["ids"]}
     reasons = (why_kept(e, turns) for e in read_dataset(directory) if e.id in selected)
     return dict(Counter(reason for reason in reasons if reason is not None))
-
-
-def _kept_scores(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """What a sample's lineage keeps of its scores: the columns that decide on an axis.
-
-    Those of an optional axis only where it was scored.
-    """
-    names = [
-        name
-        for axis in axis_rows()
-        for name in axis.columns
-        if not axis.optional or any(row[name] is not None for row in rows)
-    ]
-    return {row["id"]: {name: row.get(name) for name in names} for row in rows}
 
 
 def refine_round(session: Session, directory: RoundDir) -> Ledger:
@@ -260,49 +243,3 @@ def _refiner(
                 return run(tasks, client, config.refine, round_index, on_done, special_tokens=steering)
 
         yield ask
-
-
-def merge_stage(session: Session, directory: RoundDir) -> list[Example]:
-    """Returns the next dataset, see `merged`, and writes the dropped samples to dropped.jsonl."""
-    kept, dropped = merged(session, directory)
-    if n := strange_verdicts(directory, read_dataset(directory)):
-        session.progress.say(f"{n:,} verdicts of {directory.verdicts} are on rewrites that were made anew")
-    write_jsonl(directory.dropped, (d.to_json() for d in dropped))
-    return kept
-
-
-def merged(session: Session, directory: RoundDir) -> tuple[list[Example], list[Dropped]]:
-    """Returns (D_{t+1}, the dropped samples).
-
-    D_{t+1} is the folder's dataset with its accepted rewrites, limited by `refine.growth`. A sample from an
-    earlier round gets its present scores in its lineage, unless it was measured when it was accepted.
-
-    Raises:
-      RunError: samples must be dropped, but the folder's scores have no neighbours.
-    """
-    examples = read_dataset(directory)
-    rows = read_scores(directory.scores).to_pylist()
-    scores = _kept_scores(rows)
-
-    def with_scores(example: Example) -> Example:
-        # Set only once: by the measurement at its acceptance or by the scores of the first round after it.
-        if example.lineage.op == "seed" or example.lineage.scores_after is not None:
-            return example
-        lineage = dataclasses.replace(example.lineage, scores_after=scores[example.id])
-        return dataclasses.replace(example, lineage=lineage)
-
-    outcomes = outcomes_of(directory, examples)
-    together = merge([with_scores(e) for e in examples], outcomes)
-    room = max_size(len(examples), session.config.refine.growth)
-    neighbours = {
-        row["id"]: list(zip(row["knn_ids"], row["knn_sims"], strict=True)) for row in rows if row["knn_ids"]
-    }
-    if room is not None and room < len(together) and not neighbours:
-        raise RunError(
-            f"{directory.path}: its scores have no neighbours, and refine.growth="
-            f"{session.config.refine.growth} needs them to drop samples: score the diversity axis too, or "
-            "set refine.growth=free"
-        )
-    axes = read_json(directory.selection)["axes"]
-    selected = {id_ for axis in axes.values() for id_ in axis["ids"]}
-    return fit(examples, together, room, selected, neighbours)

@@ -24,6 +24,7 @@ from middo_jax.refinement.review import (
 )
 from middo_jax.refinement.tasks import Outcome, Verdict
 from middo_jax.rundir import RoundDir, RunError, read_jsonl, write_json, write_jsonl, write_text
+from middo_jax.rundir.files import each_jsonl
 from middo_jax.rundir.rows import VerdictRow
 from middo_jax.session import read_dataset
 from middo_jax.stages.surroundings import heldout_of
@@ -43,13 +44,16 @@ def outcomes_of(directory: RoundDir, examples: Sequence[Example]) -> list[Outcom
 
 def strange_verdicts(directory: RoundDir, examples: Sequence[Example]) -> int:
     """How many verdicts of a folder are about rewrites that were made anew since then."""
+    verdicts = _verdicts(directory)
+    if not verdicts:
+        return 0
     here = {review_id(o) for o in _outcomes(directory, examples) if o.example is not None}
-    return len(_verdicts(directory).keys() - here)
+    return len(verdicts.keys() - here)
 
 
 def _outcomes(directory: RoundDir, examples: Sequence[Example]) -> list[Outcome]:
     by_id = {example.id: example for example in examples}
-    return [Outcome.from_json(row, by_id) for row in read_jsonl(directory.refined)]
+    return [Outcome.from_json(row, by_id) for row in each_jsonl(directory.refined)]
 
 
 def _verdicts(directory: RoundDir) -> dict[str, VerdictRow]:

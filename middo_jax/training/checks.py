@@ -67,7 +67,7 @@ def check_examples(tokenized: Sequence[TokenizedExample], pack_length: int, voca
 
 def check_batch(settings: TrainSettings, mesh: Mesh) -> None:
     """Raises ConfigError unless every micro-batch divides evenly over the mesh."""
-    parts, divisor = settings.gradient_accumulation, batch_divisor(mesh)
+    parts, divisor = settings.micro_batches, batch_divisor(mesh)
     if settings.batch_size % (parts * divisor):
         fitting = math.ceil(settings.batch_size / (parts * divisor)) * parts * divisor
         raise ConfigError(
@@ -99,11 +99,11 @@ def check_fill(n_examples: int, rows_of_epoch: int, settings: TrainSettings, mes
     if rows_of_epoch >= settings.batch_size:
         return
     fills = f"the dataset fills {rows_of_epoch} of the {settings.batch_size} rows of a batch"
-    least, parts = batch_divisor(mesh), settings.gradient_accumulation
+    least, parts = batch_divisor(mesh), settings.micro_batches
     parts = parts if rows_of_epoch >= least * parts else 1
     fitting = max(1, rows_of_epoch // (least * parts)) * least * parts
     if fitting < settings.batch_size:
-        also = "" if parts == settings.gradient_accumulation else f" with train.gradient_accumulation={parts}"
+        also = "" if parts == settings.micro_batches else f" with train.gradient_accumulation={parts}"
         raise ConfigError(
             f"config: {fills}; set train.batch_size={fitting}{also}, lower model.max_length, or add data"
         )

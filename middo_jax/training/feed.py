@@ -58,6 +58,6 @@ def feed(
             began = time.perf_counter()
             packed = next(batches)
             wait_s = time.perf_counter() - began
-            yield Fed(put_batch(packed, settings.gradient_accumulation, mesh), wait_s)
+            yield Fed(put_batch(packed, settings.micro_batches, mesh), wait_s)
     finally:
         batches.close()

@@ -59,7 +59,7 @@ def _available(mesh: Mesh) -> str:
 
 def remedies(settings: TrainSettings, mesh: Mesh) -> list[str]:
     """Returns settings that lower memory; first those that do not change the result of training."""
-    rows = settings.batch_size // settings.gradient_accumulation
+    rows = settings.batch_size // settings.micro_batches
     divisor = batch_divisor(mesh)
     found = []
     if settings.remat != "layer":

@@ -149,7 +149,7 @@ def make_train_step(
         trained: Params, opt_state: GuardState, frozen: Params, batch: Batch
     ) -> tuple[Params, GuardState, StepOutputs]:
         loss, n_targets, gradient = batch_gradient(
-            graphdef, trained, frozen, batch, chunk, settings.remat, longest
+            graphdef, trained, frozen, batch, chunk, settings.recomputed, longest
         )
         step, grad_norm, usual = (
             steps_taken(opt_state),
@@ -183,7 +183,7 @@ def _stored_as(like: Params, wide: Params, key: jax.Array) -> Params:
 
 def abstract_batch(settings: TrainSettings, pack_length: int, mesh: Mesh) -> Batch:
     """Returns shapes, dtypes and shardings of the batches that `put_batch` returns."""
-    micro_batches = settings.gradient_accumulation
+    micro_batches = settings.micro_batches
     shape = (micro_batches, settings.batch_size // micro_batches, pack_length)
 
     def of(dtype: DTypeLike) -> Any:

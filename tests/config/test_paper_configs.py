@@ -34,6 +34,8 @@ def test_the_published_training(model: str, dataset: str, hardware: str):
     assert (config.refine.accept, config.refine.growth, config.refine.max_attempts) == ("none", "free", 1)
     # It runs there: the mesh is of these devices, and every micro-batch spreads evenly over it.
     mesh = config.mesh
+    assert mesh.tensor != "auto"
+    assert train.gradient_accumulation != "auto"
     assert mesh.data * mesh.fsdp * mesh.tensor == CHIPS[hardware]
     assert 8 % mesh.tensor == 0  # kv heads
     assert train.batch_size % (train.gradient_accumulation * mesh.data * mesh.fsdp) == 0

@@ -275,7 +275,7 @@ def test_splash_is_xla(
         (TPU, "splash"),
         (dataclasses.replace(TPU, soft_cap=50.0), "splash"),
         (dataclasses.replace(TPU, batch_shards=4, head_shards=8), "splash"),
-        (dataclasses.replace(TPU, has_trees=True), "xla"),
+        (dataclasses.replace(TPU, has_trees=True), "splash"),
         (dataclasses.replace(TPU, batch_shards=16), "xla"),
         (dataclasses.replace(TPU, head_shards=3), "xla"),
         (dataclasses.replace(TPU, heads=24, kv_heads=6, head_shards=4), "xla"),
@@ -298,7 +298,6 @@ def test_auto_takes_what_can_honour_everything(workload: Workload, kernel: str) 
     ("kernel", "workload", "reason"),
     [
         ("splash", GPU, "it is a TPU kernel"),
-        ("splash", dataclasses.replace(TPU, has_trees=True), "trees"),
         ("splash", dataclasses.replace(TPU, batch=6, batch_shards=4), "6 rows on 4 devices"),
         ("splash", dataclasses.replace(TPU, head_shards=3), "8 heads on 3 devices"),
         ("splash", dataclasses.replace(TPU, heads=12, kv_heads=6, head_shards=4), "6 key/value heads on 4"),

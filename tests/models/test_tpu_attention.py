@@ -11,11 +11,11 @@ import pytest
 
 # A process of its own: the suite's one is on simulated CPU devices. Prints the kernels of the program.
 PROGRAM = """
-import json, re, sys
+import functools, json, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
-from middo_jax.models.attention import AttentionSpec, Packing, packed_attention
+from middo_jax.models.attention import ATTENDED, AttentionSpec, Packing, packed_attention
 from middo_jax.parallel.mesh import MESH_AXES, named_sharding
 
 case = json.loads(sys.argv[1])
@@ -27,6 +27,8 @@ def array(dtype, *shape):
     axes = ("batch", "length") if len(shape) == 2 else ("batch", "length", None, None)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
 
+# As in a layer that saves attention's results and recomputes the rest.
+@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(ATTENDED))
 def loss(q, k, v, *ids):
     spec = AttentionSpec(d**-0.5, case["window"], case["soft_cap"])
     return packed_attention(q, k, v, Packing(*ids), spec).astype(jnp.float32).sum()
@@ -34,9 +36,10 @@ def loss(q, k, v, *ids):
 q, kv = (array(jnp.bfloat16, b, t, case[heads], d) for heads in ("heads", "kv_heads"))
 ids = [array(jnp.int32, b, t) for _ in range(3 if case["trees"] else 2)]
 with jax.set_mesh(mesh):
-    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, kv, kv, *ids).compile().as_text()
+    text = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(q, kv, kv, *ids).compile().as_text()
 calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
-print(json.dumps(sorted({phase for call in calls for phase in re.findall("splash_mha_(fwd|dq|dkv)", call)})))
+phases = "splash_mha_(fwd|dq|dkv)|(tree)_attention"
+print(json.dumps(sorted("".join(re.search(phases, call).groups("")) for call in calls)))
 """
 
 
@@ -65,7 +68,7 @@ GEMMA3_1B = model(4, 1, 256, window=512)
         (GEMMA2_2B, 8192, False, ["dkv", "dq", "fwd"]),
         (QWEN2_1B, 1024, False, ["dkv", "dq", "fwd"]),
         (GEMMA3_1B, 1000, False, ["dkv", "dq", "fwd"]),
-        (LLAMA_1B, 256, True, []),
+        (LLAMA_1B, 256, True, ["tree"]),
     ],
 )
 def test_auto_compiles_to_splash(

@@ -19,6 +19,7 @@ MANY_PARAMETERS = {
     "api.score",
     "datasets.export_data",
     "datasets.push",
+    "planning.plan",
     "steps.evaluate",
     "steps.refine",
     "steps.score",

@@ -1,6 +1,6 @@
 """Exact attention for packed sequences: a token attends to its own segment, up to itself."""
 
-from middo_jax.models.attention.arguments import AttentionSpec, CachedLayer, Packing
+from middo_jax.models.attention.arguments import ATTENDED, AttentionSpec, CachedLayer, Packing
 from middo_jax.models.attention.cached import CACHE_BLOCK, cached_attention
 from middo_jax.models.attention.dispatch import (
     AttentionError,
@@ -9,7 +9,6 @@ from middo_jax.models.attention.dispatch import (
     packed_attention,
     shares_prefixes,
 )
-from middo_jax.models.attention.triton import ATTENDED
 from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import QUERY_BLOCK
 

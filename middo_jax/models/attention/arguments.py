@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import jax
 
+# Name of the values that a layer may save for the backward pass: attention's output and log-sum-exp.
+ATTENDED = "attended"
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,

@@ -7,8 +7,8 @@ from typing import Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from middo_jax.models.attention import splash, tiled, triton
-from middo_jax.models.attention.arguments import AttentionSpec, Packing
+from middo_jax.models.attention import splash, tiled, tpu_trees, triton
+from middo_jax.models.attention.arguments import ATTENDED, AttentionSpec, Packing
 from middo_jax.models.attention.placement import Platform, platform
 from middo_jax.models.attention.workload import Workload
 from middo_jax.models.attention.xla import xla_attention
@@ -55,7 +55,7 @@ def choose(workload: Workload, kernel: Kernel = "auto") -> Literal["xla", "tiled
 
 
 def shares_prefixes(kernel: Kernel) -> bool:
-    """Whether the kernel that computes segments on the mesh in use also supports trees; splash does not."""
+    """Whether the kernel for segments on the mesh in use is also that for trees; a TPU has one for each."""
     return kernel not in ("auto", "splash") or (kernel == "auto" and platform() != "tpu")
 
 
@@ -95,15 +95,17 @@ def packed_attention(
     workload = Workload.of(q_bthe, k_bpke, has_trees=has_trees, soft_cap=spec.soft_cap)
     qkv = q_bthe, k_bpke, v_bpke
     match choose(workload, kernel):
-        case "triton":  # calls checkpoint_name itself, on its log-sum-exp too
+        case "triton":  # calls checkpoint_name itself, on its log-sum-exp too; so does splash
             return triton.triton_attention(*qkv, packing, spec)
+        case "splash" if has_trees:
+            out_bthe = tpu_trees.tree_attention(*qkv, packing, spec)
         case "splash":
             # A window of the longest segment's length masks nothing, but lets the kernel skip whole blocks.
             near = min((n for n in (spec.window, packing.longest) if n is not None), default=None)
             near_spec = spec._replace(window=near)
-            out_bthe = splash.splash_attention(*qkv, packing.segment_ids_bt, near_spec)
+            return splash.splash_attention(*qkv, packing.segment_ids_bt, near_spec)
         case "tiled":
             out_bthe = tiled.tiled_attention(*qkv, packing, spec)
         case "xla":
             out_bthe = xla_attention(*qkv, packing, spec)
-    return checkpoint_name(out_bthe, triton.ATTENDED)
+    return checkpoint_name(out_bthe, ATTENDED)

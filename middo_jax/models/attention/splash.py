@@ -1,5 +1,7 @@
 """Attention on TPUs by JAX's splash kernel (Pallas): no scores in memory, no work on fully masked blocks.
 
+It computes segments; trees are computed by `tpu_trees`, under the same name.
+
 Axes: docs/contributing.md#axes; e head dimension.
 """
 
@@ -10,7 +12,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
-from middo_jax.models.attention.arguments import AttentionSpec
+from middo_jax.models.attention.arguments import ATTENDED, AttentionSpec
 from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.workload import Workload
 
@@ -22,8 +24,6 @@ def refusal(workload: Workload) -> str | None:
     """Why the kernel cannot compute the workload; None if it can."""
     if workload.platform != "tpu":
         return f"a {workload.platform}: it is a TPU kernel"
-    if workload.has_trees:
-        return "trees: it supports segments and windows only"
     return workload.misfit()
 
 
@@ -84,6 +84,8 @@ def _one_device(
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=spec.soft_cap,
+        # Named so that a checkpointed layer can save output and log-sum-exp; otherwise the kernel runs again.
+        residual_checkpoint_name=ATTENDED,
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,

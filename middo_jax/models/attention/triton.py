@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from middo_jax.models.attention.arguments import AttentionSpec, Packing
+from middo_jax.models.attention.arguments import ATTENDED, AttentionSpec, Packing
 from middo_jax.models.attention.placement import over_mesh
 from middo_jax.models.attention.triton_kernels import (
     Blocks,
@@ -33,8 +33,6 @@ from middo_jax.models.attention.triton_kernels import (
 from middo_jax.models.attention.workload import Workload
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
-# Name of the values that a layer may save for the backward pass: attention's output and log-sum-exp.
-ATTENDED = "attended"
 
 
 class _MaskInputs(NamedTuple):

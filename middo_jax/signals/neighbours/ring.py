@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +130,40 @@ def _around(
         jax.block_until_ready(found)
         on_progress(done / sum(tiles))
     return found, _rotate(brought, mesh=mesh, spec=_BEST, by=1 - steps) if both_ways else brought
+
+
+def blocks_of(count: int, devices: int, block: int) -> tuple[int, int]:
+    """(rows of a block, blocks per device) of `count` rows on a mesh, with at most `block` rows per block."""
+    share = max(1, -(-count // devices))
+    blocks = -(-share // block)
+    return min(block, -(-share // blocks // CHUNK) * CHUNK), blocks
+
+
+def lowered(
+    count: int, width: int, k: int, mesh: Mesh, block: int
+) -> list[tuple[jax.stages.Lowered, float, float]]:
+    """The programs of `k_nearest` among `count` rows, with shapes only, for an estimate of their time.
+
+    Returns:
+      (program, how often it runs, mean number of visitors' blocks per run) of each.
+    """
+    block, blocks = blocks_of(count, mesh.size, block)
+    rows = mesh.size * blocks * block
+
+    def of(spec: PartitionSpec, dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    shares = Rows(of(ROWS, jnp.float32, rows, width), of(ROWS, jnp.int32, rows), of(ROWS, jnp.int32, rows))
+    best = Best(of(_BEST, jnp.float32, k, rows), of(_BEST, jnp.int32, k, rows))
+    steps = mesh.size // 2 + 1
+    number = of(PartitionSpec(), jnp.int32)
+    how = Meeting(mesh, block, block, same=True, both_ways=True)
+    meet = _meet.lower(shares, shares, best, best, number, number, how=how)
+    found = [(meet, float(steps * blocks), blocks - (blocks - 1) / 2 / steps)]
+    if steps > 1:
+        found.append((_rotate.lower(shares, mesh=mesh, spec=ROWS, by=1), steps - 1.0, 0.0))
+        found.append((_rotate.lower(best, mesh=mesh, spec=_BEST, by=1), steps - 1.0, 0.0))
+    return found
 
 
 def _nothing(k: int, shares: Shares, mesh: Mesh) -> Best:

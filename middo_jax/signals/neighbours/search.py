@@ -15,12 +15,12 @@ from jax.sharding import Mesh, NamedSharding
 from middo_jax.parallel.hosts import to_host
 from middo_jax.signals.neighbours.nearest import Neighbours
 from middo_jax.signals.neighbours.ring import (
-    CHUNK,
     PADDING,
     ROWS,
     Best,
     Rows,
     Shares,
+    blocks_of,
     k_nearest,
     k_nearest_both_ways,
 )
@@ -157,9 +157,7 @@ def _spread(
 ) -> Shares:
     """The unit vectors of the chosen rows in equal shares. Each process makes those of its own devices."""
     count, width = len(chosen_u), directed.row_nd.shape[1]
-    share = max(1, -(-count // mesh.size))
-    blocks = -(-share // block)
-    block = min(block, -(-share // blocks // CHUNK) * CHUNK)
+    block, blocks = blocks_of(count, mesh.size, block)
     padded, place = mesh.size * blocks * block, NamedSharding(mesh, ROWS)
 
     def unit(index: Any) -> np.ndarray:

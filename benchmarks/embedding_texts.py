@@ -15,8 +15,8 @@ import time
 import numpy as np
 
 from middo_jax.config import Deviations, Fraction, load
+from middo_jax.models.loading import locate
 from middo_jax.models.resolve import resolve
-from middo_jax.models.source import locate
 from middo_jax.passes.losses import score_examples
 from middo_jax.progress import for_stderr
 from middo_jax.session import Session, prepare

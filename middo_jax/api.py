@@ -38,7 +38,7 @@ from middo_jax.session import Session, prepare, read_data, session_for, session_
 from middo_jax.signals.axes import computed_names
 from middo_jax.signals.table import SCHEMA, with_columns
 from middo_jax.stages.batch import BatchState
-from middo_jax.stages.score import measure
+from middo_jax.stages.score import measure_samples
 
 NO_PRE_MODEL = "no --pre-model (pre_model in Python): loss_pre stays empty, and no sample can be hard"
 
@@ -120,7 +120,7 @@ def score(
             session.progress.say(NO_PRE_MODEL)
         pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
         if place is None:
-            scored = measure(session, kept, model_path, pre_path, axes)
+            scored = measure_samples(session, kept, model_path, pre_path, axes)
             table = with_columns(scored.table, own)
             return Scores(table, scored.embedding_nd, rejections, scored.facts["passes"])
         stages.check_embedder(session, pre_path, axes)

@@ -57,8 +57,8 @@ def export_data(
     from middo_jax import exporting
     from middo_jax.rundir import RunDir
 
-    parts: exporting.Parts = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
-    done = exporting.export_data(RunDir(run), out, to, license, **parts)
+    extras: exporting.Extras = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
+    done = exporting.export_data(RunDir(run), out, to, license, **extras)
     show(as_json, {**done._asdict(), "path": str(done.path)}, str(done.path))
 
 
@@ -84,9 +84,9 @@ def push(
 
     if license is None and sys.stdin.isatty():
         license = typer.prompt(pushing.ASKED, err=True)
-    parts: exporting.Parts = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
+    extras: exporting.Extras = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
     plan = pushing.Push(repo, license, public, dry_run)
-    done = pushing.push(RunDir(run), plan, to, **parts)
+    done = pushing.push(RunDir(run), plan, to, **extras)
     show(as_json, done._asdict(), pushing.render(done))
 
 
@@ -159,7 +159,7 @@ def inspect(
     from middo_jax import linting
     from middo_jax.config import load
     from middo_jax.data.mixing import read_configured
-    from middo_jax.models.source import tokenizer_directory
+    from middo_jax.models.loading import tokenizer_directory
     from middo_jax.report.inspection import inspect_rows
     from middo_jax.report.terminal import printable, render_inspection
 

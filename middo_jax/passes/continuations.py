@@ -21,7 +21,7 @@ from middo_jax.data.trees import PackedTrees, Tree, common_prefix, forest
 from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.models.nll import target_scores
 from middo_jax.parallel.mesh import batch_divisor
-from middo_jax.passes.runner import Pass, PassFacts, Plan
+from middo_jax.passes.runner import Pass, PassFacts, PassPlan
 from middo_jax.progress import Progress, Silent
 
 MIN_LENGTH = 8  # tokens a tree takes in the plan: a row of 1,024 holds at most 128
@@ -207,7 +207,7 @@ def score_continuations(
       ValueError: a context or a continuation is empty.
     """
     shared = shared_texts(texts)
-    plan = Plan.of([one.tree for one in shared], 0, batch_tokens, batch_divisor(model.mesh), MIN_LENGTH)
+    plan = PassPlan.of([one.tree for one in shared], 0, batch_tokens, batch_divisor(model.mesh), MIN_LENGTH)
     max_texts = max((len(one.texts) for one in shared), default=1)
     capacity = _capacity(plan, shared)
     log_likelihood_n = np.full(len(texts), np.nan)
@@ -228,7 +228,7 @@ def score_continuations(
     return ContinuationScores(log_likelihood_n, is_greedy_n), facts
 
 
-def _capacity(plan: Plan, shared: Sequence[SharedTexts]) -> dict[int, int]:
+def _capacity(plan: PassPlan, shared: Sequence[SharedTexts]) -> dict[int, int]:
     """The most targets of a row, by the row's length; a power of two, so that few programs are compiled."""
     most: dict[int, int] = {}
     for bucket in plan.buckets:

@@ -56,7 +56,7 @@ class PassFacts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PassPlan:
     """The rows and batches of a pass, and the shared prefix of its rows.
 
     Attributes:
@@ -70,7 +70,9 @@ class Plan:
     buckets: list[Bucket]
 
     @classmethod
-    def of(cls, trees: Sequence[Tree], prefix: int, batch_tokens: int, ways: int, min_length: int) -> Plan:
+    def of(
+        cls, trees: Sequence[Tree], prefix: int, batch_tokens: int, ways: int, min_length: int
+    ) -> PassPlan:
         """Plans the batches.
 
         Args:
@@ -126,7 +128,7 @@ class Pass:
     """
 
     program: Any
-    plan: Plan
+    plan: PassPlan
     inputs: Callable[[PackedTrees], Any]
     static: Callable[[Bucket], dict[str, Any]]
     _compiled: tuple[Hashable, list[Any]] | None = dataclasses.field(default=None, init=False, repr=False)

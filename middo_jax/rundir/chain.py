@@ -19,10 +19,10 @@ from middo_jax.rundir.layout import RoundDir, RunDir
 from middo_jax.rundir.manifest import TOKENIZER, Manifest, Reason, Seen
 
 # The effects of settings that each stage depends on. "prepare" is the first round's, which reads the user's
-# data; "follow" prepares a later round. A stage need not repeat the effects of a stage whose files it reads.
+# data; "prepare_later" is a later round's. Effects of stages whose files a stage reads need not be repeated.
 AFFECTED_BY: Mapping[str, frozenset[Effect]] = {
     "prepare": frozenset(("data", "text")),  # the tokenizer is an input of its own
-    "follow": frozenset(("growth",)),
+    "prepare_later": frozenset(("growth",)),
     "train": frozenset(("training", "text", "model")),
     "score": frozenset(("scores", "text", "model")),
     "select": frozenset(("selection",)),
@@ -203,7 +203,7 @@ def chain(
         previous = base if earlier is None else earlier.checkpoint
         start = previous if config.train.start_from == "previous" else base
         if earlier is not None:
-            links.append(follow(here, earlier))
+            links.append(prepare_later(here, earlier))
         links.append(train(here, start))
         benchmarks = [benchmark(here, config, None if earlier else base)] if config.evaluate.tasks else []
         if here.path == run.final.path:
@@ -223,11 +223,11 @@ def prepare(run: RunDir, data: Mapping[str, Path], base: Path | None = None) -> 
     return Link("prepare", here, AFFECTED_BY["prepare"], (), writes, data=data, tokenizer=base)
 
 
-def follow(here: RoundDir, earlier: RoundDir) -> Link:
+def prepare_later(here: RoundDir, earlier: RoundDir) -> Link:
     """A round with its rewrites -> the next round's dataset, the last one in the user's format too."""
     files = (earlier.dataset, earlier.scores, earlier.selection, earlier.refined, *_verdicts(earlier))
     writes = (here.dataset, here.own_format) if here.path.name == "final" else (here.dataset,)
-    return Link("prepare", here, AFFECTED_BY["follow"], files, writes, earlier=earlier)
+    return Link("prepare", here, AFFECTED_BY["prepare_later"], files, writes, earlier=earlier)
 
 
 def train(here: RoundDir, start: Path | None) -> Link:

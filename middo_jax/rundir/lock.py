@@ -26,7 +26,7 @@ from pathlib import Path
 
 from middo_jax.rundir.files import full_disk_named, is_reader, json_line, temporary_prefix
 from middo_jax.rundir.layout import RoundDir
-from middo_jax.rundir.leftovers import sweep
+from middo_jax.rundir.leftovers import remove_leftovers
 from middo_jax.rundir.manifest import RunError
 from middo_jax.rundir.process import first_line, namespace, started
 
@@ -148,7 +148,7 @@ def held(folder: Path, say: Callable[[str], None] = _to_stderr) -> Iterator[None
         made = _make(root)
         try:
             mine = _held[key] = _Held(0, os.getpid(), _take(root, say))
-            sweep(root, say)
+            remove_leftovers(root, say)
         except BaseException:
             _remove_empty(made)
             raise

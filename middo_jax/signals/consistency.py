@@ -17,7 +17,7 @@ GROUPS = 10  # deciles
 GROUP_SIZE = 20  # samples that a group has at least; with fewer samples there are fewer groups
 
 
-class Fault(NamedTuple):
+class FaultKind(NamedTuple):
     """A kind of fault: the reading that sees it, and the column whose deciles it is ranked within, if any."""
 
     name: str
@@ -26,9 +26,9 @@ class Fault(NamedTuple):
 
 
 FAULTS = (
-    Fault("cut", "end_nll"),
-    Fault("strange", "ifd"),
-    Fault("odd", "worst_decile_nll", within="loss_post"),
+    FaultKind("cut", "end_nll"),
+    FaultKind("strange", "ifd"),
+    FaultKind("odd", "worst_decile_nll", within="loss_post"),
 )
 # The columns that the axis needs; they come with the loss or with the reading `ifd`.
 NEEDED = frozenset(column for fault in FAULTS for column in (fault.reading, fault.within) if column)
@@ -61,7 +61,7 @@ def consistency(columns: dict[str, np.ndarray]) -> Consistency:
     return Consistency(np.where(known_n, filled_fn.max(axis=0), np.nan), fault_n)
 
 
-def _rank(columns: dict[str, np.ndarray], fault: Fault) -> np.ndarray:
+def _rank(columns: dict[str, np.ndarray], fault: FaultKind) -> np.ndarray:
     reading_n = columns[fault.reading]
     if fault.within is None:
         return percentile_rank(reading_n)

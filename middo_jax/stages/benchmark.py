@@ -22,8 +22,8 @@ from middo_jax.evaluation.pairs import Encoder, Pair
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.sampling import Request
 from middo_jax.inference.until import answers_until
+from middo_jax.models.loading import load, locate
 from middo_jax.models.model import Model
-from middo_jax.models.source import load, locate
 from middo_jax.parallel.coordination import Together, follow, is_first, lead
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.continuations import Continuation, score_continuations

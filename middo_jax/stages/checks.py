@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from middo_jax.config import Config, SampledRating, affecting, load
 from middo_jax.data.example import Example, Message
 from middo_jax.models.config import read_config
+from middo_jax.models.loading import tokenizer_directory
 from middo_jax.models.lora import from_settings
 from middo_jax.models.model import abstract_model
-from middo_jax.models.source import tokenizer_directory
 from middo_jax.refinement.acceptance.language import load_identifier
 from middo_jax.refinement.endpoint.preflight import preflight
 from middo_jax.refinement.words import read_words

@@ -19,9 +19,9 @@ from middo_jax.evaluation.heldout import HeldoutLoss, RowLosses, row_losses, tot
 from middo_jax.models import hf
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.config import read_config
+from middo_jax.models.loading import load, load_adapters, locate
 from middo_jax.models.lora import merge_adapters
 from middo_jax.models.model import Model
-from middo_jax.models.source import load, load_adapters, locate
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import LossPass
 from middo_jax.progress import Progress, Silent

@@ -76,7 +76,7 @@ def score_stage(
     check_embedder(session, pre_model, axes)
     begun = scoring(session, directory, model, pre_model).begin()
     examples = read_dataset(directory)
-    scored = measure(
+    scored = measure_samples(
         session, examples, model, pre_model, axes, earlier=earlier, parts=directory.scoring_parts
     )
     own = user_ids(examples) if own is None else own
@@ -108,7 +108,7 @@ def check_embedder(session: Session, pre_model: Path | None, axes: Collection[st
         )
 
 
-def measure(
+def measure_samples(
     session: Session,
     examples: Sequence[Example],
     model: Path,

@@ -21,7 +21,7 @@ from middo_jax.refinement.endpoint.dialect import Dialect, refused_field
 from middo_jax.refinement.endpoint.faults import RETRIED, BudgetReached, NotAnswered, RequestRefused, words
 from middo_jax.refinement.endpoint.ledger import Ledger
 from middo_jax.refinement.endpoint.probe import JSON, TEXT, Probe
-from middo_jax.refinement.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
+from middo_jax.refinement.endpoint.request import Answer, Messages, PreparedRequest, Requests, read_answer
 from middo_jax.refinement.endpoint.stored import keep_schema_refusal, stored_answer
 from middo_jax.refinement.endpoint.usage import Ceiling, ceiling
 from middo_jax.rundir import RunError, write_jsonl
@@ -59,7 +59,7 @@ class BatchClient:
         settings = requests.settings
         self.model = requests.model
         self.ledger = ledger
-        self.waiting: dict[str, tuple[ChatRequest, str]] = {}  # with the account
+        self.waiting: dict[str, tuple[PreparedRequest, str]] = {}  # with the account
         self._budget = Budget(settings, ledger)
         self._planned = NOTHING
         self._settings = settings

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -73,7 +74,11 @@ def main() -> None:
         tokens = sum(map(len, tokenized))
         print(f"{name}: {len(tokenized):,} rows, {tokens:,} tokens, {seconds:.0f} s with compiling")
         found[name] = nearest_neighbours(scores.embedding_nd, session.config.diversity.k, session.mesh)
+    print_comparison(found)
 
+
+def print_comparison(found: Mapping[str, Neighbours]) -> None:
+    """Prints how similar the two texts make the rows, and what is selected by each."""
     similarity = {name: neighbours.mean_similarity() for name, neighbours in found.items()}
     for name, s_n in similarity.items():
         print(f"s, {name}: mean {np.nanmean(s_n):.4f}, standard deviation {np.nanstd(s_n):.4f}")

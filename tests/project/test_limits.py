@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LINES, PARAMETERS = 60, 7
-MODULES = sorted((ROOT / "middo_jax").rglob("*.py"))
+MODULES = sorted(
+    path for name in ("middo_jax", "benchmarks", "tests", "docs") for path in (ROOT / name).rglob("*.py")
+)
 # Pallas passes references by position; typer makes an option of each parameter; so has `score`.
 MANY_PARAMETERS = {
     "forward_kernel",

@@ -84,7 +84,7 @@ def print_comparison(found: Mapping[str, Neighbours]) -> None:
         print(f"s, {name}: mean {np.nanmean(s_n):.4f}, standard deviation {np.nanstd(s_n):.4f}")
     known = np.isfinite(similarity["templated"]) & np.isfinite(similarity["raw"])
     print(f"Spearman of s: {spearman(*(s_n[known] for s_n in similarity.values())):.3f}")
-    nearest = [neighbours.index_nk for neighbours in found.values()]
+    nearest = [neighbours.index_nj for neighbours in found.values()]
     first, whole = (nearest[0][:, 0] == nearest[1][:, 0]), np.equal(*(np.sort(i, axis=1) for i in nearest))
     print(
         f"same nearest neighbour: {first.mean():.1%}; same {whole.shape[1]}: {whole.all(axis=1).mean():.1%}\n"

@@ -2,6 +2,7 @@
 
 This module loads JAX, so `import middo_jax` imports it only when one of its functions is used. `select` is in
 `selecting`, which does not load JAX.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ def neighbours() -> Figures:
         checked_m = rng.integers(0, n, 8)
         similarity_mn = embedding_nd[checked_m] @ embedding_nd.T / np.linalg.norm(embedding_nd, axis=1)
         similarity_mn[np.arange(8), checked_m] = -np.inf
-        wrong = (similarity_mn.argmax(axis=1) != found.index_nk[checked_m, 0]).sum()
+        wrong = (similarity_mn.argmax(axis=1) != found.index_nj[checked_m, 0]).sum()
         figures[f"blocks of {block}"]["wrong_of_8"] = int(wrong)
     return figures | {"flops_of_each_pair_once": n * n * width, "peak_gb": peak_gigabytes()}
 

@@ -2,8 +2,8 @@
 
 The questions about an example form one tree of tokens (see `signals.judge.questions`). Their common parts are
 computed once per example, and the common prefix of all trees once per row.
-Axes: docs/contributing.md#axes; s tree within a row, r reading (a position whose next-token logits are used),
-c column (a rating of an example), m example of a batch.
+Axes: docs/contributing.md#axes; r position whose next-token logits are used, c column (a rating of an
+example).
 """
 
 from __future__ import annotations

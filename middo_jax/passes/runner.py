@@ -2,7 +2,7 @@
 
 While the device computes a batch, the host packs the next one and collects the results of the previous one.
 
-Axes: docs/contributing.md#axes; s index of an example in its row, m example of a batch.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Common parts of a stage's passes: the tokenized samples, and the facts of each pass."""
+"""Common parts of a stage's passes: the tokenized samples, and the facts of each pass.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 

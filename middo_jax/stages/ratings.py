@@ -1,4 +1,7 @@
-"""Ratings of examples by the model: expected values from one prefill, or sampled and parsed."""
+"""Ratings of examples by the model: expected values from one prefill, or sampled and parsed.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scoring stage: a round's dataset -> scores and embeddings."""
+"""The scoring stage: a round's dataset -> scores and embeddings. Axes: docs/contributing.md#axes."""
 
 from __future__ import annotations
 

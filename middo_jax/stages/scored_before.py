@@ -1,4 +1,7 @@
-"""Scores that a folder already has: they are reused if data, models and settings are the same."""
+"""Scores that a folder already has: they are reused if data, models and settings are the same.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Attention on TPUs by JAX's splash kernel (Pallas): no scores in memory, no work on fully masked blocks.
 
-Axes: docs/contributing.md#axes; e head dimension.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 Cosines are compared with similarities in the same dataset, never with a fixed number: the mean hidden states
   of
 a language model are in a narrow cone, so even unrelated prompts have cosines of 0.8 and more.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

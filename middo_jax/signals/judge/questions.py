@@ -1,6 +1,6 @@
 """The six questions about a sample as one tree of tokens, and the positions where the ratings are read.
 
-Axes: n token of a tree.
+Axes: docs/contributing.md#axes; here n is a token of a tree.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.config.axis_table import axis_names, scored_axes
 from middo_jax.data.example import Example
 from middo_jax.data.files import require_not_read
+from middo_jax.data.in_memory import RowsLike
 from middo_jax.data.own_columns import own_columns
 from middo_jax.data.sources import Rejection, UserRows
 from middo_jax.evaluation.heldout import HeldoutLoss
@@ -76,7 +77,7 @@ def quickstart(settings: SettingsLike = None) -> tuple[Path, list[str | Mapping[
 
 
 def score(
-    rows: Any,
+    rows: RowsLike,
     model: PathLike,
     pre_model: PathLike | None = None,
     axes: Collection[str] | None = None,
@@ -205,7 +206,7 @@ def refine_by_batch(
         return merge_refined(session, directory) if state.is_finished else state
 
 
-def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike = None) -> Trained:
+def train(rows: RowsLike, model: PathLike, out: PathLike, *, settings: SettingsLike = None) -> Trained:
     """Fine-tunes a model (SFT). A second call with the same arguments resumes a stopped training.
 
     Args:
@@ -237,7 +238,7 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
         return Trained(directory.checkpoint, read_jsonl(directory.metrics), loss)
 
 
-def evaluate(rows: Any, model: PathLike, *, settings: SettingsLike = None) -> HeldoutLoss:
+def evaluate(rows: RowsLike, model: PathLike, *, settings: SettingsLike = None) -> HeldoutLoss:
     """Computes the loss of a model on a dataset and on each of its sources, in nats per target token.
 
     Args:
@@ -316,7 +317,7 @@ def require_axes(axes: Collection[str], name: str = "axes") -> None:
         raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(axis_names())}")
 
 
-def _path(rows: Any) -> str | None:
+def _path(rows: RowsLike) -> str | None:
     """Returns `rows` as a string if it is a path, else None."""
     return os.fspath(rows) if isinstance(rows, str | os.PathLike) else None
 

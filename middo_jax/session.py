@@ -97,7 +97,7 @@ class Session:
         return make_mesh(self.config.mesh)
 
     def locate(self, path: Path) -> ModelSource:
-        """What a model is made of, see `models.loading.locate`; a base that was moved is the session's."""
+        """Locates a model's parts, see `models.loading.locate`; the session's base replaces a moved one."""
         return locate(path, base=self.config.model.path)
 
     def load_model(self, path: Path, param_dtype: str | None = None, base: Model | None = None) -> Model:
@@ -132,7 +132,7 @@ class Session:
         return tokenized
 
     def _tell_of_cuts(self, tokenized: Sequence[TokenizedExample]) -> None:
-        """Says, once per session, how many of the first examples that are cut are cut."""
+        """Reports how many examples are cut, once per session: for the first examples of which any is."""
         cut = sum(t.truncated for t in tokenized)
         if cut and "cut" not in self._told:
             self._told.add("cut")

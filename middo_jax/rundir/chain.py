@@ -52,11 +52,11 @@ class Link:
       affected_by: the effects of settings that it depends on.
       files: what it reads within the run, models aside.
       writes: files, or folders.
-      may_write: files that it writes under some settings; of no other value than to be shown.
+      may_write: files that it writes under some settings and that no stage reads.
       removable: what it wrote and may be removed to save space; made again when another stage needs it.
       models: the models that it reads, by role; None where the place is not known.
       data: files and folders of the user's data by role, if it reads them and the places are known.
-      tokenizer: the base model's directory, if it reads all of that but the weights, and the place is known.
+      tokenizer: the base model's directory, if it reads its files except the weights and the place is known.
       earlier: the round before this folder's, if there is one.
     """
 
@@ -95,12 +95,12 @@ class Link:
 
     @property
     def removed(self) -> tuple[Path, ...]:
-        """What of `removable` is not there."""
+        """The paths of `removable` that do not exist."""
         return tuple(path for path in self.removable if not path.exists())
 
     @property
     def missing_models(self) -> tuple[Path, ...]:
-        """Checkpoints of the run that it reads and that are not there."""
+        """Checkpoints of the run that it reads and that do not exist."""
         return tuple(p for p in self.models.values() if p is not None and _is_ours(p) and not p.exists())
 
     def begin(self) -> Begun:
@@ -117,7 +117,7 @@ class Link:
             return manifest.why_stale(self.name)
         before = record["settings"]
         settings = self._settings(config, record["inputs"])
-        # First what the record names: what it does not name may be asked now because of such a change.
+        # First the recorded settings: one that is not recorded may matter only because one of these changed.
         for name in sorted(settings, key=lambda name: name not in before):
             if (was := before.get(name, default_of(name))) != (now := settings[name]):
                 return Reason(f"{name} was {_shown(was)}, is {_shown(now)}")
@@ -134,7 +134,7 @@ class Link:
         return None
 
     def _settings(self, config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings it depends on, but the names of places whose content is compared."""
+        """The settings it depends on, without the names of places whose content is compared."""
         settings = affecting(config, self.affected_by)
         for name, roles in _PLACES.items():
             if any(role in inputs and role in self.inputs for role in roles):

@@ -97,7 +97,7 @@ class Owner:
             return False
         if (self.boot, self.namespace) == (here.boot, here.namespace):
             return started(self.pid) != self.started
-        # The machine was restarted. In a container an id may be that of an image, and many machines have it.
+        # The machine was restarted. In a container the ID may come from an image that many machines use.
         is_same_machine = bool(here.machine) and self.machine == here.machine
         return is_same_machine and self.namespace == here.namespace == _FIRST_NAMESPACE
 
@@ -132,7 +132,7 @@ def held(folder: Path, say: Callable[[str], None] = _to_stderr) -> Iterator[None
 
     Args:
       folder: that the block writes into.
-      say: is told if a left-over lock, file or folder was removed.
+      say: gets a line for each left-over lock, file or folder that was removed.
 
     Raises:
       RunLocked: another process holds the lock, or may hold it. The folder is unchanged.

@@ -258,7 +258,7 @@ def _quantile(values_n: np.ndarray, share: float) -> float | None:
 
 
 def _is_informed(row: Mapping[str, Any]) -> bool:
-    """Whether what the gate `information` compares was measured."""
+    """Whether the values that the gate `information` compares were measured."""
     return row["measured"].get("original_pmi") is not None
 
 

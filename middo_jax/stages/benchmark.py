@@ -38,7 +38,7 @@ FOLLOWED = "benchmark"  # the name of what process 0 leads
 
 
 def check_benchmarks(config: Config) -> None:
-    """Checks what can be known of `evaluate.tasks` before a model is there.
+    """Checks `evaluate.tasks` as far as that is possible without a model.
 
     Raises:
       ConfigError: lm-eval is not installed, or see `check_tasks`.
@@ -60,7 +60,7 @@ class SessionBackend:
       session: settings, tokenizer, mesh.
       path: of the model.
       model: the model there, on the session's mesh.
-      together: tells the other processes what all do next, see `parallel.coordination.lead`.
+      together: sends the other processes what all do next, see `parallel.coordination.lead`.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class SessionBackend:
 
 
 def packed_pairs(pairs: Sequence[Pair]) -> str:
-    """Pairs as text for the other processes; contexts that are alike take next to no place."""
+    """Pairs as text for the other processes; similar contexts take almost no space."""
     numbers = [n for pair in pairs for part in pair for n in (len(part), *part)]
     return base64.b64encode(zlib.compress(np.asarray(numbers, np.int32).tobytes())).decode()
 

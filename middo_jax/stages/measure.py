@@ -188,9 +188,9 @@ class UnderTraining:
         return measured
 
     def _informed(self, rewrites: Sequence[Rewrite]) -> dict[int, dict[str, float | None]]:
-        """What the gate `information` compares, by the places of the replacements; empty if it is open.
+        """The values that the gate `information` compares, by index of the replacement; empty if it is open.
 
-        The originals are measured beside their rewrites, so that scoring need not measure all samples so.
+        The originals are measured with their rewrites, so that scoring need not measure all samples.
         """
         if not is_asked("information", self._session.config.refine):
             return {}

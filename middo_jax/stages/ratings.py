@@ -54,7 +54,7 @@ def ratings(
 
 
 class Asked(NamedTuple):
-    """What the judge is asked about some examples: a tree of questions each, and how ratings are spelt."""
+    """The judge's questions: one tree per example, and the spelling of ratings."""
 
     trees: list[RatingTree]
     spelling: RatingTokens

@@ -106,9 +106,9 @@ def kept_samples(directory: RoundDir, turns: Turns) -> dict[str, int]:
 
 
 def _kept_scores(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """What a sample's lineage keeps of its scores: the columns that decide on an axis.
+    """The scores that a sample's lineage keeps: the columns that decide on the axes.
 
-    Those of an optional axis only where it was scored.
+    Those of an optional axis only if it was scored.
     """
     names = [
         name

@@ -69,7 +69,7 @@ def shown(url: str) -> str:
 
 
 class Secrets:
-    """What must not be shown: replaced by *** where a server echoes it.
+    """Texts that must not be shown: replaced by *** where a server echoes them.
 
     A secret is found as it is, as JSON writes it, and as a URL writes it.
     """

@@ -40,7 +40,7 @@ class Result:
 
     Attributes:
       answer: None if the request failed.
-      said: what the server said instead of an answer.
+      said: the server's message instead of an answer.
       is_final: whether the same request would fail again.
       field: the field of the request that the server refuses, if it refused one.
     """
@@ -71,7 +71,7 @@ class BatchClient:
     async def honours(self, probe: Probe) -> bool:
         """The finding in the cache.
 
-        Without one the answer is no and is kept, since no server can be asked.
+        Without one it is False, which is stored, since there is no server to try.
         """
         return self._cache.learn(self._requests.form_fact, TEXT) == JSON
 

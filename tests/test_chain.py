@@ -598,9 +598,11 @@ def test_select_takes_a_fraction_after_m(finished: Finished, middo: Middo, tmp_p
     shutil.copytree(finished.run.round(0).path, tmp_path / "scored")
     stored = load(None, finished.settings(complexity__fraction="null", complexity__m=1.5))
     (tmp_path / "scored" / "config.yaml").write_text(stored.to_yaml(), encoding="utf-8")
+    scores = (tmp_path / "scored" / "scores.parquet").read_bytes()
     code, out, err = middo("select", tmp_path / "scored", "complexity.fraction=0.2", "--json")
     assert code == 0, err
     assert json.loads(out)["axes"]["complexity"]["fraction"] == 0.2
+    assert (tmp_path / "scored" / "scores.parquet").read_bytes() == scores  # scoring alone writes it
 
 
 def test_folders_that_are_no_run_are_refused(

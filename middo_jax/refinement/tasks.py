@@ -219,7 +219,7 @@ def plan_tasks(
       selected: ids by axis; an axis without an operation makes no task.
       knn_ids: for every sparse sample the ids of its nearest neighbours, nearest first.
       scores: the scores by id, which the child's lineage records.
-      faults: by id, the fault that the axis `consistency` sees; an answer that was `cut` is completed.
+      faults: by id, the fault that the axis `consistency` found; an answer that was `cut` is completed.
       turns: `refine.turns`.
 
     Raises:

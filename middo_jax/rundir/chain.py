@@ -241,7 +241,7 @@ def train(here: RoundDir, start: Path | None) -> Link:
         writes,
         {"start": start},
         may_write=(here.evaluations,),
-        # The last training's is what a run is made for.
+        # The last training's checkpoint is the run's result and is never removed to save space.
         removable=(here.checkpoint,) if here.run is not None else (),
     )
 

@@ -36,7 +36,7 @@ def read_events(path: Path) -> Events:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return Events([], 0)
-    except OSError:  # a folder, or a file that nobody may read: the log is lost, the run is not
+    except OSError:  # a folder, or a file without permission to read: the log is lost, the run is not
         return Events([], 1)
     for line in lines:
         text = line.strip(b"\0 \t\r\v\f")

@@ -73,7 +73,7 @@ class Passes:
     def __call__(
         self, name: str, model: Model, of: Sequence[TokenizedExample], *, prompts: bool = False
     ) -> ExampleScores:
-        """One pass of a model over some examples; `name` is what the user sees.
+        """One pass of a model over some examples; `name` is shown to the user.
 
         With `prompts`, the losses of the prompts are computed too.
         """

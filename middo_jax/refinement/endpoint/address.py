@@ -23,7 +23,7 @@ class Address:
       host: name or address, without the port.
       query: is sent with every request.
       headers: the user and the password, as HTTP sends them.
-      secrets: parts of the URL that must be shown to nobody.
+      secrets: parts of the URL that must not be shown.
     """
 
     url: str

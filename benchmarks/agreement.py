@@ -108,10 +108,10 @@ def main() -> int:
     k = len(knn_ids[0])
     number = {id_: i for i, id_ in enumerate(table["id"].to_pylist())}
     neighbours = NearestNeighbors(n_neighbors=k + 1, metric="cosine", algorithm="brute").fit(theirs_nd)
-    distance_nk, index_nk = neighbours.kneighbors(theirs_nd)
+    distance_nj, index_nj = neighbours.kneighbors(theirs_nd)
     differing = 0
     for i, chosen in enumerate(knn_ids):
-        theirs = [(j, 1 - d) for j, d in zip(index_nk[i], distance_nk[i], strict=True) if j != i][:k]
+        theirs = [(j, 1 - d) for j, d in zip(index_nj[i], distance_nj[i], strict=True) if j != i][:k]
         similarity = unit[1] @ unit[1][i]
         farthest = theirs[-1][1]
         differing += any(

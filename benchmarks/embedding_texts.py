@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 
 import numpy as np
 
 from middo_jax.config import Deviations, Fraction, load
+from middo_jax.models.loading import locate
 from middo_jax.models.resolve import resolve
-from middo_jax.models.source import locate
 from middo_jax.passes.losses import score_examples
 from middo_jax.progress import for_stderr
 from middo_jax.session import Session, prepare
@@ -73,13 +74,17 @@ def main() -> None:
         tokens = sum(map(len, tokenized))
         print(f"{name}: {len(tokenized):,} rows, {tokens:,} tokens, {seconds:.0f} s with compiling")
         found[name] = nearest_neighbours(scores.embedding_nd, session.config.diversity.k, session.mesh)
+    print_comparison(found)
 
+
+def print_comparison(found: Mapping[str, Neighbours]) -> None:
+    """Prints how similar the two texts make the rows, and what is selected by each."""
     similarity = {name: neighbours.mean_similarity() for name, neighbours in found.items()}
     for name, s_n in similarity.items():
         print(f"s, {name}: mean {np.nanmean(s_n):.4f}, standard deviation {np.nanstd(s_n):.4f}")
     known = np.isfinite(similarity["templated"]) & np.isfinite(similarity["raw"])
     print(f"Spearman of s: {spearman(*(s_n[known] for s_n in similarity.values())):.3f}")
-    nearest = [neighbours.index_nk for neighbours in found.values()]
+    nearest = [neighbours.index_nj for neighbours in found.values()]
     first, whole = (nearest[0][:, 0] == nearest[1][:, 0]), np.equal(*(np.sort(i, axis=1) for i in nearest))
     print(
         f"same nearest neighbour: {first.mean():.1%}; same {whole.shape[1]}: {whole.all(axis=1).mean():.1%}\n"

@@ -38,7 +38,7 @@ def middo(unit_nd: np.ndarray, k: int) -> Found:
     from middo_jax.signals.neighbours.search import nearest_neighbours
 
     found = nearest_neighbours(unit_nd, k, make_mesh())
-    return found.index_nk, found.similarity_nk
+    return found.index_nj, found.similarity_nj
 
 
 def compile_middo(unit_nd: np.ndarray, k: int) -> None:
@@ -59,16 +59,16 @@ def faiss(unit_nd: np.ndarray, k: int) -> Found:
 
     index = faiss.IndexFlatIP(unit_nd.shape[1])
     index.add(unit_nd)
-    similarity_nk, index_nk = index.search(unit_nd, k + 1)
-    return without_itself(index_nk, similarity_nk)
+    similarity_nj, index_nj = index.search(unit_nd, k + 1)
+    return without_itself(index_nj, similarity_nj)
 
 
 def scikit_learn(unit_nd: np.ndarray, k: int) -> Found:
     """Brute force by Euclidean distance, its fast way; of unit vectors the order is that of cosines."""
     from sklearn.neighbors import NearestNeighbors
 
-    distance_nk, index_nk = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(unit_nd).kneighbors()
-    return index_nk, 1 - distance_nk**2 / 2
+    distance_nj, index_nj = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(unit_nd).kneighbors()
+    return index_nj, 1 - distance_nj**2 / 2
 
 
 def whole(unit_nd: np.ndarray, k: int) -> Found:
@@ -78,10 +78,10 @@ def whole(unit_nd: np.ndarray, k: int) -> Found:
         rows = slice(start, start + 8192)
         np.matmul(unit_nd[rows], unit_nd.T, out=similarity_nn[rows])
     np.fill_diagonal(similarity_nn, -np.inf)
-    index_nk = np.stack([row_n.argpartition(-k)[-k:].copy() for row_n in similarity_nn])
-    similarity_nk = np.take_along_axis(similarity_nn, index_nk, axis=1)
-    order_nk = np.argsort(-similarity_nk, axis=1)
-    return np.take_along_axis(index_nk, order_nk, axis=1), np.take_along_axis(similarity_nk, order_nk, axis=1)
+    index_nj = np.stack([row_n.argpartition(-k)[-k:].copy() for row_n in similarity_nn])
+    similarity_nj = np.take_along_axis(similarity_nn, index_nj, axis=1)
+    order_nj = np.argsort(-similarity_nj, axis=1)
+    return np.take_along_axis(index_nj, order_nj, axis=1), np.take_along_axis(similarity_nj, order_nj, axis=1)
 
 
 SIDES: dict[str, Callable[[np.ndarray, int], Found]] = {
@@ -92,12 +92,12 @@ SIDES: dict[str, Callable[[np.ndarray, int], Found]] = {
 }
 
 
-def without_itself(index_nk: np.ndarray, similarity_nk: np.ndarray) -> Found:
+def without_itself(index_nj: np.ndarray, similarity_nj: np.ndarray) -> Found:
     """k of k + 1 neighbours: without the row itself, or without the last where it is not among them."""
-    is_other_nk = index_nk != np.arange(len(index_nk))[:, None]
-    is_other_nk[is_other_nk.all(axis=1), -1] = False
-    shape = len(index_nk), index_nk.shape[1] - 1
-    return index_nk[is_other_nk].reshape(shape), similarity_nk[is_other_nk].reshape(shape)
+    is_other_nj = index_nj != np.arange(len(index_nj))[:, None]
+    is_other_nj[is_other_nj.all(axis=1), -1] = False
+    shape = len(index_nj), index_nj.shape[1] - 1
+    return index_nj[is_other_nj].reshape(shape), similarity_nj[is_other_nj].reshape(shape)
 
 
 def matmul_rate() -> float:

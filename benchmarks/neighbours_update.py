@@ -54,7 +54,7 @@ def main() -> None:
                     seconds[name].append(time.perf_counter() - began)
         searched, total = int(earlier.to_search().sum()), len(row_n)
         scratch, update = (statistics.median(seconds[name]) for name in ("scratch", "update"))
-        differ = (results["scratch"].index_nk != results["update"].index_nk).any(axis=1).sum()
+        differ = (results["scratch"].index_nj != results["update"].index_nj).any(axis=1).sum()
         print(
             f"| {share:.0%} | {share / 2:.1%} | {searched / total:.1%} | {2 * searched / (total - 1):.0%} "
             f"| {scratch:.2f} | {update:.2f} | {scratch / update:.1f} | {differ} |",

@@ -206,13 +206,11 @@ def evaluate(folder: Path) -> dict[str, dict[str, Figures]]:
 
 def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Figures]:
     """The tuned model's `expected` and `sample` of the first rows, each after a first pass over two rows."""
-    from scipy.stats import rankdata
-
     from middo_jax.config import load
     from middo_jax.inference import engine as inference
     from middo_jax.progress import for_stderr
     from middo_jax.session import Session, read_dataset
-    from middo_jax.signals.judge.rubrics import DIMENSIONS, PARTS, judge_message, quality
+    from middo_jax.signals.judge.rubrics import DIMENSIONS, PARTS, judge_message
     from middo_jax.stages.ratings import ratings
 
     examples = read_dataset(RoundDir(folder / "scored"))[: arguments.judge_rows]
@@ -250,8 +248,18 @@ def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Fig
             "unread": float(np.isnan(rated[method]).mean()),
             "distinct": len(np.unique(rated[method][np.isfinite(rated[method])])),
         }
+    result["sample"]["rows_without_quality"] = int((~np.isfinite(rated["sample"]).all(axis=1)).sum())
+    result["agreement"] = _agreement(rated)
+    return result
+
+
+def _agreement(rated: dict[str, np.ndarray]) -> Figures:
+    """Rank correlations of the two methods' qualities and ratings, where both have one."""
+    from scipy.stats import rankdata
+
+    from middo_jax.signals.judge.rubrics import quality
+
     whole = np.isfinite(rated["sample"]).all(axis=1)
-    result["sample"]["rows_without_quality"] = int((~whole).sum())
     pairs = {
         "spearman_quality": [quality(rated[method][whole]) for method in ("expected", "sample")],
         "spearman_ratings": [
@@ -264,8 +272,7 @@ def compare_judges(arguments: argparse.Namespace, folder: Path) -> dict[str, Fig
         for name, (a, b) in pairs.items()
         if len(a) > 1
     }
-    result["agreement"] = {name: rho if np.isfinite(rho) else None for name, rho in ranks.items()}
-    return result
+    return {name: rho if np.isfinite(rho) else None for name, rho in ranks.items()}
 
 
 def table(title: str, seeds: Sequence[dict[str, Any]], cell: Callable[[list[Figures]], str]) -> str:

@@ -73,60 +73,91 @@ def plant(
     Raises:
       ValueError: too few rows can carry a fault.
     """
-    rng = np.random.default_rng(seed)
-    count = round(share * len(clean))
-    free = [int(i) for i in rng.permutation(len(clean))]
-    examples, fault, twin = list(clean), dict[str, str](), dict[str, str]()
+    planter = _Planter(clean, np.random.default_rng(seed), round(share * len(clean)), faults)
+    # The faults that fewest rows can carry choose first.
+    planter.alter_texts()
+    planter.swap_responses()
+    planter.put_strangers(foreign)
+    planter.duplicate()
+    return Planted(tuple(planter.examples), planter.fault, planter.twin)
 
-    def take(kind: str, can: Callable[[Example], bool] = lambda example: True, what: str = "") -> list[int]:
-        wanted = count if kind in faults else 0
-        chosen = [i for i in free if can(clean[i])][:wanted]
+
+class _Planter:
+    """Plants faults of one kind after another; no row gets two."""
+
+    def __init__(
+        self, clean: Sequence[Example], rng: np.random.Generator, count: int, faults: Collection[str]
+    ) -> None:
+        self._clean, self._rng, self._count, self._faults = clean, rng, count, faults
+        self._free = [int(i) for i in rng.permutation(len(clean))]
+        self.examples, self.fault, self.twin = list(clean), dict[str, str](), dict[str, str]()
+
+    def alter_texts(self) -> None:
+        """Wrong numbers, cut responses and shuffled prompts."""
+        clean, rng = self._clean, self._rng
+        for i in self._take("wrong numbers", lambda e: has_numbers(e.response)):
+            self._put(i, "wrong numbers", clean[i].prompt, with_other_numbers(clean[i].response, rng))
+        for i in self._take("cut response", lambda e: len(e.response.split()) >= MIN_RESPONSE_WORDS):
+            self._put(i, "cut response", clean[i].prompt, cut(clean[i].response))
+        for i in self._take("shuffled prompt", lambda e: len(set(e.prompt.split())) >= MIN_PROMPT_WORDS):
+            self._put(i, "shuffled prompt", shuffled(clean[i].prompt, rng), clean[i].response)
+
+    def swap_responses(self) -> None:
+        """Each row gets the response of another one. All differ, or a row could get its own."""
+        answers: set[str] = set()
+
+        def is_new(example: Example) -> bool:
+            new = example.response not in answers
+            answers.add(example.response)
+            return new
+
+        swapped = self._take("swapped response", is_new)
+        for i, giver in zip(swapped, swapped[1:] + swapped[:1], strict=True):
+            self._put(i, "swapped response", self._clean[i].prompt, self._clean[giver].response)
+
+    def put_strangers(self, foreign: Sequence[Example]) -> None:
+        """Rows of another domain take the places of clean ones."""
+        places = self._take("foreign topic")
+        strangers = self._rng.permutation(len(foreign))[: self._count]
+        if len(strangers) < len(places):
+            raise ValueError(f"foreign topic: there are only {len(foreign)} foreign rows, not {self._count}")
+        for i, j in zip(places, strangers, strict=False):
+            self._put(i, "foreign topic", foreign[j].prompt, foreign[j].response)
+
+    def duplicate(self) -> None:
+        """Copies of clean rows take the places of others; a near one has other words in its prompt."""
+        clean = self._clean
+        words = sorted({word for example in clean for word in example.prompt.split() if word.isalpha()})
+        for name in ("exact duplicate", "near duplicate"):
+            places = self._take(name)
+            originals = self._take(
+                name, lambda e: len(e.prompt.split()) >= MIN_PROMPT_WORDS, f"the original of an {name}"
+            )
+            for i, original in zip(places, originals, strict=True):
+                prompt = clean[original].prompt
+                prompt = prompt if name == "exact duplicate" else with_other_words(prompt, words, self._rng)
+                copy = self._put(i, name, prompt, clean[original].response)
+                self.twin[copy.id] = clean[original].id
+
+    def _take(
+        self, kind: str, can: Callable[[Example], bool] = lambda example: True, what: str = ""
+    ) -> list[int]:
+        """The rows that get a fault; they are free no more."""
+        clean, wanted = self._clean, self._count if kind in self._faults else 0
+        chosen = [i for i in self._free if can(clean[i])][:wanted]
         if len(chosen) < wanted:
             raise ValueError(
-                f"{what or kind}: only {len(chosen)} of {len(clean)} rows can carry it, not {count}"
+                f"{what or kind}: only {len(chosen)} of {len(clean)} rows can carry it, not {self._count}"
             )
-        free[:] = [i for i in free if i not in set(chosen)]
+        self._free = [i for i in self._free if i not in set(chosen)]
         return chosen
 
-    def put(i: int, name: str, prompt: str, response: str) -> Example:
-        id_ = f"{clean[i].id}-{name.replace(' ', '-')}"  # its own: a duplicate has the content of its twin
-        examples[i] = Example((Message("user", prompt), Message("assistant", response)), id=id_)
-        fault[id_] = name
-        return examples[i]
-
-    # The faults that fewest rows can carry choose first.
-    for i in take("wrong numbers", lambda e: has_numbers(e.response)):
-        put(i, "wrong numbers", clean[i].prompt, with_other_numbers(clean[i].response, rng))
-    for i in take("cut response", lambda e: len(e.response.split()) >= MIN_RESPONSE_WORDS):
-        put(i, "cut response", clean[i].prompt, cut(clean[i].response))
-    for i in take("shuffled prompt", lambda e: len(set(e.prompt.split())) >= MIN_PROMPT_WORDS):
-        put(i, "shuffled prompt", shuffled(clean[i].prompt, rng), clean[i].response)
-    answers: set[str] = set()  # all different, or a row might be given its own
-
-    def is_new(example: Example) -> bool:
-        new = example.response not in answers
-        answers.add(example.response)
-        return new
-
-    swapped = take("swapped response", is_new)
-    for i, giver in zip(swapped, swapped[1:] + swapped[:1], strict=True):
-        put(i, "swapped response", clean[i].prompt, clean[giver].response)
-    places, strangers = take("foreign topic"), rng.permutation(len(foreign))[:count]
-    if len(strangers) < len(places):
-        raise ValueError(f"foreign topic: there are only {len(foreign)} foreign rows, not {count}")
-    for i, j in zip(places, strangers, strict=False):
-        put(i, "foreign topic", foreign[j].prompt, foreign[j].response)
-    words = sorted({word for example in clean for word in example.prompt.split() if word.isalpha()})
-    for name in ("exact duplicate", "near duplicate"):
-        places = take(name)
-        originals = take(
-            name, lambda e: len(e.prompt.split()) >= MIN_PROMPT_WORDS, f"the original of an {name}"
-        )
-        for i, original in zip(places, originals, strict=True):
-            prompt = clean[original].prompt
-            prompt = prompt if name == "exact duplicate" else with_other_words(prompt, words, rng)
-            twin[put(i, name, prompt, clean[original].response).id] = clean[original].id
-    return Planted(tuple(examples), fault, twin)
+    def _put(self, i: int, name: str, prompt: str, response: str) -> Example:
+        # An id of its own: a duplicate has the content of its twin.
+        id_ = f"{self._clean[i].id}-{name.replace(' ', '-')}"
+        self.examples[i] = Example((Message("user", prompt), Message("assistant", response)), id=id_)
+        self.fault[id_] = name
+        return self.examples[i]
 
 
 def from_gsm8k(row: dict[str, str]) -> Example:

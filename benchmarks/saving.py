@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from middo_jax.config import TrainSettings
+from middo_jax.models.loading import load, locate
 from middo_jax.models.model import Params
-from middo_jax.models.source import load, locate
 from middo_jax.parallel.mesh import batch_divisor, make_mesh
 from middo_jax.training.checkpoint import TrainingCheckpoints, TrainState
 from middo_jax.training.optimizer import abstract_opt_state, make_optimizer

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pydantic
 
-from middo_jax.config import GIVEN, RESULTLESS, Config, Effect, Leaf, leaves
+from middo_jax.config import GIVEN, RESULTLESS, AnyOf, Config, Contains, Effect, Leaf, leaves
 
 
 def page() -> str:
@@ -91,6 +91,10 @@ def _effects(leaf: Leaf) -> str:
             found.append(effect)
         elif condition[1] is GIVEN:
             found.append(f"{effect} (with `{condition[0]}`)")
+        elif isinstance(condition[1], AnyOf):
+            found.append(f"{effect} (with `{condition[0]}: {' or '.join(condition[1].values)}`)")
+        elif isinstance(condition[1], Contains):
+            found.append(f"{effect} (with `{condition[1].entry}` in `{condition[0]}`)")
         else:
             value = "null" if condition[1] is None else condition[1]
             found.append(f"{effect} (with `{condition[0]}: {value}`)")

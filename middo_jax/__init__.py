@@ -19,9 +19,10 @@ from middo_jax.version import __version__
 if TYPE_CHECKING:
     from middo_jax.api import benchmark, evaluate, export, refine, run, score, train
     from middo_jax.comparing import ModelScores, score_models
-    from middo_jax.config import Config, ConfigError
+    from middo_jax.config import Config, ConfigError, SettingsLike
+    from middo_jax.data.in_memory import RowsLike
     from middo_jax.data.sources import DataError, Rejection
-    from middo_jax.evaluation.heldout import HeldoutLoss
+    from middo_jax.evaluation.heldout import HeldoutLoss, SourceLoss
     from middo_jax.models.hf import CheckpointError
     from middo_jax.refinement.endpoint.faults import RefinerError
     from middo_jax.results import Exported, Refined, Run, Scores, Selection, Trained
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from middo_jax.rundir import RunError
     from middo_jax.rundir.files import DamagedFile, DiskFull
     from middo_jax.rundir.lock import RunLocked
+    from middo_jax.rundir.rows import BenchmarksFile, MetricsRow, RefinedRow, SelectionFile, UsageRow
     from middo_jax.selecting import load_config, select
     from middo_jax.training.checkpoint import AnotherTraining
     from middo_jax.training.memory import OutOfMemory
@@ -37,9 +39,10 @@ if TYPE_CHECKING:
 _MODULES = {
     "middo_jax.api": "benchmark evaluate export refine run score train",
     "middo_jax.comparing": "ModelScores score_models",
-    "middo_jax.config": "Config ConfigError",
+    "middo_jax.config": "Config ConfigError SettingsLike",
+    "middo_jax.data.in_memory": "RowsLike",
     "middo_jax.data.sources": "DataError Rejection",
-    "middo_jax.evaluation.heldout": "HeldoutLoss",
+    "middo_jax.evaluation.heldout": "HeldoutLoss SourceLoss",
     "middo_jax.models.hf": "CheckpointError",
     "middo_jax.refinement.endpoint.faults": "RefinerError",
     "middo_jax.results": "Exported Refined Run Scores Selection Trained",
@@ -47,6 +50,7 @@ _MODULES = {
     "middo_jax.rundir": "RunError",
     "middo_jax.rundir.files": "DamagedFile DiskFull",
     "middo_jax.rundir.lock": "RunLocked",
+    "middo_jax.rundir.rows": "BenchmarksFile MetricsRow RefinedRow SelectionFile UsageRow",
     "middo_jax.selecting": "load_config select",
     "middo_jax.training.checkpoint": "AnotherTraining",
     "middo_jax.training.memory": "OutOfMemory",
@@ -56,6 +60,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "AnotherTraining",
+    "BenchmarksFile",
     "CheckpointError",
     "Config",
     "ConfigError",
@@ -64,19 +69,26 @@ __all__ = [
     "DiskFull",
     "Exported",
     "HeldoutLoss",
+    "MetricsRow",
     "ModelScores",
     "OutOfMemory",
     "Refined",
+    "RefinedRow",
     "RefinerError",
     "Rejection",
+    "RowsLike",
     "Run",
     "RunError",
     "RunLocked",
     "Scores",
     "Selection",
+    "SelectionFile",
+    "SettingsLike",
+    "SourceLoss",
     "Trained",
     "TrainingDiverged",
     "TrainingWrecked",
+    "UsageRow",
     "__version__",
     "benchmark",
     "evaluate",

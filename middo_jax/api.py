@@ -2,6 +2,7 @@
 
 This module loads JAX, so `import middo_jax` imports it only when one of its functions is used. `select` is in
 `selecting`, which does not load JAX.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.config.axis_table import axis_names, scored_axes
 from middo_jax.data.example import Example
 from middo_jax.data.files import require_not_read
+from middo_jax.data.in_memory import RowsLike
 from middo_jax.data.own_columns import own_columns
 from middo_jax.data.sources import Rejection, UserRows
 from middo_jax.evaluation.heldout import HeldoutLoss
@@ -51,7 +53,7 @@ from middo_jax.session import Session, prepare, read_data, session_for, session_
 from middo_jax.signals.axes import computed_names
 from middo_jax.signals.table import SCHEMA, with_columns
 from middo_jax.stages.batch import BatchState
-from middo_jax.stages.score import measure
+from middo_jax.stages.score import measure_samples
 
 NO_PRE_MODEL = "no --pre-model (pre_model in Python): loss_pre stays empty, and no sample can be hard"
 
@@ -88,7 +90,7 @@ def quickstart(settings: SettingsLike = None) -> tuple[Path, list[str | Mapping[
 
 
 def score(
-    rows: Any,
+    rows: RowsLike,
     model: PathLike,
     pre_model: PathLike | None = None,
     axes: Collection[str] | None = None,
@@ -133,7 +135,7 @@ def score(
             session.progress.say(NO_PRE_MODEL)
         pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
         if place is None:
-            scored = measure(session, kept, model_path, pre_path, axes)
+            scored = measure_samples(session, kept, model_path, pre_path, axes)
             table = with_columns(scored.table, own)
             return Scores(table, scored.embedding_nd, rejections, scored.facts["passes"])
         stages.check_embedder(session, pre_path, axes)
@@ -217,7 +219,7 @@ def refine_by_batch(
         return merge_refined(session, directory) if state.is_finished else state
 
 
-def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike = None) -> Trained:
+def train(rows: RowsLike, model: PathLike, out: PathLike, *, settings: SettingsLike = None) -> Trained:
     """Fine-tunes a model (SFT). A second call with the same arguments resumes a stopped training.
 
     Args:
@@ -249,7 +251,7 @@ def train(rows: Any, model: PathLike, out: PathLike, *, settings: SettingsLike =
         return Trained(directory.checkpoint, read_jsonl(directory.metrics), loss)
 
 
-def evaluate(rows: Any, model: PathLike, *, settings: SettingsLike = None) -> HeldoutLoss:
+def evaluate(rows: RowsLike, model: PathLike, *, settings: SettingsLike = None) -> HeldoutLoss:
     """Computes the loss of a model on a dataset and on each of its sources, in nats per target token.
 
     Args:
@@ -364,7 +366,7 @@ def require_axes(axes: Collection[str], name: str = "axes") -> None:
         raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(axis_names())}")
 
 
-def _path(rows: Any) -> str | None:
+def _path(rows: RowsLike) -> str | None:
     """Returns `rows` as a string if it is a path, else None."""
     return os.fspath(rows) if isinstance(rows, str | os.PathLike) else None
 

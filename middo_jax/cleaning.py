@@ -1,4 +1,4 @@
-"""What of a run's folder can be removed to save space, without a result being lost."""
+"""Finds the files of a run that can be removed to save space without losing a result."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _removable(run: RunDir) -> Iterator[Removable]:
             if needed is None or here.path == run.final.path or here.checkpoint.resolve() in needed:
                 yield Removable(path, size_of(path), "a state of a training that could not be read")
     for path in sorted(run.path.glob(f"{ASIDE}*")):
-        if not any(path.rglob("*.sqlite*")):  # paid answers are nobody's to remove but the user's
+        if not any(path.rglob("*.sqlite*")):  # answers were paid for: only the user may remove them
             yield Removable(path, size_of(path), "what `middo run --repair` put aside")
 
 

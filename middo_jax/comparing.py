@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from middo_jax import api
 from middo_jax.config import ConfigError, SettingsLike
+from middo_jax.data.in_memory import RowsLike
 from middo_jax.data.own_columns import SUFFIX
 from middo_jax.progress import for_stderr
 from middo_jax.results import Scores
@@ -59,7 +60,7 @@ class ModelScores(NamedTuple):
 
 
 def score_models(
-    rows: Any, models: Mapping[str, PathLike], out: PathLike, **options: Unpack[ScoreOptions]
+    rows: RowsLike, models: Mapping[str, PathLike], out: PathLike, **options: Unpack[ScoreOptions]
 ) -> ModelScores:
     """Scores a dataset under several models. What `out` has of a model is reused, as by `score`.
 

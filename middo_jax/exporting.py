@@ -40,7 +40,7 @@ SCORES = ("loss_pre", "loss_post", "knn_mean_sim", "quality")
 _PREFIX = "middo_"
 
 
-class Exported(NamedTuple):
+class ExportedDataset(NamedTuple):
     """What was written: the folder, rows to train on, held-out rows, pairs, and the format."""
 
     path: Path
@@ -50,7 +50,7 @@ class Exported(NamedTuple):
     format: str
 
 
-class Parts(TypedDict, total=False):
+class Extras(TypedDict, total=False):
     """What is written beside the dataset.
 
     Attributes:
@@ -71,8 +71,8 @@ def export_data(
     out: Path,
     form: str | None = None,
     license: str | None = None,
-    **parts: Unpack[Parts],
-) -> Exported:
+    **extras: Unpack[Extras],
+) -> ExportedDataset:
     """Writes the last dataset of a run.
 
     Args:
@@ -80,13 +80,13 @@ def export_data(
       out: a folder that does not exist or is empty.
       form: alpaca, sharegpt, messages, prompt_completion or parquet; None: the format that came in.
       license: of the dataset, for its card, by its name at the hub: apache-2.0, cc-by-4.0, other, ...
-      **parts: what is written beside the dataset.
+      **extras: what is written beside the dataset.
 
     Raises:
       RunError: the run has no dataset yet, or `out` is not empty.
       DataError: the format has no place for a row.
     """
-    scores, lineage = parts.get("scores", False), parts.get("lineage", False)
+    scores, lineage = extras.get("scores", False), extras.get("lineage", False)
     require_run(run)
     folder = last_dataset(run)
     place = local(out)
@@ -95,7 +95,7 @@ def export_data(
     settings = load_settings(run)
     form = form or _format(run)
     examples = [Example.from_json(row) for row in read_jsonl(folder.dataset)]
-    kept_out = [Example.from_json(row) for row in read_jsonl(run.heldout)] if parts.get("heldout") else []
+    kept_out = [Example.from_json(row) for row in read_jsonl(run.heldout)] if extras.get("heldout") else []
     known = _scores(run) if scores else {}
     id_column = _id_column(settings)
     ending = "parquet" if form == "parquet" else "jsonl"
@@ -110,11 +110,11 @@ def export_data(
     written = {split: name for split, (rows, name) in files.items() if rows}
     name = settings.get("name") or run.path.resolve().name
     _write_readers(place, str(name), "messages" if form == "parquet" else form, written, columns)
-    found = preference_pairs(run) if parts.get("pairs") else []
+    found = preference_pairs(run) if extras.get("pairs") else []
     if found:
         write_jsonl(place / "pairs.jsonl", found)
     write_text(place / "README.md", card(run, written, form, "pairs.jsonl" if found else None, license))
-    return Exported(place, len(examples), len(kept_out), len(found), form)
+    return ExportedDataset(place, len(examples), len(kept_out), len(found), form)
 
 
 def write_as_it_came(run: RunDir, examples: Sequence[Example], path: Path, progress: Progress) -> str:

@@ -106,15 +106,15 @@ def run_loop(config: Config, progress: Progress, repair: bool = False) -> RunDir
 
     Args:
       config: the settings.
-      progress: is told how far the run is.
+      progress: shows how far the run is.
       repair: whether damaged files are put aside, so that what is missing then is done again.
 
     Raises:
       RunLocked: another process writes into the folder.
       RunError: the folder holds a run of the previous version, or a file that cannot be used.
       DiskFull: there is no room; what was finished is kept.
-      ValueError, RuntimeError: whatever stage fails says what to do; what was done stays done. What can be
-        known before the first stage is raised before the folder is made or changed.
+      ValueError, RuntimeError: a stage failed; the message says what to do, and finished stages stay
+        finished. What can be checked before the first stage is checked before the folder is made or changed.
     """
     run = RunDir(Path(config.runs_dir) / config.name)
     with held(run.path, progress.say), full_disk_named(run.path):
@@ -125,7 +125,7 @@ def run_loop(config: Config, progress: Progress, repair: bool = False) -> RunDir
 
 
 def _repair(run: RunDir, config: Config, progress: Progress) -> None:
-    """Puts aside what is damaged, and what was edited; the chain then finds what has to be done again."""
+    """Puts damaged and edited files aside, so that the chain finds their stages stale."""
     links = chain(run, config)
     found = [*damages(run, links), *edited(links)]
     cache = Path(config.refine.cache or run.llm_cache)

@@ -1,4 +1,4 @@
-"""Preference pairs of a run, in TRL's format with an explicit prompt: what was accepted, and what lost.
+"""Preference pairs of a run, in TRL's format with an explicit prompt: the accepted answer, and one that lost.
 
     {"prompt": [turns], "chosen": [answer], "rejected": [answer], "rejected_from": "original", ...}
 

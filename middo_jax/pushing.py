@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from middo_jax.config import ConfigError
-from middo_jax.exporting import Parts, export_data
+from middo_jax.exporting import Extras, export_data
 from middo_jax.rundir import RunDir, RunError
 
 TOKEN = "HF_TOKEN"  # the environment variable; no other place is read
@@ -48,14 +48,14 @@ class Pushed(NamedTuple):
     url: str | None
 
 
-def push(run: RunDir, plan: Push, form: str | None = None, **parts: Unpack[Parts]) -> Pushed:
+def push(run: RunDir, plan: Push, form: str | None = None, **extras: Unpack[Extras]) -> Pushed:
     """Sends what `export_data` writes to a dataset repository, which is made if it does not exist.
 
     Args:
       run: its folder.
       plan: where to and how.
       form: see `export_data`.
-      **parts: see `export_data`.
+      **extras: see `export_data`.
 
     Raises:
       ConfigError: the repository's name is none, or the licence or $HF_TOKEN is missing.
@@ -77,7 +77,7 @@ def push(run: RunDir, plan: Push, form: str | None = None, **parts: Unpack[Parts
         )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "dataset"
-        done = export_data(run, out, form, plan.license, **parts)
+        done = export_data(run, out, form, plan.license, **extras)
         files = {
             p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()
         }

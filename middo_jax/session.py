@@ -43,13 +43,13 @@ from middo_jax.data.tokenize import (
 from middo_jax.models.attention import shares_prefixes
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.config import DecoderConfig, read_config
+from middo_jax.models.loading import ModelSource, load, locate
 from middo_jax.models.lora import from_settings
 from middo_jax.models.model import Model
 from middo_jax.models.resolve import resolve
-from middo_jax.models.source import Source, load, locate
 from middo_jax.parallel.mesh import batch_divisor, make_mesh
 from middo_jax.passes.losses import plan_losses
-from middo_jax.passes.runner import Plan
+from middo_jax.passes.runner import PassPlan
 from middo_jax.planning import automatic
 from middo_jax.progress import Progress, for_stderr
 from middo_jax.rundir import RoundDir, RunError, read_jsonl, write_jsonl
@@ -129,14 +129,14 @@ class Session:
     def _place(self) -> automatic.Place:
         return automatic.Place(self.mesh, automatic.usable_bytes())
 
-    def locate(self, path: Path) -> Source:
-        """What a model is made of, see `models.source.locate`; a base that was moved is the session's."""
+    def locate(self, path: Path) -> ModelSource:
+        """Locates a model's parts, see `models.loading.locate`; the session's base replaces a moved one."""
         return locate(path, base=self.config.model.path)
 
     def load_model(self, path: Path, param_dtype: str | None = None, base: Model | None = None) -> Model:
         """Loads a model from a Hugging Face directory, a checkpoint or a PEFT adapter, onto the mesh.
 
-        See `models.source.load` for the arguments.
+        See `models.loading.load` for the arguments.
         """
         settings = self.config.model
         model = load(self.locate(path), settings.dtype, param_dtype, self.mesh, base)
@@ -165,7 +165,7 @@ class Session:
         return tokenized
 
     def _tell_of_cuts(self, tokenized: Sequence[TokenizedExample]) -> None:
-        """Says, once per session, how many of the first examples that are cut are cut."""
+        """Reports how many examples are cut, once per session: for the first examples of which any is."""
         cut = sum(t.truncated for t in tokenized)
         if cut and "cut" not in self._told:
             self._told.add("cut")
@@ -196,7 +196,7 @@ class Session:
             return f"every conversation is cut at model.max_length={self.config.model.max_length}"
         return "the chat template writes no control token after an answer; set model.template"
 
-    def plan_losses(self, tokenized: Sequence[TokenizedExample]) -> Plan:
+    def plan_losses(self, tokenized: Sequence[TokenizedExample]) -> PassPlan:
         """Returns the batches of a scoring pass over these examples, for this mesh and these settings."""
         with jax.set_mesh(self.mesh):
             share_prefix = shares_prefixes(self.config.model.attention)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -93,6 +96,28 @@ def test_every_public_name_is_there_and_documented() -> None:
     )
     seen = [alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
     assert sorted(["__version__", *seen]) == sorted(middo.__all__)
+
+
+def test_what_public_functions_return_is_public() -> None:
+    """Every class of the package in a return type or in the fields of a returned value has a public name."""
+    public = [getattr(middo, name) for name in middo.__all__]
+    returned = [inspect.signature(f).return_annotation for f in public if inspect.isfunction(f)]
+    fields = [a for c in public if hasattr(c, "__annotations__") and inspect.isclass(c) for a in fields_of(c)]
+    named = set(re.findall(r"\b[A-Z]\w+", " ".join([*returned, *fields])))
+    assert {"BenchmarksFile", "HeldoutLoss", "MetricsRow", "Scores"} <= named
+    assert named - set(middo.__all__) - {"Any", "Counter", "Mapping", "None", "Path", "Table"} == set()
+
+
+def fields_of(value: type) -> list[str]:
+    is_value = dataclasses.is_dataclass(value) or hasattr(value, "_fields")
+    annotations = inspect.get_annotations(value).values() if is_value else ()
+    return [getattr(annotation, "__forward_arg__", annotation) for annotation in annotations]
+
+
+def test_rows_have_one_public_type() -> None:
+    for function in (middo.score, middo.train, middo.evaluate, middo.score_models):
+        assert inspect.signature(function).parameters["rows"].annotation == "RowsLike"
+    assert {str, Any} & set(get_args(middo.RowsLike)) == {str}
 
 
 def test_select_works_without_jax(scores: middo.Scores, tmp_path: Path) -> None:

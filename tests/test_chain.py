@@ -105,9 +105,15 @@ def replaced(path: Path, text: str) -> Iterator[None]:
         ("refine__budget", "{usd: 3}"),
         ("train__trackers", "[tensorboard]"),
         ("refine__base_url", "http://127.0.0.1:9/v1"),
+        # Of an axis that is not scored, and of gates that do not run with refine.accept=sane.
+        ("consistency__m", 0.5),
+        ("consistency__fraction", 0.5),
+        ("refine__gates__context", 0.5),
+        ("refine__gates__novelty", 0.5),
+        ("refine__gates__agreement", 0.5),
     ],
 )
-def test_speed_place_and_cost_make_nothing_stale(finished: Finished, name: str, value: object) -> None:
+def test_what_no_stage_depends_on_makes_nothing_stale(finished: Finished, name: str, value: object) -> None:
     assert reasons(finished.run, finished.settings(**{name: value})) == {}
 
 
@@ -159,6 +165,27 @@ def test_the_context_of_the_embedded_endpoint_matters_where_it_is_used(finished:
     assert reasons(finished.run, finished.settings(serve__max_context=777)) == {}  # nothing is sampled either
     embedded = affecting(load(None, settings(finished.root)), {"rewrites"})
     assert "serve.max_context" in embedded
+
+
+def test_the_threshold_of_an_optional_axis_makes_its_selection_stale_where_it_is_scored(
+    tmp_path: Path,
+) -> None:
+    of_axis = {"scoring__readings": "[consistency]"}
+    scored(tmp_path / "run", settings(tmp_path, **of_axis))
+    config = load(None, settings(tmp_path, **of_axis))
+    link = chain(RunDir(tmp_path / "run"), config)[3]
+    for path in link.writes:
+        path.write_text("x")
+    link.begin().finish(config, 1.0)
+
+    def why(**more: Any) -> str | None:
+        config = load(None, settings(tmp_path, **more))
+        reason = chain(RunDir(tmp_path / "run"), config)[3].why_stale(config)
+        return None if reason is None else reason.text
+
+    assert why(**of_axis) is None
+    assert why(**of_axis, consistency__m=0.5) == "consistency.m was 1.0, is 0.5"
+    assert why(consistency__m=0.5) is None
 
 
 def test_the_other_threshold_makes_stale_the_selection_also_with_its_default(finished: Finished) -> None:
@@ -571,9 +598,11 @@ def test_select_takes_a_fraction_after_m(finished: Finished, middo: Middo, tmp_p
     shutil.copytree(finished.run.round(0).path, tmp_path / "scored")
     stored = load(None, finished.settings(complexity__fraction="null", complexity__m=1.5))
     (tmp_path / "scored" / "config.yaml").write_text(stored.to_yaml(), encoding="utf-8")
+    scores = (tmp_path / "scored" / "scores.parquet").read_bytes()
     code, out, err = middo("select", tmp_path / "scored", "complexity.fraction=0.2", "--json")
     assert code == 0, err
     assert json.loads(out)["axes"]["complexity"]["fraction"] == 0.2
+    assert (tmp_path / "scored" / "scores.parquet").read_bytes() == scores  # scoring alone writes it
 
 
 def test_folders_that_are_no_run_are_refused(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import typer
 from support.loop_fixture import Finished, contents, rows_by_id, write_data
 from support.tiny_model import write_tiny_model
 
@@ -100,6 +101,19 @@ def test_every_command_explains_itself_with_an_example(middo: Middo, command: st
     assert ended.code == 0
     assert f"Example: middo {command} " in ended.out
     assert ended.err == ""
+
+
+def test_every_argument_and_option_is_explained() -> None:
+    program = typer.main.get_group(cli.app)
+    commands = {"middo": program, **program.commands}
+    assert commands.keys() >= {"run", "score", "serve"}
+    without = [
+        f"{name} {parameter.name}"
+        for name, command in commands.items()
+        for parameter in command.params
+        if not getattr(parameter, "help", None)
+    ]
+    assert without == []
 
 
 @pytest.mark.parametrize(
@@ -364,6 +378,8 @@ def test_rows_that_cannot_be_used_are_counted_and_kept_beside(middo: Middo, tmp_
     assert [row["where"] for row in beside] == [f"{data}:2", f"{data}:3"]
     facts = middo("inspect", data, "--json").json
     assert (facts["n"], len(facts["rejected"])) == (1, 2)
+    again = middo("convert", data, tmp_path / "out.jsonl", "--format", "messages", "--json")
+    assert again.json == {"out": str(tmp_path / "out.jsonl"), "n": 1, "rejected": 2, "repaired": 0}
 
 
 def test_reasons_are_counted_largest_first_with_the_first_place(
@@ -427,6 +443,12 @@ def test_a_finished_run_is_told_as_text_and_as_json(middo: Middo, finished: Fini
     report = middo("report", run)
     assert (report.code, report.out.strip()) == (0, str(run / "report.html"))
     assert "<html" in (run / "report.html").read_text(encoding="utf-8")
+    assert middo("report", run, "--json").json == {"report": str(run / "report.html")}
+
+    (tmp_path / "no_run").mkdir()
+    nowhere = middo("status", tmp_path / "nowhere")
+    assert (nowhere.code, nowhere.out) == (1, "")
+    assert nowhere.err.startswith(f"middo: {tmp_path / 'nowhere'}: no such run; runs beside it: run\n")
 
 
 def test_run_prints_its_report_and_goes_on_with_a_finished_one(

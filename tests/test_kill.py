@@ -191,7 +191,11 @@ def test_broken_at_every_stage_a_run_ends_like_an_unbroken_one(tmp_path: Path) -
     assert paid.total() <= len(asked_unbroken) + breaks_in_refine * CONCURRENCY
     assert len(asked_unbroken) == len(set(asked_unbroken))
 
-    # Stages are begun in order, some of them more than once.
+    check_events(broken)
+
+
+def check_events(broken: RunDir) -> None:
+    """Stages are begun in order, some of them more than once."""
     events = [json.loads(line) for line in broken.events.read_text(encoding="utf-8").splitlines()]
     begun = [(e["round"], e["stage"]) for e in events if e["event"] == "start"]
     assert list(dict.fromkeys(begun)) == STEPS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,19 @@ def test_convert_reads_the_format_that_is_named(middo: Middo, tmp_path: Path) ->
     assert (
         "unknown format 'chat'" in middo("convert", data, out, "--format", "messages", "--from", "chat").err
     )
+
+
+def test_a_warning_is_printed_as_one_line_and_no_handler_stays(
+    middo: Middo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    handlers = list(logging.getLogger().handlers)
+    data = write_rows(tmp_path / "d.jsonl", chat("Name a sea.", "North") | {"lineage": "mine"})
+    ended = middo("convert", data, tmp_path / "out.jsonl", "--format", "messages")
+    text = "extra columns are renamed, since messages uses their names: lineage -> extra_lineage"
+    assert ended.err.splitlines() == [f"warning: {text}"]
+    assert [record.getMessage() for record in caplog.records] == [text]
+    assert logging.getLogger().handlers == handlers
+    assert logging.getLogger("middo_jax").handlers == []
 
 
 def test_convert_counts_the_reasons(middo: Middo, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from benchmarks.gpu.attention import blocks, kernels
 from benchmarks.gpu.profiling import kernel_times
 from middo_jax.config import MeshSettings, TrainSettings
 from middo_jax.data.packing import pack
-from middo_jax.models.config import Lora
+from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.models.config import DecoderConfig, Lora
 from middo_jax.models.decoder import abstract
 from middo_jax.models.lora import partition, with_fresh_adapters
 from middo_jax.models.model import Model
@@ -182,24 +183,31 @@ def training(model: str, lora: bool) -> Figures:
             return outputs
 
         profile = kernel_times(again)
-    of_steps = [[i for row in rows_ for i in row] for rows_ in plan[2:]]
-    tokens = [sum(len(made[i]) for i in step) for step in of_steps]
-    flops = [
-        training_flops(
-            config, [len(made[i]) for i in step], sum(int(made[i].is_target_n.sum()) for i in step)
-        )
-        for step in of_steps
-    ]
+    of_steps = [[made[i] for row in rows_ for i in row] for rows_ in plan[2:]]
     return {
         "rows": rows,
         "row_tokens": length,
         "seconds": seconds,
-        "tokens_per_s": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),
-        "of_peak": of_peak(1.0, 1.0)
-        and statistics.median(of_peak(f, s) or 0 for f, s in zip(flops, seconds, strict=True)),
+        **_rates(config, of_steps, seconds),
         "compile_s": compiling,
         "kernels": profile,
         "peak_gb": peak_gigabytes(),
+    }
+
+
+def _rates(
+    config: DecoderConfig, of_steps: Sequence[Sequence[TokenizedExample]], seconds: Sequence[float]
+) -> Figures:
+    """Medians over the steps: tokens per second, and the share of the device's peak if that is known."""
+    tokens = [sum(map(len, step)) for step in of_steps]
+    flops = [
+        training_flops(config, [len(one) for one in step], sum(int(one.is_target_n.sum()) for one in step))
+        for step in of_steps
+    ]
+    return {
+        "tokens_per_s": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),
+        "of_peak": of_peak(1.0, 1.0)
+        and statistics.median(of_peak(f, s) or 0 for f, s in zip(flops, seconds, strict=True)),
     }
 
 
@@ -221,7 +229,7 @@ def neighbours() -> Figures:
         checked_m = rng.integers(0, n, 8)
         similarity_mn = embedding_nd[checked_m] @ embedding_nd.T / np.linalg.norm(embedding_nd, axis=1)
         similarity_mn[np.arange(8), checked_m] = -np.inf
-        wrong = (similarity_mn.argmax(axis=1) != found.index_nk[checked_m, 0]).sum()
+        wrong = (similarity_mn.argmax(axis=1) != found.index_nj[checked_m, 0]).sum()
         figures[f"blocks of {block}"]["wrong_of_8"] = int(wrong)
     return figures | {"flops_of_each_pair_once": n * n * width, "peak_gb": peak_gigabytes()}
 

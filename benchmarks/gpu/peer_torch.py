@@ -482,6 +482,28 @@ def published_job(
     return {"attention": "sdpa, padding mask"} | measure(step, batches, works, shape, "published")
 
 
+def check_packed(
+    model: Model,
+    pack: Pack,
+    place: Any,
+    run: Callable[..., Tensor],
+    shape: Shape,
+    dtype: torch.dtype,
+) -> None:
+    """Compares one layer of a packed example with the example alone, uncompiled, under a dense mask."""
+    one, n = model._replace(layers=model.layers[:1]), len(pack.starts_s) // 2 - 1
+    begin, end = pack.starts_s[n : n + 2].tolist()
+    tokens_t, device = pack.tokens_t[begin:end].cpu().numpy(), pack.tokens_t.device
+    attend_densely, mask = make_attention("masked", device)
+    alone = make_pack(np.array([end - begin]), np.ones(1, int), tokens_t, device)
+    layer = make_layer(shape, attend_densely)
+    wanted = hidden_states(one, alone, mask(alone), [layer], shape.head_dim, dtype)
+    found = hidden_states(one, pack, place, [run], shape.head_dim, dtype)[begin:end]
+    difference = ((found - wanted).norm() / wanted.norm()).item()
+    if not difference < 0.05:
+        sys.exit(f"a packed example differs from itself alone by {difference:.3g} of its hidden states' norm")
+
+
 def packed_job(
     tokens_n: np.ndarray,
     targets_n: np.ndarray,
@@ -505,23 +527,6 @@ def packed_job(
     def hidden(pack: Pack, runs: Sequence[Callable[..., Tensor]]) -> Tensor:
         return hidden_states(model, pack, places(pack), runs, shape.head_dim, dtype)
 
-    def check() -> None:
-        """Compares one layer of a packed example with the example alone, uncompiled, under a dense mask."""
-        one, pack, n = model._replace(layers=model.layers[:1]), packs[0], len(packs[0].starts_s) // 2 - 1
-        begin, end = pack.starts_s[n : n + 2].tolist()
-        attend_densely, mask = make_attention("masked", device)
-        alone = make_pack(
-            np.array([end - begin]), np.ones(1, int), pack.tokens_t[begin:end].cpu().numpy(), device
-        )
-        layer = make_layer(shape, attend_densely)
-        wanted = hidden_states(one, alone, mask(alone), [layer], shape.head_dim, dtype)
-        found = hidden_states(one, pack, places(pack), [run], shape.head_dim, dtype)[begin:end]
-        difference = ((found - wanted).norm() / wanted.norm()).item()
-        if not difference < 0.05:
-            sys.exit(
-                f"a packed example differs from itself alone by {difference:.3g} of its hidden states' norm"
-            )
-
     @torch.inference_mode()
     def score(pack: Pack) -> Tensor:
         loss_s, _ = example_scores(hidden(pack, [run] * shape.layers), model.unembed_vd, pack, chunk)
@@ -529,7 +534,7 @@ def packed_job(
 
     works = [pack.work for pack in packs]
     with torch.inference_mode(job == "score"):
-        check()
+        check_packed(model, packs[0], places(packs[0]), run, shape, dtype)
     if job == "score":
         return found | measure(score, packs, works, shape, job)
     parameters = trained(model)

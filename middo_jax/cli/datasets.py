@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from middo_jax.cli.options import DATA_HELP, EXIT_FAULTS, AsJson, Overrides, data_layer, show
+from middo_jax.cli.options import DATA_HELP, EXIT_FAULTS, AsJson, Overrides, RunFolder, data_layer, show
 from middo_jax.cli.program import app
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ License = Annotated[
     "export-data", epilog="Example: middo export-data runs/mine ./better --with-heldout --with-scores"
 )
 def export_data(
-    run: Path,
+    run: RunFolder,
     out: Annotated[Path, typer.Argument(help="A new folder.")],
     to: Format = None,
     heldout: WithHeldout = False,
@@ -57,14 +57,14 @@ def export_data(
     from middo_jax import exporting
     from middo_jax.rundir import RunDir
 
-    parts: exporting.Parts = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
-    done = exporting.export_data(RunDir(run), out, to, license, **parts)
+    extras: exporting.Extras = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
+    done = exporting.export_data(RunDir(run), out, to, license, **extras)
     show(as_json, {**done._asdict(), "path": str(done.path)}, str(done.path))
 
 
 @app.command(epilog="Example: middo push runs/mine me/better-alpaca --license cc-by-nc-4.0 --dry-run")
 def push(
-    run: Path,
+    run: RunFolder,
     repo: Annotated[str, typer.Argument(help="A dataset repository of the hub: OWNER/NAME.")],
     license: License = None,
     to: Format = None,
@@ -84,16 +84,16 @@ def push(
 
     if license is None and sys.stdin.isatty():
         license = typer.prompt(pushing.ASKED, err=True)
-    parts: exporting.Parts = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
+    extras: exporting.Extras = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
     plan = pushing.Push(repo, license, public, dry_run)
-    done = pushing.push(RunDir(run), plan, to, **parts)
+    done = pushing.push(RunDir(run), plan, to, **extras)
     show(as_json, done._asdict(), pushing.render(done))
 
 
 @app.command(epilog="Example: middo convert alpaca.json chat.jsonl --format messages")
 def convert(
     data: Annotated[str, typer.Argument(help=DATA_HELP)],
-    out: Path,
+    out: Annotated[Path, typer.Argument(help="The file to write; a folder for tfds.")],
     to: Annotated[
         str, typer.Option("--format", help="alpaca messages sharegpt prompt_completion parquet tfds")
     ],
@@ -102,6 +102,7 @@ def convert(
         typer.Option("--from", help="The format of DATA: auto alpaca messages sharegpt prompt_completion"),
     ] = "auto",
     overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Writes a dataset in another format. Unusable rows are counted and written to OUT.rejected.jsonl."""
     from middo_jax.config import load
@@ -129,7 +130,8 @@ def convert(
     if read.repairs:
         print("rows were repaired (data.strict=true refuses them):", file=sys.stderr)
         print("\n".join(commonest_reasons(read.repairs)), file=sys.stderr)
-    print(out)
+    counts = {"n": len(examples), "rejected": len(rejections), "repaired": len(read.repairs)}
+    show(as_json, {"out": str(out), **counts}, str(out))
 
 
 @app.command(epilog="Example: middo inspect alpaca.json --model ./base model.max_length=512")
@@ -159,7 +161,7 @@ def inspect(
     from middo_jax import linting
     from middo_jax.config import load
     from middo_jax.data.mixing import read_configured
-    from middo_jax.models.source import tokenizer_directory
+    from middo_jax.models.loading import tokenizer_directory
     from middo_jax.report.inspection import inspect_rows
     from middo_jax.report.terminal import printable, render_inspection
 

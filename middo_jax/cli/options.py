@@ -20,6 +20,10 @@ Overrides = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run's folder, such as runs/quickstart.")]
+ScoredFolder = Annotated[
+    Path, typer.Argument(help="A folder that `middo score --out` wrote, or a round of a run.")
+]
 Data = Annotated[str, typer.Option(help="A file, a dataset directory, tfds:NAME:SPLIT or hf:NAME:SPLIT.")]
 MODEL_HELP = "A Hugging Face directory, a checkpoint, a LoRA adapter, a .gguf file or a hub id."
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -43,6 +46,35 @@ def options(
     JOB.update(coordinator=coordinator, processes=processes, process=process)
 
 
+class _Warnings(logging.Handler):
+    """Prints `warning: TEXT` on stderr; for other packages `WARNING:NAME:TEXT`, with the logger's name."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._of_others = logging.Formatter(logging.BASIC_FORMAT)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, and the traceback if the record has one."""
+        if not record.name.startswith("middo_jax."):
+            return self._of_others.format(record)
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints the record. `sys.stderr` is looked up each time, since progress bars replace it."""
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Adds the handler to the root logger: with none there, a library may add one, which prints all twice."""
+    handler = _Warnings()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
 def main() -> None:
     """Runs the program. Errors that are meant for the user are printed without a traceback."""
     # transformers and TFDS print messages when they are imported.
@@ -53,7 +85,8 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, preempted)
     try:
-        app()
+        with _warnings_shown():
+            app()
     except SystemExit as end:
         if end.code == 130:  # typer turns a Ctrl-C into this code and prints nothing
             print("interrupted; run the same command again to continue", file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from middo_jax.cli.options import AsJson, Overrides, in_job, show
+from middo_jax.cli.options import AsJson, Overrides, RunFolder, in_job, show
 from middo_jax.cli.program import app
 
 if TYPE_CHECKING:
@@ -43,16 +43,17 @@ def quickstart(overrides: Overrides = None, as_json: AsJson = False) -> None:
 
 
 @app.command(epilog="Example: middo report runs/quickstart")
-def report(run: Path) -> None:
+def report(run: RunFolder, as_json: AsJson = False) -> None:
     """Writes RUN/report.html again, from the present files."""
     from middo_jax.report.build import build
     from middo_jax.rundir import RunDir
 
-    print(build(RunDir(run)))
+    path = str(build(RunDir(run)))
+    show(as_json, {"report": path}, path)
 
 
 @app.command(epilog="Example: middo status runs/quickstart")
-def status(run: Path, as_json: AsJson = False) -> None:
+def status(run: RunFolder, as_json: AsJson = False) -> None:
     """Shows the finished stages of a run, the stale ones, and the next one."""
     from middo_jax.report.status import render_status
     from middo_jax.report.status import status as of
@@ -64,7 +65,7 @@ def status(run: Path, as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: middo clean runs/quickstart --yes")
 def clean(
-    run: Path,
+    run: RunFolder,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -80,7 +81,7 @@ def clean(
 
 @app.command(epilog="Example: middo trace runs/quickstart 3fa9c2")
 def trace(
-    run: Path,
+    run: RunFolder,
     sample: Annotated[str, typer.Argument(metavar="ID", help="An id, or the beginning of one.")],
     as_json: AsJson = False,
 ) -> None:

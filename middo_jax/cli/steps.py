@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from middo_jax.cli.options import MODEL_HELP, AsJson, Data, Model, Overrides, in_job, names_in, show
+from middo_jax.cli.options import (
+    MODEL_HELP,
+    AsJson,
+    Data,
+    Model,
+    Overrides,
+    ScoredFolder,
+    in_job,
+    names_in,
+    show,
+)
 from middo_jax.cli.program import app
 
 if TYPE_CHECKING:
@@ -96,7 +106,7 @@ def _facts(scores: Scores) -> dict[str, Any]:
 
 
 @app.command(epilog="Example: middo select scored complexity.m=1.5 quality.fraction=0.05")
-def select(directory: Path, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def select(directory: ScoredFolder, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Selects the hard, sparse and low-quality samples of DIRECTORY/scores.parquet."""
     from middo_jax import selecting
     from middo_jax.report.terminal import render_selection
@@ -109,7 +119,7 @@ def select(directory: Path, overrides: Overrides = None, as_json: AsJson = False
     epilog="Example: middo refine scored --dry-run refine.base_url=http://127.0.0.1:8000/v1 refine.model=m"
 )
 def refine(
-    directory: Path,
+    directory: ScoredFolder,
     overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print the requests and their estimated cost.")
@@ -248,8 +258,10 @@ def evaluate(
 
 @app.command(epilog="Example: middo export runs/quickstart/final/checkpoint ./tuned --dtype bfloat16")
 def export(
-    checkpoint: Path,
-    out: Path,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint of a run or of `middo train`, or a LoRA adapter.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; as trained, float32, if not given.")
     ] = None,

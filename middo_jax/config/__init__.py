@@ -15,7 +15,16 @@ from middo_jax.config.axes import (
     SampledRating,
     Threshold,
 )
-from middo_jax.config.base import GIVEN, RESULTLESS, Affects, ConfigError, Effect, Settings
+from middo_jax.config.base import (
+    GIVEN,
+    RESULTLESS,
+    Affects,
+    AnyOf,
+    ConfigError,
+    Contains,
+    Effect,
+    Settings,
+)
 from middo_jax.config.effects import Leaf, affecting, default_of, leaves
 from middo_jax.config.reading import SettingsLike, layers_of, load, stored
 from middo_jax.config.refine import (
@@ -56,10 +65,12 @@ __all__ = [
     "AdamW",
     "AdaptedMatrix",
     "Affects",
+    "AnyOf",
     "BadSteps",
     "ComplexitySettings",
     "Config",
     "ConfigError",
+    "Contains",
     "DataSettings",
     "Deviations",
     "DiversitySettings",

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from middo_jax.config.base import Affects
+from middo_jax.config.base import Affects, Condition, Contains
 from middo_jax.config.unions import Alternative, Inlining, OneOf
 
 
@@ -124,5 +124,7 @@ class QualitySettings(AxisSettings):
 class ConsistencySettings(AxisSettings):
     """Samples in which one reading sees a fault: a cut answer, strangers, odd tokens.
 
-    An axis that is scored only where scoring.readings names it. It is not published.
+    An axis that is scored only if scoring.readings names it. It is not published.
     """
+
+    only_if: ClassVar[Condition | None] = ("scoring.readings", Contains("consistency"))

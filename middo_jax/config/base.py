@@ -38,14 +38,31 @@ class ConfigError(ValueError):
 
 
 class _Given:
-    """Stands for any value but null."""
+    """Matches any value but null."""
 
     def __repr__(self) -> str:
         return "GIVEN"
 
 
 GIVEN = _Given()
-Condition = tuple[str, Any]  # dotted name of a setting, and the value that it must have, or GIVEN
+
+
+@dataclasses.dataclass(frozen=True)
+class Contains:
+    """Matches a list that contains `entry`."""
+
+    entry: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyOf:
+    """Matches each of `values`."""
+
+    values: tuple[str, ...]
+
+
+# Dotted name of a setting, and the value that it must have: itself, GIVEN, `Contains` or `AnyOf`.
+Condition = tuple[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +84,18 @@ class Affects:
             raise TypeError(f"not an effect: {', '.join(sorted(unknown))}")
         object.__setattr__(self, "effects", effects)
 
+    def only_if(self, condition: Condition) -> Affects:
+        """The same effects, all on this condition. Raises TypeError if one has a condition already."""
+        if any(known is not None for known in self.effects.values()):
+            raise TypeError(f"{self} has a condition, and its group another one")
+        return Affects(**dict.fromkeys(self.effects, condition))
+
 
 class Settings(pydantic.BaseModel):
     """Base of all groups: frozen; unknown keys and numbers that are not finite are errors.
 
     Every setting has a mark of what it affects: in its annotation, or in `affects` of its group if all
-    settings of the group affect the same.
+    settings of the group affect the same. `only_if` is a condition on all effects of the group's settings.
     """
 
     # Inputs are hidden: an error of pydantic would show a password in a URL.
@@ -80,3 +103,4 @@ class Settings(pydantic.BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True
     )
     affects: ClassVar[Affects | None] = None
+    only_if: ClassVar[Condition | None] = None

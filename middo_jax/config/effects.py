@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic.fields import FieldInfo
 
-from middo_jax.config.base import GIVEN, Affects, Condition, Effect, Settings
+from middo_jax.config.base import GIVEN, Affects, AnyOf, Condition, Contains, Effect, Settings
 from middo_jax.config.settings import Config
 from middo_jax.config.unions import members_of, union_of
 
@@ -37,6 +37,13 @@ class Leaf(NamedTuple):
 
 def leaves(group: type[Settings] = Config, prefix: str = "") -> Iterator[Leaf]:
     """Yields all settings below a group, those of all alternatives, in the order of declaration."""
+    for leaf in _leaves(group, prefix):
+        if group.only_if is not None and leaf.mark is not None:
+            leaf = leaf._replace(mark=leaf.mark.only_if(group.only_if))
+        yield leaf
+
+
+def _leaves(group: type[Settings], prefix: str) -> Iterator[Leaf]:
     for name, field in group.model_fields.items():
         below = field.annotation
         union = union_of(field)
@@ -108,4 +115,10 @@ def _holds(condition: Condition | None, tree: Mapping[str, Any]) -> bool:
     if condition is None:
         return True
     value, wanted = _at(tree, condition[0]), condition[1]
-    return value not in (None, _ABSENT) if wanted is GIVEN else value == wanted
+    if wanted is GIVEN:
+        return value not in (None, _ABSENT)
+    if isinstance(wanted, Contains):
+        return value is not _ABSENT and wanted.entry in value
+    if isinstance(wanted, AnyOf):
+        return value in wanted.values
+    return value == wanted

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 Accept = Literal["none", "sane", "measured"]  # the values of refine.accept, the laxest first
+LEVELS: tuple[Accept, ...] = typing.get_args(Accept)
 Needs = Literal["prompt", "answer", "again", "dataset", "measurement", "rating", "accepted"]
 # What a gate looks at, in the order in which it becomes known:
 #   prompt       the refiner's reply and the new prompt in it; the answer is not paid for yet
@@ -36,6 +37,7 @@ class Switch:
       default: a number is a bar; None: a bar, and the gate is open; True: there is none.
       gt, ge, lt, le: bounds of a bar, named as by pydantic.
       opens: whether a bar of null opens the gate; otherwise it makes the gate ask less.
+      accept: the most lenient `refine.accept` under which the bar counts; None: that of the gate.
     """
 
     default: bool | float | None
@@ -44,6 +46,7 @@ class Switch:
     lt: float | None = None
     le: float | None = None
     opens: bool = True
+    accept: Accept | None = None
 
     @property
     def has_bar(self) -> bool:
@@ -102,8 +105,7 @@ class Gate:
           gates: `refine.gates` as a mapping, or `GateSettings.values()`; missing gates have their default. In
             folders of an earlier version every gate has a setting of its own.
         """
-        levels: tuple[str, ...] = typing.get_args(Accept)
-        if levels.index(self.accept) > levels.index(accept):
+        if accept not in levels_from(self.accept):
             return False
         if self.setting is None or (isinstance(self.switch, Switch) and not self.switch.opens):
             return True
@@ -361,9 +363,14 @@ _TABLE = [
         "shares less than this part of its word triples with any training, held-out or accepted prompt; "
         "null: equality alone counts. 0.6: none of Alpaca's own pairs reach it by chance.",
         feedback={"": "It was nearly the same as another prompt. Ask for something else, in other words."},
-        switch=Switch(0.6, gt=0, le=1, opens=False),
+        switch=Switch(0.6, gt=0, le=1, opens=False, accept="sane"),
     ),
 ]
+
+
+def levels_from(accept: Accept) -> tuple[Accept, ...]:
+    """The values of `refine.accept` that are at least this strict."""
+    return LEVELS[LEVELS.index(accept) :]
 
 
 def gates() -> tuple[Gate, ...]:

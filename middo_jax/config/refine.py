@@ -10,8 +10,8 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.fields import FieldInfo
 
-from middo_jax.config.base import Affects, Settings
-from middo_jax.config.gates import Gate, Switch, gate, gates
+from middo_jax.config.base import Affects, AnyOf, Settings
+from middo_jax.config.gates import Gate, Switch, gate, gates, levels_from
 from middo_jax.config.unions import Alternative, OneOf
 
 Turns = Literal["skip", "last", "all"]
@@ -80,14 +80,12 @@ class GateSettings(Settings):
     between models. `null` opens a gate that has a bar.
     """
 
-    affects: ClassVar[Affects | None] = Affects("acceptance")
-
     if TYPE_CHECKING:  # the bars are those of the table of gates, see `declare`
 
         def __init__(self, **values: Any) -> None: ...
 
-    open: tuple[str, ...] = Field(
-        default=(), description="Gates without a bar that do not run, such as [numbers, code]."
+    open: Annotated[tuple[str, ...], Affects(acceptance=("refine.accept", AnyOf(levels_from("sane"))))] = (
+        Field(default=(), description="Gates without a bar that do not run, such as [numbers, code].")
     )
 
     @pydantic.field_validator("open")
@@ -124,7 +122,8 @@ def declare(rows: Iterable[Gate], users: Iterable[type[Settings]] = ()) -> None:
             bounds = {name: getattr(row.switch, name) for name in ("gt", "ge", "lt", "le")}
             given = {name: value for name, value in bounds.items() if value is not None}
             field = Field(default=row.switch.default, description=row.rule, **given)
-            kind: Any = float | None
+            counts = ("refine.accept", AnyOf(levels_from(row.switch.accept or row.accept)))
+            kind: Any = Annotated[float | None, Affects(acceptance=counts)]
             GateSettings.__pydantic_fields__[row.name] = FieldInfo.from_annotated_attribute(kind, field)
     _rebuild(users)
 

@@ -6,8 +6,9 @@ pandas and `datasets` are not imported: their objects are recognised by their me
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from middo_jax.data.formats import DataError
 
@@ -16,6 +17,52 @@ if TYPE_CHECKING:
 
 IN_MEMORY = "rows in memory"  # used in messages in place of a path
 _AT_A_TIME = 4096  # rows that are Python objects at the same time, beside their table
+
+
+class ArrowTable(Protocol):
+    """The part of a pyarrow Table that is read. Its own class has no types, so it would allow any value."""
+
+    @property
+    def schema(self) -> Any:
+        """Names and types of the columns."""
+        ...
+
+    @property
+    def to_batches(self) -> Any:
+        """Returns record batches."""
+        ...
+
+
+class DataFrame(Protocol):
+    """The part of a pandas DataFrame that is read."""
+
+    @property
+    def iloc(self) -> Any:
+        """Selects rows by position."""
+        ...
+
+    @property
+    def to_dict(self) -> Any:
+        """Converts rows to dicts."""
+        ...
+
+
+class HubDataset(Protocol):
+    """The part of `datasets.Dataset` and `datasets.IterableDataset` that is read."""
+
+    @property
+    def with_format(self) -> Any:
+        """Returns the dataset in another format."""
+        ...
+
+    @property
+    def iter(self) -> Any:
+        """Iterates over batches."""
+        ...
+
+
+# What the public functions take as `rows`: a path or the name of a dataset, or rows in memory.
+RowsLike = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | ArrowTable | DataFrame | HubDataset
 
 
 def rows_in_memory(rows: Any) -> Iterator[Any]:

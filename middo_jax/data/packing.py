@@ -1,7 +1,7 @@
 """Packs examples into batches of a fixed shape; each token keeps the number of its example.
 
 The plan is made on the host from the lengths alone. A batch depends on its index only, not on the number of
-processes or on the batches before it. Axes: b row, t position, s segment within a row.
+processes or on the batches before it. Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ def _converted(
     return data, unkept
 
 
-class Reason(NamedTuple):
+class ReasonCount(NamedTuple):
     """Why some rows were rejected: how many, the reason of the first one, and its place."""
 
     n: int
@@ -219,7 +219,7 @@ class Reason(NamedTuple):
     where: str
 
 
-def count_reasons(rejections: Sequence[Rejection | Repair]) -> list[Reason]:
+def count_reasons(rejections: Sequence[Rejection | Repair]) -> list[ReasonCount]:
     """The reasons of rejections or repairs, largest count first.
 
     Reasons that differ only in numbers, ids, places or quoted words count as one; the first one is shown.
@@ -228,10 +228,10 @@ def count_reasons(rejections: Sequence[Rejection | Repair]) -> list[Reason]:
     for rejection in rejections:
         groups.setdefault(_VARYING.sub("*", rejection.reason), []).append(rejection)
     largest = sorted(groups.values(), key=len, reverse=True)
-    return [Reason(len(group), group[0].reason, group[0].where) for group in largest]
+    return [ReasonCount(len(group), group[0].reason, group[0].where) for group in largest]
 
 
-def reason_lines(reasons: Sequence[Reason], limit: int = 3) -> list[str]:
+def reason_lines(reasons: Sequence[ReasonCount], limit: int = 3) -> list[str]:
     """Lines for a terminal: count, reason and first place; reasons beyond `limit` share one line."""
     total = sum(reason.n for reason in reasons)
     lines = [f"  {n} of {total}: {reason} ({where})" for n, reason, where in reasons[:limit]]

@@ -1,4 +1,7 @@
-"""Conversation -> tokens, with masks of the tokens that are learnt and of those in the user's prompt."""
+"""Conversation -> tokens, with masks of the tokens that are learnt and of those in the user's prompt.
+
+Axes: docs/contributing.md#axes; here n is a token.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A row begins with the prefix that all its texts share. Trees follow one after th
 order: the descendants of a token follow it, and `until` is the index after the last one, see
 `packed_attention`.
 
-Axes: b row, t position, n token of a tree.
+Axes: docs/contributing.md#axes; here n is a token of a tree.
 """
 
 from __future__ import annotations

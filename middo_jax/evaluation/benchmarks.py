@@ -1,4 +1,7 @@
-"""Runs lm-eval's tasks on a model, and makes rows of what it finds. Needs the extra `eval`."""
+"""Runs lm-eval's tasks on a model, and makes rows of what it finds. Needs the extra `eval`.
+
+Axes: docs/contributing.md#axes; c choice of a question.
+"""
 
 from __future__ import annotations
 
@@ -236,7 +239,7 @@ def _answer_p(samples: Sequence[Mapping[str, Any]]) -> list[float]:
             return []
         if not 0 <= target < len(scores):
             return []
-        log_p_m = np.array([score[0] for score in scores], np.float64)
-        p_m = np.exp(log_p_m - log_p_m.max())
-        found.append(float(p_m[target] / p_m.sum()))
+        log_p_c = np.array([score[0] for score in scores], np.float64)
+        p_c = np.exp(log_p_c - log_p_c.max())
+        found.append(float(p_c[target] / p_c.sum()))
     return found

@@ -47,7 +47,7 @@ from middo_jax.inference.programs import (
     prefill,
 )
 from middo_jax.inference.sampling import HOTTEST, Request, Sampling
-from middo_jax.inference.slots import Answer, Completion, OnStep, Slot, Step
+from middo_jax.inference.slots import Completion, OnStep, RequestState, Slot, Step
 from middo_jax.models.model import Params, Structure, bound
 
 # Chunks between two decode steps: more fill free slots sooner, fewer keep the answers in progress flowing.
@@ -88,8 +88,8 @@ class Engine:
         self._slots = [Slot() for _ in range(max_batch)]
         self._reading: deque[Slot] = deque()  # slots whose prompt is not read yet, the oldest first
         self._begun = itertools.count(1)
-        self._queue: FairQueue[Answer] = FairQueue()
-        self._alone: deque[Answer] = deque()  # to be answered again, one by one, before the queue
+        self._queue: FairQueue[RequestState] = FairQueue()
+        self._alone: deque[RequestState] = deque()  # to be answered again, one by one, before the queue
         self._changed = threading.Condition()
         self._ended: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="middo-engine", daemon=True)
@@ -116,7 +116,7 @@ class Engine:
           RuntimeError: the engine is closed or has failed.
         """
         self.check(request)
-        answer = Answer(request, concurrent.futures.Future(), on_step)
+        answer = RequestState(request, concurrent.futures.Future(), on_step)
         with self._changed:
             if self._ended is not None:
                 raise RuntimeError(f"the engine takes no more requests: {self._ended}") from self._ended
@@ -247,7 +247,7 @@ class Engine:
                 pair = (np.int32(self._slots.index(each)) for each in (source, slot))
                 self._cache = copy_chunks(self._cache, *pair, np.int32(n_shared))
 
-    def _next_answer(self) -> Answer | None:
+    def _next_answer(self) -> RequestState | None:
         """The next request to be answered; one that is to be alone waits for the others, and they for it."""
         busy = [slot.answer for slot in self._slots if slot.answer is not None]
         while self._alone and self._alone[0].future.cancelled():
@@ -329,7 +329,7 @@ class Engine:
                 logprob = logprobs[row] if answer.request.logprobs else None
                 self._add(slot, answer, Step(token_b[row], logprob))
 
-    def _add(self, slot: Slot, answer: Answer, step: Step) -> None:
+    def _add(self, slot: Slot, answer: RequestState, step: Step) -> None:
         """Adds a token to an answer; frees its slot if that ends it."""
         try:
             ends = answer.add(step, self.max_context)

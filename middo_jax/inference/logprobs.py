@@ -1,6 +1,6 @@
 """Log-probabilities of tokens under the model's own distribution: no temperature, no top_k, no top_p.
 
-Axes: docs/contributing.md#axes; n is a row of logits, m one of the likeliest tokens.
+Axes: docs/contributing.md#axes; here n is a row of logits.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Logprobs(NamedTuple, Generic[Array]):
 
     Attributes:
       token_n: float32, of the tokens themselves.
-      ids_nm: int32, the likeliest tokens, likeliest first; fewer than TOP_LOGPROBS in a smaller vocabulary.
-      top_nm: float32, of those.
+      ids_nj: int32, the likeliest tokens, likeliest first; fewer than TOP_LOGPROBS in a smaller vocabulary.
+      top_nj: float32, of those.
     """
 
     token_n: Array
-    ids_nm: Array
-    top_nm: Array
+    ids_nj: Array
+    top_nj: Array
 
 
 class TokenLogprob(NamedTuple):
@@ -41,9 +41,9 @@ class TokenLogprob(NamedTuple):
 def logprobs_of(logits_nv: jax.Array, tokens_n: jax.Array) -> Logprobs[jax.Array]:
     """Log-probabilities of the tokens and of the likeliest ones."""
     logprobs_nv = jax.nn.log_softmax(logits_nv)
-    top_nm, ids_nm = jax.lax.top_k(logprobs_nv, min(TOP_LOGPROBS, logits_nv.shape[-1]))
+    top_nj, ids_nj = jax.lax.top_k(logprobs_nv, min(TOP_LOGPROBS, logits_nv.shape[-1]))
     token_n = jnp.take_along_axis(logprobs_nv, tokens_n[:, None], axis=-1)[:, 0]
-    return Logprobs(token_n, ids_nm.astype(jnp.int32), top_nm)
+    return Logprobs(token_n, ids_nj.astype(jnp.int32), top_nj)
 
 
 def no_logprobs(n_rows: int, vocab_size: int) -> Logprobs[jax.Array]:
@@ -58,10 +58,10 @@ def rows(logprobs: Logprobs[jax.Array], n_rows: int) -> list[TokenLogprob]:
     Raises:
       FloatingPointError: the model's output is not finite.
     """
-    token_n, ids_nm, top_nm = (np.asarray(x)[:n_rows] for x in logprobs)
+    token_n, ids_nj, top_nj = (np.asarray(x)[:n_rows] for x in logprobs)
     if not np.isfinite(token_n).all():
         raise FloatingPointError("the model's log-probabilities are not finite")
     return [
         TokenLogprob(token, tuple(zip(ids, top, strict=True)))
-        for token, ids, top in zip(token_n.tolist(), ids_nm.tolist(), top_nm.tolist(), strict=True)
+        for token, ids, top in zip(token_n.tolist(), ids_nj.tolist(), top_nj.tolist(), strict=True)
     ]

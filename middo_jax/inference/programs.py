@@ -2,7 +2,7 @@
 
 Each program computes log-probabilities in a branch that runs only if a request asks for them. The logits are
 computed outside of that branch, so that the tokens do not depend on it, to the bit.
-Axes: docs/contributing.md#axes; b is a slot, p a position in it, e head dimension.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ from middo_jax.inference.requests import (
 )
 from middo_jax.inference.stream import EventStream
 from middo_jax.inference.text import text_of
-from middo_jax.models.source import load, locate
+from middo_jax.models.loading import load, locate
 from middo_jax.parallel.mesh import make_mesh
 
 if TYPE_CHECKING:

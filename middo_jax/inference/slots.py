@@ -44,7 +44,7 @@ OnStep = Callable[[Step], None]
 
 
 @dataclasses.dataclass(eq=False)  # two answers are never the same one
-class Answer:
+class RequestState:
     """A request that is queued or being answered, and its answer so far.
 
     Attributes:
@@ -121,13 +121,13 @@ class Slot:
       used: when it was last given to a request.
     """
 
-    answer: Answer | None = None
+    answer: RequestState | None = None
     n_read: int = 0
     chunks: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     used: int = 0
 
     @property
-    def decoding(self) -> Answer | None:
+    def decoding(self) -> RequestState | None:
         """Its answer, if its prompt is read."""
         return self.answer if self.answer is not None and self.answer.steps else None
 

@@ -4,7 +4,7 @@
     hidden_btd = bound(graphdef, params).hidden(tokens_bt, segment_ids_bt, positions_bt)
 
 Losses, embeddings, ratings and training are built on `hidden()`, generation on `hidden_cached()`.
-Axes: docs/contributing.md#axes; e head dimension.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

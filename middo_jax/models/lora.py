@@ -5,6 +5,7 @@
     trained, frozen = partition(model.params, model.config)
 
 The base is never copied: any number of adapters, and the base model itself, can share its arrays.
+Axes: docs/contributing.md#axes; i input, o output, r rank of an adapter.
 """
 
 from __future__ import annotations

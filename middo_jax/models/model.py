@@ -1,6 +1,6 @@
 """A model as a value: its config, structure, parameters and mesh.
 
-    model = load(locate(path), "bfloat16", mesh=mesh)     # models/source.py
+    model = load(locate(path), "bfloat16", mesh=mesh)     # models/loading.py
     hidden_btd = model.decoder().hidden(tokens_bt, segment_ids_bt, positions_bt)
 
 Flax NNX declares the decoder (decoder.py); this module wraps it. Other modules use a `Model`, or its

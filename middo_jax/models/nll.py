@@ -4,7 +4,7 @@ Only targets are unembedded. The rows on the same devices form a share, whose ta
 A loop processes one chunk of every share per iteration, until no share has targets left. Shares are
 independent: in the loop, devices exchange only data that is sharded along `tensor`.
 
-Axes: docs/contributing.md#axes; here s is a device's share of the positions, n a position within it.
+Axes: docs/contributing.md#axes; w device's share of the positions; here n is a position within it.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def target_scores(
         nothing = jnp.zeros(n, jnp.float32), jnp.zeros(n, jnp.int32)
         return jax.lax.fori_loop(0, chunks.n_chunks, step, nothing)
 
-    nll_sn, likeliest_sn = _each_share(of_share, next_bt, is_target_bt, chunk, hidden_btd)
-    return TargetScores(nll_sn.reshape(next_bt.shape), likeliest_sn.reshape(next_bt.shape) > 0)
+    nll_wn, likeliest_wn = _each_share(of_share, next_bt, is_target_bt, chunk, hidden_btd)
+    return TargetScores(nll_wn.reshape(next_bt.shape), likeliest_wn.reshape(next_bt.shape) > 0)
 
 
 def target_nll_sum(
@@ -219,12 +219,12 @@ def _each_share(
 ) -> Any:
     """Computes `of_share(chunks, hidden_nd)` of each share on the devices of its rows; stacks the results."""
     shares = batch_shards(len(next_bt))
-    next_sn, is_target_sn, hidden_snd = (
+    next_wn, is_target_wn, hidden_wnd = (
         x.reshape(shares, -1, *x.shape[2:]) for x in (next_bt, is_target_bt, hidden_btd)
     )
-    n = next_sn.shape[1]
+    n = next_wn.shape[1]
     width = min(n, chunk)
-    count = -(-is_target_sn.sum(axis=1).max() // width)
+    count = -(-is_target_wn.sum(axis=1).max() // width)
 
     def one(next_n: jax.Array, is_target_n: jax.Array, hidden_nd: jax.Array) -> Any:
         position_n = _targets_first(is_target_n)
@@ -232,7 +232,7 @@ def _each_share(
         return of_share(_Chunks(count, width, position_n, next_n, is_target_n.sum()), hidden_nd)
 
     where = RULES.batch if shares > 1 else None
-    return jax.vmap(one, spmd_axis_name=where)(next_sn, is_target_sn, hidden_snd)
+    return jax.vmap(one, spmd_axis_name=where)(next_wn, is_target_wn, hidden_wnd)
 
 
 def _targets_first(is_target_n: jax.Array) -> jax.Array:

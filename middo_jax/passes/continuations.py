@@ -2,8 +2,7 @@
 
 The texts are sorted and joined into trees: the answers of a question share the question, and questions with
 the same examples before them share these. One forward of packed trees scores all of them.
-Axes: docs/contributing.md#axes; s a tree's place in its row, m a text of a tree, q a target of a tree,
-p a target of a row.
+Axes: docs/contributing.md#axes; x text of a tree, r target of a tree or of a row.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from middo_jax.data.trees import PackedTrees, Tree, common_prefix, forest
 from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.models.nll import target_scores
 from middo_jax.parallel.mesh import batch_divisor
-from middo_jax.passes.runner import Pass, PassFacts, Plan
+from middo_jax.passes.runner import Pass, PassFacts, PassPlan
 from middo_jax.progress import Progress, Silent
 
 MIN_LENGTH = 8  # tokens a tree takes in the plan: a row of 1,024 holds at most 128
@@ -66,25 +65,25 @@ class ContinuationInputs(NamedTuple, Generic[Array]):
       segment_ids_bt: int32, the tree of each position; -1 is in none.
       positions_bt: int32, the position within its text.
       until_bt: int32; see `models.attention.Packing`.
-      source_bp: int32, the place in the row from which a target is predicted.
-      target_bp: int32, the predicted token.
-      text_bp: int32, s * (texts per tree) + m of the target's text; -1 is no target.
+      source_br: int32, the place in the row from which a target is predicted.
+      target_br: int32, the predicted token.
+      text_br: int32, s * (texts per tree) + x of the target's text; -1 is no target.
     """
 
     tokens_bt: Array
     segment_ids_bt: Array
     positions_bt: Array
     until_bt: Array
-    source_bp: Array
-    target_bp: Array
-    text_bp: Array
+    source_br: Array
+    target_br: Array
+    text_br: Array
 
 
 class TextSums(NamedTuple):
-    """What a batch gives for each text of each tree, [b, s, m]: sums over its targets."""
+    """What a batch gives for each text of each tree, [b, s, x]: sums over its targets."""
 
-    nll_bsm: jax.Array
-    n_other_bsm: jax.Array  # targets that are not the likeliest token
+    nll_bsx: jax.Array
+    n_other_bsx: jax.Array  # targets that are not the likeliest token
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_trees", "max_texts", "chunk", "longest"))
@@ -105,24 +104,24 @@ def continuation_batch(
       params: its parameters.
       batch: packed rows.
       max_trees: trees of a row at most: the size of axis s.
-      max_texts: texts of a tree at most: the size of axis m.
+      max_texts: texts of a tree at most: the size of axis x.
       chunk: targets of a device whose logits exist at one time.
       longest: see `models.attention.Packing`.
     """
     model = bound(graphdef, params)
     places = batch.segment_ids_bt, batch.positions_bt, batch.until_bt
     hidden_btd = model.hidden(batch.tokens_bt, *places, prefix=0, longest=longest)
-    hidden_bpd = jnp.take_along_axis(hidden_btd, batch.source_bp[..., None], axis=1)
-    found = target_scores(model, hidden_bpd, batch.target_bp, batch.text_bp >= 0, chunk)
+    hidden_brd = jnp.take_along_axis(hidden_btd, batch.source_br[..., None], axis=1)
+    found = target_scores(model, hidden_brd, batch.target_br, batch.text_br >= 0, chunk)
     size = max_trees * max_texts
 
-    def sums(text_p: jax.Array, value_p: jax.Array) -> jax.Array:
-        total = jax.ops.segment_sum(value_p, jnp.where(text_p < 0, size, text_p), size + 1)
+    def sums(text_r: jax.Array, value_r: jax.Array) -> jax.Array:
+        total = jax.ops.segment_sum(value_r, jnp.where(text_r < 0, size, text_r), size + 1)
         return total[:size].reshape(max_trees, max_texts)
 
     return TextSums(
-        nll_bsm=jax.vmap(sums)(batch.text_bp, found.nll_bt),
-        n_other_bsm=jax.vmap(sums)(batch.text_bp, (~found.is_likeliest_bt).astype(jnp.int32)),
+        nll_bsx=jax.vmap(sums)(batch.text_br, found.nll_bt),
+        n_other_bsx=jax.vmap(sums)(batch.text_br, (~found.is_likeliest_bt).astype(jnp.int32)),
     )
 
 
@@ -132,16 +131,16 @@ class SharedTexts(NamedTuple):
     Attributes:
       tree: all tokens of the texts but their last ones, which no target is predicted from.
       texts: which texts, as indices into those of the pass.
-      source_q: the place in the tree from which each target is predicted.
-      target_q: the predicted token.
-      text_q: the target's text, as an index into `texts`.
+      source_r: the place in the tree from which each target is predicted.
+      target_r: the predicted token.
+      text_r: the target's text, as an index into `texts`.
     """
 
     tree: Tree
     texts: Sequence[int]
-    source_q: np.ndarray
-    target_q: np.ndarray
-    text_q: np.ndarray
+    source_r: np.ndarray
+    target_r: np.ndarray
+    text_r: np.ndarray
 
     @classmethod
     def of(cls, texts: Sequence[Continuation], members: Sequence[int]) -> SharedTexts:
@@ -150,8 +149,8 @@ class SharedTexts(NamedTuple):
         counts = [len(texts[i].continuation) for i in members]
         sources = [at[len(at) - n :] for at, n in zip(places, counts, strict=True)]
         targets = [np.asarray(texts[i].continuation, np.int32) for i in members]
-        text_q = np.repeat(np.arange(len(members), dtype=np.int32), counts)
-        return cls(tree, members, np.concatenate(sources), np.concatenate(targets), text_q)
+        text_r = np.repeat(np.arange(len(members), dtype=np.int32), counts)
+        return cls(tree, members, np.concatenate(sources), np.concatenate(targets), text_r)
 
 
 def _read(text: Continuation) -> np.ndarray:
@@ -207,7 +206,7 @@ def score_continuations(
       ValueError: a context or a continuation is empty.
     """
     shared = shared_texts(texts)
-    plan = Plan.of([one.tree for one in shared], 0, batch_tokens, batch_divisor(model.mesh), MIN_LENGTH)
+    plan = PassPlan.of([one.tree for one in shared], 0, batch_tokens, batch_divisor(model.mesh), MIN_LENGTH)
     max_texts = max((len(one.texts) for one in shared), default=1)
     capacity = _capacity(plan, shared)
     log_likelihood_n = np.full(len(texts), np.nan)
@@ -218,22 +217,22 @@ def score_continuations(
         return {"max_trees": trees, "max_texts": max_texts, "chunk": chunk, "longest": bucket.longest}
 
     def keep(index_m: np.ndarray, sums: TextSums) -> None:
-        for i, nll_m, n_other_m in zip(index_m, sums.nll_bsm, sums.n_other_bsm, strict=True):
+        for i, nll_x, n_other_x in zip(index_m, sums.nll_bsx, sums.n_other_bsx, strict=True):
             members = shared[i].texts
-            log_likelihood_n[members] = -nll_m[: len(members)].astype(np.float64)
-            is_greedy_n[members] = n_other_m[: len(members)] == 0
+            log_likelihood_n[members] = -nll_x[: len(members)].astype(np.float64)
+            is_greedy_n[members] = n_other_x[: len(members)] == 0
 
     inputs = functools.partial(_inputs, shared, max_texts, capacity)
     facts = Pass(continuation_batch, plan, inputs, static).run(model, keep, progress or Silent(), name)
     return ContinuationScores(log_likelihood_n, is_greedy_n), facts
 
 
-def _capacity(plan: Plan, shared: Sequence[SharedTexts]) -> dict[int, int]:
+def _capacity(plan: PassPlan, shared: Sequence[SharedTexts]) -> dict[int, int]:
     """The most targets of a row, by the row's length; a power of two, so that few programs are compiled."""
     most: dict[int, int] = {}
     for bucket in plan.buckets:
         for row in bucket.rows:
-            count = sum(len(shared[i].source_q) for i in row)
+            count = sum(len(shared[i].source_r) for i in row)
             most[bucket.length] = max(most.get(bucket.length, 1), count)
     return {length: 1 << (count - 1).bit_length() for length, count in most.items()}
 
@@ -243,20 +242,20 @@ def _inputs(
 ) -> ContinuationInputs[np.ndarray]:
     """What `continuation_batch` reads of a batch."""
     shape = packed.batch, capacity[packed.length]
-    source_bp, target_bp, text_bp = (np.full(shape, value, np.int32) for value in (0, 0, -1))
+    source_br, target_br, text_br = (np.full(shape, value, np.int32) for value in (0, 0, -1))
     for b, row in enumerate(packed.rows):
         end = 0
         for s, (i, start) in enumerate(zip(row, packed.starts(row), strict=True)):
-            begin, end = end, end + len(shared[i].source_q)
-            source_bp[b, begin:end] = start + shared[i].source_q
-            target_bp[b, begin:end] = shared[i].target_q
-            text_bp[b, begin:end] = s * max_texts + shared[i].text_q
+            begin, end = end, end + len(shared[i].source_r)
+            source_br[b, begin:end] = start + shared[i].source_r
+            target_br[b, begin:end] = shared[i].target_r
+            text_br[b, begin:end] = s * max_texts + shared[i].text_r
     return ContinuationInputs(
         tokens_bt=packed.fill(lambda i: packed.trees[i].tokens_n),
         segment_ids_bt=packed.tree_bt(),
         positions_bt=packed.fill(lambda i: packed.trees[i].positions_n),
         until_bt=packed.until_bt(),
-        source_bp=source_bp,
-        target_bp=target_bp,
-        text_bp=text_bp,
+        source_br=source_br,
+        target_br=target_br,
+        text_br=text_br,
     )

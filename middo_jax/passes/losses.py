@@ -24,7 +24,7 @@ from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.models.nll import target_nll
 from middo_jax.parallel.mesh import batch_divisor
 from middo_jax.passes.parts import Parts
-from middo_jax.passes.runner import Pass, PassFacts, Plan
+from middo_jax.passes.runner import Pass, PassFacts, PassPlan
 from middo_jax.progress import Progress, Silent
 
 MIN_LENGTH = 8  # an example counts at least 8 tokens in the plan: a row of 1,024 has at most 128 segments
@@ -306,7 +306,7 @@ def plan_losses(
     batch_tokens: int,
     *,
     prompts: bool = False,
-) -> Plan:
+) -> PassPlan:
     """Plans the batches of a pass. Tokens that no loss and no embedding needs are left out.
 
     Args:
@@ -318,7 +318,7 @@ def plan_losses(
     """
     trees = [Tree.line(e.tokens_n[: _needed(e)]) for e in examples]
     prefix = _shared_prefix(examples, trees, prompts) if share_prefix else 0
-    return Plan.of(trees, prefix, batch_tokens, ways, MIN_LENGTH)
+    return PassPlan.of(trees, prefix, batch_tokens, ways, MIN_LENGTH)
 
 
 def _shared_prefix(examples: Sequence[TokenizedExample], trees: Sequence[Tree], prompts: bool) -> int:

@@ -2,8 +2,8 @@
 
 The questions about an example form one tree of tokens (see `signals.judge.questions`). Their common parts are
 computed once per example, and the common prefix of all trees once per row.
-Axes: docs/contributing.md#axes; s tree within a row, r reading (a position whose next-token logits are used),
-c column (a rating of an example), m example of a batch.
+Axes: docs/contributing.md#axes; r position whose next-token logits are used, c column (a rating of an
+example).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from middo_jax.models.decoder import Decoder
 from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.parallel.mesh import batch_divisor
 from middo_jax.passes.parts import Parts
-from middo_jax.passes.runner import Pass, PassFacts, Plan
+from middo_jax.passes.runner import Pass, PassFacts, PassPlan
 from middo_jax.progress import Progress, Silent
 
 MIN_TREE = 128  # a tree counts at least 128 tokens in the plan; its questions alone are longer
@@ -48,7 +48,7 @@ class Spelling(Protocol):
         ...
 
 
-class Asked(Protocol):
+class QuestionTree(Protocol):
     """The questions about one example, such as a `signals.judge.questions.RatingTree`."""
 
     @property
@@ -57,7 +57,7 @@ class Asked(Protocol):
         ...
 
     @property
-    def readings(self) -> tuple[int, ...]:
+    def read_positions(self) -> tuple[int, ...]:
         """Position per column whose next token is the rating; then, if "10" is two tokens, those of "1"."""
         ...
 
@@ -77,7 +77,7 @@ class RatingScale:
     columns: int
 
     @property
-    def readings(self) -> int:
+    def n_positions(self) -> int:
         """Number of positions per tree whose next-token logits are used."""
         return self.columns if self.spelling.ten_second is None else 2 * self.columns
 
@@ -130,7 +130,7 @@ def rating_log_p(model: Decoder, hidden_brd: jax.Array, spelling: Spelling) -> j
 
     Args:
       model: the decoder; its `unembed` is used.
-      hidden_brd: hidden states of the readings: [b, c, d], or [b, 2 c, d] with a two-token "10".
+      hidden_brd: hidden states at the read positions: [b, c, d], or [b, 2 c, d] with a two-token "10".
       spelling: the tokens of the ratings.
 
     Returns:
@@ -148,7 +148,7 @@ def rating_log_p(model: Decoder, hidden_brd: jax.Array, spelling: Spelling) -> j
 
 def rate(
     model: Model,
-    asked: Sequence[Asked],
+    asked: Sequence[QuestionTree],
     scale: RatingScale,
     *,
     batch_tokens: int,
@@ -174,10 +174,10 @@ def rate(
     rating_nc = np.full((len(asked), scale.columns), np.nan, np.float32)
 
     def inputs(packed: PackedTrees) -> RatingInputs[np.ndarray]:
-        reading_bsr = np.zeros((packed.batch, packed.length // MIN_TREE, scale.readings), np.int32)
+        reading_bsr = np.zeros((packed.batch, packed.length // MIN_TREE, scale.n_positions), np.int32)
         for b, row in enumerate(packed.rows):
             for s, (i, start) in enumerate(zip(row, packed.starts(row), strict=True)):
-                reading_bsr[b, s] = start + np.asarray(asked[i].readings)
+                reading_bsr[b, s] = start + np.asarray(asked[i].read_positions)
         return RatingInputs(
             tokens_bt=packed.fill(lambda i: trees[i].tokens_n),
             segment_ids_bt=packed.tree_bt(),
@@ -192,6 +192,6 @@ def rate(
     def static(bucket: Bucket) -> dict[str, Any]:
         return {"scale": scale, "prefix": prefix, "longest": bucket.longest}
 
-    plan = Plan.of(trees, prefix, batch_tokens, batch_divisor(model.mesh), MIN_TREE)
+    plan = PassPlan.of(trees, prefix, batch_tokens, batch_divisor(model.mesh), MIN_TREE)
     facts = Pass(judge_batch, plan, inputs, static).run(model, keep, progress or Silent(), name, parts)
     return rating_nc, facts

@@ -2,7 +2,7 @@
 
 While the device computes a batch, the host packs the next one and collects the results of the previous one.
 
-Axes: docs/contributing.md#axes; s index of an example in its row, m example of a batch.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PassFacts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PassPlan:
     """The rows and batches of a pass, and the shared prefix of its rows.
 
     Attributes:
@@ -70,7 +70,9 @@ class Plan:
     buckets: list[Bucket]
 
     @classmethod
-    def of(cls, trees: Sequence[Tree], prefix: int, batch_tokens: int, ways: int, min_length: int) -> Plan:
+    def of(
+        cls, trees: Sequence[Tree], prefix: int, batch_tokens: int, ways: int, min_length: int
+    ) -> PassPlan:
         """Plans the batches.
 
         Args:
@@ -126,7 +128,7 @@ class Pass:
     """
 
     program: Any
-    plan: Plan
+    plan: PassPlan
     inputs: Callable[[PackedTrees], Any]
     static: Callable[[Bucket], dict[str, Any]]
     _compiled: tuple[Hashable, list[Any]] | None = dataclasses.field(default=None, init=False, repr=False)

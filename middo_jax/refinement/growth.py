@@ -53,11 +53,10 @@ def fit(
 ) -> tuple[list[Example], list[Dropped]]:
     """Reduces a merged dataset to its maximum size.
 
-    The most redundant samples are dropped first: those with the highest similarity to a sample that stays;
-      ties
-    by id. A sample stays if all its known neighbours were dropped, since it represents them. Samples that an
-    axis selected in this round and samples that the refiner wrote are not dropped. If there are too few
-    others, additions are left out, the last one first.
+    The most redundant samples are dropped first: those with the highest similarity to a sample that stays.
+    Ties are broken by id. A sample stays if all its known neighbours were dropped, since it represents them.
+    Samples that an axis selected in this round and samples that the refiner wrote are not dropped. If there
+    are too few others, additions are left out, the last one first.
 
     Args:
       before: D_t.

@@ -1,8 +1,7 @@
 """Reads the new prompt from a refiner's reply: JSON or tagged text, with any text around it.
 
-Both forms are always accepted: a server that ignores a schema answers with tags, and a model that was trained
-  on
-many schemas may answer with JSON.
+Both forms are always accepted: a server that ignores a schema answers with tags, and a model that was
+trained on many schemas may answer with JSON.
 """
 
 from __future__ import annotations

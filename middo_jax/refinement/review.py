@@ -133,7 +133,7 @@ def _label_studio(outcome: Outcome) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What one person said of one rewrite. `prompt`, `answer`: as they should be; None: as they are."""
+    """One person's verdict on one rewrite. `prompt`, `answer`: as they should be; None: as they are."""
 
     id: str
     verdict: str
@@ -144,7 +144,7 @@ class Judgement:
 
 
 def judgements(row: Any, where: str) -> list[Judgement]:
-    """What people said in one row of Argilla, Label Studio or a file that was filled in by hand.
+    """People's verdicts in one row of Argilla, Label Studio or a file that was filled in by hand.
 
     Read are Argilla's `to_json` and `to_list(flatten=True)`, Label Studio's JSON and JSON_MIN, and rows with
     `id` or `review_id` and `verdict`. A row that nobody judged gives none. Drafts, discarded responses and

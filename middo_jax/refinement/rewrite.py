@@ -89,7 +89,7 @@ def answer_request(task: Task, prompt: str, context: Sequence[Message]) -> Messa
 def first_request(task: Task, settings: RefineSettings, form: Form = "text") -> Messages:
     """The request for a new prompt, with the reasons why earlier candidates were not accepted.
 
-    Where the prompt stays, the request for its answer: of a later attempt the same, but asked again.
+    Where the prompt stays, it is the request for its answer, which later attempts repeat.
     """
     if task.keeps_prompt:
         return answer_request(task, task.prompt, task.original.context)

@@ -34,7 +34,7 @@ class Task:
       scores: the scores for which the sample was selected.
       attempt: counted from 0.
       feedback: why the candidates of earlier attempts were not accepted.
-      words: what the refiner is told.
+      words: the refiner's instructions.
     """
 
     op: TaskOp
@@ -59,7 +59,7 @@ class Task:
 
     @property
     def given(self) -> str:
-        """The texts that the refiner gets: those of the sample and of its hints."""
+        """The texts that the refiner gets of the dataset: those of the sample and of its hints."""
         return " ".join(message.content for e in (self.original, *self.hints) for message in e.messages)
 
     @property
@@ -219,7 +219,7 @@ def plan_tasks(
       selected: ids by axis; an axis without an operation makes no task.
       knn_ids: for every sparse sample the ids of its nearest neighbours, nearest first.
       scores: the scores by id, which the child's lineage records.
-      faults: by id, the fault that the axis `consistency` sees; an answer that was `cut` is completed.
+      faults: by id, the fault that the axis `consistency` found; an answer that was `cut` is completed.
       turns: `refine.turns`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the refiner is told: instructions and worked examples. `refine.prompts` names a file with one's own.
+"""The refiner's instructions and worked examples. `refine.prompts` names a file with the user's own.
 
 # mine.yaml: what is not named stays as below
 rewrite:
@@ -62,7 +62,7 @@ class Addition(OwnTexts):
 
 
 class Words(OwnTexts):
-    """All that the refiner is told, besides what reading its reply depends on.
+    """The texts of all requests to the refiner, except those on which reading its reply depends.
 
     Attributes:
       simplify: asks for an easier prompt.

@@ -3,6 +3,7 @@
 The effect of fine-tuning is the loss of round_00's model (trained on the seed data) minus that of the
 base model. The effect of the rounds is the loss of the final model minus that of round_00's model. A negative
 effect is an improvement.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

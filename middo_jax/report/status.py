@@ -95,8 +95,9 @@ def require_run(run: RunDir) -> None:
     """Raises RunError unless the folder exists, is a run's, and no newer version wrote it."""
     if not run.path.is_dir():
         parent = run.path.parent
-        beside = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8] if parent.is_dir() else []
-        hint = f"folders beside it: {', '.join(beside)}" if beside else "`middo run CONFIG` makes one"
+        beside = parent.iterdir() if parent.is_dir() else ()
+        runs = sorted(path.name for path in beside if path.is_dir() and RunDir(path).is_begun)[:8]
+        hint = f"runs beside it: {', '.join(runs)}" if runs else "`middo run CONFIG` makes one"
         raise RunError(f"{run.path}: no such run; {hint}")
     for folder in (*run.rounds(), run.final):
         folder.stages()

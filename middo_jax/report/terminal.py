@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from middo_jax.data.sources import Reason, reason_lines
+from middo_jax.data.sources import ReasonCount, reason_lines
 from middo_jax.report.axes import shown_axes
 from middo_jax.rundir.rows import SelectionFile
 
@@ -120,10 +120,10 @@ def render_trace(chain: list[dict[str, Any]]) -> str:
 def render_inspection(facts: dict[str, Any], *, color: bool = False) -> str:
     """The result of `inspection` as text; the targets are in colour, or between [[ and ]] without colour."""
     lines = [f"{facts['n']:,} rows can be used, {len(facts['rejected'])} cannot"]
-    lines += reason_lines([Reason(**reason) for reason in facts["reasons"]], limit=5)
+    lines += reason_lines([ReasonCount(**reason) for reason in facts["reasons"]], limit=5)
     if facts["repairs"]:
         lines.append("repaired (data.strict=true refuses such rows):")
-        lines += reason_lines([Reason(**reason) for reason in facts["repairs"]], limit=5)
+        lines += reason_lines([ReasonCount(**reason) for reason in facts["repairs"]], limit=5)
     if "tokens" not in facts:
         return printable("\n".join(lines))
     lines += [f"warning: {warning}" for warning in facts["warnings"]]

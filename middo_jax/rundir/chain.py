@@ -19,10 +19,10 @@ from middo_jax.rundir.layout import RoundDir, RunDir
 from middo_jax.rundir.manifest import TOKENIZER, Manifest, Reason, Seen
 
 # The effects of settings that each stage depends on. "prepare" is the first round's, which reads the user's
-# data; "follow" prepares a later round. A stage need not repeat the effects of a stage whose files it reads.
+# data; "prepare_later" is a later round's. Effects of stages whose files a stage reads need not be repeated.
 AFFECTED_BY: Mapping[str, frozenset[Effect]] = {
     "prepare": frozenset(("data", "text")),  # the tokenizer is an input of its own
-    "follow": frozenset(("growth",)),
+    "prepare_later": frozenset(("growth",)),
     "train": frozenset(("training", "text", "model")),
     "score": frozenset(("scores", "text", "model")),
     "select": frozenset(("selection",)),
@@ -52,11 +52,11 @@ class Link:
       affected_by: the effects of settings that it depends on.
       files: what it reads within the run, models aside.
       writes: files, or folders.
-      may_write: files that it writes under some settings; of no other value than to be shown.
+      may_write: files that it writes under some settings and that no stage reads.
       removable: what it wrote and may be removed to save space; made again when another stage needs it.
       models: the models that it reads, by role; None where the place is not known.
       data: files and folders of the user's data by role, if it reads them and the places are known.
-      tokenizer: the base model's directory, if it reads all of that but the weights, and the place is known.
+      tokenizer: the base model's directory, if it reads its files except the weights and the place is known.
       earlier: the round before this folder's, if there is one.
     """
 
@@ -95,12 +95,12 @@ class Link:
 
     @property
     def removed(self) -> tuple[Path, ...]:
-        """What of `removable` is not there."""
+        """The paths of `removable` that do not exist."""
         return tuple(path for path in self.removable if not path.exists())
 
     @property
     def missing_models(self) -> tuple[Path, ...]:
-        """Checkpoints of the run that it reads and that are not there."""
+        """Checkpoints of the run that it reads and that do not exist."""
         return tuple(p for p in self.models.values() if p is not None and _is_ours(p) and not p.exists())
 
     def begin(self) -> Begun:
@@ -117,7 +117,7 @@ class Link:
             return manifest.why_stale(self.name)
         before = record["settings"]
         settings = self._settings(config, record["inputs"])
-        # First what the record names: what it does not name may be asked now because of such a change.
+        # First the recorded settings: one that is not recorded may matter only because one of these changed.
         for name in sorted(settings, key=lambda name: name not in before):
             if (was := before.get(name, default_of(name))) != (now := settings[name]):
                 return Reason(f"{name} was {_shown(was)}, is {_shown(now)}")
@@ -134,7 +134,7 @@ class Link:
         return None
 
     def _settings(self, config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings it depends on, but the names of places whose content is compared."""
+        """The settings it depends on, without the names of places whose content is compared."""
         settings = affecting(config, self.affected_by)
         for name, roles in _PLACES.items():
             if any(role in inputs and role in self.inputs for role in roles):
@@ -203,7 +203,7 @@ def chain(
         previous = base if earlier is None else earlier.checkpoint
         start = previous if config.train.start_from == "previous" else base
         if earlier is not None:
-            links.append(follow(here, earlier))
+            links.append(prepare_later(here, earlier))
         links.append(train(here, start))
         benchmarks = [benchmark(here, config, None if earlier else base)] if config.evaluate.tasks else []
         if here.path == run.final.path:
@@ -223,11 +223,11 @@ def prepare(run: RunDir, data: Mapping[str, Path], base: Path | None = None) -> 
     return Link("prepare", here, AFFECTED_BY["prepare"], (), writes, data=data, tokenizer=base)
 
 
-def follow(here: RoundDir, earlier: RoundDir) -> Link:
+def prepare_later(here: RoundDir, earlier: RoundDir) -> Link:
     """A round with its rewrites -> the next round's dataset, the last one in the user's format too."""
     files = (earlier.dataset, earlier.scores, earlier.selection, earlier.refined, *_verdicts(earlier))
     writes = (here.dataset, here.own_format) if here.path.name == "final" else (here.dataset,)
-    return Link("prepare", here, AFFECTED_BY["follow"], files, writes, earlier=earlier)
+    return Link("prepare", here, AFFECTED_BY["prepare_later"], files, writes, earlier=earlier)
 
 
 def train(here: RoundDir, start: Path | None) -> Link:
@@ -241,7 +241,7 @@ def train(here: RoundDir, start: Path | None) -> Link:
         writes,
         {"start": start},
         may_write=(here.evaluations,),
-        # The last training's is what a run is made for.
+        # The last training's checkpoint is the run's result and is never removed to save space.
         removable=(here.checkpoint,) if here.run is not None else (),
     )
 

@@ -1,8 +1,8 @@
 """Files of a run that cannot be used, and where they go: `damaged-TIME/` in the run's folder.
 
-Where a stage's files were edited or lost, the chain has the stage done again. This module finds the files
-that stop a run: a folder where a file belongs or the reverse, a file that cannot be read, a manifest that is
-none, a checkpoint that does not say what it is.
+A stage whose files were edited or lost is stale, and the chain redoes it. This module finds the files that
+stop a run: a folder in the place of a file or the reverse, a file that cannot be read, a damaged manifest, a
+checkpoint without its metadata.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Damage(NamedTuple):
 
 
 def damages(run: RunDir, links: Sequence[Link]) -> Iterator[Damage]:
-    """What of a run cannot be used, in the order of the stages."""
+    """The files and folders of a run that cannot be used, in the order of the stages."""
     folders = list(dict.fromkeys(link.folder.path for link in links))
     for path in (run.config, run.events, run.llm_cache, run.report, *(RoundDir(f).manifest for f in folders)):
         yield from _of(path)
@@ -56,11 +56,11 @@ def refuse_damaged(found: Sequence[Damage]) -> None:
 
 
 def edited(links: Sequence[Link]) -> Iterator[Damage]:
-    """What stages wrote and is not as it was written; doing them again would write over it."""
+    """Files that were changed after a stage wrote them. Redoing the stage would overwrite them."""
     for link in links:
         try:
             record = link.folder.stages().get(link.name)
-        except RunError:  # a damage of its own
+        except RunError:  # `damages` reports the manifest
             continue
         manifest = Manifest(link.folder.path)
         for name in manifest.edited(record) if record is not None else ():

@@ -36,7 +36,7 @@ def read_events(path: Path) -> Events:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return Events([], 0)
-    except OSError:  # a folder, or a file that nobody may read: the log is lost, the run is not
+    except OSError:  # a folder, or a file without permission to read: the log is lost, the run is not
         return Events([], 1)
     for line in lines:
         text = line.strip(b"\0 \t\r\v\f")
@@ -50,8 +50,8 @@ def read_events(path: Path) -> Events:
             rows.append(row)
         else:
             n_unreadable += 1
-    # A newer program would have written the last lines, several of them; a single number that a flipped bit
-    # made of an earlier version is no reason to stop.
+    # A newer program would have written several lines at the end. A single newer number may be a flipped bit,
+    # which is no reason to stop.
     found = [row.get("version", 0) for row in rows[-2:]]
     version = min((number for number in found if isinstance(number, int)), default=0)
     if (reason := newer(path.name, version, path)) is not None:

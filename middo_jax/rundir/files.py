@@ -46,7 +46,7 @@ class DamagedFile(ValueError):
 
 @contextlib.contextmanager
 def full_disk_named(path: object) -> Iterator[None]:
-    """Within the block an error that a full disk, or a used-up quota, has caused becomes `DiskFull`.
+    """Turns errors of the block that a full disk or a used-up quota caused into `DiskFull`.
 
     Args:
       path: what is written within the block.
@@ -62,7 +62,7 @@ def full_disk_named(path: object) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, says that there is no room on the disk."""
+    """Whether an error, or one that it was raised from, reports a full disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
@@ -131,7 +131,7 @@ def atomic(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes 0600, which would surprise who shares a run
+            os.chmod(temporary, 0o644)  # mkstemp makes 0600, which others who share a run could not read
             os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -64,7 +64,7 @@ class RoundDir:
 
     @property
     def scoring_parts(self) -> Path:
-        """Folder of what the passes of an unfinished scoring stage have measured so far."""
+        """Folder with the results so far of an unfinished scoring stage."""
         return self.path / "scoring"
 
     @property
@@ -99,12 +99,12 @@ class RoundDir:
 
     @property
     def verdicts(self) -> Path:
-        """What people said of the accepted rewrites, if `middo refine --read-review` has read it."""
+        """People's verdicts on the accepted rewrites; `middo refine --read-review` writes it."""
         return self.path / "verdicts.jsonl"
 
     @property
     def dropped(self) -> Path:
-        """Samples that made room for additions, and additions that found none, with the reason."""
+        """Samples dropped to make room for additions, and additions without room, each with the reason."""
         return self.path / "dropped.jsonl"
 
     @property

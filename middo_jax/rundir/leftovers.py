@@ -21,7 +21,7 @@ _ORBAX = "orbax-checkpoint-tmp"
 _FRESH_S = 24 * 3600.0
 
 
-def sweep(root: Path, say: Callable[[str], None]) -> None:
+def remove_leftovers(root: Path, say: Callable[[str], None]) -> None:
     """Removes what killed processes left in the folder of a run or command, whose lock the caller holds."""
     if is_reader():
         return
@@ -39,7 +39,7 @@ def leftovers(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def sweep_beside(path: Path) -> None:
+def remove_leftovers_beside(path: Path) -> None:
     """Removes temporaries for `path` that ended processes left beside it."""
     if is_reader():
         return

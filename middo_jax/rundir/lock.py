@@ -26,7 +26,7 @@ from pathlib import Path
 
 from middo_jax.rundir.files import full_disk_named, is_reader, json_line, temporary_prefix
 from middo_jax.rundir.layout import RoundDir
-from middo_jax.rundir.leftovers import sweep
+from middo_jax.rundir.leftovers import remove_leftovers
 from middo_jax.rundir.manifest import RunError
 from middo_jax.rundir.process import first_line, namespace, started
 
@@ -97,7 +97,7 @@ class Owner:
             return False
         if (self.boot, self.namespace) == (here.boot, here.namespace):
             return started(self.pid) != self.started
-        # The machine was restarted. In a container an id may be that of an image, and many machines have it.
+        # The machine was restarted. In a container the ID may come from an image that many machines use.
         is_same_machine = bool(here.machine) and self.machine == here.machine
         return is_same_machine and self.namespace == here.namespace == _FIRST_NAMESPACE
 
@@ -132,7 +132,7 @@ def held(folder: Path, say: Callable[[str], None] = _to_stderr) -> Iterator[None
 
     Args:
       folder: that the block writes into.
-      say: is told if a left-over lock, file or folder was removed.
+      say: gets a line for each left-over lock, file or folder that was removed.
 
     Raises:
       RunLocked: another process holds the lock, or may hold it. The folder is unchanged.
@@ -148,7 +148,7 @@ def held(folder: Path, say: Callable[[str], None] = _to_stderr) -> Iterator[None
         made = _make(root)
         try:
             mine = _held[key] = _Held(0, os.getpid(), _take(root, say))
-            sweep(root, say)
+            remove_leftovers(root, say)
         except BaseException:
             _remove_empty(made)
             raise

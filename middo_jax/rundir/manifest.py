@@ -166,13 +166,13 @@ class Manifest:
     ) -> Reason | None:
         """Why a finished stage does not fit the files that are there; None if it does.
 
-        A missing file that was read is no reason: within the run its writer is stale, and outside of it
-        what was made of it stands.
+        A missing input is no reason: within the run, the stage that wrote it is stale; outside of it, the
+        results remain valid.
 
         Args:
           stage: its name.
-          inputs: where what it read outside of the run is now, by role; else where it was.
-          removed: what it wrote and is gone on purpose, files or folders: no reason.
+          inputs: the present places of its inputs outside the run, by role; by default the recorded ones.
+          removed: files or folders that it wrote and that were removed on purpose, which is no reason.
         """
         record, gone = self.records()[stage], [self.name(path) for path in removed]
         for name, known in record["files"].items():
@@ -224,7 +224,7 @@ class Manifest:
 
 
 class Unreadable(RunError):
-    """A file of a run is there and cannot be read; the message says what to do."""
+    """A file of a run exists and cannot be read; the message says what to do."""
 
     def __init__(self, path: Path, error: OSError) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Refuses JSON of others that is nested too deep, before it is parsed: parsers of JSON are recursive."""
+"""Refuses untrusted JSON that is nested too deep, before it is parsed: parsers of JSON are recursive."""
 
 from __future__ import annotations
 

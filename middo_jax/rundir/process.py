@@ -1,4 +1,4 @@
-"""What the system says of processes: when one started, and where process numbers are counted."""
+"""Facts of the system about processes: when one started, and in which namespace its number counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 def mark(pid: int | None = None) -> str:
     """A short name of a process, for names of files: `PID-START-PLACE`, of its number, start and machine.
 
-    The number alone would not do: after its process has ended, another one may have it, here or elsewhere.
+    The number alone is not enough: after its process has ended, another one may get it, here or elsewhere.
     """
     pid = os.getpid() if pid is None else pid
     return f"{pid}-{_short(started(pid) or '')}-{place()}"
@@ -40,7 +40,7 @@ def _short(text: str) -> str:
 
 
 def started(pid: int) -> str | None:
-    """When a process started, in the system's own words; None if it has ended."""
+    """When a process started, in the system's format; None if it has ended."""
     if sys.platform == "linux":
         try:
             # The name of the program, in parentheses, may hold anything; state and start time are behind it.

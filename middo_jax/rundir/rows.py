@@ -229,7 +229,7 @@ class RefinedRow(TypedDict):
 
 
 class VerdictRow(TypedDict):
-    """What people said of an accepted rewrite."""
+    """People's verdict on an accepted rewrite."""
 
     id: Annotated[str, "`task_id@candidate`, the id of the rewrite's sample behind the sign"]
     verdict: Annotated[

@@ -94,7 +94,7 @@ SCORES = Schema(
         Column(
             "consistency", "float32", "percentile rank of the worst reading, 0 to 1, of the axis of that name"
         ),
-        Column("fault", "string", "which fault that reading sees: `cut`, `strange` or `odd`"),
+        Column("fault", "string", "the fault that this reading indicates: `cut`, `strange` or `odd`"),
         *_RATINGS,
         Column("quality", "float32", "mean of the six ratings"),
         Column("error", "string", "which of the numbers are not finite"),

@@ -5,6 +5,7 @@
   odd        single tokens are out of place     worst_decile_nll, among samples of about the same loss
 
 A rank among samples of about the same loss or length (`within`) leaves out what follows from those alone.
+Axes: docs/contributing.md#axes; c kind of fault.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ GROUPS = 10  # deciles
 GROUP_SIZE = 20  # samples that a group has at least; with fewer samples there are fewer groups
 
 
-class Fault(NamedTuple):
+class FaultKind(NamedTuple):
     """A kind of fault: the reading that sees it, and the column whose deciles it is ranked within, if any."""
 
     name: str
@@ -26,9 +27,9 @@ class Fault(NamedTuple):
 
 
 FAULTS = (
-    Fault("cut", "end_nll"),
-    Fault("strange", "ifd"),
-    Fault("odd", "worst_decile_nll", within="loss_post"),
+    FaultKind("cut", "end_nll"),
+    FaultKind("strange", "ifd"),
+    FaultKind("odd", "worst_decile_nll", within="loss_post"),
 )
 # The columns that the axis needs; they come with the loss or with the reading `ifd`.
 NEEDED = frozenset(column for fault in FAULTS for column in (fault.reading, fault.within) if column)
@@ -52,16 +53,16 @@ def consistency(columns: dict[str, np.ndarray]) -> Consistency:
     Args:
       columns: those of NEEDED, [n] float64 each.
     """
-    rank_fn = np.stack([_rank(columns, fault) for fault in FAULTS])
-    known_n = np.asarray(np.isfinite(rank_fn).any(axis=0))
-    filled_fn = np.where(np.isfinite(rank_fn), rank_fn, -1.0)
-    worst_n = filled_fn.argmax(axis=0)
+    rank_cn = np.stack([_rank(columns, fault) for fault in FAULTS])
+    known_n = np.asarray(np.isfinite(rank_cn).any(axis=0))
+    filled_cn = np.where(np.isfinite(rank_cn), rank_cn, -1.0)
+    worst_n = filled_cn.argmax(axis=0)
     pairs = zip(worst_n.tolist(), known_n.tolist(), strict=True)
     fault_n = [FAULTS[f].name if known else None for f, known in pairs]
-    return Consistency(np.where(known_n, filled_fn.max(axis=0), np.nan), fault_n)
+    return Consistency(np.where(known_n, filled_cn.max(axis=0), np.nan), fault_n)
 
 
-def _rank(columns: dict[str, np.ndarray], fault: Fault) -> np.ndarray:
+def _rank(columns: dict[str, np.ndarray], fault: FaultKind) -> np.ndarray:
     reading_n = columns[fault.reading]
     if fault.within is None:
         return percentile_rank(reading_n)

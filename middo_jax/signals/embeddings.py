@@ -1,4 +1,7 @@
-"""embeddings.parquet: one row per sample, keyed by id, `embedding` a list of d numbers."""
+"""embeddings.parquet: one row per sample, keyed by id, `embedding` a list of d numbers.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
   IFD(Q, A) = s(A | Q) / s(A)       s: mean NLL of the response's tokens, with and without the prompt
 
 With a value near 1 the prompt does not help, above 1 it misleads. The authors select high values below 1.
+Axes: docs/contributing.md#axes; r response of a conversation.
 """
 
 from __future__ import annotations

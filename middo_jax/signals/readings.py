@@ -9,6 +9,7 @@
 
 x is the prompt, y the response, s the mean NLL per token. The reverse ratio is that of Li et al. 2024
 (arXiv 2402.10110), in which a request to guess the instruction precedes the response.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

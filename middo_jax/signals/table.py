@@ -1,4 +1,7 @@
-"""scores.parquet: one row per sample, with the key `id`. Columns that were not computed are null."""
+"""scores.parquet: one row per sample, with the key `id`. Columns that were not computed are null.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 
@@ -105,9 +108,9 @@ class Measured:
         if self.prompt_hashes is not None:
             columns["prompt_hash"] = pa.array(self.prompt_hashes, pa.string())
         if knn is not None:
-            found = [row >= 0 for row in knn.index_nk]
-            ids = [[self.ids[i] for i in row[ok]] for row, ok in zip(knn.index_nk, found, strict=True)]
-            sims = [row[ok].tolist() for row, ok in zip(knn.similarity_nk, found, strict=True)]
+            found = [row >= 0 for row in knn.index_nj]
+            ids = [[self.ids[i] for i in row[ok]] for row, ok in zip(knn.index_nj, found, strict=True)]
+            sims = [row[ok].tolist() for row, ok in zip(knn.similarity_nj, found, strict=True)]
             columns |= {"knn_ids": pa.array(ids), "knn_sims": pa.array(sims, pa.list_(pa.float32()))}
         return pa.table([columns.get(f.name, pa.nulls(n, f.type)) for f in SCHEMA], schema=SCHEMA)
 
@@ -171,13 +174,13 @@ def with_columns(table: pa.Table, others: pa.Table) -> pa.Table:
 def neighbours_of(table: pa.Table, k: int) -> Neighbours:
     """The neighbours in a table, k of each row, as the search returned them."""
     row_of = {id_: i for i, id_ in enumerate(table["id"].to_pylist())}
-    index_nk = np.full((len(table), k), -1, np.int32)
-    similarity_nk = np.full((len(table), k), np.nan, np.float32)
+    index_nj = np.full((len(table), k), -1, np.int32)
+    similarity_nj = np.full((len(table), k), np.nan, np.float32)
     rows = zip(table["knn_ids"].to_pylist(), table["knn_sims"].to_pylist(), strict=True)
     for i, (ids, sims) in enumerate(rows):
-        index_nk[i, : len(ids)] = [row_of[id_] for id_ in ids]
-        similarity_nk[i, : len(sims)] = sims
-    return Neighbours(index_nk, similarity_nk)
+        index_nj[i, : len(ids)] = [row_of[id_] for id_ in ids]
+        similarity_nj[i, : len(sims)] = sims
+    return Neighbours(index_nj, similarity_nj)
 
 
 def as_floats(table: pa.Table, column: str) -> np.ndarray:

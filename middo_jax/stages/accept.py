@@ -4,6 +4,7 @@ The gates on the text have run already, when the candidate was written. This mod
 the order of the table: lengths compared with the dataset; measurements by the model under training, in one
 pass over all candidates of an attempt; its ratings of the candidates that passed so far; repetitions of other
 samples.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations
@@ -257,7 +258,7 @@ def _quantile(values_n: np.ndarray, share: float) -> float | None:
 
 
 def _is_informed(row: Mapping[str, Any]) -> bool:
-    """Whether what the gate `information` compares was measured."""
+    """Whether the values that the gate `information` compares were measured."""
     return row["measured"].get("original_pmi") is not None
 
 

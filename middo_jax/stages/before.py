@@ -1,6 +1,6 @@
 """Measures a dataset under the model before training. If that model is frozen, reuses an earlier round.
 
-Axes: n sample, e sample of the earlier round, d model width.
+Axes: docs/contributing.md#axes; o sample of the earlier round.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class _Standing(NamedTuple):
 
     Attributes:
       table: its scores; None if nothing is reusable.
-      embedding_ed: its embeddings, one row per row of the table; None if nothing is reusable or wanted.
+      embedding_od: its embeddings, one row per row of the table; None if nothing is reusable or wanted.
       row_n: row of each sample in the earlier round, -1 if it is new or changed.
     """
 
     table: pa.Table | None
-    embedding_ed: np.ndarray | None
+    embedding_od: np.ndarray | None
     row_n: np.ndarray
 
     @property
@@ -126,7 +126,7 @@ def measure_before(
         new = [texts.raw[i] for i in standing.new]
         embedding_nd = passes("embeddings of raw prompts", model, new).embedding_nd
     assert embedding_nd is not None  # one of the two passes above has run
-    embedding_nd = standing.of_all(embedding_nd, standing.embedding_ed)
+    embedding_nd = standing.of_all(embedding_nd, standing.embedding_od)
     return Before(loss_n, embedding_nd, known, standing.n_kept, identity)
 
 

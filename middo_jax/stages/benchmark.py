@@ -22,8 +22,8 @@ from middo_jax.evaluation.pairs import Encoder, Pair
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.sampling import Request
 from middo_jax.inference.until import answers_until
+from middo_jax.models.loading import load, locate
 from middo_jax.models.model import Model
-from middo_jax.models.source import load, locate
 from middo_jax.parallel.coordination import Together, follow, is_first, lead
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.continuations import Continuation, score_continuations
@@ -38,7 +38,7 @@ FOLLOWED = "benchmark"  # the name of what process 0 leads
 
 
 def check_benchmarks(config: Config) -> None:
-    """Checks what can be known of `evaluate.tasks` before a model is there.
+    """Checks `evaluate.tasks` as far as that is possible without a model.
 
     Raises:
       ConfigError: lm-eval is not installed, or see `check_tasks`.
@@ -60,7 +60,7 @@ class SessionBackend:
       session: settings, tokenizer, mesh.
       path: of the model.
       model: the model there, on the session's mesh.
-      together: tells the other processes what all do next, see `parallel.coordination.lead`.
+      together: sends the other processes what all do next, see `parallel.coordination.lead`.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class SessionBackend:
 
 
 def packed_pairs(pairs: Sequence[Pair]) -> str:
-    """Pairs as text for the other processes; contexts that are alike take next to no place."""
+    """Pairs as text for the other processes; similar contexts take almost no space."""
     numbers = [n for pair in pairs for part in pair for n in (len(part), *part)]
     return base64.b64encode(zlib.compress(np.asarray(numbers, np.int32).tobytes())).decode()
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from middo_jax.config import Config, SampledRating, affecting, load
 from middo_jax.data.example import Example, Message
 from middo_jax.models.config import read_config
+from middo_jax.models.loading import tokenizer_directory
 from middo_jax.models.lora import from_settings
 from middo_jax.models.model import abstract_model
-from middo_jax.models.source import tokenizer_directory
 from middo_jax.refinement.acceptance.language import load_identifier
 from middo_jax.refinement.endpoint.preflight import preflight
 from middo_jax.refinement.words import read_words
@@ -74,13 +74,13 @@ def check_judge(session: Session) -> None:
     """
     if not isinstance(session.config.quality.rating, SampledRating):
         longest = session.config.model.max_length
-        too_long = "word " * longest  # a text that is shortened leaves a mark, which takes tokens as well
+        too_long = "word " * longest  # a shortened text contains a mark, which takes tokens too
         example = Example((Message("user", too_long), Message("assistant", too_long)))
         Asked.of([example], session.tokenizer, longest, read_rubric(session.config.quality.rubric))
 
 
 def check_refiner(config: Config, asks: bool = False) -> list[str]:
-    """Checks the refiner's settings; if it `asks`, also that each named server answers with one token.
+    """Checks the refiner's settings; with `asks`, also requests one token from each named server.
 
     Returns warnings.
 

@@ -25,7 +25,7 @@ class Served(NamedTuple):
 
     Attributes:
       url: up to and including /v1; several are servers of the same model.
-      model: the name to ask for.
+      model: its name in requests.
       sends_key: whether it is the user's and gets their API key; the embedded one gets a dummy.
       revision: of the model, for the keys of its answers; None where only the user can name it.
     """
@@ -87,9 +87,9 @@ def endpoint(session: Session) -> Iterator[Served]:
 
 
 def served_revision(path: Path, template: Any, date: datetime.date, config: Config) -> str:
-    """16 hex digits that name what the embedded endpoint serves, for the keys of its answers.
+    """16 hex digits that identify what the embedded endpoint serves, for the keys of its answers.
 
-    Other weights at the same place are another refiner: the cache must not have its answers.
+    Other weights at the same place are another refiner, whose answers must not be taken from the cache.
     """
     decisive = [fingerprint(path), template, str(date), config.model.dtype, config.serve.max_context]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]

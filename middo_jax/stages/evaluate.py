@@ -19,9 +19,9 @@ from middo_jax.evaluation.heldout import HeldoutLoss, RowLosses, row_losses, tot
 from middo_jax.models import hf
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.config import read_config
+from middo_jax.models.loading import load, load_adapters, locate
 from middo_jax.models.lora import merge_adapters
 from middo_jax.models.model import Model
-from middo_jax.models.source import load, load_adapters, locate
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import LossPass
 from middo_jax.progress import Progress, Silent
@@ -114,10 +114,10 @@ def export_checkpoint(
       checkpoint: of ours, or a PEFT adapter.
       out: must not exist, or be empty.
       dtype: float32, bfloat16 or float16; None is float32, in which training keeps its weights.
-      progress: is told how well the export agrees with us, or why nobody knows.
-      mesh: where the parameters lie meanwhile; None is all devices, parameters split.
+      progress: shows how far the export's logits differ, or why they were not compared.
+      mesh: holds the parameters during the export; None: all devices, parameters sharded.
       verify: whether to compare.
-      base: what the user calls the base model, if it may have been moved.
+      base: the user's name of the base model, if it may have been moved.
 
     Returns:
       {"verified": True, "max_difference", "largest_logit", "n_prompts", "n_tokens"}, or {"verified": False,

@@ -1,4 +1,7 @@
-"""Measures the refiner's candidates under the model in training: one pass for all, and ratings if needed."""
+"""Measures the refiner's candidates under the model in training: one pass for all, and ratings if needed.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 
@@ -151,25 +154,25 @@ class UnderTraining:
         k = max(len(row["knn_ids"] or ()) for row in rows.values())
         tokenized = self._session.tokenize(children)
         scores = self._scored("rewrites measured", self._loaded, tokenized)
-        end_m = end_nll(scores.last_nll_n, tokenized, end_of_turn_token(self._session.tokenizer))
+        end_q = end_nll(scores.last_nll_n, tokenized, end_of_turn_token(self._session.tokenizer))
         informed = self._informed(rewrites)
-        embedding_md = scores.embedding_nd
+        embedding_qd = scores.embedding_nd
         is_raw = self._session.config.diversity.text == "raw"
         if k and (is_raw or self._embedder):  # the dataset's embeddings were computed in this way too
             embedded = raw_prompts(self._session, children) if is_raw else tokenized
             model = self._embedder or self._loaded
-            embedding_md = self._scored("embeddings of rewrites", model, embedded).embedding_nd
+            embedding_qd = self._scored("embeddings of rewrites", model, embedded).embedding_nd
         k = k or self._session.config.diversity.k
         dataset_nd = read_embeddings(self._directory.embeddings, list(rows))
-        source_m = np.array([place[rewrite.original_id] for rewrite in rewrites])
-        similarity_m = cosines(embedding_md, dataset_nd[source_m])
+        source_q = np.array([place[rewrite.original_id] for rewrite in rewrites])
+        similarity_q = cosines(embedding_qd, dataset_nd[source_q])
         # k + 1, because the original that a rewrite replaces does not count as its neighbour.
-        found = nearest_neighbours(dataset_nd, k + 1, self._session.mesh, query_md=embedding_md)
+        found = nearest_neighbours(dataset_nd, k + 1, self._session.mesh, query_qd=embedding_qd)
         measured = []
         for i, rewrite in enumerate(rewrites):
             replaces, core = rewrite.op != "synthesize", rows[rewrite.original_id]
-            near = found.similarity_nk[i][(found.index_nk[i] != source_m[i]) | (not replaces)][:k]
-            similarity = _finite(similarity_m[i])
+            near = found.similarity_nj[i][(found.index_nj[i] != source_q[i]) | (not replaces)][:k]
+            similarity = _finite(similarity_q[i])
             measured.append(
                 Measurement(
                     loss=_finite(scores.loss_n[i]),
@@ -178,16 +181,16 @@ class UnderTraining:
                     knn_similarity=_finite(near.mean()),
                     core_similarity=None if replaces else _raised(core, similarity),
                     truncated=tokenized[i].truncated,
-                    end_nll=_finite(end_m[i]),
+                    end_nll=_finite(end_q[i]),
                     **informed.get(i, {}),
                 )
             )
         return measured
 
     def _informed(self, rewrites: Sequence[Rewrite]) -> dict[int, dict[str, float | None]]:
-        """What the gate `information` compares, by the places of the replacements; empty if it is open.
+        """The values that the gate `information` compares, by index of the replacement; empty if it is open.
 
-        The originals are measured beside their rewrites, so that scoring need not measure all samples so.
+        The originals are measured with their rewrites, so that scoring need not measure all samples.
         """
         if not is_asked("information", self._session.config.refine):
             return {}

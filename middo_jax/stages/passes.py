@@ -1,4 +1,7 @@
-"""Common parts of a stage's passes: the tokenized samples, and the facts of each pass."""
+"""Common parts of a stage's passes: the tokenized samples, and the facts of each pass.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ class Passes:
     def __call__(
         self, name: str, model: Model, of: Sequence[TokenizedExample], *, prompts: bool = False
     ) -> ExampleScores:
-        """One pass of a model over some examples; `name` is what the user sees.
+        """One pass of a model over some examples; `name` is shown to the user.
 
         With `prompts`, the losses of the prompts are computed too.
         """
@@ -82,7 +85,7 @@ class Passes:
 
 
 class Conditioned(NamedTuple):
-    """Losses under one model of the same texts, with and without what they belong to; nats per token.
+    """Losses of the same texts under one model in another context, in nats per token.
 
     Attributes:
       response_alone_n: of the responses without their prompts; None if not asked for.
@@ -102,7 +105,7 @@ def conditioned(
     tokenized: Sequence[TokenizedExample],
     readings: Collection[str],
 ) -> Conditioned:
-    """What the readings need beside the loss: `ifd` and `pmi` one pass together, `reverse_ifd` one."""
+    """The further losses that readings need: one pass for `ifd` and `pmi` together, one for `reverse_ifd`."""
     tokenizer, alone_n, behind_n = session.tokenizer, None, None
     if "ifd" in readings or "pmi" in readings:
         header_n = response_header(tokenizer)

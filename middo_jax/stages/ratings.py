@@ -1,4 +1,7 @@
-"""Ratings of examples by the model: expected values from one prefill, or sampled and parsed."""
+"""Ratings of examples by the model: expected values from one prefill, or sampled and parsed.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def ratings(
 
 
 class Asked(NamedTuple):
-    """What the judge is asked about some examples: a tree of questions each, and how ratings are spelt."""
+    """The judge's questions: one tree per example, and the spelling of ratings."""
 
     trees: list[RatingTree]
     spelling: RatingTokens

@@ -103,7 +103,7 @@ def write_review(directory: RoundDir, path: Path, form: ReviewFormat) -> int:
 
 
 def read_review(directory: RoundDir, paths: Sequence[Path]) -> Counter[str]:
-    """Writes verdicts.jsonl from people's verdicts; returns how many rewrites got which.
+    """Writes verdicts.jsonl from people's verdicts; returns the number of rewrites by verdict.
 
     A rewrite is rejected if anybody rejects it. Otherwise it has the edited texts, if there are any. One that
     nobody judged stays accepted (`none`).
@@ -166,7 +166,7 @@ def _row(id_: str, outcome: Outcome, said: Sequence[Judgement]) -> VerdictRow:
             raise DataError(f"{id_}: the edited {name} has the control token {token}")
     if texts == {"prompt": child.question, "answer": child.response}:
         return row
-    # Measured was the text before the edit.
+    # The measurement is of the text before the edit.
     lineage = dataclasses.replace(
         child.lineage, refiner=f"{child.lineage.refiner or ''}+person", scores_after=None
     )
@@ -200,7 +200,7 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
 
 
 def waits_for_review(directory: RoundDir) -> str | None:
-    """What a run that waits for a review has to be told; None if every accepted rewrite has a verdict."""
+    """The message for a run that waits for a review; None if every accepted rewrite has a verdict."""
     accepted = [o for o in _outcomes(directory, read_dataset(directory)) if o.example is not None]
     n = len({review_id(outcome) for outcome in accepted} - _verdicts(directory).keys())
     if not n:

@@ -1,4 +1,4 @@
-"""The scoring stage: a round's dataset -> scores and embeddings."""
+"""The scoring stage: a round's dataset -> scores and embeddings. Axes: docs/contributing.md#axes."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def score_stage(
 
     Args:
       session: settings, tokenizer, mesh.
-      directory: holds dataset.jsonl.
+      directory: contains dataset.jsonl.
       model: M_t, whose loss after training, embeddings and ratings are taken.
       pre_model: whose loss is loss_pre; None leaves it null.
-      axes: what to measure, None is what the settings say; the loss under `model` comes with any of them.
+      axes: the axes to measure; None: those of the settings. The loss under `model` comes with any of them.
       earlier: an earlier round's folder. Its samples that are still the same are not measured again under
         `pre_model`, if that is the same too.
       own: the user's columns of the same samples, to be written beside the scores.
@@ -76,7 +76,7 @@ def score_stage(
     check_embedder(session, pre_model, axes)
     begun = scoring(session, directory, model, pre_model).begin()
     examples = read_dataset(directory)
-    scored = measure(
+    scored = measure_samples(
         session, examples, model, pre_model, axes, earlier=earlier, parts=directory.scoring_parts
     )
     own = user_ids(examples) if own is None else own
@@ -108,7 +108,7 @@ def check_embedder(session: Session, pre_model: Path | None, axes: Collection[st
         )
 
 
-def measure(
+def measure_samples(
     session: Session,
     examples: Sequence[Example],
     model: Path,
@@ -160,8 +160,8 @@ def measure(
 def _require_scores(session: Session, table: pa.Table, axes: Collection[str]) -> None:
     """Raises RunError if a column that an axis needs holds no number for any sample.
 
-    Single samples without a number are named in the column `error`, and no axis selects them. A judge whose
-    sampled ratings cannot be read may be a small model's: then nothing is selected by quality, which is said.
+    Single samples without a number are named in the column `error`, and no axis selects them. Sampled ratings
+    may all be unreadable, as a small model's often are: then a line reports that quality selects nothing.
     """
     n, wanted = len(table), ["loss_post"]
     wanted += ["knn_mean_sim"] if "diversity" in axes and n > 1 else []

@@ -1,4 +1,7 @@
-"""Scores that a folder already has: they are reused if data, models and settings are the same."""
+"""Scores that a folder already has: they are reused if data, models and settings are the same.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def require_same(
       session: the settings.
       examples: the samples.
       axes: what is to be measured.
-      force: whether scores of anything may be replaced.
+      force: whether any scores may be replaced.
 
     Raises:
       RunError: the folder has other scores, which would be lost; the message says what differs.
@@ -51,7 +54,7 @@ def require_same(
 
 
 def _difference(config: Config, link: Link, examples: Sequence[Example], axes: Collection[str]) -> str | None:
-    """What differs between the folder's scores and what is to be measured; None: nothing."""
+    """The first difference between the folder's scores and the wanted ones; None if there is none."""
     folder, record = link.folder, link.folder.stages()["score"]
     was, now = record.get("axes"), sorted(axes)
     if was != now:

@@ -53,7 +53,7 @@ def check_cache(path: Path) -> None:
 
 
 def save_answers(path: Path) -> str | None:
-    """Replaces a damaged file of answers by one with what can be read of it; says so, None if it is whole.
+    """Replaces a damaged file of answers by its readable part; returns a line about it, None if it is intact.
 
     The damaged file is put aside beside it and never removed: it has answers that were paid for.
     """

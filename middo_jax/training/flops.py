@@ -1,4 +1,7 @@
-"""FLOPs that a training step needs at least, and peak FLOP/s of devices: MFU is the first over the second."""
+"""FLOPs that a training step needs at least, and peak FLOP/s of devices: MFU is the first over the second.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step as a pure function. Axes: docs/contributing.md#axes, and a: micro-batch.
+"""One optimizer step as a pure function. Axes: docs/contributing.md#axes; a micro-batch.
 
 The parameters are two trees. Only `trained` has gradients and optimizer state. `frozen` is the base of LoRA
 adapters, or empty.

@@ -20,9 +20,11 @@ from middo_jax.config import (
     Adafactor,
     AdamW,
     Affects,
+    AnyOf,
     BadSteps,
     Config,
     ConfigError,
+    Contains,
     Deviations,
     Dollars,
     Effect,
@@ -259,7 +261,20 @@ def test_every_setting_says_what_it_affects() -> None:
     of_adapters = {(f"lora.{name}", "training", ("lora.rank", GIVEN)) for name in ("alpha", "target_modules")}
     of_sampling = {("seed", "scores", sampled), ("serve.max_context", "scores", sampled)}
     of_the_embedded = {("serve.max_context", "rewrites", ("refine.base_url", None))}
-    assert conditional == of_adapters | of_sampling | of_the_embedded
+    of_optional = {
+        (f"consistency.{name}", "selection", ("scoring.readings", Contains("consistency")))
+        for name in ("m", "fraction")
+    }
+    checked = ("refine.accept", AnyOf(("sane", "measured")))
+    of_gates = {
+        (f"refine.gates.{name}", "acceptance", condition)
+        for condition, names in {
+            checked: ("open", "length", "duplicate"),
+            ("refine.accept", AnyOf(("measured",))): ("agreement", "context", "novelty"),
+        }.items()
+        for name in names
+    }
+    assert conditional == of_adapters | of_sampling | of_the_embedded | of_optional | of_gates
     without, with_rank = (
         affecting(load(None, [*NEEDED, *more]), {"training"}) for more in ([], ["lora.rank=2"])
     )
@@ -268,6 +283,8 @@ def test_every_setting_says_what_it_affects() -> None:
     assert {condition[0] for *_, condition in conditional} <= found.keys()
     with pytest.raises(TypeError, match="not an effect: taste"):
         Affects("speed", taste=sampled)
+    with pytest.raises(TypeError, match="has a condition, and its group another one"):
+        Affects(scores=sampled).only_if(sampled)
 
 
 def test_every_effect_but_the_resultless_is_one_that_a_stage_depends_on() -> None:

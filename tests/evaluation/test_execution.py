@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from middo_jax.evaluation.offline.execution import Limits, Outcome, run_program
+from middo_jax.evaluation.offline.execution import ProgramLimits, ProgramResult, run_program
 
-QUICK = Limits(wall_s=0.7, cpu_s=1)
+QUICK = ProgramLimits(wall_s=0.7, cpu_s=1)
 KILLED = "ended with status 137"
 
 
 def test_a_good_program_passes_and_a_bad_one_says_why() -> None:
-    assert run_program("assert sum(range(4)) == 6") == Outcome(True)
-    assert run_program("assert sum(range(4)) == 7") == Outcome(False, "AssertionError")
-    assert run_program("def f(:") == Outcome(False, "SyntaxError")
-    assert run_program("import middo_jax.cli_") == Outcome(False, "ModuleNotFoundError")
-    assert run_program("'\ud800'") == Outcome(False, "SyntaxError")
+    assert run_program("assert sum(range(4)) == 6") == ProgramResult(True)
+    assert run_program("assert sum(range(4)) == 7") == ProgramResult(False, "AssertionError")
+    assert run_program("def f(:") == ProgramResult(False, "SyntaxError")
+    assert run_program("import middo_jax.cli_") == ProgramResult(False, "ModuleNotFoundError")
+    assert run_program("'\ud800'") == ProgramResult(False, "SyntaxError")
 
 
 @pytest.mark.parametrize(
@@ -35,21 +35,21 @@ def test_ending_early_is_no_pass(code: str) -> None:
 
 
 def test_an_endless_loop_is_ended_in_time() -> None:
-    assert run_program("while True: pass", Limits(wall_s=120, cpu_s=1)).reason == KILLED
+    assert run_program("while True: pass", ProgramLimits(wall_s=120, cpu_s=1)).reason == KILLED
     began = time.monotonic()
     assert not run_program("import time; time.sleep(60)", QUICK).passed
     assert time.monotonic() - began < 30  # a busy machine is no failure
 
 
 def test_memory_is_limited() -> None:
-    assert run_program("x = bytearray(8 << 30)") == Outcome(False, "MemoryError")
+    assert run_program("x = bytearray(8 << 30)") == ProgramResult(False, "MemoryError")
 
 
 def test_a_written_file_is_limited_and_gone() -> None:
     code = "with open('big', 'wb') as f:\n    for _ in range(100): f.write(bytes(1 << 20))"
-    assert run_program(code) == Outcome(False, "OSError")
+    assert run_program(code) == ProgramResult(False, "OSError")
     code = "import os; assert os.listdir() == ['program.py'], os.listdir()"
-    assert run_program(code) == Outcome(True)
+    assert run_program(code) == ProgramResult(True)
 
 
 def test_any_amount_of_output_is_dropped() -> None:
@@ -78,7 +78,7 @@ def test_a_fork_bomb_fails_and_leaves_nothing() -> None:
         "        os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(30)', NAME])\n"
     )
     began = time.monotonic()
-    assert run_program(code, Limits(wall_s=20)) == Outcome(False, "BlockingIOError")
+    assert run_program(code, ProgramLimits(wall_s=20)) == ProgramResult(False, "BlockingIOError")
     assert time.monotonic() - began < 25  # and the children sleep longer
     time.sleep(0.2)
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
@@ -93,7 +93,7 @@ def test_the_environment_is_empty_and_the_folder_too(monkeypatch: pytest.MonkeyP
         "assert not set(os.environ) - {'LC_CTYPE'}, os.environ\n"
         "assert os.getcwd() not in sys.path\n"
     )
-    assert run_program(code) == Outcome(True)
+    assert run_program(code) == ProgramResult(True)
 
 
 def can_unshare() -> bool:

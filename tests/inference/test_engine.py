@@ -26,8 +26,8 @@ from middo_jax.inference.sampling import Request, Sampling, keep_likely, sample
 from middo_jax.inference.slots import Completion
 from middo_jax.models.config import DecoderConfig, LayerKind, LinearRope
 from middo_jax.models.decoder import Decoder, KVCache, split
+from middo_jax.models.loading import load, locate
 from middo_jax.models.model import Model, bound
-from middo_jax.models.source import load, locate
 from middo_jax.parallel.mesh import fitting_spec, make_mesh
 
 CONFIG = DecoderConfig(

@@ -32,7 +32,7 @@ from middo_jax.inference.listening import serve_forever, serve_in_background
 from middo_jax.inference.sampling import Request
 from middo_jax.inference.server import build_app, load_engine
 from middo_jax.inference.slots import Completion
-from middo_jax.models.source import load, locate
+from middo_jax.models.loading import load, locate
 from middo_jax.passes.losses import score_examples
 
 CONTEXT = 128

@@ -16,9 +16,9 @@ from support.tiny_model import FAMILIES, write_tiny_model
 from middo_jax.config import MeshSettings
 from middo_jax.models import hf
 from middo_jax.models.config import Lora, UnsupportedModel
+from middo_jax.models.loading import load, locate
 from middo_jax.models.lora import Model, merge_adapters, partition, with_adapters, with_fresh_adapters
 from middo_jax.models.model import Params, Structure, bound
-from middo_jax.models.source import load, locate
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.training.step import Batch, batch_gradient
 

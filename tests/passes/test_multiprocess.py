@@ -91,7 +91,7 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
         shared = np.load(tmp_path / name)
         assert set(shared) == set(alone)
         np.testing.assert_array_equal(shared["n_targets_n"], alone["n_targets_n"])
-        np.testing.assert_array_equal(shared["index_nk"], alone["index_nk"])
-        for floats in ("loss_n", "embedding_nd", "similarity_nk"):
+        np.testing.assert_array_equal(shared["index_nj"], alone["index_nj"])
+        for floats in ("loss_n", "embedding_nd", "similarity_nj"):
             assert np.isfinite(shared[floats]).all()
             np.testing.assert_allclose(shared[floats], alone[floats], rtol=1e-5, atol=1e-5)

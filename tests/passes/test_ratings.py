@@ -142,7 +142,7 @@ def test_mesh_and_batch_change_nothing(
 def questions_of(tree: RatingTree) -> dict[str, list[int]]:
     """The texts that a tree stands for: what each last reading sees."""
     tokens, _, until = tree.tree
-    ends = tree.readings[-len(COLUMNS) :]
+    ends = tree.read_positions[-len(COLUMNS) :]
     seen = [[int(t) for j, t in enumerate(tokens[: end + 1]) if end < until[j]] for end in ends]
     return dict(zip(COLUMNS, seen, strict=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 import pytest
 from support.forward import forward
 from support.loop_fixture import write_data
@@ -19,7 +21,7 @@ from support.synthetic_run import write_run
 from support.tiny_model import VOCAB_SIZE, write_tiny_model
 
 import middo_jax as middo
-from middo_jax.config import Affects, ConfigError, load
+from middo_jax.config import Config, ConfigError, leaves, load
 from middo_jax.config.axis_table import Axis
 from middo_jax.data import formats
 from middo_jax.data.example import Example, Message
@@ -33,7 +35,8 @@ from middo_jax.refinement.tasks import Task, Verdict
 from middo_jax.report.axes import shown_axes
 from middo_jax.report.build import page
 from middo_jax.report.terminal import render_selection
-from middo_jax.rundir import RoundDir, read_jsonl, write_json
+from middo_jax.rundir import RoundDir, RunDir, read_jsonl, write_json
+from middo_jax.rundir.chain import assess, chain
 from middo_jax.signals import axes as axis_columns
 from middo_jax.signals.select import schema, select
 from middo_jax.signals.table import SCHEMA, as_floats, read_scores
@@ -53,7 +56,7 @@ def recipe(title: str) -> str:
 
 def test_every_code_block_of_the_page_is_a_recipe_that_is_run_here() -> None:
     titles = re.findall(r"\n## (.*)\n(?:(?!\n## )[\s\S])*?```python", PAGE.read_text(encoding="utf-8"))
-    assert titles == ["A model family", "A gate", "An axis", "A data format"]
+    assert titles == ["A model family", "A gate", "An axis", "A data format", "A setting"]
 
 
 # A model family
@@ -342,9 +345,34 @@ def test_the_test_that_the_page_names_for_a_setting_exists() -> None:
     assert f"def {name}(" in (PAGE.parents[1] / path).read_text(encoding="utf-8")
 
 
-def test_the_marks_that_the_page_shows_are_marks() -> None:
-    section = PAGE.read_text(encoding="utf-8").split("\n## A setting\n")[1]
-    shown = re.findall(r"Affects\(.*?\)(?=[`\]])", section)
-    assert len(shown) == 2
-    for mark in shown:
-        assert isinstance(eval(mark, {"Affects": Affects}), Affects)
+def test_a_setting_makes_stale_what_its_mark_says_and_nothing_else(tmp_path: Path) -> None:
+    found: dict[str, Any] = {}
+    # The page's code. This file's flags would turn its annotations into texts that pydantic cannot read.
+    exec(compile(recipe("A setting"), str(PAGE), "exec", dont_inherit=True), found)
+    WithTone = pydantic.create_model(
+        "WithTone", __base__=Config, tone=(found["ToneSettings"], found["ToneSettings"]())
+    )
+    tree = load(None, NEEDED).model_dump()
+
+    def config(method: str = "expected", **tone: Any) -> Config:
+        return WithTone.model_validate(tree | {"quality": {"method": method}, "tone": tone})
+
+    def stale(before: Config, now: Config) -> set[str]:
+        """The stages of a run with `before` that are stale by themselves with `now`."""
+        run = RunDir(tmp_path / "run")
+        shutil.rmtree(run.path, ignore_errors=True)
+        for link in chain(run, before):
+            for path in (*link.files, *link.writes):
+                place = path / "metadata.json" if path.name == "checkpoint" else path
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_text("x")
+            link.begin().finish(before, 1.0)
+        states = assess(chain(run, now), now)
+        return {link.where for link, state in states if state.why and not state.why.is_forecast}
+
+    assert stale(config(), config()) == set()
+    assert stale(config(), config(formality=2)) == {"round_00 refine"}
+    assert stale(config(), config(warmth=0.5)) == set()
+    assert stale(config("sample"), config("sample", warmth=0.5)) == {"round_00 score"}
+    assert stale(config(), config(width=100)) == set()
+    assert [leaf.name for leaf in leaves(WithTone) if leaf.mark is None] == []

@@ -22,8 +22,8 @@ def ring_of(devices: int) -> Mesh:
 
 
 def assert_same(ours: Neighbours, theirs: Neighbours) -> None:
-    np.testing.assert_array_equal(ours.index_nk, theirs.index_nk)
-    np.testing.assert_allclose(ours.similarity_nk, theirs.similarity_nk, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(ours.index_nj, theirs.index_nj)
+    np.testing.assert_allclose(ours.similarity_nj, theirs.similarity_nj, rtol=0, atol=1e-6)
 
 
 def edited(rng: np.random.Generator, n: int, kind: str) -> list[int]:
@@ -100,7 +100,7 @@ def test_a_small_edit_searches_little() -> None:
     found = nearest_neighbours(x, 2, ring_of(1))
     row_n = np.delete(np.arange(101), [10, 20])
     row_n[-1] = -1  # two deleted, one added
-    lost = np.isin(found.index_nk, [10, 20]).any(axis=1)
+    lost = np.isin(found.index_nj, [10, 20]).any(axis=1)
     expected = np.delete(np.r_[lost, True], [10, 20])
     np.testing.assert_array_equal(Earlier(found, row_n).to_search(), expected)
 
@@ -113,13 +113,13 @@ def test_pairs_with_a_chosen_sample(m: int, devices: int) -> None:
     chosen = np.sort(np.random.default_rng(1).choice(50, m, replace=False))
     found, brought = neighbours_through(x, chosen, K, ring_of(devices), block=BLOCK)
     whole = nearest_neighbours(x, K, ring_of(1))
-    assert_same(found, Neighbours(whole.index_nk[chosen], whole.similarity_nk[chosen]))
+    assert_same(found, Neighbours(whole.index_nj[chosen], whole.similarity_nj[chosen]))
     # Seen from each sample the others but the chosen ones are of its own group: nobody's neighbours.
     for i in (0, 5, 17, 49):
         group = np.where(np.isin(np.arange(50), chosen), np.arange(50), 99)
         group[i] = 99
         alone = nearest_neighbours(x, K, ring_of(1), group_n=group.astype(np.int32))
-        np.testing.assert_array_equal(brought.index_nk[i], alone.index_nk[i])
+        np.testing.assert_array_equal(brought.index_nj[i], alone.index_nj[i])
 
 
 def test_rows_before() -> None:

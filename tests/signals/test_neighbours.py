@@ -63,8 +63,8 @@ def test_blocked_is_brute_force(n: int, k: int, block: int, devices: int) -> Non
         on_progress=lambda *p: seen.append(p),
     )
     index, similarity = brute_force(x, k)
-    np.testing.assert_array_equal(found.index_nk, index)
-    np.testing.assert_allclose(found.similarity_nk, similarity, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found.index_nj, index)
+    np.testing.assert_allclose(found.similarity_nj, similarity, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.mean_similarity(), similarity.mean(axis=1), rtol=1e-5, atol=1e-6)
     assert seen[-1] == (n, n)
 
@@ -82,11 +82,11 @@ def test_queries_that_are_no_samples(m: int, devices: int) -> None:
     """They see every sample: what brute force finds in both, if the others are left out."""
     x = np.random.default_rng(5).standard_normal((23 + m, 7)).astype(np.float32)
     dataset, queries = x[:23], x[23:]
-    found = nearest_neighbours(dataset, 4, ring_of(devices), query_md=queries, block=3)
+    found = nearest_neighbours(dataset, 4, ring_of(devices), query_qd=queries, block=3)
     group = np.r_[np.arange(23), np.full(m, 99)]
     index, similarity = brute_force(x, 4, group)
-    np.testing.assert_array_equal(found.index_nk, index[23:])
-    np.testing.assert_allclose(found.similarity_nk, similarity[23:], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found.index_nj, index[23:])
+    np.testing.assert_allclose(found.similarity_nj, similarity[23:], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -99,16 +99,16 @@ def test_one_of_a_group_is_no_neighbour_of_another(devices: int) -> None:
     assert [keys[i] for i in group] == keys
     found = nearest_neighbours(x, 3, ring_of(devices), group_n=group, block=4)
     index, similarity = brute_force(x, 3, group)
-    np.testing.assert_array_equal(found.index_nk, index)
-    np.testing.assert_allclose(found.similarity_nk, similarity, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found.index_nj, index)
+    np.testing.assert_allclose(found.similarity_nj, similarity, rtol=1e-5, atol=1e-6)
 
 
 def test_it_is_what_scikit_learn_finds() -> None:
     x = np.random.default_rng(0).standard_normal((300, 24)).astype(np.float32)
     distance, index = NearestNeighbors(n_neighbors=5, metric="cosine", algorithm="brute").fit(x).kneighbors()
     found = nearest_neighbours(x, 5, make_mesh(), block=16)
-    np.testing.assert_array_equal(found.index_nk, index)
-    np.testing.assert_allclose(found.similarity_nk, 1 - distance, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found.index_nj, index)
+    np.testing.assert_allclose(found.similarity_nj, 1 - distance, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
@@ -118,15 +118,15 @@ def test_ties_go_to_the_lower_index(block: int, devices: int) -> None:
     x = np.random.default_rng(1).choice([-0.5, 0.5], (40, 4)).astype(np.float32)
     found = nearest_neighbours(x, 6, ring_of(devices), block=block)
     index, similarity = brute_force(x, 6)
-    np.testing.assert_array_equal(found.index_nk, index)
-    np.testing.assert_array_equal(found.similarity_nk, similarity)
+    np.testing.assert_array_equal(found.index_nj, index)
+    np.testing.assert_array_equal(found.similarity_nj, similarity)
 
 
 def test_duplicates_are_each_others_neighbours() -> None:
     x = np.random.default_rng(2).standard_normal((10, 6)).astype(np.float32)
     found = nearest_neighbours(np.concatenate([x, 3 * x]), 1, make_mesh(), block=3)
-    assert found.index_nk[:, 0].tolist() == [*range(10, 20), *range(10)]
-    np.testing.assert_allclose(found.similarity_nk, 1, rtol=1e-6)
+    assert found.index_nj[:, 0].tolist() == [*range(10, 20), *range(10)]
+    np.testing.assert_allclose(found.similarity_nj, 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("block", [2, 100])
@@ -136,9 +136,9 @@ def test_rows_without_a_direction_take_no_part(block: int) -> None:
     x[5, 2], x[11, 0] = np.nan, np.inf
     found = nearest_neighbours(x, 2, make_mesh(), block=block)
     index, similarity = brute_force(x, 2)
-    np.testing.assert_array_equal(found.index_nk, index)
-    np.testing.assert_allclose(found.similarity_nk, similarity, rtol=1e-5, atol=1e-6)
-    assert not np.isin([0, 4, 5, 11], found.index_nk).any()
+    np.testing.assert_array_equal(found.index_nj, index)
+    np.testing.assert_allclose(found.similarity_nj, similarity, rtol=1e-5, atol=1e-6)
+    assert not np.isin([0, 4, 5, 11], found.index_nj).any()
     assert np.isnan(found.mean_similarity()[[0, 4, 5, 11]]).all()
 
 
@@ -147,9 +147,9 @@ def test_rows_without_a_direction_take_no_part(block: int) -> None:
 )
 def test_nothing_to_find(x: np.ndarray) -> None:
     found = nearest_neighbours(x.astype(np.float32), 2, make_mesh())
-    assert found.index_nk.shape == found.similarity_nk.shape == (len(x), 2)
-    assert (found.index_nk == -1).all()
-    assert np.isnan(found.similarity_nk).all()
+    assert found.index_nj.shape == found.similarity_nj.shape == (len(x), 2)
+    assert (found.index_nj == -1).all()
+    assert np.isnan(found.similarity_nj).all()
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 4])
@@ -159,7 +159,7 @@ def test_the_table_names_neighbours_by_id(n: int) -> None:
     ids = [f"row{i}" for i in range(n)]
     table = Measured(ids, np.ones(n, np.int32), np.zeros(n, bool), neighbours=found).to_table().to_pydict()
     for i in range(n):
-        others = [j for j in found.index_nk[i] if j >= 0]
+        others = [j for j in found.index_nj[i] if j >= 0]
         assert table["knn_ids"][i] == [ids[j] for j in others]
         assert len(table["knn_sims"][i]) == len(others) == min(2, n - 1)
         # Fewer neighbours than asked for: no score, and the row says so.

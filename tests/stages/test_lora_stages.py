@@ -22,7 +22,7 @@ from middo_jax.config import ServeSettings, load
 from middo_jax.inference.sampling import Request
 from middo_jax.inference.server import load_engine
 from middo_jax.loop import run_loop
-from middo_jax.models import hf, source
+from middo_jax.models import hf, loading
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.lora import partition
 from middo_jax.models.model import Model, Params, Structure
@@ -76,7 +76,7 @@ def test_a_checkpoint_holds_the_adapters_and_names_their_base(adapted: Run) -> N
         assert metadata is not None
         assert metadata["base"] == str(adapted.base.resolve())
         assert metadata["lora"]["rank"] == 4
-        located = source.locate(directory.checkpoint)
+        located = loading.locate(directory.checkpoint)
         assert located.weights == adapted.base.resolve()
         assert located.lora is not None
         assert located.lora.scale == 2.0
@@ -154,10 +154,10 @@ def test_scoring_loads_one_base_for_both_models(
 
 def test_models_on_different_weights_share_none(adapted: Run, tmp_path: Path) -> None:
     other = shutil.copytree(adapted.base, tmp_path / "model")
-    assert source.locate(other).weights != source.locate(adapted.checkpoint).weights
+    assert loading.locate(other).weights != loading.locate(adapted.checkpoint).weights
     link = tmp_path / "link"
     link.symlink_to(adapted.base)
-    assert source.locate(link).weights == source.locate(adapted.checkpoint).weights
+    assert loading.locate(link).weights == loading.locate(adapted.checkpoint).weights
 
 
 def test_other_adapters_than_the_settings_ask_for_are_refused(adapted: Run, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_the_loops_export_opens_in_transformers_as_our_model(adapted: Run) -> No
     tokens = AutoTokenizer.from_pretrained(directory)("Why do people like bread?")["input_ids"]
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([tokens])).logits[0].numpy()
-    decoder = source.load(source.locate(adapted.run.final.checkpoint)).decoder()
+    decoder = loading.load(loading.locate(adapted.run.final.checkpoint)).decoder()
     tokens_bt = jnp.asarray([tokens], jnp.int32)
     positions_bt = jnp.arange(len(tokens))[None]
     ours = decoder.unembed(decoder.hidden(tokens_bt, jnp.zeros_like(tokens_bt), positions_bt)[0])

@@ -8,6 +8,7 @@ It takes well under a second, needs no torch, and its weights depend on the seed
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,31 +134,32 @@ def write_tiny_model(
         "pad_token_id": SPECIAL_TOKENS.index("<|im_end|>"),
     } | config_overrides
     _write_json(directory / "config.json", config)
-    _write_json(
-        directory / "generation_config.json", {k: v for k, v in config.items() if k.endswith("token_id")}
-    )
+    of_tokens = {name: value for name, value in config.items() if name.endswith("token_id")}
+    _write_json(directory / "generation_config.json", of_tokens)
     tensors = tiny_tensors(config, seed)
     stored = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
     save_file(
         {k: v.astype(stored) for k, v in tensors.items()}, directory / "model.safetensors", {"format": "pt"}
     )
+    _write_tokenizer(directory, config)
+    return directory
+
+
+def _write_tokenizer(directory: Path, config: Mapping[str, Any]) -> None:
     tokenizer = tiny_tokenizer()
     assert tokenizer.get_vocab_size() <= config["vocab_size"]
     tokenizer.save(str(directory / "tokenizer.json"))
-    _write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": config["max_position_embeddings"],
-            "clean_up_tokenization_spaces": False,
-            "bos_token": "<|im_start|>",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|im_end|>",
-            "unk_token": "<|endoftext|>",
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
-    return directory
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    _write_json(directory / "tokenizer_config.json", settings)
 
 
 def tiny_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:

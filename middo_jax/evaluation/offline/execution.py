@@ -27,7 +27,7 @@ _REPORT_BYTES = 1024  # of the report; a longer one is not ours
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class ProgramLimits:
     """What a program may use.
 
     Attributes:
@@ -48,14 +48,14 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class ProgramResult:
     """How a program ended: `passed` if it came to its end without an exception, else `reason` says why."""
 
     passed: bool
     reason: str | None = None
 
 
-def run_program(code: str, limits: Limits = Limits()) -> Outcome:
+def run_program(code: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:
     """Runs Python code to its end, or to a limit.
 
     The code cannot pass by ending early, with `sys.exit(0)` or `os._exit(0)`: a token is reported only after
@@ -68,7 +68,7 @@ def run_program(code: str, limits: Limits = Limits()) -> Outcome:
         try:
             program.write_text(code, encoding="utf-8")
         except UnicodeEncodeError:
-            return Outcome(False, "SyntaxError")
+            return ProgramResult(False, "SyntaxError")
         command = [sys.executable, "-I", limited.__file__, str(program)]
         process = subprocess.Popen(
             command,
@@ -88,10 +88,10 @@ def run_program(code: str, limits: Limits = Limits()) -> Outcome:
             assert process.stdout is not None
             process.stdout.close()
     if report is None:
-        return Outcome(False, f"over {limits.wall_s:g} s")
+        return ProgramResult(False, f"over {limits.wall_s:g} s")
     if report.get("token") == token:
-        return Outcome(True)
-    return Outcome(False, str(report.get("error") or f"ended with status {process.returncode}"))
+        return ProgramResult(True)
+    return ProgramResult(False, str(report.get("error") or f"ended with status {process.returncode}"))
 
 
 def _report(process: subprocess.Popen[bytes], wanted: bytes, wall_s: float) -> dict[str, object] | None:

@@ -1,6 +1,6 @@
 """Arguments shared by the kernels: the packing of rows, a layer's constants, one layer of a KV cache.
 
-Axes: docs/contributing.md#axes; p cache slot, e head dimension.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

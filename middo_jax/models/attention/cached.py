@@ -1,6 +1,6 @@
 """Attention of new positions to a KV cache.
 
-Axes: docs/contributing.md#axes; p cache slot, e head dimension, g query heads per key/value head.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

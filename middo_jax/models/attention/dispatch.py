@@ -1,4 +1,7 @@
-"""Chooses the attention kernel by platform, shape and options, and calls it."""
+"""Chooses the attention kernel by platform, shape and options, and calls it.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The platform that attention runs on, and running a single-device kernel on a mesh.
 
-Axes: docs/contributing.md#axes; p key position, e head dimension.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It computes segments; trees are computed by `tpu_trees`, under the same name.
 
-Axes: docs/contributing.md#axes; e head dimension.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ How far back a tile sees (its reach) is known at run time, not at compile time. 
 and for each of a few key counts one loop runs over the tiles that need no more keys. An accelerator would
 wait for its host at every iteration of such a loop.
 
-Axes: docs/contributing.md#axes; p key position, e head dimension, g query heads per key/value head,
-z positions of all rows, concatenated, c tiles of queries, u positions of a tile,
-x tiles of a group.
+Axes: docs/contributing.md#axes; z positions of all rows, concatenated, c tiles of queries, u positions of
+a tile, x tiles of a group.
 """
 
 from __future__ import annotations

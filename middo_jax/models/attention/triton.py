@@ -6,8 +6,7 @@ to the block itself. The range is exact for packed segments and windows. Inside 
 branch, which is masked. The mask is the tree rule: i sees j if j <= i < until_j. The algorithm is that of
 arXiv 2307.08691.
 
-Axes: docs/contributing.md#axes; g query heads per key/value head, e head dimension, q query within a block,
-p key within a block, c block.
+Axes: docs/contributing.md#axes; c block of queries or of keys, in which q and p are counted.
 """
 
 from __future__ import annotations

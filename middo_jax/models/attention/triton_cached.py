@@ -2,8 +2,7 @@
 
 An XLA loop would wait for the host at every iteration, to decide whether another one follows.
 
-Axes: docs/contributing.md#axes; p cache slot, e head dimension, g query heads per key/value head,
-q query of a key/value head: a pair of a position and one of its g heads.
+Axes: docs/contributing.md#axes; here q is a pair of a position and one of the g heads of a key/value head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The properties of an attention call that determine its kernel."""
+"""The properties of an attention call that determine its kernel. Axes: docs/contributing.md#axes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Attention in plain XLA: it runs on every platform, supports every option, and is the kernels' reference.
 
-Axes: docs/contributing.md#axes; p key position, e head dimension, g query heads per key/value head,
-q query of a key/value head: a pair of a position and one of its g heads.
+Axes: docs/contributing.md#axes; here q is a pair of a position and one of the g heads of a key/value head.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import numpy as np
 
 from middo_jax.rundir import write_json
 from middo_jax.rundir.files import full_disk_named, temporary_prefix
-from middo_jax.rundir.leftovers import sweep_beside
+from middo_jax.rundir.leftovers import remove_leftovers_beside
 from middo_jax.rundir.nesting import require_flat
 
 DTYPES = {
@@ -256,7 +256,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     """
     require_vacant(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep_beside(path)  # a killed export has left a copy of the whole model
+    remove_leftovers_beside(path)  # a killed export has left a copy of the whole model
     with full_disk_named(path):
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
     try:

@@ -3,6 +3,7 @@
 Both compute in float32 from weights that are rounded to the export's dtype, so they differ only by the
 rounding of sums. The prompts are rendered with training's tokenizer and with the exported one, so these are
 compared too.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A candidate as the gates see it, with the values that are known in each phase of the table."""
+"""The gates' input: a candidate, with the values that are available in each phase of the table."""
 
 from __future__ import annotations
 

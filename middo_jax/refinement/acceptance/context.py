@@ -67,7 +67,7 @@ def without_code(text: str) -> str:
 
 
 class _Kept:
-    """The numbers of a rewrite, in every reading and spelling."""
+    """The numbers of a rewrite, in every interpretation and spelling."""
 
     def __init__(self, original: str, rewrite: str, after: Sequence[Figure]) -> None:
         spelt = {str(_SPELT.index(word)) for word in _WORD.findall(rewrite.lower()) if word in _SPELT}
@@ -80,13 +80,15 @@ class _Kept:
         ]
 
     def has(self, figure: Figure) -> bool:
-        """Whether a number of the original is kept in one of its readings.
+        """Whether a number of the original is kept in one of its interpretations.
 
         The parts of a fraction keep it where they are numbers of their own: "24/7" is "24 hours, 7 days".
         """
         if figure.parts and self._alone.issuperset(figure.parts):
             return True
-        return any(all(self._has(number) for number in reading) for reading in figure.readings)
+        return any(
+            all(self._has(number) for number in interpretation) for interpretation in figure.interpretations
+        )
 
     def _has(self, number: str) -> bool:
         if number in self.all:
@@ -102,8 +104,10 @@ class _Kept:
 
 
 def _all_of(found: Sequence[Figure]) -> set[str]:
-    """The numbers of all readings."""
-    return {number for figure in found for reading in figure.readings for number in reading}
+    """The numbers of all interpretations."""
+    return {
+        number for figure in found for interpretation in figure.interpretations for number in interpretation
+    }
 
 
 def _listed(values: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """The numbers of a text in any spelling: 10,000.50 and 10000.5, .5 and 0,5, 1 000 and 1000, 1/2 and ½.
 
 A separator either groups digits or ends the integer part. If the number alone does not show which, the
-language of the text decides, then its other numbers. Otherwise the number has both readings. A sign, a
+language of the text decides, then its other numbers. Otherwise the number has both interpretations. A sign, a
 percent sign and a fraction bar are parts of their number; `marks` reads them. Pure functions.
 """
 
@@ -35,13 +35,13 @@ class Figure(NamedTuple):
     """One number of a text.
 
     Attributes:
-      plain: the likeliest reading; several numbers for a list without spaces.
-      readings: all readings.
+      plain: the likeliest interpretation; several numbers for a list without spaces.
+      interpretations: all interpretations.
       parts: the integers with which a fraction is written; else empty.
     """
 
     plain: tuple[str, ...]
-    readings: tuple[tuple[str, ...], ...]
+    interpretations: tuple[tuple[str, ...], ...]
     parts: tuple[str, ...] = ()
 
 
@@ -58,25 +58,25 @@ def figures(text: str, mark: str | None = None) -> list[Figure]:
     plain = _LIST_MARK.sub("", text)
     found = dict[int, Figure]()
     for fraction in fractions(plain):
-        readings = [(value,) for value in fraction.values]
-        found[fraction.start] = _figure(readings, plain, fraction.start, fraction.end, fraction.parts)
+        interpretations = [(value,) for value in fraction.values]
+        found[fraction.start] = _figure(interpretations, plain, fraction.start, fraction.end, fraction.parts)
         plain = plain[: fraction.start] + "\0" * (fraction.end - fraction.start) + plain[fraction.end :]
     for match in _NUMBER.finditer(plain):
-        readings = _readings(match.group(), mark)
-        found[match.start()] = _figure(readings, plain, match.start(), match.end())
+        interpretations = _interpretations(match.group(), mark)
+        found[match.start()] = _figure(interpretations, plain, match.start(), match.end())
     return [figure for _, figure in sorted(found.items())]
 
 
 def _figure(
-    readings: list[tuple[str, ...]], text: str, start: int, end: int, parts: tuple[str, ...] = ()
+    interpretations: list[tuple[str, ...]], text: str, start: int, end: int, parts: tuple[str, ...] = ()
 ) -> Figure:
     """A number with the sign before it and the percent sign behind it."""
     if is_percent(text, start, end):
-        as_decimals = [(percent_as_decimal(values[0]),) for values in readings if len(values) == 1]
-        readings = [(*values[:-1], f"{values[-1]}%") for values in readings] + as_decimals
+        as_decimals = [(percent_as_decimal(values[0]),) for values in interpretations if len(values) == 1]
+        interpretations = [(*values[:-1], f"{values[-1]}%") for values in interpretations] + as_decimals
     if is_negative(text, start):
-        readings = [(f"-{values[0]}", *values[1:]) for values in readings]
-    return Figure(readings[0], tuple(dict.fromkeys(readings)), parts)
+        interpretations = [(f"-{values[0]}", *values[1:]) for values in interpretations]
+    return Figure(interpretations[0], tuple(dict.fromkeys(interpretations)), parts)
 
 
 def decimal_mark(text: str) -> str | None:
@@ -90,7 +90,7 @@ def decimal_mark(text: str) -> str | None:
 
 
 def _told_by(number: str) -> str | None:
-    """The decimal mark that follows from one number, if it has only one possible reading; otherwise None."""
+    """The decimal mark that follows from one number; None if the number has several interpretations."""
     parts, marks = _split(number)
     as_group, as_decimal = _grouped(parts, marks), _decimal(parts, marks)
     if as_group is None and as_decimal is not None and marks[-1] in ".,":
@@ -100,8 +100,8 @@ def _told_by(number: str) -> str | None:
     return None
 
 
-def _readings(number: str, mark: str | None) -> list[tuple[str, ...]]:
-    """All readings of a number, the likeliest first."""
+def _interpretations(number: str, mark: str | None) -> list[tuple[str, ...]]:
+    """All interpretations of a number, the likeliest first."""
     parts, marks = _split(number)
     if not marks:
         return [(_whole(parts[0]),)]
@@ -133,7 +133,7 @@ def _split(number: str) -> tuple[list[str], list[str]]:
 def _grouped(parts: list[str], marks: list[str]) -> str | None:
     """The integer whose digits are grouped, by threes or as in 1,00,000;
 
-    None if this reading is impossible.
+    None if this interpretation is impossible.
     """
     first, *rest = parts
     if not rest or len(set(marks)) != 1 or marks[0] == "\u066b" or first.startswith("0") or len(first) > 3:
@@ -145,7 +145,7 @@ def _grouped(parts: list[str], marks: list[str]) -> str | None:
 
 
 def _decimal(parts: list[str], marks: list[str]) -> str | None:
-    """The number with a fraction; None if this reading is impossible."""
+    """The number with a fraction; None if this interpretation is impossible."""
     if not marks or marks[-1] not in ".,\u066b" or marks[-1] in marks[:-1]:
         return None
     whole = _whole(parts[0]) if len(parts) == 2 else _grouped(parts[:-1], marks[:-1])
@@ -156,14 +156,14 @@ def _decimal(parts: list[str], marks: list[str]) -> str | None:
 
 
 def _pieces(number: str, mark: str | None) -> tuple[str, ...]:
-    """The reading as several numbers. Parts that only points separate stay together: a version, a date."""
+    """The number as several numbers. Parts that only points separate stay together: a version, a date."""
     if set(_split(number)[1]) == {"."}:
         return (".".join(part.lstrip("0") or "0" for part in _split(number)[0]),)
 
     def each() -> Iterator[str]:
         for piece in re.split(rf"[,'’_\u066c{_SPACES} ]", number):
             if piece.strip("."):
-                yield from _readings(piece, mark)[0] if piece != number else (piece,)
+                yield from _interpretations(piece, mark)[0] if piece != number else (piece,)
 
     return tuple(each())
 

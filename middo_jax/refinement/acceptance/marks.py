@@ -53,12 +53,12 @@ _SPELT_FRACTION = re.compile(
 )
 
 
-class Fraction(NamedTuple):
+class WrittenFraction(NamedTuple):
     """A fraction in a text.
 
     Attributes:
-      start, end: where it stands.
-      values: its readings, as it is written first: "6/4" -> 6/4, 3/2, 1.5.
+      start, end: its place in the text.
+      values: its interpretations, as it is written first: "6/4" -> 6/4, 3/2, 1.5.
       parts: the whole numbers that it is written with.
     """
 
@@ -68,7 +68,7 @@ class Fraction(NamedTuple):
     parts: tuple[str, ...]
 
 
-def fractions(text: str) -> Iterator[Fraction]:
+def fractions(text: str) -> Iterator[WrittenFraction]:
     """The fractions of a text: 3/4, 1 1/2, ½, \\frac{3}{4}. A date such as 3/4/2021 is none."""
     for match in _FRACTION.finditer(text):
         if vulgar := match["vulgar"]:
@@ -82,7 +82,7 @@ def fractions(text: str) -> Iterator[Fraction]:
         ):  # "in 2020 24/7": two numbers, of which the second is one
             continue
         parts = (*([str(int(whole))] if whole else []), str(top), str(bottom))
-        yield Fraction(match.start(), match.end(), _values(int(whole or 0), top, bottom), parts)
+        yield WrittenFraction(match.start(), match.end(), _values(int(whole or 0), top, bottom), parts)
 
 
 def _values(whole: int, top: int, bottom: int) -> tuple[str, ...]:

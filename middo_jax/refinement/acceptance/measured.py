@@ -1,8 +1,8 @@
 """The gates that depend on the dataset and on the model under training, and their limits. Pure functions.
 
-Cosines are compared with similarities in the same dataset, never with a fixed number: the mean hidden states
-  of
-a language model are in a narrow cone, so even unrelated prompts have cosines of 0.8 and more.
+Cosines are compared with similarities in the same dataset, never with a fixed number: the mean hidden
+states of a language model are in a narrow cone, so even unrelated prompts have cosines of 0.8 and more.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations

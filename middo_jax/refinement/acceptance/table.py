@@ -88,7 +88,7 @@ def asked(needs: rows.Needs, axes: Collection[str], settings: RefineSettings) ->
 
 
 def is_asked(name: str, settings: RefineSettings) -> bool:
-    """Whether a gate is asked of the rewrites that it is for."""
+    """Whether a gate runs on the rewrites that it is for."""
     return rows.gate(name).is_shut(settings.accept, settings.gates.values())
 
 

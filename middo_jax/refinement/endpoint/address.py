@@ -23,7 +23,7 @@ class Address:
       host: name or address, without the port.
       query: is sent with every request.
       headers: the user and the password, as HTTP sends them.
-      secrets: parts of the URL that must be shown to nobody.
+      secrets: parts of the URL that must not be shown.
     """
 
     url: str
@@ -69,7 +69,7 @@ def shown(url: str) -> str:
 
 
 class Secrets:
-    """What must not be shown: replaced by *** where a server echoes it.
+    """Texts that must not be shown: replaced by *** where a server echoes them.
 
     A secret is found as it is, as JSON writes it, and as a URL writes it.
     """

@@ -21,7 +21,7 @@ from middo_jax.refinement.endpoint.dialect import Dialect, refused_field
 from middo_jax.refinement.endpoint.faults import RETRIED, BudgetReached, NotAnswered, RequestRefused, words
 from middo_jax.refinement.endpoint.ledger import Ledger
 from middo_jax.refinement.endpoint.probe import JSON, TEXT, Probe
-from middo_jax.refinement.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
+from middo_jax.refinement.endpoint.request import Answer, Messages, PreparedRequest, Requests, read_answer
 from middo_jax.refinement.endpoint.stored import keep_schema_refusal, stored_answer
 from middo_jax.refinement.endpoint.usage import Ceiling, ceiling
 from middo_jax.rundir import RunError, write_jsonl
@@ -40,7 +40,7 @@ class Result:
 
     Attributes:
       answer: None if the request failed.
-      said: what the server said instead of an answer.
+      said: the server's message instead of an answer.
       is_final: whether the same request would fail again.
       field: the field of the request that the server refuses, if it refused one.
     """
@@ -59,7 +59,7 @@ class BatchClient:
         settings = requests.settings
         self.model = requests.model
         self.ledger = ledger
-        self.waiting: dict[str, tuple[ChatRequest, str]] = {}  # with the account
+        self.waiting: dict[str, tuple[PreparedRequest, str]] = {}  # with the account
         self._budget = Budget(settings, ledger)
         self._planned = NOTHING
         self._settings = settings
@@ -71,7 +71,7 @@ class BatchClient:
     async def honours(self, probe: Probe) -> bool:
         """The finding in the cache.
 
-        Without one the answer is no and is kept, since no server can be asked.
+        Without one it is False, which is stored, since there is no server to try.
         """
         return self._cache.learn(self._requests.form_fact, TEXT) == JSON
 

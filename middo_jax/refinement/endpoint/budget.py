@@ -14,11 +14,10 @@ ROUNDING_USD = 1e-9  # tolerance for sums of floats
 
 
 class Budget:
-    """What a run may still spend, over all its rounds and starts.
+    """The amount that a run may still spend, over all its rounds and starts.
 
     Reserved amounts count as spent: the most expensive answer possible for each request in flight and for
-      each
-    try of unknown cost.
+    each try of unknown cost.
     """
 
     def __init__(self, settings: RefineSettings, ledger: Ledger) -> None:

@@ -39,7 +39,7 @@ from middo_jax.refinement.endpoint.faults import (
 from middo_jax.refinement.endpoint.ledger import Ledger
 from middo_jax.refinement.endpoint.probe import JSON, TEXT, Probe
 from middo_jax.refinement.endpoint.receiving import BoundedClient, limited_to
-from middo_jax.refinement.endpoint.request import Answer, ChatRequest, Messages, Requests, read_answer
+from middo_jax.refinement.endpoint.request import Answer, Messages, PreparedRequest, Requests, read_answer
 from middo_jax.refinement.endpoint.servers import FAILURES_IN_A_ROW, Endpoint, Endpoints
 from middo_jax.refinement.endpoint.stored import keep_schema_refusal, stored_answer
 from middo_jax.refinement.endpoint.throttle import RateLimits, Throttle
@@ -194,7 +194,7 @@ class ChatClient:
             self._ended.append(True)
             return answer
 
-    async def _ask(self, request: ChatRequest, account: str) -> Answer:
+    async def _ask(self, request: PreparedRequest, account: str) -> Answer:
         """Tries until there is an answer, or until further tries cannot help."""
         answers_before = self.ledger.here.answers
         most = ceiling(self._settings.prices, request.body["messages"], request.body["max_tokens"])
@@ -235,7 +235,7 @@ class ChatClient:
     async def _try(
         self,
         endpoint: Endpoint,
-        request: ChatRequest,
+        request: PreparedRequest,
         body: dict[str, Any],
         account: str,
         most: Ceiling,

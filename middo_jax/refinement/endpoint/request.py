@@ -39,7 +39,7 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatRequest:
+class PreparedRequest:
     """A request: `body` is sent, `canonical` identifies the request, `key` is the hash of `canonical`."""
 
     key: str
@@ -70,7 +70,7 @@ class Requests:
         attempt: int = 0,
         response_format: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
-    ) -> ChatRequest:
+    ) -> PreparedRequest:
         """A request with the sampling of the settings.
 
         Its key depends on its body, the model's revision, the version of the prompts and the attempt. It does
@@ -102,7 +102,7 @@ class Requests:
             "prompt_version": self.prompt_version,
             "attempt": attempt,
         }
-        return ChatRequest(request_key(identity), body, canonical(identity))
+        return PreparedRequest(request_key(identity), body, canonical(identity))
 
     @property
     def form_fact(self) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.faults import RequestRefused
 from middo_jax.refinement.endpoint.ledger import Ledger
-from middo_jax.refinement.endpoint.request import Answer, ChatRequest, Requests
+from middo_jax.refinement.endpoint.request import Answer, PreparedRequest, Requests
 
 
 def stored_answer(
-    request: ChatRequest, account: str, requests: Requests, cache: AnswerCache, ledger: Ledger
+    request: PreparedRequest, account: str, requests: Requests, cache: AnswerCache, ledger: Ledger
 ) -> Answer | None:
     """The answer that the cache has for a request, counted in the ledger; None if it has none.
 

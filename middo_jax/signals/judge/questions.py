@@ -1,6 +1,6 @@
 """The six questions about a sample as one tree of tokens, and the positions where the ratings are read.
 
-Axes: n token of a tree.
+Axes: docs/contributing.md#axes; here n is a token of a tree.
 """
 
 from __future__ import annotations
@@ -76,16 +76,16 @@ class RatingTokens:
 
 @dataclasses.dataclass(frozen=True)
 class RatingTree:
-    """The six questions about a sample. The next token at each reading is a rating.
+    """The six questions about a sample. The next token at each read position is a rating.
 
     Attributes:
       tree: the questions with the first words of their answers.
-      readings: for each column of `rubrics.COLUMNS` the index of the token before its rating. If "10" is two
-        tokens, then for each column also the index of the "1".
+      read_positions: for each column of `rubrics.COLUMNS` the index of the token before its rating. If "10"
+        is two tokens, then for each column also the index of the "1".
     """
 
     tree: Tree
-    readings: tuple[int, ...]
+    read_positions: tuple[int, ...]
 
 
 def rating_tree(

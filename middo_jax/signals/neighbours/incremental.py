@@ -3,7 +3,7 @@
 If a kept sample lost no neighbour, its k nearest samples are among its earlier neighbours and the changed
 samples. A sample that lost a neighbour is searched again among all samples, and so are the changed samples.
 
-Axes: n sample, e sample before the edit, k neighbour, u untouched sample.
+Axes: docs/contributing.md#axes; o sample before the edit, u untouched sample.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Earlier(NamedTuple):
     """The neighbours before the edit, and the earlier row of each sample.
 
     Attributes:
-      neighbours: [e, k], as `nearest_neighbours` returned them.
+      neighbours: [o, j], as `nearest_neighbours` returned them.
       row_n: the earlier row of each sample, ascending; -1 for new and changed samples.
     """
 
@@ -36,16 +36,16 @@ class Earlier(NamedTuple):
         return cls(nobody, np.full(n, -1))
 
     def now(self) -> np.ndarray:
-        """[e, k] the present rows of the earlier neighbours; -1 for no neighbour, -2 for a lost one."""
-        now_e = np.full(len(self.neighbours.index_nk) + 1, -2, np.int32)
-        now_e[-1] = -1  # so that index -1 gives -1
-        now_e[self.row_n[self.row_n >= 0]] = np.flatnonzero(self.row_n >= 0)
-        return now_e[self.neighbours.index_nk]
+        """[o, j] the present rows of the earlier neighbours; -1 for no neighbour, -2 for a lost one."""
+        now_o = np.full(len(self.neighbours.index_nj) + 1, -2, np.int32)
+        now_o[-1] = -1  # so that index -1 gives -1
+        now_o[self.row_n[self.row_n >= 0]] = np.flatnonzero(self.row_n >= 0)
+        return now_o[self.neighbours.index_nj]
 
     def to_search(self) -> np.ndarray:
         """[n] bool: whether a sample changed or lost a neighbour."""
-        has_lost_e = (self.now() == -2).any(axis=1)
-        return (self.row_n < 0) | np.append(has_lost_e, False)[self.row_n]
+        has_lost_o = (self.now() == -2).any(axis=1)
+        return (self.row_n < 0) | np.append(has_lost_o, False)[self.row_n]
 
 
 def rows_before(keys: Sequence[Hashable], earlier_keys: Sequence[Hashable]) -> np.ndarray:
@@ -85,24 +85,24 @@ def updated_neighbours(
     found, brought = neighbours_through(
         embedding_nd, searched, k, mesh, group_n=group_n, block=block, on_progress=on_progress
     )
-    index_nk = np.empty((len(embedding_nd), k), np.int32)
-    similarity_nk = np.empty((len(embedding_nd), k), np.float32)
-    index_nk[searched], similarity_nk[searched] = found
+    index_nj = np.empty((len(embedding_nd), k), np.int32)
+    similarity_nj = np.empty((len(embedding_nd), k), np.float32)
+    index_nj[searched], similarity_nj[searched] = found
     untouched = np.setdiff1d(np.arange(len(embedding_nd)), searched)
     row_u = earlier.row_n[untouched]
-    before = Neighbours(earlier.now()[row_u], earlier.neighbours.similarity_nk[row_u])
-    index_nk[untouched], similarity_nk[untouched] = _nearest_of_both(
-        before, Neighbours(brought.index_nk[untouched], brought.similarity_nk[untouched])
+    before = Neighbours(earlier.now()[row_u], earlier.neighbours.similarity_nj[row_u])
+    index_nj[untouched], similarity_nj[untouched] = _nearest_of_both(
+        before, Neighbours(brought.index_nj[untouched], brought.similarity_nj[untouched])
     )
-    return Neighbours(index_nk, similarity_nk)
+    return Neighbours(index_nj, similarity_nj)
 
 
 def _nearest_of_both(before: Neighbours, brought: Neighbours) -> Neighbours:
     """The k nearest of 2k neighbours; a sample may be in both halves."""
-    is_again_uk = (brought.index_nk[:, :, None] == before.index_nk[:, None, :]).any(axis=2)
-    index = np.concatenate([before.index_nk, np.where(is_again_uk, -1, brought.index_nk)], axis=1)
-    similarity = np.concatenate([before.similarity_nk, brought.similarity_nk], axis=1)
+    is_again_uj = (brought.index_nj[:, :, None] == before.index_nj[:, None, :]).any(axis=2)
+    index = np.concatenate([before.index_nj, np.where(is_again_uj, -1, brought.index_nj)], axis=1)
+    similarity = np.concatenate([before.similarity_nj, brought.similarity_nj], axis=1)
     similarity = np.where(index >= 0, similarity, -np.inf)
-    nearest = np.lexsort((index, -similarity), axis=1)[:, : before.index_nk.shape[1]]
+    nearest = np.lexsort((index, -similarity), axis=1)[:, : before.index_nj.shape[1]]
     index, similarity = (np.take_along_axis(x, nearest, axis=1) for x in (index, similarity))
     return Neighbours(index, np.where(index >= 0, similarity, np.nan))

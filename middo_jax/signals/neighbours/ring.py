@@ -4,8 +4,7 @@ Every device keeps its share of the rows and is visited by the others' shares in
 serves both sides: queries look for neighbours among the visitors, and visitors among the queries. What the
 visitors have found travels with them and is sent home at the end, so that half the ring is enough.
 
-Axes: docs/contributing.md#axes; here k is a neighbour, n a row, q a query, c a candidate, g a chunk of
-candidates, h a candidate within it.
+Axes: docs/contributing.md#axes; c candidate, u chunk of candidates, x candidate within it.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ class Shares(NamedTuple):
 class Best(NamedTuple):
     """The k nearest of each row so far, nearest first; -inf and -1 where there are fewer."""
 
-    similarity_kn: jax.Array
-    number_kn: jax.Array
+    similarity_jn: jax.Array
+    number_jn: jax.Array
 
 
 ROWS = PartitionSpec(MESH_AXES)
@@ -283,7 +282,7 @@ class _Taking(NamedTuple):
     best: Best
     last_n: jax.Array
     last_at_n: jax.Array
-    nearest_gn: jax.Array
+    nearest_un: jax.Array
 
 
 def _updated(best: Best, similarity: jax.Array, axis: int, number_c: jax.Array) -> Best:
@@ -298,53 +297,53 @@ def _updated(best: Best, similarity: jax.Array, axis: int, number_c: jax.Array) 
       axis: that of the candidates.
       number_c: the candidates'.
     """
-    k, count = len(best.number_kn), len(number_c)
+    k, count = len(best.number_jn), len(number_c)
     chunk = math.gcd(count, CHUNK)
     shape = similarity.shape
     chunks = similarity.reshape(*shape[:axis], count // chunk, chunk, *shape[axis + 1 :])
 
-    def inside(g_n: jax.Array) -> jax.Array:
+    def inside(u_n: jax.Array) -> jax.Array:
         """[h, n] similarities in one chunk of each row."""
-        inside = jnp.take_along_axis(chunks, jnp.expand_dims(g_n, (axis, axis + 1)), axis)
+        inside = jnp.take_along_axis(chunks, jnp.expand_dims(u_n, (axis, axis + 1)), axis)
         return jnp.moveaxis(inside.squeeze(axis), axis, 0)
 
     def gains(state: _Taking) -> jax.Array:
-        next_n = state.nearest_gn.max(axis=0)
-        return (state.n_taken < k) & jnp.any((next_n >= state.best.similarity_kn[-1]) & (next_n > -jnp.inf))
+        next_n = state.nearest_un.max(axis=0)
+        return (state.n_taken < k) & jnp.any((next_n >= state.best.similarity_jn[-1]) & (next_n > -jnp.inf))
 
     def take(state: _Taking) -> _Taking:
-        next_n = state.nearest_gn.max(axis=0)
-        g_g1 = jnp.arange(count // chunk)[:, None]
-        g_n = jnp.where(state.nearest_gn == next_n, g_g1, count).min(axis=0)
-        inside_hn, at_hn = inside(g_n), g_n * chunk + jnp.arange(chunk)[:, None]
-        is_later_hn = (next_n < state.last_n) | (at_hn > state.last_at_n)
-        at_n = jnp.where((inside_hn == next_n) & is_later_hn, at_hn, count).min(axis=0)
-        is_left_hn = (inside_hn < next_n) | ((inside_hn == next_n) & (at_hn > at_n))
-        left_n = jnp.where(is_left_hn, inside_hn, -jnp.inf).max(axis=0)
+        next_n = state.nearest_un.max(axis=0)
+        u_u1 = jnp.arange(count // chunk)[:, None]
+        u_n = jnp.where(state.nearest_un == next_n, u_u1, count).min(axis=0)
+        inside_xn, at_xn = inside(u_n), u_n * chunk + jnp.arange(chunk)[:, None]
+        is_later_xn = (next_n < state.last_n) | (at_xn > state.last_at_n)
+        at_n = jnp.where((inside_xn == next_n) & is_later_xn, at_xn, count).min(axis=0)
+        is_left_xn = (inside_xn < next_n) | ((inside_xn == next_n) & (at_xn > at_n))
+        left_n = jnp.where(is_left_xn, inside_xn, -jnp.inf).max(axis=0)
         return _Taking(
             state.n_taken + 1,
             _insert(state.best, next_n, number_c[at_n]),
             next_n,
             at_n,
-            jnp.where(g_g1 == g_n, left_n, state.nearest_gn),
+            jnp.where(u_u1 == u_n, left_n, state.nearest_un),
         )
 
-    none = jnp.full_like(best.similarity_kn[0], jnp.inf), jnp.full_like(best.number_kn[0], -1)
-    nearest_gn = jnp.moveaxis(chunks.max(axis + 1), axis, 0)
-    return jax.lax.while_loop(gains, take, _Taking(jnp.int32(0), best, *none, nearest_gn)).best
+    none = jnp.full_like(best.similarity_jn[0], jnp.inf), jnp.full_like(best.number_jn[0], -1)
+    nearest_un = jnp.moveaxis(chunks.max(axis + 1), axis, 0)
+    return jax.lax.while_loop(gains, take, _Taking(jnp.int32(0), best, *none, nearest_un)).best
 
 
 def _insert(best: Best, similarity_n: jax.Array, number_n: jax.Array) -> Best:
     """One more candidate of each row, put where it belongs; the last falls out."""
-    is_before_kn = best.similarity_kn > similarity_n
-    is_before_kn |= (best.similarity_kn == similarity_n) & (best.number_kn < number_n)
-    is_there_kn = jnp.concatenate([jnp.ones_like(is_before_kn[:1]), is_before_kn[:-1]])
+    is_before_jn = best.similarity_jn > similarity_n
+    is_before_jn |= (best.similarity_jn == similarity_n) & (best.number_jn < number_n)
+    is_there_jn = jnp.concatenate([jnp.ones_like(is_before_jn[:1]), is_before_jn[:-1]])
 
-    def inserted(old_kn: jax.Array, new_n: jax.Array) -> jax.Array:
-        moved_kn = jnp.concatenate([old_kn[:1], old_kn[:-1]])
-        return jnp.where(is_before_kn, old_kn, jnp.where(is_there_kn, new_n, moved_kn))
+    def inserted(old_jn: jax.Array, new_n: jax.Array) -> jax.Array:
+        moved_jn = jnp.concatenate([old_jn[:1], old_jn[:-1]])
+        return jnp.where(is_before_jn, old_jn, jnp.where(is_there_jn, new_n, moved_jn))
 
-    return Best(inserted(best.similarity_kn, similarity_n), inserted(best.number_kn, number_n))
+    return Best(inserted(best.similarity_jn, similarity_n), inserted(best.number_jn, number_n))
 
 
 @jax.jit

@@ -1,6 +1,6 @@
 """Diversity: exact nearest neighbours by cosine similarity, on the mesh.
 
-Axes: k neighbour, d embedding width, n sample, m query, u row that has a direction.
+Axes: docs/contributing.md#axes; u row that has a direction, a row of u, r row of a device's share.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def nearest_neighbours(
     k: int,
     mesh: Mesh,
     *,
-    query_md: np.ndarray | None = None,
+    query_qd: np.ndarray | None = None,
     group_n: np.ndarray | None = None,
     block: int = BLOCK,
     on_progress: Callable[[int, int], None] | None = None,
@@ -48,7 +48,7 @@ def nearest_neighbours(
       embedding_nd: float32, any norm.
       k: number of neighbours.
       mesh: the samples are split over all its devices.
-      query_md: float32 rows, not among the samples, whose neighbours are searched. None: the samples
+      query_qd: float32 rows, not among the samples, whose neighbours are searched. None: the samples
         themselves.
       group_n: int32 >= 0; samples of one group are not each other's neighbours. None: each has its own group.
       block: rows and columns of a block of similarities.
@@ -60,8 +60,8 @@ def nearest_neighbours(
     group_u = number_u if group_n is None else group_n[usable]
     samples = queries = _spread(directed, usable, number_u, group_u, mesh, block)
     asking = usable
-    if query_md is not None:
-        asked = _Directed.of(query_md)
+    if query_qd is not None:
+        asked = _Directed.of(query_qd)
         asking = asked.usable_u
         stranger_u = np.full(len(asking), STRANGER, np.int32)
         queries = _spread(asked, asking, stranger_u, stranger_u, mesh, block)
@@ -71,12 +71,12 @@ def nearest_neighbours(
             on_progress(round(share * len(asking)), len(asking))
 
     best = k_nearest(queries, samples, k, mesh, on_progress=progress)
-    return _gathered(best, asking, usable, len(embedding_nd if query_md is None else query_md))
+    return _gathered(best, asking, usable, len(embedding_nd if query_qd is None else query_qd))
 
 
 def neighbours_through(
     embedding_nd: np.ndarray,
-    chosen_m: np.ndarray,
+    chosen_q: np.ndarray,
     k: int,
     mesh: Mesh,
     *,
@@ -88,11 +88,11 @@ def neighbours_through(
 
     Args:
       embedding_nd, k, mesh, group_n, block: see `nearest_neighbours`.
-      chosen_m: rows of the chosen samples, ascending.
+      chosen_q: rows of the chosen samples, ascending.
       on_progress: called with (chosen samples done, all chosen samples).
 
     Returns:
-      (the k nearest samples of each of the m chosen ones, the k nearest chosen ones of each of the n
+      (the k nearest samples of each of the chosen ones, the k nearest chosen ones of each of the n
       samples).
     """
     directed = _Directed.of(embedding_nd)
@@ -100,18 +100,18 @@ def neighbours_through(
     number_u = np.arange(len(usable), dtype=np.int32)
     group_u = number_u if group_n is None else group_n[usable]
     samples = _spread(directed, usable, number_u, group_u, mesh, block)
-    is_usable_m = np.isin(chosen_m, usable)
-    asking = chosen_m[is_usable_m]
+    is_usable_q = np.isin(chosen_q, usable)
+    asking = chosen_q[is_usable_q]
     number_a = np.searchsorted(usable, asking)
     queries = _spread(directed, asking, number_a, group_u[number_a], mesh, block)
 
     def progress(share: float) -> None:
         if on_progress is not None:
-            on_progress(round(share * len(chosen_m)), len(chosen_m))
+            on_progress(round(share * len(chosen_q)), len(chosen_q))
 
     found, brought = k_nearest_both_ways(queries, samples, k, mesh, on_progress=progress)
     return (
-        _gathered(found, np.flatnonzero(is_usable_m), usable, len(chosen_m)),
+        _gathered(found, np.flatnonzero(is_usable_q), usable, len(chosen_q)),
         _gathered(brought, usable, usable, len(embedding_nd)),
     )
 
@@ -138,13 +138,13 @@ class _Directed(NamedTuple):
 
 def _gathered(best: Best, row_u: np.ndarray, usable: np.ndarray, n: int) -> Neighbours:
     """The neighbours of n rows: those found for `row_u`, as indices of samples; none for the other rows."""
-    similarity_uk, number_uk = (best_ku[:, : len(row_u)].T for best_ku in to_host(best))
-    index_nk = np.full((n, similarity_uk.shape[1]), -1, np.int32)
-    similarity_nk = np.full(index_nk.shape, np.nan, np.float32)
-    u, j = np.nonzero(number_uk >= 0)
-    index_nk[row_u[u], j] = usable[number_uk[u, j]]
-    similarity_nk[row_u[u], j] = similarity_uk[u, j]
-    return Neighbours(index_nk, similarity_nk)
+    similarity_uj, number_uj = (best_ju[:, : len(row_u)].T for best_ju in to_host(best))
+    index_nj = np.full((n, similarity_uj.shape[1]), -1, np.int32)
+    similarity_nj = np.full(index_nj.shape, np.nan, np.float32)
+    u, j = np.nonzero(number_uj >= 0)
+    index_nj[row_u[u], j] = usable[number_uj[u, j]]
+    similarity_nj[row_u[u], j] = similarity_uj[u, j]
+    return Neighbours(index_nj, similarity_nj)
 
 
 def _spread(

@@ -25,7 +25,7 @@ from middo_jax.rundir import RunError
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ModelSource:
     """The directories of a model's parts.
 
     Attributes:
@@ -44,7 +44,7 @@ class Source:
         return (self.base if self.trained is None or self.lora else self.trained).resolve()
 
 
-def locate(path: Path, *, weights: bool = True, base: str | None = None) -> Source:
+def locate(path: Path, *, weights: bool = True, base: str | None = None) -> ModelSource:
     """What a directory that `resolve` gives is made of.
 
     Args:
@@ -59,11 +59,11 @@ def locate(path: Path, *, weights: bool = True, base: str | None = None) -> Sour
     if (metadata := read_metadata(path)) is not None:
         lora = metadata.get("lora")
         shape = lora and Lora(lora["rank"], lora["alpha"], tuple(lora["target_modules"]))
-        return Source(_base_of(path, metadata, base), path, shape)
+        return ModelSource(_base_of(path, metadata, base), path, shape)
     if hf.is_adapter(path):
         base, lora = hf.read_adapter_config(path)
-        return Source(resolve(base, weights=weights), path, lora)
-    return Source(path)
+        return ModelSource(resolve(base, weights=weights), path, lora)
+    return ModelSource(path)
 
 
 def _base_of(path: Path, metadata: Mapping[str, Any], named: str | None) -> Path:
@@ -92,7 +92,7 @@ def tokenizer_directory(path: str) -> Path:
 
 
 def load(
-    source: Source,
+    source: ModelSource,
     dtype: str = "float32",
     param_dtype: str | None = None,
     mesh: Mesh | None = None,
@@ -118,7 +118,7 @@ def load(
     return with_adapters(base, source.lora, load_adapters(source, base.config, base.mesh))
 
 
-def load_adapters(source: Source, config: DecoderConfig, mesh: Mesh) -> Params:
+def load_adapters(source: ModelSource, config: DecoderConfig, mesh: Mesh) -> Params:
     """Loads only a model's adapters, in float32; `config` is the base's.
 
     Raises:
@@ -131,7 +131,7 @@ def load_adapters(source: Source, config: DecoderConfig, mesh: Mesh) -> Params:
     return restore(source.trained, dataclasses.replace(config, lora=source.lora), mesh, "float32")
 
 
-def _load_weights(source: Source, dtype: str, param_dtype: str, mesh: Mesh) -> Model:
+def _load_weights(source: ModelSource, dtype: str, param_dtype: str, mesh: Mesh) -> Model:
     if source.trained is None or source.lora is not None:
         return hf.load(source.base, dtype, param_dtype, mesh)
     config = read_config(source.base, dtype)

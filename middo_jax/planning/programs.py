@@ -137,7 +137,7 @@ def rating(
     shape, trees = (rows.batch, rows.length), max(1, rows.length // MIN_TREE)
     batch = RatingInputs(
         *(_on_rows(mesh, *shape) for _ in range(4)),
-        reading_bsr=_on_rows(mesh, rows.batch, trees, scale.readings),
+        reading_bsr=_on_rows(mesh, rows.batch, trees, scale.n_positions),
     )
     static: dict[str, Any] = {"scale": scale, "prefix": prefix, "longest": rows.longest}
     return Program(

@@ -35,6 +35,7 @@ from middo_jax.report.status import (
     FINAL_STAGES,
     ROUND_STAGES,
     count_rows,
+    judged_tasks,
     load_json,
     load_jsonl,
     load_settings,
@@ -210,7 +211,7 @@ def _round(
     scores, later = [*scores_of_two, {}][:2]
     selection = load_json(folder.selection)
     sets = selection["axes"] if selection else {}
-    tasks = load_jsonl(folder.refined)
+    tasks = judged_tasks(folder)
     needed = {i for task in tasks or [] for i in task["hint_ids"]}
     hints = {}
     if needed:
@@ -227,7 +228,10 @@ def _round(
         "verdicts": _verdicts(tasks, axes) if tasks is not None else None,
         "reasons": Counter((_axes(t), t["verdict"].kind) for t in rejected).most_common(),
         "acceptance": acceptance(
-            load_jsonl(folder.candidates), settings, {name: axis.colour for name, axis in axes.items()}
+            load_jsonl(folder.candidates),
+            settings,
+            {name: axis.colour for name, axis in axes.items()},
+            tasks or (),
         ),
         "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),
@@ -389,7 +393,7 @@ def _rewrite(
         "id": example.id,
         "source_id": original.id,
         "user_id": original.user_id,
-        "op": OPS.get(task["op"], task["op"]),
+        "op": OPS.get(task["op"], task["op"]) + (", edited by a person" if task["person"] == "edit" else ""),
         "axes": _axes(task),
         "colour": _colour(_axes(task), shown),
         "replaces": bool(task["replaces"]),

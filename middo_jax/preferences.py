@@ -13,6 +13,7 @@ from typing import Any
 
 from middo_jax.data.example import Example
 from middo_jax.refinement.reply import without_reasoning
+from middo_jax.report.status import judged_tasks
 from middo_jax.rundir import RoundDir, RunDir, read_jsonl
 
 SCORES = ("loss_post", "quality")
@@ -36,14 +37,9 @@ def _of_round(folder: RoundDir) -> Iterator[dict[str, Any]]:
         for row in read_jsonl(folder.requests):
             if row.get("step") == "answer":  # of several answers of an attempt, the last one counts
                 answers.setdefault(row["task_id"], {})[row["attempt"]] = row
-    verdicts = {row["id"]: row for row in read_jsonl(folder.verdicts)} if folder.verdicts.exists() else {}
-    for task in read_jsonl(folder.refined):
-        if not task["accepted"] or not task["example"]:
+    for task in judged_tasks(folder) or ():
+        if not task["accepted"]:
             continue
-        said = verdicts.get(f"{task['task_id']}@{task['example']['id']}") or {"verdict": "none"}
-        if said["verdict"] == "reject":
-            continue
-        task = task | ({"example": said["example"]} if said["verdict"] == "edit" else {})
         child, original = Example.from_json(task["example"]), Example.from_json(task["original"])
         after = child.lineage.scores_after or {}
         if task["replaces"]:

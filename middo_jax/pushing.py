@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple, Unpack
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -18,6 +18,8 @@ from middo_jax.rundir import RunDir, RunError
 TOKEN = "HF_TOKEN"  # the environment variable; no other place is read
 ASKED = "The dataset's licence, as the hub names it (cc-by-4.0, apache-2.0, other, ...)"
 _KIND = "dataset"
+# Base classes by name, since huggingface_hub's versions use httpx, httpx2 or requests underneath.
+_TRANSPORT = {"TransportError", "ConnectionError"}
 
 
 class Push(NamedTuple):
@@ -96,16 +98,32 @@ def _send(folder: Path, plan: Push, token: str, n: int) -> str:
             is_private = not plan.public
         if not is_private and not plan.public:
             raise RunError(f"{plan.repo} is public: --public says that this dataset may be, too")
-        message = f"{n:,} rows, by middo push"
-        commit = api.upload_folder(
-            repo_id=plan.repo, folder_path=folder, repo_type=_KIND, commit_message=message
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        # Not upload_folder: it may split a large folder into several commits, which readers would see.
+        commit = api.create_commit(
+            plan.repo,
+            [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+            commit_message=f"{n:,} rows, by middo push",
+            repo_type=_KIND,
         )
     except RunError:
         raise
     except Exception as error:  # the hub's client raises a dozen unrelated classes
         said = " ".join(str(error).replace(token, "***").split())
-        raise RunError(f"push: {plan.repo}: {type(error).__name__}: {said[:500]}") from None
+        raise RunError(f"push: {plan.repo}: {_meaning(error)}{type(error).__name__}: {said[:500]}") from None
     return str(commit.commit_url)
+
+
+def _meaning(error: Exception) -> str:
+    """What the commonest faults mean; "" for others."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return f"the hub does not accept the token in ${TOKEN}. "
+    if status == 403:
+        return f"the token in ${TOKEN} may not write there. "
+    if status is None and _TRANSPORT & {of.__name__ for of in type(error).__mro__}:
+        return f"cannot reach the hub at {constants.ENDPOINT}. "
+    return ""
 
 
 def render(done: Pushed) -> str:

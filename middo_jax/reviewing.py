@@ -73,15 +73,3 @@ def read_review(
     with held(directory.path):
         found = stages.read_review(directory, [Path(path) for path in paths])
         return api.merge_refined(session, directory), found
-
-
-def describe(found: Counter[str]) -> str:
-    """The counts of a review in words."""
-    named = {
-        "accept": "accepted",
-        "edit": "accepted with other words",
-        "reject": "rejected",
-        "none": "not judged, which stay accepted",
-        "strangers": "verdicts on other rewrites, which are left out",
-    }
-    return ", ".join(f"{found[name]:,} {words}" for name, words in named.items() if found[name])

@@ -177,6 +177,8 @@ def _review(
     as_json: bool,
 ) -> None:
     from middo_jax import reviewing
+    from middo_jax.report.verdicts import describe
+    from middo_jax.rundir import RoundDir
 
     if write is not None and read:
         raise ValueError("give --write-review or --read-review, not both")
@@ -185,7 +187,9 @@ def _review(
         show(as_json, {"rewrites": n, "review": str(write)}, f"{n:,} rewrites to review\n{write}")
         return
     refined, found = reviewing.read_review(directory, read, settings=overrides)
-    text = f"{reviewing.describe(found)}\n{refined.merged}"
+    run = RoundDir(directory).run
+    then = "" if run is None else "\n`middo run` now makes again what depends on the merged dataset"
+    text = f"{describe(found)}{then}\n{refined.merged}"
     show(as_json, {"verdicts": dict(found), "merged": str(refined.merged)}, text)
 
 

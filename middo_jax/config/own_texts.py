@@ -59,7 +59,7 @@ def read_texts(setting: str, path: str, shipped: Texts) -> Texts:
         raise ConfigError(f"{where}: not YAML{line}: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(tree, Mapping) or not tree:
         raise ConfigError(
-            f"{where}: must name texts, some of {', '.join(type(shipped).model_fields)}; `simplify: {{...}}`"
+            f"{where}: must name texts, some of {', '.join(type(shipped).model_fields)}, as `NAME: TEXT`"
         )
     laid = _laid_over(shipped.model_dump(), tree)
     try:
@@ -92,5 +92,10 @@ def _explain(error: Any, laid: Any, shipped: OwnTexts) -> str:
         return f"{name} is not known. {hint}"
     if error["type"] == "missing":
         return f"{name} is missing"
+    if error["type"] == "string_too_short":
+        return f"{name} is empty"
+    if error["type"] in ("model_type", "string_type", "tuple_type"):
+        wanted = {"model_type": "a group of texts", "string_type": "text", "tuple_type": "a list of texts"}
+        return f"{name} must be {wanted[error['type']]}, not {error['input']!r:.40}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{name}: {message}" if name else message

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from middo_jax.config.gates import Gate, gates
 from middo_jax.report import plots
+from middo_jax.report.verdicts import people
 
+PEOPLE = "people's verdicts"
 ANSWERED = "the refiner answered"  # not a gate: a failed request or a spent budget leaves no candidate
 
 CHANGES = {  # axis: (score of the sample, field of the measurement, label, whether more is better)
@@ -26,7 +28,10 @@ CHANGES = {  # axis: (score of the sample, field of the measurement, label, whet
 
 
 def acceptance(
-    rows: Sequence[dict[str, Any]] | None, settings: dict[str, Any], colours: dict[str, str]
+    rows: Sequence[dict[str, Any]] | None,
+    settings: dict[str, Any],
+    colours: dict[str, str],
+    tasks: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any] | None:
     """The page's values about a round's candidates; None without candidates.jsonl.
 
@@ -34,11 +39,14 @@ def acceptance(
       rows: of candidates.jsonl.
       settings: the run's, as nested dicts. A gate whose setting is missing has its default.
       colours: CSS class of each axis.
+      tasks: rows of refined.jsonl after people's verdicts, see `after_people`.
     """
     if rows is None:
         return None
     groups = sorted({tuple(row["axes"]) for row in rows})
     refine = settings.get("refine") if isinstance(settings.get("refine"), dict) else {}
+    lost = Counter(tuple(task["axes"]) for task in tasks if task["person"] == "reject")
+    accepted = [_accepted(rows, group) for group in groups]
     return {
         "groups": groups,
         "gates": [
@@ -47,8 +55,9 @@ def acceptance(
                 "cells": [_cell(gate, rows, group, refine) for group in groups],
             }
             for gate in (None, *_met(rows))
-        ],
-        "accepted": [_accepted(rows, group) for group in groups],
+        ]
+        + ([] if people(tasks) is None else [{"title": PEOPLE, "cells": _judged(groups, accepted, lost)}]),
+        "accepted": [n - lost[group] for group, n in zip(groups, accepted, strict=True)],
         "tries": [_tries(rows, group) for group in groups],
         "attempts": [
             {"number": n + 1, "tried": len(of), "accepted": sum(row["accepted"] for row in of)}
@@ -59,6 +68,14 @@ def acceptance(
             change for axis in CHANGES if (change := _change(axis, rows, colours.get(axis, "c-both")))
         ],
     }
+
+
+def _judged(
+    groups: Sequence[tuple[str, ...]], accepted: Sequence[int], lost: Mapping[tuple[str, ...], int]
+) -> list[dict[str, Any]]:
+    """How many rewrites of each group passed all gates, and how many of them no person rejected."""
+    pairs = zip(groups, accepted, strict=True)
+    return [{"state": "shut", "asked": n, "passed": n - lost[group]} for group, n in pairs]
 
 
 def _cell(

@@ -37,6 +37,7 @@ from middo_jax.report.status import (
     ROUND_STAGES,
     count_rows,
     each_row,
+    judged_tasks,
     load_json,
     load_jsonl,
     load_settings,
@@ -209,7 +210,7 @@ def _round(
     """The page's values about one round, besides those that `status` returns."""
     selection = load_json(folder.selection)
     sets = selection["axes"] if selection else {}
-    tasks = load_jsonl(folder.refined)
+    tasks = judged_tasks(folder)
     taken = [t for t in tasks or [] if t["accepted"] and t["example"]]
     before = score_rows(folder, {t["original"]["id"] for t in taken})
     later = {} if next_folder is None else score_rows(next_folder, {t["example"]["id"] for t in taken})
@@ -230,7 +231,10 @@ def _round(
         "verdicts": _verdicts(tasks, axes) if tasks is not None else None,
         "reasons": Counter((_axes(t), t["verdict"].kind) for t in rejected).most_common(),
         "acceptance": acceptance(
-            load_jsonl(folder.candidates), settings, {name: axis.colour for name, axis in axes.items()}
+            load_jsonl(folder.candidates),
+            settings,
+            {name: axis.colour for name, axis in axes.items()},
+            tasks or (),
         ),
         "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),
@@ -345,7 +349,7 @@ def _rewrite(
         "id": example.id,
         "source_id": original.id,
         "user_id": original.user_id,
-        "op": OPS.get(task["op"], task["op"]),
+        "op": OPS.get(task["op"], task["op"]) + (", edited by a person" if task["person"] == "edit" else ""),
         "axes": _axes(task),
         "colour": _colour(_axes(task), shown),
         "replaces": bool(task["replaces"]),

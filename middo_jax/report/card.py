@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from middo_jax.data.example import Example
-from middo_jax.report.status import load_json, load_jsonl, load_settings
+from middo_jax.report.status import judged_tasks, load_json, load_jsonl, load_settings
+from middo_jax.report.verdicts import describe, people
 from middo_jax.rundir import RoundDir, RunDir
 from middo_jax.version import __version__
 
@@ -122,9 +123,9 @@ def _facts(settings: Mapping[str, Any], run: RunDir) -> list[tuple[str, str]]:
 
 def _rounds(run: RunDir) -> list[str]:
     """A table of tasks, accepted rewrites and cost, and one of gates, if a round was refined."""
-    rows, gates = [], Counter[str]()
+    rows, gates, judged = [], Counter[str](), Counter[str]()
     for folder in run.rounds():
-        tasks = load_jsonl(folder.refined)
+        tasks = judged_tasks(folder)
         if tasks is None:
             continue
         usage = folder.stages().get("refine", {}).get("usage", {}).values()
@@ -140,11 +141,14 @@ def _rounds(run: RunDir) -> list[str]:
                 f"{usd:.2f}",
             )
         )
+        judged.update(people(tasks) or {})
         gates.update(row["gate"] for row in load_jsonl(folder.candidates) or [] if row.get("gate"))
     if not rows:
         return []
     header = ("round", "selected", "tasks", "accepted", "refiner's tokens", "US dollars")
     found = [_table(header, rows)]
+    if judged:
+        found.append(f"People judged the accepted rewrites: {describe(judged)}.\n")
     if gates:
         counted = [(gate, f"{n:,}") for gate, n in gates.most_common()]
         found.append(_table(("gate", "candidates that it rejected"), counted))

@@ -14,7 +14,7 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from middo_jax.data.example import Example
-from middo_jax.report.status import load_jsonl, planned_rounds, require_run
+from middo_jax.report.status import judged_tasks, load_jsonl, planned_rounds, require_run
 from middo_jax.report.verdicts import verdict
 from middo_jax.rundir import RoundDir, RunDir, RunError
 from middo_jax.rundir.schemas import SCORES
@@ -116,7 +116,7 @@ def _samples(folders: list[RoundDir]) -> dict[str, dict[str, Any]]:
                 # The dataset takes precedence over refined.jsonl.
                 sample = samples[row["id"]] = _sample(row, index)
             sample["rounds"].append(folder.path.name)
-        for task in load_jsonl(folder.refined) or []:
+        for task in judged_tasks(folder) or []:
             if task["example"] is not None and task["example"]["id"] not in samples:
                 end = {"accepted": task["accepted"], "verdict": _verdict_text(task)}
                 samples[task["example"]["id"]] = _sample(task["example"], index + 1) | end

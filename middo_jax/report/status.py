@@ -24,6 +24,7 @@ from middo_jax.progress import duration
 from middo_jax.report.benchmarks import benchmark_lines, benchmark_table
 from middo_jax.report.effects import effect_lines, effects
 from middo_jax.report.terminal import printable
+from middo_jax.report.verdicts import after_people, describe, people
 from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError
 from middo_jax.rundir.chain import assess, chain
 from middo_jax.rundir.events import read_events
@@ -75,6 +76,12 @@ def each_row(path: Path, torn_end: bool = False) -> Iterator[Any]:
                 ) from e
 
 
+def judged_tasks(folder: RoundDir) -> list[dict[str, Any]] | None:
+    """The rows of a round's refined.jsonl after people's verdicts; None if the file does not exist."""
+    tasks = load_jsonl(folder.refined)
+    return None if tasks is None else after_people(tasks, load_jsonl(folder.verdicts))
+
+
 def load_settings(run: RunDir) -> dict[str, Any]:
     """config.yaml as nested dicts; {} if it does not exist.
 
@@ -122,7 +129,7 @@ def status(run: RunDir) -> dict[str, Any]:
     Returns:
       run, path; rounds and final, each {name, rows, stages: {stage: seconds | None if not done or stale},
       stale: {stage: why}, next, selected: {axis: n} | None, n_selected (distinct samples) | None, accepted,
-      rejected | None};
+      rejected | None, people: {verdict: n} | None if nobody judged the rewrites};
       next: {round, stage} | None if all stages are done; complete; heldout: [{name, loss, n_target_tokens}];
       n_heldout; benchmarks: see `benchmark_table`;
       effects: {rounds, fine_tuning: see `effects.Effect`, None if unknown}; last_event;
@@ -203,7 +210,7 @@ def _round(
     # The output of a stale stage is not counted: it may be damaged, and will be written again.
     selection = None if "select" in stale else load_json(round_dir.selection)
     chosen = {axis: record["ids"] for axis, record in selection["axes"].items()} if selection else None
-    refined = None if "refine" in stale else load_jsonl(round_dir.refined)
+    refined = None if "refine" in stale else judged_tasks(round_dir)
     verdicts = Counter(bool(row["accepted"]) for row in refined) if refined is not None else None
     return {
         "name": round_dir.path.name,
@@ -215,6 +222,7 @@ def _round(
         "n_selected": len(set().union(*chosen.values())) if chosen is not None else None,
         "accepted": verdicts[True] if verdicts is not None else None,
         "rejected": verdicts[False] if verdicts is not None else None,
+        "people": people(refined or ()),
     }
 
 
@@ -239,6 +247,7 @@ def render_status(d: dict[str, Any]) -> str:
     )
     below = [
         *_reasons([*d["rounds"], d["final"]]),
+        *(f"{r['name']}: people's verdicts: {describe(r['people'])}" for r in d["rounds"] if r["people"]),
         f"held-out loss: {losses or 'not yet'}",
         *(f"  {line}" for line in effect_lines(d["effects"])),
         *benchmark_lines(d["benchmarks"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,18 @@ from support.loop_fixture import Finished, contents, rows_by_id
 from test_chain import own, reasons
 
 import middo_jax as middo
-from middo_jax import reviewing
 from middo_jax.config import load
 from middo_jax.data.formats import DataError
 from middo_jax.loop import run_loop
 from middo_jax.preferences import preference_pairs
 from middo_jax.progress import Silent
 from middo_jax.refinement.review import Judgement, judgements
+from middo_jax.report.acceptance import PEOPLE
+from middo_jax.report.build import page
+from middo_jax.report.card import card
+from middo_jax.report.lineage import trace
+from middo_jax.report.status import render_status, status
+from middo_jax.report.verdicts import describe
 from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl, write_jsonl
 
 pytest_plugins = ["support.loop_fixture"]
@@ -87,7 +93,7 @@ def test_verdicts_are_taken_before_merging_and_the_run_notices(
     plain = rows_by_id(middo.refine(here.path).merged)
     refined, found = middo.read_review(here.path, [path])
     assert found == {"reject": 2, "edit": 1, "none": len(rows) - 3}
-    assert reviewing.describe(found) == (
+    assert describe(found) == (
         f"1 accepted with other words, 2 rejected, {len(rows) - 3} not judged, which stay accepted"
     )
     merged = rows_by_id(refined.merged)
@@ -103,6 +109,28 @@ def test_verdicts_are_taken_before_merging_and_the_run_notices(
     assert pairs[edited["id"]]["chosen"][0]["content"] == "To count."
     found = own(reasons(RunDir(tmp_path / "run"), finished.settings(runs_dir=tmp_path)))
     assert found == {("round_00", "merge"), ("round_01", "prepare")}
+    shows_verdicts(RunDir(tmp_path / "run"), len(rows), bad, edited["id"])
+
+
+def shows_verdicts(run: RunDir, n: int, bad: str, edited: str) -> None:
+    """Of `n` accepted rewrites, people rejected two, `bad` among them, and edited one."""
+    told = status(run)
+    first = told["rounds"][0]
+    assert (first["accepted"], first["people"]) == (n - 2, {"reject": 2, "edit": 1, "none": n - 3})
+    assert f"round_00: people's verdicts: 1 accepted with other words, 2 rejected, {n - 3}" in render_status(
+        told
+    )
+    text = page(run).replace("&#39;", "'")
+    funnel = text[text.index(f">{PEOPLE}</th>") :]
+    cells = re.findall(r"(\d+) of (\d+)", funnel[: funnel.index("</tr>")])
+    assert [sum(map(int, column)) for column in zip(*cells, strict=True)] == [n - 2, n]
+    assert "rejected by a person: dull" in text
+    assert ", edited by a person" in text
+    run.round(1).dataset.unlink()  # made before the verdicts, so that it has what they rejected
+    [lost] = [s for s in trace(run, bad.rpartition("@")[2]) if s["relation"] == "self"]
+    assert (lost["accepted"], lost["verdict"]) == (False, "rejected by a person: dull")
+    assert [s["prompt"] for s in trace(run, edited) if s["relation"] == "self"] == ["What is a number for?"]
+    assert f"2 rejected, {n - 3} not judged" in card(run, {"train": "train.jsonl"}, "messages")
 
 
 def test_a_run_waits_for_verdicts_if_it_is_told(here: RoundDir, finished: Finished, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands that run the loop, and commands that read a run: run, quickstart, report, status, trace."""
+"""Commands that run the loop, and those on a run: run, quickstart, report, status, clean, rollback, trace."""
 
 from __future__ import annotations
 
@@ -76,6 +76,26 @@ def clean(
     rows = [{"path": str(each.path), "size": each.size, "why": each.why} for each in found]
     facts = {"removed": yes, "bytes": sum(each.size for each in found), "paths": rows}
     show(as_json, facts, cleaning.render_clean(found, RunDir(run), yes))
+
+
+@app.command(epilog="Example: middo rollback runs/quickstart 0 --yes")
+def rollback(
+    run: Path,
+    round_: Annotated[int, typer.Argument(metavar="ROUND", min=0, help="The last round that stays.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Put aside what is listed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Goes back to the state after a round: what came later is listed, and put aside with --yes."""
+    from middo_jax import rollback as rolling
+    from middo_jax.rundir import RunDir
+
+    done = rolling.rollback(RunDir(run), round_, yes)
+    facts = {
+        "round": done.round,
+        "later": [str(path) for path in done.later],
+        "aside": None if done.aside is None else str(done.aside),
+    }
+    show(as_json, facts, rolling.render_rollback(done, RunDir(run)))
 
 
 @app.command(epilog="Example: middo trace runs/quickstart 3fa9c2")

@@ -37,6 +37,7 @@ from middo_jax.config.settings import (
     ScoringSettings,
     ServeSettings,
 )
+from middo_jax.config.stopping import StopSettings
 from middo_jax.config.training import (
     Adafactor,
     AdamW,
@@ -83,6 +84,7 @@ __all__ = [
     "ServeSettings",
     "Settings",
     "SettingsLike",
+    "StopSettings",
     "Threshold",
     "TokenRate",
     "Tokens",

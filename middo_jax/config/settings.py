@@ -19,6 +19,7 @@ from middo_jax.config.axes import (
 from middo_jax.config.base import URL, Affects, Settings
 from middo_jax.config.evaluation import EvaluateSettings
 from middo_jax.config.refine import RefineSettings
+from middo_jax.config.stopping import StopSettings
 from middo_jax.config.training import LoraSettings, TrainSettings
 
 IF_SAMPLED = ("quality.method", "sample")
@@ -230,6 +231,7 @@ class Config(Settings):
     refine: RefineSettings = RefineSettings()
     serve: ServeSettings = ServeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    stop: StopSettings = StopSettings()
 
     @pydantic.field_validator("runs_dir")
     @classmethod
@@ -244,6 +246,8 @@ class Config(Settings):
             raise ValueError("train.gradient_accumulation must divide train.batch_size")
         if self.train.keep_best and self.train.eval_every is None:
             raise ValueError("train.keep_best needs train.eval_every, to find the best state")
+        if self.stop.patience is not None and self.stop.metric == "task" and not self.evaluate.tasks:
+            raise ValueError("stop.metric=task needs evaluate.tasks, to measure them")
         return self
 
     def to_yaml(self) -> str:

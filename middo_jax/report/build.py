@@ -54,7 +54,8 @@ OPS = {
     "complete": "completed",
 }
 Axes = Mapping[str, ShownAxis]
-STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES), "benchmark")
+OPTIONAL_STAGES = ("benchmark", "heldout", "best", "take_back")
+STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES), *OPTIONAL_STAGES)
 # Characters shown of each text. The first that makes the page no larger than PAGE_BYTES is used.
 EXCERPTS = (10_000, 3_000, 1_000, 300)
 PAGE_BYTES = 20_000_000
@@ -112,6 +113,7 @@ def _page(run: RunDir, excerpt: int) -> str:
         settings_text=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         refused=None if refused is None else refused[:REFUSED_SHOWN],
         n_refused=len(refused or ()),
+        recorded_models=sorted({r["recorded"]["model"] for r in rounds if r["recorded"]}),
         refused_reasons=count_reasons(unusable),
         repairs=run.round(0).stages().get("prepare", {}).get("repairs", {}),
         n_heldout_rows=count_rows(run.heldout),
@@ -231,6 +233,8 @@ def _round(
         ),
         "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),
+        "recorded": folder.stages().get("refine", {}).get("recorded"),
+        "taken_back": folder.stages().get("take_back"),
         "kept": folder.stages().get("refine", {}).get("kept", {}),
         "conversations": _conversations(tasks or []),
         "rewrites": [

@@ -33,6 +33,7 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
       (ancestor | self | descendant), round (the first round whose dataset contains it, or would contain it;
       `final` counts as the round after the last), rounds (all folders whose dataset contains it), op, axis,
       parent_ids, root_id, hint_ids, refiner, accepted, verdict,
+      taken_back (the round that takes the rewrite back, with the sample's badness before and after; None),
       prompt, response, turns, turns_changed (of a rewrite, against its original; None of others), scores
       (its row in the first round's scores.parquet, None if it was not scored), later_scores ({folder: row}),
       scores_before (for which the parent was selected).
@@ -106,6 +107,11 @@ def _samples(folders: list[RoundDir]) -> dict[str, dict[str, Any]]:
                 # The dataset takes precedence over refined.jsonl.
                 sample = samples[row["id"]] = _sample(row, index)
             sample["rounds"].append(folder.path.name)
+        for row in load_jsonl(folder.taken_back) or []:
+            if row["id"] in samples and samples[row["id"]]["taken_back"] is None:
+                facts = ("badness_before", "badness_after")
+                back = {"round": row["round"]} | {name: row[name] for name in facts}
+                samples[row["id"]]["taken_back"] = back
         for task in load_jsonl(folder.refined) or []:
             if task["example"] is not None and task["example"]["id"] not in samples:
                 end = {"accepted": task["accepted"], "verdict": _verdict_text(task)}
@@ -129,6 +135,7 @@ def _sample(row: dict[str, Any], index: int) -> dict[str, Any]:
         "refiner": lineage.refiner,
         "accepted": True,
         "verdict": None,
+        "taken_back": None,
         "scores_before": lineage.scores_before,
         "example": example,
         "prompt": example.prompt,

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from middo_jax.config import stored
+from middo_jax.config import Config, stored
 from middo_jax.progress import duration
 from middo_jax.report.benchmarks import benchmark_lines, benchmark_table
 from middo_jax.report.effects import effect_lines, effects
@@ -27,6 +27,7 @@ from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError
 from middo_jax.rundir.chain import assess, chain
 from middo_jax.rundir.events import read_events
 from middo_jax.rundir.rows import BenchmarksFile
+from middo_jax.rundir.stopping import course
 
 ROUND_STAGES = ("train", "score", "select", "refine", "merge")
 FINAL_STAGES = ("train", "evaluate", "export")
@@ -120,7 +121,8 @@ def status(run: RunDir) -> dict[str, Any]:
       run, path; rounds and final, each {name, rows, stages: {stage: seconds | None if not done or stale},
       stale: {stage: why}, next, selected: {axis: n} | None, n_selected (distinct samples) | None, accepted,
       rejected | None};
-      next: {round, stage} | None if all stages are done; complete; heldout: [{name, loss, n_target_tokens}];
+      next: {round, stage} | None if all stages are done; complete; stop: see `Course.to_json`, None without
+      `stop.patience`; heldout: [{name, loss, n_target_tokens}];
       n_heldout; benchmarks: see `benchmark_table`;
       effects: {rounds, fine_tuning: see `effects.Effect`, None if unknown}; last_event;
       unreadable_events: lines of events.jsonl that cannot be read.
@@ -129,10 +131,10 @@ def status(run: RunDir) -> dict[str, Any]:
       RunError: the folder does not exist or is no run's, or a file in it cannot be read.
     """
     require_run(run)
-    stale = _stale(run)
-    benchmarked = ("benchmark",) if _has_benchmarks(run) else ()
-    rounds = [_round(r, (*ROUND_STAGES, *benchmarked), stale) for r in planned_rounds(run)]
-    final = _round(run.final, (*FINAL_STAGES[:-1], *benchmarked, *FINAL_STAGES[-1:]), stale)
+    config, stale = stored(load_settings(run)), _stale(run)
+    ends = None if config is None or config.stop.patience is None else course(run, config)
+    rows = [_round(of, names, stale) for of, names in _stages_of(run, config if ends else None).items()]
+    rounds, final = rows[:-1], rows[-1]
     pending = next(({"round": r["name"], "stage": r["next"]} for r in [*rounds, final] if r["next"]), None)
     is_evaluated = (run.final.path.name, "evaluate") not in stale
     heldout = (load_json(run.heldout_losses) if is_evaluated else None) or {}
@@ -145,6 +147,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "final": final,
         "next": pending,
         "complete": pending is None,
+        "stop": None if ends is None else ends.to_json(),
         "heldout": models,
         "n_heldout": heldout.get("n"),
         "benchmarks": benchmark_table(_benchmarks(run, stale)),
@@ -152,6 +155,38 @@ def status(run: RunDir) -> dict[str, Any]:
         "last_event": events.rows[-1] if events.rows else None,
         "unreadable_events": events.n_unreadable,
     }
+
+
+def _stages_of(run: RunDir, stopping: Config | None) -> dict[RoundDir, tuple[str, ...]]:
+    """The rounds to show and `final`, each with its stages; a round behind the end has those that it did.
+
+    `stopping`: the settings if the rounds may end early. Then the chain has the stages.
+    """
+    stages: dict[Path, list[str]] = {}
+    if stopping is not None:
+        for link in chain(run, stopping):
+            of_folder = stages.setdefault(link.folder.path, [])
+            of_folder += [] if link.name == "prepare" else [link.name]
+    else:
+        more = ["benchmark"] if _has_benchmarks(run) else []
+        count = load_settings(run).get("rounds")
+        planned = planned_rounds(run)[: count if isinstance(count, int) else None]
+        stages = {folder.path: [*_stages_of_round(folder, run), *more] for folder in planned}
+        stages[run.final.path] = [*FINAL_STAGES[:-1], *more, *FINAL_STAGES[-1:]]
+    for folder in run.rounds():
+        stages.setdefault(folder.path, [name for name in folder.stages() if name != "prepare"])
+    final = stages.pop(run.final.path)
+    stages = {path: stages[path] for path in sorted(stages)} | {run.final.path: final}
+    return {RoundDir(path): tuple(names) for path, names in stages.items()}
+
+
+def _stages_of_round(folder: RoundDir, run: RunDir) -> tuple[str, ...]:
+    settings = load_settings(run).get("refine")
+    takes_back = isinstance(settings, dict) and bool(settings.get("take_back"))
+    if not takes_back or folder.path == run.round(0).path:
+        return ROUND_STAGES
+    at = ROUND_STAGES.index("refine")
+    return (*ROUND_STAGES[:at], "take_back", *ROUND_STAGES[at:])
 
 
 def _has_benchmarks(run: RunDir) -> bool:
@@ -236,6 +271,7 @@ def render_status(d: dict[str, Any]) -> str:
     )
     below = [
         *_reasons([*d["rounds"], d["final"]]),
+        *([d["stop"]["line"]] if d["stop"] else []),
         f"held-out loss: {losses or 'not yet'}",
         *(f"  {line}" for line in effect_lines(d["effects"])),
         *benchmark_lines(d["benchmarks"]),

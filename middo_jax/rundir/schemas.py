@@ -132,7 +132,7 @@ EMBEDDINGS = Schema(
 HELDOUT_ROWS = Schema(
     "heldout_rows.parquet",
     "Parquet",
-    "the run",
+    "the run; a round, with `stop.patience`",
     "The loss of each held-out sample under each model, models in the order of training.",
     1,
     columns=(
@@ -218,6 +218,14 @@ SCHEMAS: tuple[Schema, ...] = (
         rows.CandidateRow,
     ),
     Schema(
+        "taken_back.jsonl",
+        "JSON lines",
+        "a round",
+        "One row per rewrite that is taken back in this round or was in an earlier one (`refine.take_back`).",
+        1,
+        rows.TakenBackRow,
+    ),
+    Schema(
         "dropped.jsonl",
         "JSON lines",
         "a round",
@@ -228,8 +236,8 @@ SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "heldout_losses.json",
         "JSON",
-        "the run",
-        "The held-out loss of every model.",
+        "the run; a round, with `stop.patience`",
+        "The held-out loss of every model, or of the round's.",
         1,
         rows.HeldoutLosses,
     ),

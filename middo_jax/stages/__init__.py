@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         check_refiner,
         check_training,
     )
+    from middo_jax.stages.endpoint import recorded_line
     from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
     from middo_jax.stages.refine import (
         check_learnt,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from middo_jax.stages.scored_before import kept_scores, require_same
     from middo_jax.stages.select import select_stage
     from middo_jax.stages.surroundings import answer_cache, check_cache, save_answers
+    from middo_jax.stages.taking_back import take_back_stage
     from middo_jax.stages.train import remove_training, train_stage
 
 # Imported on first use: all stages but `select` import JAX, and `select` must run without it.
@@ -42,6 +44,7 @@ _MODULES = {
     "batch": "batch_stage",
     "benchmark": "benchmark_stage check_benchmarks measure_benchmarks",
     "checks": "check_continues check_judge check_own_texts check_refiner check_training",
+    "endpoint": "recorded_line",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
     "refine": "check_learnt follow_refinement kept_samples merge_stage merged plan_refinement refine_round "
     "refine_stage",
@@ -50,6 +53,7 @@ _MODULES = {
     "scored_before": "kept_scores require_same",
     "select": "select_stage",
     "surroundings": "answer_cache check_cache save_answers",
+    "taking_back": "take_back_stage",
     "train": "remove_training train_stage",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -80,6 +84,7 @@ __all__ = [
     "outcomes_of",
     "plan_refinement",
     "read_review",
+    "recorded_line",
     "refine_round",
     "refine_stage",
     "remove_training",
@@ -88,6 +93,7 @@ __all__ = [
     "score_stage",
     "scoring",
     "select_stage",
+    "take_back_stage",
     "train_stage",
     "waits_for_review",
     "write_review",

@@ -67,6 +67,9 @@ def _removable(run: RunDir) -> Iterator[Removable]:
         for path in sorted(here.checkpoint.glob("unreadable_step_*")):
             if needed is None or here.path == run.final.path or here.checkpoint.resolve() in needed:
                 yield Removable(path, size_of(path), "a state of a training that could not be read")
+    for path in sorted((run.path / "controls").glob("*/seed_*/checkpoint")):
+        if "control" in RoundDir(path.parent).stages():
+            yield Removable(path, size_of(path), "the model of a control arm, which was measured")
     for path in sorted(run.path.glob(f"{ROLLED_BACK}*")):
         yield Removable(path, size_of(path), "what `middo rollback` put aside")
     for path in sorted(run.path.glob(f"{ASIDE}*")):

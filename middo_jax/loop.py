@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from middo_jax import stages, template_date
 from middo_jax.config import RENAMED, Config
 from middo_jax.config.axis_table import scored_axes
+from middo_jax.controls import control_stages, write_summary
 from middo_jax.data.example import Example
 from middo_jax.data.files import inputs_of
 from middo_jax.data.sources import count_reasons
@@ -34,7 +35,7 @@ from middo_jax.rundir.chain import Begun, Link, State, assess, chain
 from middo_jax.rundir.damage import damages, edited, put_aside, refuse_damaged
 from middo_jax.rundir.events import read_events
 from middo_jax.rundir.files import full_disk_named
-from middo_jax.rundir.stopping import check_stop, course, decide
+from middo_jax.rundir.stopping import check_heldout, course, decide
 from middo_jax.session import Prepared, Session, prepare, read_data, read_dataset
 from middo_jax.version import __version__
 
@@ -186,11 +187,31 @@ def _run(run: RunDir, session: Session) -> None:
             progress.say(where)
             _do_logged(plan, stage.link)
             checked.close()
+    _run_controls(checked_plan)
     if is_first():
         build(run)
     run.log("report")
     barrier("report")
     progress.say(f"done in {duration(time.monotonic() - began)}")
+
+
+def _run_controls(plan: Plan) -> None:
+    """Does the stages of the control arms that are not done, and compares the arms."""
+    if not plan.session.config.controls:
+        return
+    for name, link, config, function in control_stages(plan.session, plan.run, plan.heldout):
+        stop_point()
+        stage = Stage(link, lambda _, __, function=function: function())
+        if from_first(f"{name}: is done", functools.partial(stage.is_done, config)):
+            plan.session.progress.say(f"{name}: done before")
+            continue
+        plan.session.progress.say(name)
+        plan.run.log("start", round=str(link.folder.path.relative_to(plan.run.path)), stage=link.name)
+        stage.do(plan)
+        plan.run.log("done", round=str(link.folder.path.relative_to(plan.run.path)), stage=link.name)
+    if is_first():
+        write_summary(plan.session, plan.run)
+    barrier("controls")
 
 
 def _stages(plan: Plan) -> Iterator[tuple[Plan, Stage]]:
@@ -251,7 +272,7 @@ def _checked(run: RunDir, session: Session, header: _Header) -> Plan:
     if n_unreadable:
         session.progress.say(unreadable_events(n_unreadable))
     stages.check_own_texts(config)
-    check_stop(config, len(heldout))
+    check_heldout(config, len(heldout))
     pending = {link.name for link, state in states if not state.is_fresh}
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
         stages.check_training(session, read_dataset(first) if fresh is None else fresh.data.kept, heldout)

@@ -114,7 +114,9 @@ def trace(
 
 
 def _show_run(done: Run, as_json: bool) -> None:
+    from middo_jax.report.controls import control_lines
     from middo_jax.report.effects import effect_lines
 
-    text = "\n".join([*effect_lines(done.facts["effects"]), str(done.report)])
+    told = [*effect_lines(done.facts["effects"]), *control_lines(done.facts["controls"])]
+    text = "\n".join([*told, str(done.report)])
     show(as_json, {"report": str(done.report), **done.facts}, text)

@@ -37,7 +37,7 @@ from middo_jax.config.settings import (
     ScoringSettings,
     ServeSettings,
 )
-from middo_jax.config.stopping import StopSettings
+from middo_jax.config.stopping import Control, StopSettings
 from middo_jax.config.training import (
     Adafactor,
     AdamW,
@@ -61,6 +61,7 @@ __all__ = [
     "ComplexitySettings",
     "Config",
     "ConfigError",
+    "Control",
     "DataSettings",
     "Deviations",
     "DiversitySettings",

@@ -1,4 +1,4 @@
-"""The settings that end the rounds early."""
+"""The settings that end the rounds early, and the names of the control arms."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from middo_jax.config.base import Affects, Settings
+
+Control = Literal["none", "random", "reanswer", "loss", "ifd", "length"]
 
 
 class StopSettings(Settings):

@@ -27,6 +27,7 @@ from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
 from middo_jax.report.axes import ShownAxis, shown_axes
 from middo_jax.report.benchmarks import metric_text, score_text
+from middo_jax.report.controls import verdict
 from middo_jax.report.costs import costs
 from middo_jax.report.curves import heldout_curves, training_curves
 from middo_jax.report.effects import RESAMPLES
@@ -148,6 +149,8 @@ def _environment(excerpt: int) -> jinja2.Environment:
         "seconds": number(duration),
         "metric": metric_text,
         "benchmark": lambda v: score_text(v).replace("+-", "\N{PLUS-MINUS SIGN}"),
+        "flops": number(lambda v: f"{v:.2g}"),
+        "verdict": verdict,
         "usd": number(lambda v: f"{v:,.2f}" if v >= 1 else f"{v:.4f}"),
         "raw": lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, indent=2),
         "excerpt": lambda v: excerpt_of(str(v), excerpt),

@@ -21,9 +21,11 @@ from rich.text import Text
 from middo_jax.config import Config, stored
 from middo_jax.progress import duration
 from middo_jax.report.benchmarks import benchmark_lines, benchmark_table
+from middo_jax.report.controls import control_lines
 from middo_jax.report.effects import effect_lines, effects
 from middo_jax.report.terminal import printable
 from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError
+from middo_jax.rundir.arms import control_links
 from middo_jax.rundir.chain import assess, chain
 from middo_jax.rundir.events import read_events
 from middo_jax.rundir.rows import BenchmarksFile
@@ -122,7 +124,8 @@ def status(run: RunDir) -> dict[str, Any]:
       stale: {stage: why}, next, selected: {axis: n} | None, n_selected (distinct samples) | None, accepted,
       rejected | None};
       next: {round, stage} | None if all stages are done; complete; stop: see `Course.to_json`, None without
-      `stop.patience`; heldout: [{name, loss, n_target_tokens}];
+      `stop.patience`; controls: the contents of controls.json, None without arms;
+      heldout: [{name, loss, n_target_tokens}];
       n_heldout; benchmarks: see `benchmark_table`;
       effects: {rounds, fine_tuning: see `effects.Effect`, None if unknown}; last_event;
       unreadable_events: lines of events.jsonl that cannot be read.
@@ -136,6 +139,8 @@ def status(run: RunDir) -> dict[str, Any]:
     rows = [_round(of, names, stale) for of, names in _stages_of(run, config if ends else None).items()]
     rounds, final = rows[:-1], rows[-1]
     pending = next(({"round": r["name"], "stage": r["next"]} for r in [*rounds, final] if r["next"]), None)
+    if pending is None and config is not None:
+        pending = _pending_control(run, config)
     is_evaluated = (run.final.path.name, "evaluate") not in stale
     heldout = (load_json(run.heldout_losses) if is_evaluated else None) or {}
     models = heldout.get("models", [])
@@ -147,6 +152,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "final": final,
         "next": pending,
         "complete": pending is None,
+        "controls": load_json(run.controls) if config is not None and config.controls else None,
         "stop": None if ends is None else ends.to_json(),
         "heldout": models,
         "n_heldout": heldout.get("n"),
@@ -155,6 +161,15 @@ def status(run: RunDir) -> dict[str, Any]:
         "last_event": events.rows[-1] if events.rows else None,
         "unreadable_events": events.n_unreadable,
     }
+
+
+def _pending_control(run: RunDir, config: Config) -> dict[str, str] | None:
+    """The first stage of the control arms that is not done."""
+    for link, settings in control_links(run, config):
+        if link.name not in link.folder.stages() or link.why_stale(settings) is not None:
+            where = link.folder.path.relative_to(run.path).as_posix()
+            return {"round": where, "stage": link.name}
+    return None
 
 
 def _stages_of(run: RunDir, stopping: Config | None) -> dict[RoundDir, tuple[str, ...]]:
@@ -275,6 +290,7 @@ def render_status(d: dict[str, Any]) -> str:
         f"held-out loss: {losses or 'not yet'}",
         *(f"  {line}" for line in effect_lines(d["effects"])),
         *benchmark_lines(d["benchmarks"]),
+        *control_lines(d["controls"]),
     ]
     if event := d["last_event"]:
         below.append(f"last event: {event.get('event', '?')} at {event.get('time', '?')}")

@@ -219,6 +219,11 @@ class RunDir:
         return self.path / "heldout_rows.parquet"
 
     @property
+    def controls(self) -> Path:
+        """The control arms beside the loop: losses, differences, costs."""
+        return self.path / "controls.json"
+
+    @property
     def report(self) -> Path:
         """The page for people."""
         return self.path / "report.html"

@@ -321,6 +321,40 @@ class HeldoutLosses(TypedDict):
     models: Annotated[list[ModelLossRow], "losses in the order of training; empty without held-out samples"]
 
 
+class IntervalRow(TypedDict):
+    """A figure with its 95 % interval: a bootstrap over seeds, and over held-out rows within each."""
+
+    value: Annotated[float, "the figure"]
+    low: Annotated[float, "2.5th percentile"]
+    high: Annotated[float, "97.5th percentile"]
+
+
+class ArmRow(TypedDict):
+    """A control arm, or the loop."""
+
+    name: Annotated[str, "`loop`, or a name of `controls`"]
+    losses: Annotated[list[float], "held-out loss per seed, in nats per target token"]
+    mean: Annotated[float, "their mean"]
+    gain: Annotated[IntervalRow | None, "loss of `none` minus this; null without `none`, and for it"]
+    loop_better_by: Annotated[IntervalRow | None, "this loss minus the loop's; null for the loop"]
+    tasks: Annotated[int, "samples that the refiner was asked about"]
+    accepted: Annotated[int, "rewrites and additions in the dataset"]
+    tokens: Annotated[int, "of the refiner, prompts and completions, also of answers from the cache"]
+    gain_per_1000_tokens: Annotated[float | None, "gain per thousand of these tokens; null without either"]
+    choosing_flops: Annotated[
+        float, "FLOPs of the layers' matrices for choosing: scoring, and trainings for it"
+    ]
+
+
+class ControlsFile(TypedDict):
+    """The control arms of a run."""
+
+    seeds: Annotated[int, "trainings per arm"]
+    heldout_rows: Annotated[int, "held-out samples with a target"]
+    resamples: Annotated[int, "of the bootstrap"]
+    arms: Annotated[list[ArmRow], "the loop first, the others as in `controls`"]
+
+
 class EventRow(TypedDict):
     """One event of a run."""
 
@@ -457,6 +491,12 @@ class EvaluateRecord(StageRecord):
     losses: Annotated[dict[str, float], "held-out loss by model, in nats per target token"]
 
 
+class ControlRecord(EvaluateRecord):
+    """A training of a control arm was measured; its model is not kept."""
+
+    n_steps: Annotated[int, "steps of the training, as many as the loop's last one has with this seed"]
+
+
 class BestRecord(StageRecord):
     """The best training was taken for `final` (`stop.patience`)."""
 
@@ -495,6 +535,7 @@ class Stages(TypedDict):
     merge: NotRequired[Annotated[StageRecord, "dropped.jsonl"]]
     heldout: NotRequired[Annotated[EvaluateRecord, "the same files, of the round's model"]]
     best: NotRequired[Annotated[BestRecord, "of `final`: dataset.jsonl, train.jsonl, checkpoint/"]]
+    control: NotRequired[Annotated[ControlRecord, "of an arm's seed: metrics.jsonl and the same files"]]
     evaluate: NotRequired[Annotated[EvaluateRecord, "heldout_losses.json, heldout_rows.parquet"]]
     benchmark: NotRequired[Annotated[BenchmarkRecord, "benchmarks.json"]]
     export: NotRequired[Annotated[ExportRecord, "huggingface/"]]

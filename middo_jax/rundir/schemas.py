@@ -132,7 +132,7 @@ EMBEDDINGS = Schema(
 HELDOUT_ROWS = Schema(
     "heldout_rows.parquet",
     "Parquet",
-    "the run; a round, with `stop.patience`",
+    "the run; a round, with `stop.patience`; a seed of `controls`",
     "The loss of each held-out sample under each model, models in the order of training.",
     1,
     columns=(
@@ -236,7 +236,7 @@ SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "heldout_losses.json",
         "JSON",
-        "the run; a round, with `stop.patience`",
+        "the run; a round, with `stop.patience`; a seed of `controls`",
         "The held-out loss of every model, or of the round's.",
         1,
         rows.HeldoutLosses,
@@ -249,6 +249,14 @@ SCHEMAS: tuple[Schema, ...] = (
         "The scores of the round's model on `evaluate.tasks`; in the first round also the base model's.",
         1,
         rows.BenchmarksFile,
+    ),
+    Schema(
+        "controls.json",
+        "JSON",
+        "the run",
+        "The control arms beside the loop (`controls`).",
+        1,
+        rows.ControlsFile,
     ),
     EVENTS,
     MANIFEST,

@@ -110,8 +110,10 @@ def _measured(run: RunDir, t: int, metric: str) -> float | None:
     return sum(scores.values()) / len(scores) if scores else None
 
 
-def check_stop(config: Config, n_heldout: int) -> None:
-    """Raises ConfigError if the metric of `stop` cannot be measured."""
+def check_heldout(config: Config, n_heldout: int) -> None:
+    """Raises ConfigError if the metric of `stop`, or the control arms, cannot be measured."""
+    if config.controls and not n_heldout:
+        raise ConfigError("config: controls need held-out examples; set data.eval_fraction, such as 0.05")
     if config.stop.patience is not None and config.stop.metric == "heldout_loss" and not n_heldout:
         raise ConfigError(
             "config: stop.metric=heldout_loss needs held-out examples; set data.eval_fraction, such as 0.05"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         check_refiner,
         check_training,
     )
+    from middo_jax.stages.controls import refine_arm
     from middo_jax.stages.endpoint import recorded_line
     from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
     from middo_jax.stages.refine import (
@@ -37,13 +38,14 @@ if TYPE_CHECKING:
     from middo_jax.stages.select import select_stage
     from middo_jax.stages.surroundings import answer_cache, check_cache, save_answers
     from middo_jax.stages.taking_back import take_back_stage
-    from middo_jax.stages.train import remove_training, train_stage
+    from middo_jax.stages.train import count_steps, remove_training, train_stage
 
 # Imported on first use: all stages but `select` import JAX, and `select` must run without it.
 _MODULES = {
     "batch": "batch_stage",
     "benchmark": "benchmark_stage check_benchmarks measure_benchmarks",
     "checks": "check_continues check_judge check_own_texts check_refiner check_training",
+    "controls": "refine_arm",
     "endpoint": "recorded_line",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
     "refine": "check_learnt follow_refinement kept_samples merge_stage merged plan_refinement refine_round "
@@ -54,7 +56,7 @@ _MODULES = {
     "select": "select_stage",
     "surroundings": "answer_cache check_cache save_answers",
     "taking_back": "take_back_stage",
-    "train": "remove_training train_stage",
+    "train": "count_steps remove_training train_stage",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
@@ -72,6 +74,7 @@ __all__ = [
     "check_own_texts",
     "check_refiner",
     "check_training",
+    "count_steps",
     "export_adapter",
     "export_checkpoint",
     "follow_refinement",
@@ -85,6 +88,7 @@ __all__ = [
     "plan_refinement",
     "read_review",
     "recorded_line",
+    "refine_arm",
     "refine_round",
     "refine_stage",
     "remove_training",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from middo_jax.config import ConfigError, StopSettings, load
-from middo_jax.rundir.stopping import check_stop, decide
+from middo_jax.rundir.stopping import check_heldout, decide
 
 
 @pytest.mark.parametrize(
@@ -37,5 +37,5 @@ def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"stop\.metric=task needs evaluate\.tasks"):
         load(None, [*given, "stop.metric=task"])
     with pytest.raises(ConfigError, match=r"data\.eval_fraction"):
-        check_stop(load(None, given), 0)
-    check_stop(load(None, given), 1)
+        check_heldout(load(None, given), 0)
+    check_heldout(load(None, given), 1)

@@ -14,6 +14,7 @@ from test_chain import begun, own, reasons, results
 from middo_jax.cleaning import clean
 from middo_jax.config import load
 from middo_jax.loop import run_loop
+from middo_jax.preferences import preference_pairs
 from middo_jax.progress import Silent
 from middo_jax.report.lineage import trace
 from middo_jax.report.status import render_status, status
@@ -142,6 +143,9 @@ def test_worse_rewrites_are_taken_back_and_traced(finished: Finished, tmp_path: 
     assert found[replaced[0]["id"]]["taken_back"]["round"] == 1
     assert found[replaced[0]["source_id"]]["rounds"] == ["round_00", "final"]
     assert "taken back in round 1: " in render_trace(list(found.values()))
+    worse = {row["id"] for row in rows}
+    assert worse & {pair["middo_id"] for pair in preference_pairs(finished.run)}
+    assert not worse & {pair["middo_id"] for pair in preference_pairs(run)}
     assert status(run)["complete"]
 
 

@@ -237,7 +237,9 @@ def _round(
         "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),
         "recorded": folder.stages().get("refine", {}).get("recorded"),
-        "taken_back": folder.stages().get("take_back"),
+        "taken_back": folder.stages().get("take_back")
+        if settings.get("refine", {}).get("take_back")
+        else None,
         "kept": folder.stages().get("refine", {}).get("kept", {}),
         "conversations": _conversations(tasks or []),
         "rewrites": [

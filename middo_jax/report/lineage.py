@@ -12,7 +12,7 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from middo_jax.data.example import Example
-from middo_jax.report.status import load_jsonl, planned_rounds, require_run
+from middo_jax.report.status import load_jsonl, planned_rounds, require_run, takes_back
 from middo_jax.report.verdicts import verdict
 from middo_jax.rundir import RoundDir, RunDir, RunError
 from middo_jax.rundir.schemas import SCORES
@@ -43,7 +43,7 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
     """
     require_run(run)
     folders = [*planned_rounds(run), run.final]
-    samples = _samples(folders)
+    samples = _samples(folders, takes_back(run))
     target = _resolve(run, samples, example_id)
 
     children: dict[str, list[str]] = defaultdict(list)
@@ -97,7 +97,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _samples(folders: list[RoundDir]) -> dict[str, dict[str, Any]]:
+def _samples(folders: list[RoundDir], takes_back: bool) -> dict[str, dict[str, Any]]:
     """All samples of datasets and all candidates of refined.jsonl files by id, as `trace` describes them."""
     samples: dict[str, dict[str, Any]] = {}
     for index, folder in enumerate(folders):
@@ -107,7 +107,7 @@ def _samples(folders: list[RoundDir]) -> dict[str, dict[str, Any]]:
                 # The dataset takes precedence over refined.jsonl.
                 sample = samples[row["id"]] = _sample(row, index)
             sample["rounds"].append(folder.path.name)
-        for row in load_jsonl(folder.taken_back) or []:
+        for row in (load_jsonl(folder.taken_back) or []) if takes_back else []:
             if row["id"] in samples and samples[row["id"]]["taken_back"] is None:
                 facts = ("badness_before", "badness_after")
                 back = {"round": row["round"]} | {name: row[name] for name in facts}

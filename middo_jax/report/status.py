@@ -124,7 +124,7 @@ def status(run: RunDir) -> dict[str, Any]:
       stale: {stage: why}, next, selected: {axis: n} | None, n_selected (distinct samples) | None, accepted,
       rejected | None};
       next: {round, stage} | None if all stages are done; complete; stop: see `Course.to_json`, None without
-      `stop.patience`; controls: the contents of controls.json, None without arms;
+      `stop.patience`; controls: the contents of controls.json, None while a stage or an arm is not done;
       heldout: [{name, loss, n_target_tokens}];
       n_heldout; benchmarks: see `benchmark_table`;
       effects: {rounds, fine_tuning: see `effects.Effect`, None if unknown}; last_event;
@@ -152,7 +152,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "final": final,
         "next": pending,
         "complete": pending is None,
-        "controls": load_json(run.controls) if config is not None and config.controls else None,
+        "controls": load_json(run.controls) if config and config.controls and pending is None else None,
         "stop": None if ends is None else ends.to_json(),
         "heldout": models,
         "n_heldout": heldout.get("n"),
@@ -196,12 +196,16 @@ def _stages_of(run: RunDir, stopping: Config | None) -> dict[RoundDir, tuple[str
 
 
 def _stages_of_round(folder: RoundDir, run: RunDir) -> tuple[str, ...]:
-    settings = load_settings(run).get("refine")
-    takes_back = isinstance(settings, dict) and bool(settings.get("take_back"))
-    if not takes_back or folder.path == run.round(0).path:
+    if not takes_back(run) or folder.path == run.round(0).path:
         return ROUND_STAGES
     at = ROUND_STAGES.index("refine")
     return (*ROUND_STAGES[:at], "take_back", *ROUND_STAGES[at:])
+
+
+def takes_back(run: RunDir) -> bool:
+    """Whether `refine.take_back` is on; where it is off, taken_back.jsonl is of an earlier start."""
+    settings = load_settings(run).get("refine")
+    return isinstance(settings, dict) and bool(settings.get("take_back"))
 
 
 def _has_benchmarks(run: RunDir) -> bool:

@@ -163,7 +163,7 @@ SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "merged.jsonl",
         "JSON lines",
-        "the folder of `middo refine`",
+        "the folder of `middo refine`, or a control arm",
         "The dataset with its accepted rewrites, the next round's dataset.",
         1,
         rows.ExampleRow,
@@ -195,12 +195,19 @@ SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "requests.jsonl",
         "JSON lines",
-        "a round",
+        "a round or a control arm",
         "Requests to the refiner, and its answers.",
         1,
         rows.RequestRow,
     ),
-    Schema("refined.jsonl", "JSON lines", "a round", "One row per task of the refiner.", 1, rows.RefinedRow),
+    Schema(
+        "refined.jsonl",
+        "JSON lines",
+        "a round or a control arm",
+        "One row per task of the refiner.",
+        1,
+        rows.RefinedRow,
+    ),
     Schema(
         "verdicts.jsonl",
         "JSON lines",
@@ -212,7 +219,7 @@ SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "candidates.jsonl",
         "JSON lines",
-        "a round",
+        "a round or a control arm",
         "One row per attempt of the refiner.",
         1,
         rows.CandidateRow,

@@ -20,7 +20,8 @@ from middo_jax import recording, stages
 from middo_jax.config import load
 from middo_jax.refinement import AnswerCache
 from middo_jax.refinement.endpoint.recording import write_recording
-from middo_jax.rundir import RoundDir, RunError, read_jsonl
+from middo_jax.report.card import card
+from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl
 from middo_jax.rundir.chain import chain
 from middo_jax.session import Session
 from middo_jax.stages import endpoint
@@ -69,6 +70,10 @@ def test_a_replay_makes_the_same_rewrites_and_a_missing_answer_is_counted(
     assert (facts["model"], facts["misses"]) == ("fake", 0)
     assert any(
         f"of {facts['answers']} answers are recorded, from fake; 0 were missing" in line for line in said
+    )
+
+    assert "recorded answers of fake; what they lacked: the model" in card(
+        RunDir(here.path.parent), {}, "messages"
     )
 
     # Without the answers that one accepted rewrite needed, the embedded model writes it: so says its lineage.

@@ -31,6 +31,7 @@ from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
 from middo_jax.report.status import unreadable_events
 from middo_jax.rundir import RunDir, RunError, held, read_jsonl, write_jsonl, write_text
+from middo_jax.rundir.arms import control_links
 from middo_jax.rundir.chain import Begun, Link, State, assess, chain
 from middo_jax.rundir.damage import damages, edited, put_aside, refuse_damaged
 from middo_jax.rundir.events import read_events
@@ -40,13 +41,8 @@ from middo_jax.session import Prepared, Session, prepare, read_data, read_datase
 from middo_jax.version import __version__
 
 PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
-BY_ONE = (
-    PREPARE,
-    "select",
-    "take_back",
-    "merge",
-    "best",
-)  # need no devices: process 0 runs them, the others read the results
+# Need no devices: process 0 runs them, the others read the results.
+BY_ONE = (PREPARE, "select", "take_back", "merge", "best")
 
 
 class FreshData(NamedTuple):
@@ -137,7 +133,7 @@ def run_loop(config: Config, progress: Progress, repair: bool = False) -> RunDir
 
 def _repair(run: RunDir, config: Config, progress: Progress) -> None:
     """Puts aside what is damaged, and what was edited; the chain then finds what has to be done again."""
-    links = chain(run, config)
+    links = [*chain(run, config), *(link for link, _ in control_links(run, config))]
     found = [*damages(run, links), *edited(links)]
     cache = Path(config.refine.cache or run.llm_cache)
     moved = put_aside(run, [damage.path for damage in found])

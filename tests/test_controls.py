@@ -10,6 +10,7 @@ import pytest
 from support.loop_fixture import Finished, rows_by_id
 from test_chain import begun, results
 
+from middo_jax import stages
 from middo_jax.cleaning import clean
 from middo_jax.config import ConfigError, load
 from middo_jax.loop import run_loop
@@ -23,7 +24,13 @@ from middo_jax.rundir.schemas import faults
 pytest_plugins = ["support.loop_fixture"]
 
 
-def test_arms_are_trained_once_per_seed_and_compared(finished: Finished, tmp_path: Path) -> None:
+def broken_off(*_: Any) -> None:
+    raise InterruptedError
+
+
+def test_arms_are_trained_once_per_seed_and_compared(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finished.copy(tmp_path)
     run, before = RunDir(tmp_path / "run"), len(read_jsonl(finished.run.events))
 
@@ -37,8 +44,16 @@ def test_arms_are_trained_once_per_seed_and_compared(finished: Finished, tmp_pat
     once = json.loads(run.controls.read_text(encoding="utf-8"))
     assert faults(once, ControlsFile) == []
     events = len(read_jsonl(run.events))
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "measure_heldout", broken_off)
+        with pytest.raises(InterruptedError):  # between training and measurement
+            run_loop(load(None, given(seeds=2)), Silent())
+    assert status(run)["next"] == {"round": "controls/loop/seed_1", "stage": "control"}
     run_loop(load(None, given(seeds=2)), Silent())
-    assert begun(run, events) == [(f"controls/{arm}/seed_1", "control") for arm in ("loop", "none", "random")]
+    trained = [(f"controls/{arm}/seed_1", "control") for arm in ("loop", "none", "random")]
+    assert begun(run, events) == [trained[0], *trained]
+    steps = read_jsonl(run.path / "controls" / "loop" / "seed_1" / "metrics.jsonl")
+    assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))  # none was done twice
 
     found = json.loads(run.controls.read_text(encoding="utf-8"))
     loop, none, random = found["arms"]

@@ -21,6 +21,8 @@ from middo_jax.report.status import render_status, status
 from middo_jax.report.terminal import render_trace
 from middo_jax.rollback import render_rollback, rollback
 from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl
+from middo_jax.rundir.rows import TakenBackRow
+from middo_jax.rundir.schemas import faults
 
 pytest_plugins = ["support.loop_fixture"]
 
@@ -132,6 +134,7 @@ def test_worse_rewrites_are_taken_back_and_traced(finished: Finished, tmp_path: 
     assert own(reasons(run, given())) == {("round_01", "refine"), ("round_01", "merge"), ("final", "prepare")}
     rows = read_jsonl(run.round(1).taken_back)
     assert rows
+    assert [fault for row in rows for fault in faults(row, TakenBackRow)] == []
     final = rows_by_id(run.final.dataset)
     replaced = [row for row in rows if row["original"] is not None]
     assert {row["source_id"] for row in replaced} <= final.keys()

@@ -5,12 +5,14 @@ decide([2.30, 2.21, 2.22, 2.25], StopSettings(patience=2), rounds=9)  ->  last 3
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from middo_jax.config import Config, ConfigError, StopSettings
 from middo_jax.rundir.layout import RunDir
+from middo_jax.rundir.manifest import RunError
 
 NAMES = {"heldout_loss": "held-out loss", "task": "mean score"}
 
@@ -90,13 +92,17 @@ def decide(values: Sequence[float], settings: StopSettings, rounds: int) -> Cour
 
 
 def course(run: RunDir, config: Config) -> Course:
-    """`decide` from the records of the run's measurements, up to the first training without one."""
+    """`decide` from the records of the run's measurements, up to the first training without one.
+
+    A manifest that cannot be read has none: who reads the stages of its folder says what is wrong with it.
+    """
     values: list[float] = []
-    for t in range(config.rounds + 1):
-        value = _measured(run, t, config.stop.metric)
-        if value is None:
-            break
-        values.append(value)
+    with contextlib.suppress(RunError):
+        for t in range(config.rounds + 1):
+            value = _measured(run, t, config.stop.metric)
+            if value is None:
+                break
+            values.append(value)
     return decide(values, config.stop, config.rounds)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from middo_jax.config import ConfigError, StopSettings, load
-from middo_jax.rundir.stopping import check_heldout, decide
+from middo_jax.rundir import RunDir
+from middo_jax.rundir.chain import chain
+from middo_jax.rundir.stopping import check_heldout, course, decide
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,19 @@ def test_the_end_and_the_best(
     found = decide(values, StopSettings(**stop), rounds)
     assert (found.last, found.best) == (last, best)
     assert (found.why is None) == (last is None)
+
+
+def test_measurements_are_read_up_to_the_first_that_is_missing_or_unreadable(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    config = load(None, ["model.path=m", "data.path=d", "stop.patience=1", "rounds=5"])
+    for t, loss in enumerate((2.0, 1.9, 1.8)):
+        run.round(t).path.mkdir()
+        run.round(t).finish("heldout", [], 0.0, losses={f"round_0{t}": loss})
+    assert course(run, config).values == (2.0, 1.9, 1.8)
+    assert course(run, config).line() == "so far the best is round_02 (held-out loss 1.8000)"
+    run.round(1).manifest.write_text("{", encoding="utf-8")
+    assert course(run, config).values == (2.0,)
+    assert [link.where for link in chain(run, config)][-2:] == ["final evaluate", "final export"]
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

@@ -54,8 +54,9 @@ def test_a_replay_makes_the_same_rewrites_and_a_missing_answer_is_counted(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "answers.jsonl"
-    n = write_recording(file, AnswerCache(finished.run.llm_cache), "fake")
-    assert n == len({json.dumps(body) for body in finished.own_requests})
+    finished.copy(tmp_path / "source")
+    n, model = recording.record(tmp_path / "source" / "run" / "round_00", file)
+    assert (n, model) == (len({json.dumps(body) for body in finished.own_requests}), "fake")
 
     def never(*_: object) -> None:
         raise AssertionError("nothing is missing")

@@ -36,11 +36,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.oracle_figures import Losses, report
+from benchmarks.oracle_figures import report
 from benchmarks.planted_defects import clean_rows, middo
 from benchmarks.planting import plant
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import load_tokenizer
+from middo_jax.report.paired import Losses
 from middo_jax.rundir import RoundDir, json_line, write_json, write_jsonl
 
 FAULTS = ("swapped response", "cut response", "wrong numbers", "shuffled prompt")

@@ -10,7 +10,7 @@ from middo_jax.config import stored
 from middo_jax.report.status import load_settings, require_run
 from middo_jax.rundir import RoundDir, RunDir, held
 from middo_jax.rundir.chain import assess, chain
-from middo_jax.rundir.damage import ASIDE
+from middo_jax.rundir.damage import ASIDE, ROLLED_BACK
 from middo_jax.rundir.leftovers import leftovers, remove, shown_size, size_of
 
 
@@ -67,6 +67,11 @@ def _removable(run: RunDir) -> Iterator[Removable]:
         for path in sorted(here.checkpoint.glob("unreadable_step_*")):
             if needed is None or here.path == run.final.path or here.checkpoint.resolve() in needed:
                 yield Removable(path, size_of(path), "a state of a training that could not be read")
+    for path in sorted((run.path / "controls").glob("*/seed_*/checkpoint")):
+        if "control" in RoundDir(path.parent).stages():
+            yield Removable(path, size_of(path), "the model of a control arm, which was measured")
+    for path in sorted(run.path.glob(f"{ROLLED_BACK}*")):
+        yield Removable(path, size_of(path), "what `middo rollback` put aside")
     for path in sorted(run.path.glob(f"{ASIDE}*")):
         if not any(path.rglob("*.sqlite*")):  # answers were paid for: only the user may remove them
             yield Removable(path, size_of(path), "what `middo run --repair` put aside")

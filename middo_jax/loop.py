@@ -13,31 +13,36 @@ import functools
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from middo_jax import stages, template_date
 from middo_jax.config import RENAMED, Config
 from middo_jax.config.axis_table import scored_axes
+from middo_jax.controls import control_stages, write_summary
 from middo_jax.data.example import Example
 from middo_jax.data.files import inputs_of
 from middo_jax.data.sources import count_reasons
+from middo_jax.ending import best_stage
 from middo_jax.exporting import row_format, write_as_it_came
 from middo_jax.parallel.coordination import agree, barrier, from_first, is_first, stop_point
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
 from middo_jax.report.status import unreadable_events
 from middo_jax.rundir import RunDir, RunError, held, read_jsonl, write_jsonl, write_text
+from middo_jax.rundir.arms import control_links
 from middo_jax.rundir.chain import Begun, Link, State, assess, chain
 from middo_jax.rundir.damage import damages, edited, put_aside, refuse_damaged
 from middo_jax.rundir.events import read_events
 from middo_jax.rundir.files import full_disk_named
+from middo_jax.rundir.stopping import check_heldout, course, decide
 from middo_jax.session import Prepared, Session, prepare, read_data, read_dataset
 from middo_jax.version import __version__
 
 PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
-BY_ONE = (PREPARE, "select", "merge")  # need no devices: process 0 runs them, the others read the results
+# Need no devices: process 0 runs them, the others read the results.
+BY_ONE = (PREPARE, "select", "take_back", "merge", "best")
 
 
 class FreshData(NamedTuple):
@@ -62,6 +67,7 @@ class Plan:
       heldout: examples that are never trained on.
       links: all stages, in order.
       fresh: the user's data, if it had to be read.
+      data: files and folders of the user's data by role.
     """
 
     run: RunDir
@@ -69,6 +75,7 @@ class Plan:
     heldout: Sequence[Example]
     links: Sequence[Link]
     fresh: FreshData | None
+    data: Mapping[str, Path]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +133,10 @@ def run_loop(config: Config, progress: Progress, repair: bool = False) -> RunDir
 
 def _repair(run: RunDir, config: Config, progress: Progress) -> None:
     """Puts damaged and edited files aside, so that the chain finds their stages stale."""
-    links = chain(run, config)
+    links = [*chain(run, config), *(link for link, _ in control_links(run, config))]
     found = [*damages(run, links), *edited(links)]
     cache = Path(config.refine.cache or run.llm_cache)
-    moved = put_aside(run, found)
+    moved = put_aside(run, [damage.path for damage in found])
     for path, to in moved.items():
         progress.say(f"{path}: put aside as {to}")
     for link in links:  # a checkpoint that was put aside is not one that was removed to save space
@@ -149,16 +156,17 @@ def _run(run: RunDir, session: Session) -> None:
         checked.enter_context(session.stage())  # the first training reuses what the checks tokenize
         header = _Header(session)
         try:
-            plan = _checked(run, session, header)
+            checked_plan = _checked(run, session, header)
         finally:
             header.say()  # before an error too
-        agree(_facts(plan))
+        agree(_facts(checked_plan))
         if run.config.exists() and run.round(0).stages():
             run.log("resume")
         write_text(run.config, config.to_yaml())
-        numbered, number = sum(link.name != PREPARE for link in plan.links), 0
-        for stage in (Stage(link, FUNCTIONS[link.name]) for link in plan.links):
+        number = 0
+        for plan, stage in _stages(checked_plan):
             stop_point()
+            numbered = sum(link.name != PREPARE for link in plan.links)
             is_done = from_first(f"{stage.link.where}: is done", functools.partial(stage.is_done, config))
             if stage.link.name == PREPARE:
                 if not is_done:
@@ -177,11 +185,51 @@ def _run(run: RunDir, session: Session) -> None:
             progress.say(where)
             _do_logged(plan, stage.link)
             checked.close()
+    _run_controls(checked_plan)
     if is_first():
         build(run)
     run.log("report")
     barrier("report")
     progress.say(f"done in {duration(time.monotonic() - began)}")
+
+
+def _run_controls(plan: Plan) -> None:
+    """Does the stages of the control arms that are not done, and compares the arms."""
+    if not plan.session.config.controls:
+        return
+    for name, link, config, function in control_stages(plan.session, plan.run, plan.heldout):
+        stop_point()
+        stage = Stage(link, lambda _, __, function=function: function())
+        if from_first(f"{name}: is done", functools.partial(stage.is_done, config)):
+            plan.session.progress.say(f"{name}: done before")
+            continue
+        plan.session.progress.say(name)
+        plan.run.log("start", round=str(link.folder.path.relative_to(plan.run.path)), stage=link.name)
+        stage.do(plan)
+        plan.run.log("done", round=str(link.folder.path.relative_to(plan.run.path)), stage=link.name)
+    if is_first():
+        write_summary(plan.session, plan.run)
+    barrier("controls")
+
+
+def _stages(plan: Plan) -> Iterator[tuple[Plan, Stage]]:
+    """The stages in order, each with the plan that contains it.
+
+    With `stop.patience` each measurement decides which stages are left: process 0 reads them all.
+    """
+    run, session, config, done = plan.run, plan.session, plan.session.config, 0
+    decides = {"heldout_loss": "heldout", "task": "benchmark"}[config.stop.metric]
+    while done < len(plan.links):
+        link = plan.links[done]
+        yield plan, Stage(link, FUNCTIONS[link.name])
+        done += 1
+        if config.stop.patience is None or link.name != decides:
+            continue
+        values = from_first(f"{link.where}: course", lambda: list(course(run, config).values))
+        found = decide(values, config.stop, config.rounds)
+        session.progress.say(found.line())
+        links = chain(run, config, session.base, plan.data, found)
+        plan = dataclasses.replace(plan, links=links)
 
 
 def _do_logged(plan: Plan, link: Link) -> None:
@@ -204,7 +252,8 @@ def _removed(plan: Plan, link: Link) -> list[Link]:
 def _checked(run: RunDir, session: Session, header: _Header) -> Plan:
     """Says the first line and which stages are redone; runs all checks before the folder is changed."""
     config, first = session.config, run.round(0)
-    links = chain(run, config, session.base, inputs_of(config.data))
+    data = inputs_of(config.data)
+    links = chain(run, config, session.base, data)
     refuse_damaged(list(damages(run, links)))
     _refuse_previous_version(run)
     n_unreadable, states = read_events(run.events).n_unreadable, assess(links, config)
@@ -214,13 +263,14 @@ def _checked(run: RunDir, session: Session, header: _Header) -> Plan:
         heldout = [Example.from_json(row) for row in read_jsonl(run.heldout)]
         header.say(first.stages()[PREPARE]["n"] + len(heldout))
     else:
-        begun, data = links[0].begin(), read_data(session)
-        header.say(len(data.examples))
-        fresh = FreshData(begun, prepare(session, data))
+        begun, rows = links[0].begin(), read_data(session)
+        header.say(len(rows.examples))
+        fresh = FreshData(begun, prepare(session, rows))
         heldout = fresh.data.heldout
     if n_unreadable:
         session.progress.say(unreadable_events(n_unreadable))
     stages.check_own_texts(config)
+    check_heldout(config, len(heldout))
     pending = {link.name for link, state in states if not state.is_fresh}
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
         stages.check_training(session, read_dataset(first) if fresh is None else fresh.data.kept, heldout)
@@ -236,7 +286,7 @@ def _checked(run: RunDir, session: Session, header: _Header) -> Plan:
         stages.check_benchmarks(config)
     for line in redone(states):
         session.progress.say(line)
-    return Plan(run, session, heldout, links, fresh)
+    return Plan(run, session, heldout, links, fresh, data)
 
 
 def _offer_choice(run: RunDir, config: Config, link: Link, state: State) -> None:
@@ -266,13 +316,14 @@ class _Header:
             f"middo-jax {__version__} on {devices.size} {kinds} ({shape}), model {config.model.path}, "
             f"data {config.data.name}"
         )
+        self._recorded = stages.recorded_line(config)
         self._progress = session.progress
 
     def say(self, n_rows: int | None = None) -> None:
         """Says it; without the rows if they are not known, because the run ends before they are."""
         if self._text is not None:
             rows = "" if n_rows is None else f" ({n_rows:,} rows)"
-            self._progress.say(f"{self._text}{rows}")
+            self._progress.say(f"{self._text}{rows}{f'; {self._recorded}' if self._recorded else ''}")
             self._text = None
 
 
@@ -330,11 +381,13 @@ def _prepare(plan: Plan, link: Link) -> None:
         facts = {"repairs": repairs, "format": data.format}
         write_jsonl(plan.run.rejected, (r.to_json() for r in data.rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
-        written = plan.run.final.stages().get(PREPARE)
-        if written is not None and written.get("format") != row_format(data.format):
-            plan.run.final.forget(PREPARE)  # its rows have the format of the earlier data
+        for name in (PREPARE, "best"):
+            written = plan.run.final.stages().get(name)
+            if written is not None and written.get("format") != row_format(data.format):
+                plan.run.final.forget(name)  # its rows have the format of the earlier data
     write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
     if link.folder.own_format in link.writes:
+        link.folder.forget("best")  # of a run with `stop.patience`
         rows = list(kept)
         facts = {"format": write_as_it_came(plan.run, rows, link.folder.own_format, plan.session.progress)}
     begun.finish(plan.session.config, time.monotonic() - began, n=len(kept), **facts)
@@ -376,7 +429,8 @@ def _merge(plan: Plan, link: Link) -> None:
 def _evaluate(plan: Plan, link: Link) -> None:
     began, begun = time.monotonic(), link.begin()
     models = {name: path for name, path in link.models.items() if path is not None}
-    losses = stages.measure_heldout(plan.session, plan.run, models, plan.heldout)
+    folder = plan.run if link.name == "evaluate" else link.folder
+    losses = stages.measure_heldout(plan.session, folder, models, plan.heldout)
     begun.finish(plan.session.config, time.monotonic() - began, losses=losses)
 
 
@@ -402,8 +456,11 @@ FUNCTIONS: dict[str, Callable[[Plan, Link], None]] = {
     "train": _train,
     "score": _score,
     "select": _select,
+    "take_back": lambda plan, link: stages.take_back_stage(plan.session.config, link, plan.session.progress),
     "refine": _refine,
     "merge": _merge,
+    "heldout": _evaluate,
+    "best": lambda plan, link: best_stage(plan.session, plan.run, link),
     "evaluate": _evaluate,
     "benchmark": _benchmark,
     "export": _export,

@@ -13,7 +13,7 @@ from typing import Any
 
 from middo_jax.data.example import Example
 from middo_jax.refinement.reply import without_reasoning
-from middo_jax.report.status import judged_tasks
+from middo_jax.report.status import judged_tasks, takes_back
 from middo_jax.rundir import RoundDir, RunDir, read_jsonl
 
 SCORES = ("loss_post", "quality")
@@ -22,10 +22,14 @@ SCORES = ("loss_post", "quality")
 def preference_pairs(run: RunDir) -> list[dict[str, Any]]:
     """The pairs of all rounds: each accepted rewrite against its original, and against earlier candidates.
 
-    Additions have no original, so that only their losing candidates make pairs. A pair whose two answers are
-    equal is left out.
+    Additions have no original, so that only their losing candidates make pairs. Left out are pairs of equal
+    answers, and rewrites that were taken back.
     """
-    return [pair for folder in run.rounds() if folder.refined.exists() for pair in _of_round(folder)]
+    folders = [folder for folder in run.rounds() if folder.refined.exists()]
+    back = [folder for folder in folders if takes_back(run) and folder.taken_back.exists()]
+    worse = {row["id"] for folder in back for row in read_jsonl(folder.taken_back)}
+    pairs = [pair for folder in folders for pair in _of_round(folder)]
+    return [pair for pair in pairs if pair["middo_id"] not in worse]
 
 
 def _of_round(folder: RoundDir) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,15 @@ from middo_jax.rundir.tables import VERSION, arrow_schema
 pytest_plugins = ["support.loop_fixture"]
 
 # What a run of the loop without `train.eval_every` and `evaluate.tasks` does not write.
-NOT_IN_A_RUN = {"merged.jsonl", "evaluations.jsonl", "benchmarks.json", "verdicts.jsonl", "plan.json"}
+NOT_IN_A_RUN = {
+    "controls.json",
+    "taken_back.jsonl",
+    "merged.jsonl",
+    "evaluations.jsonl",
+    "benchmarks.json",
+    "verdicts.jsonl",
+    "plan.json",
+}
 # Files and folders without rows of ours.
 OTHERS = {"config.yaml", "report.html", "llm_cache.sqlite", "checkpoint", "huggingface", "train.jsonl"}
 

@@ -80,6 +80,8 @@ class Loop(NamedTuple):
             train__batch_size=4,
             refine__accept="measured",
             hosts__stall_timeout=120,
+            stop__patience=1,  # process 0 decides which stages are left
+            controls="[random]",
         )
         (runs / "config.yaml").write_text(load(None, chosen).to_yaml(), encoding="utf-8")
         return "run", str(runs / "config.yaml")
@@ -112,6 +114,10 @@ def assert_equal(run: RunDir, alone: RunDir) -> None:
     assert judged[0] == judged[1]
     texts = [[json.loads(line)["id"] for line in r.final.dataset.open()] for r in (run, alone)]
     assert texts[0] == texts[1]
+    arms = [json.loads(r.controls.read_text())["arms"] for r in (run, alone)]
+    for one, two in zip(*arms, strict=True):
+        assert one["losses"] == pytest.approx(two["losses"], abs=1e-3)
+        assert (one["tasks"], one["accepted"]) == (two["tasks"], two["accepted"])
     losses = [json.loads(r.heldout_losses.read_text())["models"] for r in (run, alone)]
     for one, two in zip(*losses, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-3)

@@ -1,4 +1,4 @@
-"""Commands that run the loop, and commands that read a run: run, quickstart, report, status, trace."""
+"""Commands that run the loop, and those on a run: run, quickstart, report, status, clean, rollback, trace."""
 
 from __future__ import annotations
 
@@ -79,6 +79,26 @@ def clean(
     show(as_json, facts, cleaning.render_clean(found, RunDir(run), yes))
 
 
+@app.command(epilog="Example: middo rollback runs/quickstart 0 --yes")
+def rollback(
+    run: Path,
+    round_: Annotated[int, typer.Argument(metavar="ROUND", min=0, help="The last round that stays.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Put aside what is listed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Goes back to the state after a round: what came later is listed, and put aside with --yes."""
+    from middo_jax import rollback as rolling
+    from middo_jax.rundir import RunDir
+
+    done = rolling.rollback(RunDir(run), round_, yes)
+    facts = {
+        "round": done.round,
+        "later": [str(path) for path in done.later],
+        "aside": None if done.aside is None else str(done.aside),
+    }
+    show(as_json, facts, rolling.render_rollback(done, RunDir(run)))
+
+
 @app.command(epilog="Example: middo trace runs/quickstart 3fa9c2")
 def trace(
     run: RunFolder,
@@ -95,7 +115,9 @@ def trace(
 
 
 def _show_run(done: Run, as_json: bool) -> None:
+    from middo_jax.report.controls import control_lines
     from middo_jax.report.effects import effect_lines
 
-    text = "\n".join([*effect_lines(done.facts["effects"]), str(done.report)])
+    told = [*effect_lines(done.facts["effects"]), *control_lines(done.facts["controls"])]
+    text = "\n".join([*told, str(done.report)])
     show(as_json, {"report": str(done.report), **done.facts}, text)

@@ -139,6 +139,12 @@ def refine(
         list[Path] | None,
         typer.Option(help="A file with people's verdicts; repeat the option for further files."),
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="A new file with all answers of the refiner so far, for refine.base_url=replay:FILE."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rewrites the selected samples of DIRECTORY by a served LLM, into refined.jsonl and merged.jsonl."""
@@ -148,6 +154,9 @@ def refine(
 
     if write_review or read_review:
         _review(directory, write_review, review_format, read_review or [], overrides, as_json)
+        return
+    if record is not None:
+        _record(directory, record, overrides, as_json)
         return
     if dry_run:
         facts = dataclasses.asdict(api.dry_run(directory, settings=overrides))
@@ -166,6 +175,15 @@ def refine(
     result = {**counts, "merged": str(refined.merged), "usage": refined.usage}
     text = f"{refined.n_accepted} of {len(refined.rows)} rewrites accepted\n{refined.merged}"
     show(as_json, result, text)
+
+
+def _record(directory: Path, path: Path, overrides: list[str] | None, as_json: bool) -> None:
+    from middo_jax import recording
+    from middo_jax.report.terminal import printable
+
+    n, model = recording.record(directory, path, settings=overrides)
+    facts = {"answers": n, "model": model, "recording": str(path)}
+    show(as_json, facts, f"{n:,} answers of {printable(model, lines=False)}\n{path}")
 
 
 def _review(

@@ -46,6 +46,7 @@ from middo_jax.config.settings import (
     ScoringSettings,
     ServeSettings,
 )
+from middo_jax.config.stopping import Control, StopSettings
 from middo_jax.config.training import (
     Adafactor,
     AdamW,
@@ -71,6 +72,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Contains",
+    "Control",
     "DataSettings",
     "Deviations",
     "DiversitySettings",
@@ -94,6 +96,7 @@ __all__ = [
     "ServeSettings",
     "Settings",
     "SettingsLike",
+    "StopSettings",
     "Threshold",
     "TokenRate",
     "Tokens",

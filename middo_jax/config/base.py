@@ -18,7 +18,7 @@ Effect = Literal[
     "speed",  # time and memory; results change only by rounding
     "cost",  # limits of spending
     "shown",  # what is displayed or kept in addition
-    "rounds",  # the number of rounds
+    "rounds",  # which rounds and stages a run has
     "data",  # the rows that are used or held out
     "text",  # how a row becomes tokens
     "model",  # the model and its dtype

@@ -149,6 +149,7 @@ class RefineSettings(Settings):
     base_url: Annotated[str | tuple[str, ...] | None, Affects("place")] = Field(
         default=None,
         description="One URL, or a list of URLs of servers with the same model, which share the load. "
+        "replay:FILE: recorded answers; the embedded endpoint answers what the file lacks. "
         "None: $OPENAI_BASE_URL, else the embedded endpoint is started. Only $OPENAI_BASE_URL may contain a "
         "user, a password or a query.",
     )
@@ -227,6 +228,11 @@ class RefineSettings(Settings):
         description="Whether a run stops before each merge until `middo refine RUN/round_00 --read-review` "
         "has read people's verdicts on the accepted rewrites.",
     )
+    take_back: Annotated[bool, Affects("rounds")] = Field(
+        default=False,
+        description="Whether a rewrite is taken back if its sample is worse in the next round than the "
+        "original was, on the axes that selected it; see docs/experiments.md.",
+    )
     max_attempts: Annotated[PositiveInt, Affects("acceptance")] = Field(
         default=2,
         description="Maximum attempts per sample; each later prompt says why the last rewrite was rejected. "
@@ -253,8 +259,12 @@ class RefineSettings(Settings):
         urls = (base_url,) if isinstance(base_url, str) else base_url
         if urls is not None and not urls:
             raise ValueError("give at least one URL, or null")
+        if isinstance(base_url, str) and base_url.startswith("replay:"):
+            if base_url == "replay:":
+                raise ValueError("replay: must be followed by a file of recorded answers")
+            return base_url
         if not all(url.startswith(("http://", "https://")) for url in urls or ()):
-            raise ValueError("must start with http:// or https://")
+            raise ValueError("must start with http:// or https://, or be one replay:FILE")
         if any(_has_secret(url) for url in urls or ()):
             raise ValueError(
                 "must contain no user, password or query: settings are written to files. Give the URL in "

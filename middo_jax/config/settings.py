@@ -19,6 +19,7 @@ from middo_jax.config.axes import (
 from middo_jax.config.base import URL, Affects, Settings
 from middo_jax.config.evaluation import EvaluateSettings
 from middo_jax.config.refine import RefineSettings
+from middo_jax.config.stopping import Control, StopSettings
 from middo_jax.config.training import LoraSettings, TrainSettings
 
 IF_SAMPLED = ("quality.method", "sample")
@@ -229,6 +230,16 @@ class Config(Settings):
     rounds: Annotated[PositiveInt, Affects("rounds")] = Field(
         default=1, description="Number of rounds of diagnosing and improving the dataset."
     )
+    controls: Annotated[tuple[Control, ...], Affects("rounds")] = Field(
+        default=(),
+        description="Arms beside the loop with the same budget for rewrites and the same training: none, "
+        "random rows, reanswer (the loop's rows, only their answers anew), rows by loss, ifd or length; see "
+        "docs/experiments.md.",
+    )
+    seeds: Annotated[PositiveInt, Affects("rounds")] = Field(
+        default=1,
+        description="Number of trainings of each arm, with seed, seed + 1, ...; only with controls.",
+    )
     model: ModelSettings
     data: DataSettings
     mesh: MeshSettings = MeshSettings()
@@ -243,6 +254,7 @@ class Config(Settings):
     refine: RefineSettings = RefineSettings()
     serve: ServeSettings = ServeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    stop: StopSettings = StopSettings()
 
     @pydantic.field_validator("runs_dir")
     @classmethod
@@ -258,6 +270,16 @@ class Config(Settings):
             raise ValueError("train.gradient_accumulation must divide train.batch_size")
         if self.train.keep_best and self.train.eval_every is None:
             raise ValueError("train.keep_best needs train.eval_every, to find the best state")
+        if self.stop.patience is not None and self.stop.metric == "task" and not self.evaluate.tasks:
+            raise ValueError("stop.metric=task needs evaluate.tasks, to measure them")
+        if len(set(self.controls)) < len(self.controls):
+            raise ValueError("controls names an arm twice")
+        if self.controls and self.train.start_from != "base":
+            raise ValueError("controls need train.start_from=base: all arms are trained from the base model")
+        if "ifd" in self.controls and not {"ifd", "consistency"} & set(self.scoring.readings):
+            raise ValueError("controls: the arm ifd needs scoring.readings: [ifd]")
+        if self.seeds > 1 and not self.controls:
+            raise ValueError("seeds repeats the trainings of controls; set controls, such as [none, random]")
         return self
 
     def to_yaml(self) -> str:

@@ -26,6 +26,7 @@ from middo_jax.report import plots
 from middo_jax.report.acceptance import acceptance
 from middo_jax.report.axes import ShownAxis, shown_axes
 from middo_jax.report.benchmarks import metric_text, score_text
+from middo_jax.report.controls import verdict
 from middo_jax.report.costs import costs
 from middo_jax.report.curves import heldout_curves, training_curves
 from middo_jax.report.effects import RESAMPLES
@@ -57,7 +58,8 @@ OPS = {
     "complete": "completed",
 }
 Axes = Mapping[str, ShownAxis]
-STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES), "benchmark")
+OPTIONAL_STAGES = ("benchmark", "heldout", "best", "take_back")
+STAGES = (*ROUND_STAGES, *(s for s in FINAL_STAGES if s not in ROUND_STAGES), *OPTIONAL_STAGES)
 # Characters shown of each text. The first that makes the page no larger than PAGE_BYTES is used.
 EXCERPTS = (10_000, 3_000, 1_000, 300)
 PAGE_BYTES = 20_000_000
@@ -114,6 +116,7 @@ def _page(run: RunDir, excerpt: int) -> str:
         settings_text=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         refused=None if refused is None else refused[:REFUSED_SHOWN],
         n_refused=len(refused or ()),
+        recorded_models=sorted({r["recorded"]["model"] for r in rounds if r["recorded"]}),
         refused_reasons=count_reasons(unusable),
         repairs=run.round(0).stages().get("prepare", {}).get("repairs", {}),
         n_heldout_rows=count_rows(run.heldout),
@@ -150,6 +153,8 @@ def _environment(excerpt: int) -> jinja2.Environment:
         "seconds": number(duration),
         "metric": metric_text,
         "benchmark": lambda v: score_text(v).replace("+-", "\N{PLUS-MINUS SIGN}"),
+        "flops": number(lambda v: f"{v:.2g}"),
+        "verdict": verdict,
         "usd": number(lambda v: f"{v:,.2f}" if v >= 1 else f"{v:.4f}"),
         "raw": lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, indent=2),
         "excerpt": lambda v: excerpt_of(str(v), excerpt),
@@ -238,6 +243,10 @@ def _round(
         ),
         "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),
+        "recorded": folder.stages().get("refine", {}).get("recorded"),
+        "taken_back": folder.stages().get("take_back")
+        if settings.get("refine", {}).get("take_back")
+        else None,
         "kept": folder.stages().get("refine", {}).get("kept", {}),
         "conversations": _conversations(tasks or []),
         "rewrites": [_rewrite(t, hints, (before, later), axes, excerpt) for t in taken],

@@ -111,7 +111,7 @@ def _facts(settings: Mapping[str, Any], run: RunDir) -> list[tuple[str, str]]:
         ("original data", data.get("path") or ", ".join(sources)),
         ("SHA-256 of its files, first digits", ", ".join(inputs) or "not recorded"),
         ("rounds", str(len(run.rounds()))),
-        ("refiner", str(refine.get("model") or "the model itself")),
+        ("refiner", _refiner(run, refine)),
         ("acceptance", str(refine.get("accept", ""))),
     ]
     for stage, (group, name) in zip(("refine", "score"), OWN_TEXTS, strict=True):
@@ -119,6 +119,13 @@ def _facts(settings: Mapping[str, Any], run: RunDir) -> list[tuple[str, str]]:
         if known is not None:
             rows.append((f"SHA-256 of {group}.{name}, first digits", f"`{known['hash'][:16]}`"))
     return rows
+
+
+def _refiner(run: RunDir, settings: Mapping[str, Any]) -> str:
+    records = (folder.stages().get("refine", {}).get("recorded") for folder in run.rounds())
+    recorded = sorted({record["model"] for record in records if record})
+    named = str(settings.get("model") or "the model itself")
+    return f"recorded answers of {', '.join(recorded)}; what they lacked: {named}" if recorded else named
 
 
 def _rounds(run: RunDir) -> list[str]:

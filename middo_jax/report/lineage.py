@@ -14,7 +14,7 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from middo_jax.data.example import Example
-from middo_jax.report.status import judged_tasks, load_jsonl, planned_rounds, require_run
+from middo_jax.report.status import judged_tasks, load_jsonl, planned_rounds, require_run, takes_back
 from middo_jax.report.verdicts import verdict
 from middo_jax.rundir import RoundDir, RunDir, RunError
 from middo_jax.rundir.schemas import SCORES
@@ -35,6 +35,7 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
       (ancestor | self | descendant), round (the first round whose dataset contains it, or would contain it;
       `final` counts as the round after the last), rounds (all folders whose dataset contains it), op, axis,
       parent_ids, root_id, hint_ids, refiner, accepted, verdict,
+      taken_back (the round that takes the rewrite back, with the sample's badness before and after; None),
       prompt, response, turns, turns_changed (of a rewrite, against its original; None of others), scores
       (its row in the first round's scores.parquet, None if it was not scored), later_scores ({folder: row}),
       scores_before (for which the parent was selected).
@@ -44,7 +45,7 @@ def trace(run: RunDir, example_id: str) -> list[dict[str, Any]]:
     """
     require_run(run)
     folders = [*planned_rounds(run), run.final]
-    samples = _samples(folders)
+    samples = _samples(folders, takes_back(run))
     target = _resolve(run, samples, example_id)
 
     children: dict[str, list[str]] = defaultdict(list)
@@ -106,7 +107,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _samples(folders: list[RoundDir]) -> dict[str, dict[str, Any]]:
+def _samples(folders: list[RoundDir], takes_back: bool) -> dict[str, dict[str, Any]]:
     """All samples of datasets and all candidates of refined.jsonl files by id, as `trace` describes them."""
     samples: dict[str, dict[str, Any]] = {}
     for index, folder in enumerate(folders):
@@ -116,6 +117,11 @@ def _samples(folders: list[RoundDir]) -> dict[str, dict[str, Any]]:
                 # The dataset takes precedence over refined.jsonl.
                 sample = samples[row["id"]] = _sample(row, index)
             sample["rounds"].append(folder.path.name)
+        for row in (load_jsonl(folder.taken_back) or []) if takes_back else []:
+            if row["id"] in samples and samples[row["id"]]["taken_back"] is None:
+                facts = ("badness_before", "badness_after")
+                back = {"round": row["round"]} | {name: row[name] for name in facts}
+                samples[row["id"]]["taken_back"] = back
         for task in judged_tasks(folder) or []:
             if task["example"] is not None and task["example"]["id"] not in samples:
                 end = {"accepted": task["accepted"], "verdict": _verdict_text(task)}
@@ -139,6 +145,7 @@ def _sample(row: dict[str, Any], index: int) -> dict[str, Any]:
         "refiner": lineage.refiner,
         "accepted": True,
         "verdict": None,
+        "taken_back": None,
         "scores_before": lineage.scores_before,
         "example": example,
         "prompt": example.prompt,

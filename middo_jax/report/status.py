@@ -19,16 +19,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from middo_jax.config import stored
+from middo_jax.config import Config, stored
 from middo_jax.progress import duration
 from middo_jax.report.benchmarks import benchmark_lines, benchmark_table
+from middo_jax.report.controls import control_lines
 from middo_jax.report.effects import effect_lines, effects
 from middo_jax.report.terminal import printable
 from middo_jax.report.verdicts import after_people, describe, people
 from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError
+from middo_jax.rundir.arms import control_links
 from middo_jax.rundir.chain import assess, chain
 from middo_jax.rundir.events import read_events
 from middo_jax.rundir.rows import BenchmarksFile
+from middo_jax.rundir.stopping import course
 
 ROUND_STAGES = ("train", "score", "select", "refine", "merge")
 FINAL_STAGES = ("train", "evaluate", "export")
@@ -130,7 +133,9 @@ def status(run: RunDir) -> dict[str, Any]:
       run, path; rounds and final, each {name, rows, stages: {stage: seconds | None if not done or stale},
       stale: {stage: why}, next, selected: {axis: n} | None, n_selected (distinct samples) | None, accepted,
       rejected | None, people: {verdict: n} | None if nobody judged the rewrites};
-      next: {round, stage} | None if all stages are done; complete; heldout: [{name, loss, n_target_tokens}];
+      next: {round, stage} | None if all stages are done; complete; stop: see `Course.to_json`, None without
+      `stop.patience`; controls: the contents of controls.json, None while a stage or an arm is not done;
+      heldout: [{name, loss, n_target_tokens}];
       n_heldout; benchmarks: see `benchmark_table`;
       effects: {rounds, fine_tuning: see `effects.Effect`, None if unknown}; last_event;
       unreadable_events: lines of events.jsonl that cannot be read.
@@ -139,11 +144,13 @@ def status(run: RunDir) -> dict[str, Any]:
       RunError: the folder does not exist or is no run's, or a file in it cannot be read.
     """
     require_run(run)
-    stale = _stale(run)
-    benchmarked = ("benchmark",) if _has_benchmarks(run) else ()
-    rounds = [_round(r, (*ROUND_STAGES, *benchmarked), stale) for r in planned_rounds(run)]
-    final = _round(run.final, (*FINAL_STAGES[:-1], *benchmarked, *FINAL_STAGES[-1:]), stale)
+    config, stale = stored(load_settings(run)), _stale(run)
+    ends = None if config is None or config.stop.patience is None else course(run, config)
+    rows = [_round(of, names, stale) for of, names in _stages_of(run, config if ends else None).items()]
+    rounds, final = rows[:-1], rows[-1]
     pending = next(({"round": r["name"], "stage": r["next"]} for r in [*rounds, final] if r["next"]), None)
+    if pending is None and config is not None:
+        pending = _pending_control(run, config)
     is_evaluated = (run.final.path.name, "evaluate") not in stale
     heldout = (load_json(run.heldout_losses) if is_evaluated else None) or {}
     models = heldout.get("models", [])
@@ -155,6 +162,8 @@ def status(run: RunDir) -> dict[str, Any]:
         "final": final,
         "next": pending,
         "complete": pending is None,
+        "controls": load_json(run.controls) if config and config.controls and pending is None else None,
+        "stop": None if ends is None else ends.to_json(),
         "heldout": models,
         "n_heldout": heldout.get("n"),
         "benchmarks": benchmark_table(_benchmarks(run, stale)),
@@ -162,6 +171,51 @@ def status(run: RunDir) -> dict[str, Any]:
         "last_event": events.rows[-1] if events.rows else None,
         "unreadable_events": events.n_unreadable,
     }
+
+
+def _pending_control(run: RunDir, config: Config) -> dict[str, str] | None:
+    """The first stage of the control arms that is not done."""
+    for link, settings in control_links(run, config):
+        if link.name not in link.folder.stages() or link.why_stale(settings) is not None:
+            where = link.folder.path.relative_to(run.path).as_posix()
+            return {"round": where, "stage": link.name}
+    return None
+
+
+def _stages_of(run: RunDir, stopping: Config | None) -> dict[RoundDir, tuple[str, ...]]:
+    """The rounds to show and `final`, each with its stages; a round behind the end has those that it did.
+
+    `stopping`: the settings if the rounds may end early. Then the chain has the stages.
+    """
+    stages: dict[Path, list[str]] = {}
+    if stopping is not None:
+        for link in chain(run, stopping):
+            of_folder = stages.setdefault(link.folder.path, [])
+            of_folder += [] if link.name == "prepare" else [link.name]
+    else:
+        more = ["benchmark"] if _has_benchmarks(run) else []
+        count = load_settings(run).get("rounds")
+        planned = planned_rounds(run)[: count if isinstance(count, int) else None]
+        stages = {folder.path: [*_stages_of_round(folder, run), *more] for folder in planned}
+        stages[run.final.path] = [*FINAL_STAGES[:-1], *more, *FINAL_STAGES[-1:]]
+    for folder in run.rounds():
+        stages.setdefault(folder.path, [name for name in folder.stages() if name != "prepare"])
+    final = stages.pop(run.final.path)
+    stages = {path: stages[path] for path in sorted(stages)} | {run.final.path: final}
+    return {RoundDir(path): tuple(names) for path, names in stages.items()}
+
+
+def _stages_of_round(folder: RoundDir, run: RunDir) -> tuple[str, ...]:
+    if not takes_back(run) or folder.path == run.round(0).path:
+        return ROUND_STAGES
+    at = ROUND_STAGES.index("refine")
+    return (*ROUND_STAGES[:at], "take_back", *ROUND_STAGES[at:])
+
+
+def takes_back(run: RunDir) -> bool:
+    """Whether `refine.take_back` is on; where it is off, taken_back.jsonl is of an earlier start."""
+    settings = load_settings(run).get("refine")
+    return isinstance(settings, dict) and bool(settings.get("take_back"))
 
 
 def _has_benchmarks(run: RunDir) -> bool:
@@ -248,9 +302,11 @@ def render_status(d: dict[str, Any]) -> str:
     below = [
         *_reasons([*d["rounds"], d["final"]]),
         *(f"{r['name']}: people's verdicts: {describe(r['people'])}" for r in d["rounds"] if r["people"]),
+        *([d["stop"]["line"]] if d["stop"] else []),
         f"held-out loss: {losses or 'not yet'}",
         *(f"  {line}" for line in effect_lines(d["effects"])),
         *benchmark_lines(d["benchmarks"]),
+        *control_lines(d["controls"]),
     ]
     if event := d["last_event"]:
         below.append(f"last event: {event.get('event', '?')} at {event.get('time', '?')}")

@@ -111,6 +111,14 @@ def render_trace(chain: list[dict[str, Any]]) -> str:
         own = "" if user_id is None else f" (yours: {user_id})"
         block = [f"round {sample['round']}  {sample['id']}{own}  {how}{parents}{turns}{verdict}"]
         block += [f"  {', '.join(known)}"] if known else []
+        if back := sample.get("taken_back"):
+            worse = ", ".join(
+                f"{axis} {before:+.2f} -> {back['badness_after'][axis]:+.2f}"
+                for axis, before in back["badness_before"].items()
+            )
+            block.append(
+                f"  taken back in round {back['round']}: {worse} standard deviations worse than the mean"
+            )
         for name in ("prompt", "response"):
             block.append(textwrap.indent(f"{name}: {sample[name]}", "  "))
         parts.append("\n".join(block))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from middo_jax.config import Config, Effect, affecting, default_of
 from middo_jax.rundir.layout import RoundDir, RunDir
 from middo_jax.rundir.manifest import TOKENIZER, Manifest, Reason, Seen
+from middo_jax.rundir.stopping import Course, course
 
 # The effects of settings that each stage depends on. "prepare" is the first round's, which reads the user's
 # data; "prepare_later" is a later round's. Effects of stages whose files a stage reads need not be repeated.
@@ -26,8 +27,11 @@ AFFECTED_BY: Mapping[str, frozenset[Effect]] = {
     "train": frozenset(("training", "text", "model")),
     "score": frozenset(("scores", "text", "model")),
     "select": frozenset(("selection",)),
+    "take_back": frozenset(),
     "refine": frozenset(("rewrites", "acceptance", "text", "model")),
     "merge": frozenset(("growth",)),
+    "heldout": frozenset(("text", "model")),
+    "best": frozenset(),
     "evaluate": frozenset(("text", "model")),
     "benchmark": frozenset(("benchmarks", "text", "model")),
     "export": frozenset(("model",)),
@@ -131,6 +135,10 @@ class Link:
         for name in (*map(manifest.name, self.reads), *self.inputs):
             if name not in known:
                 return Reason(f"it reads {name} now", input=name if name in self.inputs else None)
+        reads = {*map(manifest.name, self.reads)}
+        for name in record["reads"]:  # models aside: the place of one may not be known here
+            if name not in reads and not name.endswith("/metadata.json"):
+                return Reason(f"it does not read {name} any more")
         return None
 
     def _settings(self, config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,34 +193,53 @@ def assess(links: Sequence[Link], config: Config) -> list[tuple[Link, State]]:
 
 
 def chain(
-    run: RunDir, config: Config, base: Path | None = None, data: Mapping[str, Path] | None = None
+    run: RunDir,
+    config: Config,
+    base: Path | None = None,
+    data: Mapping[str, Path] | None = None,
+    so_far: Course | None = None,
 ) -> list[Link]:
-    """Returns all stages of a run in order.
+    """Returns all stages of a run in order; with `stop.patience` up to the end of the rounds, if it is known.
 
     Args:
       run: the run.
-      config: settings; `rounds`, `train.start_from` and `refine.accept` are used.
+      config: settings; `rounds`, `stop`, `train.start_from` and `refine.accept` are used.
       base: the base model's directory; None if it is not known.
       data: files and folders of the user's data by role; None if they are not known.
+      so_far: the trainings that were measured, if `stop.patience` is set; None reads them from the run.
     """
     links = [prepare(run, data or {}, base)]
-    ends = [*(run.round(t) for t in range(config.rounds)), run.final]
+    stops = config.stop.patience is not None
+    so_far = so_far or (course(run, config) if stops else None)
+    last = config.rounds if so_far is None or so_far.last is None else so_far.last
+    ends = [*(run.round(t) for t in range(last)), run.round(last) if stops else run.final]
     benchmarks: list[Link] = []
     for t, here in enumerate(ends):
         earlier = ends[t - 1] if t else None
         previous = base if earlier is None else earlier.checkpoint
         start = previous if config.train.start_from == "previous" else base
         if earlier is not None:
-            links.append(prepare_later(here, earlier))
+            links.append(prepare_later(here, earlier, _taken_back(earlier, config, t - 1)))
         links.append(train(here, start))
         benchmarks = [benchmark(here, config, None if earlier else base)] if config.evaluate.tasks else []
-        if here.path == run.final.path:
+        if stops:
+            by_task = config.stop.metric == "task"
+            links += benchmarks if by_task else [heldout(here, run)]
+            benchmarks = [] if by_task else benchmarks
+        if here is ends[-1]:
             break
         measuring = here.checkpoint if config.refine.accept == "measured" else None
         rated = score(here, here.checkpoint, start, rubric=own_file(config.quality.rubric))
         scored = dataclasses.replace(rated, earlier=earlier)
-        refined = refine(here, run.heldout, measuring, base, own_file(config.refine.prompts))
-        links += [scored, select(here), refined, merge(here), *benchmarks]
+        taken = _taken_back(here, config, t)
+        refined = refine(here, run.heldout, measuring, base, refiner_files(config), taken)
+        links += [scored, select(here)]
+        if taken is not None and earlier is not None:
+            links.append(take_back(here, earlier, _taken_back(earlier, config, t - 1)))
+        links += [refined, merge(here, taken), *benchmarks]
+    if so_far is not None:
+        links += [*benchmarks, best(run, ends, so_far)]
+        ends, benchmarks = [*ends, run.final], []  # the best training has the benchmarks of its own round
     return [*links, evaluate(run, ends, base), *benchmarks, export(run.final, base)]
 
 
@@ -223,9 +250,10 @@ def prepare(run: RunDir, data: Mapping[str, Path], base: Path | None = None) -> 
     return Link("prepare", here, AFFECTED_BY["prepare"], (), writes, data=data, tokenizer=base)
 
 
-def prepare_later(here: RoundDir, earlier: RoundDir) -> Link:
+def prepare_later(here: RoundDir, earlier: RoundDir, taken: Path | None = None) -> Link:
     """A round with its rewrites -> the next round's dataset, the last one in the user's format too."""
     files = (earlier.dataset, earlier.scores, earlier.selection, earlier.refined, *_verdicts(earlier))
+    files += () if taken is None else (taken,)
     writes = (here.dataset, here.own_format) if here.path.name == "final" else (here.dataset,)
     return Link("prepare", here, AFFECTED_BY["prepare_later"], files, writes, earlier=earlier)
 
@@ -279,20 +307,56 @@ def refine(
     heldout: Path | None,
     model: Path | None,
     base: Path | None = None,
-    prompts: Path | None = None,
+    data: Mapping[str, Path] | None = None,
+    taken: Path | None = None,
 ) -> Link:
-    """The selected samples -> rewrites; `model` measures them, None if they are not measured."""
+    """The selected samples -> rewrites; `model` measures them, None if they are not measured.
+
+    `data`: the user's files, see `refiner_files`. `taken`: what is taken back, see `taken_back_file`.
+    """
     held = () if heldout is None else (heldout,)
     measured = () if model is None else (here.embeddings,)
-    files = (here.dataset, here.scores, here.selection, *held, *measured)
+    files = (
+        here.dataset,
+        here.scores,
+        here.selection,
+        *held,
+        *measured,
+        *(() if taken is None else (taken,)),
+    )
     writes = (here.requests, here.refined, here.candidates)
-    data = {} if prompts is None else {"prompts": prompts}
-    return Link("refine", here, AFFECTED_BY["refine"], files, writes, {"model": model}, data, tokenizer=base)
+    models, affected = {"model": model}, AFFECTED_BY["refine"]
+    return Link("refine", here, affected, files, writes, models, data or {}, tokenizer=base)
 
 
-def merge(here: RoundDir) -> Link:
+def refiner_files(config: Config) -> dict[str, Path]:
+    """The user's files that the refiner's requests and answers depend on, by role."""
+    base_url, words = config.refine.base_url, own_file(config.refine.prompts)
+    recorded = base_url.removeprefix("replay:") if isinstance(base_url, str) else None
+    found = {"prompts": words, "recorded": None if recorded in (None, base_url) else own_file(recorded)}
+    return {role: path for role, path in found.items() if path is not None}
+
+
+def take_back(here: RoundDir, earlier: RoundDir, taken: Path | None) -> Link:
+    """The selections of two rounds -> the rewrites that are worse than their originals were."""
+    before = (earlier.dataset, earlier.refined, earlier.selected, *_verdicts(earlier))
+    files = (*before, *(() if taken is None else (taken,)), here.dataset, here.selected)
+    return Link("take_back", here, AFFECTED_BY["take_back"], files, (here.taken_back,), earlier=earlier)
+
+
+def taken_back_file(here: RoundDir, config: Config) -> Path | None:
+    """The round's taken_back.jsonl, if `refine.take_back` is on and a round is before it."""
+    return _taken_back(here, config, here.index)
+
+
+def _taken_back(here: RoundDir, config: Config, index: int) -> Path | None:
+    return here.taken_back if config.refine.take_back and index > 0 else None
+
+
+def merge(here: RoundDir, taken: Path | None = None) -> Link:
     """Rewrites -> the samples that are dropped to make room for them."""
     files = (here.dataset, here.scores, here.selection, here.refined, *_verdicts(here))
+    files += () if taken is None else (taken,)
     return Link("merge", here, AFFECTED_BY["merge"], files, (here.dropped,))
 
 
@@ -306,6 +370,25 @@ def evaluate(run: RunDir, trained: Iterable[RoundDir], base: Path | None) -> Lin
     models = {"base": base} | {directory.path.name: directory.checkpoint for directory in trained}
     writes = (run.heldout_losses, run.heldout_rows)
     return Link("evaluate", run.final, AFFECTED_BY["evaluate"], (run.heldout,), writes, models)
+
+
+def heldout(here: RoundDir, run: RunDir) -> Link:
+    """Held-out rows -> their losses under the round's model, which decide when the rounds end."""
+    writes, models = (here.heldout_losses, here.heldout_rows), {here.path.name: here.checkpoint}
+    return Link("heldout", here, AFFECTED_BY["heldout"], (run.heldout,), writes, models)
+
+
+def best(run: RunDir, trained: Sequence[RoundDir], so_far: Course) -> Link:
+    """Dataset and checkpoint of the best training -> those of `final`.
+
+    It reads the measurements of all trainings, which decide which of them is the best.
+    """
+    here, final = trained[so_far.best or 0], run.final
+    by_task = so_far.metric == "task"
+    measured = [of.benchmarks if by_task else of.heldout_losses for of in trained]
+    writes = (final.dataset, final.own_format, final.checkpoint)
+    files = (here.dataset, *measured)
+    return Link("best", final, AFFECTED_BY["best"], files, writes, {"model": here.checkpoint}, earlier=here)
 
 
 def benchmark(here: RoundDir, config: Config, base: Path | None) -> Link:

@@ -19,7 +19,7 @@ from middo_jax.rundir.layout import RoundDir, RunDir
 from middo_jax.rundir.manifest import Manifest, RunError
 
 FOLDERS = frozenset(("checkpoint", "huggingface"))  # what stages write as folders; all else are files
-ASIDE = "damaged-"
+ASIDE, ROLLED_BACK = "damaged-", "rolled-back-"  # how the folders of what was put aside begin
 
 
 class Damage(NamedTuple):
@@ -67,11 +67,11 @@ def edited(links: Sequence[Link]) -> Iterator[Damage]:
             yield Damage(manifest.folder / name, "is not as it was written")
 
 
-def put_aside(run: RunDir, found: Sequence[Damage]) -> dict[Path, Path]:
-    """Moves damaged files to a new folder of the run, under their own names; returns where each is now."""
+def put_aside(run: RunDir, found: Sequence[Path], prefix: str = ASIDE) -> dict[Path, Path]:
+    """Moves files to a new folder of the run, under their own names; returns where each is now."""
     moved: dict[Path, Path] = {}
-    root = run.path / f"{ASIDE}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    for path in dict.fromkeys(damage.path for damage in found):
+    root = run.path / f"{prefix}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    for path in dict.fromkeys(found):
         if not os.path.lexists(path):
             continue  # within a folder that was moved
         to = root / path.relative_to(run.path)

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -106,6 +107,25 @@ def own_files() -> Iterator[None]:
 def temporary_prefix(path: Path) -> str:
     """How the name of a temporary file or folder beside `path` begins: it names the process that makes it."""
     return f".{path.name}.tmp-{mark()}-"
+
+
+def copy_folder(source: Path, to: Path) -> None:
+    """Copies a folder; an earlier one at that place is removed first. `to` appears when the copy is whole.
+
+    Raises:
+      DiskFull: there is no room for the copy.
+    """
+    if _is_reader:
+        return
+    temporary = to.with_name(f"{temporary_prefix(to)}copy")
+    with full_disk_named(to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copytree(source, temporary)
+            shutil.rmtree(to, ignore_errors=True)
+            temporary.rename(to)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -103,6 +103,11 @@ class RoundDir:
         return self.path / "verdicts.jsonl"
 
     @property
+    def taken_back(self) -> Path:
+        """Rewrites that are taken back in this round and in earlier ones (`refine.take_back`)."""
+        return self.path / "taken_back.jsonl"
+
+    @property
     def dropped(self) -> Path:
         """Samples dropped to make room for additions, and additions without room, each with the reason."""
         return self.path / "dropped.jsonl"
@@ -121,6 +126,16 @@ class RoundDir:
     def evaluations(self) -> Path:
         """One row per held-out loss that was measured during training."""
         return self.path / "evaluations.jsonl"
+
+    @property
+    def heldout_losses(self) -> Path:
+        """Held-out loss of this round's model, if `stop.patience` is set."""
+        return self.path / "heldout_losses.json"
+
+    @property
+    def heldout_rows(self) -> Path:
+        """Loss sum and number of target tokens of each held-out example under this round's model."""
+        return self.path / "heldout_rows.parquet"
 
     @property
     def benchmarks(self) -> Path:
@@ -207,6 +222,10 @@ class RunDir:
     def plan(self) -> Path:
         """What `middo plan --save` predicted."""
         return self.path / "plan.json"
+
+    def controls(self) -> Path:
+        """The control arms beside the loop: losses, differences, costs."""
+        return self.path / "controls.json"
 
     @property
     def report(self) -> Path:

@@ -91,7 +91,9 @@ def shown_size(size: float) -> str:
 
 def _folders(root: Path) -> Iterator[Path]:
     rounds = [path for path in _entries(root) if re.fullmatch(r"round_\d{2,}|final", path.name)]
-    for folder in (root, *rounds):
+    arms = [path for path in _entries(root / "controls") if path.is_dir()]
+    seeds = [path for arm in arms for path in _entries(arm) if path.is_dir()]
+    for folder in (root, *rounds, *arms, *seeds):
         yield from (
             folder,
             folder / "checkpoint",

@@ -288,6 +288,24 @@ class DroppedRow(TypedDict):
     example: Annotated[ExampleRow, "the sample"]
 
 
+class TakenBackRow(TypedDict):
+    """A rewrite or an addition that is taken back, because its sample became worse."""
+
+    round: Annotated[int, "the round that takes it back; the next round's dataset is without it"]
+    op: Annotated[str, "the kind of task that made it"]
+    axes: Annotated[list[str], "the axes that selected its original"]
+    id: Annotated[str, "id of the rewrite or the addition"]
+    source_id: Annotated[str, "id of the original, or of the sparse sample that the addition was made for"]
+    badness_before: Annotated[
+        dict[str, float],
+        "by axis: standard deviations of its round by which the original was worse than the mean",
+    ]
+    badness_after: Annotated[
+        dict[str, float], "the same of the rewrite, or of the sparse sample, in the next round"
+    ]
+    original: Annotated[ExampleRow | None, "the sample that comes back; null for an addition"]
+
+
 class ModelLossRow(TypedDict):
     """Held-out loss of one model."""
 
@@ -303,12 +321,46 @@ class HeldoutLosses(TypedDict):
     models: Annotated[list[ModelLossRow], "losses in the order of training; empty without held-out samples"]
 
 
+class IntervalRow(TypedDict):
+    """A figure with its 95 % interval: a bootstrap over seeds, and over held-out rows within each."""
+
+    value: Annotated[float, "the figure"]
+    low: Annotated[float, "2.5th percentile"]
+    high: Annotated[float, "97.5th percentile"]
+
+
+class ArmRow(TypedDict):
+    """A control arm, or the loop."""
+
+    name: Annotated[str, "`loop`, or a name of `controls`"]
+    losses: Annotated[list[float], "held-out loss per seed, in nats per target token"]
+    mean: Annotated[float, "their mean"]
+    gain: Annotated[IntervalRow | None, "loss of `none` minus this; null without `none`, and for it"]
+    loop_better_by: Annotated[IntervalRow | None, "this loss minus the loop's; null for the loop"]
+    tasks: Annotated[int, "samples that the refiner was asked about"]
+    accepted: Annotated[int, "rewrites and additions in the dataset"]
+    tokens: Annotated[int, "of the refiner, prompts and completions, also of answers from the cache"]
+    gain_per_1000_tokens: Annotated[float | None, "gain per thousand of these tokens; null without either"]
+    choosing_flops: Annotated[
+        float, "FLOPs of the layers' matrices for choosing: scoring, and trainings for it"
+    ]
+
+
+class ControlsFile(TypedDict):
+    """The control arms of a run."""
+
+    seeds: Annotated[int, "trainings per arm"]
+    heldout_rows: Annotated[int, "held-out samples with a target"]
+    resamples: Annotated[int, "of the bootstrap"]
+    arms: Annotated[list[ArmRow], "the loop first, the others as in `controls`"]
+
+
 class EventRow(TypedDict):
     """One event of a run."""
 
     version: Annotated[int, "version of this file's format; several program versions may append to it"]
     time: Annotated[str, "UTC, such as `2026-01-31T12:00:00Z`"]
-    event: Annotated[str, "`start` and `done` of a stage, `resume`, `report`"]
+    event: Annotated[str, "`start` and `done` of a stage, `resume`, `report`, `rollback`"]
     round: NotRequired[Annotated[str, "the stage's folder, with `start` and `done`"]]
     stage: NotRequired[Annotated[str, "the stage, with `start` and `done`"]]
 
@@ -405,6 +457,16 @@ class LimitsRow(TypedDict):
     refines_itself: NotRequired[Annotated[bool, "whether the refiner is the model in training"]]
 
 
+class RecordedRow(TypedDict):
+    """Where the refiner's answers came from, if they were recorded (`refine.base_url: replay:FILE`)."""
+
+    file: Annotated[str, "the recorded answers"]
+    model: Annotated[str, "the model that wrote them"]
+    embedded: Annotated[str, "the model that wrote the answers that the file lacks"]
+    answers: Annotated[int, "number of answers that the tasks used"]
+    misses: Annotated[int, "number of those that the file lacks"]
+
+
 class RefineRecord(StageRecord):
     """The selected samples were refined."""
 
@@ -413,12 +475,35 @@ class RefineRecord(StageRecord):
     kept: NotRequired[Annotated[dict[str, int], "number of selected samples without a task, by reason"]]
     usage: Annotated[dict[str, UsageRow], "usage by axes"]
     limits: Annotated[LimitsRow, "limits for candidates"]
+    recorded: NotRequired[Annotated[RecordedRow, "of recorded answers; absent if a server answered"]]
+
+
+class TakeBackRecord(StageRecord):
+    """The rewrites of the round before were compared with their originals (`refine.take_back`)."""
+
+    n: Annotated[int, "number of those that are taken back"]
+    accepted: Annotated[int, "number of those that were accepted"]
 
 
 class EvaluateRecord(StageRecord):
     """The models were evaluated."""
 
     losses: Annotated[dict[str, float], "held-out loss by model, in nats per target token"]
+
+
+class ControlRecord(EvaluateRecord):
+    """A training of a control arm was measured; its model is not kept."""
+
+    n_steps: Annotated[int, "steps of the training, as many as the loop's last one has with this seed"]
+
+
+class BestRecord(StageRecord):
+    """The best training was taken for `final` (`stop.patience`)."""
+
+    n: Annotated[int, "number of samples of its dataset"]
+    format: Annotated[str, "format of train.jsonl"]
+    round: Annotated[str, "the folder of the best training"]
+    why: Annotated[str, "why the rounds ended"]
 
 
 class BenchmarkRecord(StageRecord):
@@ -445,8 +530,12 @@ class Stages(TypedDict):
     train: NotRequired[Annotated[StageRecord, "checkpoint/, metrics.jsonl"]]
     score: NotRequired[Annotated[ScoreRecord, "scores.parquet, embeddings"]]
     select: NotRequired[Annotated[SelectRecord, "selection.parquet, selection.json"]]
+    take_back: NotRequired[Annotated[TakeBackRecord, "taken_back.jsonl"]]
     refine: NotRequired[Annotated[RefineRecord, "requests.jsonl, refined.jsonl, candidates.jsonl"]]
     merge: NotRequired[Annotated[StageRecord, "dropped.jsonl"]]
+    heldout: NotRequired[Annotated[EvaluateRecord, "the same files, of the round's model"]]
+    best: NotRequired[Annotated[BestRecord, "of `final`: dataset.jsonl, train.jsonl, checkpoint/"]]
+    control: NotRequired[Annotated[ControlRecord, "of an arm's seed: metrics.jsonl and the same files"]]
     evaluate: NotRequired[Annotated[EvaluateRecord, "heldout_losses.json, heldout_rows.parquet"]]
     benchmark: NotRequired[Annotated[BenchmarkRecord, "benchmarks.json"]]
     export: NotRequired[Annotated[ExportRecord, "huggingface/"]]

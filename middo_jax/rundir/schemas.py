@@ -132,7 +132,7 @@ EMBEDDINGS = Schema(
 HELDOUT_ROWS = Schema(
     "heldout_rows.parquet",
     "Parquet",
-    "the run",
+    "the run; a round, with `stop.patience`; a seed of `controls`",
     "The loss of each held-out sample under each model, models in the order of training.",
     1,
     columns=(
@@ -166,7 +166,7 @@ SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "merged.jsonl",
         "JSON lines",
-        "the folder of `middo refine`",
+        "the folder of `middo refine`, or a control arm",
         "The dataset with its accepted rewrites, the next round's dataset.",
         1,
         rows.ExampleRow,
@@ -198,12 +198,19 @@ SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "requests.jsonl",
         "JSON lines",
-        "a round",
+        "a round or a control arm",
         "Requests to the refiner, and its answers.",
         1,
         rows.RequestRow,
     ),
-    Schema("refined.jsonl", "JSON lines", "a round", "One row per task of the refiner.", 1, rows.RefinedRow),
+    Schema(
+        "refined.jsonl",
+        "JSON lines",
+        "a round or a control arm",
+        "One row per task of the refiner.",
+        1,
+        rows.RefinedRow,
+    ),
     Schema(
         "verdicts.jsonl",
         "JSON lines",
@@ -215,10 +222,18 @@ SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "candidates.jsonl",
         "JSON lines",
-        "a round",
+        "a round or a control arm",
         "One row per attempt of the refiner.",
         1,
         rows.CandidateRow,
+    ),
+    Schema(
+        "taken_back.jsonl",
+        "JSON lines",
+        "a round",
+        "One row per rewrite that is taken back in this round or was in an earlier one (`refine.take_back`).",
+        1,
+        rows.TakenBackRow,
     ),
     Schema(
         "dropped.jsonl",
@@ -231,8 +246,8 @@ SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "heldout_losses.json",
         "JSON",
-        "the run",
-        "The held-out loss of every model.",
+        "the run; a round, with `stop.patience`; a seed of `controls`",
+        "The held-out loss of every model, or of the round's.",
         1,
         rows.HeldoutLosses,
     ),
@@ -246,6 +261,14 @@ SCHEMAS: tuple[Schema, ...] = (
         rows.BenchmarksFile,
     ),
     PLAN,
+    Schema(
+        "controls.json",
+        "JSON",
+        "the run",
+        "The control arms beside the loop (`controls`).",
+        1,
+        rows.ControlsFile,
+    ),
     EVENTS,
     MANIFEST,
 )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         check_refiner,
         check_training,
     )
+    from middo_jax.stages.controls import refine_arm
+    from middo_jax.stages.endpoint import recorded_line
     from middo_jax.stages.evaluate import HeldOut, export_adapter, export_checkpoint, measure_heldout
     from middo_jax.stages.merge import merge_stage, merged
     from middo_jax.stages.refine import (
@@ -34,13 +36,16 @@ if TYPE_CHECKING:
     from middo_jax.stages.scored_before import kept_scores, require_same
     from middo_jax.stages.select import select_stage
     from middo_jax.stages.surroundings import answer_cache, check_cache, save_answers
-    from middo_jax.stages.train import remove_training, train_stage
+    from middo_jax.stages.taking_back import take_back_stage
+    from middo_jax.stages.train import count_steps, remove_training, train_stage
 
 # Imported on first use: all stages but `select` import JAX, and `select` must run without it.
 _MODULES = {
     "batch": "batch_stage",
     "benchmark": "benchmark_stage check_benchmarks measure_benchmarks",
     "checks": "check_continues check_judge check_own_texts check_refiner check_training",
+    "controls": "refine_arm",
+    "endpoint": "recorded_line",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
     "merge": "merge_stage merged",
     "refine": "check_learnt follow_refinement kept_samples plan_refinement refine_round refine_stage",
@@ -49,7 +54,8 @@ _MODULES = {
     "scored_before": "kept_scores require_same",
     "select": "select_stage",
     "surroundings": "answer_cache check_cache save_answers",
-    "train": "remove_training train_stage",
+    "taking_back": "take_back_stage",
+    "train": "count_steps remove_training train_stage",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
@@ -67,6 +73,7 @@ __all__ = [
     "check_own_texts",
     "check_refiner",
     "check_training",
+    "count_steps",
     "export_adapter",
     "export_checkpoint",
     "follow_refinement",
@@ -79,6 +86,8 @@ __all__ = [
     "outcomes_of",
     "plan_refinement",
     "read_review",
+    "recorded_line",
+    "refine_arm",
     "refine_round",
     "refine_stage",
     "remove_training",
@@ -87,6 +96,7 @@ __all__ = [
     "score_stage",
     "scoring",
     "select_stage",
+    "take_back_stage",
     "train_stage",
     "waits_for_review",
     "write_review",

@@ -176,8 +176,23 @@ def benchmark_stage(
 ) -> dict[str, dict[str, float]]:
     """Writes benchmarks.json; returns by model and task the score that is shown first."""
     found = measure_benchmarks(session, models)
+    if session.config.stop.patience is not None and session.config.stop.metric == "task":
+        require_higher_is_better(found)
     write_json(directory.benchmarks, found)
     return {of["name"]: first_scores(of["scores"]) for of in found["models"]}
+
+
+def require_higher_is_better(found: BenchmarksFile) -> None:
+    """Raises ConfigError if `stop.metric=task` would take a metric that is better when lower."""
+    for model in found["models"]:
+        names = first_scores(model["scores"])
+        firsts = [next(row for row in model["scores"] if row["task"] == name) for name in names]
+        if lower := [row for row in firsts if row["higher_is_better"] is False]:
+            raise ConfigError(
+                f"config: stop.metric=task takes the mean of scores that are better when higher; "
+                f"{lower[0]['metric']} of {lower[0]['task']} is better when lower. Leave the task out of "
+                "evaluate.tasks, or set stop.metric=heldout_loss"
+            )
 
 
 def first_scores(rows: Sequence[BenchmarkScoreRow]) -> dict[str, float]:

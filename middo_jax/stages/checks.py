@@ -14,6 +14,7 @@ from middo_jax.models.lora import from_settings
 from middo_jax.models.model import abstract_model
 from middo_jax.refinement.acceptance.language import load_identifier
 from middo_jax.refinement.endpoint.preflight import preflight
+from middo_jax.refinement.endpoint.recording import read_recording, replayed_file
 from middo_jax.refinement.words import read_words
 from middo_jax.rundir import RoundDir, chain, read_jsonl
 from middo_jax.session import Session
@@ -93,6 +94,8 @@ def check_refiner(config: Config, asks: bool = False) -> list[str]:
     served, warnings = named_endpoint(config), list[str]()
     if asks and served is not None and config.refine.preflight:
         warnings = preflight(served.url, served.model, config.refine)
+    if (file := replayed_file(config.refine.base_url)) is not None:
+        read_recording(file)
     if served is None and config.refine.model:
         tokenizer_directory(config.refine.model)
     if config.refine.accept != "none" and config.refine.gates.value("language"):

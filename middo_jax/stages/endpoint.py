@@ -12,12 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from starlette.applications import Starlette
+
 from middo_jax.config import Config
 from middo_jax.data.templates import pin_date
+from middo_jax.data.tokenize import load_tokenizer
 from middo_jax.inference import listening, server
 from middo_jax.models.resolve import resolve
+from middo_jax.refinement.endpoint.recording import Recording, read_header, read_recording, replayed_file
 from middo_jax.rundir import RunError, fingerprint
 from middo_jax.session import Session
+from middo_jax.stages.replaying import Replay
 
 
 class Served(NamedTuple):
@@ -28,22 +33,28 @@ class Served(NamedTuple):
       model: its name in requests.
       sends_key: whether it is the user's and gets their API key; the embedded one gets a dummy.
       revision: of the model, for the keys of its answers; None where only the user can name it.
+      recording: the recorded answers that are replayed.
+      embedded: the model that answers what the recording lacks.
     """
 
     url: str | tuple[str, ...]
     model: str
     sends_key: bool
     revision: str | None = None
+    recording: Recording | None = None
+    embedded: str = ""
 
 
 def named_endpoint(config: Config) -> Served | None:
-    """Returns the endpoint that `refine.base_url` or $OPENAI_BASE_URL names; None if neither is set.
+    """Returns the endpoint that `refine.base_url` or $OPENAI_BASE_URL names; None if none is named.
+
+    None also for recorded answers, which no server has.
 
     Raises:
       RunError: one of them is set, but `refine.model` is not.
     """
     url = config.refine.base_url or os.environ.get("OPENAI_BASE_URL")
-    if url is None:
+    if url is None or replayed_file(config.refine.base_url) is not None:
         return None
     if config.refine.model is None:
         served = "refine.base_url" if config.refine.base_url else "$OPENAI_BASE_URL"
@@ -54,7 +65,7 @@ def named_endpoint(config: Config) -> Served | None:
 def refines_itself(session: Session) -> bool:
     """Whether the refiner is the model under training: the embedded endpoint with the base model."""
     config = session.config
-    if named_endpoint(config) is not None:
+    if named_endpoint(config) is not None or replayed_file(config.refine.base_url) is not None:
         return False
     named = config.refine.model
     # By its path alone: a name is not looked up, since another program may serve it (batch files).
@@ -63,33 +74,79 @@ def refines_itself(session: Session) -> bool:
 
 @contextlib.contextmanager
 def endpoint(session: Session) -> Iterator[Served]:
-    """Yields the refiner's endpoint. If none is set, serves the embedded one on loopback during the block."""
+    """Yields the refiner's endpoint. If none is set, serves the embedded one on loopback during the block.
+
+    Recorded answers are served likewise, and the embedded model is loaded when it is needed.
+    """
     config = session.config
     if (named := named_endpoint(config)) is not None:
         yield named
         return
-    if config.refine.model:
-        path, template = resolve(config.refine.model), None
-    else:
-        path, template = session.base, config.model.template
-    engine, tokenizer, eos_ids = server.load_engine(
-        path, config.serve, config.model.dtype, template, session.mesh
-    )
-    # A rewrite depends on what the template prints, so that another day's start must print the same.
-    date = config.model.template_date or datetime.date.today()
-    pin_date(tokenizer, date)
+    path, template = embedded_model(session)
+    if (file := replayed_file(config.refine.base_url)) is not None:
+        recording = read_recording(file)
+        chat_template = load_tokenizer(path, template).chat_template
+        revision = served_revision(path, chat_template, _date(config), config, recording.hash)
+        with contextlib.ExitStack() as stack:
+            replay = Replay(recording, lambda: stack.enter_context(_embedded(session, recording.model)))
+            url = stack.enter_context(listening.serve_in_background(replay.app(), port=0))
+            yield Served(url, recording.model, False, revision, recording, path.resolve().name)
+        gc.collect()
+        return
     name = path.resolve().name
-    revision = config.refine.model_revision or served_revision(path, tokenizer.chat_template, date, config)
-    app = server.build_app(engine, tokenizer, name, eos_ids)
-    with engine, listening.serve_in_background(app, port=0) as url:
+    with _embedded(session, name) as app, listening.serve_in_background(app, port=0) as url:
+        revision = config.refine.model_revision or app.state.revision
         yield Served(url, name, sends_key=False, revision=revision)
     gc.collect()
 
 
-def served_revision(path: Path, template: Any, date: datetime.date, config: Config) -> str:
+def embedded_model(session: Session) -> tuple[Path, str | None]:
+    """The model of the embedded endpoint, and `model.template` if it is the base model."""
+    named = session.config.refine.model
+    return (resolve(named), None) if named else (session.base, session.config.model.template)
+
+
+def _date(config: Config) -> datetime.date:
+    return config.model.template_date or datetime.date.today()
+
+
+@contextlib.contextmanager
+def _embedded(session: Session, name: str) -> Iterator[Starlette]:
+    """Yields the embedded endpoint's application under a model's name; its engine runs during the block."""
+    config = session.config
+    path, template = embedded_model(session)
+    engine, tokenizer, eos_ids = server.load_engine(
+        path, config.serve, config.model.dtype, template, session.mesh
+    )
+    # A rewrite depends on what the template prints, so that another day's start must print the same.
+    pin_date(tokenizer, _date(config))
+    app = server.build_app(engine, tokenizer, name, eos_ids)
+    app.state.revision = served_revision(path, tokenizer.chat_template, _date(config), config)
+    with engine:
+        yield app
+
+
+def recorded_line(config: Config) -> str | None:
+    """One line that says that the answers are recorded, and from which model; None if they are not.
+
+    Raises:
+      RunError: the file cannot be used.
+    """
+    file = replayed_file(config.refine.base_url)
+    if file is None:
+        return None
+    embedded = config.refine.model or "the base model"
+    model, _ = read_header(file)
+    return f"the refiner's answers are recorded: {file}, from {model}; {embedded} answers the rest"
+
+
+def served_revision(
+    path: Path, template: Any, date: datetime.date, config: Config, recorded: str | None = None
+) -> str:
     """16 hex digits that identify what the embedded endpoint serves, for the keys of its answers.
 
     Other weights at the same place are another refiner, whose answers must not be taken from the cache.
     """
     decisive = [fingerprint(path), template, str(date), config.model.dtype, config.serve.max_context]
+    decisive += [] if recorded is None else [recorded]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]

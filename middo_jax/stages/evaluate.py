@@ -25,7 +25,7 @@ from middo_jax.models.model import Model
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import LossPass
 from middo_jax.progress import Progress, Silent
-from middo_jax.rundir import RunDir, RunError, atomic, write_json
+from middo_jax.rundir import RoundDir, RunDir, RunError, atomic, write_json
 from middo_jax.rundir.rows import HeldoutLosses, ModelLossRow
 from middo_jax.rundir.schemas import HELDOUT_ROWS
 from middo_jax.rundir.tables import arrow_schema
@@ -57,9 +57,9 @@ class HeldOut:
 
 
 def measure_heldout(
-    session: Session, run: RunDir, models: Mapping[str, Path], heldout: Sequence[Example]
+    session: Session, folder: RunDir | RoundDir, models: Mapping[str, Path], heldout: Sequence[Example]
 ) -> dict[str, float]:
-    """Writes heldout_losses.json and heldout_rows.parquet; returns model name -> loss.
+    """Writes heldout_losses.json and heldout_rows.parquet into a folder; returns model name -> loss.
 
     heldout_rows.parquet has one row per model and held-out example, models in the given order: `model`, `id`,
     `nll` (sum over the target tokens, in nats) and `n_target_tokens`. Without held-out examples both files
@@ -78,9 +78,9 @@ def measure_heldout(
                 )
             losses.append({"name": name, "loss": found.loss, "n_target_tokens": found.n_target_tokens})
             advance(done, len(models), f"{name} {losses[-1]['loss']:.4f}")
-    _write_rows(run.heldout_rows, rows)
+    _write_rows(folder.heldout_rows, rows)
     found_all: HeldoutLosses = {"n": len(heldout), "models": losses}
-    write_json(run.heldout_losses, found_all)
+    write_json(folder.heldout_losses, found_all)
     return {m["name"]: m["loss"] for m in losses}
 
 

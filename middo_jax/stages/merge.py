@@ -17,11 +17,13 @@ from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.data.example import Example, Lineage, Op
 from middo_jax.refinement import merge
 from middo_jax.refinement.growth import Dropped, fit, max_size
+from middo_jax.refinement.taking_back import restored
 from middo_jax.rundir import RoundDir, RunError, write_jsonl
 from middo_jax.rundir.files import each_jsonl, read_json
 from middo_jax.session import Session
 from middo_jax.signals.table import read_scores
 from middo_jax.stages.review import outcomes_of, strange_verdicts
+from middo_jax.stages.taking_back import taken_back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +81,8 @@ def merge_stage(session: Session, directory: RoundDir) -> Merged:
 def merged(session: Session, directory: RoundDir) -> Merged:
     """D_{t+1}: the folder's dataset with its accepted rewrites after a review, limited by `refine.growth`.
 
-    A sample from an earlier round gets its present scores in its lineage, unless it was measured when it was
-    accepted.
+    The originals of rewrites that are taken back (`refine.take_back`) are in their places again. A sample
+    from an earlier round gets its present scores in its lineage, unless it was measured when it was accepted.
 
     Raises:
       RunError: samples must be dropped, but the folder's scores have no neighbours.
@@ -95,7 +97,9 @@ def merged(session: Session, directory: RoundDir) -> Merged:
         if lineage["op"] != "seed" and lineage.get("scores_after") is None:
             unscored.add(row["id"])
     table = read_scores(directory.scores)
-    together = merge(outlines, outcomes_of(directory, outlines))
+    taken = taken_back(directory, session.config.refine.take_back)
+    staying = restored(outlines, taken, directory.index)
+    together = merge(staying, outcomes_of(directory, outlines))
     room = max_size(len(outlines), session.config.refine.growth)
     neighbours: Mapping[str, Sequence[tuple[str, float]]] = {}
     if room is not None and room < len(together):

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,19 +29,24 @@ from middo_jax.refinement import (
     prompts,
     run,
 )
+from middo_jax.refinement.endpoint.recording import read_recording, replayed_file
 from middo_jax.refinement.meter import Meter
+from middo_jax.refinement.taking_back import still_asked
 from middo_jax.refinement.tasks import why_kept
 from middo_jax.refinement.words import read_words
 from middo_jax.rundir import RoundDir, RunError, chain, write_jsonl
 from middo_jax.rundir.files import read_json
+from middo_jax.rundir.rows import RecordedRow
 from middo_jax.session import Session, read_dataset
 from middo_jax.signals.embeddings import require_embeddings
 from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.accept import Acceptance
-from middo_jax.stages.endpoint import endpoint, refines_itself
+from middo_jax.stages.endpoint import embedded_model, endpoint, refines_itself
 from middo_jax.stages.measure import UnderTraining, scored_model
 from middo_jax.stages.merge import lineage_scores, rows_of
+from middo_jax.stages.replaying import attributed
 from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
+from middo_jax.stages.taking_back import taken_back
 from middo_jax.training.metrics import wrecked_from
 
 FOLLOWED = "refine"  # the name of what process 0 leads
@@ -54,7 +60,7 @@ Ask = Callable[[Sequence[Task]], list[Outcome]]
 def plan_refinement(directory: RoundDir, settings: RefineSettings | None = None) -> list[Task]:
     """Returns the refiner's tasks, planned from the folder's dataset, scores and selection.
 
-    Of the settings, `refine.turns` and `refine.prompts` are used.
+    Of the settings, `refine.turns`, `refine.prompts` and `refine.take_back` are used.
 
     Raises:
       RunError: the folder has no selection.
@@ -75,7 +81,8 @@ def plan_refinement(directory: RoundDir, settings: RefineSettings | None = None)
         faults={row["id"]: row["fault"] for row in rows},
         turns=settings.turns,
     )
-    return [dataclasses.replace(task, words=own_words) for task in planned]
+    asked = still_asked(planned, taken_back(directory, settings.take_back), directory.index)
+    return [dataclasses.replace(task, words=own_words) for task in asked]
 
 
 def check_learnt(config: Config, directory: RoundDir) -> None:
@@ -147,27 +154,67 @@ def refine_stage(
     if config.refine.accept == "measured":
         measuring = model or scored_model(directory)
         require_embeddings(directory.embeddings)
-    own = chain.own_file(config.refine.prompts)
-    begun = chain.refine(directory, heldout_file(directory), measuring, session.base, own).begin()
+    taken, files = chain.taken_back_file(directory, config), chain.refiner_files(config)
+    begun = chain.refine(directory, heldout_file(directory), measuring, session.base, files, taken).begin()
+    ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
+    around = Around(round_index, cache, ledger, heldout, model, batch)
+    outcomes, facts = ask_refiner(session, directory, tasks, around)
+    write_outcomes(directory, outcomes)
+    begun.finish(config, time.monotonic() - began, kept=kept, **facts)
+    return ledger
+
+
+class Around(NamedTuple):
+    """What surrounds the tasks of one refinement; see `refine_stage`."""
+
+    round_index: int
+    cache: AnswerCache
+    ledger: Ledger
+    heldout: Sequence[Example] = ()
+    model: Path | None = None
+    batch: BatchClient | None = None
+
+
+def ask_refiner(
+    session: Session, directory: RoundDir, tasks: Sequence[Task], around: Around
+) -> tuple[list[Outcome], dict[str, Any]]:
+    """Returns the outcomes in the order of the tasks, and facts for the record; writes candidates.jsonl."""
     if tasks and refines_itself(session):
         session.progress.say(ITSELF)
-    ledger = Ledger(cache, config.name, round_index) if batch is None else batch.ledger
-    refiner = _refiner(session, round_index, cache, ledger, batch)
+    refiner = _refiner(session, around)
     with session.stage(), lead(FOLLOWED) as together:
-        acceptance = Acceptance(session, directory, heldout, model, together)
-        outcomes = _attempts(tasks, refiner, acceptance, config.refine.max_attempts)
+        acceptance = Acceptance(session, directory, around.heldout, around.model, together)
+        outcomes = _attempts(tasks, refiner, acceptance, session.config.refine.max_attempts)
+    outcomes, recorded = _recorded(session, outcomes, around.cache)
+    facts = {
+        "n": len(outcomes),
+        "accepted": sum(o.example is not None for o in outcomes),
+        "usage": around.ledger.to_json(),
+        "limits": dataclasses.asdict(acceptance.limits),
+    }
+    return outcomes, facts | ({} if recorded is None else {"recorded": recorded})
+
+
+def write_outcomes(directory: RoundDir, outcomes: Sequence[Outcome]) -> None:
+    """Writes requests.jsonl and refined.jsonl."""
     write_jsonl(directory.requests, (row for o in outcomes for row in o.request_rows()))
     write_jsonl(directory.refined, (o.to_json() for o in outcomes))
-    begun.finish(
-        config,
-        time.monotonic() - began,
-        n=len(outcomes),
-        accepted=sum(o.example is not None for o in outcomes),
-        kept=kept,
-        usage=ledger.to_json(),
-        limits=dataclasses.asdict(acceptance.limits),
+
+
+def _recorded(
+    session: Session, outcomes: list[Outcome], cache: AnswerCache
+) -> tuple[list[Outcome], RecordedRow | None]:
+    """The outcomes with their writers, and where recorded answers came from; None if none were replayed."""
+    file = replayed_file(session.config.refine.base_url)
+    if file is None:
+        return outcomes, None
+    embedded, _ = embedded_model(session)
+    found, facts = attributed(outcomes, cache, read_recording(file), embedded.resolve().name)
+    session.progress.say(
+        f"{facts['answers'] - facts['misses']:,} of {facts['answers']:,} answers are recorded, from "
+        f"{facts['model']}; {facts['misses']:,} were missing and came from {facts['embedded']}"
     )
-    return ledger
+    return found, facts
 
 
 def follow_refinement(session: Session, directory: RoundDir) -> None:
@@ -210,11 +257,10 @@ def _attempts(
 
 
 @contextlib.contextmanager
-def _refiner(
-    session: Session, round_index: int, cache: AnswerCache, ledger: Ledger, batch: BatchClient | None
-) -> Iterator[Ask]:
+def _refiner(session: Session, around: Around) -> Iterator[Ask]:
     """Yields a function that runs one attempt of some tasks. An embedded endpoint serves all attempts."""
     config, steering = session.config, steering_tokens(session.tokenizer)
+    round_index, cache, ledger, _, _, batch = around
 
     def take(tasks: Sequence[Task]) -> list[Outcome]:
         assert batch is not None
@@ -232,6 +278,8 @@ def _refiner(
             attempt = tasks[0].attempt + 1
             requests = prompts.requests(served.model, settings, config.seed, tasks[0].words)
             name = "rewrites" if attempt == 1 else f"rewrites, attempt {attempt}"
+            if served.recording is not None:  # what its server could do is part of the recording
+                cache.learn(requests.form_fact, served.recording.form)
             client = ChatClient(requests, served.url, cache, sends_key=served.sends_key, ledger=ledger)
             with session.progress.task(name) as advance:
                 meter = Meter(ledger, len(tasks), client.endpoints.all)

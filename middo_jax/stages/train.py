@@ -34,6 +34,7 @@ def train_stage(
     heldout: Sequence[Example] = (),
     *,
     restart: bool = False,
+    n_steps: int | None = None,
 ) -> None:
     """Fine-tunes `start` on the folder's dataset. Writes checkpoint/ and metrics.jsonl.
 
@@ -45,6 +46,7 @@ def train_stage(
       start: path of the model that training starts from.
       heldout: held-out examples for evaluation during training.
       restart: whether to remove the checkpoint of another training; if False, it is an error.
+      n_steps: number of steps in the place of `train.num_epochs`.
 
     Raises:
       ConfigError: `train.eval_every` is set, but nothing is held out.
@@ -55,14 +57,14 @@ def train_stage(
     begun = chain.train(directory, start).begin()
     with session.stage():
         try:
-            _train(session, directory, start, heldout)
+            _train(session, directory, start, heldout, n_steps)
         except AnotherTraining:
             if not restart:
                 raise
             session.progress.say(f"{directory.checkpoint} is of another training; it is trained anew")
             barrier("another training: found")  # all processes must find it before its files are removed
             from_first("another training: remove", lambda: remove_training(directory))
-            _train(session, directory, start, heldout)
+            _train(session, directory, start, heldout, n_steps)
     gc.collect()
     begun.finish(session.config, time.monotonic() - began)
     barrier("train: written")  # the other processes read the manifest next
@@ -83,11 +85,20 @@ def check_evaluations(config: Config, heldout: Sequence[Example]) -> None:
         )
 
 
-def _train(session: Session, directory: RoundDir, start: Path, heldout: Sequence[Example]) -> None:
+def count_steps(session: Session, examples: Sequence[Example]) -> int:
+    """The number of steps of a training on these examples."""
+    config, tokenized = session.config, session.tokenize(examples)
+    return len(TrainingPlan(tokenized, config.train, config.seed, config.model.max_length).steps)
+
+
+def _train(
+    session: Session, directory: RoundDir, start: Path, heldout: Sequence[Example], n_steps: int | None
+) -> None:
     config = session.config
     model, metadata = load_start(session, start)
     tokenized = session.tokenize(read_dataset(directory))
-    plan = TrainingPlan(tokenized, config.train, config.seed, config.model.max_length, metadata)
+    max_length = config.model.max_length
+    plan = TrainingPlan(tokenized, config.train, config.seed, max_length, metadata, n_steps)
     with session.progress.task("train", "steps") as advance:
 
         def show(metrics: StepMetrics) -> None:

@@ -27,6 +27,7 @@ def identity(model: Model, plan: TrainingPlan) -> str:
     config = repr(dataclasses.replace(model.config, attention="auto"))
     # Not where the base model lies: its parameters are in `start`, and it may be moved.
     about = {name: value for name, value in plan.metadata.items() if name != "base"}
+    about |= {} if plan.n_steps is None else {"n_steps": plan.n_steps}
     decisive = [config, start, learnt, plan.seed, plan.pack_length, about]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for example in plan.tokenized:

@@ -41,6 +41,8 @@ class TrainingPlan:
       pack_length: number of tokens per row.
       metadata: small JSON values to save with the final parameters, such as {"base": path of the model};
         a checkpoint with other values belongs to another training.
+      n_steps: number of steps in the place of `train.num_epochs`: the last ones are left out, or further
+        epochs follow; None: all epochs.
     """
 
     tokenized: Sequence[TokenizedExample]
@@ -48,11 +50,18 @@ class TrainingPlan:
     seed: int
     pack_length: int
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    n_steps: int | None = None
 
     @functools.cached_property
     def steps(self) -> list[PlannedStep]:
         """All steps of all epochs; see `plan_training`."""
-        return plan_training(self.tokenized, self.settings, self.seed, self.pack_length)
+        steps = plan_training(self.tokenized, self.settings, self.seed, self.pack_length)
+        epoch = self.settings.num_epochs
+        while self.n_steps is not None and len(steps) < self.n_steps:
+            rows = plan_epoch(self.tokenized, self.settings, epoch, self.seed, self.pack_length)
+            steps += [PlannedStep(epoch, step) for step in rows]
+            epoch += 1
+        return steps[: self.n_steps]
 
     @property
     def rows_of_epoch(self) -> int:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.oracle import ARMS, FAULTS, Seed, badness, choose, in_turn, repaired
-from benchmarks.oracle_figures import Losses, report
+from benchmarks.oracle_figures import report
 from middo_jax.data.example import Example, Message
+from middo_jax.report.paired import Losses
 
 N, COUNT = 40, 8
 

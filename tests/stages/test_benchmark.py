@@ -26,7 +26,12 @@ from middo_jax.models import hf
 from middo_jax.report.benchmarks import render_benchmarks
 from middo_jax.rundir.rows import BenchmarksFile
 from middo_jax.rundir.schemas import faults
-from middo_jax.stages.benchmark import check_benchmarks, packed_pairs, unpacked_pairs
+from middo_jax.stages.benchmark import (
+    check_benchmarks,
+    packed_pairs,
+    require_higher_is_better,
+    unpacked_pairs,
+)
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 
@@ -215,3 +220,10 @@ def test_two_processes_find_what_one_finds(
     assert (tmp_path / "1.json").read_text() == ""
     both = json.loads((tmp_path / "0.json").read_text())
     assert values(both) == {key: pytest.approx(value, rel=1e-5) for key, value in values(found).items()}
+
+
+def test_a_metric_that_is_better_when_lower_cannot_end_the_rounds(found: BenchmarksFile) -> None:
+    with pytest.raises(ConfigError, match=r"bits_per_byte of texts is better when lower"):
+        require_higher_is_better(found)
+    higher = [row for row in found["models"][0]["scores"] if row["task"] != "texts"]
+    require_higher_is_better({**found, "models": [{"name": "model", "scores": higher}]})

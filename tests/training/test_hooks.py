@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from middo_jax.models.model import Params
 from middo_jax.rundir import read_jsonl
 from middo_jax.training.hooks import AfterStep, Hook, every, on_metrics
 from middo_jax.training.metrics import StepMetrics
-from middo_jax.training.plan import TrainingPlan
+from middo_jax.training.plan import PlannedStep, TrainingPlan
 from middo_jax.training.sft import train
 
 ONE = mesh_of(1, 1, 1)
@@ -73,3 +74,18 @@ def test_a_hook_that_raises_while_a_training_is_stopped_does_not_lose_the_step(t
 def test_every_needs_a_step() -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         every(0, lambda at: None)
+
+
+def test_a_number_of_steps_takes_the_place_of_the_epochs() -> None:
+    """Fewer leave out the last ones; more begin a further epoch, in its own order."""
+    steps, n = PLAN.steps, len(PLAN.steps)
+
+    def of(n_steps: int) -> list[PlannedStep]:
+        return dataclasses.replace(PLAN, n_steps=n_steps).steps
+
+    assert of(n) == steps
+    assert of(n - 1) == steps[:-1]
+    longer = of(n + 1)
+    assert longer[:n] == steps
+    assert longer[n].epoch == SETTINGS.num_epochs
+    assert longer[n].rows != steps[0].rows

@@ -71,6 +71,25 @@ class AnswerCache:
             ).fetchone()
         return Answer(*row, from_cache=True, key=key) if row else None
 
+    def request(self, key: str) -> str | None:
+        """The canonical request with this key, if there is an answer to it."""
+        with self._explained():
+            row = self._db.execute("SELECT request FROM answers WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def all(self) -> Iterator[tuple[str, Answer]]:
+        """Every canonical request with its answer, in the order of arrival."""
+        columns = "request, text, finish_reason, prompt_tokens, completion_tokens"
+        query = f"SELECT {columns} FROM answers ORDER BY rowid"
+        with self._explained():
+            for request, *answer in self._db.execute(query):
+                yield request, Answer(*answer, from_cache=True)
+
+    def facts(self) -> dict[str, str]:
+        """All facts by name."""
+        with self._explained():
+            return dict(self._db.execute("SELECT name, value FROM facts").fetchall())
+
     def enter(
         self,
         run: str,

@@ -1,0 +1,42 @@
+"""Writes the refiner's answers so far to a file that other runs replay: `middo refine DIR --record FILE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from middo_jax import api
+from middo_jax.config import SettingsLike
+from middo_jax.refinement.endpoint.recording import write_recording
+from middo_jax.rundir import RoundDir, RunError
+from middo_jax.selecting import PathLike
+from middo_jax.session import session_of
+from middo_jax.stages.endpoint import embedded_model, named_endpoint
+from middo_jax.stages.surroundings import answer_cache
+
+
+def record(folder: PathLike, path: PathLike, *, settings: SettingsLike = None) -> tuple[int, str]:
+    """Writes all answers of the refiner that the cache of a folder has; refines it first if that is not done.
+
+    Args:
+      folder: see `refine`. Its cache is that of its run, or `refine.cache`.
+      path: a new file.
+      settings: see `refine`; `refine.model` names the model whose answers are meant.
+
+    Returns:
+      (the number of answers, the model that wrote them).
+
+    Raises:
+      RunError: the file exists, the cache has no answer of the model, or the answers are replayed themselves.
+    """
+    session, directory = session_of(Path(folder), settings), RoundDir(Path(folder))
+    base_url = session.config.refine.base_url
+    if isinstance(base_url, str) and base_url.startswith("replay:"):
+        raise RunError(f"{base_url}: these answers are recorded already, and some may be another model's")
+    if Path(path).exists():
+        raise RunError(f"{path} exists; name another file, or remove it")
+    if not directory.is_done("refine"):
+        api.refine(folder, settings=settings)
+    named = named_endpoint(session.config)
+    model = embedded_model(session)[0].resolve().name if named is None else named.model
+    with answer_cache(session, directory) as cache:
+        return write_recording(Path(path), cache, model), model

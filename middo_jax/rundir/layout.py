@@ -223,6 +223,7 @@ class RunDir:
         """What `middo plan --save` predicted."""
         return self.path / "plan.json"
 
+    @property
     def controls(self) -> Path:
         """The control arms beside the loop: losses, differences, costs."""
         return self.path / "controls.json"

@@ -135,7 +135,7 @@ def test_a_changed_file_makes_its_stage_stale_and_a_moved_one_does_not(tmp_path:
         made = (
             chain.score(folder, tmp_path / "checkpoint", None, rubric=Path(path))
             if role == "rubric"
-            else chain.refine(folder, None, None, prompts=Path(path))
+            else chain.refine(folder, None, None, data={"prompts": Path(path)})
         )
         return dataclasses.replace(made, files=(), writes=(), models={})
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.config.axis_table import axis_names
 from middo_jax.data.sources import Rejection
-from middo_jax.rundir.rows import MetricsRow, RefinedRow, SelectionFile, UsageRow
+from middo_jax.rundir.rows import MetricsRow, PassRow, RefinedRow, SelectionFile, UsageRow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ class Scores:
     table: pa.Table
     embeddings: np.ndarray
     rejected: list[Rejection]
-    passes: dict[str, Any]
+    passes: dict[str, PassRow]
     reused: bool = False
 
 

@@ -23,7 +23,7 @@ from middo_jax.config.axis_table import scored_axes
 from middo_jax.data.example import Example
 from middo_jax.data.files import inputs_of
 from middo_jax.data.sources import count_reasons
-from middo_jax.exporting import row_format, write_as_it_came
+from middo_jax.exporting import write_as_it_came
 from middo_jax.parallel.coordination import agree, barrier, from_first, is_first, stop_point
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
@@ -325,12 +325,10 @@ def _prepare(plan: Plan, link: Link) -> None:
         begun, data = plan.fresh
         kept = data.kept
         repairs = {reason.reason: reason.n for reason in count_reasons(data.repairs)}
-        facts = {"repairs": repairs, "format": data.format}
+        facts = {"repairs": repairs, "format": data.format, "columns": data.columns}
         write_jsonl(plan.run.rejected, (r.to_json() for r in data.rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
-        written = plan.run.final.stages().get(PREPARE)
-        if written is not None and written.get("format") != row_format(data.format):
-            plan.run.final.forget(PREPARE)  # its rows have the format of the earlier data
+        plan.run.final.forget(PREPARE)  # its rows have the shape of the earlier data
     write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
     if link.folder.own_format in link.writes:
         facts = {"format": write_as_it_came(plan.run, kept, link.folder.own_format, plan.session.progress)}

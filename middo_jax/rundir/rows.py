@@ -339,6 +339,7 @@ class PrepareRecord(StageRecord):
 
     n: Annotated[int, "number of samples"]
     format: NotRequired[Annotated[str, "format of the input's rows; of final, that of train.jsonl"]]
+    columns: NotRequired[Annotated[list[str], "columns of the input's rows, in their order"]]
     repairs: NotRequired[Annotated[dict[str, int], "number of repaired input rows by kind of repair"]]
 
 

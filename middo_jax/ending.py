@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from middo_jax.exporting import write_as_it_came
+from middo_jax.exporting import own_shape, write_as_it_came
 from middo_jax.rundir import RunDir, write_jsonl
 from middo_jax.rundir.chain import Link
 from middo_jax.rundir.files import copy_folder
@@ -24,5 +24,6 @@ def best_stage(session: Session, run: RunDir, link: Link) -> None:
     examples = read_dataset(chosen)
     write_jsonl(final.dataset, (example.to_json() for example in examples))
     form = write_as_it_came(run, examples, final.own_format, session.progress)
-    facts = {"round": chosen.path.name, "why": course(run, session.config).why}
-    begun.finish(session.config, time.monotonic() - began, n=len(examples), format=form, **facts)
+    facts = {"format": form, "shape": own_shape(run).to_json()}
+    facts |= {"round": chosen.path.name, "why": course(run, session.config).why}
+    begun.finish(session.config, time.monotonic() - began, n=len(examples), **facts)

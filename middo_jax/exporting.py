@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import pyarrow.parquet as pq
+import yaml
 
 from middo_jax.data.example import Example
-from middo_jax.data.formats import to_rows
+from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.sources import DataError, write
 from middo_jax.preferences import preference_pairs
 from middo_jax.progress import Progress
@@ -36,6 +37,7 @@ from middo_jax.rundir import (
     write_text,
 )
 
+WRITTEN = ("alpaca", "sharegpt", "messages", "prompt_completion", "parquet")
 SCORES = ("loss_pre", "loss_post", "knn_mean_sim", "quality")
 _PREFIX = "middo_"
 
@@ -78,13 +80,14 @@ def export_data(
     Args:
       run: its folder.
       out: a folder that does not exist or is empty.
-      form: alpaca, sharegpt, messages, prompt_completion or parquet; None: the format that came in.
+      form: alpaca, sharegpt, messages, prompt_completion or parquet, with the columns' usual names; None: the
+        format that came in, with the user's names and order of columns.
       license: of the dataset, for its card, by its name at the hub: apache-2.0, cc-by-4.0, other, ...
       **extras: what is written beside the dataset.
 
     Raises:
       RunError: the run has no dataset yet, or `out` is not empty.
-      DataError: the format has no place for a row.
+      DataError: there is no such format, or it has no place for a row.
     """
     scores, lineage = extras.get("scores", False), extras.get("lineage", False)
     require_run(run)
@@ -92,12 +95,10 @@ def export_data(
     place = local(out)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise RunError(f"{out} exists and is not an empty folder; name another, or remove it first")
-    settings = load_settings(run)
-    form = form or _format(run)
+    settings, own = load_settings(run), _shape(run, form)
     examples = [Example.from_json(row) for row in read_jsonl(folder.dataset)]
     kept_out = [Example.from_json(row) for row in read_jsonl(run.heldout)] if extras.get("heldout") else []
     known = _scores(run) if scores else {}
-    id_column = _id_column(settings)
     ending = "parquet" if form == "parquet" else "jsonl"
     files = {"train": (examples, f"train.{ending}"), "heldout": (kept_out, f"heldout.{ending}")}
     columns: set[str] = set()
@@ -105,16 +106,27 @@ def export_data(
         if not rows:
             continue
         shown = [_with_columns(example, known.get(example.id), scores, lineage) for example in rows]
-        write(shown, place / name, form, id_column)
+        write(shown, place / name, form, own.id_column) if form else write_jsonl(
+            place / name, own.rows(shown)
+        )
         columns |= _columns(place / name)
     written = {split: name for split, (rows, name) in files.items() if rows}
     name = settings.get("name") or run.path.resolve().name
-    _write_readers(place, str(name), "messages" if form == "parquet" else form, written, columns)
+    is_weighted = not all(m.learnt for example in (*examples, *kept_out) for m in example.messages)
+    _write_readers(place, str(name), written, _Names(own, columns, is_weighted))
     found = preference_pairs(run) if extras.get("pairs") else []
     if found:
         write_jsonl(place / "pairs.jsonl", found)
-    write_text(place / "README.md", card(run, written, form, "pairs.jsonl" if found else None, license))
-    return ExportedDataset(place, len(examples), len(kept_out), len(found), form)
+    write_text(place / "README.md", card(run, written, own.format, "pairs.jsonl" if found else None, license))
+    return ExportedDataset(place, len(examples), len(kept_out), len(found), own.format)
+
+
+def _shape(run: RunDir, form: str | None) -> OwnShape:
+    """The shape of the rows that came in, or a format with its usual names."""
+    if form not in (None, *WRITTEN):
+        raise DataError(f"a run's dataset cannot be written as {form!r}; there are {', '.join(WRITTEN)}")
+    own = own_shape(run)
+    return own if form is None else OwnShape(form, id_column=own.id_column)
 
 
 def write_as_it_came(run: RunDir, examples: Sequence[Example], path: Path, progress: Progress) -> str:
@@ -123,20 +135,17 @@ def write_as_it_came(run: RunDir, examples: Sequence[Example], path: Path, progr
     A conversation of several turns or with tools may have no place in that format. Then all rows are written
     as messages, which is said.
     """
-    form, id_column = _format(run), _id_column(load_settings(run))
+    own = own_shape(run)
     try:
-        rows = to_rows(examples, form, id_column)
+        rows = own.rows(examples)
     except DataError as error:
-        if form == "messages":
+        if own.format == "messages":
             raise
         progress.say(f"{path}: written as messages ({error})")
-        form, rows = "messages", to_rows(examples, "messages", id_column)
+        own = OwnShape("messages", id_column=own.id_column)
+        rows = own.rows(examples)
     write_jsonl(path, rows)
-    return form
-
-
-def _id_column(settings: Mapping[str, Any]) -> str:
-    return settings.get("data", {}).get("id_column") or "id"
+    return own.format
 
 
 def last_dataset(run: RunDir) -> RoundDir:
@@ -151,14 +160,10 @@ def last_dataset(run: RunDir) -> RoundDir:
     raise RunError(f"{run.path}: no round has a dataset yet; `middo run` makes one")
 
 
-def _format(run: RunDir) -> str:
-    """The format of the rows that came in; of a run that did not record it, messages."""
-    return row_format(run.round(0).stages().get("prepare", {}).get("format"))
-
-
-def row_format(of_data: str | None) -> str:
-    """The format in which rows of such data are written: its own, or messages where it has none of rows."""
-    return of_data if of_data in ("alpaca", "sharegpt", "messages", "prompt_completion") else "messages"
+def own_shape(run: RunDir) -> OwnShape:
+    """The shape of the rows that came in; messages if the run did not record it, or it has no rows."""
+    record = run.round(0).stages().get("prepare", {})
+    return OwnShape.of(record.get("format"), record.get("columns", ()), load_settings(run).get("data", {}))
 
 
 def _scores(run: RunDir) -> dict[str, dict[str, float | None]]:
@@ -202,72 +207,132 @@ def _columns(path: Path) -> set[str]:
     return {name for row in read_jsonl(path) for name in row}
 
 
-def _write_readers(
-    out: Path, name: str, form: str, files: Mapping[str, str], columns: Collection[str]
-) -> None:
+def _write_readers(out: Path, name: str, files: Mapping[str, str], names: _Names) -> None:
     """dataset_info.json for LLaMA-Factory, axolotl.yaml and trl.py."""
+    form = names.form
     info = {
-        name if split == "train" else f"{name}_{split}": {"file_name": file, **_llama_factory(form, columns)}
+        name if split == "train" else f"{name}_{split}": {"file_name": file, **_llama_factory(form, names)}
         for split, file in files.items()
     }
     write_json(out / "dataset_info.json", info)
     kind = "parquet" if files["train"].endswith(".parquet") else "json"
-    write_text(out / "axolotl.yaml", _axolotl(form, files["train"], kind))
+    write_text(out / "axolotl.yaml", _axolotl(form, files["train"], kind, names))
     test = f', "test": "{files["heldout"]}"' if "heldout" in files else ""
     write_text(
         out / "trl.py",
         '"""For TRL: run in this folder, or give full paths."""\n\n'
         "from datasets import load_dataset\n\n"
         f'data = load_dataset("{kind}", data_files={{"train": "{files["train"]}"{test}}})\n'
-        f"{_TRL[form]}"
+        f"{_trl(form, names)}{_UNREAD_WEIGHTS if names.is_weighted else ''}"
         '# SFTTrainer(model, train_dataset=data["train"], args=SFTConfig(assistant_only_loss=True))\n',
     )
 
 
-def _llama_factory(form: str, columns: Collection[str]) -> dict[str, Any]:
-    def present(**named: str) -> dict[str, str]:
-        return {key: column for key, column in named.items() if column in columns}
+_UNREAD_WEIGHTS = "# TRL does not read `weight: 0`: it would learn these answers too. Leave out such rows.\n"
 
+
+class _Names:
+    """The names of columns that files have, by the names of their format.
+
+    `is_weighted`: whether some answers have the weight 0, which only axolotl reads.
+    """
+
+    def __init__(self, shape: OwnShape, columns: Collection[str], is_weighted: bool) -> None:
+        self.form = "messages" if shape.format == "parquet" else shape.format
+        self._names, self._columns, self.system = shape.names, columns, shape.system_column
+        self.is_weighted = is_weighted
+
+    def __getitem__(self, name: str) -> str:
+        return self._names.get(name, name)
+
+    def present(self, **named: str) -> dict[str, str]:
+        """Those of some columns that the files have: key -> name in the files."""
+        found = {key: self.system if key == "system" and self.system else self[n] for key, n in named.items()}
+        return {key: name for key, name in found.items() if name in self._columns}
+
+
+def _llama_factory(form: str, names: _Names) -> dict[str, Any]:
     if form == "alpaca":
-        named = present(
+        named = names.present(
             prompt="instruction", query="input", response="output", system="system", history="history"
         )
         return {"columns": named}
     if form == "prompt_completion":
-        return {"columns": present(prompt="prompt", response="completion")}
-    if form == "sharegpt":
-        return {"formatting": "sharegpt", "columns": present(messages="conversations", tools="tools")}
-    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    tags |= {"system_tag": "system", "observation_tag": "tool"}
-    return {"formatting": "sharegpt", "columns": present(messages="messages", tools="tools"), "tags": tags}
-
-
-def _axolotl(form: str, file: str, kind: str) -> str:
-    types = {
-        "alpaca": "    type: alpaca\n",
-        "sharegpt": "    type: chat_template\n    field_messages: conversations\n"
-        "    message_property_mappings: {role: from, content: value}\n",
-        "messages": "    type: chat_template\n    field_messages: messages\n",
-        "prompt_completion": "    type:\n      field_instruction: prompt\n      field_output: completion\n",
+        return {"columns": names.present(prompt="prompt", response="completion", system="system")}
+    turns = "conversations" if form == "sharegpt" else "messages"
+    told = {
+        "formatting": "sharegpt",
+        "columns": names.present(messages=turns, system="system", tools="tools"),
     }
-    head = "# For axolotl, whose paths are relative to where it is started.\ndatasets:\n"
-    return f"{head}  - path: {file}\n    ds_type: {kind}\n{types[form]}"
+    if form == "sharegpt":
+        return told
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    return told | {"tags": tags | {"system_tag": "system", "observation_tag": "tool"}}
 
 
-_TRL = {
-    "alpaca": (
+def _axolotl(form: str, file: str, kind: str, names: _Names) -> str:
+    said = "# For axolotl, whose paths are relative to where it is started.\n"
+    source: dict[str, Any] = {"path": file, "ds_type": kind}
+    if form in ("alpaca", "prompt_completion"):
+        asked, answered = ("instruction", "output") if form == "alpaca" else ("prompt", "completion")
+        fields = names.present(instruction=asked, input="input", output=answered, system="system")
+        is_usual = form == "alpaca" and all(field == name for field, name in fields.items())
+        source["type"] = "alpaca" if is_usual else {f"field_{key}": name for key, name in fields.items()}
+    else:
+        turns = names["conversations" if form == "sharegpt" else "messages"]
+        source |= {"type": "chat_template", "field_messages": turns}
+        if form == "sharegpt":
+            source["message_property_mappings"] = {"role": "from", "content": "value"}
+        if names.is_weighted:
+            source["message_field_training"] = "weight"
+        if names.present(system="system").get("system", "system") != "system":
+            said += "# It reads system texts from a column `system` only: export with --format messages.\n"
+    text = yaml.safe_dump({"datasets": [source]}, sort_keys=False, allow_unicode=True)
+    return said + text
+
+
+def _trl(form: str, names: _Names) -> str:
+    """The lines that make the columns of TRL's SFTTrainer."""
+    system = names.present(system="system").get("system")
+    before = ""
+    if system is not None:
+        turn = f'{{"role": "system", "content": row[{system!r}]}}'
+        before = f"*([{turn}] if row[{system!r}] else []), "
+    if form in ("alpaca", "prompt_completion"):
+        return _trl_of_pairs(form, names, before)
+    turns = names["conversations" if form == "sharegpt" else "messages"]
+    if form == "sharegpt":
+        return (
+            'roles = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}\n'
+            'named = lambda turns: [{"role": roles[t["from"]], "content": t["value"]} for t in turns]\n'
+            f'data = data.map(lambda row: {{"messages": [{before}*named(row[{turns!r}])]}})\n'
+            "# rows with function_call turns: export as messages\n"
+        )
+    if not before and turns == "messages":
+        return ""
+    return f'data = data.map(lambda row: {{"messages": [{before}*row[{turns!r}]]}})\n'
+
+
+def _trl_of_pairs(form: str, names: _Names, before: str) -> str:
+    """The lines for alpaca and prompt_completion; `before` are the turns before the first question."""
+    asked, answered = ("instruction", "output") if form == "alpaca" else ("prompt", "completion")
+    fields = names.present(asked=asked, input="input", answered=answered, history="history")
+    prompt, answer = f"row[{fields['asked']!r}]", f"row[{fields['answered']!r}]"
+    if "input" in fields:
+        prompt = f'"\\n".join(filter(None, [{prompt}, row[{fields["input"]!r}]]))'
+    if "history" in fields:
+        of_pair = 'for role, text in zip(("user", "assistant"), pair)'
+        pairs = f"for pair in row[{fields['history']!r}] or []"
+        before += f'*[{{"role": role, "content": text}} {pairs} {of_pair}], '
+    if not before:
+        is_usual = form == "prompt_completion" and fields["asked"] == "prompt"
+        made = f'data = data.map(lambda row: {{"prompt": {prompt}, "completion": {answer}}})\n'
+        return "" if is_usual else made
+    return (
+        "turns = lambda text, role: "
+        'text if isinstance(text, list) else [{"role": role, "content": text}]\n'
         "data = data.map(\n"
-        '    lambda row: {"prompt": "\\n".join(filter(None, [row["instruction"], row["input"]])), '
-        '"completion": row["output"]}\n'
+        f'    lambda row: {{"prompt": [{before}*turns({prompt}, "user")], '
+        f'"completion": turns({answer}, "assistant")}}\n'
         ")\n"
-    ),
-    "sharegpt": (
-        'roles = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}\n'
-        "data = data.map(\n"
-        '    lambda row: {"messages": [{"role": roles[t["from"]], "content": t["value"]} for t in '
-        'row["conversations"]]}\n'
-        ")  # rows with function_call turns: export as messages\n"
-    ),
-    "messages": "",
-    "prompt_completion": "",
-}
+    )

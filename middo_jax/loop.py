@@ -23,9 +23,10 @@ from middo_jax.config.axis_table import scored_axes
 from middo_jax.controls import control_stages, write_summary
 from middo_jax.data.example import Example
 from middo_jax.data.files import inputs_of
+from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.sources import count_reasons
 from middo_jax.ending import best_stage
-from middo_jax.exporting import row_format, write_as_it_came
+from middo_jax.exporting import own_shape, write_as_it_came
 from middo_jax.parallel.coordination import agree, barrier, from_first, is_first, stop_point
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
@@ -378,19 +379,26 @@ def _prepare(plan: Plan, link: Link) -> None:
         begun, data = plan.fresh
         kept = data.kept
         repairs = {reason.reason: reason.n for reason in count_reasons(data.repairs)}
-        facts = {"repairs": repairs, "format": data.format}
+        facts = {"repairs": repairs, "format": data.format, "columns": data.columns}
         write_jsonl(plan.run.rejected, (r.to_json() for r in data.rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
-        for name in (PREPARE, "best"):
-            written = plan.run.final.stages().get(name)
-            if written is not None and written.get("format") != row_format(data.format):
-                plan.run.final.forget(name)  # its rows have the format of the earlier data
+        _forget_other_shapes(plan, data)
     write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
     if link.folder.own_format in link.writes:
         link.folder.forget("best")  # of a run with `stop.patience`
         rows = list(kept)
-        facts = {"format": write_as_it_came(plan.run, rows, link.folder.own_format, plan.session.progress)}
+        form = write_as_it_came(plan.run, rows, link.folder.own_format, plan.session.progress)
+        facts = {"format": form, "shape": own_shape(plan.run).to_json()}
     begun.finish(plan.session.config, time.monotonic() - began, n=len(kept), **facts)
+
+
+def _forget_other_shapes(plan: Plan, data: Prepared) -> None:
+    """Makes `final` stale if its rows have the shape of other data than the run's."""
+    own = OwnShape.of(data.format, data.columns, plan.session.config.data.model_dump(mode="json"))
+    for name in (PREPARE, "best"):
+        written = plan.run.final.stages().get(name)
+        if written is not None and written.get("shape") != own.to_json():
+            plan.run.final.forget(name)
 
 
 def _train(plan: Plan, link: Link) -> None:

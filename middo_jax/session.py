@@ -22,6 +22,7 @@ from middo_jax.data.example import Example, Message
 from middo_jax.data.files import with_id
 from middo_jax.data.in_memory import IN_MEMORY
 from middo_jax.data.mixing import read_configured
+from middo_jax.data.own_shape import columns_of
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import (
     DataError,
@@ -264,6 +265,7 @@ class Prepared(NamedTuple):
       rejections: rows that cannot be used.
       repairs: rows that were repaired.
       format: format of the rows.
+      columns: the columns of the rows.
     """
 
     kept: list[Example]
@@ -271,6 +273,7 @@ class Prepared(NamedTuple):
     rejections: list[Rejection]
     repairs: Sequence[Repair]
     format: str
+    columns: list[str]
 
 
 def prepare(session: Session, data: UserRows | None = None) -> Prepared:
@@ -305,7 +308,7 @@ def prepare(session: Session, data: UserRows | None = None) -> Prepared:
         session.progress.say(f"{n} rows repaired (data.strict=true refuses them)")
     for line in commonest_reasons(data.repairs):
         session.progress.say(line)
-    return Prepared(kept, heldout, data.rejections, data.repairs, data.format)
+    return Prepared(kept, heldout, data.rejections, data.repairs, data.format, columns_of(data.rows))
 
 
 def _own_heldout(session: Session, path: str) -> list[Example]:

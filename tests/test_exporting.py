@@ -14,10 +14,12 @@ from support.synthetic_run import write_run
 
 from middo_jax import exporting
 from middo_jax.data.example import Example, Lineage, Message
+from middo_jax.data.own_shape import OwnShape, columns_of
+from middo_jax.data.reading import Reading
 from middo_jax.data.sources import DataError, read, read_rows, write
 from middo_jax.exporting import export_data, write_as_it_came
 from middo_jax.preferences import preference_pairs
-from middo_jax.rundir import RunDir, RunError, read_jsonl, write_jsonl
+from middo_jax.rundir import RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_what_the_format_has_no_place_for_is_written_as_messages_and_said(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     progress = Said()
-    monkeypatch.setattr(exporting, "_format", lambda run: "alpaca")
+    monkeypatch.setattr(exporting, "own_shape", lambda run: OwnShape("alpaca"))
     plain = Example((Message("user", "Name a sea."), Message("assistant", "The North Sea.")))
     unlearnt = (Message("user", "Hi."), Message("assistant", "Hello.", learnt=False), *plain.messages)
     path = tmp_path / "train.jsonl"
@@ -163,6 +165,104 @@ def test_alpaca_keeps_instruction_and_input_apart(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.jsonl").read_text()) == new
     added = example.replace_text("Name a sea.", "North.", Lineage((example.id,), example.id, 1, "synthesize"))
     assert (added.user_id, child.user_id) == (None, "a1")
+
+
+OWN_SHAPES = {
+    "alpaca": (
+        {"columns": {"instruction": "question", "output": "answer"}, "id_column": "uid"},
+        [{"question": "Add.", "answer": "5", "uid": "a", "output": "kept"},
+         {"question": "Sum.", "answer": "6", "uid": "b", "output": "also"}],
+    ),
+    "sharegpt": (
+        {"columns": {"conversations": "chat"}},
+        [{"system_prompt": told, "chat": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "I."}]}
+         for told in ("Rhyme.", "")],
+    ),
+    "prompt_completion": (
+        {},
+        [{"completion": "5", "system": "Count.", "prompt": "Add."},
+         {"completion": "6", "system": "", "prompt": "A"}],
+    ),
+    "messages": (
+        {"sources": [{"path": name, "columns": {"messages": "m"}} for name in "ab"]},
+        [{"m": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "I."}], "part": 1}],
+    ),
+}  # fmt: skip
+
+
+def _prepared(tmp_path: Path, form: str, data: dict[str, Any], rows: list[dict[str, Any]]) -> RunDir:
+    """A run whose final dataset is the rows as they were read."""
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    columns = data.get("columns") or data.get("sources", [{}])[0].get("columns") or {}
+    found = read_rows(
+        str(tmp_path / "in.jsonl"), reading=Reading(columns=columns, id_column=data.get("id_column"))
+    )
+    assert found.format == form
+    run = RunDir(tmp_path / "run")
+    write_text(run.config, yaml.safe_dump({"name": "mine", "data": data}))
+    record = {"format": form, "columns": columns_of(found.rows), "files": {}, "seconds": 0}
+    write_json(run.round(0).path / "manifest.json", {"stages": {"prepare": record}})
+    write_jsonl(run.final.dataset, [example.to_json() for example in found.examples])
+    return run
+
+
+@pytest.mark.parametrize("form", OWN_SHAPES)
+def test_rows_come_back_with_the_users_names_order_and_system_column(tmp_path: Path, form: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    data, rows = OWN_SHAPES[form]
+    run = _prepared(tmp_path, form, data, rows)
+    write_as_it_came(run, originals(run), tmp_path / "own.jsonl", Said())
+    export_data(run, tmp_path / "out")
+    for path in (tmp_path / "own.jsonl", tmp_path / "out" / "train.jsonl"):
+        found = read_jsonl(path)
+        for row in found if "id" not in rows[0] and "id_column" not in data else ():
+            del row["id"]  # ours
+        assert [list(row.items()) for row in found] == [list(row.items()) for row in rows]
+    told = json.loads((tmp_path / "out" / "dataset_info.json").read_text())["mine"]["columns"]
+    assert set(told.values()) <= rows[0].keys()
+    assert ("system" in told) == any(name.startswith("system") for name in rows[0])
+    with pytest.MonkeyPatch.context() as patch:  # the snippet gives TRL what the rows have
+        patch.chdir(tmp_path / "out")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        names: dict[str, Any] = {}
+        exec((tmp_path / "out" / "trl.py").read_text(), names)
+    made = names["data"]["train"][0]
+    turns = made.get("messages")
+    if turns is None and isinstance(made["prompt"], list):
+        turns = made["prompt"] + made["completion"]
+    if turns is None:
+        assert [made["prompt"], made["completion"]] == [m.content for m in originals(run)[0].messages]
+    else:
+        assert [(t["role"], t["content"]) for t in turns] == [
+            (m.role, m.content) for m in originals(run)[0].messages
+        ]
+    export_data(run, tmp_path / "usual", form)
+    again, _ = read(str(tmp_path / "usual" / "train.jsonl"), form)
+    assert [e.messages for e in again] == [e.messages for e in originals(run)]
+
+
+def test_answers_of_weight_0_are_marked_for_axolotl_and_said_for_trl(tmp_path: Path) -> None:
+    turns = [("user", "Hi."), ("assistant", "Bad."), ("user", "Ho."), ("assistant", "Good.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    row["messages"][1]["weight"] = 0
+    export_data(_prepared(tmp_path, "messages", {}, [row]), tmp_path / "out")
+    [found] = read_jsonl(tmp_path / "out" / "train.jsonl")
+    # axolotl learns every turn whose field is 1, and asks for the role where it is null.
+    assert [turn["weight"] for turn in found["messages"]] == [None, 0, None, 1]
+    source = yaml.safe_load((tmp_path / "out" / "axolotl.yaml").read_text())["datasets"][0]
+    assert source["message_field_training"] == "weight"
+    assert "does not read `weight: 0`" in (tmp_path / "out" / "trl.py").read_text()
+    [again], _ = read(str(tmp_path / "out" / "train.jsonl"))
+    assert [m.learnt for m in again.messages] == [True, False, True, True]
+
+
+def test_a_format_that_cannot_be_written_is_refused_before_the_folder_exists(
+    run: RunDir, tmp_path: Path
+) -> None:
+    for form in ("tfds", "csv"):
+        with pytest.raises(DataError, match=f"cannot be written as '{form}'; there are alpaca"):
+            export_data(run, tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()
 
 
 def test_preference_pairs_of_accepted_rewrites(run: RunDir, tmp_path: Path) -> None:

@@ -62,6 +62,9 @@ class Source(Settings):
 
     path: str = Field(description="As data.path.")
     format: str = Field(default="auto", description="As data.format.")
+    columns: dict[str, str] | None = Field(
+        default=None, description="As data.columns, for this source; None: data.columns."
+    )
     weight: PositiveFloat | None = Field(
         default=None, description="Its share of the mix, relative to the weights of the other sources."
     )
@@ -85,7 +88,7 @@ class DataSettings(Settings):
     sources: Annotated[tuple[Source, ...], Affects("data")] = Field(
         default=(),
         description="Several datasets in place of `path`: `[{path: a.jsonl, weight: 2}, {path: b.csv, "
-        "weight: 1}]`, or with `count: 500`; each may have its own `format`.",
+        "weight: 1}]`, or with `count: 500`; each may have its own `format` and `columns`.",
     )
     eval_path: Annotated[str | None, Affects("data")] = Field(
         default=None, description="Your own held-out dataset, in place of a share of the rows."

@@ -12,6 +12,7 @@ import codecs
 import contextlib
 import csv
 import dataclasses
+import fnmatch
 import glob
 import gzip
 import io
@@ -104,15 +105,23 @@ def inputs_of(settings: DataSettings) -> dict[str, Path]:
 
 
 def require_not_read(source: str, outputs: Iterable[Path]) -> None:
-    """Requires that no output is a file that is read as data.
+    """Requires that no output is a file that is read as data, or would be one.
 
     Raises:
-      DataError: one is, so that writing it would destroy the data.
+      DataError: writing it would destroy the data, or add a file to it that the next reading takes for rows.
     """
-    read = {file.resolve() for place in _places(source) for file in (place, *_data_files(place))}
+    places = _places(source)
+    read = {file.resolve() for place in places for file in (place, *_data_files(place))}
+    folders = {f.resolve().parent for place in places if place.is_dir() for f in _data_files(place)}
+    names = Path(source).name if any(character in source for character in "*?[") else None
+    folders |= set() if names is None else {place.resolve().parent for place in places}
     for output in outputs:
-        if output.exists() and output.resolve() in read:
+        where = output.resolve()
+        if output.exists() and where in read:
             raise DataError(f"{output} is read as data and would be overwritten; write to another place")
+        fits = _is_data(where) if names is None else fnmatch.fnmatch(where.name, names)
+        if where.parent in folders and fits:
+            raise DataError(f"{output} would be among the files of {source}, as data; write to another place")
 
 
 def _places(path: str) -> list[Path]:
@@ -327,10 +336,14 @@ def _json_object(file: Path) -> dict[str, Any]:
 def _data_files(folder: Path) -> list[Path]:
     """The files of data in a folder, or in its subfolder `data`, by name."""
     for place in (folder, folder / "data"):
-        found = [f for f in sorted(place.glob("*")) if f.is_file() and _ending(f) in ENDINGS]
-        if files := [f for f in found if f.name not in _NOT_DATA and not f.name.startswith(".")]:
+        if files := [f for f in sorted(place.glob("*")) if f.is_file() and _is_data(f)]:
             return files
     return []
+
+
+def _is_data(file: Path) -> bool:
+    """Whether a file of a folder has rows, by its name."""
+    return _ending(file) in ENDINGS and file.name not in _NOT_DATA and not file.name.startswith(".")
 
 
 def _shards(folder: Path) -> list[Path]:

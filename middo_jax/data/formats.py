@@ -55,6 +55,7 @@ PROMPT_COLUMNS = frozenset(
         *("system_instruction", "system_instructions", "sys_prompt", "tools"),
     )
 )
+_SPEAKING = ("assistant", "gpt", "function_call")  # the names of the assistant's turns in written rows
 _OUR_COLUMNS = {"id", "messages", "lineage", "extra", "tools", "user_id", "prompt_columns"}
 _LINEAGE = pydantic.TypeAdapter(Lineage)
 
@@ -265,7 +266,9 @@ def to_rows(examples: Sequence[Example], form: str, id_column: str = "id") -> li
                 f"{form} has no field for answers of weight 0, which are not learnt; write messages instead"
             )
         for turn in (turn for row in rows for column in chosen.required for turn in _turns_in(row[column])):
-            turn.setdefault("weight", 1)  # readers expect the same fields in all rows
+            # Readers expect the same fields in all turns. Only answers have a weight: axolotl learns any 1.
+            speaks = turn.get("role", turn.get("from")) in _SPEAKING
+            turn.setdefault("weight", 1 if speaks else None)
     return rows
 
 

@@ -71,7 +71,15 @@ def read_sources(
     Raises:
       DataError: see `read_rows`, or a source has too few rows.
     """
-    parts = [read_rows(s.path, s.format, limit, reading) for s in sources]
+    parts = [
+        read_rows(
+            s.path,
+            s.format,
+            limit,
+            reading if s.columns is None else dataclasses.replace(reading, columns=s.columns),
+        )
+        for s in sources
+    ]
     formats = {part.format for part in parts}
     merged, said = UserRows([], [], [], [], [], formats.pop() if len(formats) == 1 else "messages"), []
     first: dict[str, str] = {}

@@ -117,7 +117,10 @@ def read_rows(
         raise DataError(f"{path} has no rows; give a file with at least one example")
     values = [item[1] for item in found if not isinstance(item, Rejection)]
     if values and (missing := reading.missing_columns(values)):
-        raise DataError(f"{path}: data.columns names {missing[0]!r}, and no row has such a column")
+        raise DataError(
+            f"{path}: data.columns names {missing[0]!r}, and no row has such a column (of several "
+            "data.sources, each may have its own `columns`)"
+        )
     if format == "auto" and values:
         try:
             format = detect([reading.apply(row) for row in itertools.islice(values, 100)])
@@ -233,6 +236,7 @@ def count_reasons(rejections: Sequence[Rejection | Repair]) -> list[ReasonCount]
 
 def reason_lines(reasons: Sequence[ReasonCount], limit: int = 3) -> list[str]:
     """Lines for a terminal: count, reason and first place; reasons beyond `limit` share one line."""
+    limit += len(reasons) == limit + 1  # a line for one other reason can name it
     total = sum(reason.n for reason in reasons)
     lines = [f"  {n} of {total}: {reason} ({where})" for n, reason, where in reasons[:limit]]
     if rest := sum(reason.n for reason in reasons[limit:]):

@@ -92,7 +92,9 @@ def write(examples: Sequence[Example], path: Path) -> None:
         raise DataError("tfds has no place for tools; write messages instead")
     records = []
     for example, row in zip(examples, to_rows(examples, "messages"), strict=True):
-        messages = [{"weight": 1, **turn} for turn in row.pop("messages")]
+        # TFDS has no null numbers.
+        turns = row.pop("messages")
+        messages = [turn | {"weight": 1 if turn.get("weight") is None else turn["weight"]} for turn in turns]
         records.append({"id": example.id, "messages": messages, "extra": json.dumps(row)})
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:

@@ -391,6 +391,8 @@ class PrepareRecord(StageRecord):
 
     n: Annotated[int, "number of samples"]
     format: NotRequired[Annotated[str, "format of the input's rows; of final, that of train.jsonl"]]
+    columns: NotRequired[Annotated[list[str], "columns of the input's rows, in their order"]]
+    shape: NotRequired[Annotated[dict[str, Any], "of final: format, columns and names that came in"]]
     repairs: NotRequired[Annotated[dict[str, int], "number of repaired input rows by kind of repair"]]
 
 
@@ -502,6 +504,7 @@ class BestRecord(StageRecord):
 
     n: Annotated[int, "number of samples of its dataset"]
     format: Annotated[str, "format of train.jsonl"]
+    shape: Annotated[dict[str, Any], "format, columns and names that came in"]
     round: Annotated[str, "the folder of the best training"]
     why: Annotated[str, "why the rounds ended"]
 

@@ -209,8 +209,11 @@ def test_an_output_that_is_read_as_data_is_refused(tmp_path: Path) -> None:
     path.write_text(LINES)
     for source in (str(path), str(tmp_path), str(tmp_path / "*.jsonl")):
         with pytest.raises(DataError, match=r"rows\.jsonl is read as data and would be overwritten"):
-            require_not_read(source, [tmp_path / "other.jsonl", path])
-        require_not_read(source, [tmp_path / "other.jsonl"])
+            require_not_read(source, [tmp_path / "out" / "other.jsonl", path])
+        require_not_read(source, [tmp_path / "out" / "rows.jsonl", tmp_path / "notes.txt"])
+    for source in (str(tmp_path), str(tmp_path / "*.jsonl")):
+        with pytest.raises(DataError, match=r"other\.jsonl would be among the files of"):
+            require_not_read(source, [tmp_path / "other.jsonl"])
     require_not_read("hf:someone/some:train", [path])
 
 

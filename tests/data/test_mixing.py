@@ -11,6 +11,7 @@ from middo_jax.config import load
 from middo_jax.config.base import ConfigError
 from middo_jax.config.settings import Source
 from middo_jax.data.mixing import chosen, read_sources, shares
+from middo_jax.data.own_shape import names_of
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import DataError
 
@@ -55,6 +56,18 @@ def test_sources_are_read_as_one(tmp_path: Path) -> None:
     assert said == [f"{a}: 20 of 40 rows taken", f"{b}: 10 of 10 rows taken"]
     assert {str(e.user_id) for e in data.examples} >= {"100", "109"}
     assert data.places[-1] == f"{b}:11"
+
+
+def test_sources_have_their_own_names_of_columns(tmp_path: Path) -> None:
+    a, b = file(tmp_path, "a.jsonl", 3), tmp_path / "b.jsonl"
+    b.write_text(json.dumps({"question": "Why?", "answer": "So."}) + "\n")
+    own = {"instruction": "question", "output": "answer"}
+    data, _ = read_sources([Source(path=a), Source(path=str(b), columns=own)], None, Reading(), seed=0)
+    assert (len(data.examples), data.format, data.examples[-1].prompt) == (4, "alpaca", "Why?")
+    with pytest.raises(DataError, match=r"a\.jsonl: data\.columns names 'question'.*its own `columns`"):
+        read_sources([Source(path=a), Source(path=str(b))], None, Reading(columns=own), seed=0)
+    assert names_of({"columns": own, "sources": [{"path": a}, {"path": str(b)}]}) == own
+    assert names_of({"columns": own, "sources": [{"path": a, "columns": {}}, {"path": str(b)}]}) == {}
 
 
 def test_a_row_of_two_sources_is_used_once_and_common_ids_are_no_ids(tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""The shape of the user's rows: their names of columns, their order, where the system text is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from middo_jax.data.example import Example
+from middo_jax.data.formats import to_rows
+from middo_jax.data.turns import SYSTEM_COLUMNS, Row
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnShape:
+    """How rows came in.
+
+    Attributes:
+      format: alpaca, sharegpt, messages or prompt_completion.
+      names: names of columns as the format has them -> the user's names, see `data.columns`.
+      columns: the user's columns in their order; () if they are not known.
+      id_column: the column with the user's own ids.
+    """
+
+    format: str
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    id_column: str = "id"
+
+    @classmethod
+    def of(cls, form: str | None, columns: Iterable[str], settings: Mapping[str, Any]) -> OwnShape:
+        """The shape of data in a format, with these columns, by the settings `data`.
+
+        Of any other format, and where it is not known, rows are written as messages.
+        """
+        id_column = settings.get("id_column") or "id"
+        if form not in ("alpaca", "sharegpt", "messages", "prompt_completion"):
+            return cls("messages", id_column=id_column)
+        return cls(form, names_of(settings), tuple(columns), id_column)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the record of a stage."""
+        return {**dataclasses.asdict(self), "names": dict(self.names), "columns": list(self.columns)}
+
+    @property
+    def system_column(self) -> str | None:
+        """The user's column with the system text; None if there is none, or several."""
+        theirs = {name: self.names.get(name, name) for name in SYSTEM_COLUMNS}
+        found = [name for name in theirs.values() if name in self.columns]
+        return found[0] if len(found) == 1 else None
+
+    def rows(self, examples: Sequence[Example]) -> list[Row]:
+        """Conversations as rows of this shape. Columns of ours follow the user's, an `id` of ours is first.
+
+        names {"output": "answer"}, columns ("answer", "instruction")
+          ->  {"id": ..., "answer": ..., "instruction": ...}, without the empty `input` of Alpaca
+
+        Raises:
+          DataError: see `to_rows`.
+        """
+        system = self.system_column
+        bare = [_without_system(example) for example in examples] if system else examples
+        rows = to_rows(bare, self.format, self.id_column)
+        if system:
+            for row, example in zip(rows, examples, strict=True):
+                first = example.messages[0]
+                row[self._ours(system)] = first.content if first.role == "system" else ""
+        has_input = self.names.get("input", "input") in self.columns or any(row.get("input") for row in rows)
+        if self.format == "alpaca" and self.columns and not has_input:
+            for row in rows:
+                row.pop("input", None)
+        return [self._named(row) for row in rows]
+
+    def _ours(self, name: str) -> str:
+        return next((ours for ours, theirs in self.names.items() if theirs == name), name)
+
+    def _named(self, row: Row) -> Row:
+        """The inverse of `Reading.apply`, with the columns in the user's order."""
+        back = {f"extra_{name}": name for name in self.names if name in self.columns} | dict(self.names)
+        named = {back.get(name, name): value for name, value in row.items()}
+        first = [name for name in ("id",) if name in named and name not in self.columns]
+        order = dict.fromkeys((*first, *(name for name in self.columns if name in named), *named))
+        return {name: named[name] for name in order}
+
+
+def columns_of(rows: Iterable[Any]) -> list[str]:
+    """The names of all columns of some rows, in the order in which they first occur."""
+    return list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+
+
+def names_of(settings: Mapping[str, Any]) -> Mapping[str, str]:
+    """The user's names of columns by the settings `data`; {} if several sources have different ones."""
+    shared = settings.get("columns") or {}
+    own = [source.get("columns") for source in settings.get("sources") or ()]
+    found = [shared if names is None else names for names in own] or [shared]
+    return found[0] if all(names == found[0] for names in found) else {}
+
+
+def _without_system(example: Example) -> Example:
+    turns = example.messages
+    return dataclasses.replace(example, messages=turns[1:]) if turns[0].role == "system" else example

@@ -74,7 +74,8 @@ def arm_tasks(
 def _ranked(arm: str, ids: Sequence[str], rows: Mapping[str, Mapping[str, Any]], seed: int) -> list[str]:
     """Ids in the order of an arm's choice; rows without the number are left out, ties go to the earlier."""
     if arm == "random":
-        return [ids[int(i)] for i in np.random.default_rng((seed, 0)).permutation(len(ids))]
+        order: list[int] = np.random.default_rng((seed, 0)).permutation(len(ids)).tolist()
+        return [ids[i] for i in order]
     column, sign = RANKED_BY[arm]
     values = {id_: rows.get(id_, {}).get(column) for id_ in ids}
     known = {id_: value for id_, value in values.items() if value is not None and math.isfinite(value)}

@@ -106,9 +106,10 @@ def export_data(
         if not rows:
             continue
         shown = [_with_columns(example, known.get(example.id), scores, lineage) for example in rows]
-        write(shown, place / name, form, own.id_column) if form else write_jsonl(
-            place / name, own.rows(shown)
-        )
+        if form is None:
+            write_jsonl(place / name, own.rows(shown))
+        else:
+            write(shown, place / name, form, own.id_column)
         columns |= _columns(place / name)
     written = {split: name for split, (rows, name) in files.items() if rows}
     name = settings.get("name") or run.path.resolve().name

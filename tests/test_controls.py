@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,12 @@ def broken_off(*_: Any) -> None:
     raise InterruptedError
 
 
-def test_arms_are_trained_once_per_seed_and_compared(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    finished.copy(tmp_path)
-    run, before = RunDir(tmp_path / "run"), len(read_jsonl(finished.run.events))
+Given = Callable[..., list[str]]
 
-    def given(**more: Any) -> list[str]:
-        return finished.settings(**{"runs_dir": tmp_path, "controls": "[none, random]", **more})
 
+def arms_trained_once_per_seed(run: RunDir, given: Given, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs with one seed, is broken off with two, and runs again; controls.json of one seed."""
+    before = len(read_jsonl(run.events))
     assert status(run)["controls"] is None
     run_loop(load(None, given()), Silent())
     # final and round_00 have as many steps, so the first trainings of `loop` and `none` are there already.
@@ -54,7 +52,11 @@ def test_arms_are_trained_once_per_seed_and_compared(
     assert begun(run, events) == [trained[0], *trained]
     steps = read_jsonl(run.path / "controls" / "loop" / "seed_1" / "metrics.jsonl")
     assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))  # none was done twice
+    return once
 
+
+def check_figures(run: RunDir, once: Any) -> None:
+    """Losses, differences and costs of controls.json, against those of the run's other files."""
     found = json.loads(run.controls.read_text(encoding="utf-8"))
     loop, none, random = found["arms"]
     assert [arm["name"] for arm in found["arms"]] == ["loop", "none", "random"]
@@ -80,6 +82,17 @@ def test_arms_are_trained_once_per_seed_and_compared(
     assert steps == [len(read_jsonl(run.final.metrics))] * 3
     assert not list((run.path / "controls").rglob("checkpoint"))
 
+
+def test_arms_are_trained_once_per_seed_and_compared(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished.copy(tmp_path)
+    run = RunDir(tmp_path / "run")
+
+    def given(**more: Any) -> list[str]:
+        return finished.settings(**{"runs_dir": tmp_path, "controls": "[none, random]", **more})
+
+    check_figures(run, arms_trained_once_per_seed(run, given, monkeypatch))
     # The loop is as it was, and the arms are shown and done.
     assert {k: v for k, v in results(run).items() if not k.startswith("controls")} == results(finished.run)
     state = status(run)

@@ -50,6 +50,7 @@ LATE = {
     "data/tokenize.py": {"transformers"},
     "evaluation/offline/instructions.py": {"py3langid"},
     "models/attention/splash.py": {"jax"},
+    "models/attention/tpu_trees.py": {"jax"},
     "models/attention/triton_kernels.py": {"jax"},
     "models/gguf/convert.py": {"gguf"},
     "models/hf/verifying.py": {"torch"},

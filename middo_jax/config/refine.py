@@ -84,8 +84,9 @@ class GateSettings(Settings):
 
         def __init__(self, **values: Any) -> None: ...
 
-    open: Annotated[tuple[str, ...], Affects(acceptance=("refine.accept", AnyOf(levels_from("sane"))))] = (
-        Field(default=(), description="Gates without a bar that do not run, such as [numbers, code].")
+    # Always: a registered gate may run with any refine.accept.
+    open: Annotated[tuple[str, ...], Affects("acceptance")] = Field(
+        default=(), description="Gates without a bar that do not run, such as [numbers, code]."
     )
 
     @pydantic.field_validator("open")

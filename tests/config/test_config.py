@@ -272,7 +272,7 @@ def test_every_setting_says_what_it_affects() -> None:
     of_gates = {
         (f"refine.gates.{name}", "acceptance", condition)
         for condition, names in {
-            checked: ("open", "length", "duplicate"),
+            checked: ("length", "duplicate"),
             ("refine.accept", AnyOf(("measured",))): ("agreement", "context", "novelty"),
         }.items()
         for name in names

@@ -393,7 +393,7 @@ def _rewrite(
         "id": example.id,
         "source_id": original.id,
         "user_id": original.user_id,
-        "op": OPS.get(task["op"], task["op"]) + (", edited by a person" if task["person"] == "edit" else ""),
+        "op": f"{OPS.get(task['op'], task['op'])}{', edited by a person' if task['person'] == 'edit' else ''}",
         "axes": _axes(task),
         "colour": _colour(_axes(task), shown),
         "replaces": bool(task["replaces"]),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -201,10 +201,14 @@ def _secret(example: Example) -> str | None:
 
 def _other_languages(rows: Sequence[tuple[str, Example]]) -> Iterator[tuple[str, str]]:
     codes = [(where, languages(example.response) or languages(example.prompt)) for where, example in rows]
-    counts = Counter(found[0] for _, found in codes if found)
+    # By rank, not by the likeliest alone: a doubtful text, such as a key, has a dozen languages.
+    counts: defaultdict[str, float] = defaultdict(float)
+    for _, found in codes:
+        for rank, code in enumerate(found, 1):
+            counts[code] += 1 / rank
     if not counts:
         return
-    main = counts.most_common(1)[0][0]
+    main = max(counts, key=lambda code: counts[code])
     for where, found in codes:
         if found and main not in found:
             yield where, f"{found[0]}, most rows are {main}"

@@ -33,6 +33,13 @@ CLEAN = (
 )
 
 
+def test_a_doubtful_text_does_not_say_which_language_most_rows_are_in() -> None:
+    key = sample("Key?", "sk-proj-abcdefghijklmnopqrstuvwxyz0123456789ABCD and me@example.com")
+    german = sample("Warum?", "Der Mond zieht das Wasser der Meere an, darum entstehen die Gezeiten.")
+    english = sample("How many?", "Natalia sold clips to 48 of her friends in April, and then half as many.")
+    assert results(key, german, english)["languages"].first == [("d.jsonl:2", "de, most rows are en")]
+
+
 def test_a_clean_dataset_has_no_fault() -> None:
     assert {name: found.first for name, found in results(*CLEAN, strict=True).items() if found.n} == {}
 

@@ -335,6 +335,7 @@ def _rewrite(
     """The page's values about one accepted rewrite: texts, marked words, hints, scores before and after."""
     scores, later = scores_of_two
     original, example = Example.from_json(task["original"]), Example.from_json(task["example"])
+    by = ", edited by a person" if task["person"] == "edit" else ""
     before = scores.get(original.id) or example.lineage.scores_before or {}
     # Under the same model if the gates measured it, otherwise under the next round's, which was trained on
     # it.
@@ -358,8 +359,7 @@ def _rewrite(
         "id": example.id,
         "source_id": original.id,
         "user_id": original.user_id,
-        "op": (OPS.get(task["op"]) or task["op"])
-        + (", edited by a person" if task["person"] == "edit" else ""),
+        "op": f"{OPS.get(task['op'], task['op'])}{by}",
         "axes": _axes(task),
         "colour": _colour(_axes(task), shown),
         "replaces": bool(task["replaces"]),

@@ -244,7 +244,7 @@ def test_rows_come_back_with_the_users_names_order_and_system_column(tmp_path: P
 def test_answers_of_weight_0_are_marked_for_axolotl_and_said_for_trl(tmp_path: Path) -> None:
     turns = [("user", "Hi."), ("assistant", "Bad."), ("user", "Ho."), ("assistant", "Good.")]
     row: dict[str, Any] = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    row["messages"][1]["weight"] = 0
+    row["messages"][1] |= {"weight": 0}
     export_data(_prepared(tmp_path, "messages", {}, [row]), tmp_path / "out")
     [found] = read_jsonl(tmp_path / "out" / "train.jsonl")
     # axolotl learns every turn whose field is 1, and asks for the role where it is null.

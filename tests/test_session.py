@@ -224,7 +224,7 @@ def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> No
             },
         ],
     )
-    kept, heldout, rejections, repairs, _ = prepare(Session(config, said))
+    kept, heldout, rejections, repairs, *_ = prepare(Session(config, said))
     assert [e.user_id for e in kept] == ["a0", "a2", "a3", "b0"]
     assert kept[-1].prompt == "Name 9.\n\nPlease."
     assert [e.prompt for e in heldout] == ["Name 1.", "Name 77."]

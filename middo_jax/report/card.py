@@ -87,7 +87,19 @@ def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
     for group, name in OWN_TEXTS:
         if isinstance(kept.get(group), dict) and kept[group].get(name):
             kept[group] = kept[group] | {name: Path(kept[group][name]).name}
-    return kept
+    return _without_folders(kept)
+
+
+def _without_folders(value: Any) -> Any:
+    """The value with only the last name of each absolute path: the card may be published."""
+    match value:
+        case dict():
+            return {name: _without_folders(each) for name, each in value.items()}
+        case list():
+            return [_without_folders(each) for each in value]
+        case str() if Path(value).expanduser().is_absolute():
+            return Path(value).name
+    return value
 
 
 def _made(lineages: list[Any]) -> list[tuple[str, str]]:
@@ -102,6 +114,7 @@ def _made(lineages: list[Any]) -> list[tuple[str, str]]:
 
 
 def _facts(settings: Mapping[str, Any], run: RunDir) -> list[tuple[str, str]]:
+    settings = _without_folders(settings)
     refine, data = settings.get("refine", {}), settings.get("data", {})
     first = run.round(0).stages().get("prepare", {})
     inputs = [f"`{known['hash'][:16]}`" for known in first.get("inputs", {}).values()]

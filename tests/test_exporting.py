@@ -112,7 +112,9 @@ def test_the_card_says_how_the_data_was_made_and_nothing_private(run: RunDir, tm
     settings = yaml.safe_load(run.config.read_text())
     private = {"base_url": "http://user:secret@10.0.0.7/v1", "model": "gpt-4o-mini", "accept": "measured"}
     private |= {"prompts": "/home/me/words.yaml"}
-    run.config.write_text(yaml.safe_dump(settings | {"refine": private, "runs_dir": "/home/me/runs"}))
+    placed = settings | {"refine": private, "runs_dir": "/home/me/runs", "model": {"path": "/home/me/base"}}
+    placed["data"] = {"path": "/home/me/mine.json", "sources": [{"path": "/home/me/other.json"}]}
+    run.config.write_text(yaml.safe_dump(placed))
     try:
         export_data(run, tmp_path / "out")
     finally:
@@ -125,6 +127,8 @@ def test_the_card_says_how_the_data_was_made_and_nothing_private(run: RunDir, tm
     assert "secret" not in text
     assert "/home/me" not in text
     assert "prompts: words.yaml" in text
+    assert "| model | base |" in text
+    assert "| original data | mine.json |" in text
     counts = {op: sum(e.lineage.op == op for e in originals(run)) for op in ("seed", "synthesize")}
     assert f"| {counts['seed']:,} | the original rows, unchanged |" in text
     assert f"| {counts['synthesize']:,} | new rows near sparse ones (diversity) |" in text

@@ -27,13 +27,15 @@ from typing import Any, NamedTuple
 import jax
 import pyarrow.parquet as pq
 
-from middo_jax import loop
 from middo_jax.config import load
 from middo_jax.data.files import inputs_of
+from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
 from middo_jax.rundir import RunDir, RunError
 from middo_jax.rundir.chain import assess, chain
 from middo_jax.rundir.manifest import Reason
+from middo_jax.stage_functions import Stage
+from middo_jax.starting import Plan
 from middo_jax.training import sft
 
 TESTS = Path(__file__).parent.parent / "tests"
@@ -133,19 +135,19 @@ class World:
         """Starts a run in this process, and keeps what it did."""
         config, said, redone = load(None, self.settings(run.path.name, **more)), Said(), list[str]()
         stale = self._stale(run, config)
-        do = loop.Stage.do
+        do = Stage.do
 
-        def record(self: loop.Stage, plan: loop.Plan) -> None:
+        def record(self: Stage, plan: Plan) -> None:
             redone.append(self.link.where)
             do(self, plan)
 
-        loop.Stage.do = record
+        Stage.do = record
         try:
-            loop.run_loop(config, said, repair)
+            run_loop(config, said, repair)
         except (RunError, ValueError, OSError, RuntimeError) as error:  # those that the program prints
             return Again(redone, error, said.lines, stale, repair)
         finally:
-            loop.Stage.do = do
+            Stage.do = do
         return Again(redone, None, said.lines, stale, repair)
 
     def _stale(self, run: RunDir, config: Any) -> dict[str, Reason] | None:

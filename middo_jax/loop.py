@@ -10,103 +10,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from middo_jax import stages, template_date
-from middo_jax.config import RENAMED, Config
-from middo_jax.config.axis_table import scored_axes
+from middo_jax.config import Config
 from middo_jax.controls import control_stages, write_summary
-from middo_jax.data.example import Example
-from middo_jax.data.files import inputs_of
-from middo_jax.data.own_shape import OwnShape
-from middo_jax.data.sources import count_reasons
-from middo_jax.ending import best_stage
-from middo_jax.exporting import own_shape, write_as_it_came
 from middo_jax.parallel.coordination import agree, barrier, from_first, is_first, stop_point
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
-from middo_jax.report.status import unreadable_events
-from middo_jax.rundir import RunDir, RunError, held, read_jsonl, write_jsonl, write_text
+from middo_jax.rundir import RunDir, held, write_text
 from middo_jax.rundir.arms import control_links
-from middo_jax.rundir.chain import Begun, Link, State, assess, chain
-from middo_jax.rundir.damage import damages, edited, put_aside, refuse_damaged
-from middo_jax.rundir.events import read_events
+from middo_jax.rundir.chain import Link, chain
+from middo_jax.rundir.damage import damages, edited, put_aside
 from middo_jax.rundir.files import full_disk_named
-from middo_jax.rundir.stopping import check_heldout, course, decide
-from middo_jax.session import Prepared, Session, prepare, read_data, read_dataset
-from middo_jax.version import __version__
-
-PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
-# Need no devices: process 0 runs them, the others read the results.
-BY_ONE = (PREPARE, "select", "take_back", "merge", "best")
-
-
-class FreshData(NamedTuple):
-    """The user's data, just read.
-
-    Attributes:
-      begun: record of the started stage that read the data.
-      data: the data.
-    """
-
-    begun: Begun
-    data: Prepared
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Inputs of a run that are determined before its folder is changed.
-
-    Attributes:
-      run: the run.
-      session: settings, tokenizer, mesh.
-      heldout: examples that are never trained on.
-      links: all stages, in order.
-      fresh: the user's data, if it had to be read.
-      data: files and folders of the user's data by role.
-    """
-
-    run: RunDir
-    session: Session
-    heldout: Sequence[Example]
-    links: Sequence[Link]
-    fresh: FreshData | None
-    data: Mapping[str, Path]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A stage: its link (inputs, outputs, dependencies) and the function that runs it."""
-
-    link: Link
-    function: Callable[[Plan, Link], None]
-
-    def is_done(self, config: Config) -> bool:
-        """Whether the stage is recorded as done and is not stale."""
-        return self.link.name in self.link.folder.stages() and self.link.why_stale(config) is None
-
-    def do(self, plan: Plan) -> None:
-        """Removes earlier results, then runs the stage in all processes or, for `BY_ONE`, in the first."""
-        name, where = self.link.name, self.link.where
-        from_first(f"{where}: begin", self._remove_earlier)
-        if name in BY_ONE:
-            from_first(where, lambda: self.function(plan, self.link))
-        else:
-            self.function(plan, self.link)
-        barrier(f"{where}: end")
-
-    def _remove_earlier(self) -> None:
-        """Removes results of an earlier start that could be mistaken for new ones."""
-        folder, name = self.link.folder, self.link.name
-        if name in folder.stages():
-            if name == "train":
-                stages.remove_training(folder)
-            folder.forget(name)
+from middo_jax.rundir.stopping import course, decide
+from middo_jax.session import Session
+from middo_jax.stage_functions import FUNCTIONS, Stage
+from middo_jax.starting import PREPARE, Header, Plan, check_start, facts_of
 
 
 def run_loop(config: Config, progress: Progress, repair: bool = False) -> RunDir:
@@ -155,12 +77,12 @@ def _run(run: RunDir, session: Session) -> None:
     config = session.config
     with contextlib.ExitStack() as checked:
         checked.enter_context(session.stage())  # the first training reuses what the checks tokenize
-        header = _Header(session)
+        header = Header(session)
         try:
-            checked_plan = _checked(run, session, header)
+            checked_plan = check_start(run, session, header)
         finally:
             header.say()  # before an error too
-        agree(_facts(checked_plan))
+        agree(facts_of(checked_plan))
         if run.config.exists() and run.round(0).stages():
             run.log("resume")
         write_text(run.config, config.to_yaml())
@@ -248,228 +170,3 @@ def _removed(plan: Plan, link: Link) -> list[Link]:
         maker = next(other for other in plan.links if path in other.writes)
         found += [other for other in (*_removed(plan, maker), maker) if other not in found]
     return found
-
-
-def _checked(run: RunDir, session: Session, header: _Header) -> Plan:
-    """Says the first line and which stages are redone; runs all checks before the folder is changed."""
-    config, first = session.config, run.round(0)
-    data = inputs_of(config.data)
-    links = chain(run, config, session.base, data)
-    refuse_damaged(list(damages(run, links)))
-    _refuse_previous_version(run)
-    n_unreadable, states = read_events(run.events).n_unreadable, assess(links, config)
-    _offer_choice(run, config, *states[0])
-    fresh = None
-    if states[0][1].is_fresh:
-        heldout = [Example.from_json(row) for row in read_jsonl(run.heldout)]
-        header.say(first.stages()[PREPARE]["n"] + len(heldout))
-    else:
-        begun, rows = links[0].begin(), read_data(session)
-        header.say(len(rows.examples))
-        fresh = FreshData(begun, prepare(session, rows))
-        heldout = fresh.data.heldout
-    if n_unreadable:
-        session.progress.say(unreadable_events(n_unreadable))
-    stages.check_own_texts(config)
-    check_heldout(config, len(heldout))
-    pending = {link.name for link, state in states if not state.is_fresh}
-    if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
-        stages.check_training(session, read_dataset(first) if fresh is None else fresh.data.kept, heldout)
-    if "score" in pending and "quality" in scored_axes(config):
-        stages.check_judge(session)
-    if "refine" in pending:
-        # Before a training only: later the stage itself waits for a server that is away.
-        asks = "train" in pending
-        for line in from_first("refiner: checks", lambda: stages.check_refiner(config, asks)):
-            session.progress.say(line)
-        stages.check_cache(Path(config.refine.cache or run.llm_cache))
-    if "benchmark" in pending:
-        stages.check_benchmarks(config)
-    for line in redone(states):
-        session.progress.say(line)
-    return Plan(run, session, heldout, links, fresh, data)
-
-
-def _offer_choice(run: RunDir, config: Config, link: Link, state: State) -> None:
-    """Refuses to replace a run's results because its data was edited, unless `data.if_changed` is `redo`.
-
-    Raises:
-      RunError: the data has changed since the run read it.
-    """
-    if config.data.if_changed == "redo" or state.why is None:
-        return
-    if state.why.input in link.data:
-        raise RunError(
-            f"{run.path}: the data of this run was edited ({state.why}). name=NEW starts a new run and keeps "
-            "this one; data.if_changed=redo goes on in this one and makes again what depends on the data"
-        )
-
-
-class _Header:
-    """The first line of a run: version, devices, mesh, model, data and its usable rows. It is said once."""
-
-    def __init__(self, session: Session) -> None:
-        shape = ", ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
-        devices = session.mesh.devices
-        kinds = " and ".join(sorted({device.device_kind for device in devices.flat}))
-        config = session.config
-        self._text: str | None = (
-            f"middo-jax {__version__} on {devices.size} {kinds} ({shape}), model {config.model.path}, "
-            f"data {config.data.name}"
-        )
-        self._recorded = stages.recorded_line(config)
-        self._progress = session.progress
-
-    def say(self, n_rows: int | None = None) -> None:
-        """Says it; without the rows if they are not known, because the run ends before they are."""
-        if self._text is not None:
-            rows = "" if n_rows is None else f" ({n_rows:,} rows)"
-            self._progress.say(f"{self._text}{rows}{f'; {self._recorded}' if self._recorded else ''}")
-            self._text = None
-
-
-def _facts(plan: Plan) -> dict[str, str]:
-    """Returns facts that must be equal in all processes of a job before any of them starts."""
-    ids = [example.id for example in (*plan.heldout, *(plan.fresh.data.kept if plan.fresh else ()))]
-    return {
-        "version": __version__,
-        "settings": _short_hash(plan.session.config.to_yaml()),
-        "data": _short_hash("\n".join(ids)),
-        "stages": _short_hash("\n".join(link.where for link in plan.links)),
-    }
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def redone(states: Sequence[tuple[Link, State]]) -> list[str]:
-    """Returns one line per done stage that is stale, with the reason, and one for all dependent stages."""
-    stale = [(link, state.why) for link, state in states if state.is_done and state.why is not None]
-    lines = [f"{link.where} will be redone: {why}" for link, why in stale if not why.is_forecast]
-    following = [link.where for link, why in stale if why.is_forecast]
-    if following:
-        lines.append(f"will also be redone if their inputs change: {', '.join(following)}")
-    return lines
-
-
-def _refuse_previous_version(run: RunDir) -> None:
-    for directory in (*run.rounds(), run.final):
-        for name, record in directory.stages().items():
-            if "settings" not in record:
-                why = "does not record the settings"
-            elif old := sorted(RENAMED.keys() & record["settings"].keys()):
-                why = f"names {old[0]}, which is now {RENAMED[old[0]]}"
-            else:
-                continue
-            raise RunError(
-                f"{run.path} was made by an earlier version of middo-jax: its record of "
-                f"{directory.path.name} {name} {why}. `middo report`, `status` and `trace` still read it; "
-                "give this run another name (name=...)"
-            )
-
-
-def _prepare(plan: Plan, link: Link) -> None:
-    began, facts = time.monotonic(), dict[str, Any]()
-    if link.earlier is not None:
-        begun = link.begin()
-        kept = stages.merged(plan.session, link.earlier)
-    else:
-        assert plan.fresh is not None  # `_checked` read the data, because this stage is not done
-        begun, data = plan.fresh
-        kept = data.kept
-        repairs = {reason.reason: reason.n for reason in count_reasons(data.repairs)}
-        facts = {"repairs": repairs, "format": data.format, "columns": data.columns}
-        write_jsonl(plan.run.rejected, (r.to_json() for r in data.rejections))
-        write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
-        _forget_other_shapes(plan, data)
-    write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
-    if link.folder.own_format in link.writes:
-        link.folder.forget("best")  # of a run with `stop.patience`
-        rows = list(kept)
-        form = write_as_it_came(plan.run, rows, link.folder.own_format, plan.session.progress)
-        facts = {"format": form, "shape": own_shape(plan.run).to_json()}
-    begun.finish(plan.session.config, time.monotonic() - began, n=len(kept), **facts)
-
-
-def _forget_other_shapes(plan: Plan, data: Prepared) -> None:
-    """Makes `final` stale if its rows have the shape of other data than the run's."""
-    own = OwnShape.of(data.format, data.columns, plan.session.config.data.model_dump(mode="json"))
-    for name in (PREPARE, "best"):
-        written = plan.run.final.stages().get(name)
-        if written is not None and written.get("shape") != own.to_json():
-            plan.run.final.forget(name)
-
-
-def _train(plan: Plan, link: Link) -> None:
-    model = link.models["start"]
-    assert model is not None  # `chain` was given the base
-    stages.train_stage(plan.session, link.folder, model, plan.heldout, restart=True)
-
-
-def _score(plan: Plan, link: Link) -> None:
-    folder, pre_model = link.folder, link.models["pre_model"]
-    stages.score_stage(plan.session, folder, folder.checkpoint, pre_model, earlier=link.earlier)
-
-
-def _select(plan: Plan, link: Link) -> None:
-    stages.select_stage(plan.session.config, link.folder)
-
-
-def _refine(plan: Plan, link: Link) -> None:
-    stages.check_learnt(plan.session.config, link.folder)
-    if is_first():
-        stages.refine_round(plan.session, link.folder)
-    else:
-        stages.follow_refinement(plan.session, link.folder)
-
-
-def _merge(plan: Plan, link: Link) -> None:
-    if plan.session.config.refine.wait_for_review:
-        told = stages.waits_for_review(link.folder)
-        if told is not None:
-            raise RunError(told)
-    began, begun = time.monotonic(), link.begin()
-    stages.merge_stage(plan.session, link.folder)
-    begun.finish(plan.session.config, time.monotonic() - began)
-
-
-def _evaluate(plan: Plan, link: Link) -> None:
-    began, begun = time.monotonic(), link.begin()
-    models = {name: path for name, path in link.models.items() if path is not None}
-    folder = plan.run if link.name == "evaluate" else link.folder
-    losses = stages.measure_heldout(plan.session, folder, models, plan.heldout)
-    begun.finish(plan.session.config, time.monotonic() - began, losses=losses)
-
-
-def _benchmark(plan: Plan, link: Link) -> None:
-    began, begun = time.monotonic(), link.begin()
-    models = {name: path for name, path in link.models.items() if path is not None}
-    scores = stages.benchmark_stage(plan.session, link.folder, models)
-    begun.finish(plan.session.config, time.monotonic() - began, scores=scores)
-
-
-def _export(plan: Plan, link: Link) -> None:
-    began, begun, session = time.monotonic(), link.begin(), plan.session
-    out, checkpoint, dtype = link.writes[0], link.folder.checkpoint, session.config.model.dtype
-    # Removes the export of a run that was killed before the manifest recorded it.
-    from_first(f"{link.where}: remove", lambda: shutil.rmtree(out, ignore_errors=True))
-    base = session.config.model.path
-    facts = stages.export_checkpoint(checkpoint, out, dtype, session.progress, mesh=session.mesh, base=base)
-    begun.finish(session.config, time.monotonic() - began, **facts)
-
-
-FUNCTIONS: dict[str, Callable[[Plan, Link], None]] = {
-    PREPARE: _prepare,
-    "train": _train,
-    "score": _score,
-    "select": _select,
-    "take_back": lambda plan, link: stages.take_back_stage(plan.session.config, link, plan.session.progress),
-    "refine": _refine,
-    "merge": _merge,
-    "heldout": _evaluate,
-    "best": lambda plan, link: best_stage(plan.session, plan.run, link),
-    "evaluate": _evaluate,
-    "benchmark": _benchmark,
-    "export": _export,
-}

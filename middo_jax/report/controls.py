@@ -103,23 +103,14 @@ def control_lines(found: Mapping[str, Any] | None) -> list[str]:
     """The arms as lines for a terminal; none where there are no arms."""
     if found is None:
         return []
-    head = [
-        "arm",
-        "held-out loss",
-        "gain over none",
-        "loop better by",
-        "",
-        "accepted",
-        "tokens",
-        "choosing FLOPs",
-    ]
+    head = ["arm", "loss", "gain over none", "loop better by", "", "accepted", "tokens", "FLOPs"]
     rows = [
         [
             arm["name"],
             f"{arm['mean']:.4f}",
             _text(arm["gain"]),
             _text(arm["loop_better_by"]),
-            verdict(arm["loop_better_by"]),
+            verdict(arm["loop_better_by"]).removeprefix("the "),
             f"{arm['accepted']:,} of {arm['tasks']:,}",
             f"{arm['tokens']:,}",
             f"{arm['choosing_flops']:.2g}",
@@ -133,7 +124,7 @@ def control_lines(found: Mapping[str, Any] | None) -> list[str]:
     ]
     seeds = "1 seed" if found["seeds"] == 1 else f"{found['seeds']} seeds"
     return [
-        f"control arms, {seeds}, {found['heldout_rows']:,} held-out rows:",
+        f"control arms, {seeds}, loss of {found['heldout_rows']:,} held-out rows, FLOPs of choosing:",
         *(f"  {line}" for line in lines),
     ]
 

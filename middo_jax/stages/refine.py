@@ -210,10 +210,9 @@ def _recorded(
         return outcomes, None
     embedded, _ = embedded_model(session)
     found, facts = attributed(outcomes, cache, read_recording(file), embedded.resolve().name)
-    session.progress.say(
-        f"{facts['answers'] - facts['misses']:,} of {facts['answers']:,} answers are recorded, from "
-        f"{facts['model']}; {facts['misses']:,} were missing and came from {facts['embedded']}"
-    )
+    n, misses = facts["answers"], facts["misses"]
+    others = f"; {misses:,} were missing and came from {facts['embedded']}" if misses else ""
+    session.progress.say(f"{n - misses:,} of {n:,} answers are recorded, from {facts['model']}{others}")
     return found, facts
 
 

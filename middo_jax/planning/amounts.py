@@ -1,4 +1,7 @@
-"""The amounts of a run: rows and their lengths, batches of each pass, steps, and the refiner's tokens."""
+"""The amounts of a run: rows and their lengths, batches of each pass, steps, and the refiner's tokens.
+
+Axes: docs/contributing.md#axes.
+"""
 
 from __future__ import annotations
 

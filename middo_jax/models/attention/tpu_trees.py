@@ -4,8 +4,7 @@ As in `triton`, a block of queries reads the row's shared prefix and then the ke
 any of its queries sees. Which blocks these are is in scalar memory before the kernel starts.
 Only the forward pass is a kernel, since no training reads trees; the gradient is that of XLA's attention.
 
-Axes: docs/contributing.md#axes; g query heads per key/value head, e head dimension, q query within a block,
-p key within a block, c block.
+Axes: docs/contributing.md#axes; c block of queries.
 """
 
 from __future__ import annotations

@@ -18,12 +18,14 @@ class Change(NamedTuple):
       stages: which are stale by themselves; None: the settings name another run.
       more: what has to be changed with it.
       base: settings of the run before the change, if the setting needs them to have an effect.
+      adds: whether the run has more files afterwards, though nothing is stale.
     """
 
     value: Any
     stages: tuple[str, ...] | None = ()
     more: Mapping[str, Any] = {}
     base: Mapping[str, Any] = {}
+    adds: bool = False
 
 
 PREPARE, TRAIN, SCORE, SELECT = ("prepare",), ("train",), ("score",), ("select",)
@@ -41,6 +43,12 @@ CHANGES: dict[str, Change] = {
     "runs_dir": Change("{root}/others", None),
     "seed": Change(9, ("prepare", "train", "refine")),
     "rounds": Change(2, ("follow", "evaluate")),
+    "controls": Change("[random]", adds=True),
+    "seeds": Change(2, base={"controls": "[random]"}, adds=True),
+    "stop.patience": Change(1, adds=True),
+    "stop.min_gain": Change(100.0, base={"stop.patience": 2}, adds=True),
+    "stop.metric": Change("task", base={"stop.patience": 1, **WITH_TASKS}, adds=True),
+    "refine.take_back": Change(True, adds=True),
     "model.path": Change("{root}/other_model", READS_BASE),
     "model.dtype": Change("bfloat16", (*COMPUTES, "export")),
     "model.attention": Change("xla"),
@@ -151,6 +159,16 @@ CHANGES: dict[str, Change] = {
     "evaluate.num_fewshot": Change(1, BENCHMARK, base=WITH_TASKS),
     "serve.max_batch": Change(2),
     "serve.max_context": Change(777, SCORE, base=SAMPLED),
+}
+
+
+# Stages that the run did not have before the change. With `stop.patience` the last training is a round's, too.
+ADDED: dict[str, set[str]] = {
+    "rounds": {f"round_01 {s}" for s in ("prepare", "train", "score", "select", "refine", "merge")},
+    "stop.patience": {
+        *("round_00 heldout", "round_01 prepare", "round_01 train", "round_01 heldout"),
+        *("final best", "final evaluate"),
+    },
 }
 
 

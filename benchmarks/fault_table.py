@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.fault_settings import CHANGES, Change, base_of, override
+from benchmarks.fault_settings import ADDED, CHANGES, Change, base_of, override
 from benchmarks.fault_world import FAULTS, FOLDER_FAULTS, Again, World, differences, files, folders
 from middo_jax.rundir import RunDir
 
@@ -166,18 +166,18 @@ def setting_case(world: World, name: str, change: Change) -> list[str]:
         found = [] if again.error is None and len(wrote) == 1 else [f"{again.error}, {wrote}"]
         return found + differences(world.results(run), before)
     stages = stale_by(run, change.stages)
-    if name == "rounds":
-        stages |= {f"round_01 {s}" for s in ("prepare", "train", "score", "select", "refine", "merge")}
-    return _changed_case(world, run, stages, **{**base, **more})
+    stages |= ADDED.get(name, set())
+    return _changed_case(world, run, stages, change.adds, **{**base, **more})
 
 
-def _changed_case(world: World, run: RunDir, wanted: set[str], **more: Any) -> list[str]:
+def _changed_case(world: World, run: RunDir, wanted: set[str], adds: bool = False, **more: Any) -> list[str]:
     """A run after a change: it announces what is stale, redoes what is needed, and ends like a fresh one.
 
     Args:
       world: whose inputs may have changed.
       run: before the change.
       wanted: the stages that the change makes stale by itself.
+      adds: whether there are more files afterwards.
       more: settings after the change.
     """
     before, records = world.results(run), records_of(run)
@@ -194,7 +194,7 @@ def _changed_case(world: World, run: RunDir, wanted: set[str], **more: Any) -> l
     after = records_of(run)
     needless = [w for w in again.redone if w not in own | _selects(again) and records.get(w) == after.get(w)]
     broken += [f"redone, although all that it reads is the same: {where}" for where in needless]
-    if not wanted:
+    if not wanted and not adds:
         return broken + differences(world.results(run), before)
     fresh = RunDir(world.root / "runs" / "fresh")
     shutil.rmtree(fresh.path, ignore_errors=True)

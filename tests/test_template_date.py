@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from starlette.applications import Starlette
 from support.tiny_model import CHAT_TEMPLATE, write_tiny_model
 from transformers.utils import chat_template_utils
 
@@ -177,9 +178,10 @@ def test_the_embedded_refiner_prints_the_pinned_day(
     given = [f"model.path={model}", "data.path=none", f"model.template_date={DAY}"]
     asked: list[str] = []
 
-    def build_app(_: Any, tokenizer: Any, *__: Any) -> None:
+    def build_app(_: Any, tokenizer: Any, *__: Any) -> Starlette:
         tokens_n = tokenize_prompt(EXAMPLE.messages[:1], tokenizer)
         asked.append(str(tokenizer.decode(tokens_n.tolist())))
+        return Starlette()
 
     loaded = (contextlib.nullcontext(), load_tokenizer(model), frozenset())
     monkeypatch.setattr(server, "load_engine", lambda *_: loaded)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from middo_jax.cli.options import DATA_HELP, EXIT_FAULTS, AsJson, Overrides, RunFolder, data_layer, show
 from middo_jax.cli.program import app
-
-if TYPE_CHECKING:
-    from middo_jax.config import Config
-    from middo_jax.data.sources import UserRows
-
 
 Format = Annotated[
     str | None,
@@ -105,33 +100,16 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Writes a dataset in another format. Unusable rows are counted and written to OUT.rejected.jsonl."""
+    from middo_jax import converting
     from middo_jax.config import load
-    from middo_jax.data.files import require_not_read
-    from middo_jax.data.mixing import read_configured
-    from middo_jax.data.sources import commonest_reasons, write
-    from middo_jax.rundir import local, write_jsonl
 
-    config = load(None, ["model.path=none", data_layer(data), *(overrides or ())])
-    settings = config.data
-    if from_ != "auto":
-        settings = settings.model_copy(update={"format": from_})
-    for path in settings.paths:
-        require_not_read(path, [out, out.with_name(f"{out.name}.rejected.jsonl")])
-    read = read_configured(settings, config.seed)
-    examples, rejections = read.examples, read.rejections
-    for line in read.said:
+    form = [] if from_ == "auto" else [f"data.format={from_}"]
+    config = load(None, ["model.path=none", data_layer(data), *(overrides or ()), *form])
+    done = converting.convert(config, out, to)
+    for line in done.said:
         print(line, file=sys.stderr)
-    write(examples, local(out), to, settings.id_column or "id")
-    if rejections:
-        beside = out.with_name(f"{out.name}.rejected.jsonl")
-        write_jsonl(beside, (r.to_json() for r in rejections))
-        print(f"{len(rejections)} rows could not be used, see {beside}", file=sys.stderr)
-        print("\n".join(commonest_reasons(rejections)), file=sys.stderr)
-    if read.repairs:
-        print("rows were repaired (data.strict=true refuses them):", file=sys.stderr)
-        print("\n".join(commonest_reasons(read.repairs)), file=sys.stderr)
-    counts = {"n": len(examples), "rejected": len(rejections), "repaired": len(read.repairs)}
-    show(as_json, {"out": str(out), **counts}, str(out))
+    facts = {"out": str(out), "n": done.n, "rejected": done.rejected, "repaired": done.repaired}
+    show(as_json, facts, str(out))
 
 
 @app.command(epilog="Example: middo inspect alpaca.json --model ./base model.max_length=512")
@@ -158,49 +136,13 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Checks a dataset for faults; with a model, shows lengths, packing and the first sample."""
-    from middo_jax import linting
-    from middo_jax.config import load
-    from middo_jax.data.mixing import read_configured
-    from middo_jax.models.loading import tokenizer_directory
-    from middo_jax.report.inspection import inspect_rows
-    from middo_jax.report.terminal import printable, render_inspection
+    from middo_jax import inspecting
 
-    base = tokenizer_directory(model) if model else "none"
-    config = load(None, [data_layer(data), f"model.path={base}", *(overrides or ())])
-    rows = read_configured(config.data, config.seed)
-    for line in rows.said:
+    layer = data_layer(data)
+    found = inspecting.inspect(layer, overrides or (), model, against or (), most or (), strict)
+    for line in found.said:
         print(line, file=sys.stderr)
-    facts = inspect_rows(rows.examples, rows.rejections, rows.repairs)
-    texts = [text for path in against or () for text in linting.read_texts(path)]
-    limits = linting.read_limits(most or ())
-    faults = linting.lint(rows.examples, rows.places, rows.rejections, limits, strict, texts)
-    if model:
-        facts = _inspected(config, rows)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    facts["checks"] = [found.to_json() for found in faults]
-    lines = printable("\n".join(linting.render(faults)))
-    show(as_json, facts, f"{render_inspection(facts, color=color)}\n{lines}")
-    if any(found.is_over for found in faults):
+    show(as_json, found.facts, found.text(color))
+    if found.is_over:
         raise typer.Exit(EXIT_FAULTS)
-
-
-def _inspected(config: Config, rows: UserRows) -> dict[str, Any]:
-    """What a model's tokenizer makes of the rows."""
-    from middo_jax.data.tokenize import tokenize_all, truncate
-    from middo_jax.progress import for_stderr
-    from middo_jax.report.inspection import inspect_rows, inspect_tokens
-    from middo_jax.session import Session, usable
-
-    session, max_length = Session(config, for_stderr()), config.model.max_length
-    rows = usable(session, rows)
-    whole = tokenize_all(rows.examples, session.tokenizer)
-    cut = [truncate(tokenized, max_length) for tokenized in whole]
-    session.tell_of_no_end(cut)
-    return inspect_rows(rows.examples, rows.rejections, rows.repairs) | inspect_tokens(
-        whole,
-        cut,
-        session.tokenizer,
-        max_length=max_length,
-        pack_length=max_length,
-        scoring=session.plan_losses(cut).facts(),
-    )

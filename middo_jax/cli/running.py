@@ -81,7 +81,7 @@ def clean(
 
 @app.command(epilog="Example: middo rollback runs/quickstart 0 --yes")
 def rollback(
-    run: Path,
+    run: RunFolder,
     round_: Annotated[int, typer.Argument(metavar="ROUND", min=0, help="The last round that stays.")],
     yes: Annotated[bool, typer.Option("--yes", help="Put aside what is listed.")] = False,
     as_json: AsJson = False,

@@ -98,9 +98,10 @@ def _page(run: RunDir, excerpt: int) -> str:
     state, settings = status(run), load_settings(run)
     folders = [RoundDir(run.path / r["name"]) for r in state["rounds"]]
     axes = shown_axes(load_json(folder.selection) for folder in folders)
+    later = [*folders[1:], None][: len(folders)]
     rounds = [
-        {**facts, **_round(folder, later, settings, axes, excerpt)}
-        for folder, later, facts in zip(folders, [*folders[1:], None], state["rounds"], strict=True)
+        {**facts, **_round(folder, following, settings, axes, excerpt)}
+        for folder, following, facts in zip(folders, later, state["rounds"], strict=True)
     ]
     refused = load_jsonl(run.path / "rejected.jsonl")
     refined = [r for r in rounds if r["accepted"] is not None]

@@ -90,7 +90,9 @@ def score_table(round_dir: RoundDir, ids: Iterable[str] | None = None) -> pa.Tab
     if not path.exists():
         return None
     try:
-        wanted = None if ids is None else pc.field("id").isin(list(ids))
+        # No Parquet file holds a text with half of a surrogate pair.
+        known = None if ids is None else pa.array([id_ for id_ in ids if _is_utf8(id_)], pa.string())
+        wanted = None if known is None else pc.field("id").isin(known)
         table = pq.read_table(path, filters=wanted)
         refuse_newer(table.schema, SCORES, path)
         table["id"]
@@ -99,6 +101,14 @@ def score_table(round_dir: RoundDir, ids: Iterable[str] | None = None) -> pa.Tab
         raise RunError(
             f"{path}: not a table of scores ({e}); `middo run CONFIG --repair` makes it again"
         ) from e
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,89 @@
+"""`middo inspect`: faults of a dataset; with a model, lengths, packing and the first sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from middo_jax.config import Config, load
+from middo_jax.data.mixing import read_configured
+from middo_jax.data.sources import UserRows
+from middo_jax.data.tokenize import tokenize_all, truncate
+from middo_jax.linting import Found, lint, read_limits, read_texts, render
+from middo_jax.models.loading import tokenizer_directory
+from middo_jax.progress import for_stderr
+from middo_jax.report.inspection import inspect_rows, inspect_tokens
+from middo_jax.report.terminal import printable, render_inspection
+from middo_jax.session import Session, usable
+
+
+class Inspected(NamedTuple):
+    """What was found.
+
+    Attributes:
+      facts: rows, reasons, lengths and `checks`, as `--json` prints them.
+      checks: the faults with their shares and limits.
+      said: what was taken of each source, one line each.
+    """
+
+    facts: dict[str, Any]
+    checks: Sequence[Found]
+    said: Sequence[str]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a fault has a larger share than allowed."""
+        return any(check.is_over for check in self.checks)
+
+    def text(self, color: bool) -> str:
+        """The facts and checks for a terminal."""
+        return f"{render_inspection(self.facts, color=color)}\n" + printable("\n".join(render(self.checks)))
+
+
+def inspect(
+    data: str | Mapping[str, str],
+    settings: Sequence[str] = (),
+    model: str | None = None,
+    against: Sequence[str] = (),
+    most: Sequence[str] = (),
+    strict: bool = False,
+) -> Inspected:
+    """Looks at the rows of a dataset, and with a model at their tokens.
+
+    Args:
+      data: `data.path=F`, `data.sources=[...]` or a file of settings.
+      settings: change those of `data`; `data`, `model`, `scoring` and `seed` count.
+      model: whose tokenizer and template are used; None looks at rows only.
+      against: files of benchmarks that no row may quote.
+      most: NAME=SHARE, the largest share of rows with a fault.
+      strict: whether any fault is too much.
+
+    Raises:
+      ConfigError, DataError: the message says what is wrong.
+    """
+    base = tokenizer_directory(model) if model else "none"
+    config = load(None, [data, f"model.path={base}", *settings])
+    rows = read_configured(config.data, config.seed)
+    texts = [text for path in against for text in read_texts(path)]
+    checks = lint(rows.examples, rows.places, rows.rejections, read_limits(most), strict, texts)
+    facts = (
+        _with_tokens(config, rows) if model else inspect_rows(rows.examples, rows.rejections, rows.repairs)
+    )
+    return Inspected(facts | {"checks": [check.to_json() for check in checks]}, checks, rows.said)
+
+
+def _with_tokens(config: Config, rows: UserRows) -> dict[str, Any]:
+    """What a model's tokenizer makes of the rows."""
+    session, max_length = Session(config, for_stderr()), config.model.max_length
+    rows = usable(session, rows)
+    whole = tokenize_all(rows.examples, session.tokenizer)
+    cut = [truncate(tokenized, max_length) for tokenized in whole]
+    session.tell_of_no_end(cut)
+    return inspect_rows(rows.examples, rows.rejections, rows.repairs) | inspect_tokens(
+        whole,
+        cut,
+        session.tokenizer,
+        max_length=max_length,
+        pack_length=max_length,
+        scoring=session.plan_losses(cut).facts(),
+    )

@@ -162,7 +162,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
-# Stages that the run did not have before the change. With `stop.patience` the last training is a round's, too.
+# Stages that the run did not have before. With `stop.patience` the last training is a round's, too.
 ADDED: dict[str, set[str]] = {
     "rounds": {f"round_01 {s}" for s in ("prepare", "train", "score", "select", "refine", "merge")},
     "stop.patience": {

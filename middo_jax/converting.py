@@ -30,19 +30,22 @@ class Converted(NamedTuple):
     said: list[str]
 
 
-def convert(config: Config, out: Path, to: str) -> Converted:
+def convert(config: Config, out: Path, to: str, form: str = "auto") -> Converted:
     """Writes the dataset of the settings `data` in the format `to`.
 
     Args:
       config: the settings; of them, `data` and `seed` count.
       out: the file to write; a folder for tfds.
       to: alpaca, messages, sharegpt, prompt_completion, parquet or tfds.
+      form: the format of the data; auto leaves `data.format` as it is.
 
     Raises:
       DataError: the data cannot be read, has no usable row, or `out` is a part of it; the format has no place
         for a row.
     """
     settings, beside = config.data, out.with_name(f"{out.name}.rejected.jsonl")
+    if form != "auto":
+        settings = settings.model_copy(update={"format": form})
     for path in settings.paths:
         require_not_read(path, [out, beside])
     read = read_configured(settings, config.seed)

@@ -103,9 +103,8 @@ def convert(
     from middo_jax import converting
     from middo_jax.config import load
 
-    form = [] if from_ == "auto" else [f"data.format={from_}"]
-    config = load(None, ["model.path=none", data_layer(data), *(overrides or ()), *form])
-    done = converting.convert(config, out, to)
+    config = load(None, ["model.path=none", data_layer(data), *(overrides or ())])
+    done = converting.convert(config, out, to, from_)
     for line in done.said:
         print(line, file=sys.stderr)
     facts = {"out": str(out), "n": done.n, "rejected": done.rejected, "repaired": done.repaired}

@@ -19,6 +19,8 @@ class Change(NamedTuple):
       more: what has to be changed with it.
       base: settings of the run before the change, if the setting needs them to have an effect.
       adds: whether the run has more files afterwards, though nothing is stale.
+      keeps: files of measurements that the new settings do not make, and manifests with their records; they
+        stay, and nothing reads them.
     """
 
     value: Any
@@ -26,6 +28,7 @@ class Change(NamedTuple):
     more: Mapping[str, Any] = {}
     base: Mapping[str, Any] = {}
     adds: bool = False
+    keeps: tuple[str, ...] = ()
 
 
 PREPARE, TRAIN, SCORE, SELECT = ("prepare",), ("train",), ("score",), ("select",)
@@ -36,6 +39,11 @@ TEXT = ("prepare", *COMPUTES)
 BENCHMARK = ("benchmark",)
 SAMPLED = {"quality.method": "sample", "quality.max_new_tokens": 16}
 WITH_LORA = {"lora.rank": 2}
+MEASURED = tuple(
+    f"round_0{t}/{name}"
+    for t in (0, 1)
+    for name in ("heldout_losses.json", "heldout_rows.parquet", "manifest.json")
+)
 WITH_TASKS = {"evaluate.tasks": "[capitals]", "evaluate.include_path": "{root}/tasks"}
 
 CHANGES: dict[str, Change] = {
@@ -47,7 +55,7 @@ CHANGES: dict[str, Change] = {
     "seeds": Change(2, base={"controls": "[random]"}, adds=True),
     "stop.patience": Change(1, adds=True),
     "stop.min_gain": Change(100.0, base={"stop.patience": 2}, adds=True),
-    "stop.metric": Change("task", base={"stop.patience": 1, **WITH_TASKS}, adds=True),
+    "stop.metric": Change("task", base={"stop.patience": 1, **WITH_TASKS}, adds=True, keeps=MEASURED),
     "refine.take_back": Change(True, adds=True),
     "model.path": Change("{root}/other_model", READS_BASE),
     "model.dtype": Change("bfloat16", (*COMPUTES, "export")),
@@ -164,6 +172,7 @@ CHANGES: dict[str, Change] = {
 
 # Stages that the run did not have before. With `stop.patience` the last training is a round's, too.
 ADDED: dict[str, set[str]] = {
+    "stop.metric": {"final best"},
     "rounds": {f"round_01 {s}" for s in ("prepare", "train", "score", "select", "refine", "merge")},
     "stop.patience": {
         *("round_00 heldout", "round_01 prepare", "round_01 train", "round_01 heldout"),

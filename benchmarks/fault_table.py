@@ -167,7 +167,8 @@ def setting_case(world: World, name: str, change: Change) -> list[str]:
         return found + differences(world.results(run), before)
     stages = stale_by(run, change.stages)
     stages |= ADDED.get(name, set())
-    return _changed_case(world, run, stages, change.adds, **{**base, **more})
+    found = _changed_case(world, run, stages, change.adds, **{**base, **more})
+    return [line for line in found if line.partition(" ")[0] not in change.keeps]
 
 
 def _changed_case(world: World, run: RunDir, wanted: set[str], adds: bool = False, **more: Any) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from middo_jax import api
-from middo_jax.config import SettingsLike
+from middo_jax.config import SettingsLike, replayed_file
 from middo_jax.refinement.endpoint.recording import write_recording
 from middo_jax.rundir import RoundDir, RunError
 from middo_jax.selecting import PathLike
@@ -29,9 +29,8 @@ def record(folder: PathLike, path: PathLike, *, settings: SettingsLike = None) -
       RunError: the file exists, the cache has no answer of the model, or the answers are replayed themselves.
     """
     session, directory = session_of(Path(folder), settings), RoundDir(Path(folder))
-    base_url = session.config.refine.base_url
-    if isinstance(base_url, str) and base_url.startswith("replay:"):
-        raise RunError(f"{base_url}: these answers are recorded already, and some may be another model's")
+    if (file := replayed_file(session.config.refine.base_url)) is not None:
+        raise RunError(f"{file}: these answers are recorded already, and some may be another model's")
     if Path(path).exists():
         raise RunError(f"{path} exists; name another file, or remove it")
     if not directory.is_done("refine"):

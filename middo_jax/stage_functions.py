@@ -68,12 +68,14 @@ def _prepare(plan: Plan, link: Link) -> None:
         write_jsonl(plan.run.rejected, (r.to_json() for r in data.rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
         _forget_other_shapes(plan, data)
-    write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
     if link.folder.own_format in link.writes:
         link.folder.forget("best")  # of a run with `stop.patience`
-        rows = list(kept)
+        rows = list(kept)  # both files need it, and a merged dataset reads the round's files each time
+        write_jsonl(link.folder.dataset, (e.to_json() for e in rows))
         form = write_as_it_came(plan.run, rows, link.folder.own_format, plan.session.progress)
         facts = {"format": form, "shape": own_shape(plan.run).to_json()}
+    else:
+        write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
     begun.finish(plan.session.config, time.monotonic() - began, n=len(kept), **facts)
 
 

@@ -35,6 +35,7 @@ from middo_jax.config.refine import (
     RequestRate,
     TokenRate,
     Tokens,
+    replayed_file,
 )
 from middo_jax.config.renamed import RENAMED
 from middo_jax.config.settings import (
@@ -108,6 +109,7 @@ __all__ = [
     "leaves",
     "load",
     "members_of",
+    "replayed_file",
     "stored",
     "union_of",
 ]

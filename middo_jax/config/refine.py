@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.parse
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -260,8 +261,8 @@ class RefineSettings(Settings):
         urls = (base_url,) if isinstance(base_url, str) else base_url
         if urls is not None and not urls:
             raise ValueError("give at least one URL, or null")
-        if isinstance(base_url, str) and base_url.startswith("replay:"):
-            if base_url == "replay:":
+        if replayed_file(base_url) is not None:
+            if base_url == _REPLAY:
                 raise ValueError("replay: must be followed by a file of recorded answers")
             return base_url
         if not all(url.startswith(("http://", "https://")) for url in urls or ()):
@@ -272,6 +273,16 @@ class RefineSettings(Settings):
                 "$OPENAI_BASE_URL, and a key in the variable that refine.api_key_env names"
             )
         return base_url
+
+
+_REPLAY = "replay:"
+
+
+def replayed_file(base_url: str | tuple[str, ...] | None) -> Path | None:
+    """The file of recorded answers that `refine.base_url` names; None if it names servers or nothing."""
+    if not isinstance(base_url, str) or not base_url.startswith(_REPLAY):
+        return None
+    return Path(base_url.removeprefix(_REPLAY)).expanduser()
 
 
 def _has_secret(url: str) -> bool:

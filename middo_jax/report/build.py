@@ -103,7 +103,6 @@ def _page(run: RunDir, excerpt: int) -> str:
         {**facts, **_round(folder, following, settings, axes, excerpt)}
         for folder, following, facts in zip(folders, later, state["rounds"], strict=True)
     ]
-    refused = load_jsonl(run.path / "rejected.jsonl")
     refined = [r for r in rounds if r["accepted"] is not None]
     refused = load_jsonl(run.path / "rejected.jsonl")
     unusable = [Rejection(row["where"], row["reason"], None) for row in refused or []]

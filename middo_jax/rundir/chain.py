@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from middo_jax.config import Config, Effect, affecting, default_of
+from middo_jax.config import Config, Effect, affecting, default_of, replayed_file
 from middo_jax.rundir.layout import RoundDir, RunDir
 from middo_jax.rundir.manifest import TOKENIZER, Manifest, Reason, Seen
 from middo_jax.rundir.stopping import Course, course
@@ -331,9 +331,11 @@ def refine(
 
 def refiner_files(config: Config) -> dict[str, Path]:
     """The user's files that the refiner's requests and answers depend on, by role."""
-    base_url, words = config.refine.base_url, own_file(config.refine.prompts)
-    recorded = base_url.removeprefix("replay:") if isinstance(base_url, str) else None
-    found = {"prompts": words, "recorded": None if recorded in (None, base_url) else own_file(recorded)}
+    recorded = replayed_file(config.refine.base_url)
+    found = {
+        "prompts": own_file(config.refine.prompts),
+        "recorded": None if recorded is None else own_file(str(recorded)),
+    }
     return {role: path for role, path in found.items() if path is not None}
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from middo_jax.config import Config, SampledRating, affecting, load
+from middo_jax.config import Config, SampledRating, affecting, load, replayed_file
 from middo_jax.data.example import Example, Message
 from middo_jax.models.config import read_config
 from middo_jax.models.loading import tokenizer_directory
@@ -14,7 +14,7 @@ from middo_jax.models.lora import from_settings
 from middo_jax.models.model import abstract_model
 from middo_jax.refinement.acceptance.language import load_identifier
 from middo_jax.refinement.endpoint.preflight import preflight
-from middo_jax.refinement.endpoint.recording import read_recording, replayed_file
+from middo_jax.refinement.endpoint.recording import read_recording
 from middo_jax.refinement.words import read_words
 from middo_jax.rundir import RoundDir, chain, read_jsonl
 from middo_jax.session import Session

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
+
+import pyarrow as pa
 
 from middo_jax.config import Config
 from middo_jax.data.example import Example
@@ -19,6 +20,7 @@ from middo_jax.rundir.arms import ArmDir, loop_rounds
 from middo_jax.rundir.chain import Link
 from middo_jax.session import Session, read_dataset
 from middo_jax.signals.table import read_scores
+from middo_jax.stages.merge import neighbours_of
 from middo_jax.stages.refine import Around, ask_refiner, follow_refinement, write_outcomes
 from middo_jax.stages.review import outcomes_of
 from middo_jax.stages.surroundings import answer_cache, model_of
@@ -37,12 +39,12 @@ def refine_arm(session: Session, run: RunDir, link: Link, heldout: Sequence[Exam
         return
     config, began, begun = session.config, time.monotonic(), link.begin()
     of_loop = loop_outcomes(run, config)
-    examples, rows = read_dataset(here), read_scores(here.scores).to_pylist()
+    examples, table = read_dataset(here), read_scores(here.scores)
     planned = arm_tasks(
         here.arm,
         [o.task for o in of_loop],
         examples,
-        {r["id"]: r for r in rows},
+        {row["id"]: row for row in table.to_pylist()},
         config.seed,
         config.refine.turns,
     )
@@ -55,7 +57,9 @@ def refine_arm(session: Session, run: RunDir, link: Link, heldout: Sequence[Exam
     most = sum(outcome.example is not None for outcome in of_loop)
     outcomes = limited(outcomes, most)
     write_outcomes(here, outcomes)
-    write_jsonl(here.merged, (example.to_json() for example in _merged(config, examples, outcomes, rows)))
+    write_jsonl(
+        here.merged, (example.to_json() for example in _merged(here, config, table, examples, outcomes))
+    )
     facts["accepted"] = sum(outcome.example is not None for outcome in outcomes)
     begun.finish(config, time.monotonic() - began, **facts)
 
@@ -66,12 +70,11 @@ def loop_outcomes(run: RunDir, config: Config) -> list[Outcome]:
 
 
 def _merged(
-    config: Config, examples: Sequence[Example], outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]]
+    here: ArmDir, config: Config, table: pa.Table, examples: Sequence[Example], outcomes: Sequence[Outcome]
 ) -> list[Example]:
     """The arm's dataset, limited by `refine.growth` like the loop's."""
     together, room = merge(examples, outcomes), max_size(len(examples), config.refine.growth)
-    neighbours = {
-        row["id"]: list(zip(row["knn_ids"], row["knn_sims"], strict=True)) for row in rows if row["knn_ids"]
-    }
+    drops = room is not None and room < len(together)
+    neighbours = neighbours_of(here, table, config.refine.growth) if drops else {}
     chosen = {outcome.task.original.id for outcome in outcomes}
     return fit(examples, together, room, chosen, neighbours)[0]

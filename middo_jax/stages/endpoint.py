@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 
-from middo_jax.config import Config
+from middo_jax.config import Config, replayed_file
 from middo_jax.data.templates import pin_date
 from middo_jax.data.tokenize import load_tokenizer
 from middo_jax.inference import listening, server
 from middo_jax.models.resolve import resolve
-from middo_jax.refinement.endpoint.recording import Recording, read_header, read_recording, replayed_file
+from middo_jax.refinement.endpoint.recording import Recording, read_header, read_recording
 from middo_jax.rundir import RunError, fingerprint
 from middo_jax.session import Session
 from middo_jax.stages.replaying import Replay

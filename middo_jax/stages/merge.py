@@ -101,15 +101,8 @@ def merged(session: Session, directory: RoundDir) -> Merged:
     staying = restored(outlines, taken, directory.index)
     together = merge(staying, outcomes_of(directory, outlines))
     room = max_size(len(outlines), session.config.refine.growth)
-    neighbours: Mapping[str, Sequence[tuple[str, float]]] = {}
-    if room is not None and room < len(together):
-        if table["knn_ids"].null_count == len(table):
-            raise RunError(
-                f"{directory.path}: its scores have no neighbours, and refine.growth="
-                f"{session.config.refine.growth} needs them to drop samples: score the diversity axis too, "
-                "or set refine.growth=free"
-            )
-        neighbours = _Neighbours(table)
+    drops = room is not None and room < len(together)
+    neighbours = neighbours_of(directory, table, session.config.refine.growth) if drops else {}
     axes = read_json(directory.selection)["axes"]
     selected = {id_ for axis in axes.values() for id_ in axis["ids"]}
     kept, gone = fit(outlines, together, room, selected, neighbours)
@@ -127,6 +120,22 @@ def _outline(id_: str, op: Op) -> Example:
     """A sample without its texts; outlines share all but their ids."""
     lineage = _LINEAGES.setdefault(op, Lineage(op=op, root_id="outline"))
     return Example((), id_, lineage, _NONE, prompt_columns=_NONE)
+
+
+def neighbours_of(
+    directory: RoundDir, table: pa.Table, growth: float | str
+) -> Mapping[str, Sequence[tuple[str, float]]]:
+    """The neighbours of each sample in a table of scores, which decide what is dropped.
+
+    Raises:
+      RunError: the table has none.
+    """
+    if table["knn_ids"].null_count == len(table):
+        raise RunError(
+            f"{directory.path}: its scores have no neighbours, and refine.growth={growth} needs them to drop "
+            "samples: score the diversity axis too, or set refine.growth=free"
+        )
+    return _Neighbours(table)
 
 
 class _Neighbours(Mapping[str, Sequence[tuple[str, float]]]):

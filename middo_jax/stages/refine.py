@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from middo_jax.config import Config, RefineSettings
+from middo_jax.config import Config, RefineSettings, replayed_file
 from middo_jax.config.refine import Turns
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import steering_tokens
@@ -29,7 +29,7 @@ from middo_jax.refinement import (
     prompts,
     run,
 )
-from middo_jax.refinement.endpoint.recording import read_recording, replayed_file
+from middo_jax.refinement.endpoint.recording import read_recording
 from middo_jax.refinement.meter import Meter
 from middo_jax.refinement.taking_back import still_asked
 from middo_jax.refinement.tasks import why_kept

@@ -23,6 +23,7 @@ from middo_jax.refinement.review import (
     review_rows,
 )
 from middo_jax.refinement.tasks import Outcome, Verdict
+from middo_jax.report.verdicts import BY_A_PERSON
 from middo_jax.rundir import RoundDir, RunError, read_jsonl, write_json, write_jsonl, write_text
 from middo_jax.rundir.files import each_jsonl
 from middo_jax.rundir.rows import VerdictRow
@@ -67,7 +68,7 @@ def _after(outcome: Outcome, row: VerdictRow | None) -> Outcome:
         return outcome
     if row["verdict"] == REJECT:
         said = "" if row["comment"] is None else f": {row['comment']}"
-        return outcome.rejected(Verdict(None, f"rejected by a person{said}"))
+        return outcome.rejected(Verdict(None, f"{BY_A_PERSON}{said}"))
     assert row["example"] is not None
     return dataclasses.replace(outcome, example=Example.from_json(row["example"]))
 

@@ -19,7 +19,6 @@ from middo_jax.refinement.endpoint.request import Answer, canonical, encodable, 
 from middo_jax.rundir import RunError, file_hash, write_jsonl
 from middo_jax.rundir.nesting import NestedTooDeep, require_flat
 
-SCHEME = "replay:"
 VERSION = 1
 _MODEL_CHARS = 200
 _REASON_CHARS = 64
@@ -58,13 +57,6 @@ def sent_body(request_json: str) -> dict[str, Any]:
     """The body that was sent, of a request as the cache has it."""
     identity = json.loads(request_json)
     return {name: value for name, value in identity.items() if name not in _NOT_SENT and value is not None}
-
-
-def replayed_file(base_url: str | tuple[str, ...] | None) -> Path | None:
-    """The file that `refine.base_url` names; None if it names servers or nothing."""
-    if not isinstance(base_url, str) or not base_url.startswith(SCHEME):
-        return None
-    return Path(base_url.removeprefix(SCHEME)).expanduser()
 
 
 def read_header(path: Path) -> tuple[str, str]:

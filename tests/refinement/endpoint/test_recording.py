@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from middo_jax.config import ConfigError, RefineSettings, load
+from middo_jax.config import ConfigError, RefineSettings, load, replayed_file
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.recording import (
     Recording,
     read_header,
     read_recording,
-    replayed_file,
     sent_body,
     write_recording,
 )

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks.fault_settings import ADDED, CHANGES, Change, base_of, override
 from benchmarks.fault_world import FAULTS, FOLDER_FAULTS, Again, World, differences, files, folders
+from middo_jax.report.status import status
 from middo_jax.rundir import RunDir
 
 from support.local_tasks import write_local_tasks  # isort: skip
@@ -284,6 +285,8 @@ def moved_case(world: World) -> list[str]:
         broken = (
             [] if again.error is None and not again.redone else [f"{again.error}, redone: {again.redone}"]
         )
+        if not status(moved.finished)["complete"]:
+            broken.append("`middo status` takes finished stages for stale")
         (moved.finished.final / "huggingface" / "model.safetensors").unlink()
         again = moved.run(moved.finished)
         if again.error is not None or again.redone != ["final export"]:

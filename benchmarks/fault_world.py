@@ -32,7 +32,8 @@ from middo_jax.data.files import inputs_of
 from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
 from middo_jax.rundir import RunDir, RunError
-from middo_jax.rundir.chain import assess, chain
+from middo_jax.rundir.chain import chain
+from middo_jax.rundir.link import assess
 from middo_jax.rundir.manifest import Reason
 from middo_jax.stage_functions import Stage
 from middo_jax.starting import Plan

@@ -9,9 +9,10 @@ from typing import NamedTuple
 from middo_jax.config import stored
 from middo_jax.report.status import load_settings, require_run
 from middo_jax.rundir import RoundDir, RunDir, held
-from middo_jax.rundir.chain import assess, chain
+from middo_jax.rundir.chain import chain
 from middo_jax.rundir.damage import ASIDE, ROLLED_BACK
 from middo_jax.rundir.leftovers import leftovers, remove, shown_size, size_of
+from middo_jax.rundir.link import assess
 
 
 class Removable(NamedTuple):

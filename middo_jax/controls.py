@@ -30,7 +30,7 @@ from middo_jax.rundir.arms import (
     control_links,
     loop_rounds,
 )
-from middo_jax.rundir.chain import Link
+from middo_jax.rundir.link import Link
 from middo_jax.session import Session, read_dataset
 
 # The passes over round_00's dataset that an arm's choice needs; `loop` and `reanswer` need all of all rounds.

@@ -6,8 +6,8 @@ import time
 
 from middo_jax.exporting import own_shape, write_as_it_came
 from middo_jax.rundir import RunDir, write_jsonl
-from middo_jax.rundir.chain import Link
 from middo_jax.rundir.files import copy_folder
+from middo_jax.rundir.link import Link
 from middo_jax.rundir.stopping import course
 from middo_jax.session import Session, read_dataset
 

@@ -22,9 +22,10 @@ from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
 from middo_jax.rundir import RunDir, held, write_text
 from middo_jax.rundir.arms import control_links
-from middo_jax.rundir.chain import Link, chain
+from middo_jax.rundir.chain import chain
 from middo_jax.rundir.damage import damages, edited, put_aside
 from middo_jax.rundir.files import full_disk_named
+from middo_jax.rundir.link import Link
 from middo_jax.rundir.stopping import course, decide
 from middo_jax.session import Session
 from middo_jax.stage_functions import FUNCTIONS, Stage
@@ -91,6 +92,8 @@ def _run(run: RunDir, session: Session) -> None:
             stop_point()
             numbered = sum(link.name != PREPARE for link in plan.links)
             is_done = from_first(f"{stage.link.where}: is done", functools.partial(stage.is_done, config))
+            if is_done and is_first():
+                stage.link.adopt(config)
             if stage.link.name == PREPARE:
                 if not is_done:
                     stage.do(plan)
@@ -124,6 +127,8 @@ def _run_controls(plan: Plan) -> None:
         stop_point()
         stage = Stage(link, lambda _, __, function=function: function())
         if from_first(f"{name}: is done", functools.partial(stage.is_done, config)):
+            if is_first():
+                link.adopt(config)
             plan.session.progress.say(f"{name}: done before")
             continue
         plan.session.progress.say(name)

@@ -16,7 +16,7 @@ from middo_jax.ending import best_stage
 from middo_jax.exporting import own_shape, write_as_it_came
 from middo_jax.parallel.coordination import barrier, from_first, is_first
 from middo_jax.rundir import RunError, write_jsonl
-from middo_jax.rundir.chain import Link
+from middo_jax.rundir.link import Link
 from middo_jax.session import Prepared
 from middo_jax.starting import PREPARE, Plan
 

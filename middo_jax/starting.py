@@ -16,9 +16,11 @@ from middo_jax.data.files import inputs_of
 from middo_jax.parallel.coordination import from_first
 from middo_jax.report.status import unreadable_events
 from middo_jax.rundir import RunDir, RunError, read_jsonl
-from middo_jax.rundir.chain import Begun, Link, State, assess, chain
+from middo_jax.rundir.chain import chain
 from middo_jax.rundir.damage import damages, refuse_damaged
 from middo_jax.rundir.events import read_events
+from middo_jax.rundir.link import Begun, Link, State, assess
+from middo_jax.rundir.manifest import TOKENIZER
 from middo_jax.rundir.stopping import check_heldout
 from middo_jax.session import Prepared, Session, prepare, read_data, read_dataset
 from middo_jax.version import __version__
@@ -134,7 +136,7 @@ def _offer_choice(run: RunDir, config: Config, link: Link, state: State) -> None
     """
     if config.data.if_changed == "redo" or state.why is None:
         return
-    if state.why.input in link.data:
+    if state.why.input not in (None, TOKENIZER):
         raise RunError(
             f"{run.path}: the data of this run was edited ({state.why}). name=NEW starts a new run and keeps "
             "this one; data.if_changed=redo goes on in this one and makes again what depends on the data"

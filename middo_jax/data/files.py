@@ -99,7 +99,7 @@ def inputs_of(settings: DataSettings) -> dict[str, Path]:
     """
     found = {}
     for role, paths in (("data", settings.paths), ("eval_data", filter(None, [settings.eval_path]))):
-        places = [place for path in paths for place in _places(path)]
+        places = [place for path in paths for place in _places(path) or _named_folder(path)]
         found |= {role if n == 1 else f"{role}_{n}": place for n, place in enumerate(places, 1)}
     return found
 
@@ -129,6 +129,14 @@ def _places(path: str) -> list[Path]:
     if file.exists():
         return [file]
     return [Path(name) for name in sorted(glob.glob(str(file), recursive=True))]
+
+
+def _named_folder(path: str) -> list[Path]:
+    """FOLDER of tfds:FOLDER:SPLIT, hf:FOLDER:SPLIT or hf:FOLDER:CONFIG:SPLIT, if it is on this machine."""
+    kind, _, rest = path.partition(":")
+    name = rest.rpartition(":")[0]
+    named = (Path(each).expanduser() for each in (name, name.rpartition(":")[0]) if each)
+    return [folder for folder in named if kind in ("tfds", "hf") and folder.is_dir()][:1]
 
 
 def is_readable_folder(folder: Path) -> bool:

@@ -28,8 +28,9 @@ from middo_jax.report.terminal import printable
 from middo_jax.report.verdicts import after_people, describe, people
 from middo_jax.rundir import Manifest, RoundDir, RunDir, RunError
 from middo_jax.rundir.arms import control_links
-from middo_jax.rundir.chain import assess, chain
+from middo_jax.rundir.chain import chain
 from middo_jax.rundir.events import read_events
+from middo_jax.rundir.link import assess
 from middo_jax.rundir.rows import BenchmarksFile
 from middo_jax.rundir.stopping import course
 

@@ -1,7 +1,7 @@
 """A run's folder: its paths, how its files are written, and which stages are done or stale, and why.
 
-layout.py: paths. files.py: atomic writing. manifest.py: records of finished stages. chain.py: the files that
-each stage reads and writes and the settings that it depends on. lock.py: one writing process at a time.
+layout.py: paths. files.py: atomic writing. manifest.py: records of finished stages. link.py: when a stage is
+stale. chain.py: all stages, what each reads, writes and depends on. lock.py: one writing process at a time.
 """
 
 from middo_jax.rundir.files import (

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from middo_jax.config import Config, Control
-from middo_jax.rundir.chain import AFFECTED_BY, Link, chain, refiner_files
+from middo_jax.rundir.chain import AFFECTED_BY, chain, refiner_files
 from middo_jax.rundir.layout import RoundDir, RunDir
+from middo_jax.rundir.link import Link
 
 Arm = Control | Literal["loop"]
 LOOP: Literal["loop"] = "loop"

@@ -1,22 +1,17 @@
-"""The chain of stages: the files that each reads and writes, its settings, and which stages are stale.
+"""The chain of stages: the files that each reads and writes, and the effects of settings it depends on.
 
-    for link, state in assess(chain(run, config), config): ...
-
-A stage is stale if a file it wrote is missing or damaged, if a setting it depends on or a file it read has
-changed, or if it reads a file that a stale stage writes. Nothing else makes a stage stale.
+`rundir/link.py` says what a link is and when it is stale.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from middo_jax.config import Config, Effect, affecting, default_of, replayed_file
+from middo_jax.config import Config, Effect, replayed_file
 from middo_jax.rundir.layout import RoundDir, RunDir
-from middo_jax.rundir.manifest import TOKENIZER, Manifest, Reason, Seen
+from middo_jax.rundir.link import Link
 from middo_jax.rundir.stopping import Course, course
 
 # The effects of settings that each stage depends on. "prepare" is the first round's, which reads the user's
@@ -37,160 +32,6 @@ AFFECTED_BY: Mapping[str, frozenset[Effect]] = {
     "export": frozenset(("model",)),
 }
 
-# Settings that name a place, and the roles under which its content is recorded: a moved model is the same.
-_PLACES = {
-    "model.path": (TOKENIZER, "base", "start", "pre_model", "model"),
-    "data.path": ("data",),
-    "refine.prompts": ("prompts",),
-    "quality.rubric": ("rubric",),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """A stage in the chain: its inputs, outputs and dependencies.
-
-    Attributes:
-      name: of the stage, as in the manifest.
-      folder: its manifest records the stage.
-      affected_by: the effects of settings that it depends on.
-      files: what it reads within the run, models aside.
-      writes: files, or folders.
-      may_write: files that it writes under some settings and that no stage reads.
-      removable: what it wrote and may be removed to save space; made again when another stage needs it.
-      models: the models that it reads, by role; None where the place is not known.
-      data: files and folders of the user's data by role, if it reads them and the places are known.
-      tokenizer: the base model's directory, if it reads its files except the weights and the place is known.
-      earlier: the round before this folder's, if there is one.
-    """
-
-    name: str
-    folder: RoundDir
-    affected_by: frozenset[Effect]
-    files: tuple[Path, ...]
-    writes: tuple[Path, ...]
-    models: Mapping[str, Path | None] = dataclasses.field(default_factory=dict)
-    data: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    earlier: RoundDir | None = None
-    tokenizer: Path | None = None
-    may_write: tuple[Path, ...] = ()
-    removable: tuple[Path, ...] = ()
-
-    @property
-    def where(self) -> str:
-        """Folder and name, such as `round_00 score`."""
-        return f"{self.folder.path.name} {self.name}"
-
-    @property
-    def reads(self) -> tuple[Path, ...]:
-        """Files within the run that the stage reads.
-
-        A checkpoint is represented by its metadata.json, which contains the identity of the training and so
-        determines every weight. The training's record contains the files of the weights.
-        """
-        ours = (path / "metadata.json" for path in self.models.values() if path and _is_ours(path))
-        return (*self.files, *dict.fromkeys(ours))
-
-    @property
-    def inputs(self) -> dict[str, Path]:
-        """Files and folders outside the run that the stage reads, by role."""
-        roles = {**self.data, TOKENIZER: self.tokenizer, **self.models}
-        return {role: p for role, p in roles.items() if p and not _is_ours(p) and p.exists()}
-
-    @property
-    def removed(self) -> tuple[Path, ...]:
-        """The paths of `removable` that do not exist."""
-        return tuple(path for path in self.removable if not path.exists())
-
-    @property
-    def missing_models(self) -> tuple[Path, ...]:
-        """Checkpoints of the run that it reads and that do not exist."""
-        return tuple(p for p in self.models.values() if p is not None and _is_ours(p) and not p.exists())
-
-    def begin(self) -> Begun:
-        """Starts the stage, before it reads anything. Raises RunError for files of a newer version."""
-        for folder in {self.folder.path, *(path.parent for path in self.reads)}:
-            Manifest(folder).records()
-        return Begun(self, Manifest(self.folder.path).see(self.reads, self.inputs))
-
-    def why_stale(self, config: Config) -> Reason | None:
-        """Returns why the stage's record is stale, None if it is not. Ignores the state of earlier stages."""
-        manifest = Manifest(self.folder.path)
-        record = manifest.records()[self.name]
-        if "settings" not in record:  # the previous version's: it contains only the names of files
-            return manifest.why_stale(self.name)
-        before = record["settings"]
-        settings = self._settings(config, record["inputs"])
-        # First the recorded settings: one that is not recorded may matter only because one of these changed.
-        for name in sorted(settings, key=lambda name: name not in before):
-            if (was := before.get(name, default_of(name))) != (now := settings[name]):
-                return Reason(f"{name} was {_shown(was)}, is {_shown(now)}")
-        if (reason := manifest.why_stale(self.name, self.inputs, self.removed)) is not None:
-            return reason
-        wrote = record["files"]
-        for name in map(manifest.name, self.writes):  # a folder is recorded file by file
-            if not any(file == name or file.startswith(f"{name}/") for file in wrote):
-                return Reason(f"it writes {name} now")
-        known = {*record["reads"], *record["inputs"], TOKENIZER}  # older records do not have the last
-        for name in (*map(manifest.name, self.reads), *self.inputs):
-            if name not in known:
-                return Reason(f"it reads {name} now", input=name if name in self.inputs else None)
-        reads = {*map(manifest.name, self.reads)}
-        for name in record["reads"]:  # models aside: the place of one may not be known here
-            if name not in reads and not name.endswith("/metadata.json"):
-                return Reason(f"it does not read {name} any more")
-        return None
-
-    def _settings(self, config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings it depends on, without the names of places whose content is compared."""
-        settings = affecting(config, self.affected_by)
-        for name, roles in _PLACES.items():
-            if any(role in inputs and role in self.inputs for role in roles):
-                settings.pop(name, None)
-        return settings
-
-
-class Begun(NamedTuple):
-    """A started stage, and the hashes of its inputs at the start."""
-
-    link: Link
-    seen: Seen
-
-    def finish(self, config: Config, seconds: float, **facts: Any) -> None:
-        """Records the stage as done under these settings."""
-        link = self.link
-        settings = affecting(config, link.affected_by)
-        wrote = (*link.writes, *(path for path in link.may_write if path.exists()))
-        link.folder.finish(link.name, wrote, seconds, seen=self.seen, settings=settings, **facts)
-
-
-class State(NamedTuple):
-    """State of a stage. `is_done`: it has a record; `why`: why the record is stale, None if it is not."""
-
-    is_done: bool
-    why: Reason | None
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the stage is done and not stale."""
-        return self.is_done and self.why is None
-
-
-def assess(links: Sequence[Link], config: Config) -> list[tuple[Link, State]]:
-    """Returns the state of each link under these settings, in order."""
-    states: list[tuple[Link, State]] = []
-    pending: list[tuple[Path, Link]] = []  # paths that will be rewritten, and the first link that causes it
-    for link in links:
-        record = link.folder.stages().get(link.name)
-        why = None if record is None else link.why_stale(config)
-        cause = next((of for path, of in pending for read in link.reads if read.is_relative_to(path)), None)
-        if record is not None and why is None and cause is not None and "settings" in record:
-            why = Reason(f"follows {cause.where}", is_forecast=True)
-        states.append((link, State(record is not None, why)))
-        if record is None or why is not None:
-            pending += [(path, cause or link) for path in link.writes]
-    return states
-
 
 def chain(
     run: RunDir,
@@ -208,7 +49,7 @@ def chain(
       data: files and folders of the user's data by role; None if they are not known.
       so_far: the trainings that were measured, if `stop.patience` is set; None reads them from the run.
     """
-    links = [prepare(run, data or {}, base)]
+    links = [prepare(run, data, base)]
     stops = config.stop.patience is not None
     so_far = so_far or (course(run, config) if stops else None)
     last = config.rounds if so_far is None or so_far.last is None else so_far.last
@@ -220,16 +61,17 @@ def chain(
         start = previous if config.train.start_from == "previous" else base
         if earlier is not None:
             links.append(prepare_later(here, earlier, _taken_back(earlier, config, t - 1)))
-        links.append(train(here, start))
-        benchmarks = [benchmark(here, config, None if earlier else base)] if config.evaluate.tasks else []
+        links.append(train(here, start, base))
+        is_first = earlier is None
+        benchmarks = [benchmark(here, config, base, is_first)] if config.evaluate.tasks else []
         if stops:
             by_task = config.stop.metric == "task"
-            links += benchmarks if by_task else [heldout(here, run)]
+            links += benchmarks if by_task else [heldout(here, run, base)]
             benchmarks = [] if by_task else benchmarks
         if here is ends[-1]:
             break
         measuring = here.checkpoint if config.refine.accept == "measured" else None
-        rated = score(here, here.checkpoint, start, rubric=own_file(config.quality.rubric))
+        rated = score(here, here.checkpoint, start, rubric=own_file(config.quality.rubric), tokenizer=base)
         scored = dataclasses.replace(rated, earlier=earlier)
         taken = _taken_back(here, config, t)
         refined = refine(here, run.heldout, measuring, base, refiner_files(config), taken)
@@ -243,7 +85,7 @@ def chain(
     return [*links, evaluate(run, ends, base), *benchmarks, export(run.final, base)]
 
 
-def prepare(run: RunDir, data: Mapping[str, Path], base: Path | None = None) -> Link:
+def prepare(run: RunDir, data: Mapping[str, Path] | None, base: Path | None = None) -> Link:
     """The user's data -> the first round's dataset, held-out rows and rejected rows."""
     here = run.round(0)
     writes = (here.dataset, run.heldout, run.rejected)
@@ -258,7 +100,7 @@ def prepare_later(here: RoundDir, earlier: RoundDir, taken: Path | None = None) 
     return Link("prepare", here, AFFECTED_BY["prepare_later"], files, writes, earlier=earlier)
 
 
-def train(here: RoundDir, start: Path | None) -> Link:
+def train(here: RoundDir, start: Path | None, tokenizer: Path | None) -> Link:
     """Dataset -> checkpoint, from the weights of `start`."""
     writes = (here.checkpoint, here.metrics)
     return Link(
@@ -268,6 +110,7 @@ def train(here: RoundDir, start: Path | None) -> Link:
         (here.dataset,),
         writes,
         {"start": start},
+        tokenizer=tokenizer,
         may_write=(here.evaluations,),
         # The last training's checkpoint is the run's result and is never removed to save space.
         removable=(here.checkpoint,) if here.run is not None else (),
@@ -280,6 +123,7 @@ def score(
     pre_model: Path | None,
     base: Path | None = None,
     rubric: Path | None = None,
+    tokenizer: Path | None = None,
 ) -> Link:
     """Dataset -> scores and embeddings, under the model after training and the one before.
 
@@ -288,7 +132,8 @@ def score(
     models, writes = {"model": model, "pre_model": pre_model}, (here.scores, here.embeddings)
     models |= {} if base is None else {"base": base}
     data = {} if rubric is None else {"rubric": rubric}
-    return Link("score", here, AFFECTED_BY["score"], (here.dataset,), writes, models, data)
+    affected = AFFECTED_BY["score"]
+    return Link("score", here, affected, (here.dataset,), writes, models, data, tokenizer=tokenizer)
 
 
 def select(here: RoundDir) -> Link:
@@ -330,11 +175,17 @@ def refine(
 
 
 def refiner_files(config: Config) -> dict[str, Path]:
-    """The user's files that the refiner's requests and answers depend on, by role."""
-    recorded = replayed_file(config.refine.base_url)
+    """The user's files that the refiner's requests and answers depend on, by role.
+
+    `refiner` is the model that the embedded endpoint serves, if it is not the base model.
+    """
+    settings = config.refine
+    recorded = replayed_file(settings.base_url)
+    is_embedded = settings.base_url is None or recorded is not None
     found = {
-        "prompts": own_file(config.refine.prompts),
+        "prompts": own_file(settings.prompts),
         "recorded": None if recorded is None else own_file(str(recorded)),
+        "refiner": own_file(settings.model) if is_embedded else None,
     }
     return {role: path for role, path in found.items() if path is not None}
 
@@ -374,10 +225,11 @@ def evaluate(run: RunDir, trained: Iterable[RoundDir], base: Path | None) -> Lin
     return Link("evaluate", run.final, AFFECTED_BY["evaluate"], (run.heldout,), writes, models)
 
 
-def heldout(here: RoundDir, run: RunDir) -> Link:
+def heldout(here: RoundDir, run: RunDir, tokenizer: Path | None) -> Link:
     """Held-out rows -> their losses under the round's model, which decide when the rounds end."""
     writes, models = (here.heldout_losses, here.heldout_rows), {here.path.name: here.checkpoint}
-    return Link("heldout", here, AFFECTED_BY["heldout"], (run.heldout,), writes, models)
+    affected = AFFECTED_BY["heldout"]
+    return Link("heldout", here, affected, (run.heldout,), writes, models, tokenizer=tokenizer)
 
 
 def best(run: RunDir, trained: Sequence[RoundDir], so_far: Course) -> Link:
@@ -393,27 +245,17 @@ def best(run: RunDir, trained: Sequence[RoundDir], so_far: Course) -> Link:
     return Link("best", final, AFFECTED_BY["best"], files, writes, {"model": here.checkpoint}, earlier=here)
 
 
-def benchmark(here: RoundDir, config: Config, base: Path | None) -> Link:
-    """The round's model, and before it `base` if there is one -> their scores on `evaluate.tasks`."""
-    models = {} if base is None else {"base": base}
+def benchmark(here: RoundDir, config: Config, base: Path | None, is_first: bool) -> Link:
+    """The round's model, in the first round also `base` -> their scores on `evaluate.tasks`."""
+    models: dict[str, Path | None] = {"base": base} if is_first else {}
     models |= {here.path.name: here.checkpoint}
-    local = config.evaluate.local_data
-    data = {} if local is None else {"local_data": Path(local).expanduser()}
-    return Link("benchmark", here, AFFECTED_BY["benchmark"], (), (here.benchmarks,), models, data)
+    places = {"local_data": config.evaluate.local_data, "include_path": config.evaluate.include_path}
+    data = {role: Path(path).expanduser() for role, path in places.items() if path is not None}
+    affected, writes = AFFECTED_BY["benchmark"], (here.benchmarks,)
+    return Link("benchmark", here, affected, (), writes, models, data, tokenizer=base)
 
 
 def export(final: RoundDir, base: Path | None) -> Link:
     """The last checkpoint, and the base model's tokenizer -> a Hugging Face directory."""
     writes, models = (final / "huggingface",), {"model": final.checkpoint}
     return Link("export", final, AFFECTED_BY["export"], (), writes, models, tokenizer=base)
-
-
-def _is_ours(model: Path) -> bool:
-    """Whether a path is a checkpoint of this package; it may be missing or incomplete."""
-    others = ("config.json", "adapter_config.json")
-    named = model.name == "checkpoint" and not any((model / name).exists() for name in others)
-    return named or (model / "metadata.json").exists()
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

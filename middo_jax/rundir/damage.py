@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from middo_jax.rundir.chain import Link
 from middo_jax.rundir.layout import RoundDir, RunDir
+from middo_jax.rundir.link import Link
 from middo_jax.rundir.manifest import Manifest, RunError
 
 FOLDERS = frozenset(("checkpoint", "huggingface"))  # what stages write as folders; all else are files

@@ -155,6 +155,24 @@ class Manifest:
         record |= {"stats": stats, **facts}
         self._write(self.records() | {stage: record})
 
+    def adopt(self, stage: str, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
+        """Records other places of a stage's inputs, whose content is as recorded; see `finish`.
+
+        Args:
+          stage: a finished stage.
+          inputs: where its inputs outside the run are now, by role.
+          settings: the settings that it depends on, which name the places.
+        """
+        records = self.records()
+        record = records[stage]
+        known = record.get("inputs", {})
+        moved = {
+            role: {**known[role], **_place(role, path)} for role, path in inputs.items() if role in known
+        }
+        adopted = {**record, "inputs": known | moved, "settings": dict(settings)}
+        if "settings" in record and adopted != record and not is_reader():
+            self._write(records | {stage: adopted})
+
     def forget(self, stage: str) -> None:
         """Removes a stage's record, because its files are about to be overwritten."""
         records = self.records()
@@ -316,8 +334,12 @@ def _left_out(role: str) -> frozenset[str]:
 
 
 def _input(role: str, path: Path) -> dict[str, str]:
-    path, without = path.resolve(), _left_out(role)
-    return {"path": str(path), "hash": fingerprint(path, without), "stat": _stat_of(path, without)}
+    return {**_place(role, path), "hash": fingerprint(path.resolve(), _left_out(role))}
+
+
+def _place(role: str, path: Path) -> dict[str, str]:
+    path = path.resolve()
+    return {"path": str(path), "stat": _stat_of(path, _left_out(role))}
 
 
 def _changed_input(inputs: Mapping[str, Any], now: Mapping[str, Path]) -> Reason | None:

@@ -17,7 +17,7 @@ from middo_jax.refinement.growth import fit, max_size
 from middo_jax.refinement.words import read_words
 from middo_jax.rundir import RunDir, write_jsonl
 from middo_jax.rundir.arms import ArmDir, loop_rounds
-from middo_jax.rundir.chain import Link
+from middo_jax.rundir.link import Link
 from middo_jax.session import Session, read_dataset
 from middo_jax.signals.table import read_scores
 from middo_jax.stages.merge import neighbours_of

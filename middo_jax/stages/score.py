@@ -22,6 +22,7 @@ from middo_jax.models.model import Model
 from middo_jax.rundir import RoundDir, RunError, chain
 from middo_jax.rundir.files import is_reader
 from middo_jax.rundir.leftovers import remove
+from middo_jax.rundir.link import Link
 from middo_jax.session import Session, read_dataset
 from middo_jax.signals.axes import with_computed
 from middo_jax.signals.duplicates import count_duplicates, groups
@@ -92,11 +93,12 @@ def score_stage(
     return scored
 
 
-def scoring(session: Session, directory: RoundDir, model: Path, pre_model: Path | None) -> chain.Link:
+def scoring(session: Session, directory: RoundDir, model: Path, pre_model: Path | None) -> Link:
     """The stage that scores in a folder. Outside of a run, a model's base is among its inputs."""
     base = None if directory.run is not None else session.locate(model).base
     rubric = chain.own_file(session.config.quality.rubric)
-    return chain.score(directory, model, pre_model, None if base == model else base, rubric)
+    base = None if base == model else base
+    return chain.score(directory, model, pre_model, base, rubric, session.base)
 
 
 def check_embedder(session: Session, pre_model: Path | None, axes: Collection[str]) -> None:

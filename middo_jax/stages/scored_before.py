@@ -13,7 +13,7 @@ import pyarrow as pa
 from middo_jax.config import Config
 from middo_jax.data.example import Example
 from middo_jax.rundir import Manifest, RunError, read_jsonl
-from middo_jax.rundir.chain import Link
+from middo_jax.rundir.link import Link
 from middo_jax.rundir.rows import StageRecord
 from middo_jax.session import Session
 from middo_jax.signals.embeddings import read_embeddings

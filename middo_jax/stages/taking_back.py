@@ -11,7 +11,7 @@ from middo_jax.config.axis_table import axis_names
 from middo_jax.progress import Progress
 from middo_jax.refinement.taking_back import Badness, made_worse
 from middo_jax.rundir import RoundDir, read_jsonl, write_jsonl
-from middo_jax.rundir.chain import Link
+from middo_jax.rundir.link import Link
 from middo_jax.rundir.rows import TakenBackRow
 from middo_jax.session import read_dataset
 from middo_jax.stages.review import outcomes_of

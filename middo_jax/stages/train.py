@@ -54,7 +54,7 @@ def train_stage(
     """
     began = time.monotonic()
     check_evaluations(session.config, heldout)
-    begun = chain.train(directory, start).begin()
+    begun = chain.train(directory, start, session.base).begin()
     with session.stage():
         try:
             _train(session, directory, start, heldout, n_steps)

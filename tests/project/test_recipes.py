@@ -36,7 +36,8 @@ from middo_jax.report.axes import shown_axes
 from middo_jax.report.build import page
 from middo_jax.report.terminal import render_selection
 from middo_jax.rundir import RoundDir, RunDir, read_jsonl, write_json
-from middo_jax.rundir.chain import assess, chain
+from middo_jax.rundir.chain import chain
+from middo_jax.rundir.link import assess
 from middo_jax.signals import axes as axis_columns
 from middo_jax.signals.select import schema, select
 from middo_jax.signals.table import SCHEMA, as_floats, read_scores

@@ -14,7 +14,7 @@ from middo_jax.refinement.rewrite import first_request
 from middo_jax.refinement.tasks import Task
 from middo_jax.refinement.words import SHIPPED, VERSION, Words, read_words
 from middo_jax.rundir import RoundDir, chain
-from middo_jax.rundir.chain import Link
+from middo_jax.rundir.link import Link
 from middo_jax.signals.judge.rubrics import SHIPPED as SHIPPED_RUBRIC
 from middo_jax.signals.judge.rubrics import judge_message, read_rubric
 

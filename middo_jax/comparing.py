@@ -78,7 +78,9 @@ def score_models(
     if not models:
         raise ConfigError("score_models: no models")
     if wrong := [name for name in models if not _NAME.fullmatch(name)]:
-        raise ConfigError(f"{wrong[0]!r} is no name of a model: letters, digits and _.- only, a letter first")
+        raise ConfigError(
+            f"{wrong[0]!r} is no name of a model: use letters, digits and _.-, a letter or digit first"
+        )
     place, say = local(Path(out)), for_stderr().say
     api.require_no_run(place)
     found: dict[str, Scores] = {}

@@ -299,13 +299,14 @@ def prepare(session: Session, data: UserRows | None = None) -> Prepared:
         data = _without(data, heldout)
         kept = data.examples
     session.progress.say(
-        f"{settings.name}: {len(kept)} samples, {len(heldout)} held out, {len(data.rejections)} rows refused"
+        f"{settings.name}: {len(kept):,} samples, {len(heldout):,} held out, "
+        f"{len(data.rejections):,} rows refused"
     )
     for line in commonest_reasons(data.rejections):
         session.progress.say(line)
     if data.repairs:
         n = len({repair.where for repair in data.repairs})
-        session.progress.say(f"{n} rows repaired (data.strict=true refuses them)")
+        session.progress.say(f"{n:,} {'row' if n == 1 else 'rows'} repaired (data.strict=true refuses them)")
     for line in commonest_reasons(data.repairs):
         session.progress.say(line)
     return Prepared(kept, heldout, data.rejections, data.repairs, data.format, columns_of(data.rows))

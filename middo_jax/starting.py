@@ -109,8 +109,9 @@ def check_start(run: RunDir, session: Session, header: Header) -> Plan:
     if n_unreadable:
         session.progress.say(unreadable_events(n_unreadable))
     stages.check_own_texts(config)
+    if pending := {link.name for link, state in states if not state.is_fresh}:
+        stages.check_attention(session)
     check_heldout(config, len(heldout))
-    pending = {link.name for link, state in states if not state.is_fresh}
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
         stages.check_training(session, read_dataset(first) if fresh is None else fresh.data.kept, heldout)
     if "score" in pending and "quality" in scored_axes(config):

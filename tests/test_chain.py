@@ -600,6 +600,7 @@ def status_under(run: RunDir, settings: list[str]) -> set[str]:
         ({"model__max_length": 4}, "were cut"),
         ({"refine__model": "null"}, "refine.model is missing"),
         ({"mesh__fsdp": 3}, "does not fit"),
+        ({"model__attention": "splash"}, "model.attention=splash cannot be used for a cpu"),
         ({"data__path": "none.json"}, "there is no file none.json"),
         ({"model__path": "./none"}, "no such file or directory"),
         ({"model__max_length": 192}, "quality: a question takes [0-9,]+ tokens, over model.max_length=192"),
@@ -640,7 +641,7 @@ def test_a_training_under_way_with_other_settings_is_begun_anew(finished: Finish
         read_jsonl(run.final.metrics)[-1]["learning_rate"]
         != read_jsonl(finished.run.final.metrics)[-1]["learning_rate"]
     )
-    assert any("is of another training; it is trained anew" in line for line in said.lines)
+    assert any("belongs to another training; training starts again" in line for line in said.lines)
     assert status(run)["complete"]
 
 

@@ -137,7 +137,7 @@ def test_every_argument_and_option_is_explained() -> None:
         ("eval --data {data} --model .", "no config.json there"),
         (
             "eval --data {data} --model {model} model.attention=splash",
-            "cannot honour a cpu: it is a TPU kernel",
+            "cannot be used for a cpu: it is a TPU kernel",
         ),
         ("inspect columns.json", "fit no format"),
         ("run none.yaml", "cannot read none.yaml"),

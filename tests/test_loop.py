@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -15,6 +16,7 @@ import pytest
 from support.loop_fixture import KEY, Finished, contents, rows_by_id, settings
 from support.tiny_model import CHAT_TEMPLATE
 
+from middo_jax import api
 from middo_jax.config import load
 from middo_jax.loop import run_loop
 from middo_jax.models.checkpoint import read_metadata
@@ -315,4 +317,7 @@ def test_a_wrecked_training_stops_the_loop_before_anything_is_scored_or_paid_for
     with pytest.raises(RunError, match=r"training made the model worse .* train\.learning_rate"):
         run_loop(load(None, finished.settings(**absurd)), Silent())
     assert list(here.stages()) == ["prepare", "train", "score", "select"]
+    for by_hand in (api.refine, functools.partial(api.refine_by_batch, write=tmp_path / "ask.jsonl")):
+        with pytest.raises(RunError, match="training made the model worse"):
+            by_hand(here.path)
     assert len(finished.requests) == asked

@@ -127,10 +127,13 @@ def inspect(
     ] = None,
     most: Annotated[
         list[str] | None,
-        typer.Option("--max", help="NAME=SHARE: the largest share of rows with a fault; more ends with 3."),
+        typer.Option(
+            "--max",
+            help="NAME=SHARE: the largest allowed share of rows with the fault NAME; a larger one exits with 3.",
+        ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Ends with 3 if any row has a fault; languages do not count.")
+        bool, typer.Option("--strict", help="Exit with code 3 if any row has a fault other than languages.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

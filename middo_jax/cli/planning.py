@@ -35,7 +35,7 @@ def plan(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Says whether a run fits TPUs that are not there, how long it takes, and what limits it."""
+    """Predicts, without a TPU, whether a run fits a slice, how long it takes, and what limits it."""
     # Before JAX is imported: programs are compiled for the topology, and nothing runs on a chip of this host.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from middo_jax import api

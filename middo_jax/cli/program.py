@@ -91,7 +91,10 @@ def main() -> None:
         if end.code == 130:  # typer turns a Ctrl-C into this code and prints nothing
             print("interrupted; run the same command again to continue", file=sys.stderr)
         elif end.code == EXIT_PREEMPTED:
-            print("preempted, all is saved; run the same command again to continue", file=sys.stderr)
+            print(
+                "stopped by SIGTERM, what was finished is saved; run the same command again to continue",
+                file=sys.stderr,
+            )
         raise
     except (RunError, ValueError, OSError, RuntimeError) as error:
         if os.environ.get("MIDDO_TRACEBACK"):

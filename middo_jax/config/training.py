@@ -15,7 +15,7 @@ from middo_jax.config.unions import Alternative, OneOf
 # The matrices of a layer; PEFT uses the same names.
 AdaptedMatrix = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _OF_ADAPTERS = Affects(training=("lora.rank", GIVEN))
-_WEIGHT_DECAY = "On matrices only, times the rate."
+_WEIGHT_DECAY = "Weight decay of matrices, multiplied by the learning rate."
 
 
 class AdamW(Alternative):
@@ -137,7 +137,7 @@ class TrainSettings(Settings):
     )
     on_bad_step: Annotated[BadSteps, Affects("training")] = Field(
         default=BadSteps(spike_factor=3.0),
-        description="When loss or gradient is no finite number. stop: stop with an error; skip: leave that "
+        description="What to do if the loss or gradient is not finite. stop: stop with an error; skip: leave that "
         "update out and go on. {stop: 3} or {skip: 3}: also where the loss is over 3 times the median of the "
         "last 64 steps', and a nat above it; and a training whose last losses are far above its first one "
         "ends with an error, so that nothing is scored or paid for with a wrecked model.",

@@ -25,7 +25,7 @@ class Prompt(NamedTuple):
       until: texts before which the answer ends.
       temperature: 0 takes the likeliest token, always.
       top_p: sample from the likeliest tokens that hold this share of the probability; 1 is off.
-      top_k: sample from so many likeliest tokens; 0 is off.
+      top_k: sample from the k likeliest tokens; 0 is off.
       seed: of the samples.
     """
 

@@ -95,7 +95,7 @@ class GenerationRequest(_Fields):
         None, gt=0, le=1, description="Sample from the likeliest tokens with this share. Default 1."
     )
     top_k: int | None = Field(
-        None, ge=0, le=INT32_MAX, description="Sample from so many likeliest tokens. 0: all (default)."
+        None, ge=0, le=INT32_MAX, description="Sample from the k likeliest tokens. 0: all (default)."
     )
     seed: int | None = Field(
         None, ge=-(2**63), le=2**64 - 1, description="Repeats a sampled answer; choice i has seed + i."
@@ -173,14 +173,17 @@ class ChatRequest(GenerationRequest):
         None,
         ge=1,
         le=INT32_MAX,
-        description="At most so many tokens. Default: what the context has room for.",
+        description="Maximum number of tokens. Default: what the context has room for.",
     )
     max_completion_tokens: int | None = Field(
         None, ge=1, le=INT32_MAX, description="OpenAI's newer name of max_tokens."
     )
     logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
     top_logprobs: int | None = Field(
-        None, ge=0, le=TOP_LOGPROBS, description="And of so many likeliest tokens. Only with logprobs."
+        None,
+        ge=0,
+        le=TOP_LOGPROBS,
+        description="Number of likeliest tokens whose log-probabilities are given. Only with logprobs.",
     )
 
     def check(self) -> None:
@@ -216,7 +219,7 @@ class CompletionRequest(GenerationRequest):
         ]
     ) = Field(description="One text or several; or their token ids.")
     max_tokens: int | None = Field(
-        None, ge=0, le=INT32_MAX, description="At most so many tokens. 0 only with echo. Default 16."
+        None, ge=0, le=INT32_MAX, description="Maximum number of tokens. 0 only with echo. Default 16."
     )
     logprobs: int | None = Field(
         None,

@@ -32,7 +32,7 @@ class Request:
       max_tokens: at most so many tokens; fewer where the context is full. 0 only with `prompt_logprobs`.
       temperature: from 0 to HOTTEST; 0 takes the likeliest token, always.
       top_p: sample from the likeliest tokens that hold this share of the probability; 1 is off.
-      top_k: sample from so many likeliest tokens, before top_p; 0 is off.
+      top_k: sample from the k likeliest tokens, before top_p; 0 is off.
       seed: the same request with the same seed has the same answer; taken modulo 2**32.
       stop_ids: tokens that end the answer.
       logprobs: also return the log-probabilities of the answer's tokens.

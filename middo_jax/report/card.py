@@ -108,6 +108,8 @@ def _made(lineages: list[Any]) -> list[tuple[str, str]]:
         "simplify": "rewritten to be easier (complexity)",
         "rewrite": "rewritten to be better (quality)",
         "synthesize": "new rows near sparse ones (diversity)",
+        "reanswer": "the same prompt, answered anew (consistency)",
+        "complete": "an answer that was cut off, completed (consistency)",
     }
     counts = Counter(lineage.op for lineage in lineages)
     return [(f"{counts[op]:,}", text) for op, text in named.items() if counts[op]]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from middo_jax.stages.batch import batch_stage
     from middo_jax.stages.benchmark import benchmark_stage, check_benchmarks, measure_benchmarks
     from middo_jax.stages.checks import (
+        check_attention,
         check_continues,
         check_judge,
         check_own_texts,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "batch": "batch_stage",
     "benchmark": "benchmark_stage check_benchmarks measure_benchmarks",
-    "checks": "check_continues check_judge check_own_texts check_refiner check_training",
+    "checks": "check_attention check_continues check_judge check_own_texts check_refiner check_training",
     "controls": "refine_arm",
     "endpoint": "recorded_line",
     "evaluate": "HeldOut export_adapter export_checkpoint measure_heldout",
@@ -64,6 +65,7 @@ __all__ = [
     "answer_cache",
     "batch_stage",
     "benchmark_stage",
+    "check_attention",
     "check_benchmarks",
     "check_cache",
     "check_continues",

@@ -13,7 +13,7 @@ from middo_jax.refinement.endpoint.receiving import answer_bytes
 from middo_jax.refinement.words import read_words
 from middo_jax.rundir import RoundDir, RunError
 from middo_jax.session import Session
-from middo_jax.stages.refine import refine_stage
+from middo_jax.stages.refine import check_learnt, refine_stage
 from middo_jax.stages.surroundings import heldout_of, model_of
 
 
@@ -57,9 +57,11 @@ def batch_stage(
       write: file for the unanswered requests, if there are any.
 
     Raises:
-      RunError: `refine.model` is not set, or a file contains no results or only results of other requests.
+      RunError: `refine.model` is not set, a file contains no results or only results of other requests, or
+        training made the model worse, see `check_learnt`.
     """
     config = session.config
+    check_learnt(config, directory)
     if config.refine.model is None:
         raise RunError("config: refine.model is missing: set it to the name of the model that runs the batch")
     secrets = Secrets([read_key(config.refine.api_key_env)])  # a server may have echoed it into the results

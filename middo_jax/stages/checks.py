@@ -6,12 +6,18 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
+
 from middo_jax.config import Config, SampledRating, affecting, load, replayed_file
 from middo_jax.data.example import Example, Message
+from middo_jax.models.attention import Workload, choose
+from middo_jax.models.attention.placement import platform, shards
 from middo_jax.models.config import read_config
 from middo_jax.models.loading import tokenizer_directory
 from middo_jax.models.lora import from_settings
 from middo_jax.models.model import abstract_model
+from middo_jax.parallel.mesh import batch_divisor
 from middo_jax.refinement.acceptance.language import load_identifier
 from middo_jax.refinement.endpoint.preflight import preflight
 from middo_jax.refinement.endpoint.recording import read_recording
@@ -65,6 +71,20 @@ def check_training(session: Session, examples: Sequence[Example], heldout: Seque
     once = settings.model_copy(update={"num_epochs": 1})
     rows = sum(len(rows) for _, rows in plan_training(tokenized, once, config.seed, pack_length))
     check_fill(len(tokenized), rows, settings, mesh)
+
+
+def check_attention(session: Session) -> None:
+    """Checks that the kernel of `model.attention` can be used here.
+
+    Raises:
+      AttentionError: the message says why it cannot.
+    """
+    config, decoder, mesh = session.config.model, read_config(session.base), session.mesh
+    with jax.set_mesh(mesh):
+        heads = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
+        shape = batch_divisor(mesh), config.max_length, *heads, jnp.dtype(config.dtype)
+        ways = {"batch_shards": shards("batch"), "head_shards": shards("heads")}
+        choose(Workload(platform(), *shape, **ways), config.attention)
 
 
 def check_judge(session: Session) -> None:

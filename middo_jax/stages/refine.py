@@ -88,9 +88,11 @@ def plan_refinement(directory: RoundDir, settings: RefineSettings | None = None)
 def check_learnt(config: Config, directory: RoundDir) -> None:
     """Raises RunError if training made the losses of the round's own samples far worse than they were before.
 
-    A training of a few steps may end before its own losses show that. Nothing is checked where
-    `train.on_bad_step` has no number.
+    A training of a few steps may end before its own losses show that. Nothing is checked outside of a run,
+    whose two models may be any, and where `train.on_bad_step` has no number.
     """
+    if directory.run is None:
+        return
     table = read_scores(directory.scores)
     before, after = (float(np.nanmean(as_floats(table, name))) for name in ("loss_pre", "loss_post"))
     if config.train.on_bad_step.spike_factor is not None and after > wrecked_from(before):
@@ -110,7 +112,12 @@ def kept_samples(directory: RoundDir, turns: Turns) -> dict[str, int]:
 
 
 def refine_round(session: Session, directory: RoundDir) -> Ledger:
-    """Runs `refine_stage` with the held-out rows, cache, round index and model of the folder's run."""
+    """Runs `refine_stage` with the held-out rows, cache, round index and model of the folder's run.
+
+    Raises:
+      RunError: see `check_learnt`.
+    """
+    check_learnt(session.config, directory)
     with answer_cache(session, directory) as cache:
         return refine_stage(
             session, directory, directory.index, cache, heldout_of(directory), model_of(directory)

@@ -61,7 +61,7 @@ def train_stage(
         except AnotherTraining:
             if not restart:
                 raise
-            session.progress.say(f"{directory.checkpoint} is of another training; it is trained anew")
+            session.progress.say(f"{directory.checkpoint} belongs to another training; training starts again")
             barrier("another training: found")  # all processes must find it before its files are removed
             from_first("another training: remove", lambda: remove_training(directory))
             _train(session, directory, start, heldout, n_steps)

@@ -50,7 +50,7 @@ def deferred_stops() -> Iterator[StopCheck]:
         told.append(signal.SIGINT)
 
     def preempted(*_: object) -> None:
-        _log.warning("told to terminate: saving after the step under way")
+        _log.warning("received SIGTERM: saving after the current step")
         told.append(signal.SIGTERM)
 
     def check(step: int | None = None) -> None:

@@ -51,8 +51,8 @@ def choose(workload: Workload, kernel: Kernel = "auto") -> Literal["xla", "tiled
         return "xla" if _REFUSALS[fastest](workload) else fastest
     if kernel != "xla" and (reason := _REFUSALS[kernel](workload)):
         raise AttentionError(
-            f"attention: kernel {kernel!r} cannot honour {reason}. "
-            "Use 'auto', which chooses one that can, or 'xla', which always can"
+            f"model.attention={kernel} cannot be used for {reason}. "
+            "Use auto, which chooses a kernel that can, or xla, which always can"
         )
     return kernel
 

@@ -96,7 +96,7 @@ def read_adapter_config(directory: Path) -> tuple[str, Lora]:
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: not a LoRA config: {type(error).__name__}: {error}") from error
     if not 1 <= rank <= _MAX_RANK or not math.isfinite(alpha):
-        raise CheckpointError(f"{path}: r={rank} and lora_alpha={alpha} make no adapter")
+        raise CheckpointError(f"{path}: r={rank} and lora_alpha={alpha} are not valid: both must be over 0")
     for field, values in _ONLY:
         if fields.get(field, values[0]) not in values:
             raise UnsupportedModel(f"{path}: {field}={fields[field]!r} is not supported, only {values[0]!r}")

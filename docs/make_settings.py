@@ -20,7 +20,8 @@ def page() -> str:
         "# Settings\n\nGiven in YAML, or last on the command line as `group.name=value`.\n"
         "Made from `middo_jax/config/` by `python docs/make_settings.py`.\n\n"
         "The third column says what a setting affects. After a change, `middo run` redoes the stages that "
-        f"depend on it, and no others. {resultless} affect no result of a stage: existing results stay valid. (`rounds`: a change adds or removes stages.)\n\n"
+        f"depend on it, and no others. {resultless} affect no result of a stage: existing results "
+        "stay valid. (`rounds`: a change adds or removes stages.)\n\n"
         "*Only with* names the alternative that a setting is part of; with another one it is an error. "
         "*Either ... or*: only one of them can be given; given later, it takes the place of the other.\n"
     ]

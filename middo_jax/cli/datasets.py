@@ -129,7 +129,7 @@ def inspect(
         list[str] | None,
         typer.Option(
             "--max",
-            help="NAME=SHARE: the largest allowed share of rows with the fault NAME; a larger one exits with 3.",
+            help="NAME=SHARE: the largest share of rows with a fault; a larger one exits with 3.",
         ),
     ] = None,
     strict: Annotated[

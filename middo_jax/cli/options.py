@@ -28,7 +28,10 @@ Data = Annotated[str, typer.Option(help="A file, a dataset directory, tfds:NAME:
 MODEL_HELP = "A Hugging Face directory, a checkpoint, a LoRA adapter, a .gguf file or a hub id."
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 
-DATA_HELP = "A file, folder, pattern, tfds:NAME:SPLIT or hf:NAME:SPLIT; or data.sources=[...], or a YAML file of settings with the data."
+DATA_HELP = (
+    "A file, folder, pattern, tfds:NAME:SPLIT or hf:NAME:SPLIT; or "
+    "data.sources=[...], or a YAML file of settings with the data."
+)
 EXIT_FAULTS = 3  # of `middo inspect`: more rows have a fault than a limit allows
 JOB: dict[str, Any] = {}  # what the program's own options say of the job that this process belongs to
 

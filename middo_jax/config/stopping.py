@@ -24,7 +24,8 @@ class StopSettings(Settings):
     )
     min_gain: NonNegativeFloat = Field(
         default=0.0,
-        description="The smallest improvement that counts as a gain: nats per token, or the unit of the task's score.",
+        description="The smallest improvement that counts as a gain: nats per token, or the unit of "
+        "the task's score.",
     )
     metric: Literal["heldout_loss", "task"] = Field(
         default="heldout_loss",

@@ -81,10 +81,18 @@ def check_attention(session: Session) -> None:
     """
     config, decoder, mesh = session.config.model, read_config(session.base), session.mesh
     with jax.set_mesh(mesh):
-        heads = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
-        shape = batch_divisor(mesh), config.max_length, *heads, jnp.dtype(config.dtype)
-        ways = {"batch_shards": shards("batch"), "head_shards": shards("heads")}
-        choose(Workload(platform(), *shape, **ways), config.attention)
+        workload = Workload(
+            platform(),
+            batch_divisor(mesh),
+            config.max_length,
+            decoder.num_heads,
+            decoder.num_kv_heads,
+            decoder.head_dim,
+            jnp.dtype(config.dtype),
+            batch_shards=shards("batch"),
+            head_shards=shards("heads"),
+        )
+        choose(workload, config.attention)
 
 
 def check_judge(session: Session) -> None:

@@ -201,7 +201,8 @@ class ScoringSettings(Settings):
     readings: Annotated[tuple[Reading, ...], Affects("scores")] = Field(
         default=(),
         description="Further columns of scores.parquet; end_nll and worst_decile_nll are always there. "
-        "prompt_nll: the head is applied to the prompts too; ifd, pmi: one more pass, over the responses alone; "
+        "prompt_nll: the head is applied to the prompts too; ifd, pmi: one more pass, over the responses "
+        "alone; "
         "reverse_ifd: one more pass, over the prompts behind their responses; consistency: the optional "
         "axis, with the pass of ifd.",
     )

@@ -138,7 +138,8 @@ class TrainSettings(Settings):
     on_bad_step: Annotated[BadSteps, Affects("training")] = Field(
         default=BadSteps(spike_factor=3.0),
         description="What to do if the loss or gradient is not finite. stop: stop with an error; skip: leave "
-        "that update out and go on. {stop: 3} or {skip: 3}: also where the loss is over 3 times the median of the "
+        "that update out and go on. {stop: 3} or {skip: 3}: also where the loss is over 3 times the median "
+        "of the "
         "last 64 steps', and a nat above it; and a training whose last losses are far above its first one "
         "ends with an error, so that nothing is scored or paid for with a wrecked model.",
     )

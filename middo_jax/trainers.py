@@ -199,14 +199,16 @@ def _trl(names: _Names) -> str:
     tools = names.present(tools="tools").get("tools", "tools")
     told = "" if tools == "tools" else f', "tools": row[{tools!r}]'
     lines, turns = _trl_turns(names)
+    if names.contents.has_calls and (call := names.role("call")) is not None:
+        known = f"all(t[{names.keys[0]!r}] in roles for t in row[{names.turns!r}])"
+        lines += f"# Rows with {call} turns are left out: for them, export as messages.\n"
+        lines += f"data = data.filter(lambda row: {known})\n"
     if turns == "row['messages']" and not before and not told:
         return ""
     made = f'lambda row: {{"messages": [{before}*{turns}]{told}}}'
     if names.turns != "messages":  # TRL renames a column `conversations`, over the one that is made here
         made += f", remove_columns=[{names.turns!r}]"
     lines += f"data = data.map({made})\n"
-    if names.role("call") is not None:
-        lines += f"# rows with {names.role('call')} turns: export as messages\n"
     return lines
 
 
@@ -215,6 +217,7 @@ def _trl_turns(names: _Names) -> tuple[str, str]:
     roles = {name: kind for kind in USUAL_ROLES["messages"] if (name := names.role(kind)) is not None}
     row = f"row[{names.turns!r}]"
     is_usual = names.keys == ("role", "content") and all(name == kind for name, kind in roles.items())
+    is_usual = is_usual and names.role("call") is None
     if is_usual and not names.spelling.parts:
         return "", row
     role, content = (f"t[{key!r}]" for key in names.keys)

@@ -366,3 +366,30 @@ def test_the_card_counts_rows_of_every_kind(tmp_path: Path) -> None:
     export_data(run, tmp_path / "out")
     made = (tmp_path / "out" / "README.md").read_text().split("how they were made")[1].split("Format:")[0]
     assert made.count("\n| 1 | ") == len(kinds)
+
+
+def test_what_a_trainer_does_not_read_is_left_out_or_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    call = {"from": "function_call", "value": '{"name": "add", "arguments": {}}'}
+    said = [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "5."}]
+    rows = [
+        {
+            "tools": '[{"name": "add"}]',
+            "conversations": [said[0], call, {"from": "tool", "value": "5"}, said[1]],
+        },
+        {"tools": None, "conversations": [{"from": "human", "value": "Hi."}, said[1]]},
+    ]
+    run = _prepared(tmp_path / "calls", "sharegpt", {}, rows)
+    assert export_data(run, tmp_path / "out").note is None  # LLaMA-Factory reads such calls
+    monkeypatch.chdir(tmp_path / "out")
+    names: dict[str, Any] = {}
+    exec(Path("trl.py").read_text(), names)
+    assert [row["messages"][0]["content"] for row in names["data"]["train"]] == ["Hi."]
+    assert "# It does not read calls that are turns of their own" in Path("axolotl.yaml").read_text()
+    system = [{"instruction": "Add.", "output": "5", "system": "Count."}]
+    export_data(_prepared(tmp_path / "alpaca", "alpaca", {}, system), tmp_path / "with_system")
+    source = yaml.safe_load((tmp_path / "with_system" / "axolotl.yaml").read_text())["datasets"][0]
+    assert source["type"] == "alpaca_w_system.load_instruct"  # its `alpaca` reads no system texts

@@ -60,7 +60,7 @@ async def _check(address: Address, model: str, settings: RefineSettings, key: st
         )
     said = advice(fault, False, model, settings.api_key_env, key is not None)
     raise RefinerError(
-        f"the refiner at {shown(address.url)} cannot be used{fault.status_text}: {fault.words}{said}"
+        f"the refiner at {shown(address.url)} cannot be used{fault.status_text}: {fault.words.rstrip('.')}{said}"
         f"{_names(known, model)} (refine.preflight=false skips this check)",
         fault.words,
         stops_stage=True,

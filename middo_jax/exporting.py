@@ -125,13 +125,7 @@ def export_data(
         has_turns |= with_turns and own.format == "prompt_completion"
     written = {split: name for split, (rows, name) in files.items() if rows}
     name = settings.get("name") or run.path.resolve().name
-    messages = [m for example in (*examples, *kept_out) for m in example.messages]
-    contents = Contents(
-        frozenset(columns),
-        not all(m.learnt for m in messages),
-        any(m.tool and m.role == "assistant" for m in messages),
-        has_turns,
-    )
+    contents = _contents(columns, has_turns, [*examples, *kept_out])
     unread = write_readers(place, str(name), written, own, contents)
     found = preference_pairs(run) if extras.get("pairs") else []
     if found:
@@ -220,6 +214,12 @@ def _with_columns(
     if taken := sorted(added.keys() & example.extra.keys()):
         raise DataError(f"sample {example.id} has a column {taken[0]!r} of its own; rename it")
     return dataclasses.replace(example, extra={**example.extra, **added}) if added else example
+
+
+def _contents(columns: set[str], has_turns: bool, examples: Sequence[Example]) -> Contents:
+    messages = [m for example in examples for m in example.messages]
+    has_calls = any(m.tool and m.role == "assistant" for m in messages)
+    return Contents(frozenset(columns), not all(m.learnt for m in messages), has_calls, has_turns)
 
 
 def _columns(path: Path, prompt: str) -> tuple[set[str], bool]:

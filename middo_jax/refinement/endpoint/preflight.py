@@ -58,10 +58,10 @@ async def _check(address: Address, model: str, settings: RefineSettings, key: st
             f"warning: the refiner at {shown(address.url)} answers, but its list of models does not have "
             f"{model!r}.{_names(known, model)} Check refine.model"
         )
-    said = advice(fault, False, model, settings.api_key_env, key is not None)
+    why = fault.words.rstrip(".") + advice(fault, False, model, settings.api_key_env, key is not None)
     raise RefinerError(
-        f"the refiner at {shown(address.url)} cannot be used{fault.status_text}: {fault.words.rstrip('.')}{said}"
-        f"{_names(known, model)} (refine.preflight=false skips this check)",
+        f"the refiner at {shown(address.url)} cannot be used{fault.status_text}: {why}{_names(known, model)} "
+        "(refine.preflight=false skips this check)",
         fault.words,
         stops_stage=True,
     )

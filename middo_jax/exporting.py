@@ -12,16 +12,16 @@ OUT/
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import pyarrow.parquet as pq
-import yaml
 
 from middo_jax.data.example import Example
 from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.sources import DataError, write
+from middo_jax.data.spelling import Spelling
 from middo_jax.preferences import preference_pairs
 from middo_jax.progress import Progress
 from middo_jax.report.card import card
@@ -32,10 +32,10 @@ from middo_jax.rundir import (
     RunError,
     local,
     read_jsonl,
-    write_json,
     write_jsonl,
     write_text,
 )
+from middo_jax.trainers import Contents, write_readers
 
 WRITTEN = ("alpaca", "sharegpt", "messages", "prompt_completion", "parquet")
 SCORES = ("loss_pre", "loss_post", "knn_mean_sim", "quality")
@@ -43,13 +43,23 @@ _PREFIX = "middo_"
 
 
 class ExportedDataset(NamedTuple):
-    """What was written: the folder, rows to train on, held-out rows, pairs, and the format."""
+    """What was written.
+
+    Attributes:
+      path: the folder.
+      n: rows to train on.
+      n_heldout: held-out rows.
+      n_pairs: preference pairs.
+      format: of the rows.
+      note: what LLaMA-Factory cannot read, so that it gets no file; None if it can read all.
+    """
 
     path: Path
     n: int
     n_heldout: int
     n_pairs: int
     format: str
+    note: str | None
 
 
 class Extras(TypedDict, total=False):
@@ -101,7 +111,7 @@ def export_data(
     known = _scores(run) if scores else {}
     ending = "parquet" if form == "parquet" else "jsonl"
     files = {"train": (examples, f"train.{ending}"), "heldout": (kept_out, f"heldout.{ending}")}
-    columns: set[str] = set()
+    columns, has_turns = set[str](), False
     for rows, name in files.values():
         if not rows:
             continue
@@ -110,16 +120,19 @@ def export_data(
             write_jsonl(place / name, own.rows(shown))
         else:
             write(shown, place / name, form, own.id_column)
-        columns |= _columns(place / name)
+        found_columns, with_turns = _columns(place / name, own.names.get("prompt", "prompt"))
+        columns |= found_columns
+        has_turns |= with_turns and own.format == "prompt_completion"
     written = {split: name for split, (rows, name) in files.items() if rows}
     name = settings.get("name") or run.path.resolve().name
-    is_weighted = not all(m.learnt for example in (*examples, *kept_out) for m in example.messages)
-    _write_readers(place, str(name), written, _Names(own, columns, is_weighted))
+    contents = _contents(columns, has_turns, [*examples, *kept_out])
+    unread = write_readers(place, str(name), written, own, contents)
     found = preference_pairs(run) if extras.get("pairs") else []
     if found:
         write_jsonl(place / "pairs.jsonl", found)
     write_text(place / "README.md", card(run, written, own.format, "pairs.jsonl" if found else None, license))
-    return ExportedDataset(place, len(examples), len(kept_out), len(found), own.format)
+    note = None if unread is None else f"no dataset_info.json: LLaMA-Factory does not read {unread}"
+    return ExportedDataset(place, len(examples), len(kept_out), len(found), own.format, note)
 
 
 def _shape(run: RunDir, form: str | None) -> OwnShape:
@@ -164,7 +177,8 @@ def last_dataset(run: RunDir) -> RoundDir:
 def own_shape(run: RunDir) -> OwnShape:
     """The shape of the rows that came in; messages if the run did not record it, or it has no rows."""
     record = run.round(0).stages().get("prepare", {})
-    return OwnShape.of(record.get("format"), record.get("columns", ()), load_settings(run).get("data", {}))
+    settings, spelling = load_settings(run).get("data", {}), Spelling.from_json(record.get("spelling", {}))
+    return OwnShape.of(record.get("format"), record.get("columns", ()), settings, spelling)
 
 
 def _scores(run: RunDir) -> dict[str, dict[str, float | None]]:
@@ -202,138 +216,15 @@ def _with_columns(
     return dataclasses.replace(example, extra={**example.extra, **added}) if added else example
 
 
-def _columns(path: Path) -> set[str]:
+def _contents(columns: set[str], has_turns: bool, examples: Sequence[Example]) -> Contents:
+    messages = [m for example in examples for m in example.messages]
+    has_calls = any(m.tool and m.role == "assistant" for m in messages)
+    return Contents(frozenset(columns), not all(m.learnt for m in messages), has_calls, has_turns)
+
+
+def _columns(path: Path, prompt: str) -> tuple[set[str], bool]:
+    """(the columns of a file, whether a row has a list in the column `prompt`)."""
     if path.suffix == ".parquet":
-        return set(pq.read_schema(path).names)
-    return {name for row in read_jsonl(path) for name in row}
-
-
-def _write_readers(out: Path, name: str, files: Mapping[str, str], names: _Names) -> None:
-    """dataset_info.json for LLaMA-Factory, axolotl.yaml and trl.py."""
-    form = names.form
-    info = {
-        name if split == "train" else f"{name}_{split}": {"file_name": file, **_llama_factory(form, names)}
-        for split, file in files.items()
-    }
-    write_json(out / "dataset_info.json", info)
-    kind = "parquet" if files["train"].endswith(".parquet") else "json"
-    write_text(out / "axolotl.yaml", _axolotl(form, files["train"], kind, names))
-    test = f', "test": "{files["heldout"]}"' if "heldout" in files else ""
-    write_text(
-        out / "trl.py",
-        '"""For TRL: run in this folder, or give full paths."""\n\n'
-        "from datasets import load_dataset\n\n"
-        f'data = load_dataset("{kind}", data_files={{"train": "{files["train"]}"{test}}})\n'
-        f"{_trl(form, names)}{_UNREAD_WEIGHTS if names.is_weighted else ''}"
-        '# SFTTrainer(model, train_dataset=data["train"], args=SFTConfig(assistant_only_loss=True))\n',
-    )
-
-
-_UNREAD_WEIGHTS = "# TRL does not read `weight: 0`: it would learn these answers too. Leave out such rows.\n"
-
-
-class _Names:
-    """The names of columns that files have, by the names of their format.
-
-    `is_weighted`: whether some answers have the weight 0, which only axolotl reads.
-    """
-
-    def __init__(self, shape: OwnShape, columns: Collection[str], is_weighted: bool) -> None:
-        self.form = "messages" if shape.format == "parquet" else shape.format
-        self._names, self._columns, self.system = shape.names, columns, shape.system_column
-        self.is_weighted = is_weighted
-
-    def __getitem__(self, name: str) -> str:
-        return self._names.get(name, name)
-
-    def present(self, **named: str) -> dict[str, str]:
-        """Those of some columns that the files have: key -> name in the files."""
-        found = {key: self.system if key == "system" and self.system else self[n] for key, n in named.items()}
-        return {key: name for key, name in found.items() if name in self._columns}
-
-
-def _llama_factory(form: str, names: _Names) -> dict[str, Any]:
-    if form == "alpaca":
-        named = names.present(
-            prompt="instruction", query="input", response="output", system="system", history="history"
-        )
-        return {"columns": named}
-    if form == "prompt_completion":
-        return {"columns": names.present(prompt="prompt", response="completion", system="system")}
-    turns = "conversations" if form == "sharegpt" else "messages"
-    told = {
-        "formatting": "sharegpt",
-        "columns": names.present(messages=turns, system="system", tools="tools"),
-    }
-    if form == "sharegpt":
-        return told
-    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    return told | {"tags": tags | {"system_tag": "system", "observation_tag": "tool"}}
-
-
-def _axolotl(form: str, file: str, kind: str, names: _Names) -> str:
-    said = "# For axolotl, whose paths are relative to where it is started.\n"
-    source: dict[str, Any] = {"path": file, "ds_type": kind}
-    if form in ("alpaca", "prompt_completion"):
-        asked, answered = ("instruction", "output") if form == "alpaca" else ("prompt", "completion")
-        fields = names.present(instruction=asked, input="input", output=answered, system="system")
-        is_usual = form == "alpaca" and all(field == name for field, name in fields.items())
-        source["type"] = "alpaca" if is_usual else {f"field_{key}": name for key, name in fields.items()}
-    else:
-        turns = names["conversations" if form == "sharegpt" else "messages"]
-        source |= {"type": "chat_template", "field_messages": turns}
-        if form == "sharegpt":
-            source["message_property_mappings"] = {"role": "from", "content": "value"}
-        if names.is_weighted:
-            source["message_field_training"] = "weight"
-        if names.present(system="system").get("system", "system") != "system":
-            said += "# It reads system texts from a column `system` only: export with --format messages.\n"
-    text = yaml.safe_dump({"datasets": [source]}, sort_keys=False, allow_unicode=True)
-    return said + text
-
-
-def _trl(form: str, names: _Names) -> str:
-    """The lines that make the columns of TRL's SFTTrainer."""
-    system = names.present(system="system").get("system")
-    before = ""
-    if system is not None:
-        turn = f'{{"role": "system", "content": row[{system!r}]}}'
-        before = f"*([{turn}] if row[{system!r}] else []), "
-    if form in ("alpaca", "prompt_completion"):
-        return _trl_of_pairs(form, names, before)
-    turns = names["conversations" if form == "sharegpt" else "messages"]
-    if form == "sharegpt":
-        return (
-            'roles = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}\n'
-            'named = lambda turns: [{"role": roles[t["from"]], "content": t["value"]} for t in turns]\n'
-            f'data = data.map(lambda row: {{"messages": [{before}*named(row[{turns!r}])]}})\n'
-            "# rows with function_call turns: export as messages\n"
-        )
-    if not before and turns == "messages":
-        return ""
-    return f'data = data.map(lambda row: {{"messages": [{before}*row[{turns!r}]]}})\n'
-
-
-def _trl_of_pairs(form: str, names: _Names, before: str) -> str:
-    """The lines for alpaca and prompt_completion; `before` are the turns before the first question."""
-    asked, answered = ("instruction", "output") if form == "alpaca" else ("prompt", "completion")
-    fields = names.present(asked=asked, input="input", answered=answered, history="history")
-    prompt, answer = f"row[{fields['asked']!r}]", f"row[{fields['answered']!r}]"
-    if "input" in fields:
-        prompt = f'"\\n".join(filter(None, [{prompt}, row[{fields["input"]!r}]]))'
-    if "history" in fields:
-        of_pair = 'for role, text in zip(("user", "assistant"), pair)'
-        pairs = f"for pair in row[{fields['history']!r}] or []"
-        before += f'*[{{"role": role, "content": text}} {pairs} {of_pair}], '
-    if not before:
-        is_usual = form == "prompt_completion" and fields["asked"] == "prompt"
-        made = f'data = data.map(lambda row: {{"prompt": {prompt}, "completion": {answer}}})\n'
-        return "" if is_usual else made
-    return (
-        "turns = lambda text, role: "
-        'text if isinstance(text, list) else [{"role": role, "content": text}]\n'
-        "data = data.map(\n"
-        f'    lambda row: {{"prompt": [{before}*turns({prompt}, "user")], '
-        f'"completion": turns({answer}, "assistant")}}\n'
-        ")\n"
-    )
+        return set(pq.read_schema(path).names), False
+    rows = read_jsonl(path)
+    return {name for row in rows for name in row}, any(isinstance(row.get(prompt), list) for row in rows)

@@ -78,6 +78,7 @@ def _pair(
         "rejected_from": origin,
         "same_prompt": same_prompt,
         "middo_id": child.id,
+        "id_user": child.user_id,
         "middo_axis": child.lineage.axis,
         **{f"chosen_{name}": after.get(name) for name in SCORES},
         **{f"rejected_{name}": before.get(name) for name in SCORES},

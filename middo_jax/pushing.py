@@ -39,7 +39,10 @@ class Push(NamedTuple):
 
 
 class Pushed(NamedTuple):
-    """What was sent, or would be: files with their sizes in bytes. `url` is None if nothing was sent."""
+    """What was sent, or would be: files with their sizes in bytes. `url` is None if nothing was sent.
+
+    `note`: see `ExportedDataset`.
+    """
 
     repo: str
     private: bool
@@ -48,6 +51,7 @@ class Pushed(NamedTuple):
     n: int
     files: dict[str, int]
     url: str | None
+    note: str | None
 
 
 def push(run: RunDir, plan: Push, form: str | None = None, **extras: Unpack[Extras]) -> Pushed:
@@ -84,7 +88,7 @@ def push(run: RunDir, plan: Push, form: str | None = None, **extras: Unpack[Extr
             p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()
         }
         url = None if plan.dry_run else _send(out, plan, str(token), done.n)
-    return Pushed(plan.repo, not plan.public, plan.license, done.format, done.n, files, url)
+    return Pushed(plan.repo, not plan.public, plan.license, done.format, done.n, files, url, done.note)
 
 
 def _send(folder: Path, plan: Push, token: str, n: int) -> str:
@@ -132,4 +136,5 @@ def render(done: Pushed) -> str:
     head = f"{done.n:,} rows as {done.format}, licence {done.license}, to {done.repo} ({kind} if it is new)"
     lines = [f"{size:>12,} bytes  {name}" for name, size in done.files.items()]
     end = "dry run: nothing was sent" if done.url is None else done.url
-    return "\n".join([head, *lines, end])
+    notes = [] if done.note is None else [done.note]
+    return "\n".join([head, *lines, *notes, end])

@@ -32,6 +32,7 @@ from middo_jax.data.sources import (
     commonest_reasons,
     read_rows,
 )
+from middo_jax.data.spelling import Spelling
 from middo_jax.data.split import split_heldout
 from middo_jax.data.tokenize import (
     TokenizedExample,
@@ -266,6 +267,7 @@ class Prepared(NamedTuple):
       repairs: rows that were repaired.
       format: format of the rows.
       columns: the columns of the rows.
+      spelling: how the turns of the rows are written.
     """
 
     kept: list[Example]
@@ -274,6 +276,7 @@ class Prepared(NamedTuple):
     repairs: Sequence[Repair]
     format: str
     columns: list[str]
+    spelling: Spelling
 
 
 def prepare(session: Session, data: UserRows | None = None) -> Prepared:
@@ -309,7 +312,10 @@ def prepare(session: Session, data: UserRows | None = None) -> Prepared:
         session.progress.say(f"{n:,} {'row' if n == 1 else 'rows'} repaired (data.strict=true refuses them)")
     for line in commonest_reasons(data.repairs):
         session.progress.say(line)
-    return Prepared(kept, heldout, data.rejections, data.repairs, data.format, columns_of(data.rows))
+    spelling = Spelling.of(data.rows, settings, data.format)
+    return Prepared(
+        kept, heldout, data.rejections, data.repairs, data.format, columns_of(data.rows), spelling
+    )
 
 
 def _own_heldout(session: Session, path: str) -> list[Example]:

@@ -65,6 +65,8 @@ def _prepare(plan: Plan, link: Link) -> None:
         kept = data.kept
         repairs = {reason.reason: reason.n for reason in count_reasons(data.repairs)}
         facts = {"repairs": repairs, "format": data.format, "columns": data.columns}
+        if spelling := data.spelling.to_json():
+            facts["spelling"] = spelling
         write_jsonl(plan.run.rejected, (r.to_json() for r in data.rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
         _forget_other_shapes(plan, data)
@@ -81,7 +83,8 @@ def _prepare(plan: Plan, link: Link) -> None:
 
 def _forget_other_shapes(plan: Plan, data: Prepared) -> None:
     """Makes `final` stale if its rows have the shape of other data than the run's."""
-    own = OwnShape.of(data.format, data.columns, plan.session.config.data.model_dump(mode="json"))
+    settings = plan.session.config.data.model_dump(mode="json")
+    own = OwnShape.of(data.format, data.columns, settings, data.spelling)
     for name in (PREPARE, "best"):
         written = plan.run.final.stages().get(name)
         if written is not None and written.get("shape") != own.to_json():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,10 +14,12 @@ from support.said import Said
 from support.synthetic_run import write_run
 
 from middo_jax import exporting
-from middo_jax.data.example import Example, Lineage, Message
+from middo_jax.config.settings import DataSettings
+from middo_jax.data.example import Example, Lineage, Message, Op
 from middo_jax.data.own_shape import OwnShape, columns_of
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import DataError, read, read_rows, write
+from middo_jax.data.spelling import Spelling
 from middo_jax.exporting import export_data, write_as_it_came
 from middo_jax.preferences import preference_pairs
 from middo_jax.rundir import RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
@@ -191,38 +194,69 @@ OWN_SHAPES = {
         {"sources": [{"path": name, "columns": {"messages": "m"}} for name in "ab"]},
         [{"m": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "I."}], "part": 1}],
     ),
+    "sharegpt: names of roles": (
+        {"roles": {"narrator": "system"}},
+        [{"conversations": [{"from": "narrator", "value": "Rhyme."}, {"from": "User", "value": "Hi."},
+                            {"from": "Bot", "value": "I."}]}],
+    ),
+    "sharegpt: keys of messages": (
+        {},
+        [{"conversations": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "I."}]}],
+    ),
+    "messages: text parts": (
+        {},
+        [{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi."}]},
+                       {"role": "assistant", "content": [{"type": "text", "text": "I."}]}]}],
+    ),
+    "messages: tools": (
+        {},
+        [{"tools": [{"type": "function", "function": {"name": "add"}}],
+          "messages": [{"role": "user", "content": "Add."},
+                       {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "type": "function",
+                        "function": {"name": "add", "arguments": "{\"a\": 1}"}}]},
+                       {"role": "tool", "content": "5", "tool_call_id": "c1"},
+                       {"role": "assistant", "content": "5."}]}],
+    ),
 }  # fmt: skip
 
 
 def _prepared(tmp_path: Path, form: str, data: dict[str, Any], rows: list[dict[str, Any]]) -> RunDir:
     """A run whose final dataset is the rows as they were read."""
-    write_jsonl(tmp_path / "in.jsonl", rows)
+    path = tmp_path / "in.jsonl"
+    write_jsonl(path, rows)
     columns = data.get("columns") or data.get("sources", [{}])[0].get("columns") or {}
-    found = read_rows(
-        str(tmp_path / "in.jsonl"), reading=Reading(columns=columns, id_column=data.get("id_column"))
-    )
+    reading = Reading(columns=columns, id_column=data.get("id_column"), roles=data.get("roles") or {})
+    found = read_rows(str(path), reading=reading)
     assert found.format == form
     run = RunDir(tmp_path / "run")
     write_text(run.config, yaml.safe_dump({"name": "mine", "data": data}))
+    settings = DataSettings.model_validate(data if "sources" in data else {**data, "path": str(path)})
+    spelling = Spelling.of(found.rows, settings, form).to_json()
     record = {"format": form, "columns": columns_of(found.rows), "files": {}, "seconds": 0}
-    write_json(run.round(0).path / "manifest.json", {"stages": {"prepare": record}})
+    write_json(run.round(0).path / "manifest.json", {"stages": {"prepare": {**record, "spelling": spelling}}})
     write_jsonl(run.final.dataset, [example.to_json() for example in found.examples])
     return run
 
 
-@pytest.mark.parametrize("form", OWN_SHAPES)
-def test_rows_come_back_with_the_users_names_order_and_system_column(tmp_path: Path, form: str) -> None:
+# What LLaMA-Factory's converter for these rows does not read.
+UNREAD = {"messages: text parts": "text parts", "messages: tools": "`tool_calls`"}
+
+
+@pytest.mark.parametrize("case", OWN_SHAPES)
+def test_rows_come_back_in_the_users_own_shape(tmp_path: Path, case: str) -> None:
     datasets = pytest.importorskip("datasets")
-    data, rows = OWN_SHAPES[form]
+    form, (data, rows) = case.split(":")[0], OWN_SHAPES[case]
     run = _prepared(tmp_path, form, data, rows)
     write_as_it_came(run, originals(run), tmp_path / "own.jsonl", Said())
-    export_data(run, tmp_path / "out")
+    note = export_data(run, tmp_path / "out").note
     for path in (tmp_path / "own.jsonl", tmp_path / "out" / "train.jsonl"):
         found = read_jsonl(path)
         for row in found if "id" not in rows[0] and "id_column" not in data else ():
             del row["id"]  # ours
         assert [list(row.items()) for row in found] == [list(row.items()) for row in rows]
-    told = json.loads((tmp_path / "out" / "dataset_info.json").read_text())["mine"]["columns"]
+    info = tmp_path / "out" / "dataset_info.json"
+    assert (case in UNREAD) == (not info.exists()) == (UNREAD.get(case, "-") in (note or ""))
+    told = json.loads(info.read_text())["mine"]["columns"] if info.exists() else {}
     assert set(told.values()) <= rows[0].keys()
     assert ("system" in told) == any(name.startswith("system") for name in rows[0])
     with pytest.MonkeyPatch.context() as patch:  # the snippet gives TRL what the rows have
@@ -283,6 +317,7 @@ def test_preference_pairs_of_accepted_rewrites(run: RunDir, tmp_path: Path) -> N
         original = Example.from_json(replaced[pair["middo_id"]]["original"])
         assert pair["prompt"] == [{"role": m.role, "content": m.content} for m in child.messages[:-1]]
         assert pair["chosen"] == [{"role": "assistant", "content": child.response}]
+        assert pair["id_user"] == child.user_id
         assert pair["rejected"] == [{"role": "assistant", "content": original.response}]
         assert pair["same_prompt"] == (child.prompt == original.prompt)
         assert pair["chosen_quality"] == (child.lineage.scores_after or {}).get("quality")
@@ -319,3 +354,42 @@ def test_a_losing_candidate_makes_a_pair_with_its_own_scores(tmp_path: Path) -> 
     assert (of_original["chosen_quality"], of_original["rejected_quality"]) == (8.0, 3.0)
     assert of_candidate["rejected"] == [{"role": "assistant", "content": "A big sea."}]
     assert (of_candidate["rejected_loss_post"], of_candidate["rejected_quality"]) == (1.5, 4.0)
+
+
+def test_the_card_counts_rows_of_every_kind(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "I."}]
+    run = _prepared(tmp_path, "messages", {}, [{"messages": turns}])
+    [example] = originals(run)
+    kinds = get_args(Op)
+    rows = [dataclasses.replace(example, lineage=Lineage(op=op)).to_json() for op in kinds]
+    write_jsonl(run.final.dataset, rows)
+    export_data(run, tmp_path / "out")
+    made = (tmp_path / "out" / "README.md").read_text().split("how they were made")[1].split("Format:")[0]
+    assert made.count("\n| 1 | ") == len(kinds)
+
+
+def test_what_a_trainer_does_not_read_is_left_out_or_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    call = {"from": "function_call", "value": '{"name": "add", "arguments": {}}'}
+    said = [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "5."}]
+    rows = [
+        {
+            "tools": '[{"name": "add"}]',
+            "conversations": [said[0], call, {"from": "tool", "value": "5"}, said[1]],
+        },
+        {"tools": None, "conversations": [{"from": "human", "value": "Hi."}, said[1]]},
+    ]
+    run = _prepared(tmp_path / "calls", "sharegpt", {}, rows)
+    assert export_data(run, tmp_path / "out").note is None  # LLaMA-Factory reads such calls
+    monkeypatch.chdir(tmp_path / "out")
+    names: dict[str, Any] = {}
+    exec(Path("trl.py").read_text(), names)
+    assert [row["messages"][0]["content"] for row in names["data"]["train"]] == ["Hi."]
+    assert "# It does not read calls that are turns of their own" in Path("axolotl.yaml").read_text()
+    system = [{"instruction": "Add.", "output": "5", "system": "Count."}]
+    export_data(_prepared(tmp_path / "alpaca", "alpaca", {}, system), tmp_path / "with_system")
+    source = yaml.safe_load((tmp_path / "with_system" / "axolotl.yaml").read_text())["datasets"][0]
+    assert source["type"] == "alpaca_w_system.load_instruct"  # its `alpaca` reads no system texts

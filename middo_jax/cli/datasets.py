@@ -54,6 +54,8 @@ def export_data(
 
     extras: exporting.Extras = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
     done = exporting.export_data(RunDir(run), out, to, license, **extras)
+    if done.note is not None:
+        print(done.note, file=sys.stderr)
     show(as_json, {**done._asdict(), "path": str(done.path)}, str(done.path))
 
 

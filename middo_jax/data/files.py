@@ -39,8 +39,6 @@ ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 # Words in names of files of a split that is not for training.
 _EVALUATION = {"test", "tests", "validation", "valid", "val", "dev", "eval", "heldout"}
-# Columns whose cells in a CSV file are lists, as JSON text.
-_LISTS = ("conversations", "messages", "history")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +284,7 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Any] | Rejectio
             for cells in reader:
                 where, before = f"{file}:{before + 1}", reader.line_num
                 if len(cells) == len(header):
-                    yield where, {name: _cell(name, c) for name, c in zip(header, cells, strict=True)}
+                    yield where, dict(zip(header, cells, strict=True))
                 elif cells:
                     reason = f"the row has {len(cells)} cells, and the header has {len(header)}"
                     yield Rejection(where, reason, cells)
@@ -297,13 +295,6 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Any] | Rejectio
             ) from e
         except csv.Error as e:
             raise DataError(f"{file}:{reader.line_num}: broken CSV: {e}; correct the file there") from e
-
-
-def _cell(column: str, text: str) -> Any:
-    if column in _LISTS and text.lstrip().startswith("["):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(text)
-    return text
 
 
 def _is_arrow(folder: Path) -> bool:

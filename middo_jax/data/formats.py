@@ -252,8 +252,9 @@ def to_rows(examples: Sequence[Example], form: str, id_column: str = "id") -> li
                 ),
                 **to_row(example.messages),
                 **(prompt_row(example) if form == "alpaca" else {}),
-                # As text, since the definitions of two tools have no common type for a column.
-                **({TOOL_COLUMN: example.tools} if has_tools else {}),
+                # As text, since the definitions of two tools have no common type for a column. Null, not "",
+                # where there are none: TRL and axolotl parse any text as JSON.
+                **({TOOL_COLUMN: example.tools or None} if has_tools else {}),
                 **{names[column]: plain(value) for column, value in example.extra.items()},
             }
             for example in examples
@@ -315,13 +316,13 @@ FORMATS: dict[str, RowFormat] = {
     "sharegpt": RowFormat(
         frozenset({"conversations"}),
         SYSTEM_COLUMNS,
-        lambda row: turn_list(row, "conversations", "from", "value"),
+        lambda row: turn_list(row, "conversations", ("from", "value")),
         sharegpt_row,
     ),
     "messages": RowFormat(
         frozenset({"messages"}),
         SYSTEM_COLUMNS,
-        lambda row: turn_list(row, "messages", "role", "content"),
+        lambda row: turn_list(row, "messages", ("role", "content")),
         messages_row,
     ),
     "prompt_completion": RowFormat(

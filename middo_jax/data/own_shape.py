@@ -1,4 +1,6 @@
-"""The shape of the user's rows: their names of columns, their order, where the system text is."""
+"""The shape of the user's rows: their columns in their order, the place of the system text, how turns are
+written.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Any
 
 from middo_jax.data.example import Example
 from middo_jax.data.formats import to_rows
+from middo_jax.data.spelling import Spelling
 from middo_jax.data.turns import SYSTEM_COLUMNS, Row
 
 
@@ -20,15 +23,23 @@ class OwnShape:
       names: names of columns as the format has them -> the user's names, see `data.columns`.
       columns: the user's columns in their order; () if they are not known.
       id_column: the column with the user's own ids.
+      spelling: how turns are written, where it is not as usual.
     """
 
     format: str
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     columns: tuple[str, ...] = ()
     id_column: str = "id"
+    spelling: Spelling = dataclasses.field(default_factory=Spelling)
 
     @classmethod
-    def of(cls, form: str | None, columns: Iterable[str], settings: Mapping[str, Any]) -> OwnShape:
+    def of(
+        cls,
+        form: str | None,
+        columns: Iterable[str],
+        settings: Mapping[str, Any],
+        spelling: Spelling | None = None,
+    ) -> OwnShape:
         """The shape of data in a format, with these columns, by the settings `data`.
 
         Of any other format, and where it is not known, rows are written as messages.
@@ -36,11 +47,13 @@ class OwnShape:
         id_column = settings.get("id_column") or "id"
         if form not in ("alpaca", "sharegpt", "messages", "prompt_completion"):
             return cls("messages", id_column=id_column)
-        return cls(form, names_of(settings), tuple(columns), id_column)
+        return cls(form, names_of(settings), tuple(columns), id_column, spelling or Spelling())
 
     def to_json(self) -> dict[str, Any]:
         """For the record of a stage."""
-        return {**dataclasses.asdict(self), "names": dict(self.names), "columns": list(self.columns)}
+        spelling = self.spelling.to_json()
+        facts = {"format": self.format, "names": dict(self.names), "columns": list(self.columns)}
+        return {**facts, "id_column": self.id_column, **({"spelling": spelling} if spelling else {})}
 
     @property
     def system_column(self) -> str | None:
@@ -69,7 +82,7 @@ class OwnShape:
         if self.format == "alpaca" and self.columns and not has_input:
             for row in rows:
                 row.pop("input", None)
-        return [self._named(row) for row in rows]
+        return [self._named(self.spelling.spelled(row, self.format)) for row in rows]
 
     def _ours(self, name: str) -> str:
         return next((ours for ours, theirs in self.names.items() if theirs == name), name)

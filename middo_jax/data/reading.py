@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from middo_jax.config.settings import DataSettings
+from middo_jax.data.turns import listed
 
-_ROLE_KEYS = ("role", "from")
+_ROLE_KEYS = {"role", "from"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +53,16 @@ class Reading:
         return [theirs for theirs in self.columns.values() if theirs not in found]
 
     def _with_roles(self, value: Any) -> Any:
-        if not isinstance(value, list):
+        turns = listed(value)
+        if not isinstance(turns, list) or not any(
+            isinstance(t, dict) and t.keys() & _ROLE_KEYS for t in turns
+        ):
             return value
-        return [self._with_role(turn) if isinstance(turn, dict) else turn for turn in value]
+        return [self._with_role(turn) if isinstance(turn, dict) else turn for turn in turns]
 
     def _with_role(self, turn: dict[str, Any]) -> dict[str, Any]:
-        named = {key: self.roles[turn[key]] for key in _ROLE_KEYS if turn.get(key) in self.roles}
+        texts = {key: turn[key] for key in _ROLE_KEYS if isinstance(turn.get(key), str)}
+        named = {key: self.roles[text] for key, text in texts.items() if text in self.roles}
         return {**turn, **named}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from middo_jax.data.example import Example, Message
 from middo_jax.data.tools import parts_of
-from middo_jax.data.turns import Role, Row, RowError, Turn, content_of, kind_of, text_of, turn_list
+from middo_jax.data.turns import Role, Row, RowError, Turn, content_of, kind_of, listed, text_of, turn_list
 
 
 class ShapeError(ValueError):
@@ -18,10 +18,10 @@ class ShapeError(ValueError):
 def alpaca_turns(row: Row) -> list[Turn]:
     """The turns of a row of alpaca, those of `history` first."""
     turns = [Turn("system", "")]
-    history = row.get("history")
-    if history is not None and not isinstance(history, list):
+    history = listed(row.get("history")) or []  # an empty cell of a table is ""
+    if not isinstance(history, list):
         raise RowError(f"column 'history' must be a list of [user, assistant] pairs, not {kind_of(history)}")
-    for n, pair in enumerate(history or [], 1):
+    for n, pair in enumerate(history, 1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise RowError(f"column 'history': pair {n} is not a list of two texts, [user, assistant]")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
@@ -76,16 +76,18 @@ def sharegpt_row(messages: Sequence[Message]) -> Row:
     for m in messages:
         weight = {} if m.learnt else {"weight": 0}
         fields = parts_of(m.tool)
-        calls = [
-            {**({"id": call["id"]} if "id" in call else {}), **call["function"]}
-            for call in fields.pop("tool_calls", ())
-        ]
+        calls = fields.pop("tool_calls", ())
         if m.content or not calls:
             turns.append({"from": names[m.role], "value": m.content, **fields, **weight})
         if calls:
-            value = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
-            turns.append({"from": "function_call", "value": value, **weight})
+            turns.append({"from": "function_call", "value": calls_value(calls), **weight})
     return {"conversations": turns}
+
+
+def calls_value(calls: Sequence[Mapping[str, Any]]) -> str:
+    """Tool calls as the text of a turn: one call as a JSON object, several as a list."""
+    found = [{**({"id": call["id"]} if "id" in call else {}), **call["function"]} for call in calls]
+    return json.dumps(found[0] if len(found) == 1 else found, ensure_ascii=False)
 
 
 def messages_row(messages: Sequence[Message]) -> Row:
@@ -100,7 +102,7 @@ def prompt_completion_turns(row: Row) -> list[Turn]:
     for column, role in sides.items():
         value = row.get(column)
         if isinstance(value, list) and any(isinstance(turn, dict) and "role" in turn for turn in value):
-            turns += turn_list(row, column, "role", "content")
+            turns += turn_list(row, column, ("role", "content"))
         elif isinstance(value, list | dict):
             turns.append(Turn(role, content_of(value, f"column {column!r}")))
         else:

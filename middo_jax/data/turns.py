@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal, NamedTuple
 
 from middo_jax.data.tools import CALL_ROLES, RESULT_ROLES, ToolError, calls_in, calls_of, of_calls, of_result
@@ -18,7 +19,7 @@ _KINDS = {
     float: "a number",
 }
 # In lower case. Every format accepts all of these names.
-_ROLES: dict[str, Role] = {
+ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
@@ -28,8 +29,10 @@ _ROLES: dict[str, Role] = {
 _CALL_FIELDS = {"tool_calls", "function_call"}
 _RESULT_FIELDS = {"tool_call_id", "name"}
 # Fields of a turn. The value 0 or false means that the answer is not learnt.
-_WEIGHTS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
+WEIGHTS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
 SYSTEM_COLUMNS = frozenset({"system", "system_prompt", "system_message"})
+# Keys of a turn's role and of its text. Either pair is read in every format.
+KEYS = (("role", "content"), ("from", "value"))
 
 
 class RowError(ValueError):
@@ -67,13 +70,13 @@ def text_of(row: Row, column: str, default: str | None = None) -> str:
     return value
 
 
-def turn_list(row: Row, column: str, role_key: str, text_key: str) -> list[Turn]:
-    """The turns in a column with a list of objects.
+def turn_list(row: Row, column: str, keys: tuple[str, str]) -> list[Turn]:
+    """The turns in a column with a list of objects, whose roles and texts are usually under `keys`.
 
     Raises:
       RowError: a turn cannot be read; the message names it.
     """
-    value = row.get(column)
+    value = listed(row.get(column))
     if value is None:
         raise RowError(f"column {column!r} is missing or null")
     if not isinstance(value, list):
@@ -84,33 +87,52 @@ def turn_list(row: Row, column: str, role_key: str, text_key: str) -> list[Turn]
             raise RowError(f"turn {n} must be an object, not {kind_of(turn)}")
         # In columnar files every turn has the fields of all turns, null where it had none.
         fields = {key: item for key, item in turn.items() if item is not None and item != []}
+        role_key, text_key = keys_of(turn, keys)
         named, text = fields.pop(role_key, None), fields.pop(text_key, None)
         if not isinstance(named, str):
             raise RowError(f"turn {n}: {role_key!r} must be text, not {kind_of(named)}")
         role = named.strip().lower()
-        if role not in _ROLES:
+        if role not in ROLES:
             raise RowError(
                 f"turn {n} has the unknown role {named[:40]!r}; say what it is, as in data.roles="
-                f"'{{{named[:40]}: user}}'; known: {', '.join(_ROLES)}"
+                f"'{{{named[:40]}: user}}'; known: {', '.join(ROLES)}"
             )
-        weights = {key: weight for key in _WEIGHTS if (weight := _weight(fields.get(key))) is not None}
+        weights = {key: weight for key in WEIGHTS if (weight := weight_of(fields.get(key))) is not None}
         # Other turns are never learnt, so a weight of 0 there may be meant for another turn: it is reported.
-        kept = {key for key, weight in weights.items() if weight or _ROLES[role] == "assistant"}
+        kept = {key for key, weight in weights.items() if weight or ROLES[role] == "assistant"}
         try:
             tool, text, used = _tool_of(role, text, fields)
         except ToolError as e:
             raise RowError(f"turn {n}: {e}") from e
         unkept = frozenset(fields.keys() - kept - used)
         content = content_of(text, f"turn {n}: {text_key!r}")
-        turns.append(Turn(_ROLES[role], content, unkept, all(weights.values()), tool))
+        turns.append(Turn(ROLES[role], content, unkept, all(weights.values()), tool))
     return turns
+
+
+def listed(value: Any) -> Any:
+    """A list that is written as JSON text, as tables have it, as a list; any other value as it is."""
+    if not (isinstance(value, str) and value.lstrip().startswith("[")):
+        return value
+    try:
+        found = json.loads(value)
+        json.dumps(found, ensure_ascii=False).encode()  # refuses lone surrogates, which a file cannot have
+    except (ValueError, RecursionError):
+        return value
+    return found
+
+
+def keys_of(turn: Row, usual: tuple[str, str]) -> tuple[str, str]:
+    """The keys of a turn's role and text: those of `KEYS` that it has, `usual` if it has none or both."""
+    found = [keys for keys in KEYS if isinstance(turn.get(keys[0]), str)]
+    return found[0] if len(found) == 1 else usual
 
 
 def _tool_of(role: str, text: Any, fields: Row) -> tuple[str, Any, set[str]]:
     """(`Turn.tool`, the turn's text without calls, the fields that are used)."""
-    if _ROLES[role] == "tool":
+    if ROLES[role] == "tool":
         return of_result(fields), text, _RESULT_FIELDS
-    if _ROLES[role] != "assistant":
+    if ROLES[role] != "assistant":
         return "", text, set()
     calls = calls_of(fields)
     if role in CALL_ROLES and not calls:  # ShareGPT has the call as the turn's text
@@ -118,7 +140,7 @@ def _tool_of(role: str, text: Any, fields: Row) -> tuple[str, Any, set[str]]:
     return of_calls(calls), "" if text is None and calls else text, _CALL_FIELDS
 
 
-def _weight(value: Any) -> bool | None:
+def weight_of(value: Any) -> bool | None:
     """Whether a turn is learnt, by the value of one of its weight fields; None if it is neither 0 nor 1."""
     if isinstance(value, str):
         value = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}.get(value.strip().lower())

@@ -99,6 +99,7 @@ def _facts(outcome: Outcome) -> dict[str, Any]:
     assert child is not None
     after = child.lineage.scores_after or {}
     facts: dict[str, Any] = {"op": outcome.task.op, "axes": "+".join(outcome.task.axes)}
+    facts["id_user"] = child.user_id
     facts |= {f"{name}_before": value for name, value in outcome.task.scores.items()}
     facts |= {f"{name}_after": value for name, value in after.items()}
     return {name: value for name, value in facts.items() if value is not None}

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from middo_jax.data.example import Example
+from middo_jax.data.example import Example, Op
 from middo_jax.report.status import judged_tasks, load_json, load_jsonl, load_settings
 from middo_jax.report.verdicts import describe, people
 from middo_jax.rundir import RoundDir, RunDir
@@ -103,7 +103,7 @@ def _without_folders(value: Any) -> Any:
 
 
 def _made(lineages: list[Any]) -> list[tuple[str, str]]:
-    named = {
+    named: dict[Op, str] = {
         "seed": "the original rows, unchanged",
         "simplify": "rewritten to be easier (complexity)",
         "rewrite": "rewritten to be better (quality)",

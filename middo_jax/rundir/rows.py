@@ -392,6 +392,11 @@ class PrepareRecord(StageRecord):
     n: Annotated[int, "number of samples"]
     format: NotRequired[Annotated[str, "format of the input's rows; of final, that of train.jsonl"]]
     columns: NotRequired[Annotated[list[str], "columns of the input's rows, in their order"]]
+    spelling: NotRequired[
+        Annotated[
+            dict[str, Any], "how the input writes its turns, where not as usual: roles, keys, text parts"
+        ]
+    ]
     shape: NotRequired[Annotated[dict[str, Any], "of final: format, columns and names that came in"]]
     repairs: NotRequired[Annotated[dict[str, int], "number of repaired input rows by kind of repair"]]
 

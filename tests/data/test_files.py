@@ -56,6 +56,12 @@ def test_cells_with_lists_of_turns(tmp_path: Path) -> None:
     assert (example.prompt, example.response, example.extra) == ("q", "[1]", {"note": "[1, 2]"})
 
 
+def test_an_empty_cell_of_history_is_no_history(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('instruction,output,history\nq,a,\nr,b,"[[""x"", ""y""]]"\n', encoding="utf-8")
+    assert [len(e.messages) for e in read(str(path))[0]] == [2, 4]
+
+
 def test_broken_tables_name_the_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("instruction,output\nAdd.,5\nName a sea.,North,East\n")

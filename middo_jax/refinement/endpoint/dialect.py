@@ -28,6 +28,17 @@ _UNSUPPORTED = re.compile(
     re.IGNORECASE,
 )
 _NAMED = re.compile(r"\b(?:max_tokens|max_completion_tokens|temperature|top_p|seed)\b")
+# How servers say that they have no model of the requested name. Not: "this model does not support ...".
+_NO_MODEL = re.compile(
+    r"\bmodel\b(?!'s)(?:(?!\.\s).){0,200}?\b(?:(?:does not|doesn't|not) exist|not (?:be )?found|not a valid"
+    r"|is not (?:available|served))"
+    r"|\b(?:invalid|unknown|no such|unrecogni[sz]ed|not found the|not a valid) model\b"
+    r"(?! (?:parameter|argument|option|setting|output))|模型不存在",
+    re.IGNORECASE,
+)
+_NO_MODEL_CODE = re.compile(
+    r"model_?not_?(?:found|exist)|(?:invalid|unknown)_?model\b|deployment_?not_?found", re.IGNORECASE
+)
 
 
 def refused_field(said: object) -> str | None:
@@ -46,6 +57,25 @@ def refused_field(said: object) -> str | None:
     return None
 
 
+def refuses_model(said: object) -> bool:
+    """Whether a refusal complains that the server has no model of the request's name.
+
+    OpenAI, vLLM and Ollama refuse with 404; llama.cpp's router, LiteLLM, DeepSeek and others with 400.
+
+    {"message": "model not found", "type": "invalid_request_error"}  ->  True
+    {"message": "'max_tokens' is not supported with this model"}  ->  False
+    """
+    if isinstance(said, Mapping) and isinstance(said.get("error"), Mapping):
+        said = said["error"]
+    kind = str(said.get("type") or "") if isinstance(said, Mapping) else ""
+    return any(
+        field == "model"
+        or bool(_NO_MODEL_CODE.search(f"{code} {kind}"))
+        or bool(_NO_MODEL.search(text, 0, 1_000))
+        for text, code, field in _complaints(said)
+    )
+
+
 def _complaints(said: object) -> Iterator[tuple[str, str, str]]:
     """(message, code, field) of each complaint in a refusal, in the formats of OpenAI and of pydantic."""
     if isinstance(said, str):
@@ -57,7 +87,8 @@ def _complaints(said: object) -> Iterator[tuple[str, str, str]]:
         if isinstance(detail, Mapping):
             at = detail.get("loc") or [detail.get("param") or ""]
             field = str(at[-1]) if isinstance(at, (list, tuple)) else str(at)
-            yield str(detail.get("msg") or detail.get("message") or ""), str(detail.get("type") or ""), field
+            told = next((detail[name] for name in ("msg", "message", "error") if detail.get(name)), "")
+            yield str(told), str(detail.get("type") or ""), field
         else:
             yield str(detail), str(said.get("code") or ""), str(said.get("param") or "")
 

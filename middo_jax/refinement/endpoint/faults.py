@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import openai
 
 from middo_jax.refinement.endpoint.address import Secrets
-from middo_jax.refinement.endpoint.dialect import refused_field
+from middo_jax.refinement.endpoint.dialect import refused_field, refuses_model
 
 RETRIED = {408, 409, 425, 429}  # and every 5xx
 OVERLOAD = {429, 503}
@@ -71,6 +71,7 @@ class Fault:
       overload: whether the server has too many requests.
       charged: whether the server may charge for the try.
       field: the field of the request that the server refuses, if it refuses one.
+      no_model: whether the server says that it has no model of the requested name.
     """
 
     words: str
@@ -82,6 +83,7 @@ class Fault:
     overload: bool = False
     charged: bool = False
     field: str | None = None
+    no_model: bool = False
 
     @property
     def worth_waiting(self) -> bool:
@@ -107,6 +109,7 @@ def read_fault(error: Exception, timeout: float, secrets: Secrets) -> Fault:
             endpoint_wide=status in ENDPOINT_WIDE or status < 400,  # a redirect that is not followed
             overload=status in OVERLOAD and not empty_quota,
             field=refused_field(error.body) if status in UNREAD else None,
+            no_model=status < 500 and refuses_model(error.body),
         )
     cause = error.__cause__ or error
     if type(cause).__name__ in {"ConnectError", "ConnectTimeout"}:
@@ -158,6 +161,8 @@ def advice(fault: Fault, stops: bool, model: str, api_key_env: str, has_key: boo
             f". The key is read from the environment variable {api_key_env} (refine.api_key_env), which "
             f"{state}."
         )
+    if fault.no_model:
+        return f". Asked for the model {model!r}; check refine.model."
     if fault.status in (404, 405):
         return (
             f". Asked for the model {model!r}; check refine.model, and refine.base_url, which usually ends "

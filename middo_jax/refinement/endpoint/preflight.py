@@ -11,6 +11,7 @@ import openai
 from middo_jax.config import RefineSettings
 from middo_jax.refinement.endpoint.address import Address, Secrets, shown
 from middo_jax.refinement.endpoint.client import connect, read_key
+from middo_jax.refinement.endpoint.dialect import refuses_model
 from middo_jax.refinement.endpoint.faults import Fault, RefinerError, advice, read_fault, words
 from middo_jax.refinement.endpoint.receiving import limited_to
 
@@ -24,9 +25,9 @@ def preflight(urls: str | Sequence[str], model: str, settings: RefineSettings) -
     """Requests one token and the list of models (`/v1/models`) from each server; returns warnings.
 
     A server that has no list, or refuses it, is judged by the token alone. A refusal of the request's form
-    (400) is no fault here, since the client adapts the form later; but it is one if the server has a list
-    without the model. A server that answers although its list does not have the model is warned of: some
-    answer to any name.
+    (400) is no fault here, since the client adapts the form later; but it is one if its words or the list
+    say that there is no such model. A server that answers although its list does not have the model is
+    warned of: some answer to any name.
 
     Raises:
       RefinerError: a server cannot be reached, refuses the key, or does not serve the model; the message says
@@ -46,20 +47,21 @@ async def _check(address: Address, model: str, settings: RefineSettings, key: st
         with limited_to(1):
             fault = await _one_token(api, model, patient.timeout, secrets)
         known: list[str] = []
-        if fault is None or fault.status in (400, 404, 422):
+        if fault is None or fault.no_model or fault.status in (400, 404, 422):
             with limited_to(_LIST_TOKENS):
                 known = await _models(api, secrets)
-    if (fault is None or fault.status == 400) and (not known or model in known):
+    is_form = fault is not None and fault.status == 400 and not fault.no_model
+    if (fault is None or is_form) and (not known or model in known):
         return None
     if fault is None:
         return (
             f"warning: the refiner at {shown(address.url)} answers, but its list of models does not have "
             f"{model!r}.{_names(known, model)} Check refine.model"
         )
-    said = advice(fault, False, model, settings.api_key_env, key is not None)
+    why = fault.words.rstrip(".") + advice(fault, False, model, settings.api_key_env, key is not None)
     raise RefinerError(
-        f"the refiner at {shown(address.url)} cannot be used{fault.status_text}: {fault.words}{said}"
-        f"{_names(known, model)} (refine.preflight=false skips this check)",
+        f"the refiner at {shown(address.url)} cannot be used{fault.status_text}: {why}{_names(known, model)} "
+        "(refine.preflight=false skips this check)",
         fault.words,
         stops_stage=True,
     )
@@ -71,13 +73,24 @@ async def _one_token(api: openai.AsyncOpenAI, model: str, timeout: float, secret
     for limit in _LIMITS:
         body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], limit: 1}
         try:
-            await api.post("/chat/completions", body=body, cast_to=object)
-            return None
-        except openai.OpenAIError as error:
+            reply = await api.post("/chat/completions", body=body, cast_to=object)
+        except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
             fault = read_fault(error, timeout, secrets)
-        if fault.status != 400:
+        else:
+            return _without_choices(reply, secrets)
+        if fault.status != 400 or fault.no_model:
             break
     return fault
+
+
+def _without_choices(reply: object, secrets: Secrets) -> Fault | None:
+    """The fault of a reply that is no chat completion: some proxies send a refusal with status 200."""
+    if isinstance(reply, dict) and reply.get("choices"):
+        return None
+    said = (reply.get("error") or reply) if isinstance(reply, dict) else reply
+    told, no_model = f"the reply has no choices: {words(said, secrets)}", refuses_model(said)
+    hint = "" if no_model else ". Check refine.base_url, which usually ends in /v1."
+    return Fault(told + hint, retried=False, charged=True, no_model=no_model)
 
 
 async def _models(api: openai.AsyncOpenAI, secrets: Secrets) -> list[str]:

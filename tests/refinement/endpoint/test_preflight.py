@@ -21,9 +21,9 @@ SETTINGS = RefineSettings(api_key_env="MIDDO_TEST_KEY", timeout=5)
 
 @contextlib.contextmanager
 def server(
-    status: int = 200, models: list[str] | None = None, refuses: str = ""
+    status: int = 200, models: list[str] | None = None, refuses: str = "", said: Any = None
 ) -> Iterator[tuple[str, list]]:
-    """(URL, the requests): it answers with `status`, and with 400 to the field `refuses`."""
+    """(URL, the requests): it answers with `status` and `said`, and with 400 to the field `refuses`."""
     asked: list[tuple[str, Any, str | None]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -49,6 +49,8 @@ def server(
             asked.append((self.path, body, self.headers["authorization"]))
             if refuses in body:
                 self._reply(400, {"error": {"message": f"Unsupported parameter: '{refuses}'"}})
+            elif said is not None:
+                self._reply(status, said)
             elif status != 200:
                 self._reply(status, {"error": {"message": f"no, {KEY}"}})
             else:
@@ -150,3 +152,51 @@ def test_a_refused_form_is_no_fault_here() -> None:
         {"max_tokens"},
         {"max_completion_tokens"},
     ]
+
+
+# What servers answer to a model that they do not have, by their issues: vLLM, Ollama, OpenAI, the router of
+# llama.cpp, LiteLLM, DeepSeek, Mistral, LM Studio, and a proxy that hides vLLM's refusal in a status 200.
+NO_MODEL = [
+    (404, {"error": {"message": "The model `m` does not exist.", "type": "NotFoundError", "param": "model"}}),
+    (404, {"object": "error", "message": "The model `m` does not exist.", "param": None, "code": 404}),
+    (404, {"error": {"message": 'model "m" not found, try pulling it first', "type": "api_error"}}),
+    (404, {"error": {"message": "It does not exist or you have no access.", "code": "model_not_found"}}),
+    (400, {"error": {"code": 400, "message": "model not found", "type": "invalid_request_error"}}),
+    (400, {"error": {"message": {"error": "/chat/completions: Invalid model name passed in model=m"}}}),
+    (400, {"error": {"message": "Model Not Exist", "type": "invalid_request_error"}}),
+    (400, {"object": "error", "message": "Invalid model: m", "type": "invalid_model", "code": "1500"}),
+    (400, {"error": 'Invalid model identifier "m". Please specify a valid downloaded model.'}),
+    (200, {"code": 404, "message": "The model `m` does not exist.", "object": "error"}),
+]
+
+
+@pytest.mark.parametrize(("status", "said"), NO_MODEL)
+def test_a_model_that_a_server_without_a_list_does_not_have(status: int, said: Any) -> None:
+    with server(status, said=said) as (url, asked), pytest.raises(RefinerError) as raised:
+        preflight(url, "m", SETTINGS)
+    assert "Asked for the model 'm'; check refine.model. (refine.preflight=false" in str(raised.value)
+    assert [path for path, _, _ in asked] == ["/v1/chat/completions", "/v1/models"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Unsupported parameter: 'max_tokens' is not supported with this model.",
+        "Could not finish the message because max_tokens or model output limit was reached.",
+        "Invalid model parameter: max_tokens",
+        "This model's maximum context length is 0 tokens. The template was not found",
+    ],
+)
+def test_other_refusals_that_speak_of_a_model(said: str) -> None:
+    with server(400, said={"error": {"message": said, "type": "invalid_request_error"}}) as (url, _):
+        assert preflight(url, "m", SETTINGS) == []
+
+
+def test_an_address_that_answers_with_something_else() -> None:
+    with (
+        server(said="<html>Chat</html>") as (url, _),
+        pytest.raises(
+            RefinerError, match=r"has no choices: <html>Chat</html>\. Check refine.base_url, which"
+        ),
+    ):
+        preflight(url, "m", SETTINGS)

@@ -10,7 +10,7 @@ import pytest
 from support.tiny_model import write_tiny_model
 
 from middo_jax.data.template_limits import fault_of
-from middo_jax.data.templates import CONTROL_TOKENS, TemplateError, named_template
+from middo_jax.data.templates import CONTROL_TOKENS, TemplateError, declared_ends, named_template
 from middo_jax.data.tokenize import load_tokenizer
 
 EATERS = {
@@ -80,6 +80,14 @@ def test_a_tokenizer_with_such_a_template_is_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(TemplateError, match="Range too big"):
         load_tokenizer(model, str(own))
     assert load_tokenizer(model, "chatml")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_a_deep_file_of_stop_tokens_is_one_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(TemplateError, match=rf"{name}: not a JSON object: .*nested deeper") as caught:
+        declared_ends(tmp_path)
+    assert len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize(

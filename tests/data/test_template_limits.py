@@ -100,3 +100,16 @@ def test_a_damaged_tokenizer_is_one_sentence(tmp_path: Path, content: str) -> No
         load_tokenizer(model)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_a_tokenizer_without_tokens_is_one_sentence(tmp_path: Path) -> None:
+    """Its files can be loaded: they are whole, and say that there are none."""
+    model = write_tiny_model(tmp_path / "model")
+    whole = json.loads((model / "tokenizer.json").read_text())
+    bpe = {"type": "BPE", "vocab": {}, "merges": []}
+    empty = {"added_tokens": [], "post_processor": None, "model": bpe}
+    (model / "tokenizer.json").write_text(json.dumps(whole | empty))
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (model / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(TemplateError, match="its tokenizer has no tokens"):
+        load_tokenizer(model)

@@ -66,7 +66,7 @@ SAMPLE = (
     "file round_01/checkpoint/",
     "remove round_00/checkpoint/",
     "edit final/dataset.jsonl",
-    "flip events.jsonl",
+    "truncate events.jsonl",
     "empty config.yaml",
 )
 

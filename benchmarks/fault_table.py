@@ -111,10 +111,10 @@ def file_case(world: World, name: str, fault: Callable[[Path], None]) -> list[st
     run = world.copy("broken")
     before = world.results(run)
     fault(run.path / name)
+    is_removed = not (run.path / name).exists() and name == "round_00/checkpoint"
     again = world.run(run)
     broken: list[str] = []
     wanted = expected(name)
-    is_removed = not (run.path / name).exists() and name == "round_00/checkpoint"
     if again.error is not None:
         said = str(again.error)
         if not any(

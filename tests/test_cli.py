@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -14,11 +15,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import typer
+from starlette.testclient import TestClient
 from support.loop_fixture import Finished, contents, rows_by_id, write_data
 from support.tiny_model import write_tiny_model
 
 from middo_jax import api, cli
 from middo_jax.data.sources import read
+from middo_jax.inference import listening, server
+from middo_jax.inference.guard import TOKEN_VARIABLE
 from middo_jax.progress import Bars, Lines
 from middo_jax.rundir import read_jsonl
 from middo_jax.signals.table import SCHEMA
@@ -445,6 +449,13 @@ def test_a_finished_run_is_told_as_text_and_as_json(middo: Middo, finished: Fini
     assert "<html" in (run / "report.html").read_text(encoding="utf-8")
     assert middo("report", run, "--json").json == {"report": str(run / "report.html")}
 
+    models = [str(run / name / "checkpoint") for name in ("round_00", "round_01")]
+    listed = middo("clean", run, "--json").json
+    assert (listed["removed"], [row["path"] for row in listed["paths"]]) == (False, models)
+    assert middo("clean", run, "--yes").out.endswith(" removed\n")
+    assert not any(Path(model).exists() for model in models)
+    assert middo("clean", run).out == f"{run}: nothing can be removed\n"
+
     (tmp_path / "no_run").mkdir()
     nowhere = middo("status", tmp_path / "nowhere")
     assert (nowhere.code, nowhere.out) == (1, "")
@@ -461,13 +472,39 @@ def test_run_prints_its_report_and_goes_on_with_a_finished_one(
     assert told.json["complete"]
     assert told.json["report"] == str(tmp_path / "run" / "report.html")
     assert told.err.count("done before") == 13
-    shown = middo("run", config, f"runs_dir={runs_dir}")
+    shown = middo("run", config, f"runs_dir={runs_dir}", "--repair")
+    assert f"{tmp_path / 'run'}: nothing to repair\n" in shown.err
     *effects, last = shown.out.splitlines()
     assert last == str(tmp_path / "run" / "report.html")
     # What fine-tuning did is told apart from what the rounds did, each with its interval.
     for line, name in zip(effects, ("fine_tuning", "rounds"), strict=True):
         change, (low, high) = (told.json["effects"][name][key] for key in ("change", "interval"))
         assert f"{change:+.4f} nats per token, 95 % interval {low:+.4f} to {high:+.4f}" in line
+
+
+class Idle(contextlib.nullcontext[None]):
+    """What the server needs of an engine that is asked nothing."""
+
+    max_context = 64
+    is_running = True
+
+
+def test_serve_is_behind_a_token_where_others_can_reach_it(
+    middo: Middo, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[TestClient] = []
+    monkeypatch.setattr(server, "load_engine", lambda *_, **__: (Idle(), None, frozenset()))
+    monkeypatch.setattr(listening, "serve_forever", lambda app, *_: served.append(TestClient(app)))
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    refused = middo("serve", place / "model", "--host", "0.0.0.0")
+    assert (refused.code, refused.out, served) == (1, "", [])
+    assert "0.0.0.0 is no loopback address" in refused.err
+    monkeypatch.setenv(TOKEN_VARIABLE, "a-token-of-24-characters")
+    assert middo("serve", place / "model", "--host", "0.0.0.0").code == 0
+    [client] = served
+    assert client.get("/v1/models").status_code == 401
+    token = {"authorization": "Bearer a-token-of-24-characters"}
+    assert client.get("/v1/models", headers=token).status_code == 200
 
 
 @pytest.mark.parametrize("kind", [Lines, Bars])

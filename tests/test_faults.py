@@ -18,7 +18,7 @@ from middo_jax.cleaning import clean, render_clean
 from middo_jax.config import leaves
 from middo_jax.report.build import build
 from middo_jax.report.status import status
-from middo_jax.rundir import RunDir, RunError, read_jsonl
+from middo_jax.rundir import RunDir, RunError, read_jsonl, write_text
 from middo_jax.rundir.files import DiskFull
 
 pytest_plugins = ["support.loop_fixture"]
@@ -66,7 +66,7 @@ SAMPLE = (
     "file round_01/checkpoint/",
     "remove round_00/checkpoint/",
     "edit final/dataset.jsonl",
-    "flip events.jsonl",
+    "truncate events.jsonl",
     "empty config.yaml",
 )
 
@@ -134,6 +134,18 @@ def test_clean_lists_what_can_go_and_a_removed_checkpoint_is_made_again_only_whe
     wanted = world.results(world.finished)
     del wanted["round_00/checkpoint"]
     assert differences(world.results(run), wanted) == []
+
+
+def test_clean_keeps_models_that_are_needed_or_may_be_and_paid_answers(world: World) -> None:
+    run = world.copy("broken")
+    for name in ("damaged-1/llm_cache.sqlite", "damaged-2/selection.json"):
+        write_text(run.path / name, "put aside")
+    run.config.write_text("rounds: of another version", encoding="utf-8")
+    assert [each.path.name for each in clean(run)] == ["damaged-2"]
+    shutil.copyfile(world.finished.config, run.config)
+    run.round(1).scores.unlink()  # what follows needs the models of all rounds
+    assert [each.path.name for each in clean(run, yes=True)] == ["damaged-2"]
+    assert all(here.checkpoint.is_dir() for here in (*run.rounds(), run.final))
 
 
 def test_a_damaged_cache_is_put_aside_and_what_can_be_read_of_it_is_kept(

@@ -200,7 +200,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with full_disk_named(self._path):  # what could not be written is tried again here
+            self._file.close()
 
     def fetched(self, seconds: float) -> None:
         """Records the seconds that the host waited for a batch.
@@ -220,9 +221,10 @@ class MetricsLog:
         """Reads the outputs of the last step if they are still unread, and flushes the file to the disk."""
         last, self._pending = self._pending, None
         metrics = None if last is None else self._read(last)
-        self._file.flush()
-        if jax.process_index() == 0:
-            os.fsync(self._file.fileno())
+        with full_disk_named(self._path):
+            self._file.flush()
+            if jax.process_index() == 0:
+                os.fsync(self._file.fileno())
         return metrics
 
     def _read(self, outputs: StepOutputs) -> StepMetrics:

@@ -6,7 +6,8 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from middo_jax.data.example import Example, Message
 from middo_jax.data.long_texts import is_long, last_tokens
 from middo_jax.data.tokenize import load_tokenizer, tokenize_all, truncate
 from middo_jax.models.gguf import convert
+from middo_jax.signals.judge import questions, sampled
+from middo_jax.stages.passes import raw_prompts
 
 WORDS = (
     *("the", "cat", "who", "wanted", "to", "see", "sea,", "12", "reasons:", "café", "“story”\n\nanswer"),
@@ -102,3 +105,40 @@ def test_ten_megabytes_are_cut_at_once(tokenizers: dict[str, Any], tmp_path: Pat
         [len(t) == 1024 for t in tokenized] == [t.truncated for t in tokenized] == [False, True, False, False]
     )
     assert [t.id for t in tokenized] == [e.id for e in (others[0], row, *others[1:])]
+
+
+def test_the_middle_of_a_long_text_is_in_no_question_about_it(
+    tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenized: list[str] = []
+
+    def tokenize_prompt(turns: list[Message], *_: Any, **__: Any) -> np.ndarray:
+        tokenized.append(turns[0].content)
+        return np.zeros(1, np.int32)
+
+    for module in (questions, sampled):
+        monkeypatch.setattr(module, "tokenize_prompt", tokenize_prompt)
+    ratings = questions.RatingTokens(stem=(), first=(), ten_second=None)
+    for prompt, response in ((text(1, LONG), "short"), ("short", text(2, LONG))):
+        row = Example((Message("user", f"BEGIN {prompt}"), Message("assistant", f"{response} END")))
+        questions.questions(row, "response", tokenizers["byte level"], ratings, 64)
+        sampled.rating_prompts([row], tokenizers["byte level"], 64)
+    assert len(tokenized) == 2 * (3 + 6)
+    assert max(map(len, tokenized)) < LONG / 4
+    assert all("BEGIN" in each for each in tokenized)
+    assert sum(" END" in each for each in tokenized) == 2 * (3 + 3)
+
+
+def test_the_middle_of_a_long_prompt_is_not_tokenized_either(tokenizers: dict[str, Any]) -> None:
+    lengths: list[int] = []
+
+    def tokenizer(given: str | list[str], **more: Any) -> Any:
+        lengths.append(len(given))
+        return tokenizers["byte level"](given, **more)
+
+    settings = SimpleNamespace(model=SimpleNamespace(max_length=64))
+    session = cast(Any, SimpleNamespace(config=settings, tokenizer=tokenizer))
+    row = Example((Message("user", text(1, LONG)), Message("assistant", "short")))
+    [tokens] = raw_prompts(session, [row])
+    assert (len(tokens), tokens.truncated) == (64, True)
+    assert max(lengths) < LONG / 4

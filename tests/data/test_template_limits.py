@@ -10,7 +10,7 @@ import pytest
 from support.tiny_model import write_tiny_model
 
 from middo_jax.data.template_limits import fault_of
-from middo_jax.data.templates import CONTROL_TOKENS, TemplateError, named_template
+from middo_jax.data.templates import CONTROL_TOKENS, TemplateError, declared_ends, named_template
 from middo_jax.data.tokenize import load_tokenizer
 
 EATERS = {
@@ -82,6 +82,14 @@ def test_a_tokenizer_with_such_a_template_is_not_loaded(tmp_path: Path) -> None:
     assert load_tokenizer(model, "chatml")
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_a_deep_file_of_stop_tokens_is_one_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(TemplateError, match=rf"{name}: not a JSON object: .*nested deeper") as caught:
+        declared_ends(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
 @pytest.mark.parametrize(
     "content", ["{}", "", "null", "[" * 100_000, '{"model": {"type": "BPE", "vocab": {}, "merges": []}}']
 )
@@ -92,3 +100,16 @@ def test_a_damaged_tokenizer_is_one_sentence(tmp_path: Path, content: str) -> No
         load_tokenizer(model)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_a_tokenizer_without_tokens_is_one_sentence(tmp_path: Path) -> None:
+    """Its files can be loaded: they are whole, and say that there are none."""
+    model = write_tiny_model(tmp_path / "model")
+    whole = json.loads((model / "tokenizer.json").read_text())
+    bpe = {"type": "BPE", "vocab": {}, "merges": []}
+    empty = {"added_tokens": [], "post_processor": None, "model": bpe}
+    (model / "tokenizer.json").write_text(json.dumps(whole | empty))
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (model / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(TemplateError, match="its tokenizer has no tokens"):
+        load_tokenizer(model)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+from typing import Any, cast
+
 import pytest
 
+from middo_jax.inference.engine import Engine
 from middo_jax.inference.fair_queue import FairQueue
+from middo_jax.inference.generation import Generation
+from middo_jax.inference.sampling import Request
+from middo_jax.inference.slots import Completion
 
 
 def test_groups_take_turns_in_the_order_in_which_they_came() -> None:
@@ -27,3 +35,27 @@ def test_a_large_group_delays_nobody_by_more_than_a_turn() -> None:
         queue.push(i, "large")
     queue.push(-1, "small")
     assert [queue.pop(), queue.pop()] == [0, -1]
+
+
+def test_all_answers_to_one_http_request_are_one_group() -> None:
+    groups: list[object] = []
+
+    class Noting(Engine):
+        def __init__(self) -> None:
+            pass
+
+        def submit(
+            self, request: Request, on_step: object = None, group: object = None
+        ) -> concurrent.futures.Future[Completion]:
+            groups.append(group)
+            return concurrent.futures.Future()
+
+    async def asked_twice() -> None:
+        for _ in range(2):
+            Generation(Noting(), [Request([1], 1)] * 3, cast(Any, None), [], in_pieces=False).close()
+
+    asyncio.run(asked_twice())
+    first, second = groups[0], groups[3]
+    assert None not in (first, second)
+    assert first is not second
+    assert groups == [first] * 3 + [second] * 3

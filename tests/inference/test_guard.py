@@ -113,6 +113,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read() -> None:
         async def receive() -> dict[str, Any]:
             nonlocal n_read
             n_read += 40
+            assert n_read < 1000, "it reads on and on"
             return {"type": "http.request", "body": b"x" * 40, "more_body": True}
 
         async def send(message: Any) -> None:

@@ -22,6 +22,9 @@ BOTH = [
     ("stop", ["x", [], ["x"] * 16, "x" * 1024], ["x" * 1025, ["x"] * 17, [1], 7, {}]),
     ("stream", [True, False], [1, "yes"]),
     ("frequency_penalty", [0, 0.0, None], [0.1, False]),
+    ("presence_penalty", [0, None], [-0.1]),
+    ("repetition_penalty", [1, None], [1.1, True]),
+    ("min_p", [0, None], [0.1]),
     ("logit_bias", [{}, None], [{"1": 2}]),
     ("response_format", [{"type": "text"}], [{"type": "json_object"}]),
     ("user", ["me", 7, None], []),
@@ -32,7 +35,25 @@ IN_CHAT = [
     ("logprobs", [True, False], [1]),
     ("tools", [[], None], [[{"type": "function"}]]),
     ("tool_choice", ["none", "auto"], ["required"]),
-    ("messages", [], [[], {}, "Hi", [[]], [{"role": "user"}], [{"role": "wizard", "content": ""}]]),
+    ("functions", [[], None], [[{"name": "f"}]]),
+    ("function_call", ["none", "auto"], [{"name": "f"}]),
+    ("modalities", [["text"], None], [["audio"]]),
+    ("audio", [None], [{"voice": "x"}]),
+    ("prediction", [None], [{"type": "content"}]),
+    ("web_search_options", [None], [{}]),
+    (
+        "messages",
+        [CHAT["messages"] * 4096],
+        [
+            [],
+            {},
+            "Hi",
+            [[]],
+            [{"role": "user"}],
+            [{"role": "wizard", "content": ""}],
+            CHAT["messages"] * 4097,
+        ],
+    ),
 ]
 IN_COMPLETIONS = [
     ("max_tokens", [1, 2**31 - 1], [-1, 0, 2**31]),  # 0 needs echo
@@ -72,6 +93,8 @@ def test_ranges(
     ("model", "fields", "param"),
     [
         (ChatRequest, {**CHAT, "top_logprobs": 2}, "top_logprobs"),
+        (ChatRequest, {**CHAT, "logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        (ChatRequest, {**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         (ChatRequest, {**CHAT, "stream_options": {"include_usage": True}}, "stream_options"),
         (CompletionRequest, {"prompt": ["x"] * 65, "n": 2}, "n"),
         (CompletionRequest, {**TEXT, "stream": True, "echo": True, "logprobs": 0}, "stream"),

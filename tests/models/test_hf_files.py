@@ -174,6 +174,7 @@ def test_header_that_is_none_is_refused(model: Path, text: bytes) -> None:
     ("index", "message"),
     [
         ("{", "not a safetensors index"),
+        pytest.param("[" * 100_000, "nested deeper", id="deep"),
         ('{"weight_map": ["a"]}', "not a safetensors index"),
         ('{"weight_map": {"x": 1}}', "not a safetensors index"),
         ('{"weight_map": {}}', "names no tensor"),

@@ -16,6 +16,7 @@ from support.tiny_model import write_tiny_model
 from middo_jax.models.config import UnsupportedModel, from_hugging_face, read_config
 from middo_jax.models.gguf.convert import convert
 from middo_jax.models.hf import CheckpointError
+from middo_jax.models.hf.companions import ChatFormat, write_companions
 from middo_jax.models.hf.files import Weights
 from middo_jax.models.hf.peft import read_adapter_config
 
@@ -58,6 +59,12 @@ ABSURD: list[tuple[dict[str, Any], str]] = [
     ({"rope_theta": -1.0}, "rope_theta must be a finite number above 0"),
     ({"rope_theta": float("inf")}, "rope_theta"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    ({"max_window_layers": 10**9}, "max_window_layers"),
+    ({"sliding_window_pattern": 0}, "sliding_window_pattern"),
+    ({"rope_local_base_freq": 0.0}, "rope_local_base_freq"),
+    ({"query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
+    ({"attn_logit_softcapping": float("inf")}, "attn_logit_softcapping"),
+    ({"final_logit_softcapping": 1e300}, "final_logit_softcapping"),
 ]
 
 
@@ -118,6 +125,14 @@ def test_headers_of_safetensors(model: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         Weights(model)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]", "{"], ids=["deep", "list", "cut"])
+def test_companions_that_are_no_object(model: Path, tmp_path: Path, content: str) -> None:
+    (model / "generation_config.json").write_text(content)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: not a JSON object"):
+        write_companions(model, tmp_path / "out", "float32", ChatFormat())
 
 
 def test_an_adapter_of_absurd_rank(tmp_path: Path) -> None:

@@ -85,3 +85,11 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     )
     theirs = {name for name in named if Path(name).stem == "mine"}  # the reader's
     assert [name for name in sorted(named - theirs) if not (ROOT / name).exists()] == []
+
+
+def test_tests_that_pages_name_exist() -> None:
+    tests = "\n".join(path.read_text("utf-8") for path in MODULES if path.is_relative_to(ROOT / "tests"))
+    known = set(re.findall(r"def (test_\w+)\(", tests))
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+_\w+_\w+)`", page.read_text("utf-8"))}
+    assert len(named) > 10
+    assert sorted(named - known) == []

@@ -8,12 +8,20 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from support.tiny_training import CONFIG, PACK_LENGTH, SETTINGS, examples, mesh_of
 
+from middo_jax.models.checkpoint import save_params
+from middo_jax.models.model import abstract_model
 from middo_jax.refinement import AnswerCache, Ledger
 from middo_jax.refinement.endpoint.usage import Usage
 from middo_jax.rundir import RunDir, write_jsonl, write_text
 from middo_jax.rundir.files import DiskFull, full_disk_named, is_disk_full
+from middo_jax.training.metrics import MetricsLog
+from middo_jax.training.plan import TrainingPlan
+from middo_jax.training.step import StepOutputs
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -90,3 +98,37 @@ def test_a_full_disk_that_is_named_keeps_its_name(tmp_path: Path) -> None:
     ):
         raise OSError(errno.ENOSPC, "x")
     write_text(tmp_path / "a", "b")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_metrics_of_a_training_say_so_also_when_they_are_closed(tmp_path: Path) -> None:
+    """What a file could not write is tried again when it is closed, and that error would hide the first."""
+    plan = TrainingPlan(examples(20), SETTINGS, 3, PACK_LENGTH)
+    outputs: Any = [np.asarray(number) for number in (1.0, 7, 1.0, 0.1, False, np.nan)]
+    told: list[str] = []
+
+    def train() -> None:
+        with MetricsLog(tmp_path / "metrics.jsonl", 0, plan, CONFIG, mesh_of(1, 1, 1)) as log:
+            log._file.close()
+            log._file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115 - the log closes it
+            log.dispatched(StepOutputs(*outputs))
+            try:
+                log.catch_up()
+            except OSError as error:
+                told.append(str(error))
+                raise
+
+    with pytest.raises(DiskFull) as closed:
+        train()
+    said = f"{tmp_path / 'metrics.jsonl'}: disk full: "
+    assert [each[: len(said)] for each in (*told, str(closed.value))] == [said, said]
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise ValueError("tensorstore: [Errno 28] No space left on device: open")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    with pytest.raises(DiskFull, match=rf"^{tmp_path}: disk full"):
+        save_params(tmp_path, abstract_model(CONFIG, mesh_of(1, 1, 1)).params, {})
+    assert not (tmp_path / "metadata.json").exists()

@@ -19,9 +19,12 @@ import pytest
 from support.loop_fixture import contents, settings
 
 import middo_jax as middo
+from middo_jax import api
+from middo_jax.cleaning import clean
 from middo_jax.config import load
 from middo_jax.report.build import build
 from middo_jax.report.status import render_status, status
+from middo_jax.rollback import rollback
 from middo_jax.rundir import RoundDir, RunDir, RunLocked, held, lock, write_text
 
 HOLD = """
@@ -196,13 +199,18 @@ def test_a_lock_that_was_deleted_and_taken_by_another_is_not_released(tmp_path: 
     assert contents(tmp_path) == {lock.NAME: text.encode()}
 
 
-@pytest.mark.parametrize("verb", ["run", "score", "train", "select", "refine"])
+WRITERS = ("run", "score", "train", "select", "refine", "batch", "review", "compare", "clean", "rollback")
+
+
+@pytest.mark.parametrize("verb", WRITERS)
 def test_what_writes_is_refused_and_changes_nothing(tmp_path: Path, verb: str) -> None:
     """Before the data is read: `settings` names none that is there."""
     small = settings(tmp_path, name="folder", runs_dir=tmp_path, data__path=tmp_path / "none.json")
     folder, model = tmp_path / "folder", tmp_path / "model"
     owned(folder, host="elsewhere")
     write_text(folder / "config.yaml", load(None, small).to_yaml())
+    if verb == "rollback":  # it asks first whether there is such a round
+        write_text(RoundDir(folder / "round_00").dataset, "")
     before = contents(tmp_path)
     calls: dict[str, Callable[[], Any]] = {
         "run": lambda: middo.run(load(None, small)),
@@ -210,6 +218,11 @@ def test_what_writes_is_refused_and_changes_nothing(tmp_path: Path, verb: str) -
         "train": lambda: middo.train(tmp_path / "none.json", model, folder),
         "select": lambda: middo.select(folder),
         "refine": lambda: middo.refine(folder),
+        "batch": lambda: api.refine_by_batch(folder, write=tmp_path / "ask.jsonl"),
+        "review": lambda: middo.read_review(folder, [tmp_path / "none.jsonl"]),
+        "compare": lambda: middo.score_models(tmp_path / "none.json", {"a": model}, out=folder),
+        "clean": lambda: clean(RunDir(folder), yes=True),
+        "rollback": lambda: rollback(RunDir(folder), 0, yes=True),
     }
     with pytest.raises(RunLocked, match="elsewhere"):
         calls[verb]()

@@ -13,18 +13,21 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from starlette.testclient import TestClient
 from support.loop_fixture import Finished, fake_answer, selected
 from support.said import Said
 
 from middo_jax import recording, stages
 from middo_jax.config import load
 from middo_jax.refinement import AnswerCache
-from middo_jax.refinement.endpoint.recording import write_recording
+from middo_jax.refinement.endpoint.recording import Recording, body_key, write_recording
+from middo_jax.refinement.endpoint.request import Answer
 from middo_jax.report.card import card
 from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl
 from middo_jax.rundir.chain import chain
 from middo_jax.session import Session
 from middo_jax.stages import endpoint
+from middo_jax.stages.replaying import Replay
 
 pytest_plugins = ["support.loop_fixture"]
 
@@ -110,3 +113,23 @@ def test_the_first_line_says_it_and_the_stage_depends_on_the_file(finished: Fini
     assert stages.check_refiner(config, asks=True) == []
     refined = next(link for link in chain(finished.run, config) if link.name == "refine")
     assert refined.inputs["recorded"] == file
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"origin": "https://evil.example"}, 403),
+        ({"host": "evil.example"}, 403),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-length": str(10**12)}, 413),
+    ],
+)
+def test_a_replay_is_for_programs_of_this_machine(headers: dict[str, str], status: int) -> None:
+    body = {"model": "big", "messages": []}
+    answers = {body_key(body): Answer("Hello.", "stop")}
+    replay = Replay(Recording(Path("answers.jsonl"), "big", "hash", "text", answers), Starlette)
+    client = TestClient(replay.app(), base_url="http://127.0.0.1:8000")
+    given = {"content-type": "application/json"} | headers
+    response = client.post("/v1/chat/completions", content=json.dumps(body), headers=given)
+    assert response.status_code == status

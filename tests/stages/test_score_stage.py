@@ -30,6 +30,7 @@ from middo_jax.signals.select import select
 from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.accept import Acceptance
 from middo_jax.stages.measure import Rewrite, UnderTraining
+from middo_jax.stages.score import _require_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,3 +342,14 @@ def test_scores_that_hold_no_number_are_an_error_and_no_file(folder: Folder, exa
     assert "score" not in directory.stages()
     with pytest.raises(RunError, match=r"the held-out loss under base .* is nan"):
         stages.measure_heldout(folder.session(), RunDir(folder.root), {"base": broken}, examples)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [("loss_post", "complexity"), ("knn_mean_sim", "diversity"), ("quality", "quality")]
+)
+def test_a_column_that_an_axis_needs_may_not_be_empty(folder: Folder, name: str, axis: str) -> None:
+    numbers = {"loss_post": [1.0, 2.0], "knn_mean_sim": [0.1, 0.2], "quality": [5.0, None]}
+    _require_scores(folder.session(), pa.table(numbers), {axis})
+    empty = pa.table(numbers | {name: pa.nulls(2, pa.float64())})
+    with pytest.raises(RunError, match=f"none of the 2 samples has a finite {name}"):
+        _require_scores(folder.session(), empty, {axis})

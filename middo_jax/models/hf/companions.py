@@ -129,6 +129,10 @@ def _copy(source: Path, directory: Path, patterns: Collection[str]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError if the file is not a JSON object."""
     text = path.read_bytes()
-    require_flat(text)
-    return json.loads(text.decode())
+    try:
+        require_flat(text)
+        return dict(json.loads(text.decode()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a JSON object: {error}") from error

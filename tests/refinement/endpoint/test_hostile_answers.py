@@ -202,6 +202,17 @@ def test_endless_headers_and_refusals_are_cut_off(
     assert isinstance(refusal, RequestRefused)
     assert refusal.reason.startswith("request refused (400): <p>the reason</p>xxx")
     assert len(refusal.reason) < 400
+    assert refuses.written < 20_000_000
+
+
+def test_damaged_compression_is_no_answer(serve: Callable[[Reply], RawServer], cache: AnswerCache) -> None:
+    """Also where all of the text has come, and only its check sum has not."""
+    cut, wrong = gzip.compress(completion("fine"))[:-6], b"\x1f\x8b" + b"x" * 50
+    for body, words in ((cut, "its compressed body ends too early"), (wrong, "its compression is damaged")):
+        server = serve(whole(body, "content-encoding: gzip"))
+        [failure], _ = ask(server.url, cache, "a", settings=ONCE)
+        assert isinstance(failure, EndpointFailed)
+        assert words in failure.reason
 
 
 def nested(depth: int, kind: str) -> bytes:

@@ -18,7 +18,8 @@ from middo_jax.refinement.endpoint.cache import AnswerCache
 pytest_plugins = ["support.loop_fixture", "support.scripted_server"]
 
 KEY = "sk-live-7d1e44b09c5f4e1fa2"
-SECRET = ("7d1e44b0", KEY.encode("utf-16-le").decode("latin-1"))  # half of it tells as much
+OTHER = "5d0c7be1a9f24f60"  # of the URL
+SECRET = ("7d1e44b0", "5d0c7be1", KEY.encode("utf-16-le").decode("latin-1"))  # half of it tells as much
 
 
 @pytest.mark.multiprocess
@@ -26,19 +27,22 @@ def test_the_key_stands_nowhere(server: ScriptedServer, finished: Finished, tmp_
     def shouts(text: str, n: int) -> Response:
         kind = server.requests % 5
         if kind == 1:
-            return fault(400, "x" * 290 + KEY)
+            return fault(400, "x" * 290 + KEY + OTHER)
         if kind == 2 and n == 0:
-            return fault(500, f"Bearer {KEY}", x_key=KEY)
+            return fault(500, f"Bearer {KEY}, {OTHER}", x_key=KEY)
         if kind == 3 and n == 0:
             return Response(f"<html>{KEY}".encode(), media_type="text/html")
-        return good(f"<prompt>Say {KEY}.</prompt>" if "<original>" in text else f"Your key is {KEY}.")
+        return good(
+            f"<prompt>Say {KEY}.</prompt>" if "<original>" in text else f"Your keys are {KEY}, {OTHER}."
+        )
 
     here = selected(finished, tmp_path / "run")
     server.script = shouts
-    command = [sys.executable, "-m", "middo_jax", "refine", str(here), f"refine.base_url={server.url}"]
+    command = [sys.executable, "-m", "middo_jax", "refine", str(here), "refine.base_url=null"]
     command += ["refine.max_retries=2", "refine.concurrency=1"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     env |= {"OPENAI_API_KEY": KEY, "JAX_PLATFORMS": "cpu"}
+    env["OPENAI_BASE_URL"] = f"{server.url}?api_key={OTHER}"
     arguments: set[bytes] = set()
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while process.poll() is None and server.requests == 0:
@@ -49,7 +53,7 @@ def test_the_key_stands_nowhere(server: ScriptedServer, finished: Finished, tmp_
     assert server.keys == {f"Bearer {KEY}"}
     said = [out, err, *arguments]
     said += [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert b"Your key is ***." in b"".join(said)
+    assert b"Your keys are ***, ***." in b"".join(said)
     assert b"refused (400)" in b"".join(said)
     for text in said:
         assert not any(part.encode("latin-1") in text for part in SECRET)

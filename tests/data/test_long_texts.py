@@ -14,7 +14,7 @@ from support.tiny_gguf import vocab_size, write_gguf
 from support.tiny_model import FAMILIES, write_tiny_model
 
 from middo_jax.data.example import Example, Message
-from middo_jax.data.long_texts import is_long, last_tokens
+from middo_jax.data.long_texts import first_tokens, is_long, last_tokens
 from middo_jax.data.tokenize import load_tokenizer, tokenize_all, truncate
 from middo_jax.models.gguf import convert
 
@@ -102,3 +102,20 @@ def test_ten_megabytes_are_cut_at_once(tokenizers: dict[str, Any], tmp_path: Pat
         [len(t) == 1024 for t in tokenized] == [t.truncated for t in tokenized] == [False, True, False, False]
     )
     assert [t.id for t in tokenized] == [e.id for e in (others[0], row, *others[1:])]
+
+
+def test_a_long_text_of_few_tokens_is_tokenized_whole() -> None:
+    n_chars: list[int] = []
+
+    def words(text: str, **_: bool) -> dict[str, list[int]]:
+        n_chars.append(len(text))
+        return {"input_ids": [len(word) for word in text.split()]}
+
+    tokenizer: Any = words
+    few, many = "word " + " " * 100_000 + "end", "word " * 20_000
+    assert first_tokens(tokenizer, few, 64, add_special_tokens=False) == [4, 3]
+    assert n_chars[-1] == len(few)
+    n_chars.clear()
+    assert 64 < len(first_tokens(tokenizer, many, 64, add_special_tokens=False)) < 1000
+    assert sum(n_chars) < 5000
+    assert len(first_tokens(tokenizer, many, 10_000, add_special_tokens=False)) == 20_000

@@ -15,6 +15,8 @@ from middo_jax.refinement.endpoint.faults import Fault, RefinerError, advice, re
 from middo_jax.refinement.endpoint.receiving import limited_to
 
 TIMEOUT_S = 60.0  # a served model may have to be loaded first
+# Of a request. The last two: an answer that is no JSON, or exceeds a limit of `receiving`.
+_FAILURES = (openai.OpenAIError, TimeoutError, ValueError, RecursionError)
 _LIMITS = ("max_tokens", "max_completion_tokens")  # newer OpenAI models refuse the first name
 _LISTED = 5  # names of models in a message
 _LIST_TOKENS = 16_384  # limit of a list of models, as of an answer: about 4 MB
@@ -48,7 +50,7 @@ async def _check(address: Address, model: str, settings: RefineSettings, key: st
         known: list[str] = []
         if fault is None or fault.status in (400, 404, 422):
             with limited_to(_LIST_TOKENS):
-                known = await _models(api, secrets)
+                known = await _models(api, patient.timeout, secrets)
     if (fault is None or fault.status == 400) and (not known or model in known):
         return None
     if fault is None:
@@ -71,20 +73,22 @@ async def _one_token(api: openai.AsyncOpenAI, model: str, timeout: float, secret
     for limit in _LIMITS:
         body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], limit: 1}
         try:
-            await api.post("/chat/completions", body=body, cast_to=object)
+            async with asyncio.timeout(timeout):  # the package's own is for the time between two bytes
+                await api.post("/chat/completions", body=body, cast_to=object)
             return None
-        except openai.OpenAIError as error:
+        except _FAILURES as error:
             fault = read_fault(error, timeout, secrets)
         if fault.status != 400:
             break
     return fault
 
 
-async def _models(api: openai.AsyncOpenAI, secrets: Secrets) -> list[str]:
+async def _models(api: openai.AsyncOpenAI, timeout: float, secrets: Secrets) -> list[str]:
     """The names in the server's list of models; none if it has no list, or one that is too long to read."""
     try:
-        return [words(model.id, secrets) for model in (await api.models.list()).data or ()]
-    except (openai.OpenAIError, AttributeError, TypeError, ValueError):
+        async with asyncio.timeout(timeout):
+            return [words(model.id, secrets) for model in (await api.models.list()).data or ()]
+    except (*_FAILURES, AttributeError, TypeError):
         return []
 
 

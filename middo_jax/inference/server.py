@@ -15,6 +15,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import secrets
 import time
@@ -147,19 +148,21 @@ class _Served:
     async def _answer(
         self, request: Request, kind: type[Asked], read: Callable[[Asked], tuple[list[list[int]], Writer]]
     ) -> Response:
-        body = await read_body(request, self.max_bytes)
-        return await while_connected(request.receive, self._response(kind, body, read))
+        answering = self._response(kind, await read_body(request, self.max_bytes), read)
+        return await while_connected(request.receive, answering)
 
     async def _response(
         self, kind: type[Asked], body: bytes, read: Callable[[Asked], tuple[list[list[int]], Writer]]
     ) -> Response:
-        with self.intake.admitted(len(body)):
-            asked = await self.intake.run(lambda: kind.parse(body), len(body))
+        n_bytes = len(body)
+        with self.intake.admitted(n_bytes):
+            asked = await self.intake.run(functools.partial(kind.parse, body), n_bytes)
+            del body  # it may be long, and the answer may take long
             if asked.model not in (None, self.model_name):
                 message = f"model: {asked.model!r} is not served here, only {self.model_name!r}"
                 raise ApiError(404, message, "model", "model_not_found")
             with self._counted(asked.n_answers):
-                prompts, writer = await self.intake.run(lambda: read(asked), len(body))
+                prompts, writer = await self.intake.run(lambda: read(asked), n_bytes)
                 generation = self._begin(asked, prompts)
         if asked.stream:
             return EventStream(generation, writer, asked.includes_usage)
@@ -199,9 +202,7 @@ class _Served:
         return prompts, CompletionWriter(asked, self.model_name, self.tokenizer, prompts, echoes)
 
     def _tokens(self, prompt: str | list[int], asked: CompletionRequest) -> list[int]:
-        tokens = prompt
-        if isinstance(prompt, str):
-            tokens = first_tokens(self.tokenizer, prompt, self.engine.max_context, add_special_tokens=True)
+        tokens = self._first_tokens(prompt) if isinstance(prompt, str) else prompt
         if not tokens:
             raise ApiError(400, "prompt: it has no tokens", "prompt")
         self._require_room(tokens, asked)
@@ -209,6 +210,9 @@ class _Served:
         if max(tokens) >= vocab_size:
             raise ApiError(400, f"prompt: {max(tokens)} is not below the vocabulary's {vocab_size}", "prompt")
         return tokens
+
+    def _first_tokens(self, text: str) -> list[int]:
+        return first_tokens(self.tokenizer, text, self.engine.max_context, add_special_tokens=True)
 
     def _require_room(self, tokens: Sequence[int], asked: GenerationRequest) -> None:
         """Raises ApiError if a prompt leaves no room for an answer."""

@@ -23,8 +23,9 @@ from middo_jax.refinement.endpoint.address import Address, Secrets
 from middo_jax.refinement.endpoint.batch import BatchClient, read_results
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.client import ChatClient
-from middo_jax.refinement.endpoint.faults import EndpointFailed, NotAnswered, RequestRefused
+from middo_jax.refinement.endpoint.faults import EndpointFailed, NotAnswered, RefinerError, RequestRefused
 from middo_jax.refinement.endpoint.ledger import Ledger
+from middo_jax.refinement.endpoint.preflight import preflight
 from middo_jax.refinement.endpoint.receiving import answer_bytes
 from middo_jax.refinement.prompts import requests
 from middo_jax.refinement.rewrite import run
@@ -295,6 +296,34 @@ def test_batch_files_may_contain_anything(tmp_path: Path) -> None:
     [result] = read_results([path], Secrets([KEY])).values()
     assert result.answer is not None
     assert result.answer.text == "it is ***"
+
+
+async def dripping(head: bytes, write: Write) -> None:
+    """A byte now and then, so that no wait for the next one is long."""
+    await write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 99999\r\n\r\n")
+    while True:
+        await write(b" ")
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (whole(b"<html>"), "cannot be used: unreadable reply: Expecting value"),
+        (whole(b"[" * 100_000), "nested deeper than 64"),
+        (whole(b" " * 1_000_000), "it is longer than"),
+        (whole('{"a": 1}'.encode("utf-16")), "JSON in UTF-16"),
+        (dripping, r"no answer within 0\.3 s"),
+    ],
+)
+def test_the_preflight_names_the_server_that_it_cannot_read(
+    serve: Callable[[Reply], RawServer], reply: Reply, message: str
+) -> None:
+    url = serve(reply).url
+    with pytest.raises(RefinerError, match=message) as raised:
+        preflight(url, "m", ONCE.model_copy(update={"timeout": 0.3}))
+    assert f"the refiner at {url} cannot be used" in str(raised.value)
+    assert "refine.preflight=false" in str(raised.value)
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See", "307 Elsewhere", "308 Elsewhere"])

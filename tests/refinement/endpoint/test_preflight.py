@@ -6,7 +6,6 @@ import contextlib
 import http.server
 import json
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,12 +21,9 @@ SETTINGS = RefineSettings(api_key_env="MIDDO_TEST_KEY", timeout=5)
 
 @contextlib.contextmanager
 def server(
-    status: int = 200, models: list[str] | None = None, refuses: str = "", raw: bytes | None = None
+    status: int = 200, models: list[str] | None = None, refuses: str = ""
 ) -> Iterator[tuple[str, list]]:
-    """(URL, the requests): it answers with `status`, with 400 to the field `refuses`, or with raw bytes.
-
-    Raw bytes that end in b"..." are followed by a byte each 0.05 s.
-    """
+    """(URL, the requests): it answers with `status`, and with 400 to the field `refuses`."""
     asked: list[tuple[str, Any, str | None]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -51,9 +47,7 @@ def server(
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             asked.append((self.path, body, self.headers["authorization"]))
-            if raw is not None:
-                self._write(raw)
-            elif refuses in body:
+            if refuses in body:
                 self._reply(400, {"error": {"message": f"Unsupported parameter: '{refuses}'"}})
             elif status != 200:
                 self._reply(status, {"error": {"message": f"no, {KEY}"}})
@@ -64,13 +58,6 @@ def server(
                     "finish_reason": "length",
                 }
                 self._reply(200, {"id": "x", "object": "chat.completion", "choices": [choice]})
-
-        def _write(self, data: bytes) -> None:
-            with contextlib.suppress(ConnectionError):
-                self.wfile.write(data)
-                while data.endswith(b"..."):
-                    time.sleep(0.05)
-                    self.wfile.write(b" ")
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
@@ -163,23 +150,3 @@ def test_a_refused_form_is_no_fault_here() -> None:
         {"max_tokens"},
         {"max_completion_tokens"},
     ]
-
-
-HEAD = b"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (HEAD + b"<html>", r"cannot be used: unreadable reply: Expecting value"),
-        (HEAD + b"[" * 100_000, r"nested deeper than 64"),
-        (HEAD + b" " * 1_000_000, r"it is longer than"),
-        (HEAD + b"...", r"no answer within 0\.3 s"),
-    ],
-)
-def test_an_answer_that_cannot_be_read_is_said_with_the_url(answer: bytes, message: str) -> None:
-    settings = SETTINGS.model_copy(update={"timeout": 0.3})
-    with server(raw=answer) as (url, _), pytest.raises(RefinerError, match=message) as raised:
-        preflight(url, "m", settings)
-    assert url in str(raised.value)
-    assert "refine.preflight=false" in str(raised.value)

@@ -56,7 +56,7 @@ INDEX = (
     Benchmark("scoring_sides", MODEL, "1 minute"),
     Benchmark("serving", "servers that run", "10 minutes"),
     Benchmark("serving_fuzz", "nothing", "10 minutes"),
-    Benchmark("serving_load", "nothing", "2 minutes"),
+    Benchmark("serving_load", "nothing", "3 minutes"),
     Benchmark("training", f"{ALPACA}, {MODEL}, torch", "1 hour"),
     Benchmark("gpu.check", "jax for CUDA", "3 minutes", "GPU"),
     Benchmark("gpu.compile", "jax for CUDA", "2 minutes", "CPU; compiles for GPUs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
@@ -255,6 +256,16 @@ class RefineSettings(Settings):
             return value
         raise ValueError("must be free, keep, or a share of the dataset such as 0.05")
 
+    @pydantic.field_validator("api_key_env")
+    @classmethod
+    def _is_name(cls, name: str) -> str:
+        if not _VARIABLE.fullmatch(name) or _may_be_key(name):  # not shown: it may be a key
+            raise ValueError(
+                "must be the name of an environment variable, such as OPENAI_API_KEY, and not the key "
+                "itself: settings are written to files. Set the variable to the key"
+            )
+        return name
+
     @pydantic.field_validator("base_url")
     @classmethod
     def _http(cls, base_url: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
@@ -269,13 +280,15 @@ class RefineSettings(Settings):
             raise ValueError("must start with http:// or https://, or be one replay:FILE")
         if any(_has_secret(url) for url in urls or ()):
             raise ValueError(
-                "must contain no user, password or query: settings are written to files. Give the URL in "
-                "$OPENAI_BASE_URL, and a key in the variable that refine.api_key_env names"
+                "must contain no user, password, query, # or ;: settings are written to files. Give the URL "
+                "in $OPENAI_BASE_URL, and a key in the variable that refine.api_key_env names"
             )
         return base_url
 
 
 _REPLAY = "replay:"
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SHORTEST_KEY = 20  # characters
 
 
 def replayed_file(base_url: str | tuple[str, ...] | None) -> Path | None:
@@ -287,8 +300,16 @@ def replayed_file(base_url: str | tuple[str, ...] | None) -> Path | None:
 
 def _has_secret(url: str) -> bool:
     """Whether a URL has a part that may be secret. A version, as Azure expects it, is none."""
+    if any(character in url for character in "@#;"):  # a user, a fragment, parameters of the path
+        return True
     try:
         query = urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query, keep_blank_values=True)
     except ValueError:  # an address that cannot be read; the client says so
-        return "@" in url
-    return "@" in url or any(name != "api-version" for name, _ in query)
+        return False
+    return any(name != "api-version" for name, _ in query)
+
+
+def _may_be_key(name: str) -> bool:
+    """Whether a text of letters, digits and _ is rather a key than a variable's name."""
+    is_mixed = any(c.isdigit() for c in name) and any(c.islower() for c in name)
+    return len(name) >= _SHORTEST_KEY and is_mixed

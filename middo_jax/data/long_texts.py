@@ -65,6 +65,23 @@ def encode_around(
     return None
 
 
+def first_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, *, add_special_tokens: bool
+) -> list[int]:
+    """All tokens of a text, or the first ones of a long text if they are surely over `max_length`.
+
+    For texts that are refused if they have over `max_length` tokens. The beginning must have twice as many,
+    since its last tokens may be others in the whole text.
+    """
+    chars = _part_chars(max_length)
+    while _LONGER * chars < len(text):
+        tokens = tokenizer(text[:chars], add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        if len(tokens) >= 2 * (max_length + _MARGIN):
+            return tokens
+        chars *= _LONGER
+    return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+
 def last_tokens(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> tuple[list[int], bool]:
     """(a text's last `max_length` tokens, whether it has more)."""
     chars = _part_chars(max_length)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from middo_jax.data.example import Example, Message
-from middo_jax.data.long_texts import Encoded, encode_around, is_long
+from middo_jax.data.long_texts import Encoded, encode_around, first_tokens, is_long
 from middo_jax.data.spans import locate, render, require_tools
 from middo_jax.data.templates import (
     TemplateError,
@@ -232,12 +232,18 @@ def _mark(
 
 
 def tokenize_prompt(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, continue_with: str = ""
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    continue_with: str = "",
+    max_length: int = NO_LIMIT,
 ) -> np.ndarray:
-    """int32 tokens of a conversation that ends with the generation prompt, followed by `continue_with`."""
-    text = render(tokenizer, messages, add_generation_prompt=True)
-    encoded = tokenizer(text + continue_with, add_special_tokens=False, verbose=False)
-    return np.asarray(encoded["input_ids"], np.int32)
+    """int32 tokens of a conversation that ends with the generation prompt, followed by `continue_with`.
+
+    Of a long text that has over `max_length` tokens only the first ones, but over `max_length` of them.
+    """
+    text = render(tokenizer, messages, add_generation_prompt=True) + continue_with
+    return np.asarray(first_tokens(tokenizer, text, max_length, add_special_tokens=False), np.int32)
 
 
 def response_header(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -7,6 +7,7 @@ fields are ignored, since OpenAI's clients send many that are about billing and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -49,6 +50,8 @@ _NOT_OFFERED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = _NOT_OFFERED | {
 
 
 class _Fields(pydantic.BaseModel):
+    """Every list has fail_fast: a body may have half a million wrong items, and an error takes a kilobyte."""
+
     model_config = ConfigDict(strict=True)
 
 
@@ -63,7 +66,7 @@ class ChatMessage(_Fields):
     """One turn."""
 
     role: Role
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -100,7 +103,7 @@ class GenerationRequest(_Fields):
     seed: int | None = Field(
         None, ge=-(2**63), le=2**64 - 1, description="Repeats a sampled answer; choice i has seed + i."
     )
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] | None = Field(
         None, description="Texts that end the answer and are not part of it."
     )
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Answers per prompt. Default 1.")
@@ -118,9 +121,9 @@ class GenerationRequest(_Fields):
             request = cls.model_validate_json(body)
         except pydantic.ValidationError as error:
             raise _refusal(error) from None
-        for name, value in (request.model_extra or {}).items():
-            neutral = cls.not_offered.get(name, (value,))
-            if not any(_equal(value, each) for each in neutral):
+        extra = request.model_extra or {}
+        for name, neutral in cls.not_offered.items():
+            if name in extra and not any(_equal(extra[name], each) for each in neutral):
                 message = f"{name}: not offered by this server; leave it out"
                 raise ApiError(400, message, name, "unsupported_parameter")
         if request.stream_options is not None and not request.stream:
@@ -158,6 +161,11 @@ class GenerationRequest(_Fields):
         return self.n or 1
 
     @property
+    def n_answers(self) -> int:
+        """Answers to all prompts."""
+        return self.n_choices
+
+    @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the counts of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -168,7 +176,7 @@ class ChatRequest(GenerationRequest):
 
     not_offered, text_field = _NOT_OFFERED_IN_CHAT, "messages"
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = Field(
         None,
         ge=1,
@@ -203,6 +211,7 @@ class ChatRequest(GenerationRequest):
 
 
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(GenerationRequest):
@@ -212,11 +221,9 @@ class CompletionRequest(GenerationRequest):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_SEQUENCES)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_SEQUENCES)
-        ]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)]
     ) = Field(description="One text or several; or their token ids.")
     max_tokens: int | None = Field(
         None, ge=0, le=INT32_MAX, description="Maximum number of tokens. 0 only with echo. Default 16."
@@ -235,7 +242,7 @@ class CompletionRequest(GenerationRequest):
             raise ApiError(400, "max_tokens: 0 only with echo=true", "max_tokens")
         if self.stream and self.echo and self.logprobs is not None:
             raise ApiError(400, "stream: not together with echo and logprobs", "stream")
-        if len(self.prompts) * self.n_choices > MAX_SEQUENCES:
+        if self.n_answers > MAX_SEQUENCES:
             raise ApiError(
                 400,
                 f"n: {len(self.prompts)} prompts x {self.n_choices} choices are over {MAX_SEQUENCES}; "
@@ -259,6 +266,11 @@ class CompletionRequest(GenerationRequest):
         return bool(self.echo) and (self.has_logprobs or self.max_tokens == 0)
 
     @property
+    def n_answers(self) -> int:
+        """Answers to all prompts."""
+        return len(self.prompts) * self.n_choices
+
+    @functools.cached_property
     def prompts(self) -> list[str] | list[list[int]]:
         """`prompt` as a list of texts, or of lists of token ids."""
         if isinstance(self.prompt, str):

@@ -108,13 +108,16 @@ def keep_likely(logits_bv: jax.Array, top_k_b: Numbers, top_p_b: Numbers) -> jax
     """Sets all logits outside a row's top_k (0: all), and then outside its top_p nucleus (1: all), to -inf.
 
     The nucleus (arXiv 1904.09751) is the smallest set of likeliest tokens with a total probability of at
-    least top_p. Equal logits are kept or dropped together. Thresholds are found by bisection, because on a
-    CPU a sort of 50k logits takes as long as a decode step of a small model.
+    least top_p; the likeliest token is always in it. Equal logits are kept or dropped together. Thresholds
+    are found by bisection, because on a CPU a sort of 50k logits takes as long as a decode step of a small
+    model.
     """
     count_b = _threshold(logits_bv, jnp.ones_like(logits_bv), top_k_b.astype(logits_bv.dtype))
     kept_bv = logits_bv >= jnp.where(top_k_b > 0, count_b, -jnp.inf)[:, None]
     mass_bv = jax.nn.softmax(jnp.where(kept_bv, logits_bv, -jnp.inf), axis=-1)
     share_b = _threshold(logits_bv, mass_bv, top_p_b * mass_bv.sum(axis=-1))
+    # A tiny top_p is 0 in float32, of which even an empty nucleus has enough.
+    share_b = jnp.minimum(share_b, logits_bv.max(axis=-1))
     kept_bv &= logits_bv >= jnp.where(top_p_b < 1, share_b, -jnp.inf)[:, None]
     return jnp.where(kept_bv, logits_bv, -jnp.inf)
 

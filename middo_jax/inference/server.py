@@ -5,21 +5,21 @@
     with engine, serve_in_background(app) as base_url:      # http://127.0.0.1:PORT/v1
         ...
 
-A request passes the guard (who asks, how much), is read into a model of its fields, tokenized on another
+A request passes the guard (who asks, how much), is read into a model of its fields and tokenized on another
 thread, answered by the engine, and written as OpenAI's clients expect it. docs/serving.md says what is
 promised.
 """
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +34,7 @@ from starlette.routing import Route
 
 from middo_jax.config import ServeSettings
 from middo_jax.data.example import Message
+from middo_jax.data.long_texts import first_tokens
 from middo_jax.data.tokenize import TemplateError, eos_token_ids, load_tokenizer, tokenize_prompt
 from middo_jax.inference import sampling
 from middo_jax.inference.answers import ChatWriter, CompletionWriter, Writer
@@ -41,6 +42,7 @@ from middo_jax.inference.engine import Engine
 from middo_jax.inference.errors import ApiError, show_error
 from middo_jax.inference.generation import Generation, while_connected
 from middo_jax.inference.guard import Access, Guard, read_body
+from middo_jax.inference.intake import BODIES, Intake, overloaded
 from middo_jax.inference.openapi import describe
 from middo_jax.inference.requests import (
     ChatRequest,
@@ -55,7 +57,7 @@ from middo_jax.parallel.mesh import make_mesh
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
+Asked = TypeVar("Asked", bound=GenerationRequest)
 
 MAX_WAITING = 1024  # answers that are queued or being computed; a further request is to come later
 SMALLEST_BODY_LIMIT = 1 << 20
@@ -115,34 +117,18 @@ class _Served:
     max_bytes: int
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
     waiting: set[concurrent.futures.Future[Any]] = dataclasses.field(default_factory=set)
-    # One thread: a tokenizer may not be used by several at a time.
-    tokenizing: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
-        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1, "middo-tokenize")
-    )
+    n_being_read: int = 0  # answers that are asked for by requests whose prompts are not tokenized yet
+
+    def __post_init__(self) -> None:
+        self.intake = Intake(BODIES * self.max_bytes)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        asked = ChatRequest.parse(await read_body(request, self.max_bytes))
-
-        def read() -> tuple[list[list[int]], Writer]:
-            prompts = [self._rendered(asked)]
-            return prompts, ChatWriter(asked, self.model_name, self.tokenizer, prompts)
-
-        return await self._answer(request, asked, read)
+        return await self._answer(request, ChatRequest, self._read_chat)
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
-        asked = CompletionRequest.parse(await read_body(request, self.max_bytes))
-
-        def read() -> tuple[list[list[int]], Writer]:
-            prompts = [self._tokens(prompt) for prompt in asked.prompts]
-            echoes = [
-                prompt if isinstance(prompt, str) else text_of(prompt, self.tokenizer)
-                for prompt in (asked.prompts if asked.echo else ())
-            ]
-            return prompts, CompletionWriter(asked, self.model_name, self.tokenizer, prompts, echoes)
-
-        return await self._answer(request, asked, read)
+        return await self._answer(request, CompletionRequest, self._read_texts)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models."""
@@ -160,72 +146,92 @@ class _Served:
         return JSONResponse(describe(self.model_name))
 
     async def _answer(
-        self, request: Request, asked: GenerationRequest, read: Callable[[], tuple[list[list[int]], Writer]]
+        self, request: Request, kind: type[Asked], read: Callable[[Asked], tuple[list[list[int]], Writer]]
     ) -> Response:
-        if asked.model not in (None, self.model_name):
-            message = f"model: {asked.model!r} is not served here, only {self.model_name!r}"
-            raise ApiError(404, message, "model", "model_not_found")
-        return await while_connected(request.receive, self._response(asked, read))
+        answering = self._response(kind, await read_body(request, self.max_bytes), read)
+        return await while_connected(request.receive, answering)
 
     async def _response(
-        self, asked: GenerationRequest, read: Callable[[], tuple[list[list[int]], Writer]]
+        self, kind: type[Asked], body: bytes, read: Callable[[Asked], tuple[list[list[int]], Writer]]
     ) -> Response:
-        prompts, writer = await self._off_loop(read)
-        requests = self._requests(asked, prompts)
-        if len(self.waiting) + len(requests) > MAX_WAITING:
-            raise ApiError(
-                429,
-                f"{len(self.waiting)} answers are waiting, and at most {MAX_WAITING} may; try again later",
-                code="overloaded",
-                headers={"retry-after": "1"},
-            )
-        in_pieces = bool(asked.stream)
-        generation = Generation(self.engine, requests, self.tokenizer, asked.stop_texts, in_pieces=in_pieces)
-        for future in generation.futures:
-            self.waiting.add(future)
-            future.add_done_callback(self.waiting.discard)
-        if in_pieces:
+        n_bytes = len(body)
+        with self.intake.admitted(n_bytes):
+            asked = await self.intake.run(functools.partial(kind.parse, body), n_bytes)
+            del body  # it may be long, and the answer may take long
+            if asked.model not in (None, self.model_name):
+                message = f"model: {asked.model!r} is not served here, only {self.model_name!r}"
+                raise ApiError(404, message, "model", "model_not_found")
+            with self._counted(asked.n_answers):
+                prompts, writer = await self.intake.run(lambda: read(asked), n_bytes)
+                generation = self._begin(asked, prompts)
+        if asked.stream:
             return EventStream(generation, writer, asked.includes_usage)
         with contextlib.closing(generation):
             pieces = await generation.whole()
-        body = await self._off_loop(lambda: json.dumps(writer.whole(pieces), ensure_ascii=False).encode())
-        return Response(body, media_type="application/json")
+        # It costs no turn of those that wait: the answer is there.
+        text = await self.intake.run(lambda: json.dumps(writer.whole(pieces), ensure_ascii=False).encode(), 0)
+        return Response(text, media_type="application/json")
 
-    async def _off_loop(self, work: Callable[[], T]) -> T:
-        """Runs what takes long, such as tokenizing, while other requests are read and answered."""
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, work)
+    @contextlib.contextmanager
+    def _counted(self, n_answers: int) -> Iterator[None]:
+        """Counts answers that are not in the engine yet. Raises ApiError if too many wait."""
+        n_waiting = len(self.waiting) + self.n_being_read
+        if n_waiting + n_answers > MAX_WAITING:
+            raise overloaded(f"{n_waiting} answers are waiting, and at most {MAX_WAITING} may")
+        self.n_being_read += n_answers
+        try:
+            yield
+        finally:
+            self.n_being_read -= n_answers
 
-    def _rendered(self, asked: ChatRequest) -> list[int]:
+    def _read_chat(self, asked: ChatRequest) -> tuple[list[list[int]], Writer]:
         try:
             turns = [Message(message.role, message.text) for message in asked.messages]
-            return tokenize_prompt(turns, self.tokenizer).tolist()
+            tokens = tokenize_prompt(turns, self.tokenizer, max_length=self.engine.max_context).tolist()
         except TemplateError as error:
             raise ApiError(400, str(error), "messages") from error
+        self._require_room(tokens, asked)
+        return [tokens], ChatWriter(asked, self.model_name, self.tokenizer, [tokens])
 
-    def _tokens(self, prompt: str | list[int]) -> list[int]:
-        tokens = self.tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else prompt
+    def _read_texts(self, asked: CompletionRequest) -> tuple[list[list[int]], Writer]:
+        prompts = [self._tokens(prompt, asked) for prompt in asked.prompts]
+        echoes = [
+            prompt if isinstance(prompt, str) else text_of(prompt, self.tokenizer)
+            for prompt in (asked.prompts if asked.echo else ())
+        ]
+        return prompts, CompletionWriter(asked, self.model_name, self.tokenizer, prompts, echoes)
+
+    def _tokens(self, prompt: str | list[int], asked: CompletionRequest) -> list[int]:
+        tokens = self._first_tokens(prompt) if isinstance(prompt, str) else prompt
         if not tokens:
             raise ApiError(400, "prompt: it has no tokens", "prompt")
+        self._require_room(tokens, asked)
         vocab_size = self.engine.config.vocab_size
         if max(tokens) >= vocab_size:
             raise ApiError(400, f"prompt: {max(tokens)} is not below the vocabulary's {vocab_size}", "prompt")
         return tokens
 
-    def _requests(self, asked: GenerationRequest, prompts: Sequence[list[int]]) -> list[sampling.Request]:
-        """One request per answer, `n` per prompt. Raises ApiError if a prompt leaves no room for one."""
+    def _first_tokens(self, text: str) -> list[int]:
+        return first_tokens(self.tokenizer, text, self.engine.max_context, add_special_tokens=True)
+
+    def _require_room(self, tokens: Sequence[int], asked: GenerationRequest) -> None:
+        """Raises ApiError if a prompt leaves no room for an answer."""
         context, name = self.engine.max_context, asked.text_field
+        if len(tokens) > context or (len(tokens) == context and asked.most_tokens != 0):
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {context} tokens, but the {name} has at least "
+                f"{len(tokens)} tokens and leaves no room for an answer. Shorten it.",
+                name,
+                "context_length_exceeded",
+            )
+
+    def _begin(self, asked: GenerationRequest, prompts: Sequence[list[int]]) -> Generation:
+        """Passes the requests to the engine: one per answer, `n` per prompt."""
         requests = []
         for prompt in prompts:
-            room = context - len(prompt)
+            room = self.engine.max_context - len(prompt)
             wanted = room if asked.most_tokens is None else asked.most_tokens
-            if room < 0 or (room == 0 and asked.most_tokens != 0):
-                raise ApiError(
-                    400,
-                    f"This model's maximum context length is {context} tokens, but the {name} has "
-                    f"{len(prompt)} tokens and leaves no room for an answer. Shorten it.",
-                    name,
-                    "context_length_exceeded",
-                )
             requests += [
                 sampling.Request(
                     prompt,
@@ -240,7 +246,12 @@ class _Served:
                 )
                 for choice in range(asked.n_choices)
             ]
-        return requests
+        in_pieces = bool(asked.stream)
+        generation = Generation(self.engine, requests, self.tokenizer, asked.stop_texts, in_pieces=in_pieces)
+        for future in generation.futures:
+            self.waiting.add(future)
+            future.add_done_callback(self.waiting.discard)
+        return generation
 
 
 def load_engine(

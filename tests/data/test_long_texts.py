@@ -15,7 +15,7 @@ from support.tiny_gguf import vocab_size, write_gguf
 from support.tiny_model import FAMILIES, write_tiny_model
 
 from middo_jax.data.example import Example, Message
-from middo_jax.data.long_texts import is_long, last_tokens
+from middo_jax.data.long_texts import first_tokens, is_long, last_tokens
 from middo_jax.data.tokenize import load_tokenizer, tokenize_all, truncate
 from middo_jax.models.gguf import convert
 from middo_jax.signals.judge import questions, sampled
@@ -142,3 +142,20 @@ def test_the_middle_of_a_long_prompt_is_not_tokenized_either(tokenizers: dict[st
     [tokens] = raw_prompts(session, [row])
     assert (len(tokens), tokens.truncated) == (64, True)
     assert max(lengths) < LONG / 4
+
+
+def test_a_long_text_of_few_tokens_is_tokenized_whole() -> None:
+    n_chars: list[int] = []
+
+    def words(text: str, **_: bool) -> dict[str, list[int]]:
+        n_chars.append(len(text))
+        return {"input_ids": [len(word) for word in text.split()]}
+
+    tokenizer: Any = words
+    few, many = "word " + " " * 100_000 + "end", "word " * 20_000
+    assert first_tokens(tokenizer, few, 64, add_special_tokens=False) == [4, 3]
+    assert n_chars[-1] == len(few)
+    n_chars.clear()
+    assert 64 < len(first_tokens(tokenizer, many, 64, add_special_tokens=False)) < 1000
+    assert sum(n_chars) < 5000
+    assert len(first_tokens(tokenizer, many, 10_000, add_special_tokens=False)) == 20_000

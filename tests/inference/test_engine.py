@@ -510,6 +510,7 @@ def brute_force_kept(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
 def test_thresholds_are_those_of_a_sort(scale):
     settings = [(0, 1.0), (0, 0.9), (1, 1.0), (7, 1.0), (50, 0.7), (0, 0.01), (400, 0.999), (5000, 0.5)]
+    settings += [(0, 1e-50), (7, 1e-50)]  # 0 in float32
     logits = scale * np.random.default_rng(0).normal(size=(len(settings), 1000)).astype(np.float32)
     top_k, top_p = (np.array(column) for column in zip(*settings, strict=True))
     kept = np.isfinite(keep_likely(jnp.asarray(logits), jnp.asarray(top_k), jnp.asarray(top_p, jnp.float32)))

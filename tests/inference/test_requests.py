@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pydantic
 import pytest
 
 from middo_jax.inference.errors import ApiError
@@ -127,6 +128,30 @@ def test_broken_bodies(body: bytes) -> None:
         with pytest.raises(ApiError) as caught:
             model.parse(body)
         assert caught.value.status == 400
+
+
+# (beginning, item, end) of bodies with as many wrong items as there is room for.
+MANY = [
+    (ChatRequest, '{"messages":[{"role":"user","content":[', "1", "]}]}"),
+    (ChatRequest, '{"messages":[', "1", "]}"),
+    (ChatRequest, '{"messages":[{"role":"user","content":"Hi"}],"stop":[', "1", "]}"),
+    (CompletionRequest, '{"prompt":[', '""', "]}"),
+    (CompletionRequest, '{"prompt":[', '"",1', "]}"),
+    (CompletionRequest, '{"prompt":[[', '""', "]]}"),
+    (CompletionRequest, '{"prompt":[', "[-1]", "]}"),
+]
+
+
+@pytest.mark.parametrize(("model", "begin", "item", "end"), MANY)
+def test_a_body_of_wrong_items_has_few_errors(
+    model: type[ChatRequest | CompletionRequest], begin: str, item: str, end: str
+) -> None:
+    body = f"{begin}{','.join([item] * (20_000 // (len(item) + 1)))}{end}".encode()
+    with pytest.raises(pydantic.ValidationError) as caught:
+        model.model_validate_json(body)
+    assert caught.value.error_count() < 10
+    with pytest.raises(ApiError, match=r"^(messages|stop|prompt)"):
+        model.parse(body)
 
 
 def test_zero_tokens_are_for_scoring() -> None:

@@ -28,6 +28,7 @@ from middo_jax.data.tokenize import TemplateError, TokenizedExample, tokenize_pr
 from middo_jax.inference import engine as engine_module
 from middo_jax.inference import server
 from middo_jax.inference.engine import Engine
+from middo_jax.inference.errors import ApiError
 from middo_jax.inference.listening import serve_forever, serve_in_background
 from middo_jax.inference.sampling import Request
 from middo_jax.inference.server import build_app, load_engine
@@ -408,21 +409,28 @@ def test_too_many_answers_are_to_come_later(model_dir, monkeypatch):
         serve_in_background(build_app(engine, tokenizer, "tiny", eos_ids)) as url,
         openai.OpenAI(api_key="none", base_url=url, max_retries=0) as client,
     ):
-        with pytest.raises(openai.RateLimitError, match="at most 4 may") as caught:
-            client.completions.create(model="tiny", prompt="What", n=5)
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "first_tokens", None)  # refused before it is tokenized
+            with pytest.raises(openai.RateLimitError, match="at most 4 may") as caught:
+                client.completions.create(model="tiny", prompt="What", n=5)
         assert caught.value.response.headers["retry-after"] == "1"
         for _ in range(3):  # what is answered does not count
             client.completions.create(model="tiny", prompt="What", n=4, max_tokens=1)
 
 
-def test_tokenizing_does_not_stop_the_server(served, monkeypatch):
+@pytest.mark.parametrize("step", ["parsing", "tokenizing"])
+def test_reading_does_not_stop_the_server(served, monkeypatch, step):
     entered, leave = threading.Event(), threading.Event()
 
-    def slow(*_: object) -> None:
+    def slow(*_: object, **__: object) -> None:
         entered.set()
-        raise TemplateError("too slow" if leave.wait(timeout=20) else "it stopped the server")
+        said = "too slow" if leave.wait(timeout=20) else "it stopped the server"
+        raise TemplateError(said) if step == "tokenizing" else ApiError(400, said)
 
-    monkeypatch.setattr(server, "tokenize_prompt", slow)
+    if step == "parsing":
+        monkeypatch.setattr(server.ChatRequest, "parse", slow)
+    else:
+        monkeypatch.setattr(server, "tokenize_prompt", slow)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask, served)
         assert entered.wait(timeout=60)
@@ -430,6 +438,33 @@ def test_tokenizing_does_not_stop_the_server(served, monkeypatch):
         leave.set()
         with pytest.raises(openai.BadRequestError, match="too slow"):
             asked.result()
+
+
+def test_a_mebibyte_of_wrong_items_is_one_refusal(served):
+    body = b'{"messages":[{"role":"user","content":[' + b"1," * 524_000 + b"1]}]}"
+    status, answer = post(served, body)
+    assert (status, answer["error"]["param"]) == (400, "messages.0.content")
+    assert len(answer["error"]["message"]) < 100
+
+
+@pytest.mark.parametrize("field", ["messages", "prompt"])
+def test_of_a_text_that_cannot_fit_only_the_beginning_is_tokenized(served, monkeypatch, field):
+    longest = 0
+
+    def counted(self: Any, text: str, **options: Any) -> Any:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return encode(self, text, **options)
+
+    encode = type(served.tokenizer).__call__
+    monkeypatch.setattr(type(served.tokenizer), "__call__", counted)
+    text = "word " * 100_000
+    send = complete if field == "prompt" else ask
+    value = text if field == "prompt" else [{"role": "user", "content": text}]
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 128 tokens") as caught:
+        send(served, **{field: value})
+    assert caught.value.param == field
+    assert 0 < longest < 10_000
 
 
 def test_the_process_ends_with_its_engine(model_dir):

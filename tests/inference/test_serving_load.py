@@ -10,7 +10,7 @@ import pytest
 from support.tiny_model import write_tiny_model
 
 from benchmarks.serving_fuzz import fuzz
-from benchmarks.serving_load import alone, good_requests, hostile_requests, plan, run_load
+from benchmarks.serving_load import alone, good_requests, growth, hostile_requests, plan, run_load
 from middo_jax.config import ServeSettings
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.listening import serve_in_background
@@ -39,6 +39,12 @@ def test_every_good_request_is_answered_under_load(served: tuple[int, Engine]) -
     assert load.n_left > 5
     assert asyncio.run(alone(port)) == expected
     assert not any(slot.answer for slot in engine._slots)
+
+
+def test_memory_is_compared() -> None:
+    assert growth([700, 760, 790, 761, 790, 762, 790, 790]) == 2
+    assert growth([700, 760, 790, 761, 790, 790, 795, 800]) == 30
+    assert growth([700] * 7) is None
 
 
 def test_the_fuzzer_finds_nothing(served: tuple[int, Engine], tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         text = file.read(length)
     try:
         require_flat(text)
-        header = json.loads(text)
+        header = json.loads(text.decode())
         header.pop("__metadata__", None)
         entries = sorted(
             (*map(int, entry["data_offsets"]), name, str(entry["dtype"]), tuple(map(int, entry["shape"])))

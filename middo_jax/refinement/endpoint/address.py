@@ -41,13 +41,13 @@ class Address:
         """
         try:
             parts = urllib.parse.urlsplit(url)
-            is_read = bool(parts.hostname) and (parts.port or 1) > 0 and "@" not in parts.path
+            is_read = bool(parts.hostname) and (parts.port or 1) > 0 and not {"@", ";"} & set(parts.path)
         except ValueError:
             parts, is_read = urllib.parse.urlsplit(""), False
         if not is_read:
             raise ConfigError(
-                "config: the URL of the refiner cannot be read: it needs a host, and in a user or password "
-                "the characters : / ? # @ are written as %3A %2F %3F %23 %40"
+                "config: the URL of the refiner cannot be read: it needs a host and a path without ; and in "
+                "a user or password the characters : / ? # @ are written as %3A %2F %3F %23 %40"
             )
         query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
         headers, secrets = {}, [value for name, value in query.items() if name != "api-version"]

@@ -260,10 +260,9 @@ class ChatClient:
                         reply = await endpoint.api.post("/chat/completions", body=body, cast_to=object)
                 answer = read_answer(reply, request.key, self._secrets)
             except (
-                openai.OpenAIError,
-                TimeoutError,
-                ValueError,
-            ) as error:  # ValueError: a body that is not JSON, or exceeds a limit
+                *(openai.OpenAIError, TimeoutError),
+                *(ValueError, RecursionError),  # a body that is not JSON, or exceeds a limit
+            ) as error:
                 fault = read_fault(error, self._settings.timeout, self._secrets)
                 self.ledger.end(account, most, time.monotonic() - began, charged=fault.charged)
                 if fault.overload:

@@ -117,7 +117,7 @@ def read_fault(error: Exception, timeout: float, secrets: Secrets) -> Fault:
         return Fault(told, endpoint_wide=True, away=True)
     if isinstance(error, (openai.APITimeoutError, TimeoutError)):
         return Fault(f"no answer within {timeout:g} s (refine.timeout)", overload=True, charged=True)
-    if isinstance(cause, ValueError):
+    if isinstance(cause, (ValueError, RecursionError)):
         return Fault(words(f"unreadable reply: {cause}", secrets), charged=True)
     return Fault(words(f"{type(cause).__name__}: {cause}", secrets), charged=True)
 

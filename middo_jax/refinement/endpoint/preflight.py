@@ -16,6 +16,8 @@ from middo_jax.refinement.endpoint.faults import Fault, RefinerError, advice, re
 from middo_jax.refinement.endpoint.receiving import limited_to
 
 TIMEOUT_S = 60.0  # a served model may have to be loaded first
+# Of a request. The last two: an answer that is no JSON, or exceeds a limit of `receiving`.
+_FAILURES = (openai.OpenAIError, TimeoutError, ValueError, RecursionError)
 _LIMITS = ("max_tokens", "max_completion_tokens")  # newer OpenAI models refuse the first name
 _LISTED = 5  # names of models in a message
 _LIST_TOKENS = 16_384  # limit of a list of models, as of an answer: about 4 MB
@@ -49,7 +51,7 @@ async def _check(address: Address, model: str, settings: RefineSettings, key: st
         known: list[str] = []
         if fault is None or fault.no_model or fault.status in (400, 404, 422):
             with limited_to(_LIST_TOKENS):
-                known = await _models(api, secrets)
+                known = await _models(api, patient.timeout, secrets)
     is_form = fault is not None and fault.status == 400 and not fault.no_model
     if (fault is None or is_form) and (not known or model in known):
         return None
@@ -73,8 +75,9 @@ async def _one_token(api: openai.AsyncOpenAI, model: str, timeout: float, secret
     for limit in _LIMITS:
         body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], limit: 1}
         try:
-            reply = await api.post("/chat/completions", body=body, cast_to=object)
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
+            async with asyncio.timeout(timeout):  # the package's own is for the time between two bytes
+                reply = await api.post("/chat/completions", body=body, cast_to=object)
+        except _FAILURES as error:
             fault = read_fault(error, timeout, secrets)
         else:
             return _without_choices(reply, secrets)
@@ -93,11 +96,12 @@ def _without_choices(reply: object, secrets: Secrets) -> Fault | None:
     return Fault(told + hint, retried=False, charged=True, no_model=no_model)
 
 
-async def _models(api: openai.AsyncOpenAI, secrets: Secrets) -> list[str]:
+async def _models(api: openai.AsyncOpenAI, timeout: float, secrets: Secrets) -> list[str]:
     """The names in the server's list of models; none if it has no list, or one that is too long to read."""
     try:
-        return [words(model.id, secrets) for model in (await api.models.list()).data or ()]
-    except (openai.OpenAIError, AttributeError, TypeError, ValueError):
+        async with asyncio.timeout(timeout):
+            return [words(model.id, secrets) for model in (await api.models.list()).data or ()]
+    except (*_FAILURES, AttributeError, TypeError):
         return []
 
 

@@ -3,7 +3,8 @@
 - A body is decompressed here, piece by piece, and cut off at a limit. The library's own decompression has no
   limit: 3 MB of gzip make 3 GB of text.
 - A redirect to another origin is not followed. Neither the key nor the texts go there.
-- JSON that is nested too deep is refused before it is parsed: parsers and printers of JSON are recursive.
+- JSON that is nested too deep or not in UTF-8 is refused before it is parsed: parsers and printers of JSON
+  are recursive.
 - Cookies are not kept.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 import openai
 
 from middo_jax.refinement.endpoint.address import shown
-from middo_jax.rundir.nesting import NestedTooDeep, require_flat
+from middo_jax.rundir.nesting import NestedTooDeep, NotUtf8, require_flat
 
 TOKEN_BYTES = 256  # of JSON per token: the longest tokens in use are 128 spaces or line breaks
 FRAME_BYTES = 262_144  # of an answer, besides the bytes of its tokens
@@ -60,7 +61,7 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
         """Sends a request and reads the whole answer.
 
         Raises:
-          UnreadableReply, NestedTooDeep: the answer exceeds a limit.
+          UnreadableReply, NestedTooDeep, NotUtf8: the answer exceeds a limit, or is not in UTF-8.
         """
         del stream  # no caller in this package streams
         options["follow_redirects"] = False
@@ -99,7 +100,7 @@ async def _received(response: Any) -> Any:
     body = body[:most]
     try:
         require_flat(body)
-    except NestedTooDeep:
+    except (NestedTooDeep, NotUtf8):
         if response.is_success:
             raise
         body = json.dumps(body.decode("utf-8", "replace")).encode()

@@ -17,7 +17,7 @@ from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.probe import JSON, TEXT
 from middo_jax.refinement.endpoint.request import Answer, canonical, encodable, request_key
 from middo_jax.rundir import RunError, file_hash, write_jsonl
-from middo_jax.rundir.nesting import NestedTooDeep, require_flat
+from middo_jax.rundir.nesting import require_flat
 
 VERSION = 1
 _MODEL_CHARS = 200
@@ -167,8 +167,8 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         require_flat(line)
-        value = json.loads(line)
-    except (ValueError, NestedTooDeep) as error:
+        value = json.loads(line.decode())
+    except ValueError as error:
         raise RunError(f"{where}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise RunError(f"{where}: not an object")

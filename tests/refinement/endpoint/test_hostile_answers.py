@@ -23,14 +23,15 @@ from middo_jax.refinement.endpoint.address import Address, Secrets
 from middo_jax.refinement.endpoint.batch import BatchClient, read_results
 from middo_jax.refinement.endpoint.cache import AnswerCache
 from middo_jax.refinement.endpoint.client import ChatClient
-from middo_jax.refinement.endpoint.faults import EndpointFailed, NotAnswered, RequestRefused
+from middo_jax.refinement.endpoint.faults import EndpointFailed, NotAnswered, RefinerError, RequestRefused
 from middo_jax.refinement.endpoint.ledger import Ledger
+from middo_jax.refinement.endpoint.preflight import preflight
 from middo_jax.refinement.endpoint.receiving import answer_bytes
 from middo_jax.refinement.prompts import requests
 from middo_jax.refinement.rewrite import run
 from middo_jax.refinement.tasks import Task
 from middo_jax.rundir import RunError, json_line
-from middo_jax.rundir.nesting import MAX_DEPTH, NestedTooDeep, require_flat
+from middo_jax.rundir.nesting import MAX_DEPTH, NestedTooDeep, NotUtf8, require_flat
 
 pytest_plugins = ["support.scripted_server"]
 
@@ -246,6 +247,18 @@ def test_nested_json_fails_its_request_and_no_other(
     assert answer.text == "fine"
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("status", ["200 OK", "400 Bad Request"])
+def test_nested_json_in_another_encoding_fails_its_request(
+    serve: Callable[[Reply], RawServer], cache: AnswerCache, encoding: str, status: str
+) -> None:
+    # In UTF-16, the first character's bytes are those of quotation marks.
+    body = ('{"\u0122":' + "[" * 5000 + "]" * 5000 + "}").encode(encoding)
+    [failure], _ = ask(serve(whole(body, status=status)).url, cache, "a", settings=ONCE)
+    assert isinstance(failure, RequestRefused if status.startswith("400") else EndpointFailed)
+    assert status.startswith("400") or f"JSON in {encoding[:6].upper()}" in failure.reason
+
+
 def test_a_deep_text_is_a_text(serve: Callable[[Reply], RawServer], cache: AnswerCache) -> None:
     deep = '{"prompt": ' * 50_000
     server = serve(whole(completion(deep)))
@@ -260,6 +273,10 @@ def test_depth_is_counted_outside_of_texts() -> None:
     for text in (b"[" * (MAX_DEPTH + 1), b'{"a":' * (MAX_DEPTH + 1), b'"\\"",' + b"[" * (MAX_DEPTH + 1)):
         with pytest.raises(NestedTooDeep):
             require_flat(text)
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"):
+        with pytest.raises(NotUtf8, match=f"JSON in {encoding[:6].upper()}"):
+            require_flat('{"\u0122": "a"}'.encode(encoding))
+    require_flat('{"\u0122": "a"}'.encode("utf-8-sig"))
     began = time.monotonic()
     require_flat(b"[" * 60 + b'"' + b'\\"[' * 300_000)  # cut within a text: not searched again and again
     require_flat(b"[" * 60 + b'"' + b"\\" * 300_001)  # ends within an escape
@@ -290,6 +307,34 @@ def test_batch_files_may_contain_anything(tmp_path: Path) -> None:
     [result] = read_results([path], Secrets([KEY])).values()
     assert result.answer is not None
     assert result.answer.text == "it is ***"
+
+
+async def dripping(head: bytes, write: Write) -> None:
+    """A byte now and then, so that no wait for the next one is long."""
+    await write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 99999\r\n\r\n")
+    while True:
+        await write(b" ")
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (whole(b"<html>"), "cannot be used: unreadable reply: Expecting value"),
+        (whole(b"[" * 100_000), "nested deeper than 64"),
+        (whole(b" " * 1_000_000), "it is longer than"),
+        (whole('{"a": 1}'.encode("utf-16")), "JSON in UTF-16"),
+        (dripping, r"no answer within 0\.3 s"),
+    ],
+)
+def test_the_preflight_names_the_server_that_it_cannot_read(
+    serve: Callable[[Reply], RawServer], reply: Reply, message: str
+) -> None:
+    url = serve(reply).url
+    with pytest.raises(RefinerError, match=message) as raised:
+        preflight(url, "m", ONCE.model_copy(update={"timeout": 0.3}))
+    assert f"the refiner at {url} cannot be used" in str(raised.value)
+    assert "refine.preflight=false" in str(raised.value)
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See", "307 Elsewhere", "308 Elsewhere"])
@@ -393,7 +438,21 @@ SECRET_URLS = [
     "https://h/v1?api-version=1&sig=hidden",
     "https://me:hid/hidden@h/v1",
     "https://[me:hidden@h/v1",
+    "https://h/v1#api_key=hidden",
+    "https://h/v1;api_key=hidden",
 ]
+
+
+@pytest.mark.parametrize(
+    "key", ["sk-proj-hidden", "hf_hidden7890123456789", "hidden KEY", "", "7HIDDEN", "$hidden", "KEY\n"]
+)
+def test_settings_take_no_key_in_the_place_of_its_variable(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"refine\.api_key_env: must be the name of an env") as caught:
+        load(None, [{"model.path": "m", "data.path": "d", "refine.api_key_env": key}])
+    assert "hidden" not in str(caught.value)
+    assert "hidden" not in str(caught.value.__cause__)
+    for name in ("OPENAI_API_KEY", "_key", "MY_COMPANYS_LONG_KEY_2"):
+        assert RefineSettings(api_key_env=name).api_key_env == name
 
 
 @pytest.mark.parametrize("url", SECRET_URLS)
@@ -418,7 +477,13 @@ def test_a_version_in_a_url_is_a_setting() -> None:
 
 
 def test_a_url_that_cannot_be_read_is_not_shown(cache: AnswerCache) -> None:
-    for url in ("http://me:hid/den@h/v1", "http://[hidden/v1", "http://me:hidden@h:port/v1", "http://"):
+    for url in (
+        "http://me:hid/den@h/v1",
+        "http://[hidden/v1",
+        "http://me:hidden@h:port/v1",
+        "http://",
+        "http://h/v1;k=hidden",
+    ):
         with pytest.raises(ConfigError, match="%40") as caught:
             ChatClient(requests("m", SETTINGS), url, cache)
         assert "hid" not in str(caught.value)

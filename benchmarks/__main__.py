@@ -33,7 +33,7 @@ INDEX = (
     Benchmark("end_to_end", f"{ALPACA}, {MODEL}, torch (peft with --rank)", "1 hour"),
     Benchmark("evaluation", f"GSM8K, {MODEL}, the `eval` extra, torch", "15 minutes"),
     Benchmark("families", "torch", "2 minutes"),
-    Benchmark("faults", "nothing", "as long as one likes; 30 minutes with --table"),
+    Benchmark("faults", "the `eval` extra with --table", "as long as one likes; 30 minutes with --table"),
     Benchmark("gates.ask", f"rows that experts revised, {MODEL}", "10 minutes"),
     Benchmark("gates.measure", f"rows that experts revised, {MODEL}", "10 minutes"),
     Benchmark("gates.roc", "nothing", "seconds"),

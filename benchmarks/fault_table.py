@@ -106,15 +106,20 @@ def cases(world: World) -> Iterator[Case]:
     yield Case("rename the run's folder", lambda: moved_case(world))
 
 
-def file_case(world: World, name: str, fault: Callable[[Path], None]) -> list[str]:
-    """One file or folder of a copy is broken; the same settings run again."""
+def file_case(
+    world: World,
+    name: str,
+    fault: Callable[[Path], None],
+    made_by: Callable[[str], list[str]] = expected,
+) -> list[str]:
+    """One file or folder of a copy is broken; the same settings run again. `made_by`: see `expected`."""
     run = world.copy("broken")
     before = world.results(run)
     fault(run.path / name)
     is_removed = not (run.path / name).exists() and name == "round_00/checkpoint"
     again = world.run(run)
     broken: list[str] = []
-    wanted = expected(name)
+    wanted = made_by(name)
     if again.error is not None:
         said = str(again.error)
         if not any(
@@ -128,7 +133,7 @@ def file_case(world: World, name: str, fault: Callable[[Path], None]) -> list[st
         again = world.run(run, repair=True)
         if again.error is not None:
             return [*broken, f"--repair fails: {type(again.error).__name__}: {again.error}"]
-        wanted = expected(name.split("/checkpoint")[0] + "/checkpoint") if "/checkpoint" in name else wanted
+        wanted = made_by(name.split("/checkpoint")[0] + "/checkpoint") if "/checkpoint" in name else wanted
     if is_removed:
         wanted = []
         before.pop("round_00/checkpoint", None)

@@ -32,6 +32,7 @@ from middo_jax.data.files import inputs_of
 from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
 from middo_jax.rundir import RunDir, RunError
+from middo_jax.rundir.arms import control_links
 from middo_jax.rundir.chain import chain
 from middo_jax.rundir.link import assess
 from middo_jax.rundir.manifest import Reason
@@ -152,11 +153,17 @@ class World:
         return Again(redone, None, said.lines, stale, repair)
 
     def _stale(self, run: RunDir, config: Any) -> dict[str, Reason] | None:
+        base = Path(config.model.path)
         try:
-            states = assess(chain(run, config, Path(config.model.path), inputs_of(config.data)), config)
+            states = assess(chain(run, config, base, inputs_of(config.data)), config)
+            arms = [arm for of, own in control_links(run, config, base) for arm in assess([of], own)]
         except (RunError, OSError):
             return None
-        return {link.where: state.why or Reason("not done") for link, state in states if not state.is_fresh}
+        return {
+            link.where: state.why or Reason("not done")
+            for link, state in (*states, *arms)
+            if not state.is_fresh
+        }
 
     def results(self, run: RunDir) -> dict[str, str]:
         """A hash per public file of a run, without times and places; of checkpoints, of their parameters."""

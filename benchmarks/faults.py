@@ -30,6 +30,7 @@ import jax
 
 from benchmarks.fault_table import cases
 from benchmarks.fault_trials import trial
+from benchmarks.fault_wide import wide, wide_cases
 from benchmarks.fault_world import World, permissions, programs_kept, world
 
 
@@ -93,7 +94,8 @@ class Results:
 
 
 def _table(here: World, only: str, results: Results) -> int:
-    wanted = [case for case in cases(here) if fnmatch.fnmatch(case.name, only)]
+    rows = (*cases(here), *wide_cases(wide(here), here))
+    wanted = [case for case in rows if fnmatch.fnmatch(case.name, only)]
     passed = {name: took for name, took in results.passed().items() if name in {c.name for c in wanted}}
     left = [case for case in wanted if case.name not in passed]
     began, broken = time.monotonic(), 0

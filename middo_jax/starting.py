@@ -16,6 +16,7 @@ from middo_jax.data.files import inputs_of
 from middo_jax.parallel.coordination import from_first
 from middo_jax.report.status import unreadable_events
 from middo_jax.rundir import RunDir, RunError, read_jsonl
+from middo_jax.rundir.arms import control_links
 from middo_jax.rundir.chain import chain
 from middo_jax.rundir.damage import damages, refuse_damaged
 from middo_jax.rundir.events import read_events
@@ -93,7 +94,8 @@ def check_start(run: RunDir, session: Session, header: Header) -> Plan:
     config, first = session.config, run.round(0)
     data = inputs_of(config.data)
     links = chain(run, config, session.base, data)
-    refuse_damaged(list(damages(run, links)))
+    arms = [link for link, _ in control_links(run, config, session.base)]
+    refuse_damaged(list(damages(run, [*links, *arms])))
     _refuse_previous_version(run)
     n_unreadable, states = read_events(run.events).n_unreadable, assess(links, config)
     _offer_choice(run, config, *states[0])

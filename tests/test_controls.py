@@ -17,7 +17,7 @@ from middo_jax.config import ConfigError, load
 from middo_jax.loop import run_loop
 from middo_jax.progress import Silent
 from middo_jax.report.status import render_status, status
-from middo_jax.rundir import RunDir, read_jsonl
+from middo_jax.rundir import RunDir, RunError, read_jsonl
 from middo_jax.rundir.arms import control_links
 from middo_jax.rundir.rows import ControlsFile
 from middo_jax.rundir.schemas import faults
@@ -104,6 +104,11 @@ def test_arms_are_trained_once_per_seed_and_compared(
     assert set(stale) == {"control"}
     (run.path / "controls" / "none" / "seed_1" / "checkpoint").mkdir()
     assert any("control arm" in each.why for each in clean(run))
+    merged = run.path / "controls" / "random" / "merged.jsonl"
+    merged.unlink()
+    merged.mkdir()
+    with pytest.raises(RunError, match=r"merged\.jsonl is a folder, not a file: .*--repair"):
+        run_loop(load(None, given(seeds=2)), Silent())
 
 
 @pytest.mark.parametrize(

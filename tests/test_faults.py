@@ -13,6 +13,7 @@ from support.loop_fixture import Finished, fake_answer
 
 from benchmarks.fault_settings import CHANGES
 from benchmarks.fault_table import MAKERS, Case, cases, expected
+from benchmarks.fault_wide import made_by
 from benchmarks.fault_world import World, differences, files, permissions, small_disk
 from middo_jax.cleaning import clean, render_clean
 from middo_jax.config import leaves
@@ -45,6 +46,16 @@ def test_every_file_of_a_run_has_a_maker_by_hand(world: World) -> None:
     assert all(
         any(fnmatch.fnmatch(name, of) for name in names(world)) for of, _ in MAKERS if "evaluations" not in of
     )
+
+
+def test_files_of_arms_benchmarks_and_take_back_have_makers_by_hand() -> None:
+    arm = ["random refine", "seed_0 control"]
+    assert made_by("controls/random") == made_by("controls") == arm
+    assert made_by("controls/random/merged.jsonl") == arm[:1]
+    assert made_by("controls/random/seed_0/manifest.json") == arm[1:]
+    assert made_by("round_01/taken_back.jsonl") == ["round_01 take_back"]
+    assert made_by("final/benchmarks.json") == ["final benchmark"]
+    assert made_by("final/checkpoint/metadata.json") == ["final train"]
 
 
 def names(world: World) -> list[str]:

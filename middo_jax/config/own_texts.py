@@ -57,6 +57,8 @@ def read_texts(setting: str, path: str, shipped: Texts) -> Texts:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" in line {mark.line + 1}"
         raise ConfigError(f"{where}: not YAML{line}: {getattr(error, 'problem', None) or error}") from None
+    except (ValueError, RecursionError) as error:  # an impossible date; nested too deep
+        raise ConfigError(f"{where}: not YAML: {error}") from None
     if not isinstance(tree, Mapping) or not tree:
         raise ConfigError(
             f"{where}: must name texts, some of {', '.join(type(shipped).model_fields)}, as `NAME: TEXT`"

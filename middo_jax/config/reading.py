@@ -77,7 +77,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as e:
         raise ConfigError(f"config: cannot read {path}: {e.strerror}") from e
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date such as 2026-99-99
         raise ConfigError(f"config: {path} is not valid YAML: {e}") from e
     if not isinstance(tree, dict):
         raise ConfigError(f"config: {path} must hold settings as `name: value`, not a {type(tree).__name__}")
@@ -177,7 +177,7 @@ def _parse(override: str | Mapping[str, Any], names: _Names) -> tuple[str | None
         raise ConfigError(f"config: {re.sub('//[^@]*@', '//***@', override)!r} is not of the form a.b=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as e:  # without the value, which may contain a password
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # without the value, which may hold a password
         problem = getattr(e, "problem", None) or type(e).__name__
         raise ConfigError(f"config: the value of {key} is not valid YAML: {problem}") from None
     if isinstance(value, str):  # YAML 1.1 parses 1e-4 as a string.

@@ -134,7 +134,10 @@ def _label_studio(outcome: Outcome) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """One person's verdict on one rewrite. `prompt`, `answer`: as they should be; None: as they are."""
+    """One person's verdict on one rewrite.
+
+    `prompt`, `answer`: as they should be; None: as they are. `where`: file and line, for messages.
+    """
 
     id: str
     verdict: str
@@ -142,6 +145,7 @@ class Judgement:
     answer: str | None = None
     comment: str | None = None
     by: str | None = None
+    where: str = dataclasses.field(default="", compare=False)
 
 
 def judgements(row: Any, where: str) -> list[Judgement]:
@@ -181,7 +185,7 @@ def _judgement(id_: str, said: Mapping[str, Any], where: str) -> Judgement:
         raise DataError(f"{where}: the verdict {verdict!r} is neither {ACCEPT} nor {REJECT}")
     texts = {name: _said(said.get(question)) for name, question in _ANSWERS.items()}
     by = said.get("by")
-    return Judgement(id_, verdict, **texts, by=None if by is None else str(by))
+    return Judgement(id_, verdict, **texts, by=None if by is None else str(by), where=where)
 
 
 _ANSWERS = {"prompt": "new_prompt", "answer": "new_answer", "comment": "comment"}

@@ -47,7 +47,7 @@ from middo_jax.report.status import (
 )
 from middo_jax.report.texts import Spans, excerpt_of, word_diff
 from middo_jax.report.verdicts import refusals
-from middo_jax.rundir import RoundDir, RunDir, write_text
+from middo_jax.rundir import RoundDir, RunDir, RunError, write_text
 from middo_jax.version import __version__
 
 OPS = {
@@ -113,7 +113,7 @@ def _page(run: RunDir, excerpt: int) -> str:
         stages=[s for s in STAGES if any(s in r["stages"] for r in (*state["rounds"], state["final"]))],
         axes=axes,
         settings=settings,
-        settings_text=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+        settings_text=_settings_text(run, settings),
         refused=None if refused is None else refused[:REFUSED_SHOWN],
         n_refused=len(refused or ()),
         recorded_models=sorted({r["recorded"]["model"] for r in rounds if r["recorded"]}),
@@ -128,6 +128,13 @@ def _page(run: RunDir, excerpt: int) -> str:
         curves=training_curves([*folders, run.final]),
         heldout_curves=heldout_curves([*folders, run.final]),
     ).translate(_VISIBLE)  # fmt: skip
+
+
+def _settings_text(run: RunDir, settings: dict[str, Any]) -> str:
+    try:
+        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    except RecursionError as e:
+        raise RunError(f"{run.config}: nested too deep to be shown; repair it or start the run again") from e
 
 
 def _environment(excerpt: int) -> jinja2.Environment:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from middo_jax.report.status import load_json, load_jsonl
-from middo_jax.rundir import RoundDir, RunDir, RunError
-from middo_jax.rundir.schemas import newer
+from middo_jax.report.status import load_jsonl
+from middo_jax.rundir import RoundDir, RunDir
+from middo_jax.rundir.plans import read_plan
 
 
 def planned(run: RunDir) -> dict[str, Any] | None:
@@ -17,13 +17,11 @@ def planned(run: RunDir) -> dict[str, Any] | None:
     apart. None: no round has it, or the files do not have its time.
 
     Raises:
-      RunError: plan.json is not JSON, or a newer program wrote it.
+      RunError: plan.json is not a plan, or a newer program wrote it.
     """
-    plan = load_json(run.plan)
+    plan = read_plan(run.plan)
     if plan is None:
         return None
-    if why := newer(run.plan.name, plan.get("version", 1), run.plan):
-        raise RunError(why)
     folders = [*run.rounds(), run.final]
     return {
         "plan": plan,

@@ -44,7 +44,7 @@ def load_json(path: Path) -> Any | None:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise RunError(
             f"{path}: not valid JSON ({e}); `middo run CONFIG --repair` puts it aside and makes it again"
         ) from e
@@ -71,12 +71,12 @@ def each_row(path: Path, torn_end: bool = False) -> Iterator[Any]:
                 continue
             try:
                 yield json.loads(line)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 if torn_end and not line.endswith(b"\n"):
                     return
                 raise RunError(
                     f"{path}:{number}: not valid JSON ({e}); mend the line, or let `middo run CONFIG "
-                    "--repair` make the file again"
+                    "--repair` put the file aside and do again what is missing then"
                 ) from e
 
 
@@ -95,7 +95,12 @@ def load_settings(run: RunDir) -> dict[str, Any]:
         return {}
     try:
         tree = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise RunError(
+            f"{run.config} cannot be read ({e.strerror or e}); mend it, or let `middo run CONFIG --repair` "
+            "put it aside and write it again"
+        ) from e
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date such as 2026-99-99
         raise RunError(f"{run.config}: not valid YAML ({e}); repair it or start the run again") from e
     if not isinstance(tree, dict):
         raise RunError(f"{run.config}: must contain settings as `name: value`, not a {type(tree).__name__}")
@@ -310,7 +315,7 @@ def render_status(d: dict[str, Any]) -> str:
         *control_lines(d["controls"]),
     ]
     if event := d["last_event"]:
-        below.append(f"last event: {event.get('event', '?')} at {event.get('time', '?')}")
+        below.append(f"last event: {event.get('event') or '?'} at {event.get('time') or '?'}")
     if n := d["unreadable_events"]:
         below.append(unreadable_events(n))
     console.print(printable(f"{d['run']}: {step}", lines=False))

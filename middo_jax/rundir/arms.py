@@ -179,4 +179,7 @@ def control_links(run: RunDir, config: Config, base: Path | None = None) -> list
 
 
 def _count_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else -1
+    try:
+        return path.read_bytes().count(b"\n")
+    except OSError:  # missing; or not a file that can be read, which stops the run elsewhere
+        return -1

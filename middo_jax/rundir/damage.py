@@ -2,7 +2,7 @@
 
 A stage whose files were edited or lost is stale, and the chain redoes it. This module finds the files that
 stop a run: a folder in the place of a file or the reverse, a file that cannot be read, a damaged manifest, a
-checkpoint without its metadata.
+checkpoint without its metadata, and damaged files that no stage makes: a plan, people's verdicts.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from middo_jax.rundir.files import DamagedFile, each_jsonl
 from middo_jax.rundir.layout import RoundDir, RunDir
 from middo_jax.rundir.link import Link
 from middo_jax.rundir.manifest import Manifest, RunError
+from middo_jax.rundir.plans import plan_fault
+from middo_jax.rundir.rows import VerdictRow
+from middo_jax.rundir.schemas import faults_of
 
 FOLDERS = frozenset(("checkpoint", "huggingface"))  # what stages write as folders; all else are files
 ASIDE, ROLLED_BACK = "damaged-", "rolled-back-"  # how the folders of what was put aside begin
@@ -32,16 +36,20 @@ class Damage(NamedTuple):
 def damages(run: RunDir, links: Sequence[Link]) -> Iterator[Damage]:
     """The files and folders of a run that cannot be used, in the order of the stages."""
     folders = list(dict.fromkeys(link.folder.path for link in links))
-    for path in (run.config, run.events, run.llm_cache, run.report, *(RoundDir(f).manifest for f in folders)):
+    of_run = (run.config, run.events, run.llm_cache, run.report, run.plan, run.controls)
+    of_people = (RoundDir(folder).verdicts for folder in folders)
+    for path in (*of_run, *(RoundDir(folder).manifest for folder in folders), *of_people):
         yield from _of(path)
-    for folder in folders:
-        if os.path.lexists(folder) and not folder.is_dir():
-            yield Damage(folder, "is not a folder")
+    for above in dict.fromkeys(path for folder in folders for path in _between(run, folder)):
+        if os.path.lexists(above) and not above.is_dir():
+            yield Damage(above, "is not a folder")
     for link in links:
         for path in (*link.writes, *link.may_write):
             yield from _of(path)
     for folder in folders:
         yield from _of_contents(RoundDir(folder))
+    if run.plan.is_file() and (why := plan_fault(run.plan)) is not None:
+        yield Damage(run.plan, f"is not a plan ({why}; `middo plan CONFIG --save` writes it again)")
 
 
 def refuse_damaged(found: Sequence[Damage]) -> None:
@@ -101,6 +109,12 @@ def _of(path: Path) -> Iterator[Damage]:
             yield Damage(file, f"cannot be read ({error.strerror or error})")
 
 
+def _between(run: RunDir, folder: Path) -> list[Path]:
+    """A folder of a run behind the folders that contain it, the run's aside."""
+    above = folder.relative_to(run.path).parents
+    return [*(run.path / path for path in reversed(above[:-1])), folder]
+
+
 def _of_contents(folder: RoundDir) -> Iterator[Damage]:
     try:
         folder.stages()
@@ -112,5 +126,24 @@ def _of_contents(folder: RoundDir) -> Iterator[Damage]:
         try:
             if not isinstance(json.loads(metadata.read_bytes()), dict):
                 raise ValueError("not an object")
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             yield Damage(folder.checkpoint, "has no readable metadata.json")
+    if folder.verdicts.is_file() and (why := _not_verdicts(folder.verdicts)) is not None:
+        yield Damage(
+            folder.verdicts,
+            f"has people's verdicts and is damaged ({why}; `middo refine {folder.path} --read-review FILE` "
+            "writes it again)",
+        )
+
+
+def _not_verdicts(path: Path) -> str | None:
+    """Why a file does not contain verdicts of people; None if it does."""
+    try:
+        for number, row in enumerate(each_jsonl(path), 1):
+            if found := faults_of(row, VerdictRow, ("id", "verdict", "example", "comment")):
+                return f"row {number}: {found[0]}"
+    except DamagedFile as error:
+        return str(error.__cause__)
+    except OSError:  # reported as a file that cannot be read
+        return None
+    return None

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from middo_jax.rundir.files import is_reader, temporary_prefix
+from middo_jax.rundir.files import is_reader
 from middo_jax.rundir.process import has_ended
 
 _TEMPORARY = re.compile(r"\..+\.tmp-(\d+-[0-9a-f]{8}-[0-9a-f]{8})-\w+")
@@ -40,12 +40,11 @@ def leftovers(root: Path) -> Iterator[Path]:
 
 
 def remove_leftovers_beside(path: Path) -> None:
-    """Removes temporaries for `path` that ended processes left beside it."""
+    """Removes temporaries, of whatever name, that ended processes left in the folder of `path`."""
     if is_reader():
         return
-    begin = temporary_prefix(path).partition("tmp-")[0]
     for entry in _entries(path.parent):
-        if entry.name.startswith(begin) and is_leftover(entry):
+        if is_leftover(entry):
             remove(entry)
 
 

@@ -357,6 +357,19 @@ def _row_faults(value: Any, expected: Any, where: str) -> list[str]:
     return found
 
 
+def faults_of(row: Any, declared: Any, names: Iterable[str]) -> list[str]:
+    """Returns what is missing or wrongly typed among some keys of a row.
+
+    Other keys are not looked at: they may be missing, or be those of a later program.
+    """
+    if not isinstance(row, Mapping):
+        return [f"it is a {type(row).__name__}, not an object"]
+    types, found = keys(declared), list[str]()
+    for name in names:
+        found += faults(row[name], types[name], name) if name in row else [f"{name} is missing"]
+    return found
+
+
 def keys(row: Any) -> dict[str, Any]:
     """Returns the keys of a row with their annotated types, in the declared order."""
     return typing.get_type_hints(row, include_extras=True)

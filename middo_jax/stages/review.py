@@ -11,6 +11,7 @@ from typing import Any
 
 from middo_jax.data.example import Example
 from middo_jax.data.formats import DataError
+from middo_jax.refinement.acceptance.hidden import hidden_character
 from middo_jax.refinement.reply import control_token, plain_lines
 from middo_jax.refinement.review import (
     ARGILLA,
@@ -116,7 +117,8 @@ def read_review(directory: RoundDir, paths: Sequence[Path]) -> Counter[str]:
     Raises:
       RunError: the folder has no finished refinement.
       DataError: a file cannot be read, holds no verdict on these rewrites, or people's edits differ; or an
-        edited text is empty, has a control token, is held out, or is in the dataset already.
+        edited text is empty, has a control token or a character that nobody sees, is held out, or is in the
+        dataset already.
     """
     _require_refined(directory)
     examples = read_dataset(directory)
@@ -159,12 +161,16 @@ def _row(id_: str, outcome: Outcome, said: Sequence[Judgement]) -> VerdictRow:
         row["verdict"] = "reject"
         return row
     for name, text in texts.items():
-        new = {plain_lines(value) for j in said if (value := getattr(j, name)) and not _same(value, text)}
+        new = {
+            plain_lines(value): j.where
+            for j in said
+            if (value := getattr(j, name)) and not _same(value, text)
+        }
         if len(new) > 1:
             raise DataError(f"{id_}: {len(new)} different edits of its {name}; keep one of them")
-        texts[name] = next(iter(new), text)
-        if token := control_token(texts[name], outcome.task.given):
-            raise DataError(f"{id_}: the edited {name} has the control token {token}")
+        for edited, where in new.items():
+            _refuse_unseen(edited, outcome.task.given, f"{where}: {id_}: the edited {name}")
+            texts[name] = edited
     if texts == {"prompt": child.question, "answer": child.response}:
         return row
     # The measurement is of the text before the edit.
@@ -174,6 +180,17 @@ def _row(id_: str, outcome: Outcome, said: Sequence[Judgement]) -> VerdictRow:
     edited = child.replace_text(texts["prompt"], texts["answer"], lineage)
     row["verdict"], row["example"] = "edit", edited.to_json()
     return row
+
+
+def _refuse_unseen(text: str, given: str, what: str) -> None:
+    """Raises DataError for a control token, or a character that nobody sees, which the originals lack."""
+    found = control_token(text, given)
+    if found is not None:
+        raise DataError(f"{what} has the control token {found}")
+    if (hidden := hidden_character(text, given)) is not None:
+        raise DataError(
+            f"{what} has the {hidden.kind} {hidden.code}, which nobody sees; remove it, or reject the rewrite"
+        )
 
 
 def _same(one: str, other: str) -> bool:

@@ -155,12 +155,14 @@ def measure_samples(
         **({} if before is None else {"pre_identity": before.identity, "n_kept": before.n_kept}),
         "passes": {name: dataclasses.asdict(facts) for name, facts in passes.facts.items()},
     }
-    _require_scores(session, table, axes)
+    _require_scores(session, table, axes, pre_model)
     return Scored(with_computed(table, axes), embedding_nd, of_measuring)
 
 
-def _require_scores(session: Session, table: pa.Table, axes: Collection[str]) -> None:
+def _require_scores(session: Session, table: pa.Table, axes: Collection[str], pre_model: Path | None) -> None:
     """Raises RunError if a column that an axis needs holds no number for any sample.
+
+    Without `pre_model` there is no loss_pre, and complexity is not selected by.
 
     Single samples without a number are named in the column `error`, and no axis selects them. Sampled ratings
     may all be unreadable, as a small model's often are: then a line reports that quality selects nothing.
@@ -168,6 +170,7 @@ def _require_scores(session: Session, table: pa.Table, axes: Collection[str]) ->
     n, wanted = len(table), ["loss_post"]
     wanted += ["knn_mean_sim"] if "diversity" in axes and n > 1 else []
     wanted += ["quality"] if "quality" in axes else []
+    wanted += ["loss_pre"] if "complexity" in axes and pre_model is not None else []
     for name in wanted:
         if not n or table[name].null_count < n:
             continue
@@ -176,9 +179,10 @@ def _require_scores(session: Session, table: pa.Table, axes: Collection[str]) ->
                 f"none of the judge's ratings of {n:,} samples can be read: none is low_quality"
             )
             continue
+        model = f"The model before training, {pre_model}," if name == "loss_pre" else "The model"
         raise RunError(
             f"none of the {n:,} samples has a finite {name}: nothing can be selected by such scores, and "
-            "nothing was written. The model computes NaN for all of them; try model.dtype=float32"
+            f"nothing was written. {model} computes NaN for all of them; try model.dtype=float32"
         )
 
 

@@ -8,6 +8,7 @@ checkpoint/
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ from middo_jax.models.model import Params
 from middo_jax.parallel.coordination import from_first
 from middo_jax.rundir import RunError
 from middo_jax.rundir.files import full_disk_named
+from middo_jax.training.identity import values_of_arrays
 
 _log = logging.getLogger(__name__)
 
@@ -76,10 +78,21 @@ class TrainingCheckpoints:
     copied, so the next step could not reuse their memory and would need twice as much: save synchronously.
     """
 
-    def __init__(self, directory: str | Path, identity: str, *, asynchronous: bool) -> None:
-        """`identity` names the training: a checkpoint with another one is never continued."""
+    def __init__(
+        self, directory: str | Path, identity: str, *, asynchronous: bool, logs: Sequence[Path] = ()
+    ) -> None:
+        """Opens the checkpoints of a training.
+
+        Args:
+          directory: the folder `checkpoint`.
+          identity: names the training: a checkpoint with another one is never continued.
+          asynchronous: whether a save goes on in the background.
+          logs: files of the training that grow at their ends. A checkpoint is continued only if they still
+            begin with what they contained when it was saved.
+        """
         self._directory = Path(directory).absolute()
         self._identity = identity
+        self._logs = tuple(logs)
         self._policy = _NewestAndBest()
         self._orbax = _Manager(
             self._directory / "steps",
@@ -115,7 +128,14 @@ class TrainingCheckpoints:
                 args=ocp.args.Composite(
                     trained=ocp.args.PyTreeSave(state.trained),
                     optimizer=ocp.args.PyTreeSave(state.opt_state),
-                    about=ocp.args.JsonSave({"identity": self._identity}),
+                    about=ocp.args.JsonSave(
+                        {
+                            "identity": self._identity,
+                            # Arrays are saved without compression, so Orbax would not notice a flipped bit.
+                            "checksums": values_of_arrays((state.trained, state.opt_state)),
+                            "logs": {path.name: _start(path) for path in self._logs if path.exists()},
+                        }
+                    ),
                 ),
             )
 
@@ -129,22 +149,43 @@ class TrainingCheckpoints:
           opt_state: shapes and shardings, as for `trained`.
 
         Raises:
-          RunError: the checkpoint belongs to another training.
+          RunError: the checkpoint belongs to another training, or a log was edited.
         """
         for step in sorted(self._orbax.all_steps(), reverse=True):
             try:
-                about = ocp.args.Composite(about=ocp.args.JsonRestore())
-                if self._orbax.restore(step, args=about)["about"] == {"identity": self._identity}:
+                wanted = ocp.args.Composite(about=ocp.args.JsonRestore())
+                about = dict(self._orbax.restore(step, args=wanted)["about"])
+                state = None
+                if about["identity"] == self._identity:
                     arrays = {"trained": arrays_into(trained), "optimizer": arrays_into(opt_state)}
                     found = self._orbax.restore(step, args=ocp.args.Composite(**arrays))
-                    return TrainState(step, found["trained"], found["optimizer"])
+                    state = TrainState(step, found["trained"], found["optimizer"])
+                    known = about.get("checksums")  # earlier versions saved none
+                    if known is not None and known != values_of_arrays((state.trained, state.opt_state)):
+                        raise ValueError("its values are not those that were saved")
             except NOT_THE_FILES:
                 raise
             except Exception as error:  # Orbax raises even plain `Exception` on a damaged file
                 self._set_aside(step, error)
             else:
-                raise another_training(self._directory)
+                if state is None:
+                    raise another_training(self._directory)
+                self._require_logs(step, about.get("logs", {}))
+                return state
         return None
+
+    def _require_logs(self, step: int, known: Mapping[str, Any]) -> None:
+        """Raises RunError if a log does not begin as it was when a step was saved."""
+
+        def edited() -> list[str]:
+            of = [(path, known[path.name]) for path in self._logs if path.name in known]
+            return [str(path) for path, start in of if _start(path, start["bytes"]) != start]
+
+        if wrong := from_first("training: logs", edited):
+            raise RunError(
+                f"{wrong[0]} was edited or lost since step {step} of this training was saved; put it back, "
+                f"or remove {self._directory} to train from the start"
+            )
 
     def _set_aside(self, step: int, error: Exception) -> None:
         found = self._directory / "steps" / str(step)
@@ -184,6 +225,12 @@ class TrainingCheckpoints:
             save_params(aside, found["trained"], placed(aside) | {"step": best})
         save_params(self._directory, state.trained, placed(self._directory) | {"step": state.step})
         remove_steps(self._directory)
+
+
+def _start(path: Path, n_bytes: int | None = None) -> dict[str, Any]:
+    """Size and SHA-256 of a file, or of its first bytes; of a missing one as of an empty one."""
+    start = path.read_bytes()[:n_bytes] if path.exists() else b""
+    return {"bytes": len(start), "sha256": hashlib.sha256(start).hexdigest()}
 
 
 def remove_steps(directory: Path) -> None:

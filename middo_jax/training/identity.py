@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from middo_jax.config import affecting
-from middo_jax.models.model import Model, Params
+from middo_jax.models.model import Model
 from middo_jax.parallel.hosts import to_host
 from middo_jax.training.plan import TrainingPlan
 
@@ -44,19 +45,26 @@ def of_model(model: Model) -> str:
 
 def values_of(model: Model) -> list[int]:
     """Returns the checksums of a model's parameters, on every host."""
-    return np.stack(to_host(checksums(model.params))).tolist()
+    return values_of_arrays(model.params)
+
+
+def values_of_arrays(arrays: Any) -> list[int]:
+    """Returns the checksums of all arrays of a tree, on every host."""
+    return np.stack(to_host(checksums(arrays))).tolist()
 
 
 @jax.jit
-def checksums(params: Params) -> list[jax.Array]:
-    """Returns a uint32 per parameter: the sum modulo 2**32 of each value's bits, mixed with its indices.
+def checksums(params: Any) -> list[jax.Array]:
+    """Returns a uint32 per array: the sum modulo 2**32 of each value's bits, mixed with its indices.
 
     Unlike a sum of floats, it does not depend on the order in which devices and processes add. The mixing is
     MurmurHash3's finalizer.
     """
 
     def checksum(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
+        bits = x
+        if x.dtype.itemsize > 1:
+            bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
         mixed = bits.astype(jnp.uint32)
         for axis in range(x.ndim):
             mixed = 31 * mixed + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)

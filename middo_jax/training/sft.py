@@ -111,9 +111,9 @@ def _run(
     in_background = mesh.devices.flat[0].platform != "cpu"
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoint = out_dir / "checkpoint"
+        checkpoint, logs = out_dir / "checkpoint", (out_dir / "metrics.jsonl", out_dir / "evaluations.jsonl")
         checkpoints = stack.enter_context(
-            TrainingCheckpoints(checkpoint, identity, asynchronous=in_background)
+            TrainingCheckpoints(checkpoint, identity, asynchronous=in_background, logs=logs)
         )
         stop_if_told = stack.enter_context(deferred_stops())
         begun = _begin(model, plan, checkpoints, chunk)

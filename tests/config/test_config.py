@@ -131,6 +131,8 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("noequals", r"'noequals' is not of the form a\.b=value"),
         ("=1", r"not of the form"),
         ("name=[", r"not valid YAML"),
+        ("name=" + "[" * 5000, r"the value of name is not valid YAML: RecursionError"),
+        ("name=2026-99-99", r"the value of name is not valid YAML: ValueError"),
     ],
 )
 def test_errors_name_the_setting(override: str, message: str) -> None:
@@ -159,7 +161,9 @@ def test_what_is_missing_is_named() -> None:
     ("text", "message"),
     [
         ("- a\n- b\n", "must hold settings as `name: value`, not a list"),
-        ("a: [", "not valid YAML"),
+        ("a: [", r"c\.yaml is not valid YAML"),
+        ("a: " + "[" * 5000, r"c\.yaml is not valid YAML"),
+        ("a: 2026-99-99", r"c\.yaml is not valid YAML"),
         ("", "missing"),
     ],
 )

@@ -12,6 +12,7 @@ from support.synthetic_run import write_run
 from middo_jax.report.build import page
 from middo_jax.report.planned import planned
 from middo_jax.rundir import RunDir, RunError, read_jsonl, write_json, write_jsonl
+from middo_jax.rundir.damage import damages, put_aside
 
 
 def stage(name: str, seconds: float | None) -> dict[str, Any]:
@@ -55,3 +56,36 @@ def test_a_newer_plan_is_refused(tmp_path: Path) -> None:
     run = with_plan(write_run(tmp_path / "demo"), [], version=99)
     with pytest.raises(RunError, match=r"plan\.json has format version 99"):
         planned(run)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"half": ',
+        "[" * 100_000,
+        "NaN",
+        '{"version": "1"}',
+        '{"topology": "v5e:8x8", "chips": 64, "rows": 240, "hours": 1, "chip_hours": NaN, "usd": null}',
+        '{"topology": "v5e:8x8", "chips": 64, "rows": 240, "hours": 1, "chip_hours": 1.0, "usd": null, '
+        '"stages": [{"stage": "train"}]}',
+    ],
+)
+def test_what_is_no_plan_is_refused_and_repair_puts_it_aside(tmp_path: Path, content: str) -> None:
+    run = write_run(tmp_path / "demo", n_rows=40)
+    run.plan.write_text(content, encoding="utf-8")
+    with pytest.raises(RunError, match=r"plan\.json: not a plan \(.*--repair"):
+        page(run)
+    [found] = damages(run, [])
+    assert found.path == run.plan
+    put_aside(run, [found.path])
+    assert "Planned and measured" not in page(run)
+
+
+def test_a_plan_may_lack_what_the_report_does_not_show_and_a_newer_one_is_no_damage(tmp_path: Path) -> None:
+    run = with_plan(RunDir(tmp_path), [stage("train", None)])
+    assert planned(run) is not None
+    assert list(damages(run, [])) == []
+    with_plan(run, [], version=99)
+    assert list(damages(run, [])) == []

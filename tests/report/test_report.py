@@ -460,6 +460,27 @@ def test_torn_lines_of_the_log_are_counted_and_harm_nothing(run: RunDir) -> None
         status(run)
 
 
+@pytest.mark.parametrize("line", ['{"event": "x"}', '{"time": null, "event": null}', '{"event": ["x"]}'])
+def test_a_line_of_the_log_may_lack_what_the_page_shows(run: RunDir, line: str) -> None:
+    run.events.write_text(line + "\n", encoding="utf-8")
+    assert " at ?" in Page(page(run)).words
+    assert " at ?" in render_status(status(run))
+
+
+@pytest.mark.parametrize("levels", [400, 5000])  # too deep to be written, and to be read
+def test_settings_that_are_nested_too_deep_are_named(run: RunDir, levels: int) -> None:
+    run.config.write_text("a: " + "[" * levels + "]" * levels, encoding="utf-8")
+    with pytest.raises(RunError, match=r"config\.yaml: (not valid YAML|nested too deep)"):
+        page(run)
+
+
+def test_settings_that_cannot_be_read_are_named(run: RunDir) -> None:
+    run.config.unlink()
+    run.config.mkdir()
+    with pytest.raises(RunError, match=r"config\.yaml cannot be read .*--repair"):
+        status(run)
+
+
 def test_rendered_status_is_plain_text(run: RunDir) -> None:
     run.log("\x1b[31mred [bold]b[/bold]\n")
     text = render_status(status(run))

@@ -51,6 +51,18 @@ def test_the_next_export_to_the_same_place_removes_the_last_ones_copy(tmp_path: 
         assert list((tmp_path / "final").iterdir()) == [directory]
 
 
+def test_an_export_removes_what_killed_ones_left_beside_it_under_any_name(tmp_path: Path) -> None:
+    place = process.mark().split("-")[2]
+    ended, ours = f"{2**22 + 1}-00000000-{place}", process.mark()
+    for mark in (ended, ours):
+        (tmp_path / f".other.tmp-{mark}-x").mkdir()
+        (tmp_path / f".other.tmp-{mark}-x" / "model.safetensors").touch()
+    (tmp_path / ".mine").mkdir()
+    with new_directory(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", f".other.tmp-{ours}-x", "out"]
+
+
 def test_what_belongs_to_others_stays(tmp_path: Path) -> None:
     """A living process's, and one of another machine until it is a day old."""
     ours = tmp_path / f".a.tmp-{process.mark()}-x"

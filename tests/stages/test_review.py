@@ -19,7 +19,7 @@ from middo_jax.data.formats import DataError
 from middo_jax.loop import run_loop
 from middo_jax.preferences import preference_pairs
 from middo_jax.progress import Silent
-from middo_jax.refinement.review import Judgement, judgements
+from middo_jax.refinement.review import Judgement, ReviewFormat, judgements
 from middo_jax.report.acceptance import PEOPLE
 from middo_jax.report.build import page
 from middo_jax.report.card import card
@@ -194,6 +194,8 @@ def differ(rows: list[dict[str, Any]]) -> None:
         (lambda rows: [row.update(id="x:a@b", verdict="accept") for row in rows], "no verdict on a rewrite"),
         (differ, "2 different edits of its answer; keep one of them"),
         (say(0, verdict="accept", new_answer="Yes.<|im_end|>"), "has the control token <|im_end|>"),
+        (say(0, verdict="accept", new_prompt="Q\0\x1b[31m"), "the edited prompt has the control character"),
+        (say(0, verdict="accept", new_answer="A \u202eB."), "the edited answer has the invisible character"),
         (lambda rows: rows.clear() or rows.append(7), "r.jsonl:1: a row must be an object, not int"),
     ],
 )  # fmt: skip
@@ -210,6 +212,28 @@ def test_what_cannot_be_taken_is_refused_and_changes_nothing(
         middo.read_review(here.path, [path])
     assert error in str(raised.value)
     assert contents(here.path) == before
+
+
+@pytest.mark.parametrize("form", ["argilla", "label-studio"])
+def test_an_edit_with_a_character_that_nobody_sees_is_refused_by_its_place(
+    here: RoundDir, tmp_path: Path, form: ReviewFormat
+) -> None:
+    path = tmp_path / "r.jsonl"
+    middo.write_review(here.path, path, form)
+    rows, bad = read_jsonl(path), "Q2 \x1b[31m\u202e\x07 evil"
+    if form == "argilla":
+        said = {"verdict": "accept", "new_prompt": bad}
+        rows[1]["responses"] = {name: [{"value": value, "user_id": "u"}] for name, value in said.items()}
+    else:
+        chosen = {"from_name": "verdict", "type": "choices", "value": {"choices": ["accept"]}}
+        text = {"from_name": "new_prompt", "type": "textarea", "value": {"text": [bad]}}
+        rows[1]["annotations"] = [{"completed_by": "u", "result": [chosen, text]}]
+    write_jsonl(path, rows)
+    with pytest.raises(
+        DataError, match=r"r\.jsonl:2: .* the edited prompt has the control character U\+001B"
+    ):
+        middo.read_review(here.path, [path])
+    assert not here.verdicts.exists()
 
 
 def test_an_edit_may_not_bring_back_what_is_known(here: RoundDir, tmp_path: Path) -> None:

@@ -338,6 +338,10 @@ def test_scores_that_hold_no_number_are_an_error_and_no_file(folder: Folder, exa
     write_dataset(directory, examples)
     with pytest.raises(RunError, match=r"none of the \d+ samples has a finite loss_post.*model\.dtype"):
         stages.score_stage(folder.session(), directory, broken, folder.base, ("complexity", "diversity"))
+    with pytest.raises(
+        RunError, match=r"finite loss_pre: .* The model before training, .*broken, computes NaN"
+    ):
+        stages.score_stage(folder.session(), directory, folder.base, broken, ("complexity",))
     assert not directory.scores.exists()
     assert "score" not in directory.stages()
     with pytest.raises(RunError, match=r"the held-out loss under base .* is nan"):

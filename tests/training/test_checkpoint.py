@@ -208,6 +208,44 @@ def test_a_damaged_state_is_set_aside_with_a_warning(tmp_path: Path, caplog: pyt
     assert read_metadata(tmp_path) == expected
 
 
+def test_a_state_with_a_flipped_bit_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Orbax itself reads it without a word."""
+    mesh = mesh_of(1, 1, 1)
+    with TrainingCheckpoints(tmp_path, "a", asynchronous=True) as checkpoints:
+        checkpoints.save(state_at(3, mesh))
+    largest = max((tmp_path / "steps" / "3" / "trained").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    largest.write_bytes(bytes(data))
+    with (
+        caplog.at_level(logging.WARNING),
+        TrainingCheckpoints(tmp_path, "a", asynchronous=True) as checkpoints,
+    ):
+        assert checkpoints.restore(*targets(mesh)) is None
+    assert "its values are not those that were saved" in caplog.text
+
+
+def test_a_training_is_continued_only_with_the_lines_that_it_has_written(tmp_path: Path):
+    mesh, log = mesh_of(1, 1, 1), tmp_path / "metrics.jsonl"
+
+    def restored() -> TrainState | None:
+        with TrainingCheckpoints(tmp_path / "c", "a", asynchronous=True, logs=[log]) as checkpoints:
+            return checkpoints.restore(*targets(mesh))
+
+    log.write_text("1\n2\n", encoding="utf-8")
+    with TrainingCheckpoints(tmp_path / "c", "a", asynchronous=True, logs=[log]) as checkpoints:
+        checkpoints.save(state_at(2, mesh))
+    log.write_text("1\n2\n3\n", encoding="utf-8")  # of a step that is not saved
+    assert restored() is not None
+    for text in ("1\n7\n3\n", "1\n", ""):
+        log.write_text(text, encoding="utf-8")
+        with pytest.raises(RunError, match=r"metrics\.jsonl was edited or lost since step 2 .*put it back"):
+            restored()
+    log.unlink()
+    with pytest.raises(RunError, match=r"edited or lost"):
+        restored()
+
+
 def test_killed_while_saving_leaves_the_state_before(tmp_path: Path):
     program = f"""
         import os, sys

@@ -21,7 +21,7 @@ from middo_jax.data.turns import KEYS, ROLES, WEIGHTS, Row, keys_of, listed, wei
 _CALL = "call"
 _NAMES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # The columns with turns, the keys and the names of roles that each format usually has.
-_COLUMNS = {
+_COLUMNS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),

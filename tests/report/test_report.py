@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from markupsafe import escape
 from support.report_page import Page
 from support.synthetic_run import write_run
 
 from middo_jax.progress import duration
 from middo_jax.report import plots
-from middo_jax.report.build import PAGE_BYTES, REFUSED_SHOWN, build, page
+from middo_jax.report.build import EXCERPTS, PAGE_BYTES, REFUSED_SHOWN, build, page
 from middo_jax.report.lineage import score_rows, trace
 from middo_jax.report.status import render_status, status
 from middo_jax.report.texts import word_diff
@@ -71,7 +72,7 @@ def test_the_page_is_a_function_of_the_folder(finished: RunDir, tmp_path: Path) 
     assert page(copy) == page(finished)
 
 
-def test_long_texts_are_shown_in_excerpts(run: RunDir) -> None:
+def test_long_texts_are_shown_in_excerpts(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines of 1 MB, in every file whose texts are shown, leave the page small, and quick to make."""
     long = "<&\u00e9> word " * 80_000
     for folder in run.rounds():
@@ -94,6 +95,9 @@ def test_long_texts_are_shown_in_excerpts(run: RunDir) -> None:
     assert len(html.encode()) < PAGE_BYTES
     assert Page(html).unclosed == []
     assert re.search(r"\[\.\.\. and [\d,]+ more characters\]", html)
+    assert str(escape(long[: EXCERPTS[0] + 1])) not in html
+    monkeypatch.setattr("middo_jax.report.build.PAGE_BYTES", len(html.encode()) - 1)
+    assert len(page(run)) < len(html)
 
 
 def test_of_many_refused_rows_the_first_are_shown(run: RunDir) -> None:

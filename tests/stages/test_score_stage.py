@@ -353,7 +353,7 @@ def test_scores_that_hold_no_number_are_an_error_and_no_file(folder: Folder, exa
 )
 def test_a_column_that_an_axis_needs_may_not_be_empty(folder: Folder, name: str, axis: str) -> None:
     numbers = {"loss_post": [1.0, 2.0], "knn_mean_sim": [0.1, 0.2], "quality": [5.0, None]}
-    _require_scores(folder.session(), pa.table(numbers), {axis})
+    _require_scores(folder.session(), pa.table(numbers), {axis}, None)
     empty = pa.table(numbers | {name: pa.nulls(2, pa.float64())})
     with pytest.raises(RunError, match=f"none of the 2 samples has a finite {name}"):
-        _require_scores(folder.session(), empty, {axis})
+        _require_scores(folder.session(), empty, {axis}, None)

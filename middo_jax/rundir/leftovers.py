@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from middo_jax.rundir.elsewhere import size_elsewhere
 from middo_jax.rundir.files import is_reader, temporary_prefix
 from middo_jax.rundir.process import has_ended
 
@@ -71,9 +72,9 @@ def remove(path: Path) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Bytes of a file, or of all files below a folder, with those that are left in its bucket."""
     files = [path] if not path.is_dir() or path.is_symlink() else [p for p in path.rglob("*") if p.is_file()]
-    total = 0
+    total = size_elsewhere(path)
     for file in files:
         with contextlib.suppress(FileNotFoundError):
             total += file.lstat().st_size

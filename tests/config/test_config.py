@@ -445,7 +445,17 @@ def test_defaults_are_those_of_the_alternative_that_is_the_default() -> None:
     assert (default_of("train.on_bad_step"), default_of("no.such")) == ({"stop": 3.0}, None)
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/runs", "gs:/bucket/runs", "s3://bucket", "file:///tmp/runs"])
-def test_runs_lie_on_this_machine(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"runs_dir: .* is a URL; buckets are not supported yet"):
+@pytest.mark.parametrize("url", ["gs://bucket/runs", "gs:/bucket/runs", "s3://bucket"])
+def test_runs_lie_in_folders_and_buckets(url: str) -> None:
+    assert load(None, [*NEEDED, f"runs_dir={url}", "name=mine"]).place == f"{url}/mine"
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/runs", "http://host/runs", "gs://"])
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"runs_dir: .* give a folder on this machine, gs://BUCKET/FOLDER"):
         load(None, [*NEEDED, f"runs_dir={url}"])
+
+
+def test_the_cache_of_answers_is_a_file_on_this_machine() -> None:
+    with pytest.raises(ConfigError, match=r"refine\.cache: .* SQLite needs a file on this machine"):
+        load(None, [*NEEDED, "refine.cache=s3://bucket/llm_cache.sqlite"])

@@ -64,9 +64,9 @@ class Lease:
 
     def _refresh(self) -> None:
         """Writes the lock anew if it is still this process's. A server that is away is an error, no loss."""
-        began = time.monotonic()
-        if began - self._refreshed > EXPIRES_S or (other := _owner(self._store)) != self._owner:
-            now = "" if began - self._refreshed > EXPIRES_S else f"; now it is locked by {other}"
+        began, other = time.monotonic(), _owner(self._store)
+        if began - self._refreshed > EXPIRES_S or other != self._owner:
+            now = "" if other in (None, self._owner) else f"; now it is locked by {other}"
             self._lost = (
                 f"{self._store.place}: this process could not keep its lock, and writes no more there"
                 f"{now}. The same command resumes from what is in the bucket"

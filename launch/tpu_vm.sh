@@ -15,10 +15,6 @@ them, follows the log of worker 0, copies the run's folder to this machine and d
 preempted is deleted and requested again, and the run resumes from its folder in the bucket. The slice is deleted
 whatever happens: at the end, after an error, on Ctrl-C, SIGTERM or a closed terminal.
 
-NOT READY: the program does not read or write buckets yet, and refuses a runs_dir of gs://. The hosts of a slice
-share no disk. So the run ends with an error, until buckets are supported or the hosts mount a shared file system,
-which this script does not do (docs/pods.md).
-
   --name NAME             name of the slice and of the run: lower case letters, digits, hyphens
   --zone ZONE             for example us-west4-a
   --type TYPE             accelerator type: v5litepod-16, v6e-64, v5p-128, v4-8
@@ -300,7 +296,6 @@ else
 fi
 trap clean_up EXIT
 exit_on_signals
-say "WARNING: middo does not support buckets yet: a run with runs_dir=$runs ends with an error (docs/pods.md)"
 confirm "request $name?"
 pack
 

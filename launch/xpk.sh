@@ -15,10 +15,6 @@ copies the run's folder to this machine and deletes the workload. A preempted ru
 and resumes from its folder in the bucket. The workload is deleted at the end, after an error and on Ctrl-C; the
 cluster stays, and costs what it costs.
 
-NOT READY: the program does not read or write buckets yet, and refuses a runs_dir of gs://. So the run ends with an
-error, until buckets are supported or the pods mount a shared file system, which this script does not do; with
-launch/jobset.yaml they mount one over NFS (docs/pods.md).
-
   --name NAME             name of the run; the workload gets the time of day behind it
   --cluster CLUSTER       the cluster
   --zone ZONE             its zone
@@ -116,7 +112,6 @@ clean_up() {
 
 say "$slices x $type on $cluster"
 say_price $((chips * slices)) "$price"
-say "WARNING: middo does not support buckets yet: a run with runs_dir=$runs ends with an error (docs/pods.md)"
 confirm "submit $workload?"
 [[ -n $dry_run ]] || work=$(mktemp -d)
 trap clean_up EXIT

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from middo_jax import refinement, stages
+from middo_jax.buckets import here, working
 from middo_jax.config import Config, ConfigError, SettingsLike, layers_of, load
 from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.config.axis_table import axis_names, scored_axes
@@ -75,8 +76,10 @@ def run(config: Config | PathLike, settings: SettingsLike = None, *, repair: boo
         config = load(None, [*layers_of(config), *layers_of(settings)])
     else:
         config = load_config(config, settings)
-    done = run_loop(config, for_stderr(), repair)
-    return Run(done.path, done.report, status(done))
+    progress = for_stderr()
+    with working(config.place, progress.say) as folder:
+        done = run_loop(config, progress, repair, folder)
+        return Run(done.path, done.report, status(done))
 
 
 def quickstart(settings: SettingsLike = None) -> tuple[Path, list[str | Mapping[str, Any]]]:
@@ -85,8 +88,8 @@ def quickstart(settings: SettingsLike = None) -> tuple[Path, list[str | Mapping[
     data, nowhere = {"data.path": str(shipped() / DATA)}, {"model.path": ""}
     own = load(shipped() / CONFIG, [data, nowhere, *layers]).model.path
     # The demo model is searched and downloaded only if the settings name no other model.
-    here = {**data, "model.path": own or demo_model()}
-    return shipped() / CONFIG, [here, *layers]
+    named = {**data, "model.path": own or demo_model()}
+    return shipped() / CONFIG, [named, *layers]
 
 
 def score(
@@ -122,9 +125,8 @@ def score(
       RunLocked: another process writes into `out`.
     """
     require_axes(axes or ())
-    place = None if out is None else local(Path(out))
     model_path = resolve(os.fspath(model))
-    with contextlib.nullcontext() if place is None else held(place):
+    with _locked(out) as place:
         session = session_for(model_path, _path(rows), settings, place).settled()
         axes = scored_axes(session.config) if axes is None else axes
         stages.check_own_texts(session.config)
@@ -235,8 +237,8 @@ def train(rows: RowsLike, model: PathLike, out: PathLike, *, settings: SettingsL
       RunError: the folder belongs to a run.
       TrainingDiverged, OutOfMemory: the message says what to do.
     """
-    place, model_path = local(Path(out)), resolve(os.fspath(model))
-    with held(place):
+    model_path = resolve(os.fspath(model))
+    with working(out, for_stderr().say) as place, held(place):
         session = session_for(model_path, _path(rows), settings, place).settled()
         data = read_data(session, None if _path(rows) else rows)
         kept, heldout, rejections, *_ = prepare(session, data)
@@ -316,12 +318,14 @@ def export(
       FileExistsError: `out` is not empty.
       CheckpointError: the export's logits differ from the model's; the export is removed.
     """
-    source, directory = Path(checkpoint), local(Path(out))
-    if adapter:
-        stages.export_adapter(source, directory, dtype)
-        return Exported(directory, None)
-    facts = stages.export_checkpoint(source, directory, dtype, for_stderr(), verify=verify)
-    return Exported(directory, facts)
+    source, progress = Path(here(os.fspath(checkpoint))), for_stderr()
+    with working(out, progress.say) as place:
+        directory = local(place)
+        if adapter:
+            stages.export_adapter(source, directory, dtype)
+            return Exported(directory, None)
+        facts = stages.export_checkpoint(source, directory, dtype, progress, verify=verify)
+        return Exported(directory, facts)
 
 
 def plan(config: Config, request: Request, rows: int | None = None, tokens: float | None = None) -> Plan:
@@ -354,16 +358,27 @@ def plan(config: Config, request: Request, rows: int | None = None, tokens: floa
 def save_plan(found: Plan) -> Path:
     """Writes a plan into its run's folder as plan.json, which the report shows beside the measured times."""
     config = found.job.config
-    run = RunDir(Path(config.runs_dir) / config.name)
-    run.path.mkdir(parents=True, exist_ok=True)
-    write_json(run.plan, found.to_json())
-    return run.plan
+    with working(config.place, for_stderr().say) as folder:
+        run = RunDir(folder)
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_json(run.plan, found.to_json())
+        return run.plan
 
 
 def require_axes(axes: Collection[str], name: str = "axes") -> None:
     """Raises ValueError if an axis is unknown; `name` is the user's name of the argument."""
     if unknown := [axis for axis in axes if axis not in axis_names()]:
         raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(axis_names())}")
+
+
+@contextlib.contextmanager
+def _locked(out: PathLike | None) -> Iterator[Path | None]:
+    """The folder for results, in which no other process can write meanwhile; None without one."""
+    if out is None:
+        yield None
+        return
+    with working(out, for_stderr().say) as place, held(place):
+        yield place
 
 
 def _path(rows: RowsLike) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from middo_jax.buckets import shown
 from middo_jax.config import stored
 from middo_jax.report.status import load_settings, require_run
 from middo_jax.rundir import RoundDir, RunDir, held
@@ -48,11 +49,11 @@ def clean(run: RunDir, yes: bool = False) -> list[Removable]:
 
 def render_clean(found: list[Removable], run: RunDir, yes: bool) -> str:
     """The list as text, with its sum and what to do next."""
-    lines = [f"{shown_size(each.size):>9}  {each.path}: {each.why}" for each in found]
+    lines = [f"{shown_size(each.size):>9}  {shown(each.path)}: {each.why}" for each in found]
     total = shown_size(sum(each.size for each in found))
     if not found:
-        return f"{run.path}: nothing can be removed"
-    end = f"{total} removed" if yes else f"{total} can be removed: middo clean {run.path} --yes"
+        return f"{shown(run.path)}: nothing can be removed"
+    end = f"{total} removed" if yes else f"{total} can be removed: middo clean {shown(run.path)} --yes"
     return "\n".join([*lines, end])
 
 

@@ -18,7 +18,7 @@ from middo_jax.config import Config
 from middo_jax.data.example import Example
 from middo_jax.models.config import read_config
 from middo_jax.models.parameters import parameters
-from middo_jax.parallel.coordination import barrier, from_first
+from middo_jax.parallel.coordination import barrier, from_first, on_each_disk
 from middo_jax.report.controls import Cost, summarise
 from middo_jax.rundir import RoundDir, RunDir, read_jsonl, write_json
 from middo_jax.rundir.arms import (
@@ -75,13 +75,13 @@ def _train_seed(session: Session, run: RunDir, link: Link, heldout: Sequence[Exa
     start = link.models["start"]
     assert start is not None
     if not from_first(f"{link.where}: checkpoint", here.checkpoint.exists):
-        from_first(f"{link.where}: remove", lambda: stages.remove_training(here))
+        on_each_disk(f"{link.where}: remove", lambda: stages.remove_training(here))
     with session.stage():
         n_steps = stages.count_steps(session, read_dataset(run.final))
         stages.train_stage(session, here, start, heldout, restart=True, n_steps=n_steps)
         losses = stages.measure_heldout(session, here, {here.arm: here.checkpoint}, heldout)
     barrier(f"{link.where}: measured")  # no process reads the checkpoint any more
-    from_first(f"{link.where}: forget", lambda: _forget_model(here))
+    on_each_disk(f"{link.where}: forget", lambda: _forget_model(here))
     begun.finish(session.config, time.monotonic() - began, losses=losses, n_steps=n_steps)
 
 

@@ -32,13 +32,14 @@ from middo_jax.stage_functions import FUNCTIONS, Stage
 from middo_jax.starting import PREPARE, Header, Plan, check_start, facts_of
 
 
-def run_loop(config: Config, progress: Progress, repair: bool = False) -> RunDir:
+def run_loop(config: Config, progress: Progress, repair: bool = False, folder: Path | None = None) -> RunDir:
     """Runs all rounds, or what is left of them; returns the run's folder with its report.
 
     Args:
       config: the settings.
       progress: shows how far the run is.
       repair: whether damaged files are put aside, so that what is missing then is done again.
+      folder: the copy of a run in a bucket; None: the settings name the folder.
 
     Raises:
       RunLocked: another process writes into the folder.
@@ -47,7 +48,7 @@ def run_loop(config: Config, progress: Progress, repair: bool = False) -> RunDir
       ValueError, RuntimeError: a stage failed; the message says what to do, and finished stages stay
         finished. What can be checked before the first stage is checked before the folder is made or changed.
     """
-    run = RunDir(Path(config.runs_dir) / config.name)
+    run = RunDir(folder or config.place)
     with held(run.path, progress.say), full_disk_named(run.path):
         if repair:
             from_first("repair", lambda: _repair(run, config, progress))

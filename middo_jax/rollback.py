@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from middo_jax.buckets import shown
 from middo_jax.report.build import build
 from middo_jax.report.status import require_run
 from middo_jax.rundir import RunDir, RunError, held
@@ -68,17 +69,18 @@ def _later(run: RunDir, index: int) -> list[Path]:
 
 def render_rollback(done: Rollback, run: RunDir) -> str:
     """What is or would be put aside, and how to go on."""
+    where = shown(run.path)
     if not done.later:
-        return f"{run.path}: nothing came after {done.round}"
+        return f"{where}: nothing came after {done.round}"
     names = ", ".join(path.name for path in done.later)
     number = int(done.round.removeprefix("round_"))
     if done.aside is None:
         return (
-            f"{run.path}: would put aside {names}, and keep everything up to {done.round}: "
-            f"middo rollback {run.path} {number} --yes"
+            f"{where}: would put aside {names}, and keep everything up to {done.round}: "
+            f"middo rollback {where} {number} --yes"
         )
     return (
-        f"{run.path}: as it was after {done.round}. {names}: moved to {done.aside}, nothing was deleted. The "
-        f"refiner's answers are kept, so equal requests cost nothing. `middo run CONFIG` goes on after "
+        f"{where}: as it was after {done.round}. {names}: moved to {shown(done.aside)}, nothing was deleted. "
+        f"The refiner's answers are kept, so equal requests cost nothing. `middo run CONFIG` goes on after "
         f"{done.round}; with rounds={number + 1} it ends there"
     )

@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from middo_jax import template_date
+from middo_jax.buckets import Place
+from middo_jax.buckets.keeping import kept
 from middo_jax.config import Config, SettingsLike, layers_of
 from middo_jax.config import load as load_config
 from middo_jax.data.example import Example, Message
@@ -97,8 +99,7 @@ class Session:
     def mesh(self) -> Mesh:
         """All devices, arranged by `mesh.*`. Also enables JAX's compilation cache, unless it is set."""
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-            jax.config.update("jax_compilation_cache_dir", str(cache / "middo-jax" / "jax"))
+            jax.config.update("jax_compilation_cache_dir", str(_compilation_cache(self.config)))
         settings = self.config.mesh
         if settings.tensor == "auto":
             size = automatic.tensor_size(self.config, self.decoder, jax.devices(), automatic.usable_bytes())
@@ -204,6 +205,15 @@ class Session:
             share_prefix = shares_prefixes(self.config.model.attention)
         ways = batch_divisor(self.mesh)
         return plan_losses(tokenized, share_prefix, ways, self.batch_tokens)
+
+
+def _compilation_cache(config: Config) -> Path:
+    """The folder for compiled programs. In a job only process 0 writes there, as JAX has it."""
+    if config.compilation_cache is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return cache / "middo-jax" / "jax"
+    url = Place.of(config.compilation_cache)
+    return Path(config.compilation_cache).expanduser() if url is None else kept(url)
 
 
 def _content(example: Example) -> Content:

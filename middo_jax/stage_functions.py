@@ -14,7 +14,7 @@ from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.sources import count_reasons
 from middo_jax.ending import best_stage
 from middo_jax.exporting import own_shape, write_as_it_came
-from middo_jax.parallel.coordination import barrier, from_first, is_first
+from middo_jax.parallel.coordination import barrier, from_first, is_first, on_each_disk
 from middo_jax.rundir import RunError, write_jsonl
 from middo_jax.rundir.link import Link
 from middo_jax.session import Prepared
@@ -38,7 +38,7 @@ class Stage:
     def do(self, plan: Plan) -> None:
         """Removes earlier results, then runs the stage in all processes or, for `BY_ONE`, in the first."""
         name, where = self.link.name, self.link.where
-        from_first(f"{where}: begin", self._remove_earlier)
+        on_each_disk(f"{where}: begin", self._remove_earlier)
         if name in BY_ONE:
             from_first(where, lambda: self.function(plan, self.link))
         else:

@@ -772,14 +772,17 @@ def test_folders_that_are_no_run_are_refused(
 @pytest.mark.parametrize(
     "command",
     [
-        ("run", "c.yaml", "runs_dir=gs://bucket/runs"),
-        ("status", "gs://bucket/runs/run"),
-        ("score", "--data", "{data}", "--model", "{model}", "--out", "s3://bucket/scored"),
-        ("train", "--data", "{data}", "--model", "{model}", "--out", "gs://bucket/tuned"),
-        ("export", "checkpoint", "gs://bucket/hf"),
+        ("run", "c.yaml", "runs_dir=file:///runs"),
+        ("status", "file:///runs/run"),
+        ("select", "gs://bucket/runs/run/round_00"),
+        ("refine", "s3://bucket/runs/run/round_00"),
+        ("score", "--data", "{data}", "--model", "{model}", "--out", "file:///scored"),
+        ("train", "--data", "{data}", "--model", "{model}", "--out", "http://host/tuned"),
+        ("export", "checkpoint", "file:///hf"),
+        ("export-data", "{run}", "gs://bucket/better"),
     ],
 )
-def test_urls_are_refused_and_make_no_folder(
+def test_urls_that_a_command_does_not_take_are_refused_and_make_no_folder(
     finished: Finished,
     middo: Middo,
     tmp_path: Path,
@@ -788,10 +791,10 @@ def test_urls_are_refused_and_make_no_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(finished.run.config, "c.yaml")
-    places = {"data": finished.root / "data.json", "model": finished.root / "model"}
+    places = {"data": finished.root / "data.json", "model": finished.root / "model", "run": finished.run.path}
     code, out, err = middo(*(part.format(**places) for part in command))
     assert (code, out) == (1, "")
-    assert "not supported yet" in err
+    assert "give a folder on this machine" in err
     assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
 
 

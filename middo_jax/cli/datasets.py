@@ -50,10 +50,12 @@ def export_data(
 ) -> None:
     """Writes a run's last dataset with a card, and what LLaMA-Factory, axolotl and TRL need to read it."""
     from middo_jax import exporting
+    from middo_jax.buckets import read_only
     from middo_jax.rundir import RunDir
 
     extras: exporting.Extras = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
-    done = exporting.export_data(RunDir(run), out, to, license, **extras)
+    with read_only(run) as folder:
+        done = exporting.export_data(RunDir(folder), out, to, license, **extras)
     if done.note is not None:
         print(done.note, file=sys.stderr)
     show(as_json, {**done._asdict(), "path": str(done.path)}, str(done.path))
@@ -77,13 +79,15 @@ def push(
 ) -> None:
     """Sends what `middo export-data` writes to the Hugging Face hub. The token is read from $HF_TOKEN."""
     from middo_jax import exporting, pushing
+    from middo_jax.buckets import read_only
     from middo_jax.rundir import RunDir
 
     if license is None and sys.stdin.isatty():
         license = typer.prompt(pushing.ASKED, err=True)
     extras: exporting.Extras = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
     plan = pushing.Push(repo, license, public, dry_run)
-    done = pushing.push(RunDir(run), plan, to, **extras)
+    with read_only(run) as folder:
+        done = pushing.push(RunDir(folder), plan, to, **extras)
     show(as_json, done._asdict(), pushing.render(done))
 
 

@@ -37,8 +37,8 @@ JOB: dict[str, Any] = {}  # what the program's own options say of the job that t
 
 
 @contextlib.contextmanager
-def in_job(shared: Path, overrides: list[str] | None, config: Path | None = None) -> Iterator[None]:
-    """The block runs in all processes of a job, if there is one; all of them see the folder `shared`."""
+def in_job(shared: str | Path, overrides: list[str] | None, config: Path | None = None) -> Iterator[None]:
+    """The block runs in all processes of a job, if there is one; all see the folder or bucket `shared`."""
     from middo_jax.config import load
     from middo_jax.parallel.cluster import find_job, joined
     from middo_jax.progress import for_stderr
@@ -47,6 +47,24 @@ def in_job(shared: Path, overrides: list[str] | None, config: Path | None = None
     hosts = load(config, [*unnamed, *(overrides or ())]).hosts
     with joined(find_job(os.environ, **JOB), for_stderr(), shared, hosts, print_error):
         yield
+
+
+def beside(out: Path) -> str | Path:
+    """The folder that contains OUT; of one in a bucket its URL."""
+    from middo_jax.buckets import Place
+
+    url = Place.of(out)
+    return out.absolute().parent if url is None else str(url.parent)
+
+
+def inside(out: Path, name: str = "") -> str:
+    """A file of OUT, or OUT itself, for people."""
+    from middo_jax.buckets import Place
+
+    url = Place.of(out)
+    if url is None:
+        return str(out / name)
+    return str(url / name if name else url)
 
 
 def print_error(error: BaseException) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,8 +30,7 @@ def run_command(
     """Runs the closed loop: train, score, select, refine, merge, repeat. Continues where it stopped."""
     from middo_jax import api
 
-    runs_dir = Path(api.load_config(config, overrides).runs_dir)
-    with in_job(runs_dir, overrides, config):
+    with in_job(api.load_config(config, overrides).runs_dir, overrides, config):
         _show_run(api.run(config, overrides, repair=repair), as_json)
 
 
@@ -45,21 +45,25 @@ def quickstart(overrides: Overrides = None, as_json: AsJson = False) -> None:
 @app.command(epilog="Example: middo report runs/quickstart")
 def report(run: RunFolder, as_json: AsJson = False) -> None:
     """Writes RUN/report.html again, from the present files."""
+    from middo_jax.buckets import read_only, send
     from middo_jax.report.build import build
     from middo_jax.rundir import RunDir
 
-    path = str(build(RunDir(run)))
+    with read_only(run) as folder:
+        path = send(build(RunDir(folder)))
     show(as_json, {"report": path}, path)
 
 
 @app.command(epilog="Example: middo status runs/quickstart")
 def status(run: RunFolder, as_json: AsJson = False) -> None:
     """Shows the finished stages of a run, the stale ones, and the next one."""
+    from middo_jax.buckets import read_only
     from middo_jax.report.status import render_status
     from middo_jax.report.status import status as of
     from middo_jax.rundir import RunDir
 
-    facts = of(RunDir(run))
+    with read_only(run) as folder:
+        facts = of(RunDir(folder))
     show(as_json, facts, render_status(facts))
 
 
@@ -71,12 +75,15 @@ def clean(
 ) -> None:
     """Lists what can be removed from a run's folder to save space, and removes it with --yes."""
     from middo_jax import cleaning
+    from middo_jax.buckets import shown
     from middo_jax.rundir import RunDir
 
-    found = cleaning.clean(RunDir(run), yes)
-    rows = [{"path": str(each.path), "size": each.size, "why": each.why} for each in found]
+    with _changed(run, yes) as folder:
+        found = cleaning.clean(RunDir(folder), yes)
+        text = cleaning.render_clean(found, RunDir(folder), yes)
+    rows = [{"path": shown(each.path), "size": each.size, "why": each.why} for each in found]
     facts = {"removed": yes, "bytes": sum(each.size for each in found), "paths": rows}
-    show(as_json, facts, cleaning.render_clean(found, RunDir(run), yes))
+    show(as_json, facts, text)
 
 
 @app.command(epilog="Example: middo rollback runs/quickstart 0 --yes")
@@ -88,15 +95,18 @@ def rollback(
 ) -> None:
     """Goes back to the state after a round: what came later is listed, and put aside with --yes."""
     from middo_jax import rollback as rolling
+    from middo_jax.buckets import shown
     from middo_jax.rundir import RunDir
 
-    done = rolling.rollback(RunDir(run), round_, yes)
+    with _changed(run, yes) as folder:
+        done = rolling.rollback(RunDir(folder), round_, yes)
+        text = rolling.render_rollback(done, RunDir(folder))
     facts = {
         "round": done.round,
-        "later": [str(path) for path in done.later],
-        "aside": None if done.aside is None else str(done.aside),
+        "later": [shown(path) for path in done.later],
+        "aside": None if done.aside is None else shown(done.aside),
     }
-    show(as_json, facts, rolling.render_rollback(done, RunDir(run)))
+    show(as_json, facts, text)
 
 
 @app.command(epilog="Example: middo trace runs/quickstart 3fa9c2")
@@ -106,18 +116,29 @@ def trace(
     as_json: AsJson = False,
 ) -> None:
     """Shows the ancestors and descendants of a sample over the rounds, with their scores."""
+    from middo_jax.buckets import read_only
     from middo_jax.report.lineage import trace as of
     from middo_jax.report.terminal import render_trace
     from middo_jax.rundir import RunDir
 
-    chain = of(RunDir(run), sample)
+    with read_only(run) as folder:
+        chain = of(RunDir(folder), sample)
     show(as_json, chain, render_trace(chain))
 
 
+def _changed(run: Path, yes: bool) -> contextlib.AbstractContextManager[Path]:
+    """The folder of a run for a command that changes it only with --yes."""
+    from middo_jax.buckets import read_only, working
+    from middo_jax.progress import for_stderr
+
+    return working(run, for_stderr().say) if yes else read_only(run)
+
+
 def _show_run(done: Run, as_json: bool) -> None:
+    from middo_jax.buckets import shown
     from middo_jax.report.controls import control_lines
     from middo_jax.report.effects import effect_lines
 
     told = [*effect_lines(done.facts["effects"]), *control_lines(done.facts["controls"])]
-    text = "\n".join([*told, str(done.report)])
-    show(as_json, {"report": str(done.report), **done.facts}, text)
+    text = "\n".join([*told, shown(done.report)])
+    show(as_json, {"report": shown(done.report), **done.facts}, text)

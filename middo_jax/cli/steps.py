@@ -16,7 +16,9 @@ from middo_jax.cli.options import (
     Model,
     Overrides,
     ScoredFolder,
+    beside,
     in_job,
+    inside,
     names_in,
     show,
 )
@@ -58,7 +60,6 @@ def score(
 ) -> None:
     """Measures losses, neighbours and ratings of a dataset, without the loop; reuses the scores in OUT."""
     from middo_jax import api, comparing
-    from middo_jax.rundir import RoundDir
 
     wanted, named = None if axes is None else names_in(axes), _named_models(model)
     api.require_axes(wanted or (), "--axes")
@@ -69,15 +70,15 @@ def score(
         "force": force,
         "settings": overrides,
     }
-    with in_job(out.absolute().parent, overrides):
+    with in_job(beside(out), overrides):
         if named is None:
             scores = api.score(data, model[0], out=out, **options)
-            path, facts = RoundDir(out).scores, _facts(scores)
+            path, facts = inside(out, "scores.parquet"), _facts(scores)
         else:
             found = comparing.score_models(data, named, out, **options)
             of = {name: _facts(scores) for name, scores in found.of.items()}
-            path, facts = found.path, {"n": len(found.table), "models": of}
-    show(as_json, {"out": str(out), **facts, "scores": str(path)}, str(path))
+            path, facts = str(found.path), {"n": len(found.table), "models": of}
+    show(as_json, {"out": inside(out), **facts, "scores": path}, path)
 
 
 def _named_models(given: list[str]) -> dict[str, str] | None:
@@ -221,10 +222,11 @@ def train(
 ) -> None:
     """Fine-tunes a model on a dataset. Continues where it stopped."""
     from middo_jax import api
+    from middo_jax.buckets import shown
 
-    with in_job(out.absolute().parent, overrides):
+    with in_job(beside(out), overrides):
         trained = api.train(data, model, out, settings=overrides)
-    checkpoint = str(trained.checkpoint)
+    checkpoint = shown(trained.checkpoint)
     result: dict[str, Any] = {"checkpoint": checkpoint, "last": trained.metrics[-1]}
     if trained.heldout is not None:
         result["heldout"] = _loss(trained.heldout)
@@ -300,10 +302,12 @@ def export(
 ) -> None:
     """Writes a checkpoint as a Hugging Face directory; a LoRA adapter is merged."""
     from middo_jax import api
+    from middo_jax.buckets import shown
 
-    with in_job(out.absolute().parent, None):
+    with in_job(beside(out), None):
         exported = api.export(checkpoint, out, dtype=dtype, verify=verify, adapter=adapter)
-    show(as_json, {"out": str(exported.path), **(exported.verification or {})}, str(exported.path))
+    path = shown(exported.path)
+    show(as_json, {"out": path, **(exported.verification or {})}, path)
 
 
 def _loss(of: HeldoutLoss) -> dict[str, Any]:

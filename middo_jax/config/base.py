@@ -10,6 +10,8 @@ import pydantic
 
 # The start of a URL, also gs:/bucket, into which pathlib turns gs://bucket. A drive letter does not match.
 URL = r"[A-Za-z][A-Za-z0-9+.-]+:/"
+# The start of a folder or file in a bucket.
+BUCKET = r"(gs|s3):/{1,2}[^/]"
 
 # What a setting affects. The first five change no result. A change of any other makes the stages that depend
 # on it stale (rundir/chain.py lists them).

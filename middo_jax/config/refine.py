@@ -12,7 +12,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.fields import FieldInfo
 
-from middo_jax.config.base import Affects, AnyOf, Settings
+from middo_jax.config.base import URL, Affects, AnyOf, Settings
 from middo_jax.config.gates import Gate, Switch, gate, gates, levels_from
 from middo_jax.config.unions import Alternative, OneOf
 
@@ -248,6 +248,15 @@ class RefineSettings(Settings):
     )
     prices: Prices = Prices()
     gates: GateSettings = GateSettings()
+
+    @pydantic.field_validator("cache")
+    @classmethod
+    def _on_this_machine(cls, path: str | None) -> str | None:
+        if path is not None and re.match(URL, path):
+            raise ValueError(
+                f"{path}: SQLite needs a file on this machine; null keeps it in the run, also in a bucket"
+            )
+        return path
 
     @pydantic.field_validator("growth", mode="before")
     @classmethod

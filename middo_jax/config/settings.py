@@ -16,7 +16,7 @@ from middo_jax.config.axes import (
     DiversitySettings,
     QualitySettings,
 )
-from middo_jax.config.base import URL, Affects, Settings
+from middo_jax.config.base import BUCKET, URL, Affects, Settings
 from middo_jax.config.evaluation import EvaluateSettings
 from middo_jax.config.refine import RefineSettings
 from middo_jax.config.stopping import Control, StopSettings
@@ -30,7 +30,8 @@ class ModelSettings(Settings):
     """The model to fine-tune, and how text is rendered for it."""
 
     path: Annotated[str, Affects("model")] = Field(
-        description="A Hugging Face directory, a .gguf file, or a hub repo id."
+        description="A Hugging Face directory or a .gguf file, also in a bucket (gs://, s3://), or a hub "
+        "repo id."
     )
     dtype: Annotated[Literal["bfloat16", "float32"], Affects("model")] = Field(
         default="bfloat16", description="Compute dtype of forward passes. On a CPU float32 is faster."
@@ -83,7 +84,8 @@ class DataSettings(Settings):
     path: Annotated[str, Affects("data")] = Field(
         default="",
         description="A .json, .jsonl, .csv, .tsv (also .gz, .zst) or .parquet file, a pattern, a folder, "
-        "tfds:NAME:SPLIT or hf:NAME:SPLIT. Required, unless data.sources is given.",
+        "each also in a bucket (gs://, s3://), tfds:NAME:SPLIT or hf:NAME:SPLIT. Required, unless "
+        "data.sources is given.",
     )
     sources: Annotated[tuple[Source, ...], Affects("data")] = Field(
         default=(),
@@ -226,7 +228,15 @@ class Config(Settings):
         default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The run's folder under runs_dir."
     )
     runs_dir: Annotated[str, Affects("place")] = Field(
-        default="runs", description="Folder on this machine that contains the runs."
+        default="runs",
+        description="Folder that contains the runs, on this machine or in a bucket: gs://BUCKET/FOLDER, "
+        "s3://BUCKET/FOLDER.",
+    )
+    compilation_cache: Annotated[str | None, Affects("place")] = Field(
+        default=None,
+        description="Folder for compiled programs, which later starts read instead of compiling: on this "
+        "machine or in a bucket (gs://, s3://). None: $XDG_CACHE_HOME/middo-jax/jax. "
+        "$JAX_COMPILATION_CACHE_DIR takes precedence.",
     )
     seed: Annotated[NonNegativeInt, Affects("data", "training", "rewrites", scores=IF_SAMPLED)] = Field(
         default=0, description="Seed of the held-out split, the order of training and sampling."
@@ -260,11 +270,13 @@ class Config(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     stop: StopSettings = StopSettings()
 
-    @pydantic.field_validator("runs_dir")
+    @pydantic.field_validator("runs_dir", "compilation_cache")
     @classmethod
-    def _on_this_machine(cls, path: str) -> str:
-        if re.match(URL, path):
-            raise ValueError(f"{path} is a URL; buckets are not supported yet, give a folder on this machine")
+    def _folder_or_bucket(cls, path: str | None) -> str | None:
+        if path is not None and re.match(URL, path) and not re.match(BUCKET, path):
+            raise ValueError(
+                f"{path}: give a folder on this machine, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER"
+            )
         return path
 
     @pydantic.model_validator(mode="after")
@@ -285,6 +297,11 @@ class Config(Settings):
         if self.seeds > 1 and not self.controls:
             raise ValueError("seeds repeats the trainings of controls; set controls, such as [none, random]")
         return self
+
+    @property
+    def place(self) -> str:
+        """The run's folder, or its URL."""
+        return f"{self.runs_dir.rstrip('/') or '/'}/{self.name}"
 
     def to_yaml(self) -> str:
         """Returns all resolved settings as YAML, which `load` reads back to an equal tree."""

@@ -28,6 +28,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from middo_jax.buckets import here, shown
 from middo_jax.config.settings import DataSettings
 from middo_jax.data.formats import DataError
 from middo_jax.data.in_memory import arrow_rows
@@ -74,12 +75,13 @@ def files_at(path: str) -> list[Path]:
     Raises:
       DataError: there are none.
     """
-    file = Path(path).expanduser()
+    local = here(path)
+    file = Path(local).expanduser()
     if file.is_dir():
         return [file] if _is_arrow(file) else _shards(file)
     if file.exists():
         return [file]
-    if any(character in path for character in "*?["):
+    if any(character in local for character in "*?["):
         found = [Path(name) for name in sorted(glob.glob(str(file), recursive=True))]
         if files := [file for file in found if file.is_file()]:
             return files
@@ -123,7 +125,7 @@ def require_not_read(source: str, outputs: Iterable[Path]) -> None:
 
 
 def _places(path: str) -> list[Path]:
-    file = Path(path).expanduser()
+    file = Path(here(path)).expanduser()
     if file.exists():
         return [file]
     return [Path(name) for name in sorted(glob.glob(str(file), recursive=True))]
@@ -149,7 +151,7 @@ def rows_of_files(files: Sequence[Path]) -> Iterator[tuple[str, Any] | Rejection
             if len(files) == 1 or isinstance(item, Rejection) or not item[0].startswith("row "):
                 yield item
             else:
-                yield f"{file} {item[0]}", item[1]
+                yield f"{shown(file)} {item[0]}", item[1]
 
 
 def numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
@@ -215,7 +217,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any] | Rejection]:
             line = line.removeprefix(codecs.BOM_UTF8) if n == 1 else line
             if not line.strip():
                 continue
-            where = f"{file}:{n}"
+            where = f"{shown(file)}:{n}"
             try:
                 yield where, json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as e:
@@ -282,7 +284,7 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Any] | Rejectio
                 raise DataError(f"{file}: two columns are called {twice[0]!r}; rename one")
             before = reader.line_num
             for cells in reader:
-                where, before = f"{file}:{before + 1}", reader.line_num
+                where, before = f"{shown(file)}:{before + 1}", reader.line_num
                 if len(cells) == len(header):
                     yield where, dict(zip(header, cells, strict=True))
                 elif cells:

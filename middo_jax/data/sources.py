@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from middo_jax.buckets import here
 from middo_jax.data import hf_format
 from middo_jax.data.example import Example
 from middo_jax.data.files import (
@@ -300,13 +301,14 @@ def _rows(path: str) -> Iterator[tuple[str, Any] | Rejection]:
         kind = path.partition(":")[0]
         form = "tfds:NAME:SPLIT" if kind == "tfds" else "hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"
         raise DataError(f"{path} names no split; write {form}, as in {path}:train")
-    folder = Path(path).expanduser()
+    local = here(path)
+    folder = Path(local).expanduser()
     if folder.is_dir() and (folder / "features.json").is_file():
-        yield from numbered(_tfds_rows(path, "train"))
+        yield from numbered(_tfds_rows(local, "train"))
     elif folder.is_dir() and not is_readable_folder(folder):
-        yield from numbered(hf_format.rows(path, "train"))
+        yield from numbered(hf_format.rows(local, "train"))
     else:
-        yield from rows_of_files(files_at(path))
+        yield from rows_of_files(files_at(local))
 
 
 def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:

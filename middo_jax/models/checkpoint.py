@@ -25,7 +25,9 @@ from middo_jax.models.config import DecoderConfig
 from middo_jax.models.finite import is_finite, not_finite, not_finite_names
 from middo_jax.models.lora import partition
 from middo_jax.models.model import Params, abstract_model, as_dict, by_path, of_dict
+from middo_jax.parallel.coordination import barrier, has_own_disk
 from middo_jax.rundir import RunError, write_json
+from middo_jax.rundir.elsewhere import bring
 from middo_jax.rundir.files import full_disk_named
 
 # Errors of the machine, not of the files: the checkpoint may be intact.
@@ -43,9 +45,11 @@ def save_params(directory: str | Path, params: Params, metadata: Mapping[str, An
     """
     directory = Path(directory).absolute()
     (directory / "metadata.json").unlink(missing_ok=True)
-    with full_disk_named(directory), ocp.Checkpointer(arrays_handler()) as checkpointer:
+    with full_disk_named(directory), ocp.Checkpointer(arrays_handler(), multiprocessing_options=writers()) as checkpointer:
         arrays = ocp.args.PyTreeSave(as_dict(params))
         checkpointer.save(directory / "params", args=arrays, force=True)
+    if has_own_disk():  # all must have pushed their pieces before the mark says that they are complete
+        barrier("checkpoint: saved")
     write_json(directory / "metadata.json", dict(metadata))
 
 
@@ -94,6 +98,7 @@ def restore_params(
         raise RunError(
             f"{directory} holds no finished checkpoint; train again: an interrupted training resumes"
         )
+    bring(directory / "params")
     with ocp.Checkpointer(arrays_handler()) as checkpointer:
         try:
             stored = checkpointer.metadata(directory / "params").item_metadata.tree
@@ -113,10 +118,21 @@ def restore_params(
     return params
 
 
+def writers() -> ocp.options.MultiprocessingOptions:
+    """Which processes complete a checkpoint: the first, or each in its own folder (`has_own_disk`)."""
+    return ocp.options.MultiprocessingOptions(primary_host=None if has_own_disk() else 0)
+
+
 def arrays_handler() -> ocp.PyTreeCheckpointHandler:
-    """The Orbax handler for arrays."""
+    """The Orbax handler for arrays.
+
+    Where each process has its own folder, a chunk of an array is a file of one process, so that the files of all
+    together are the checkpoint. OCDBT would need one folder to merge the files of the processes.
+    """
     # Compression saves a tenth of float32 weights' size, but doubles time and memory.
-    return ocp.PyTreeCheckpointHandler(use_compression=False)
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False, use_ocdbt=not has_own_disk(), multiprocessing_options=writers()
+    )
 
 
 def arrays_into(target: Any) -> ocp.args.PyTreeRestore:

@@ -14,6 +14,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from middo_jax.buckets.places import url_of
 from middo_jax.models import hf
 from middo_jax.models.checkpoint import read_metadata, restore_params
 from middo_jax.models.config import DecoderConfig, Lora, read_config
@@ -72,7 +73,7 @@ def _base_of(path: Path, metadata: Mapping[str, Any], named: str | None) -> Path
     if from_here := metadata.get("base_from_here"):
         places.append(Path(os.path.normpath(path.absolute() / from_here)))
     found = next((place for place in places if (place / "config.json").is_file()), None)
-    if found is None and named is not None:
+    if found is None and (named := named or url_of(recorded)) is not None:  # the copy of one in a bucket is gone
         found = resolve(named)
     if found is None or not found.is_dir():
         raise hf.CheckpointError(

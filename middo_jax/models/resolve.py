@@ -9,6 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from middo_jax.buckets import here
 from middo_jax.models.config import read_fields
 from middo_jax.models.gguf import convert
 from middo_jax.models.hf import CheckpointError
@@ -26,20 +27,21 @@ _TOKENIZER_FILES = [
 def resolve(path: str, *, weights: bool = True) -> Path:
     """Resolves the model that a user names to a Hugging Face directory on this machine.
 
-    A directory is returned unchanged. A .gguf file is converted once, into
-    $XDG_CACHE_HOME/middo-jax/gguf/HASH. Anything else is treated as a hub repo id and downloaded
+    A directory is returned unchanged, and for the URL of one in a bucket its copy on this machine. A .gguf file is
+    converted once, into $XDG_CACHE_HOME/middo-jax/gguf/HASH. Anything else is treated as a hub repo id and downloaded
     (safetensors, JSON and tokenizer files only).
 
     Args:
-      path: directory, .gguf file or hub repo id.
+      path: directory or .gguf file, here or in a bucket, or hub repo id.
       weights: whether the weights are needed. Without them nothing is dequantized and no weights are
         downloaded; the directory may lack them.
 
     Raises:
       CheckpointError: there is no such file, and no such repo can be downloaded.
+      BucketError: a bucket cannot be read.
       UnsupportedModel: a field of config.json has the wrong type.
     """
-    local = Path(path).expanduser()
+    local = Path(here(path, lambda name: weights or not _is_weights(name))).expanduser()
     if local.is_dir():
         if (local / "config.json").is_file():
             read_fields(local)  # checks types: transformers' error would have many lines
@@ -71,6 +73,10 @@ def resolve(path: str, *, weights: bool = True) -> Path:
             f"repo failed: {type(error).__name__}: {error}"
         ) from error
     return resolve(snapshot)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".pt", ".pth")) and name != "adapter_model.safetensors"
 
 
 def _head_hash(file: Path) -> str:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from middo_jax.buckets.working import writes_pieces
 from middo_jax.config import HostsSettings
 from middo_jax.parallel.preemption import Preempted
 from middo_jax.parallel.roll_call import RollCall
@@ -182,13 +183,13 @@ def _integer(environment: Mapping[str, str], name: str) -> int | None:
     return int(text)
 
 
-def start(job: Job, progress: Progress, shared: Path, timeout_s: float) -> None:
+def start(job: Job, progress: Progress, shared: str | Path, timeout_s: float) -> None:
     """Joins the other processes. Must be called before any use of JAX's devices.
 
     Args:
       job: as returned by `find_job`.
       progress: reports after half a minute which processes are missing.
-      shared: folder that all hosts share; each process records its arrival there.
+      shared: folder, or URL of one in a bucket, that all hosts share; each process records its arrival there.
       timeout_s: how long to wait for all processes.
 
     Raises:
@@ -227,7 +228,7 @@ def start(job: Job, progress: Progress, shared: Path, timeout_s: float) -> None:
 def joined(
     job: Job | None,
     progress: Progress,
-    shared: Path,
+    shared: str | Path,
     settings: HostsSettings,
     on_error: Callable[[BaseException], None],
 ) -> Iterator[None]:
@@ -238,7 +239,7 @@ def joined(
     Args:
       job: as returned by `find_job`.
       progress: reports which processes are missing.
-      shared: folder that all hosts share.
+      shared: folder, or URL of one in a bucket, that all hosts share.
       settings: how long to wait for others.
       on_error: reports an error of this process to the user; the process ends right after it.
     """
@@ -247,11 +248,14 @@ def joined(
         return
     start(job, progress, shared, settings.start_timeout)
     # imported late: one process alone does not need it, and some commands do not need JAX
+    import jax
+
     from middo_jax.parallel import coordination, watch
 
     in_job(coordination.is_first(), watch.advanced)
+    writes_pieces()
     if not coordination.is_first():
-        only_read()
+        only_read(jax.process_index())
     watch.Watch(settings.stall_timeout).start()
     try:
         coordination.check_shared(shared)

@@ -25,7 +25,10 @@ import jax
 from jax._src import distributed  # the client has no public name; Orbax uses it as well
 from jax.experimental import multihost_utils
 
+from middo_jax.buckets import Place
+from middo_jax.buckets.working import in_bucket, learn, publish, receive
 from middo_jax.parallel import watch
+from middo_jax.parallel.board import board
 from middo_jax.parallel.preemption import EXIT_PREEMPTED, Preempted, end_if_asked
 from middo_jax.rundir import RunError
 
@@ -35,6 +38,7 @@ T = TypeVar("T")
 _BROKEN = re.compile(
     "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
 )
+_MARK = "mark"
 _PART = 1 << 20  # characters per value; gRPC rejects messages over 4 MB
 
 _calls: collections.Counter[str] = collections.Counter()
@@ -55,13 +59,23 @@ def is_first() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Returns once all processes have called it. Waits while others make progress (see `watch.Watch`)."""
+    """Returns once all processes have called it. Waits while others make progress (see `watch.Watch`).
+
+    What process 0 has written before is visible to all after it, also in a bucket: the others first push
+    their pieces of checkpoints, then process 0 what declares them complete.
+    """
     if jax.process_count() == 1:
+        publish()
         return
-    call = _next_call(name)
-    _put(f"{call}/{jax.process_index()}", "here")
-    for process in range(jax.process_count()):
-        _get(f"{call}/{process}")
+    call, me = _next_call(name), jax.process_index()
+    if me > 0:
+        _put(f"{call}/{me}", str(publish()))
+    pushed = [int(_get(f"{call}/{process}")) for process in range(1, jax.process_count())]
+    if me == 0:
+        learn(sum(pushed))
+        _put(f"{call}/0", str(publish()))
+    else:
+        receive(int(_get(f"{call}/0")))
 
 
 def from_first(name: str, function: Callable[[], T]) -> T:
@@ -71,14 +85,56 @@ def from_first(name: str, function: Callable[[], T]) -> T:
     process is ended by its `watch.Watch`. A SIGTERM to any process raises `Preempted` in all of them.
     """
     if jax.process_count() == 1:
-        return function()
+        value = function()
+        publish()
+        return value
     call = _next_call(name)
     if is_first():
         with _ticking(call):
             value = function()
-        _put(call, json.dumps(value))
+            pushed = publish()
+        _put(call, json.dumps([value, pushed]))
         return value
-    return json.loads(_get(call, follow_ticks=True))
+    value, pushed = json.loads(_get(call, follow_ticks=True))
+    receive(pushed)
+    return value
+
+
+def has_own_disk() -> bool:
+    """Whether each process of a job works in a folder of its own, because the run is in a bucket."""
+    return jax.process_count() > 1 and in_bucket()
+
+
+def on_each_disk(name: str, change: Callable[[], None]) -> None:
+    """Changes files of the run: in process 0, or in every process if each works in a folder of its own.
+
+    For files that all processes write, which are those of checkpoints.
+    """
+    if has_own_disk():
+        change()
+        barrier(name)
+    else:
+        from_first(name, change)
+
+
+def gather(name: str, value: T) -> list[T]:
+    """The values of all processes, which must be JSON, in their order; all must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    call = _next_call(name)
+    _put(f"{call}/{jax.process_index()}", json.dumps(value))
+    return [json.loads(_get(f"{call}/{process}")) for process in range(jax.process_count())]
+
+
+def own_address() -> str:
+    """An address of this host that process 0 can reach; of process 0, loopback."""
+    if is_first():
+        return "127.0.0.1"
+    host = (distributed.global_state.coordinator_address or "").rpartition(":")[0].strip("[]")
+    family, kind, protocol, _, coordinator = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(coordinator)  # sends nothing, but chooses the interface
+        return probe.getsockname()[0]
 
 
 def agree(facts: Mapping[str, str]) -> None:
@@ -89,10 +145,7 @@ def agree(facts: Mapping[str, str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    call = _next_call("agree")
-    mine = {"host": socket.gethostname(), "facts": dict(facts)}
-    _put(f"{call}/{jax.process_index()}", json.dumps(mine))
-    told = [json.loads(_get(f"{call}/{i}")) for i in range(jax.process_count())]
+    told = gather("agree", {"host": socket.gethostname(), "facts": dict(facts)})
     for name, expected in told[0]["facts"].items():
         others = [
             f"process {i} on {other['host']} has {other['facts'].get(name)}"
@@ -147,34 +200,33 @@ def follow(name: str) -> Iterator[Any]:
         yield told["do"]
 
 
-def check_shared(folder: Path) -> None:
-    """Checks that all processes see the same folder.
+def check_shared(shared: str | Path) -> None:
+    """Checks that all processes see the same folder, or the same bucket.
 
     Raises:
       HostsError: a process does not see a file of process 0; the message names its host.
     """
     if jax.process_count() == 1:
         return
-    mark = folder / f".shared-{os.getpid()}"
-    name, text = from_first("check_shared", lambda: _marked(mark))
-    sees = is_first() or ((folder / name).exists() and (folder / name).read_text(encoding="utf-8") == text)
-    call = _next_call("sees the folder")
-    _put(f"{call}/{jax.process_index()}", json.dumps("" if sees else socket.gethostname()))
-    blind = [host for i in range(jax.process_count()) if (host := json.loads(_get(f"{call}/{i}")))]
+    name, text = from_first("check_shared", lambda: _marked(shared))
+    note = board(shared, name).notes().get(_MARK)
+    sees = note is not None and note.text == text
+    blind = [host for host in gather("sees the folder", "" if sees else socket.gethostname()) if host]
     if is_first():
-        mark.unlink()
+        board(shared, name).remove(_MARK)
     if blind:
+        where = shared if Place.of(shared) else Path(shared).absolute()
         raise HostsError(
-            f"{folder.absolute()} is not the same folder on all hosts: {', '.join(blind)} cannot see what "
+            f"{where} is not the same folder on all hosts: {', '.join(blind)} cannot see what "
             "process 0 writes there; give a folder on storage that all hosts share"
         )
 
 
-def _marked(path: Path) -> tuple[str, str]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _marked(shared: str | Path) -> tuple[str, str]:
     text = f"{socket.gethostname()} {time.time_ns()}"
-    path.write_text(text, encoding="utf-8")
-    return path.name, text
+    name = f".shared-{os.getpid()}"
+    board(shared, name).write(_MARK, text)
+    return name, text
 
 
 def stop_point() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from middo_jax.config.base import BUCKET
 from middo_jax.data.example import Example, Op
 from middo_jax.report.status import judged_tasks, load_json, load_jsonl, load_settings
 from middo_jax.report.verdicts import describe, people
@@ -78,7 +80,7 @@ def card(
 def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without places of one's own: folders, addresses, devices."""
     private = {
-        "": ("runs_dir", "mesh", "hosts"),
+        "": ("runs_dir", "compilation_cache", "mesh", "hosts"),
         "refine": ("base_url", "cache", "api_key_env", "per_minute"),
     }
     kept = {name: value for name, value in settings.items() if name not in private[""]}
@@ -91,13 +93,13 @@ def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    """The value with only the last name of each absolute path: the card may be published."""
+    """The value with only the last name of absolute paths and URLs of buckets: the card may be published."""
     match value:
         case dict():
             return {name: _without_folders(each) for name, each in value.items()}
         case list():
             return [_without_folders(each) for each in value]
-        case str() if Path(value).expanduser().is_absolute():
+        case str() if Path(value).expanduser().is_absolute() or re.match(BUCKET, value):
             return Path(value).name
     return value
 

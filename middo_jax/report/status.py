@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from middo_jax.buckets import shown
 from middo_jax.config import Config, stored
 from middo_jax.progress import duration
 from middo_jax.report.benchmarks import benchmark_lines, benchmark_table
@@ -163,7 +164,7 @@ def status(run: RunDir) -> dict[str, Any]:
     events = read_events(run.events)
     return {
         "run": run.path.resolve().name,
-        "path": str(run.path),
+        "path": shown(run.path),
         "rounds": rounds,
         "final": final,
         "next": pending,

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from middo_jax.rundir.elsewhere import bring
 from middo_jax.rundir.files import DamagedFile, each_jsonl
 from middo_jax.rundir.layout import RoundDir, RunDir
 from middo_jax.rundir.link import Link
@@ -86,6 +87,7 @@ def put_aside(run: RunDir, found: Sequence[Path], prefix: str = ASIDE) -> dict[P
         number = 1
         while os.path.lexists(to):
             to, number = to.with_name(f"{path.name}.{number}"), number + 1
+        bring(path)
         to.parent.mkdir(parents=True, exist_ok=True)
         os.rename(path, to)
         moved[path] = to

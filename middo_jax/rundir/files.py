@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from middo_jax.rundir.elsewhere import bring
 from middo_jax.rundir.process import mark
 
-_is_reader = False
+_reader: int | None = None  # index of this process, if it only reads
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -79,15 +80,23 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def only_read() -> None:
-    """Makes this process write no more files: another process of the job writes them, and this one reads."""
-    global _is_reader
-    _is_reader = True
+def only_read(process: int = 1) -> None:
+    """Makes this process write no more files: another process of the job writes them, and this one reads.
+
+    `process`: its index in the job.
+    """
+    global _reader
+    _reader = process
 
 
 def is_reader() -> bool:
     """Whether `only_read` was called: another process writes the files."""
-    return _is_reader
+    return _reader is not None
+
+
+def reader_index() -> int | None:
+    """The index of this process in its job if `only_read` was called, else None."""
+    return _reader
 
 
 @contextlib.contextmanager
@@ -96,12 +105,12 @@ def own_files() -> Iterator[None]:
 
     Needed for files that each host has for itself, such as a cache in the home folder.
     """
-    global _is_reader
-    before, _is_reader = _is_reader, False
+    global _reader
+    before, _reader = _reader, None
     try:
         yield
     finally:
-        _is_reader = before
+        _reader = before
 
 
 def temporary_prefix(path: Path) -> str:
@@ -115,8 +124,9 @@ def copy_folder(source: Path, to: Path) -> None:
     Raises:
       DiskFull: there is no room for the copy.
     """
-    if _is_reader:
+    if _reader is not None:
         return
+    bring(source)
     temporary = to.with_name(f"{temporary_prefix(to)}copy")
     with full_disk_named(to):
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +147,7 @@ def atomic(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     Raises:
       DiskFull: there is no room for the file; the old one is as it was.
     """
-    if _is_reader:
+    if _reader is not None:
         with open(os.devnull, mode) as nowhere:
             yield nowhere
         return

@@ -26,10 +26,12 @@ def local(path: str | Path) -> Path:
     """Returns the path, if it is not a URL.
 
     Raises:
-      RunError: the path is a URL, such as gs://bucket/runs.
+      RunError: the path is a URL: the command works on folders of this machine, or got a URL of another kind.
     """
     if re.match(URL, str(path)):
-        raise RunError(f"{path}: buckets and other URLs are not supported yet; give a folder on this machine")
+        raise RunError(
+            f"{path}: give a folder on this machine; docs/buckets.md lists what may be in a bucket"
+        )
     return Path(path)
 
 

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from middo_jax.rundir.files import is_reader
+from middo_jax.rundir.elsewhere import size_elsewhere
+from middo_jax.rundir.files import is_reader, temporary_prefix
 from middo_jax.rundir.process import has_ended
 
 _TEMPORARY = re.compile(r"\..+\.tmp-(\d+-[0-9a-f]{8}-[0-9a-f]{8})-\w+")
@@ -70,9 +71,9 @@ def remove(path: Path) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Bytes of a file, or of all files below a folder, with those that are left in its bucket."""
     files = [path] if not path.is_dir() or path.is_symlink() else [p for p in path.rglob("*") if p.is_file()]
-    total = 0
+    total = size_elsewhere(path)
     for file in files:
         with contextlib.suppress(FileNotFoundError):
             total += file.lstat().st_size

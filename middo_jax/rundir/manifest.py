@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from middo_jax.rundir.elsewhere import is_elsewhere
 from middo_jax.rundir.files import file_hash, is_reader, write_json
 from middo_jax.rundir.schemas import MANIFEST, newer, versions_of
 
@@ -197,6 +198,8 @@ class Manifest:
             if any(name == of or name.startswith(f"{of}/") for of in gone):
                 continue
             if not (self.folder / name).exists():
+                if is_elsewhere(self.folder / name):
+                    continue
                 return Reason(f"{name} is missing")
             if self._has_changed(record, name, known):
                 return Reason(f"{name} is not as it was written")

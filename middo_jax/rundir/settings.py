@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from middo_jax.config import Config, SettingsLike, layers_of, load
+from middo_jax.rundir.layout import local
 from middo_jax.rundir.manifest import RunError
 
 
@@ -14,6 +15,7 @@ def settings_of(directory: Path, settings: SettingsLike = None) -> Config:
     Raises:
       RunError: there is no config.yaml.
     """
+    directory = local(directory)
     for path in (directory / "config.yaml", directory.parent / "config.yaml"):
         if path.exists():
             return load(path, layers_of(settings))

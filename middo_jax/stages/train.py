@@ -14,7 +14,7 @@ from middo_jax.config import Config, ConfigError
 from middo_jax.data.example import Example
 from middo_jax.models.lora import from_settings, with_fresh_adapters
 from middo_jax.models.model import Model
-from middo_jax.parallel.coordination import barrier, from_first
+from middo_jax.parallel.coordination import barrier, on_each_disk
 from middo_jax.rundir import RoundDir, RunError, chain
 from middo_jax.rundir.rows import SourceLossRow
 from middo_jax.session import Session, read_dataset
@@ -63,7 +63,7 @@ def train_stage(
                 raise
             session.progress.say(f"{directory.checkpoint} belongs to another training; training starts again")
             barrier("another training: found")  # all processes must find it before its files are removed
-            from_first("another training: remove", lambda: remove_training(directory))
+            on_each_disk("another training: remove", lambda: remove_training(directory))
             _train(session, directory, start, heldout, n_steps)
     gc.collect()
     begun.finish(session.config, time.monotonic() - began)

@@ -21,10 +21,18 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 
-from middo_jax.models.checkpoint import NOT_THE_FILES, arrays_handler, arrays_into, reason, save_params
+from middo_jax.models.checkpoint import (
+    NOT_THE_FILES,
+    arrays_handler,
+    arrays_into,
+    reason,
+    save_params,
+    writers,
+)
 from middo_jax.models.model import Params
-from middo_jax.parallel.coordination import from_first
+from middo_jax.parallel.coordination import barrier, has_own_disk, on_each_disk
 from middo_jax.rundir import RunError
+from middo_jax.rundir.elsewhere import bring
 from middo_jax.rundir.files import full_disk_named
 from middo_jax.training.identity import values_of_arrays
 
@@ -99,10 +107,13 @@ class TrainingCheckpoints:
             item_handlers={
                 "trained": arrays_handler(),
                 "optimizer": arrays_handler(),
-                "about": ocp.JsonCheckpointHandler(),
+                "about": ocp.JsonCheckpointHandler(multiprocessing_options=writers()),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy, create=True, enable_async_checkpointing=asynchronous
+                preservation_policy=self._policy,
+                create=True,
+                enable_async_checkpointing=asynchronous and not has_own_disk(),
+                multiprocessing_options=writers(),
             ),
         )
 
@@ -138,6 +149,8 @@ class TrainingCheckpoints:
                     ),
                 ),
             )
+        if has_own_disk():  # a step is in the bucket once all have pushed their pieces of it
+            barrier("checkpoint: step")
 
     def restore(self, trained: Params, opt_state: optax.OptState) -> TrainState | None:
         """Returns the newest readable state, or None.
@@ -195,7 +208,7 @@ class TrainingCheckpoints:
             shutil.rmtree(aside, ignore_errors=True)
             found.rename(aside)
 
-        from_first("checkpoint: set aside", move)
+        on_each_disk("checkpoint: set aside", move)
         self._orbax.reload()
         _log.warning("checkpoint %s cannot be read; it is set aside as %s: %s", found, aside, reason(error))
 
@@ -220,6 +233,7 @@ class TrainingCheckpoints:
             target = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.trained
             )
+            bring(self._directory / "steps" / str(best))
             found = self._orbax.restore(best, args=ocp.args.Composite(trained=arrays_into(target)))
             aside = self._directory / "best"
             save_params(aside, found["trained"], placed(aside) | {"step": best})

@@ -236,10 +236,10 @@ def test_there_are_no_more_settings_than_can_be_read() -> None:
     # There were 107, and neither a job of several hosts nor benchmarks. Since 82: consistency.m,
     # refine.gates.agreement, and eight for people's own data, of which data.path and data.sources exclude
     # each other. Since 92: refine.prompts, quality.rubric and refine.wait_for_review. Since 95:
-    # refine.take_back. Experiments are apart.
+    # refine.take_back. Since 96: compilation_cache. Experiments are apart.
     apart = (HostsSettings, EvaluateSettings, StopSettings)  # and controls, seeds
     new = sum(len(group.model_fields) for group in apart)
-    assert count(Config) - new - 2 - 1 <= 96
+    assert count(Config) - new - 2 - 1 <= 97
     names = [leaf.name for leaf in leaves()]
     assert len(names) == len(set(names))
 
@@ -449,7 +449,17 @@ def test_defaults_are_those_of_the_alternative_that_is_the_default() -> None:
     assert (default_of("train.on_bad_step"), default_of("no.such")) == ({"stop": 3.0}, None)
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/runs", "gs:/bucket/runs", "s3://bucket", "file:///tmp/runs"])
-def test_runs_lie_on_this_machine(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"runs_dir: .* is a URL; buckets are not supported yet"):
+@pytest.mark.parametrize("url", ["gs://bucket/runs", "gs:/bucket/runs", "s3://bucket"])
+def test_runs_lie_in_folders_and_buckets(url: str) -> None:
+    assert load(None, [*NEEDED, f"runs_dir={url}", "name=mine"]).place == f"{url}/mine"
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/runs", "http://host/runs", "gs://"])
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"runs_dir: .* give a folder on this machine, gs://BUCKET/FOLDER"):
         load(None, [*NEEDED, f"runs_dir={url}"])
+
+
+def test_the_cache_of_answers_is_a_file_on_this_machine() -> None:
+    with pytest.raises(ConfigError, match=r"refine\.cache: .* SQLite needs a file on this machine"):
+        load(None, [*NEEDED, "refine.cache=s3://bucket/llm_cache.sqlite"])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from middo_jax.rundir.elsewhere import size_elsewhere
-from middo_jax.rundir.files import is_reader, temporary_prefix
+from middo_jax.rundir.files import is_reader
 from middo_jax.rundir.process import has_ended
 
 _TEMPORARY = re.compile(r"\..+\.tmp-(\d+-[0-9a-f]{8}-[0-9a-f]{8})-\w+")

@@ -30,7 +30,7 @@ from middo_jax.models.checkpoint import (
     writers,
 )
 from middo_jax.models.model import Params
-from middo_jax.parallel.coordination import barrier, has_own_disk, on_each_disk
+from middo_jax.parallel.coordination import barrier, from_first, has_own_disk, on_each_disk
 from middo_jax.rundir import RunError
 from middo_jax.rundir.elsewhere import bring
 from middo_jax.rundir.files import full_disk_named

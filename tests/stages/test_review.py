@@ -227,6 +227,8 @@ def test_an_edit_with_a_character_that_nobody_sees_is_refused_by_its_place(
     else:
         chosen = {"from_name": "verdict", "type": "choices", "value": {"choices": ["accept"]}}
         text = {"from_name": "new_prompt", "type": "textarea", "value": {"text": [bad]}}
+        for row in rows:  # as Label Studio exports them, those that nobody judged too
+            row["annotations"] = []
         rows[1]["annotations"] = [{"completed_by": "u", "result": [chosen, text]}]
     write_jsonl(path, rows)
     with pytest.raises(

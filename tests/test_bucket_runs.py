@@ -188,7 +188,7 @@ def test_training_scoring_and_exporting_into_a_bucket(s3: str, middo: Middo, tmp
     assert "exported/model.safetensors" in store.list()
     code, out, err = middo("export", f"{s3}/tuned/checkpoint", f"{s3}/exported")
     assert code == 1
-    assert "not empty" in err
+    assert "is not an empty directory" in err
     assert not [name for name in store.list() if LOCK in name]
 
 

@@ -179,7 +179,7 @@ class Mirror:
                     self.store.get(name, self.folder / name)
                     self._refuse_damaged(name)
                     self._note(name, known.version)
-            self._seen = set(self._scan())
+                    self._seen.add(name)  # not a new look: a file that was seen and is gone is to be removed
 
     def size(self, path: Path) -> int:
         """Bytes of the files at or below a path that were left in the bucket."""

@@ -19,6 +19,7 @@ from middo_jax.rundir import RunError
 from middo_jax.rundir.files import full_disk_named
 
 _RETRIES = {"max_attempts": 8, "mode": "standard"}
+_SILENCE = 60  # seconds after which a server that sends nothing is given up
 _EXTRAS = {"gs": "gcs", "s3": "s3"}
 _CREDENTIALS = {
     "gs": "`gcloud auth application-default login`, or a key's file in $GOOGLE_APPLICATION_CREDENTIALS",
@@ -147,13 +148,18 @@ def _file_system(scheme: str) -> Any:
     if scheme == "s3":
         import s3fs
 
-        config = {"retries": _RETRIES, "read_timeout": 60}
+        config = {"retries": _RETRIES, "read_timeout": _SILENCE}
         return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, config_kwargs=config)
     # Not `gcsfs.GCSFileSystem`: it asks another service of Google's which kind of bucket it is.
+    import aiohttp
     from gcsfs.core import GCSFileSystem
 
     token = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None
-    return GCSFileSystem(use_listings_cache=False, skip_instance_cache=True, token=token)
+    # Without one, it waits for ever. A limit of the whole request would cut off large files.
+    patience = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+    return GCSFileSystem(
+        use_listings_cache=False, skip_instance_cache=True, token=token, requests_timeout=patience
+    )
 
 
 def _stored(info: dict[str, Any]) -> Stored:

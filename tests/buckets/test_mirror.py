@@ -270,6 +270,21 @@ def test_a_checkpoint_that_is_removed_here_is_removed_there_with_its_weights(tmp
     assert [name for name in objects if "checkpoint" in name] == []
 
 
+def test_what_is_removed_here_before_weights_are_brought_is_removed_there(tmp_path: Path) -> None:
+    objects: dict[str, tuple[bytes, str]] = {}
+    one, two = mirror_of(objects, tmp_path / "one"), mirror_of(objects, tmp_path / "two")
+    for change in (prepared, trains, trained, scored):
+        change(one.folder)
+    one.push()
+    two.pull(is_light)
+    with copy_of(two.folder, two):
+        (two.folder / "round_00" / "scores.parquet").unlink()
+        bring(two.folder / "round_00" / "checkpoint" / "params")
+        two.push()
+    assert "round_00/scores.parquet" not in objects
+    assert contents(two.folder) == files(objects)
+
+
 def test_weights_that_are_not_as_they_were_written_are_refused(tmp_path: Path) -> None:
     objects: dict[str, tuple[bytes, str]] = {}
     one, two = mirror_of(objects, tmp_path / "one"), mirror_of(objects, tmp_path / "two")

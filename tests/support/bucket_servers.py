@@ -5,9 +5,11 @@ A plugin of pytest, so that all modules that name it share the servers.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import os
+import threading
 import urllib.request
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
@@ -55,6 +57,9 @@ def gcs_url() -> Iterator[str]:
 
     with FakeGCSServer() as server, pytest.MonkeyPatch.context() as environment:
         environment.delenv("STORAGE_EMULATOR_HOST", raising=False)  # it sets this for the whole session
+        assert server._process is not None
+        # Its log goes into a pipe; once that is full, the server waits for a reader for ever.
+        threading.Thread(target=collections.deque, args=(server._process.stderr, 0), daemon=True).start()
         body = json.dumps({"name": "bucket"}).encode()
         request = urllib.request.Request(f"{server.url}/storage/v1/b?project=test", body)
         request.add_header("Content-Type", "application/json")

@@ -15,7 +15,7 @@ from middo_jax.data.example import Example
 from middo_jax.models.lora import from_settings, with_fresh_adapters
 from middo_jax.models.model import Model
 from middo_jax.parallel.coordination import barrier, on_each_disk
-from middo_jax.rundir import RoundDir, RunError, chain
+from middo_jax.rundir import RoundDir, RunDir, RunError, chain, file_hash
 from middo_jax.rundir.rows import SourceLossRow
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.evaluate import HeldOut
@@ -55,6 +55,9 @@ def train_stage(
     began = time.monotonic()
     check_evaluations(session.config, heldout)
     begun = chain.train(directory, start, session.base).begin()
+    # A fact and no input: other held-out rows are no reason to train again, but to leave out the curve.
+    rows = RunDir(directory.path.parent).heldout
+    facts = {"heldout": file_hash(rows)} if session.config.train.eval_every and rows.exists() else {}
     with session.stage():
         try:
             _train(session, directory, start, heldout, n_steps)
@@ -66,7 +69,7 @@ def train_stage(
             on_each_disk("another training: remove", lambda: remove_training(directory))
             _train(session, directory, start, heldout, n_steps)
     gc.collect()
-    begun.finish(session.config, time.monotonic() - began)
+    begun.finish(session.config, time.monotonic() - began, **facts)
     barrier("train: written")  # the other processes read the manifest next
 
 

@@ -24,7 +24,16 @@ from middo_jax.report.build import EXCERPTS, PAGE_BYTES, REFUSED_SHOWN, build, p
 from middo_jax.report.lineage import score_rows, trace
 from middo_jax.report.status import render_status, status
 from middo_jax.report.texts import word_diff
-from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
+from middo_jax.rundir import (
+    RoundDir,
+    RunDir,
+    RunError,
+    file_hash,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from middo_jax.rundir.events import read_events
 
 
@@ -178,6 +187,15 @@ def test_held_out_losses_while_training_stand_by_source(finished: RunDir) -> Non
     words = Page(page(finished)).words
     assert "Held-out loss while training" in words
     assert "round_00 code 1.700 1.300 round_00 chat 1.900 1.900 round_01 code 1.400 1.000" in words
+
+
+def test_a_curve_over_other_held_out_rows_is_left_out_by_name(run: RunDir) -> None:
+    for index, known in ((0, file_hash(run.heldout)), (1, "of other rows")):
+        run.round(index).finish("train", [run.round(index).metrics], 1.0, heldout=known)
+    words = Page(page(run)).words
+    assert "round_00 code 1.700 1.300" in words
+    assert "round_01 code 1.400 1.000" not in words
+    assert "not shown for round_01: evaluated on other held-out rows than the present ones" in words
 
 
 def test_plots_say_what_scale_the_settings_chose_on(run: RunDir) -> None:

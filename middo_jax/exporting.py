@@ -12,7 +12,8 @@ OUT/
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -22,6 +23,7 @@ import yaml
 from middo_jax.data.example import Example
 from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.sources import DataError, write
+from middo_jax.data.stored import Changed, Examples, Stored
 from middo_jax.preferences import preference_pairs
 from middo_jax.progress import Progress
 from middo_jax.report.card import card
@@ -31,11 +33,11 @@ from middo_jax.rundir import (
     RunDir,
     RunError,
     local,
-    read_jsonl,
     write_json,
     write_jsonl,
     write_text,
 )
+from middo_jax.rundir.files import each_jsonl
 
 WRITTEN = ("alpaca", "sharegpt", "messages", "prompt_completion", "parquet")
 SCORES = ("loss_pre", "loss_post", "knn_mean_sim", "quality")
@@ -96,8 +98,8 @@ def export_data(
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise RunError(f"{out} exists and is not an empty folder; name another, or remove it first")
     settings, own = load_settings(run), _shape(run, form)
-    examples = [Example.from_json(row) for row in read_jsonl(folder.dataset)]
-    kept_out = [Example.from_json(row) for row in read_jsonl(run.heldout)] if extras.get("heldout") else []
+    examples = Stored(folder.dataset)
+    kept_out: Examples = Stored(run.heldout) if extras.get("heldout") else ()
     known = _scores(run) if scores else {}
     ending = "parquet" if form == "parquet" else "jsonl"
     files = {"train": (examples, f"train.{ending}"), "heldout": (kept_out, f"heldout.{ending}")}
@@ -105,7 +107,7 @@ def export_data(
     for rows, name in files.values():
         if not rows:
             continue
-        shown = [_with_columns(example, known.get(example.id), scores, lineage) for example in rows]
+        shown = Changed(rows, lambda one: _with_columns(one, known.get(one.id), scores, lineage))
         if form is None:
             write_jsonl(place / name, own.rows(shown))
         else:
@@ -113,7 +115,8 @@ def export_data(
         columns |= _columns(place / name)
     written = {split: name for split, (rows, name) in files.items() if rows}
     name = settings.get("name") or run.path.resolve().name
-    is_weighted = not all(m.learnt for example in (*examples, *kept_out) for m in example.messages)
+    every = itertools.chain(examples, kept_out)
+    is_weighted = not all(message.learnt for example in every for message in example.messages)
     _write_readers(place, str(name), written, _Names(own, columns, is_weighted))
     found = preference_pairs(run) if extras.get("pairs") else []
     if found:
@@ -130,7 +133,7 @@ def _shape(run: RunDir, form: str | None) -> OwnShape:
     return own if form is None else OwnShape(form, id_column=own.id_column)
 
 
-def write_as_it_came(run: RunDir, examples: Sequence[Example], path: Path, progress: Progress) -> str:
+def write_as_it_came(run: RunDir, examples: Examples, path: Path, progress: Progress) -> str:
     """Writes a dataset in the format of the user's data; returns the name of the format that was used.
 
     A conversation of several turns or with tools may have no place in that format. Then all rows are written
@@ -138,14 +141,13 @@ def write_as_it_came(run: RunDir, examples: Sequence[Example], path: Path, progr
     """
     own = own_shape(run)
     try:
-        rows = own.rows(examples)
+        write_jsonl(path, own.rows(examples))
     except DataError as error:
         if own.format == "messages":
             raise
         progress.say(f"{path}: written as messages ({error})")
         own = OwnShape("messages", id_column=own.id_column)
-        rows = own.rows(examples)
-    write_jsonl(path, rows)
+        write_jsonl(path, own.rows(examples))
     return own.format
 
 
@@ -194,7 +196,7 @@ def _with_columns(
             f"{_PREFIX}round": lineage.round,
             f"{_PREFIX}axis": lineage.axis,
             f"{_PREFIX}parent_ids": list(lineage.parent_ids),
-            f"{_PREFIX}root_id": lineage.root_id,
+            f"{_PREFIX}root_id": example.root_id,
             f"{_PREFIX}refiner": lineage.refiner,
         }
     if taken := sorted(added.keys() & example.extra.keys()):
@@ -205,7 +207,7 @@ def _with_columns(
 def _columns(path: Path) -> set[str]:
     if path.suffix == ".parquet":
         return set(pq.read_schema(path).names)
-    return {name for row in read_jsonl(path) for name in row}
+    return {name for row in each_jsonl(path) for name in row}
 
 
 def _write_readers(out: Path, name: str, files: Mapping[str, str], names: _Names) -> None:

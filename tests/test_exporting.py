@@ -14,7 +14,7 @@ from support.synthetic_run import write_run
 
 from middo_jax import exporting
 from middo_jax.data.example import Example, Lineage, Message
-from middo_jax.data.own_shape import OwnShape, columns_of
+from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import DataError, read, read_rows, write
 from middo_jax.exporting import export_data, write_as_it_came
@@ -204,7 +204,7 @@ def _prepared(tmp_path: Path, form: str, data: dict[str, Any], rows: list[dict[s
     assert found.format == form
     run = RunDir(tmp_path / "run")
     write_text(run.config, yaml.safe_dump({"name": "mine", "data": data}))
-    record = {"format": form, "columns": columns_of(found.rows), "files": {}, "seconds": 0}
+    record = {"format": form, "columns": found.columns, "files": {}, "seconds": 0}
     write_json(run.round(0).path / "manifest.json", {"stages": {"prepare": record}})
     write_jsonl(run.final.dataset, [example.to_json() for example in found.examples])
     return run

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from middo_jax.config.gates import Needs
 from middo_jax.data.example import Example
@@ -204,7 +205,7 @@ class Acceptance:
             return limits
         axes = read_json(self._directory.selection)["axes"]
         table = read_scores(self._directory.scores)
-        nearest = [sims[0] for sims in table["knn_sims"].to_pylist() if sims]
+        nearest_n = pc.list_flatten(pc.list_slice(table["knn_sims"], 0, 1)).to_numpy().astype(np.float64)
         similarity = None
         if context is not None:
             embedding_nd = read_embeddings(self._directory.embeddings, table["id"].to_pylist())
@@ -213,7 +214,7 @@ class Acceptance:
             limits,
             loss=axes.get("complexity", {}).get("threshold", {}).get("loss_post"),
             context=similarity,
-            novelty=float(np.quantile(nearest, novelty)) if novelty and nearest else None,
+            novelty=float(np.quantile(nearest_n, novelty)) if novelty and len(nearest_n) else None,
             end_nll=_quantile(as_floats(table, "end_nll"), ENDING),
             floor=_quantile(as_floats(table, "loss_post"), FLOOR),
             refines_itself=refines_itself(self._session),

@@ -128,11 +128,7 @@ def score(
         session = session_for(model_path, _path(rows), settings, place).settled()
         axes = scored_axes(session.config) if axes is None else axes
         stages.check_own_texts(session.config)
-        wants_columns = keep_columns is None or len(keep_columns) > 0
-        data = read_data(session, None if _path(rows) else rows, keep_rows=wants_columns)
-        kept, _, rejections, *_ = prepare(session, data)
-        own = _own_columns(data, kept, keep_columns)
-        del data  # its rows are not needed while the samples are measured
+        kept, rejections, own = _read(session, rows, keep_columns)
         if pre_model is None and "complexity" in axes:
             session.progress.say(NO_PRE_MODEL)
         pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
@@ -373,9 +369,18 @@ def _path(rows: RowsLike) -> str | None:
     return os.fspath(rows) if isinstance(rows, str | os.PathLike) else None
 
 
+def _read(
+    session: Session, rows: RowsLike, wanted: Collection[str] | None
+) -> tuple[list[Example], list[Rejection], pa.Table]:
+    """(usable samples, rejections, the wanted columns of the samples). The rows themselves are freed."""
+    keeps_rows = wanted is None or len(wanted) > 0
+    data = read_data(session, None if _path(rows) else rows, keeps_rows)
+    kept, _, rejections, *_ = prepare(session, data)
+    return kept, rejections, _own_columns(data, kept, wanted) if keeps_rows else pa.table({})
+
+
 def _own_columns(data: UserRows, kept: list[Example], wanted: Collection[str] | None) -> pa.Table:
-    if data.rows is None:  # no column is wanted
-        return pa.table({})
+    assert data.rows is not None
     row_of = {example.id: row for example, row in zip(data.examples, data.rows, strict=True)}
     taken = {*SCHEMA.names, *computed_names(), *(row.set_name for row in axis_rows())}
     return own_columns(kept, [row_of[example.id] for example in kept], wanted, taken)

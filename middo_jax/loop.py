@@ -95,7 +95,7 @@ def _run(run: RunDir, session: Session) -> None:
                 if not is_done:
                     stage.do(plan)
                 if plan.fresh is not None:
-                    plan.fresh.data = None
+                    plan.fresh.data = None  # the other stages read the files
                 continue
             number += 1
             where = f"[{number}/{numbered}] {stage.link.where}"

@@ -3,6 +3,7 @@
     python -m benchmarks plan_pods                             # all rows of CASES
     python -m benchmarks plan_pods 8b-train-v6e-64 ...         # some of them
     python -m benchmarks plan_pods 8b-train-v6e-64 --set train.remat=dots
+    python -m benchmarks plan_pods 70b-neighbours-v5p-512 --rows 100000000
 
 Each case is a stage, compiled by the real TPU compiler (the `tpu` extra) as `middo plan` does. MFU counts the
 FLOPs that the published formula needs over those of all chips in the predicted time. Every collective is
@@ -32,6 +33,7 @@ from middo_jax.planning.stages import Job, Stage, plan_stage
 from middo_jax.training.flops import training_flops
 
 LENGTH = 4096
+ROWS = 2_000_000  # of the passes and of the search for neighbours, of 250 tokens on average
 LLAMA_8B = SHAPES["llama-3.1-8b"]
 LLAMA_70B = dataclasses.replace(
     LLAMA_8B, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64
@@ -64,9 +66,11 @@ SLICES = {
 }
 CASES = {f"8b-{stage}-{name}": case for stage in ("train", "score", "rate") for name, case in SLICES.items()}
 CASES["70b-train-v5p-512"] = Case("v5p:8x8x8", (1, 512, 1), rows=1)
+CASES |= {f"70b-{stage}-v5p-512": CASES["70b-train-v5p-512"] for stage in ("score", "rate", "neighbours")}
+CASES["8b-neighbours-v5e-16"] = SLICES["v5e-16"]
 
 
-def planned(name: str, more: list[str]) -> tuple[Job, Stage]:
+def planned(name: str, more: list[str], n_rows: int = ROWS) -> tuple[Job, Stage]:
     """The stage of a case."""
     model, stage, _ = name.split("-", 2)
     case, decoder = CASES[name], MODELS[model]
@@ -84,16 +88,16 @@ def planned(name: str, more: list[str]) -> tuple[Job, Stage]:
         *more,
     ]
     config = load(None, settings)
-    amounts = _amounts(stage, config.train.batch_size)
+    amounts = _amounts(stage, config.train.batch_size, n_rows)
     job = Job(config, decoder, amounts, slices.chip, slices)
     return job, plan_stage(stage, job, mesh_of(slices, case.mesh), lambda text: print(text, flush=True))
 
 
-def _amounts(stage: str, rows: int) -> Amounts:
+def _amounts(stage: str, per_step: int, n_rows: int) -> Amounts:
     """One step of full rows for training; instruction samples for the passes."""
     if stage == "train":
-        return Amounts(rows, np.full(rows, LENGTH), 1.0, "full rows")
-    return Amounts.assumed(2_000_000, 250, LENGTH)
+        return Amounts(per_step, np.full(per_step, LENGTH), 1.0, "full rows")
+    return Amounts.assumed(n_rows, 250, LENGTH)
 
 
 def useful_flops(stage: str, job: Job) -> float:
@@ -149,11 +153,12 @@ def main() -> None:
     )
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}")
     parser.add_argument("--set", action="append", default=[], help="a setting, such as train.remat=layer")
+    parser.add_argument("--rows", type=int, default=ROWS, help="of the dataset; a training is one step")
     arguments = parser.parse_args()
     for name in arguments.cases or CASES:
         if name not in CASES:
             parser.error(f"{name} is none of {', '.join(CASES)}")
-        show(name, *planned(name, arguments.set))
+        show(name, *planned(name, arguments.set, arguments.rows))
 
 
 if __name__ == "__main__":

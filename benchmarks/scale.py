@@ -1,11 +1,20 @@
-"""Time and memory of the stages that run on the host, by rows: prepare, select, merge and report.
+"""Time, memory and disk of what runs on the host, by rows: prepare, select, merge, report and so on.
 
     python -m benchmarks scale                                  # 20,000, 60,000 and 200,000 rows
-    python -m benchmarks scale --rows 2000000 --keep runs/big   # two million, 10 GB of disk
+    python -m benchmarks scale --rows 2000000 --without tokenize plan --keep runs/big   # 10 GB of disk
+    python -m benchmarks scale --rows 60000 --longer 4          # texts four times as long
 
 Rows are like Alpaca's: a prompt of 19 words and a response of 58, with a column of the user's own. Scores are
-random, each axis selects 1 % of the rows, and three of four rewrites are accepted. Each stage is a process of
-its own, whose time and peak memory (resident set) are printed; they include the imports, about 0.5 GB.
+random, each axis selects 1 % of the rows, and three of four rewrites are accepted. Each step is a process of
+its own, whose time, peak memory (resident set) and files are printed, its imports included.
+
+prepare   reads, checks and splits the rows, and writes the first dataset
+tokenize  tokenizes the dataset and packs it, as scoring and training do before their first batch
+select    scores -> three sets
+plan      the tasks for the refiner
+merge     finds what is dropped
+final     writes the next dataset, and the same in the shape of the user's rows
+report    the page
 """
 
 from __future__ import annotations
@@ -14,14 +23,13 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -58,19 +66,20 @@ def settings(folder: Path) -> list[Any]:
     return [{**named, **few, "runs_dir": str(folder), "data.eval_fraction": 0.01, "model.dtype": "float32"}]
 
 
-def write_rows(folder: Path, rows: int) -> None:
-    """The user's data and a tokenizer."""
+def write_rows(folder: Path, rows: int, longer: float = 1.0) -> None:
+    """The user's data and a tokenizer; texts are `longer` times as long as Alpaca's."""
     from support.tiny_model import write_tiny_model
 
     write_tiny_model(folder / "model")
     rng = random.Random(0)
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for i in range(rows):
-            texts = {"instruction": f"{i}: {_words(rng, 19)}?", "input": "", "output": f"{_words(rng, 58)}."}
+            prompt, response = _words(rng, 19 * longer), _words(rng, 58 * longer)
+            texts = {"instruction": f"{i}: {prompt}?", "input": "", "output": f"{response}."}
             file.write(json.dumps({**texts, "source": f"s{i % 7}"}) + "\n")
 
 
-def _words(rng: random.Random, mean: int) -> str:
+def _words(rng: random.Random, mean: float) -> str:
     return " ".join(rng.choices(WORDS, k=max(1, round(rng.lognormvariate(0, 0.6) * mean / 1.2))))
 
 
@@ -90,7 +99,20 @@ def prepare(folder: Path, rows: int) -> None:
     write_jsonl(run.heldout, (example.to_json() for example in data.heldout))
     first = run.round(0)
     write_jsonl(first.dataset, (example.to_json() for example in data.kept))
-    first.finish("prepare", [first.dataset, run.heldout, run.rejected], 0.0, n=len(data.kept))
+    facts = {"n": len(data.kept), "format": data.format, "columns": list(data.columns)}
+    first.finish("prepare", [first.dataset, run.heldout, run.rejected], 0.0, **facts)
+
+
+def tokenize(folder: Path, rows: int) -> None:
+    """Tokenizes the dataset and packs it, as scoring and training do before their first batch."""
+    from middo_jax.config import load
+    from middo_jax.progress import Silent
+    from middo_jax.rundir import RunDir
+    from middo_jax.session import Session, read_dataset
+
+    session = Session(load(None, settings(folder)), Silent())
+    with session.stage():
+        session.plan_losses(session.tokenize(read_dataset(RunDir(folder / "run").round(0))))
 
 
 def write_scores(folder: Path, rows: int) -> None:
@@ -135,6 +157,14 @@ def select(folder: Path, rows: int) -> None:
     select_stage(load(None, settings(folder)), RunDir(folder / "run").round(0))
 
 
+def plan(folder: Path, rows: int) -> None:
+    """Plans the tasks for the refiner."""
+    from middo_jax.rundir import RunDir
+    from middo_jax.stages.refine import plan_refinement
+
+    plan_refinement(RunDir(folder / "run").round(0))
+
+
 def write_refined(folder: Path, rows: int) -> None:
     """A refiner's results: three of four rewrites are accepted."""
     from middo_jax.data.example import Example, Lineage
@@ -176,18 +206,34 @@ def write_refined(folder: Path, rows: int) -> None:
 
 
 def merge(folder: Path, rows: int) -> None:
-    """Merges, and writes the next dataset."""
+    """Merges, and writes what is dropped."""
     from middo_jax.config import load
     from middo_jax.progress import Silent
-    from middo_jax.rundir import RunDir, write_jsonl
+    from middo_jax.rundir import RunDir
     from middo_jax.session import Session
     from middo_jax.stages.merge import merge_stage
 
+    first = RunDir(folder / "run").round(0)
+    merge_stage(Session(load(None, settings(folder)), Silent()), first)
+    first.finish("merge", [first.dropped], 1.0)
+
+
+def final(folder: Path, rows: int) -> None:
+    """Writes the next dataset, and the same in the shape of the user's rows."""
+    from middo_jax.config import load
+    from middo_jax.data.stored import Stored
+    from middo_jax.exporting import own_shape, write_as_it_came
+    from middo_jax.progress import Silent
+    from middo_jax.rundir import RunDir, write_jsonl
+    from middo_jax.session import Session
+    from middo_jax.stages.merge import merged
+
     run = RunDir(folder / "run")
-    merged = merge_stage(Session(load(None, settings(folder)), Silent()), run.round(0))
-    write_jsonl(run.final.dataset, (example.to_json() for example in merged))
-    run.round(0).finish("merge", [run.round(0).dropped], 1.0)
-    run.final.finish("prepare", [run.final.dataset], 1.0, n=len(merged))
+    here, found = run.final, merged(Session(load(None, settings(folder)), Silent()), run.round(0))
+    write_jsonl(here.dataset, (example.to_json() for example in found))
+    form = write_as_it_came(run, Stored(here.dataset), here.own_format, Silent())
+    facts = {"n": len(found), "format": form, "shape": own_shape(run).to_json()}
+    here.finish("prepare", [here.dataset, here.own_format], 1.0, **facts)
 
 
 def report(folder: Path, rows: int) -> None:
@@ -198,21 +244,47 @@ def report(folder: Path, rows: int) -> None:
     build(RunDir(folder / "run"))
 
 
-STEPS: dict[str, Callable[[Path, int], None]] = {
-    step.__name__: step for step in (write_rows, prepare, write_scores, select, write_refined, merge, report)
+STEPS: dict[str, Callable[..., None]] = {
+    step.__name__: step
+    for step in (
+        *(write_rows, prepare, tokenize, write_scores, select),
+        *(plan, write_refined, merge, final, report),
+    )
 }
 
+OPTIONAL = ("tokenize", "plan")  # no other step needs them
 
-def measured(folder: Path, rows: int) -> Iterator[tuple[str, float, float]]:
-    """(stage, seconds, peak GB) of each stage that is the package's."""
-    for name in STEPS:
-        command = [sys.executable, "-m", "benchmarks.scale", "--step", name, "--folder", str(folder)]
-        done = subprocess.run([*command, "--rows", str(rows)], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-        if not name.startswith("write_"):
-            seconds, peak = map(float, done.stdout.split()[-2:])
-            yield name, seconds, peak
+
+class Measured(NamedTuple):
+    """What a step took: wall and CPU seconds, its largest resident set and its new files, both in GB."""
+
+    seconds: float
+    cpu_seconds: float
+    peak: float
+    files: float
+
+
+def measured(name: str, folder: Path, rows: int, longer: float) -> Measured:
+    """Runs a step in a process of its own."""
+    sizes = ["--rows", str(rows), "--longer", str(longer)]
+    command = [sys.executable, "-m", "benchmarks.scale", "--step", name, "--keep", str(folder), *sizes]
+    before = _size(folder)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    seconds, cpu_seconds, peak = map(float, done.stdout.split()[-3:])
+    return Measured(seconds, cpu_seconds, peak, _size(folder) - before)
+
+
+def _peak() -> float:
+    """GB of this process's largest resident set; Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+
+def _size(folder: Path) -> float:
+    """GB of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e9
 
 
 def main() -> None:
@@ -221,23 +293,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, nargs="*", default=SIZES)
+    parser.add_argument("--longer", type=float, default=1.0, help="length of texts over Alpaca's")
+    parser.add_argument("--without", nargs="*", choices=OPTIONAL, default=[], help="steps to leave out")
     parser.add_argument("--keep", type=Path, help="a new folder for the files, which stay there")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
         began = time.monotonic()
-        STEPS[arguments.step](arguments.folder, arguments.rows[0])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        print(time.monotonic() - began, peak)
+        more = (arguments.longer,) if arguments.step == "write_rows" else ()
+        STEPS[arguments.step](arguments.keep, arguments.rows[0], *more)
+        print(time.monotonic() - began, time.process_time(), _peak())
         return
-    print("| rows | stage | seconds | peak GB |\n|---:|---|---:|---:|", flush=True)
+    print("| rows | step | seconds | CPU s | peak GB | GB of files |\n" + "|---:" * 6 + "|", flush=True)
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as scratch:
             folder = arguments.keep or Path(scratch)
             folder.mkdir(parents=True, exist_ok=True)
-            for name, seconds, peak in measured(folder, rows):
-                print(f"| {rows:,} | {name} | {seconds:.1f} | {peak:.2f} |", flush=True)
+            for name in (step for step in STEPS if step not in arguments.without):
+                one = measured(name, folder, rows, arguments.longer)
+                if name.startswith("write_"):
+                    continue  # not a step of the package
+                times = f"{one.seconds:.1f} | {one.cpu_seconds:.1f}"
+                print(f"| {rows:,} | {name} | {times} | {one.peak:.2f} | {one.files:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

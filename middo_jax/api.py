@@ -22,10 +22,10 @@ from middo_jax.config import Config, ConfigError, SettingsLike, layers_of, load
 from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.config.axis_table import axis_names, scored_axes
 from middo_jax.data.example import Example
-from middo_jax.data.files import require_not_read
+from middo_jax.data.files import Rejection, require_not_read
 from middo_jax.data.in_memory import RowsLike
 from middo_jax.data.own_columns import own_columns
-from middo_jax.data.sources import Rejection, UserRows
+from middo_jax.data.user_rows import UserRows
 from middo_jax.evaluation.heldout import HeldoutLoss
 from middo_jax.loop import run_loop
 from middo_jax.models.resolve import resolve
@@ -130,9 +130,7 @@ def score(
         session = session_for(model_path, _path(rows), settings, place).settled()
         axes = scored_axes(session.config) if axes is None else axes
         stages.check_own_texts(session.config)
-        data = read_data(session, None if _path(rows) else rows)
-        kept, _, rejections, *_ = prepare(session, data)
-        own = _own_columns(data, kept, keep_columns)
+        kept, rejections, own = _read(session, rows, keep_columns)
         if pre_model is None and "complexity" in axes:
             session.progress.say(NO_PRE_MODEL)
         pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
@@ -386,7 +384,18 @@ def _path(rows: RowsLike) -> str | None:
     return os.fspath(rows) if isinstance(rows, str | os.PathLike) else None
 
 
+def _read(
+    session: Session, rows: RowsLike, wanted: Collection[str] | None
+) -> tuple[list[Example], list[Rejection], pa.Table]:
+    """(usable samples, rejections, the wanted columns of the samples). The rows themselves are freed."""
+    keeps_rows = wanted is None or len(wanted) > 0
+    data = read_data(session, None if _path(rows) else rows, keeps_rows)
+    kept, _, rejections, *_ = prepare(session, data)
+    return kept, rejections, _own_columns(data, kept, wanted) if keeps_rows else pa.table({})
+
+
 def _own_columns(data: UserRows, kept: list[Example], wanted: Collection[str] | None) -> pa.Table:
+    assert data.rows is not None
     row_of = {example.id: row for example, row in zip(data.examples, data.rows, strict=True)}
     taken = {*SCHEMA.names, *computed_names(), *(row.set_name for row in axis_rows())}
     return own_columns(kept, [row_of[example.id] for example in kept], wanted, taken)

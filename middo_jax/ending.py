@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
+from middo_jax.data.stored import Stored
 from middo_jax.exporting import own_shape, write_as_it_came
 from middo_jax.rundir import RunDir, write_jsonl
 from middo_jax.rundir.files import copy_folder
 from middo_jax.rundir.link import Link
 from middo_jax.rundir.stopping import course
-from middo_jax.session import Session, read_dataset
+from middo_jax.session import Session
 
 
 def best_stage(session: Session, run: RunDir, link: Link) -> None:
@@ -21,7 +22,7 @@ def best_stage(session: Session, run: RunDir, link: Link) -> None:
     for path in (final.metrics, final.evaluations, final.benchmarks):
         path.unlink(missing_ok=True)
     copy_folder(chosen.checkpoint, final.checkpoint)
-    examples = read_dataset(chosen)
+    examples = Stored(chosen.dataset)
     write_jsonl(final.dataset, (example.to_json() for example in examples))
     form = write_as_it_came(run, examples, final.own_format, session.progress)
     facts = {"format": form, "shape": own_shape(run).to_json()}

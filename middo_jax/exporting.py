@@ -12,7 +12,8 @@ OUT/
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -22,6 +23,7 @@ from middo_jax.data.example import Example
 from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.sources import DataError, write
 from middo_jax.data.spelling import Spelling
+from middo_jax.data.stored import Changed, Examples, Stored
 from middo_jax.preferences import preference_pairs
 from middo_jax.progress import Progress
 from middo_jax.report.card import card
@@ -31,10 +33,10 @@ from middo_jax.rundir import (
     RunDir,
     RunError,
     local,
-    read_jsonl,
     write_jsonl,
     write_text,
 )
+from middo_jax.rundir.files import each_jsonl
 from middo_jax.trainers import Contents, write_readers
 
 WRITTEN = ("alpaca", "sharegpt", "messages", "prompt_completion", "parquet")
@@ -106,8 +108,8 @@ def export_data(
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise RunError(f"{out} exists and is not an empty folder; name another, or remove it first")
     settings, own = load_settings(run), _shape(run, form)
-    examples = [Example.from_json(row) for row in read_jsonl(folder.dataset)]
-    kept_out = [Example.from_json(row) for row in read_jsonl(run.heldout)] if extras.get("heldout") else []
+    examples = Stored(folder.dataset)
+    kept_out: Examples = Stored(run.heldout) if extras.get("heldout") else ()
     known = _scores(run) if scores else {}
     ending = "parquet" if form == "parquet" else "jsonl"
     files = {"train": (examples, f"train.{ending}"), "heldout": (kept_out, f"heldout.{ending}")}
@@ -115,7 +117,7 @@ def export_data(
     for rows, name in files.values():
         if not rows:
             continue
-        shown = [_with_columns(example, known.get(example.id), scores, lineage) for example in rows]
+        shown = Changed(rows, lambda one: _with_columns(one, known.get(one.id), scores, lineage))
         if form is None:
             write_jsonl(place / name, own.rows(shown))
         else:
@@ -125,7 +127,7 @@ def export_data(
         has_turns |= with_turns and own.format == "prompt_completion"
     written = {split: name for split, (rows, name) in files.items() if rows}
     name = settings.get("name") or run.path.resolve().name
-    contents = _contents(columns, has_turns, [*examples, *kept_out])
+    contents = _contents(columns, has_turns, itertools.chain(examples, kept_out))
     unread = write_readers(place, str(name), written, own, contents)
     found = preference_pairs(run) if extras.get("pairs") else []
     if found:
@@ -143,7 +145,7 @@ def _shape(run: RunDir, form: str | None) -> OwnShape:
     return own if form is None else OwnShape(form, id_column=own.id_column)
 
 
-def write_as_it_came(run: RunDir, examples: Sequence[Example], path: Path, progress: Progress) -> str:
+def write_as_it_came(run: RunDir, examples: Examples, path: Path, progress: Progress) -> str:
     """Writes a dataset in the format of the user's data; returns the name of the format that was used.
 
     A conversation of several turns or with tools may have no place in that format. Then all rows are written
@@ -151,14 +153,13 @@ def write_as_it_came(run: RunDir, examples: Sequence[Example], path: Path, progr
     """
     own = own_shape(run)
     try:
-        rows = own.rows(examples)
+        write_jsonl(path, own.rows(examples))
     except DataError as error:
         if own.format == "messages":
             raise
         progress.say(f"{path}: written as messages ({error})")
         own = OwnShape("messages", id_column=own.id_column)
-        rows = own.rows(examples)
-    write_jsonl(path, rows)
+        write_jsonl(path, own.rows(examples))
     return own.format
 
 
@@ -208,7 +209,7 @@ def _with_columns(
             f"{_PREFIX}round": lineage.round,
             f"{_PREFIX}axis": lineage.axis,
             f"{_PREFIX}parent_ids": list(lineage.parent_ids),
-            f"{_PREFIX}root_id": lineage.root_id,
+            f"{_PREFIX}root_id": example.root_id,
             f"{_PREFIX}refiner": lineage.refiner,
         }
     if taken := sorted(added.keys() & example.extra.keys()):
@@ -216,15 +217,20 @@ def _with_columns(
     return dataclasses.replace(example, extra={**example.extra, **added}) if added else example
 
 
-def _contents(columns: set[str], has_turns: bool, examples: Sequence[Example]) -> Contents:
-    messages = [m for example in examples for m in example.messages]
-    has_calls = any(m.tool and m.role == "assistant" for m in messages)
-    return Contents(frozenset(columns), not all(m.learnt for m in messages), has_calls, has_turns)
+def _contents(columns: set[str], has_turns: bool, examples: Iterable[Example]) -> Contents:
+    is_weighted = has_calls = False
+    for message in (message for example in examples for message in example.messages):
+        is_weighted = is_weighted or not message.learnt
+        has_calls = has_calls or bool(message.tool and message.role == "assistant")
+    return Contents(frozenset(columns), is_weighted, has_calls, has_turns)
 
 
 def _columns(path: Path, prompt: str) -> tuple[set[str], bool]:
     """(the columns of a file, whether a row has a list in the column `prompt`)."""
     if path.suffix == ".parquet":
         return set(pq.read_schema(path).names), False
-    rows = read_jsonl(path)
-    return {name for row in rows for name in row}, any(isinstance(row.get(prompt), list) for row in rows)
+    found, has_turns = set[str](), False
+    for row in each_jsonl(path):
+        found |= row.keys()
+        has_turns = has_turns or isinstance(row.get(prompt), list)
+    return found, has_turns

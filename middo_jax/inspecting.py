@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from middo_jax.config import Config, load
 from middo_jax.data.mixing import read_configured
-from middo_jax.data.sources import UserRows
 from middo_jax.data.tokenize import tokenize_all, truncate
+from middo_jax.data.user_rows import UserRows
 from middo_jax.linting import Found, lint, read_limits, read_texts, render
 from middo_jax.models.loading import tokenizer_directory
 from middo_jax.progress import for_stderr

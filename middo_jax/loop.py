@@ -98,6 +98,8 @@ def _run(run: RunDir, session: Session) -> None:
             if stage.link.name == PREPARE:
                 if not is_done:
                     stage.do(plan)
+                if plan.fresh is not None:
+                    plan.fresh.data = None  # the other stages read the files
                 continue
             number += 1
             where = f"[{number}/{numbered}] {stage.link.where}"

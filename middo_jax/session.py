@@ -21,19 +21,11 @@ from middo_jax.buckets.keeping import kept
 from middo_jax.config import Config, SettingsLike, layers_of
 from middo_jax.config import load as load_config
 from middo_jax.data.example import Example, Message
-from middo_jax.data.files import with_id
+from middo_jax.data.files import Rejection
 from middo_jax.data.in_memory import IN_MEMORY
 from middo_jax.data.mixing import read_configured
-from middo_jax.data.own_shape import columns_of
 from middo_jax.data.reading import Reading
-from middo_jax.data.sources import (
-    DataError,
-    Rejection,
-    Repair,
-    UserRows,
-    commonest_reasons,
-    read_rows,
-)
+from middo_jax.data.sources import DataError, commonest_reasons, read_rows
 from middo_jax.data.spelling import Spelling
 from middo_jax.data.split import split_heldout
 from middo_jax.data.tokenize import (
@@ -44,6 +36,7 @@ from middo_jax.data.tokenize import (
     refusal,
     tokenize_all,
 )
+from middo_jax.data.user_rows import Repair, UserRows
 from middo_jax.models.attention import shares_prefixes
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.config import DecoderConfig, read_config
@@ -285,7 +278,7 @@ class Prepared(NamedTuple):
     rejections: list[Rejection]
     repairs: Sequence[Repair]
     format: str
-    columns: list[str]
+    columns: Sequence[str]
     spelling: Spelling
 
 
@@ -322,10 +315,8 @@ def prepare(session: Session, data: UserRows | None = None) -> Prepared:
         session.progress.say(f"{n:,} {'row' if n == 1 else 'rows'} repaired (data.strict=true refuses them)")
     for line in commonest_reasons(data.repairs):
         session.progress.say(line)
-    spelling = Spelling.of(data.rows, settings, data.format)
-    return Prepared(
-        kept, heldout, data.rejections, data.repairs, data.format, columns_of(data.rows), spelling
-    )
+    facts = data.rejections, data.repairs, data.format, data.columns, data.spelling.commonest(data.format)
+    return Prepared(kept, heldout, *facts)
 
 
 def _own_heldout(session: Session, path: str) -> list[Example]:
@@ -349,36 +340,24 @@ def _without(data: UserRows, heldout: Sequence[Example]) -> UserRows:
     out = {i for i, example in enumerate(data.examples) if example.prompt in prompts}
     if len(out) == len(data.examples):
         raise DataError("data.eval_path has the prompts of all rows, so there is nothing to train on")
-    rejections = [
-        Rejection(data.places[i], "its prompt is held out (data.eval_path)", data.examples[i].to_json())
-        for i in sorted(out)
-    ]
-    kept = [i for i in range(len(data.examples)) if i not in out]
-    return UserRows(
-        [data.examples[i] for i in kept],
-        [data.rows[i] for i in kept],
-        [data.places[i] for i in kept],
-        data.rejections + rejections,
-        data.repairs,
-        data.format,
-        data.said,
-    )
+    return data.without(dict.fromkeys(out, "its prompt is held out (data.eval_path)"))
 
 
-def read_data(session: Session, rows: Any = None) -> UserRows:
+def read_data(session: Session, rows: Any = None, keep_rows: bool = False) -> UserRows:
     """Reads the user's data and rejects rows that the template or tokenizer cannot render.
 
     Args:
       session: settings and tokenizer.
       rows: rows in memory, see `rows_in_memory`; None reads `data.path`.
+      keep_rows: whether the rows are returned too, as they were read.
 
     Raises:
       DataError: the data cannot be read, or no row can be used.
     """
     settings = session.config.data
     if rows is None:
-        return usable(session, read_configured(settings, session.config.seed))
-    return usable(session, read_rows(rows, settings.format, settings.limit, Reading.of(settings)))
+        return usable(session, read_configured(settings, session.config.seed, keep_rows))
+    return usable(session, read_rows(rows, settings.format, settings.limit, Reading.of(settings), keep_rows))
 
 
 def usable(session: Session, data: UserRows) -> UserRows:
@@ -387,24 +366,16 @@ def usable(session: Session, data: UserRows) -> UserRows:
     Raises:
       DataError: no example is left.
     """
-    reasons = [refusal(example, session.tokenizer) for example in data.examples]
-    rows = [row for row, reason in zip(data.rows, reasons, strict=True) if reason is None]
-    kept = [i for i, reason in enumerate(reasons) if reason is None]
-    refused = [
-        Rejection(with_id(data.places[i], data.examples[i].user_id), reason, data.examples[i].to_json())
-        for i, reason in enumerate(reasons)
-        if reason is not None
-    ]
-    if not kept:
-        lines = "".join(f"\n{line}" for line in commonest_reasons(refused))
+    found = ((i, refusal(example, session.tokenizer)) for i, example in enumerate(data.examples))
+    reasons = {i: reason for i, reason in found if reason is not None}
+    kept = data.without(reasons)
+    if not kept.examples:
+        lines = "".join(f"\n{line}" for line in commonest_reasons(kept.rejections[len(data.rejections) :]))
         raise DataError(
-            f"{session.config.data.name}: this model can use none of the {len(refused)} rows. The commonest "
+            f"{session.config.data.name}: this model can use none of the {len(reasons)} rows. The commonest "
             f"reasons:{lines}"
         )
-    examples, places = [data.examples[i] for i in kept], [data.places[i] for i in kept]
-    known = set(places)
-    repairs = [repair for repair in data.repairs if repair.where in known]
-    return UserRows(examples, rows, places, data.rejections + refused, repairs, data.format, data.said)
+    return kept
 
 
 def read_dataset(directory: RoundDir) -> list[Example]:

@@ -12,6 +12,7 @@ from middo_jax import stages
 from middo_jax.config import Config
 from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.sources import count_reasons
+from middo_jax.data.stored import Stored
 from middo_jax.ending import best_stage
 from middo_jax.exporting import own_shape, write_as_it_came
 from middo_jax.parallel.coordination import barrier, from_first, is_first, on_each_disk
@@ -60,8 +61,10 @@ def _prepare(plan: Plan, link: Link) -> None:
         begun = link.begin()
         kept = stages.merged(plan.session, link.earlier)
     else:
-        assert plan.fresh is not None  # `check_start` read the data, because this stage is not done
-        begun, data = plan.fresh
+        # `check_start` read the data, because this stage is not done.
+        assert plan.fresh is not None
+        assert plan.fresh.data is not None
+        begun, data = plan.fresh.begun, plan.fresh.data
         kept = data.kept
         repairs = {reason.reason: reason.n for reason in count_reasons(data.repairs)}
         facts = {"repairs": repairs, "format": data.format, "columns": data.columns}
@@ -70,14 +73,12 @@ def _prepare(plan: Plan, link: Link) -> None:
         write_jsonl(plan.run.rejected, (r.to_json() for r in data.rejections))
         write_jsonl(plan.run.heldout, (e.to_json() for e in plan.heldout))
         _forget_other_shapes(plan, data)
+    write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
     if link.folder.own_format in link.writes:
         link.folder.forget("best")  # of a run with `stop.patience`
-        rows = list(kept)  # both files need it, and a merged dataset reads the round's files each time
-        write_jsonl(link.folder.dataset, (e.to_json() for e in rows))
-        form = write_as_it_came(plan.run, rows, link.folder.own_format, plan.session.progress)
+        stored = Stored(link.folder.dataset)
+        form = write_as_it_came(plan.run, stored, link.folder.own_format, plan.session.progress)
         facts = {"format": form, "shape": own_shape(plan.run).to_json()}
-    else:
-        write_jsonl(link.folder.dataset, (e.to_json() for e in kept))
     begun.finish(plan.session.config, time.monotonic() - began, n=len(kept), **facts)
 
 

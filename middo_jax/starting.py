@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from middo_jax import stages
 from middo_jax.config import RENAMED, Config
@@ -29,16 +28,17 @@ from middo_jax.version import __version__
 PREPARE = "prepare"  # done before the first numbered stage of its folder, and not numbered itself
 
 
-class FreshData(NamedTuple):
+@dataclasses.dataclass
+class FreshData:
     """The user's data, just read.
 
     Attributes:
       begun: record of the started stage that read the data.
-      data: the data.
+      data: the data; None after that stage has written it, because later stages read the files.
     """
 
     begun: Begun
-    data: Prepared
+    data: Prepared | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +99,15 @@ def check_start(run: RunDir, session: Session, header: Header) -> Plan:
     _refuse_previous_version(run)
     n_unreadable, states = read_events(run.events).n_unreadable, assess(links, config)
     _offer_choice(run, config, *states[0])
-    fresh = None
+    fresh, kept = None, None
     if states[0][1].is_fresh:
         heldout = [Example.from_json(row) for row in read_jsonl(run.heldout)]
         header.say(first.stages()[PREPARE]["n"] + len(heldout))
     else:
         begun, rows = links[0].begin(), read_data(session)
         header.say(len(rows.examples))
-        fresh = FreshData(begun, prepare(session, rows))
-        heldout = fresh.data.heldout
+        prepared = prepare(session, rows)
+        fresh, kept, heldout = FreshData(begun, prepared), prepared.kept, prepared.heldout
     if n_unreadable:
         session.progress.say(unreadable_events(n_unreadable))
     stages.check_own_texts(config)
@@ -115,7 +115,7 @@ def check_start(run: RunDir, session: Session, header: Header) -> Plan:
         stages.check_attention(session)
     check_heldout(config, len(heldout))
     if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
-        stages.check_training(session, read_dataset(first) if fresh is None else fresh.data.kept, heldout)
+        stages.check_training(session, read_dataset(first) if kept is None else kept, heldout)
     if "score" in pending and "quality" in scored_axes(config):
         stages.check_judge(session)
     if "refine" in pending:
@@ -148,7 +148,8 @@ def _offer_choice(run: RunDir, config: Config, link: Link, state: State) -> None
 
 def facts_of(plan: Plan) -> dict[str, str]:
     """Returns facts that must be equal in all processes of a job before any of them starts."""
-    ids = [example.id for example in (*plan.heldout, *(plan.fresh.data.kept if plan.fresh else ()))]
+    data = None if plan.fresh is None else plan.fresh.data
+    ids = [example.id for example in (*plan.heldout, *(data.kept if data else ()))]
     return {
         "version": __version__,
         "settings": _short_hash(plan.session.config.to_yaml()),

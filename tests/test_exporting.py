@@ -14,12 +14,10 @@ from support.said import Said
 from support.synthetic_run import write_run
 
 from middo_jax import exporting
-from middo_jax.config.settings import DataSettings
 from middo_jax.data.example import Example, Lineage, Message, Op
-from middo_jax.data.own_shape import OwnShape, columns_of
+from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import DataError, read, read_rows, write
-from middo_jax.data.spelling import Spelling
 from middo_jax.exporting import export_data, write_as_it_came
 from middo_jax.preferences import preference_pairs
 from middo_jax.rundir import RunDir, RunError, read_jsonl, write_json, write_jsonl, write_text
@@ -230,9 +228,8 @@ def _prepared(tmp_path: Path, form: str, data: dict[str, Any], rows: list[dict[s
     assert found.format == form
     run = RunDir(tmp_path / "run")
     write_text(run.config, yaml.safe_dump({"name": "mine", "data": data}))
-    settings = DataSettings.model_validate(data if "sources" in data else {**data, "path": str(path)})
-    spelling = Spelling.of(found.rows, settings, form).to_json()
-    record = {"format": form, "columns": columns_of(found.rows), "files": {}, "seconds": 0}
+    record = {"format": form, "columns": found.columns, "files": {}, "seconds": 0}
+    spelling = found.spelling.commonest(form).to_json()
     write_json(run.round(0).path / "manifest.json", {"stages": {"prepare": {**record, "spelling": spelling}}})
     write_jsonl(run.final.dataset, [example.to_json() for example in found.examples])
     return run

@@ -229,7 +229,7 @@ def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> No
     assert kept[-1].prompt == "Name 9.\n\nPlease."
     assert [e.prompt for e in heldout] == ["Name 1.", "Name 77."]
     assert [(r.where, r.reason) for r in rejections] == [
-        (f"{tmp_path / 'a.jsonl'}:2", "its prompt is held out (data.eval_path)")
+        (f"{tmp_path / 'a.jsonl'}:2, id a1", "its prompt is held out (data.eval_path)")
     ]
     assert len(repairs) == 2
     assert "1 rows repaired (data.strict=true refuses them)" in said.lines

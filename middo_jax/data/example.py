@@ -8,14 +8,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from middo_jax.data.tools import calls_text, dumped, of_calls, of_result, parts_of
 from middo_jax.rundir.rows import ExampleRow, LineageRow, TurnRow
 
 Role = Literal["system", "user", "assistant", "tool"]
 Op = Literal["seed", "simplify", "rewrite", "synthesize", "reanswer", "complete"]
+# One text per role: a JSON parser makes a new one for each turn.
+_ROLES: dict[str, Role] = {role: role for role in get_args(Role)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,14 +48,15 @@ class Message:
     def from_json(cls, row: Mapping[str, Any]) -> Message:
         """Reads a turn of dataset.jsonl."""
         tool = of_result(row) if row["role"] == "tool" else of_calls(row.get("tool_calls") or [])
-        return cls(row["role"], row["content"], row.get("weight") in (None, 1), tool)
+        return cls(_ROLES.get(row["role"], row["role"]), row["content"], row.get("weight") in (None, 1), tool)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Lineage:
     """Where an example comes from, and its scores before and after the rewrite.
 
-    `root_id` is the user's own row at the start of the ancestry. `scores_before` are the scores for which the
+    `root_id` is the user's own row at the start of the ancestry. That row itself has "", so that all such
+    rows share one lineage; `Example.root_id` is never empty. `scores_before` are the scores for which the
     parent was selected. `scores_after` are this example's own scores: under the same model if the gates
     measured it, otherwise those of the next round, once it has been scored.
     """
@@ -83,6 +87,23 @@ class Lineage:
             "scores_after": self.scores_after,
         }
 
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], id_: str) -> Lineage:
+        """Reads the lineage of the sample `id_` from a row of dataset.jsonl."""
+        # Version 0.1 also wrote whether and why an example was accepted.
+        fields = {k: v for k, v in row.items() if k not in ("accepted", "reject_reason")}
+        for name in ("parent_ids", "hint_ids"):
+            fields[name] = tuple(fields[name])
+        if fields["root_id"] == id_:
+            fields["root_id"] = ""
+        found = cls(**fields)
+        return SEED if found == SEED else found
+
+
+SEED = Lineage()  # of all the user's own rows
+# Shared by all samples without columns of their own: an empty dict per sample would take 80 bytes.
+NO_COLUMNS: Mapping[str, Any] = {}
+
 
 class _Given(TypedDict, total=False):
     """The keys of an `ExampleRow` that are absent if there is nothing in them."""
@@ -105,18 +126,21 @@ class Example:
 
     messages: tuple[Message, ...]
     id: str = ""
-    lineage: Lineage = Lineage()
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lineage: Lineage = SEED
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=lambda: NO_COLUMNS)
     tools: str = ""
     user_id: str | int | None = None
     # Not compared: it says how the same conversation was spread over columns.
-    prompt_columns: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
+    prompt_columns: Mapping[str, str] = dataclasses.field(default_factory=lambda: NO_COLUMNS, compare=False)
 
     def __post_init__(self) -> None:
         if not self.id:
             object.__setattr__(self, "id", content_id(self.messages, self.tools))
-        if not self.lineage.root_id:
-            object.__setattr__(self, "lineage", dataclasses.replace(self.lineage, root_id=self.id))
+
+    @property
+    def root_id(self) -> str:
+        """The id of the user's own row at the start of the ancestry."""
+        return self.lineage.root_id or self.id
 
     @property
     def prompt(self) -> str:
@@ -174,7 +198,7 @@ class Example:
             before, user_id = tuple(m for m in self.messages if m.role == "system"), None
         turns = (Message("user", prompt), Message("assistant", response))
         return dataclasses.replace(
-            self, messages=before + turns, id="", lineage=lineage, user_id=user_id, prompt_columns={}
+            self, messages=before + turns, id="", lineage=lineage, user_id=user_id, prompt_columns=NO_COLUMNS
         )
 
     def changed_turns(self, original: Example) -> list[int]:
@@ -197,24 +221,26 @@ class Example:
         if self.tools:
             given["tools"] = json.loads(self.tools)
         if self.prompt_columns:
-            given["prompt_columns"] = self.prompt_columns
+            given["prompt_columns"] = dict(self.prompt_columns)
         if self.extra:
-            given["extra"] = self.extra
+            given["extra"] = dict(self.extra)
         messages = [message.to_json() for message in self.messages]
-        return {"id": self.id, "messages": messages, **given, "lineage": self.lineage.to_json()}
+        lineage: LineageRow = {**self.lineage.to_json(), "root_id": self.root_id}
+        return {"id": self.id, "messages": messages, **given, "lineage": lineage}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Example:
         """Reads a row of dataset.jsonl."""
-        # Version 0.1 also wrote whether and why an example was accepted.
-        lineage = {k: v for k, v in row["lineage"].items() if k not in ("accepted", "reject_reason")}
-        for name in ("parent_ids", "hint_ids"):
-            lineage[name] = tuple(lineage[name])
+        lineage = Lineage.from_json(row["lineage"], row["id"])
         messages = tuple(Message.from_json(m) for m in row["messages"])
         tools = dumped(row["tools"]) if row.get("tools") else ""
-        extra, user_id = row.get("extra", {}), row.get("user_id")
-        columns = row.get("prompt_columns", {})
-        return cls(messages, row["id"], Lineage(**lineage), extra, tools, user_id, columns)
+        extra, parts = shared_names(row.get("extra")), shared_names(row.get("prompt_columns"))
+        return cls(messages, row["id"], lineage, extra, tools, row.get("user_id"), parts)
+
+
+def shared_names(columns: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Columns with one text per name for all samples: a JSON parser makes new ones for each row."""
+    return {sys.intern(name): value for name, value in columns.items()} if columns else NO_COLUMNS
 
 
 def content_id(messages: tuple[Message, ...], tools: str = "") -> str:

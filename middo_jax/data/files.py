@@ -167,7 +167,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any] | Rejection]:
     if ending == ".jsonl":
         yield from _jsonl_rows(file)
     elif ending == ".json":
-        yield from numbered(iter(_json_rows(file)))
+        yield from numbered(_taken(_json_rows(file)))
     elif ending == ".parquet":
         yield from numbered(_parquet_rows(file))
     elif ending in (".csv", ".tsv"):
@@ -177,6 +177,13 @@ def _rows(file: Path) -> Iterator[tuple[str, Any] | Rejection]:
             f"{file}: a dataset file must end in {', '.join(ENDINGS)}, with .gz or .zst behind it if it is "
             "compressed"
         )
+
+
+def _taken(rows: list[Any]) -> Iterator[Any]:
+    """The rows of a list that nobody else uses; each is freed when the next one is asked for."""
+    rows.reverse()
+    while rows:
+        yield rows.pop()
 
 
 def _ending(file: Path) -> str:

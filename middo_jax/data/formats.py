@@ -17,7 +17,6 @@ import base64
 import dataclasses
 import itertools
 import json
-import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -26,25 +25,21 @@ from typing import Any, NamedTuple
 import pydantic
 
 from middo_jax.config.formats import BUILT_IN_FORMATS, name_formats
-from middo_jax.data.example import Example, Lineage, Message, content_id
+from middo_jax.data.example import Example, Lineage, Message, content_id, shared_names
 from middo_jax.data.reading import AS_IT_IS, Reading
 from middo_jax.data.repair import as_messages
 from middo_jax.data.shapes import (
-    ShapeError,
     alpaca_row,
     alpaca_turns,
-    conversational_row,
     messages_row,
     prompt_completion_row,
     prompt_completion_turns,
     prompt_parts,
-    prompt_row,
     sharegpt_row,
 )
 from middo_jax.data.tools import TOOL_COLUMN, definitions_of
 from middo_jax.data.turns import SYSTEM_COLUMNS, Row, RowError, Turn, kind_of, turn_list, with_system
 
-_log = logging.getLogger(__name__)
 _NOT_ROWS = ("auto", "parquet", "tfds")  # names that have another meaning, so that no format may have them
 # Columns on whose text an answer usually depends. A warning names those that the conversation does not
 # contain.
@@ -55,7 +50,6 @@ PROMPT_COLUMNS = frozenset(
         *("system_instruction", "system_instructions", "sys_prompt", "tools"),
     )
 )
-_SPEAKING = ("assistant", "gpt", "function_call")  # the names of the assistant's turns in written rows
 _OUR_COLUMNS = {"id", "messages", "lineage", "extra", "tools", "user_id", "prompt_columns"}
 _LINEAGE = pydantic.TypeAdapter(Lineage)
 
@@ -158,7 +152,7 @@ def to_example(row: Any, form: str, reading: Reading = AS_IT_IS) -> Converted:
     {"instruction": "Add.", "input": "2 and 3", "output": "5", "source": "x"} as alpaca
       ->  user "Add.\\n2 and 3", assistant "5", extra {"source": "x"}
 
-    An `id` column that equals the row's content hash, as `to_rows` writes it, is not kept in `extra`.
+    An `id` column that equals the row's content hash, as `layout.to_rows` writes it, is not kept in `extra`.
 
     Raises:
       RowError: the row cannot be used.
@@ -167,7 +161,8 @@ def to_example(row: Any, form: str, reading: Reading = AS_IT_IS) -> Converted:
         raise RowError(f"a row must be an object with named columns, not {kind_of(row)}")
     for column, value in row.items():
         try:
-            json.dumps({column: value}, ensure_ascii=False).encode()
+            column.encode()
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
         except UnicodeEncodeError as e:
             raise RowError(f"column {column!r} contains a lone surrogate, which UTF-8 cannot encode") from e
     ours = form == "messages" and is_ours(row)
@@ -191,10 +186,15 @@ def to_example(row: Any, form: str, reading: Reading = AS_IT_IS) -> Converted:
         extra.pop(TOOL_COLUMN, None)
     shown = " ".join(" ".join(m.content.split()) for m in messages)
     unkept |= {f"column {c!r}" for c in extra if _is_of_prompt(c) and not _is_shown(extra[c], shown)}
-    if extra.get("id") == content_id(messages, tools or ""):
+    if "id" in extra and extra["id"] == content_id(messages, tools or ""):
         del extra["id"]
     parts = prompt_parts(row) if form == "alpaca" else {}
-    example = Example(messages, extra=extra, tools=tools or "", prompt_columns=parts)
+    example = Example(
+        messages,
+        extra=shared_names(extra),
+        tools=tools or "",
+        prompt_columns=shared_names(parts),
+    )
     return Converted(example, unkept, repairs)
 
 
@@ -211,75 +211,6 @@ def _is_shown(value: Any, shown: str) -> bool:
     if isinstance(value, list | dict):
         return all(_is_shown(item, shown) for item in (value.values() if isinstance(value, dict) else value))
     return True
-
-
-def to_rows(examples: Sequence[Example], form: str, id_column: str = "id") -> list[Row]:
-    """Rows with conversation, ids and extra columns; `to_example` reads them back. Lineage is not written.
-
-    The user's own ids are in `id_column`, null for rows that have none. Without any, our own are in `id`. Any
-    other extra column whose name the format needs is written as `extra_NAME`, with a warning. If one row
-    needs the conversational form of prompt_completion, all rows get it, since readers expect one type per
-    column.
-
-    Raises:
-      DataError: the format can be read only, or an answer is not learnt and the format has no field for that.
-    """
-    chosen = FORMATS[form]
-    to_row = chosen.row
-    if to_row is None:
-        raise DataError(f"rows of format {form} can be read and not written; write messages")
-    if form == "prompt_completion" and any(_is_conversational(example) for example in examples):
-        to_row = conversational_row
-    columns = dict.fromkeys(column for example in examples for column in example.extra)
-    has_tools = any(example.tools for example in examples)
-    reserved = chosen.columns | {"lineage"} | ({TOOL_COLUMN} if has_tools else set())
-    has_ids = any(example.user_id is not None for example in examples)
-    reserved |= {id_column} if has_ids else set()
-    names: dict[str, str] = {}
-    for column in columns:
-        name = column
-        while name in reserved or (name != column and name in columns):
-            name = "extra_" + name
-        names[column] = name
-    renamed = [f"{column} -> {name}" for column, name in names.items() if column != name]
-    if renamed:
-        _log.warning("extra columns are renamed, since %s uses their names: %s", form, ", ".join(renamed))
-    try:
-        rows = [
-            {
-                **(
-                    {id_column: example.user_id} if has_ids else {} if "id" in columns else {"id": example.id}
-                ),
-                **to_row(example.messages),
-                **(prompt_row(example) if form == "alpaca" else {}),
-                # As text, since the definitions of two tools have no common type for a column. Null, not "",
-                # where there are none: TRL and axolotl parse any text as JSON.
-                **({TOOL_COLUMN: example.tools or None} if has_tools else {}),
-                **{names[column]: plain(value) for column, value in example.extra.items()},
-            }
-            for example in examples
-        ]
-    except ShapeError as e:
-        raise DataError(f"{form} {e}; write messages instead") from e
-    if not all(message.learnt for example in examples for message in example.messages):
-        if not chosen.keeps_weights:
-            raise DataError(
-                f"{form} has no field for answers of weight 0, which are not learnt; write messages instead"
-            )
-        for turn in (turn for row in rows for column in chosen.required for turn in _turns_in(row[column])):
-            # Readers expect the same fields in all turns. Only answers have a weight: axolotl learns any 1.
-            speaks = turn.get("role", turn.get("from")) in _SPEAKING
-            turn.setdefault("weight", 1 if speaks else None)
-    return rows
-
-
-def _is_conversational(example: Example) -> bool:
-    """Whether prompt and completion cannot be one text each."""
-    return [m.role for m in example.messages] != ["user", "assistant"] or bool(example.messages[-1].tool)
-
-
-def _turns_in(value: Any) -> list[Row]:
-    return value if isinstance(value, list) else []
 
 
 def is_ours(row: Row) -> bool:
@@ -302,7 +233,7 @@ def _our_example(row: Row) -> Example:
     except (KeyError, TypeError) as e:
         raise RowError(f"lineage cannot be read: {e}") from e
     added = {column: value for column, value in row.items() if column not in _OUR_COLUMNS}
-    return dataclasses.replace(example, extra={**added, **example.extra}) if added else example
+    return dataclasses.replace(example, extra=shared_names({**added, **example.extra})) if added else example
 
 
 FORMATS: dict[str, RowFormat] = {

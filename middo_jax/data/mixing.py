@@ -10,9 +10,12 @@ from typing import TypeVar
 from middo_jax.config.settings import DataSettings, Source
 from middo_jax.data.example import Example
 from middo_jax.data.files import Rejection
-from middo_jax.data.formats import DataError, plain
+from middo_jax.data.formats import DataError
+from middo_jax.data.places import Places
 from middo_jax.data.reading import Reading
-from middo_jax.data.sources import Repair, UserRows, read_rows
+from middo_jax.data.sources import read_rows
+from middo_jax.data.spelling import SpellingCount
+from middo_jax.data.user_rows import Repair, UserRows
 
 
 def shares(sizes: Sequence[int], sources: Sequence[Source]) -> list[int]:
@@ -47,21 +50,26 @@ def chosen(n: int, count: int, seed: int, name: str) -> list[int]:
     return sorted(random.Random(f"{seed}:{name}").sample(range(n), count))
 
 
-def read_configured(settings: DataSettings, seed: int) -> UserRows:
+def read_configured(settings: DataSettings, seed: int, keep_rows: bool = False) -> UserRows:
     """The dataset that the settings name: `data.path`, or `data.sources` as one.
+
+    Args:
+      settings: of the data.
+      seed: of the choice of rows, where several sources are mixed.
+      keep_rows: whether the rows are returned too, as they were read.
 
     Raises:
       DataError: see `read_rows` and `read_sources`.
     """
     reading = Reading.of(settings)
     if not settings.sources:
-        return read_rows(settings.path, settings.format, settings.limit, reading)
-    data, said = read_sources(settings.sources, settings.limit, reading, seed)
+        return read_rows(settings.path, settings.format, settings.limit, reading, keep_rows)
+    data, said = read_sources(settings.sources, settings.limit, reading, seed, keep_rows)
     return data._replace(said=tuple(said))
 
 
 def read_sources(
-    sources: Sequence[Source], limit: int | None, reading: Reading, seed: int
+    sources: Sequence[Source], limit: int | None, reading: Reading, seed: int, keep_rows: bool = False
 ) -> tuple[UserRows, list[str]]:
     """(several datasets as one, what was taken of each, in words).
 
@@ -77,32 +85,46 @@ def read_sources(
             s.format,
             limit,
             reading if s.columns is None else dataclasses.replace(reading, columns=s.columns),
+            keep_rows,
         )
         for s in sources
     ]
     formats = {part.format for part in parts}
-    merged, said = UserRows([], [], [], [], [], formats.pop() if len(formats) == 1 else "messages"), []
-    first: dict[str, str] = {}
+    repairs, places, said = list[Repair](), Places(), list[str]()
+    merged = UserRows(
+        [],
+        places,
+        [],
+        repairs,
+        formats.pop() if len(formats) == 1 else "messages",
+        columns=list(dict.fromkeys(name for part in parts for name in part.columns)),
+        spelling=SpellingCount(),
+        rows=[] if keep_rows else None,
+    )
+    for part in parts:
+        if part.format == merged.format:
+            merged.spelling.add_all(part.spelling)
+    first: dict[str, int] = {}  # id -> number of its example
     for part, source, count in zip(
         parts, sources, shares([len(part.examples) for part in parts], sources), strict=True
     ):
         merged.rejections.extend(_at(source.path, rejection) for rejection in part.rejections)
         taken = chosen(len(part.examples), count, seed, source.path)
         said.append(f"{source.path}: {len(taken):,} of {len(part.examples):,} rows taken")
-        places = {part.places[i] for i in taken}
-        merged = merged._replace(
-            repairs=[*merged.repairs, *(_at(source.path, r) for r in part.repairs if r.where in places)]
-        )
+        if part.repairs:
+            here = {part.places[i] for i in taken}
+            repairs += (_at(source.path, repair) for repair in part.repairs if repair.where in here)
         for i in taken:
             example, where = part.examples[i], _place(source.path, part.places[i])
             if example.id in first:
-                reason = f"duplicate of {example.id} ({first[example.id]})"
-                merged.rejections.append(Rejection(where, reason, plain(part.rows[i])))
+                reason = f"duplicate of {example.id} ({places[first[example.id]]})"
+                merged.rejections.append(Rejection(where, reason, example.to_json()))
                 continue
-            first[example.id] = where
+            first[example.id] = len(places)
             merged.examples.append(example)
-            merged.rows.append(part.rows[i])
-            merged.places.append(where)
+            places.append(where)
+            if merged.rows is not None and part.rows is not None:
+                merged.rows.append(part.rows[i])
     ids = [str(e.user_id) for e in merged.examples if e.user_id is not None]
     if len(set(ids)) < len(ids):
         column = reading.id_column or "id"

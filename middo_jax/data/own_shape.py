@@ -5,12 +5,14 @@ written.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from middo_jax.data.example import Example
-from middo_jax.data.formats import to_rows
+from middo_jax.data.layout import Layout
+from middo_jax.data.shapes import prompt_row
 from middo_jax.data.spelling import Spelling
+from middo_jax.data.stored import Changed, Examples
 from middo_jax.data.turns import SYSTEM_COLUMNS, Row
 
 
@@ -62,27 +64,32 @@ class OwnShape:
         found = [name for name in theirs.values() if name in self.columns]
         return found[0] if len(found) == 1 else None
 
-    def rows(self, examples: Sequence[Example]) -> list[Row]:
+    def rows(self, examples: Examples) -> Iterator[Row]:
         """Conversations as rows of this shape. Columns of ours follow the user's, an `id` of ours is first.
 
         names {"output": "answer"}, columns ("answer", "instruction")
           ->  {"id": ..., "answer": ..., "instruction": ...}, without the empty `input` of Alpaca
 
         Raises:
-          DataError: see `to_rows`.
+          DataError: see `layout.to_rows`.
         """
         system = self.system_column
-        bare = [_without_system(example) for example in examples] if system else examples
-        rows = to_rows(bare, self.format, self.id_column)
-        if system:
-            for row, example in zip(rows, examples, strict=True):
+        has_input = self.format != "alpaca" or not self.columns or self._has_input(examples)
+        bare = Changed(examples, _without_system) if system else examples
+        layout = Layout.of(bare, self.format, self.id_column)
+        for example in examples:
+            row = layout.row(_without_system(example) if system else example)
+            if system:
                 first = example.messages[0]
                 row[self._ours(system)] = first.content if first.role == "system" else ""
-        has_input = self.names.get("input", "input") in self.columns or any(row.get("input") for row in rows)
-        if self.format == "alpaca" and self.columns and not has_input:
-            for row in rows:
+            if not has_input:
                 row.pop("input", None)
-        return [self._named(self.spelling.spelled(row, self.format)) for row in rows]
+            yield self._named(self.spelling.spelled(row, self.format))
+
+    def _has_input(self, examples: Examples) -> bool:
+        """Whether the user has the column `input`, or a row needs it."""
+        name = self.names.get("input", "input")
+        return name in self.columns or any(prompt_row(example).get("input") for example in examples)
 
     def _ours(self, name: str) -> str:
         return next((ours for ours, theirs in self.names.items() if theirs == name), name)
@@ -94,11 +101,6 @@ class OwnShape:
         first = [name for name in ("id",) if name in named and name not in self.columns]
         order = dict.fromkeys((*first, *(name for name in self.columns if name in named), *named))
         return {name: named[name] for name in order}
-
-
-def columns_of(rows: Iterable[Any]) -> list[str]:
-    """The names of all columns of some rows, in the order in which they first occur."""
-    return list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
 
 
 def names_of(settings: Mapping[str, Any]) -> Mapping[str, str]:

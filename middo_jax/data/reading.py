@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from middo_jax.config.settings import DataSettings
@@ -47,10 +47,9 @@ class Reading:
             row = dict(zip(names, row.values(), strict=True))
         return {name: self._with_roles(value) for name, value in row.items()} if self.roles else row
 
-    def missing_columns(self, rows: Iterable[Any]) -> list[str]:
-        """The user's columns of `columns` that no row has."""
-        found = {name for row in rows if isinstance(row, dict) for name in row}
-        return [theirs for theirs in self.columns.values() if theirs not in found]
+    def missing_columns(self, names: Collection[str]) -> list[str]:
+        """The user's columns of `columns` that are not among the columns of the rows."""
+        return [theirs for theirs in self.columns.values() if theirs not in names]
 
     def _with_roles(self, value: Any) -> Any:
         turns = listed(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from middo_jax.data.example import Example, Message
@@ -126,22 +126,31 @@ def conversational_row(messages: Sequence[Message]) -> Row:
     return {"prompt": turns[:-1], "completion": turns[-1:]}
 
 
-def uniform(rows: Sequence[Row]) -> list[Row]:
-    """Rows whose turns all have the same fields, null where a turn has none, as typed columns need it.
+def turn_fields(rows: Iterable[Row]) -> Collection[str]:
+    """The fields that all turns of some rows get in typed columns; none if they have the same ones anyway."""
+    fields = dict.fromkeys(key for row in rows for turn in _turns(row) for key in turn)
+    return fields.keys() if fields.keys() & {"tool_calls", "tool_call_id", "name"} else ()
+
+
+def filled(row: Row, fields: Collection[str]) -> Row:
+    """A row whose turns all have the same fields, null where a turn has none, as typed columns need it.
 
     The arguments of tool calls become JSON text, which is OpenAI's own form.
-    """
-    fields = dict.fromkeys(key for row in rows for turn in _turns(row) for key in turn)
-    if not fields.keys() & {"tool_calls", "tool_call_id", "name"}:
-        return list(rows)
 
-    def filled(turn: Any) -> Any:
+    Args:
+      row: of a dataset.
+      fields: those of `turn_fields` of the dataset; the row stays as it is if there are none.
+    """
+    if not fields:
+        return row
+
+    def turn_of(turn: Any) -> Any:
         return {key: _as_texts(turn.get(key)) if key == "tool_calls" else turn.get(key) for key in fields}
 
     def is_turns(value: Any) -> bool:
         return isinstance(value, list) and any(map(_is_turn, value))
 
-    return [{k: [filled(t) for t in v] if is_turns(v) else v for k, v in row.items()} for row in rows]
+    return {name: [turn_of(t) for t in v] if is_turns(v) else v for name, v in row.items()}
 
 
 def _turns(row: Row) -> list[dict[str, Any]]:

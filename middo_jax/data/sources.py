@@ -6,17 +6,12 @@ silently.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from middo_jax.buckets import here
 from middo_jax.data import hf_format
@@ -27,22 +22,19 @@ from middo_jax.data.files import (
     is_readable_folder,
     numbered,
     rows_of_files,
-    with_id,
 )
 from middo_jax.data.formats import (
     FORMATS,
     DataError,
-    RowError,
     detect,
-    is_ours,
-    plain,
-    to_example,
-    to_rows,
 )
 from middo_jax.data.in_memory import IN_MEMORY, rows_in_memory
+from middo_jax.data.layout import Layout
+from middo_jax.data.parquet import write_parquet
 from middo_jax.data.reading import AS_IT_IS, Reading
-from middo_jax.data.shapes import uniform
-from middo_jax.rundir import atomic, write_json, write_jsonl
+from middo_jax.data.stored import Examples
+from middo_jax.data.user_rows import Converter, Repair, UserRows, give_user_ids
+from middo_jax.rundir import write_json, write_jsonl
 
 _log = logging.getLogger(__name__)
 # tfds:NAME:SPLIT or hf:NAME:SPLIT; SPLIT is such as train or train[:10%].
@@ -50,35 +42,7 @@ _NAMED = re.compile(r"(tfds|hf):(.+):([\w.+-]+(?:\[[^\]]*\])?)")
 # The parts of a reason that differ from row to row: quoted words, ids, places, numbers.
 _VARYING = re.compile(r"'[^']*'|\b[0-9a-f]{16}\b|\([^()]*:\d+\)|\d+")
 _ENDINGS = (".json", ".jsonl", ".parquet")  # of files that are written
-
-
-class Repair(NamedTuple):
-    """A row that was repaired: its place, see `Rejection.where`, and what was repaired."""
-
-    where: str
-    reason: str
-
-
-class UserRows(NamedTuple):
-    """A dataset as it was read. Every row is in `examples` or in `rejections`, in the order of the dataset.
-
-    Attributes:
-      examples: the usable rows, as conversations.
-      rows: for each example, its row as it was read.
-      places: for each example, the place of its row, see `Rejection.where`.
-      rejections: all other rows.
-      repairs: what was repaired, one per row and kind of repair.
-      format: of the rows; messages for several sources of different formats.
-      said: what was taken of each of several sources, one line each.
-    """
-
-    examples: list[Example]
-    rows: list[Any]
-    places: list[str]
-    rejections: list[Rejection]
-    repairs: Sequence[Repair] = ()
-    format: str = ""
-    said: Sequence[str] = ()
+_DETECTED_BY = 100  # rows whose columns tell the format
 
 
 def read(path: str, format: str = "auto", limit: int | None = None) -> tuple[list[Example], list[Rejection]]:
@@ -88,9 +52,15 @@ def read(path: str, format: str = "auto", limit: int | None = None) -> tuple[lis
 
 
 def read_rows(
-    source: Any, format: str = "auto", limit: int | None = None, reading: Reading = AS_IT_IS
+    source: Any,
+    format: str = "auto",
+    limit: int | None = None,
+    reading: Reading = AS_IT_IS,
+    keep_rows: bool = False,
 ) -> UserRows:
     """Reads a dataset. If several rows have the same id, the first one is used and the others are rejected.
+
+    Rows become examples as they are read, so a dataset needs the memory of its examples only.
 
     Args:
       source: a file, a pattern such as data/*.jsonl or a folder, see `data.files`; tfds:NAME:SPLIT,
@@ -99,120 +69,75 @@ def read_rows(
       format: auto, alpaca, sharegpt, messages or prompt_completion.
       limit: read only this many rows, usable or not.
       reading: the user's names, and whether faults are repaired.
+      keep_rows: whether the rows are returned too, as they were read.
 
     Raises:
       DataError: the dataset has no usable row, or its columns fit no format or several.
     """
-    is_path = isinstance(source, str | Path)
-    path = str(source) if is_path else IN_MEMORY
+    path = str(source) if isinstance(source, str | Path) else IN_MEMORY
     if format not in ("auto", *FORMATS):
         raise DataError(f"unknown format {format!r}; there are: auto, {', '.join(FORMATS)}")
     if limit is not None and limit < 1:
         raise DataError(f"the limit must be at least 1 row, not {limit}")
-    try:
-        every = _rows(path) if is_path else numbered(rows_in_memory(source))
-        found = list(itertools.islice(every, limit))
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror or e}") from e
-    if not found:
+    every = itertools.islice(_every(source, path), limit)
+    head = list[tuple[str, Any] | Rejection]()
+    if format == "auto":
+        head, format = _detected(every, reading, path)
+    converter = Converter(format, reading, keep_rows)
+    for item in itertools.chain(head, every):
+        converter.add(item)
+    if not converter.n:
         raise DataError(f"{path} has no rows; give a file with at least one example")
-    values = [item[1] for item in found if not isinstance(item, Rejection)]
-    if values and (missing := reading.missing_columns(values)):
-        raise DataError(
-            f"{path}: data.columns names {missing[0]!r}, and no row has such a column (of several "
-            "data.sources, each may have its own `columns`)"
-        )
-    if format == "auto" and values:
-        try:
-            format = detect([reading.apply(row) for row in itertools.islice(values, 100)])
-        except DataError as e:
-            raise DataError(f"{path}: {e}") from e
-    data, unkept = _converted(found, format, reading)
-    data = data._replace(examples=_with_user_ids(data, reading.id_column, path), format=format)
+    if converter.n_values:
+        _require_columns(reading, converter.names, path)
+    data = converter.data()
+    give_user_ids(data.examples, data.places, converter.of_ours, reading.id_column, path)
     if not data.examples:
         reasons = "".join(f"\n{line}" for line in commonest_reasons(data.rejections))
-        raise DataError(f"{path}: none of its {len(found)} rows can be used. The commonest reasons:{reasons}")
-    if unkept:
+        raise DataError(
+            f"{path}: none of its {converter.n} rows can be used. The commonest reasons:{reasons}"
+        )
+    if unkept := converter.unkept:
         _log.warning("%s: not trained on, though some rows have it: %s", path, ", ".join(sorted(unkept)))
     return data
 
 
-def _with_user_ids(data: UserRows, column: str | None, path: str) -> list[Example]:
-    """The examples, with the ids that their rows have in `column`, or in `id` if these are unique.
-
-    Raises:
-      DataError: `column` was named, and its values are not unique texts or whole numbers.
-    """
-    name = column or "id"
-    first: dict[str, str] = {}
-    for example, where in zip(data.examples, data.places, strict=True):
-        value = example.user_id if example.user_id is not None else example.extra.get(name)
-        if value is None:
-            continue
-        fault = None
-        if isinstance(value, bool) or not isinstance(value, str | int):
-            fault = "is neither text nor a whole number"
-        elif str(value) in first:
-            fault = f"is also that of {first[str(value)]}"
-        if fault is None:
-            first[str(value)] = where
-        elif column is None:
-            return data.examples
-        else:
-            raise DataError(f"{path}: data.id_column={column}: the id {value!r} of {where} {fault}")
-    if column is not None and not first and data.examples:
-        raise DataError(f"{path}: data.id_column={column}: no row has such a column")
-    if not first:
-        return data.examples
-    # A row of dataset.jsonl says itself whether it has an id of the user's.
-    return [
-        example if isinstance(row, dict) and is_ours(row) else _with_user_id(example, name)
-        for example, row in zip(data.examples, data.rows, strict=True)
-    ]
+def _every(source: Any, path: str) -> Iterator[tuple[str, Any] | Rejection]:
+    """All rows of a source with their places."""
+    try:
+        yield from _rows(path) if isinstance(source, str | Path) else numbered(rows_in_memory(source))
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror or e}") from e
 
 
-def _with_user_id(example: Example, column: str) -> Example:
-    if column not in example.extra:
-        return example
-    extra = {name: value for name, value in example.extra.items() if name != column}
-    return dataclasses.replace(example, extra=extra, user_id=example.extra[column])
+def _detected(
+    every: Iterator[tuple[str, Any] | Rejection], reading: Reading, path: str
+) -> tuple[list[tuple[str, Any] | Rejection], str]:
+    """(the first rows, taken from `every`; the format by their columns, or auto if none could be read)."""
+    head, values = list[tuple[str, Any] | Rejection](), list[Any]()
+    for item in every:
+        head.append(item)
+        if not isinstance(item, Rejection):
+            values.append(item[1])
+            if len(values) == _DETECTED_BY:
+                break
+    try:
+        return head, detect([reading.apply(row) for row in values]) if values else "auto"
+    except DataError as e:
+        # If a column of `data.columns` does not exist, that is the cause.
+        rest = (item[1] for item in every if not isinstance(item, Rejection))
+        rows = (row for row in itertools.chain(values, rest) if isinstance(row, dict))
+        _require_columns(reading, {name for row in rows for name in row}, path)
+        raise DataError(f"{path}: {e}") from e
 
 
-def _converted(
-    found: Sequence[tuple[str, Any] | Rejection], format: str, reading: Reading
-) -> tuple[UserRows, set[str]]:
-    """The rows as examples and rejections, and what `to_example` did not keep of any of them."""
-    repairs: list[Repair] = []
-    data, unkept = UserRows([], [], [], [], repairs), set[str]()
-    first: dict[str, int] = {}  # id -> number of the example that has it
-    for item in found:
-        if isinstance(item, Rejection):
-            data.rejections.append(item)
-            continue
-        where, given = item
-        row = given
-        try:
-            row = plain(given)
-            example, fields, repaired = to_example(row, format, reading)
-        except RowError as e:
-            own = row.get(reading.id_column or "id") if isinstance(row, dict) else None
-            data.rejections.append(Rejection(with_id(where, own), str(e), row))
-            continue
-        except RecursionError:
-            data.rejections.append(Rejection(where, "nested too deeply", None))
-            continue
-        if (number := first.get(example.id)) is not None:
-            same, place = example.messages == data.examples[number].messages, data.places[number]
-            reason = f"duplicate of {example.id} ({place})" if same else f"id {example.id} is taken ({place})"
-            data.rejections.append(Rejection(where, reason, row))
-            continue
-        first[example.id] = len(data.examples)
-        data.examples.append(example)
-        data.rows.append(given)
-        data.places.append(where)
-        repairs += (Repair(where, what) for what in repaired)
-        unkept |= fields
-    return data, unkept
+def _require_columns(reading: Reading, names: Collection[str], path: str) -> None:
+    """Raises DataError if `data.columns` names a column that no row has."""
+    if missing := reading.missing_columns(names):
+        raise DataError(
+            f"{path}: data.columns names {missing[0]!r}, and no row has such a column (of several "
+            "data.sources, each may have its own `columns`)"
+        )
 
 
 class ReasonCount(NamedTuple):
@@ -250,7 +175,7 @@ def commonest_reasons(rejections: Sequence[Rejection | Repair], limit: int = 3) 
     return reason_lines(count_reasons(rejections), limit)
 
 
-def write(examples: Sequence[Example], path: str | Path, format: str, id_column: str = "id") -> None:
+def write(examples: Examples, path: str | Path, format: str, id_column: str = "id") -> None:
     """Writes a dataset; `read` returns the same conversations, ids and extra columns from it.
 
     Args:
@@ -280,13 +205,16 @@ def write(examples: Sequence[Example], path: str | Path, format: str, id_column:
                 )
             from middo_jax.data import tfds_format  # not at the top, see there
 
-            tfds_format.write(examples, path)
+            tfds_format.write(list(examples), path)
             return
-        rows = to_rows(examples, "messages" if format == "parquet" else format, id_column)
-        if path.suffix.lower() == ".parquet":
-            rows = uniform(rows)
-        write_rows = {".json": write_json, ".jsonl": write_jsonl, ".parquet": _write_parquet}
-        write_rows[path.suffix.lower()](path, rows)
+        layout = Layout.of(examples, "messages" if format == "parquet" else format, id_column)
+        ending = path.suffix.lower()
+        if ending == ".parquet":
+            write_parquet(path, lambda: map(layout.row, examples))
+        elif ending == ".jsonl":
+            write_jsonl(path, map(layout.row, examples))
+        else:
+            write_json(path, list(map(layout.row, examples)))
     except OSError as e:
         raise DataError(f"cannot write {path}: {e.strerror or e}") from e
 
@@ -309,33 +237,6 @@ def _rows(path: str) -> Iterator[tuple[str, Any] | Rejection]:
         yield from numbered(hf_format.rows(local, "train"))
     else:
         yield from rows_of_files(files_at(local))
-
-
-def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    def array(values: list[Any], type: Any) -> Any:
-        # In chunks: one Arrow text array is limited to 2 GiB.
-        return pa.chunked_array(
-            [pa.array(values[i : i + 4096], type) for i in range(0, len(values), 4096)], type
-        )
-
-    fields, arrays = [], []
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
-        column: Any = None
-        metadata = None
-        try:
-            column = array(values, pa.infer_type(values))
-            has_empty_struct = "struct<>" in str(column.type)  # Parquet has no such type
-            is_exact = column.to_pylist() == values and not has_empty_struct
-        except (pa.ArrowException, ValueError, TypeError, OverflowError):
-            is_exact = False
-        if not is_exact:  # values of several types become JSON text; `arrow_rows` finds it by the metadata
-            texts = [None if value is None else json.dumps(value, allow_nan=False) for value in values]
-            column, metadata = array(texts, pa.string()), {"middo": "json"}
-        fields.append(pa.field(name, column.type, metadata=metadata))
-        arrays.append(column)
-    with atomic(path, "wb") as file:
-        pq.write_table(pa.table(arrays, schema=pa.schema(fields)), file)
 
 
 def _tfds_rows(name: str, split: str) -> Iterator[dict[str, Any]]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from middo_jax.config.settings import DataSettings
+from middo_jax.data.reading import AS_IT_IS, Reading
 from middo_jax.data.shapes import calls_value
 from middo_jax.data.tools import CALL_ROLES, TOOL_COLUMN, dumped
 from middo_jax.data.turns import KEYS, ROLES, WEIGHTS, Row, keys_of, listed, weight_of
@@ -60,15 +60,6 @@ class Spelling:
     weight: tuple[str, bool] | None = None
     tool_lists: bool = False
     argument_texts: bool = False
-
-    @classmethod
-    def of(cls, rows: Iterable[Any], settings: DataSettings, form: str) -> Spelling:
-        """The commonest spelling of the user's rows, which have the format `form`."""
-        count = _Count(settings, form)
-        for row in rows:
-            if isinstance(row, dict):
-                count.add(row)
-        return count.commonest()
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Spelling:
@@ -136,15 +127,19 @@ class Spelling:
         return {own_role: self.role(kind, form), own_text: text, **rest}
 
 
-class _Count:
-    """How often each spelling occurs in the rows of a dataset."""
+class SpellingCount:
+    """How often each spelling occurs in the rows of a dataset.
 
-    def __init__(self, settings: DataSettings, form: str) -> None:
-        renamed = [settings.columns, *(s.columns for s in settings.sources or () if s.columns is not None)]
-        self._form = form
-        self._known_roles = settings.roles
-        self._columns = {names.get(name, name) for names in renamed for name in _COLUMNS.get(form, ())}
-        self._tool_columns = {names.get(TOOL_COLUMN, TOOL_COLUMN) for names in renamed}
+    Args:
+      reading: the user's names of columns and roles.
+      form: the format of the rows.
+    """
+
+    def __init__(self, reading: Reading = AS_IT_IS, form: str = "") -> None:
+        self._known_roles, names = reading.roles, reading.columns
+        self._usual_keys = _USUAL_KEYS.get(form, KEYS[0])
+        self._columns = {names.get(name, name) for name in _COLUMNS.get(form, ())}
+        self._tool_column = names.get(TOOL_COLUMN, TOOL_COLUMN)
         self._roles: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._parts: defaultdict[str, Counter[str | None]] = defaultdict(Counter)
         self._keys: Counter[tuple[str, str]] = Counter()
@@ -159,12 +154,22 @@ class _Count:
             for turn in turns if isinstance(turns, list) else ():
                 if isinstance(turn, dict):
                     self._add_turn(turn)
-        for column in self._tool_columns:
-            if row.get(column):
-                self._tool_lists[not isinstance(row[column], str)] += 1
+        if tools := row.get(self._tool_column):
+            self._tool_lists[not isinstance(tools, str)] += 1
+
+    def add_all(self, other: SpellingCount) -> None:
+        """Adds what another count has found, such as that of another source of the same format."""
+        for kind, names in other._roles.items():
+            self._roles[kind] += names
+        for kind, parts in other._parts.items():
+            self._parts[kind] += parts
+        self._keys += other._keys
+        self._weights += other._weights
+        self._tool_lists += other._tool_lists
+        self._argument_texts += other._argument_texts
 
     def _add_turn(self, turn: Row) -> None:
-        keys = keys_of(turn, _USUAL_KEYS[self._form])
+        keys = keys_of(turn, self._usual_keys)
         name, text = turn.get(keys[0]), turn.get(keys[1])
         if not isinstance(name, str):
             return
@@ -186,16 +191,16 @@ class _Count:
             if isinstance(function, dict):
                 self._argument_texts[isinstance(function.get("arguments"), str)] += 1
 
-    def commonest(self) -> Spelling:
-        """The commonest spelling of each kind of thing."""
-        if self._form not in _COLUMNS:
+    def commonest(self, form: str) -> Spelling:
+        """The commonest spelling of each kind of thing, for rows of the format `form`."""
+        if form not in _COLUMNS:
             return Spelling(tool_lists=_first(self._tool_lists) or False)
-        usual, keys, weight = USUAL_ROLES[self._form], _first(self._keys), _first(self._weights)
+        usual, keys, weight = USUAL_ROLES[form], _first(self._keys), _first(self._weights)
         roles = {kind: _first(names) for kind, names in self._roles.items()}
         parts = {kind: _first(types) for kind, types in self._parts.items()}
         return Spelling(
             {kind: name for kind, name in roles.items() if name is not None and name != usual.get(kind)},
-            None if keys == _USUAL_KEYS[self._form] else keys,
+            None if keys == _USUAL_KEYS[form] else keys,
             {kind: part for kind, part in parts.items() if part is not None},
             None if weight == ("weight", False) else weight,
             _first(self._tool_lists) or False,

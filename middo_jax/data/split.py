@@ -7,10 +7,13 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from middo_jax.data.example import Example
 from middo_jax.data.formats import DataError
 
 _log = logging.getLogger(__name__)
+_OTHER = "other"  # the pool of rare strata; it is no JSON, so no stratum has this name
 
 
 def split_heldout(
@@ -30,29 +33,32 @@ def split_heldout(
     """
     if not 0 <= fraction < 1:
         raise DataError(f"the held-out fraction must be at least 0 and less than 1, not {fraction}")
-    groups: dict[str, list[Example]] = {}
+    if fraction == 0:
+        return list(examples), []
+    first: dict[str, Example] = {}  # prompt -> of the examples with it the one with the smallest id
     for example in sorted(examples, key=lambda example: example.id):
-        groups.setdefault(example.prompt, []).append(example)
-    prompts = list(groups)
-    if fraction == 0 or len(prompts) < 2:
-        if fraction:
-            _log.warning("nothing is held out: there are fewer than two different prompts")
+        first.setdefault(example.prompt, example)
+    if len(first) < 2:
+        _log.warning("nothing is held out: there are fewer than two different prompts")
         return list(examples), []
     # scikit-learn takes a second to import and brings pandas; commands that split nothing skip both.
     from sklearn.model_selection import train_test_split
 
-    count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
-    strata = _strata([groups[prompt][0] for prompt in prompts], source_column, count)
-    _, chosen = train_test_split(prompts, test_size=count, random_state=seed, stratify=strata)
-    heldout = set(chosen)
+    n = len(first)
+    count = min(max(1, round(fraction * n)), n - 1)
+    strata = _strata(list(first.values()), source_column, count)
+    # Numbers stand for the prompts: scikit-learn copies what it splits.
+    _, chosen = train_test_split(np.arange(n), test_size=count, random_state=seed, stratify=strata)
+    prompts = list(first)
+    heldout = {prompts[i] for i in chosen}
     return (
         [example for example in examples if example.prompt not in heldout],
         [example for example in examples if example.prompt in heldout],
     )
 
 
-def _strata(examples: Sequence[Example], source_column: str, count: int) -> list[str] | None:
-    """The stratum of each example, such that `count` examples can be drawn from all strata; None: no strata.
+def _strata(examples: Sequence[Example], source_column: str, count: int) -> np.ndarray | None:
+    """[n] The stratum of each example, such that `count` can be drawn from all strata; None: no strata.
 
     The examples must be sorted: ties between strata of one size are broken by their order.
     """
@@ -67,17 +73,20 @@ def _strata(examples: Sequence[Example], source_column: str, count: int) -> list
                 source_column,
             )
         return None
-    strata = [json.dumps(value, sort_keys=True) for value in values]
+    shared: dict[str, str] = {}  # one text per stratum, not per example
+    texts = (json.dumps(value, sort_keys=True) for value in values)
+    strata = [shared.setdefault(text, text) for text in texts]
     most = min(count, len(strata) - count)  # both parts need one example of each stratum at least
     sizes = Counter(strata).most_common()
     kept = [stratum for stratum, size in sizes if size > 1]
     if len(kept) < len(sizes) or len(kept) > most:
         kept = kept[: most - 1]
-        if kept and len(strata) - sum(size for stratum, size in sizes if stratum in kept) == 1:
+        if kept and len(strata) - sum(size for _, size in sizes[: len(kept)]) == 1:  # they are the largest
             kept.pop()  # the pool needs two members too
         _log.info("held-out split: %d of %d strata are pooled as other", len(sizes) - len(kept), len(sizes))
     if not kept:
         _log.warning("held-out split is not stratified: too few prompts per %r", source_column)
         return None
     chosen = set(kept)
-    return [stratum if stratum in chosen else "other" for stratum in strata]  # "other" is no JSON: no clash
+    order = {stratum: i for i, stratum in enumerate(sorted({*chosen, _OTHER}))}
+    return np.asarray([order[stratum if stratum in chosen else _OTHER] for stratum in strata])

@@ -18,7 +18,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from middo_jax.data.example import Example
-from middo_jax.data.formats import DataError, Row, first_line, plain, to_rows
+from middo_jax.data.formats import DataError, first_line, plain
+from middo_jax.data.layout import to_rows
+from middo_jax.data.turns import Row
 
 
 class MiddoExport(tfds.core.GeneratorBasedBuilder):

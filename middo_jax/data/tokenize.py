@@ -34,7 +34,7 @@ _TEXTS_AT_A_TIME = 1024
 NO_LIMIT = 1 << 30  # a `max_length` at which no conversation is cut
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TokenizedExample:
     """One rendered conversation.
 

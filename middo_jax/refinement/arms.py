@@ -50,8 +50,8 @@ def arm_tasks(
     everything = {example.id: example for example in examples}
     by_id = {id_: example for id_, example in everything.items() if why_kept(example, turns) is None}
     if arm == "reanswer":
-        roots = {task.original.lineage.root_id: task for task in reversed(of_loop)}
-        ordered = dict.fromkeys(task.original.lineage.root_id for task in of_loop)
+        roots = {task.original.root_id: task for task in reversed(of_loop)}
+        ordered = dict.fromkeys(task.original.root_id for task in of_loop)
         return [
             Task("reanswer", roots[id_].axes, by_id[id_], scores=_scores(of_loop, rows.get(id_, {})))
             for id_ in ordered

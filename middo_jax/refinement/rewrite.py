@@ -389,7 +389,7 @@ def _answer_text(reply: str, task: Task, prompt: str, special_tokens: Collection
 def _lineage(task: Task, refiner: str, round_index: int) -> Lineage:
     return Lineage(
         parent_ids=(task.original.id,),
-        root_id=task.original.lineage.root_id,
+        root_id=task.original.root_id,
         round=round_index + 1,
         op=task.op,
         axis="+".join(task.axes),

@@ -226,7 +226,8 @@ def _round(
     taken = [t for t in tasks or [] if t["accepted"] and t["example"]]
     before = score_rows(folder, {t["original"]["id"] for t in taken})
     later = {} if next_folder is None else score_rows(next_folder, {t["example"]["id"] for t in taken})
-    scores = score_table(folder)
+    # Of a dataset of millions, the other columns would need several times the memory.
+    scores = score_table(folder, columns={name for axis in axes.values() for name in axis.columns})
     needed = {i for task in tasks or [] for i in task["hint_ids"]}
     hints = {}
     if needed and folder.dataset.exists():

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from middo_jax.data.example import Example
+from middo_jax.data.files import Rejection
 from middo_jax.data.packing import first_fit
-from middo_jax.data.sources import Rejection, Repair, count_reasons
+from middo_jax.data.sources import count_reasons
 from middo_jax.data.templates import starts_with_bos
 from middo_jax.data.tokenize import TokenizedExample, end_of_turn_token
+from middo_jax.data.user_rows import Repair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -84,8 +84,16 @@ def score_rows(round_dir: RoundDir, ids: Iterable[str] | None = None) -> dict[st
     return {row.pop("id"): {k: _finite(v) for k, v in row.items()} for row in rows}
 
 
-def score_table(round_dir: RoundDir, ids: Iterable[str] | None = None) -> pa.Table | None:
-    """scores.parquet as a table, see `score_rows`; None if the file does not exist."""
+def score_table(
+    round_dir: RoundDir, ids: Iterable[str] | None = None, columns: Collection[str] | None = None
+) -> pa.Table | None:
+    """scores.parquet as a table, see `score_rows`; None if the file does not exist.
+
+    Args:
+      round_dir: a round's folder.
+      ids: read only these; None reads all.
+      columns: read only those of them that the file has, beside the id; None reads all.
+    """
     path = round_dir.scores
     if not path.exists():
         return None
@@ -93,8 +101,10 @@ def score_table(round_dir: RoundDir, ids: Iterable[str] | None = None) -> pa.Tab
         # No Parquet file holds a text with half of a surrogate pair.
         known = None if ids is None else pa.array([id_ for id_ in ids if _is_utf8(id_)], pa.string())
         wanted = None if known is None else pc.field("id").isin(known)
-        table = pq.read_table(path, filters=wanted)
-        refuse_newer(table.schema, SCORES, path)
+        schema = pq.read_schema(path)
+        refuse_newer(schema, SCORES, path)
+        names = None if columns is None else [n for n in schema.names if n == "id" or n in columns]
+        table = pq.read_table(path, columns=names, filters=wanted)
         table["id"]
         return table
     except (pyarrow.lib.ArrowException, KeyError) as e:
@@ -150,7 +160,7 @@ def _sample(row: dict[str, Any], index: int) -> dict[str, Any]:
         "op": lineage.op,
         "axis": lineage.axis,
         "parent_ids": list(lineage.parent_ids),
-        "root_id": lineage.root_id,
+        "root_id": example.root_id,
         "hint_ids": list(lineage.hint_ids),
         "refiner": lineage.refiner,
         "accepted": True,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from middo_jax.report import plots
 from middo_jax.report.axes import ShownAxis
@@ -25,8 +26,8 @@ def score_plots(
             found[axis] = None
             continue
         values = np.stack([_floats(scores[column]) for column in columns], axis=1)
-        chosen_ids = set(sets.get(axis, {}).get("ids", ()))
-        chosen = np.fromiter((id_ in chosen_ids for id_ in scores["id"].to_pylist()), bool, len(scores))
+        chosen_ids = pa.array(sets.get(axis, {}).get("ids", ()), scores.schema.field("id").type)
+        chosen = pc.is_in(scores["id"], value_set=chosen_ids).to_numpy(zero_copy_only=False)
         known = np.isfinite(values).all(axis=1)
         values, chosen = values[known], chosen[known]
         if not len(values):

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from middo_jax.config.gates import Needs
 from middo_jax.data.example import Example
+from middo_jax.data.stored import Stored
 from middo_jax.parallel.coordination import Together
 from middo_jax.refinement import Outcome, Task
 from middo_jax.refinement.acceptance.candidate import Candidate, Limits, Measurement
@@ -35,7 +37,7 @@ from middo_jax.refinement.acceptance.table import asked, first_verdict, is_asked
 from middo_jax.rundir import RoundDir, read_jsonl, write_jsonl
 from middo_jax.rundir.files import read_json
 from middo_jax.rundir.rows import CandidateRow
-from middo_jax.session import Session, read_dataset
+from middo_jax.session import Session
 from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.endpoint import refines_itself
@@ -103,7 +105,7 @@ class Acceptance:
         self._session, self._directory = session, directory
         self._settings = session.config.refine
         gates, by_text = self._settings.gates, self._settings.accept != "none"
-        self._examples = read_dataset(directory)
+        self._examples = Stored(directory.dataset)
         self._model = (model or scored_model(directory)) if self._settings.accept == "measured" else None
         if by_text and gates.value("language"):
             load_identifier()  # raises if the package is missing, before any request is paid for
@@ -194,8 +196,8 @@ class Acceptance:
         gates, limits = self._settings.gates, Limits()
         length, context, novelty = (gates.value(name) for name in ("length", "context", "novelty"))
         if self._settings.accept != "none" and length is not None:
-            prompts = np.array([len(example.prompt) for example in self._examples])
-            responses = np.array([len(example.response) for example in self._examples])
+            sizes = [(len(example.prompt), len(example.response)) for example in self._examples]
+            prompts, responses = np.array(sizes).T
             limits = Limits(
                 prompt_chars=length_bounds(prompts, length),
                 response_chars=length_bounds(responses, length),
@@ -204,7 +206,7 @@ class Acceptance:
             return limits
         axes = read_json(self._directory.selection)["axes"]
         table = read_scores(self._directory.scores)
-        nearest = [sims[0] for sims in table["knn_sims"].to_pylist() if sims]
+        nearest_n = pc.list_flatten(pc.list_slice(table["knn_sims"], 0, 1)).to_numpy().astype(np.float64)
         similarity = None
         if context is not None:
             embedding_nd = read_embeddings(self._directory.embeddings, table["id"].to_pylist())
@@ -213,7 +215,7 @@ class Acceptance:
             limits,
             loss=axes.get("complexity", {}).get("threshold", {}).get("loss_post"),
             context=similarity,
-            novelty=float(np.quantile(nearest, novelty)) if novelty and nearest else None,
+            novelty=float(np.quantile(nearest_n, novelty)) if novelty and len(nearest_n) else None,
             end_nll=_quantile(as_floats(table, "end_nll"), ENDING),
             floor=_quantile(as_floats(table, "loss_post"), FLOOR),
             refines_itself=refines_itself(self._session),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import end_of_turn_token
@@ -31,6 +32,7 @@ from middo_jax.signals.judge.rubrics import quality
 from middo_jax.signals.neighbours.search import nearest_neighbours
 from middo_jax.signals.readings import end_nll, pmi
 from middo_jax.signals.table import read_scores
+from middo_jax.stages.merge import rows_of
 from middo_jax.stages.passes import Passes, conditioned, raw_prompts
 from middo_jax.stages.ratings import ratings
 
@@ -149,9 +151,11 @@ class UnderTraining:
 
     def _measure(self, rewrites: Sequence[Rewrite]) -> list[Measurement]:
         children = [rewrite.child for rewrite in rewrites]
-        rows = {row["id"]: row for row in read_scores(self._directory.scores).to_pylist()}
-        place = {id_: i for i, id_ in enumerate(rows)}
-        k = max(len(row["knn_ids"] or ()) for row in rows.values())
+        table = read_scores(self._directory.scores)
+        place = {id_: i for i, id_ in enumerate(table["id"].to_pylist())}
+        k = pc.max(pc.list_value_length(table["knn_ids"])).as_py() or 0
+        sources = rows_of(table, {rewrite.original_id for rewrite in rewrites})
+        rows = {row["id"]: row for row in sources}
         tokenized = self._session.tokenize(children)
         scores = self._scored("rewrites measured", self._loaded, tokenized)
         end_q = end_nll(scores.last_nll_n, tokenized, end_of_turn_token(self._session.tokenizer))
@@ -163,7 +167,7 @@ class UnderTraining:
             model = self._embedder or self._loaded
             embedding_qd = self._scored("embeddings of rewrites", model, embedded).embedding_nd
         k = k or self._session.config.diversity.k
-        dataset_nd = read_embeddings(self._directory.embeddings, list(rows))
+        dataset_nd = read_embeddings(self._directory.embeddings, list(place))
         source_q = np.array([place[rewrite.original_id] for rewrite in rewrites])
         similarity_q = cosines(embedding_qd, dataset_nd[source_q])
         # k + 1, because the original that a rewrite replaces does not count as its neighbour.

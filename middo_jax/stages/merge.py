@@ -113,13 +113,11 @@ def merged(session: Session, directory: RoundDir) -> Merged:
 
 
 _LINEAGES: dict[Op, Lineage] = {}
-_NONE: dict[str, Any] = {}
 
 
 def _outline(id_: str, op: Op) -> Example:
     """A sample without its texts; outlines share all but their ids."""
-    lineage = _LINEAGES.setdefault(op, Lineage(op=op, root_id="outline"))
-    return Example((), id_, lineage, _NONE, prompt_columns=_NONE)
+    return Example((), id_, _LINEAGES.setdefault(op, Lineage(op=op)))
 
 
 def neighbours_of(

@@ -16,6 +16,7 @@ import numpy as np
 from middo_jax.config import Config, RefineSettings, replayed_file
 from middo_jax.config.refine import Turns
 from middo_jax.data.example import Example
+from middo_jax.data.stored import Stored
 from middo_jax.data.tokenize import steering_tokens
 from middo_jax.parallel.coordination import follow, lead
 from middo_jax.refinement import (
@@ -37,7 +38,7 @@ from middo_jax.refinement.words import read_words
 from middo_jax.rundir import RoundDir, RunError, chain, write_jsonl
 from middo_jax.rundir.files import read_json
 from middo_jax.rundir.rows import RecordedRow
-from middo_jax.session import Session, read_dataset
+from middo_jax.session import Session
 from middo_jax.signals.embeddings import require_embeddings
 from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.accept import Acceptance
@@ -72,9 +73,12 @@ def plan_refinement(directory: RoundDir, settings: RefineSettings | None = None)
         raise RunError(f"{directory.path}: no selection from its scores there; run `middo select` first")
     axes = read_json(directory.selection)["axes"]
     table = read_scores(directory.scores)
-    rows = rows_of(table, {id_ for facts in axes.values() for id_ in facts["ids"]})
+    selected = {id_ for facts in axes.values() for id_ in facts["ids"]}
+    rows = rows_of(table, selected)
+    # Without the other samples, of which there may be millions.
+    shown = selected | {hint for row in rows for hint in row["knn_ids"] or ()}
     planned = plan_tasks(
-        read_dataset(directory),
+        [example for example in Stored(directory.dataset) if example.id in shown],
         {axis: facts["ids"] for axis, facts in axes.items()},
         knn_ids={row["id"]: row["knn_ids"] or () for row in rows},
         scores=lineage_scores(table, rows),
@@ -107,7 +111,7 @@ def kept_samples(directory: RoundDir, turns: Turns) -> dict[str, int]:
     """Returns the number of selected samples without a task, by reason."""
     axes = read_json(directory.selection)["axes"]
     selected = {id_ for axis in axes.values() for id_ in axis["ids"]}
-    reasons = (why_kept(e, turns) for e in read_dataset(directory) if e.id in selected)
+    reasons = (why_kept(e, turns) for e in Stored(directory.dataset) if e.id in selected)
     return dict(Counter(reason for reason in reasons if reason is not None))
 
 

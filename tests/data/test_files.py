@@ -45,7 +45,7 @@ def test_tables_with_a_header(tmp_path: Path, ending: str, delimiter: str) -> No
     data = read_rows(str(path))
     assert [e.prompt for e in data.examples] == ['Add\n"2" and 3.', "Name a sea."]
     assert [e.extra for e in data.examples] == [{"level": "1"}, {"level": ""}]
-    assert data.places == [f"{path}:2", f"{path}:4"]
+    assert list(data.places) == [f"{path}:2", f"{path}:4"]
 
 
 def test_cells_with_lists_of_turns(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_pattern_reads_all_files_that_match_in_order(tmp_path: Path) -> None:
         pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"part-{n}.parquet")
     data = read_rows(str(tmp_path / "part-*.parquet"))
     assert [e.prompt for e in data.examples] == ["Add.", "Name a sea."]
-    assert data.places == [f"{tmp_path / f'part-{n}.parquet'} row 1" for n in (0, 1)]
+    assert list(data.places) == [f"{tmp_path / f'part-{n}.parquet'} row 1" for n in (0, 1)]
     with pytest.raises(DataError, match="no file matches"):
         read(str(tmp_path / "shard-*.parquet"))
     literal = tmp_path / "a[1].jsonl"

@@ -9,7 +9,8 @@ import pytest
 
 from middo_jax.data import repair
 from middo_jax.data.reading import Reading
-from middo_jax.data.sources import DataError, UserRows, count_reasons, read_rows
+from middo_jax.data.sources import DataError, count_reasons, read_rows
+from middo_jax.data.user_rows import UserRows
 
 A, U, S = "assistant", "user", "system"
 

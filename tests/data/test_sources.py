@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.model_selection import train_test_split
 
 from middo_jax.data import sources
 from middo_jax.data.example import Example, Lineage, Message
@@ -82,6 +85,48 @@ def jsonl(folder: Path, *rows: object) -> str:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+class Counted(dict):
+    """A row whose life can be observed."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("form", ["auto", "alpaca"])
+def test_rows_are_freed_while_the_next_ones_are_read(form: str) -> None:
+    alive, most = weakref.WeakSet[Counted](), 0
+
+    def rows() -> Iterator[Counted]:
+        nonlocal most
+        for n in range(500):
+            row = Counted(instruction=f"Name {n}.", output="Yes.", source=f"s{n}")
+            alive.add(row)
+            most = max(most, len(alive))
+            yield row
+            del row
+
+    data = read_rows(rows(), form)
+    assert (len(data.examples), data.rows, data.columns) == (500, None, ["instruction", "output", "source"])
+    assert most <= (103 if form == "auto" else 3)  # a hundred tell the format
+    kept = read_rows(rows(), form, keep_rows=True).rows
+    assert kept is not None
+    assert [row["source"] for row in kept] == [f"s{n}" for n in range(500)]
+
+
+def test_what_all_examples_have_is_stored_once(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "completion": "c", "source": f"s{n}"} for n in range(2)]
+    bare = [{"prompt": f"q{n}", "completion": "c"} for n in range(2)]
+    examples, _ = read(jsonl(tmp_path, *rows, *bare))
+    stored = [Example.from_json(json.loads(json.dumps(e.to_json()))) for e in examples]
+    assert stored == examples
+    for one, other in (examples[:2], stored[:2]):
+        assert one.lineage is other.lineage
+        assert next(iter(one.extra)) is next(iter(other.extra))
+        assert one.messages[0].role is other.messages[0].role
+    assert examples[2].extra is examples[3].extra is stored[2].extra is examples[0].prompt_columns
+    assert [e.root_id for e in stored] == [e.to_json()["lineage"]["root_id"] for e in examples]
+    assert [e.root_id for e in stored] == [e.id for e in examples]
 
 
 # Round trips
@@ -521,6 +566,16 @@ def test_split_is_stratified_and_pools_rare_sources(caplog: pytest.LogCaptureFix
     assert "1 of 101 prompts have no 'source'" in caplog.text
     split_heldout([example(f"p{n}", source=n) for n in range(10)], 0.2, 0, "source")
     assert "too few prompts" in caplog.text
+
+
+def test_split_is_that_of_the_prompts_and_sources_themselves() -> None:
+    sources = ["a", "b", "big", ["list"], 7, "Z"]  # as JSON not in this order
+    examples = [example(f"p{n}", source=sources[n % 13 % 6]) for n in range(300)]
+    by_id = sorted(examples, key=lambda e: e.id)
+    strata = [json.dumps(e.extra["source"]) for e in by_id]
+    _, expected = train_test_split([e.prompt for e in by_id], test_size=60, random_state=3, stratify=strata)
+    _, heldout = split_heldout(examples, 0.2, 3, "source")
+    assert sorted(e.prompt for e in heldout) == sorted(expected)
 
 
 def test_split_depends_on_the_seed() -> None:

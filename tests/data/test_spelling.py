@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from middo_jax.config.settings import DataSettings
-from middo_jax.data.formats import to_example, to_rows
+from middo_jax.data.formats import to_example
+from middo_jax.data.layout import to_rows
 from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.reading import Reading
-from middo_jax.data.spelling import Spelling
+from middo_jax.data.spelling import Spelling, SpellingCount
 from middo_jax.data.turns import RowError
 
 Rows = list[dict[str, Any]]
@@ -21,10 +22,17 @@ def turns(*pairs: tuple[str, Any], keys: tuple[str, str] = ("role", "content")) 
     return [dict(zip(keys, pair, strict=True)) for pair in pairs]
 
 
+def spelling_of(rows: Rows, settings: DataSettings, form: str) -> Spelling:
+    count = SpellingCount(Reading.of(settings), form)
+    for row in rows:
+        count.add(row)
+    return count.commonest(form)
+
+
 def there_and_back(form: str, rows: Rows, **data: Any) -> Rows:
     """Rows as they are written after they were read; without our ids."""
     settings = DataSettings(path="x", **data)
-    spelling = Spelling.of(rows, settings, form)
+    spelling = spelling_of(rows, settings, form)
     assert Spelling.from_json(json.loads(json.dumps(spelling.to_json()))) == spelling
     examples = [to_example(row, form, Reading.of(settings)).example for row in rows]
     written = OwnShape.of(form, rows[0], settings.model_dump(mode="json"), spelling).rows(examples)
@@ -92,11 +100,10 @@ def test_columns_by_the_users_names_and_rows_of_another_format_are_told_apart() 
         {"chat": turns(("Q", "a"), ("A", "b"))},
         {"conversations": turns(("human", "a"), ("gpt", "b"), keys=("from", "value"))},
         {"chat": None},
-        "no row",
     ]
     settings = DataSettings(path="x", columns={"messages": "chat"}, roles={"Q": "user", "A": "assistant"})
-    assert Spelling.of(rows, settings, "messages") == Spelling({"user": "Q", "assistant": "A"})
-    assert Spelling.of(rows, settings, "alpaca") == Spelling()
+    assert spelling_of(rows, settings, "messages") == Spelling({"user": "Q", "assistant": "A"})
+    assert spelling_of(rows, settings, "alpaca") == Spelling()
 
 
 def test_a_row_without_tools_has_null_beside_rows_that_have_them() -> None:
@@ -111,7 +118,7 @@ def test_turns_that_are_json_text_are_read() -> None:
     settings = DataSettings(path="x", columns={"messages": "chat"}, roles={"Q": "user", "A": "assistant"})
     read, _, _ = to_example({"chat": json.dumps(chat)}, "messages", Reading.of(settings))
     assert [(m.role, m.content) for m in read.messages] == [("user", "Hi."), ("assistant", "I.")]
-    assert Spelling.of([{"chat": json.dumps(chat)}], settings, "messages").roles == {
+    assert spelling_of([{"chat": json.dumps(chat)}], settings, "messages").roles == {
         "user": "Q",
         "assistant": "A",
     }

@@ -25,6 +25,7 @@ from middo_jax.config import Config, ConfigError, leaves, load
 from middo_jax.config.axis_table import Axis
 from middo_jax.data import formats
 from middo_jax.data.example import Example, Message
+from middo_jax.data.layout import to_rows
 from middo_jax.data.sources import DataError, read, write
 from middo_jax.models import families
 from middo_jax.models.config import UnsupportedModel, read_config
@@ -327,9 +328,9 @@ def test_a_format_without_a_place_for_weights_is_not_given_answers_that_have_one
     form = formats.RowFormat(frozenset({"q", "a"}), frozenset(), lambda row: [], row, keeps_weights=False)
     try:
         formats.register("pairs", form)
-        assert formats.to_rows([EXAMPLE], "pairs") == [{"id": EXAMPLE.id, "q": "Why?", "a": "So."}]
+        assert list(to_rows([EXAMPLE], "pairs")) == [{"id": EXAMPLE.id, "q": "Why?", "a": "So."}]
         with pytest.raises(DataError, match="pairs has no field for answers of weight 0"):
-            formats.to_rows([unlearnt], "pairs")
+            to_rows([unlearnt], "pairs")
     finally:
         formats.unregister("pairs")
     with pytest.raises(KeyError):

@@ -23,7 +23,7 @@ def sample(prompt: str, response: str = "Yes.") -> Example:
 
 def child_of(source: Example, op: Any, prompt: str, response: str = "New.") -> Outcome:
     axis = {"simplify": "complexity", "rewrite": "quality", "synthesize": "diversity"}[op]
-    lineage = Lineage((source.id,), source.lineage.root_id, 1, op, axis)
+    lineage = Lineage((source.id,), source.root_id, 1, op, axis)
     return Outcome(Task(op, (axis,), source), source.replace_text(prompt, response, lineage))
 
 

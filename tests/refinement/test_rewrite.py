@@ -411,7 +411,7 @@ def rounds(draw: st.DrawFn) -> tuple[list[Example], list[Outcome]]:
     outcomes = []
     for task in plan_tasks(examples, {"complexity": hard, "diversity": sparse, "quality": low}, knn_ids, {}):
         if draw(st.booleans()):
-            lineage = Lineage((task.original.id,), task.original.lineage.root_id, 1, task.op)
+            lineage = Lineage((task.original.id,), task.original.root_id, 1, task.op)
             prompt = draw(st.sampled_from([f"new {task.task_id}", "common", "Q0", f"Q{n - 1}"]))
             outcomes.append(Outcome(task, task.original.replace_text(prompt, "Yes.", lineage)))
         else:

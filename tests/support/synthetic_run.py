@@ -245,7 +245,7 @@ def _refine(
         hints = tuple(table[source_id]["knn_ids"]) if adds else ()
         lineage = Lineage(
             parent_ids=(source_id,),
-            root_id=original.lineage.root_id,
+            root_id=original.root_id,
             round=index,
             op=op,
             axis="+".join(axes),

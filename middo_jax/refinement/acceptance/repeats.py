@@ -5,9 +5,11 @@ Conversations with equal ids are equal. Near-duplicates are found by their promp
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from middo_jax.data.example import Example
+from middo_jax.data.stored import Examples
 from middo_jax.refinement.acceptance.overlap import Overlaps, jaccard, shingles
 from middo_jax.refinement.tasks import Task
 
@@ -19,12 +21,13 @@ class Known:
     that share a long text all resemble each other. No rewrite may resemble a held-out prompt.
     """
 
-    def __init__(
-        self, training: Sequence[Example], heldout: Sequence[Example], threshold: float | None
-    ) -> None:
-        """`threshold`: see `Overlaps`; None: only equal conversations count as repeats."""
+    def __init__(self, training: Examples, heldout: Sequence[Example], threshold: float | None) -> None:
+        """Iterates `training` now and once per call of `near`.
+
+        `threshold`: see `Overlaps`; None: only equal conversations count as repeats.
+        """
         self._training, self._heldout, self._threshold = training, heldout, threshold
-        self._ids = {example.id for example in (*training, *heldout)}
+        self._ids = {example.id for example in itertools.chain(training, heldout)}
         self._accepted = None if threshold is None else Overlaps(threshold)
         self._accepted_ids: list[str] = []
 

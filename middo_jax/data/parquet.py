@@ -90,12 +90,11 @@ def _column(name: str, values: list[Any], type_: pa.DataType | None) -> pa.Chunk
         return _array(texts, pa.string())
     try:
         column = _array(values, type_)
-        is_exact = column.to_pylist() == values
+        if column.to_pylist() == values:
+            return column
     except _UNFIT:
-        is_exact = False
-    if not is_exact:
-        raise _NotExact(name)
-    return column
+        pass
+    raise _NotExact(name)
 
 
 def _array(values: list[Any], type_: pa.DataType) -> pa.ChunkedArray:

@@ -27,7 +27,9 @@ def score_plots(
             continue
         values = np.stack([_floats(scores[column]) for column in columns], axis=1)
         chosen_ids = pa.array(sets.get(axis, {}).get("ids", ()), scores.schema.field("id").type)
-        chosen = pc.is_in(scores["id"], value_set=chosen_ids).to_numpy(zero_copy_only=False)
+        chosen = pc.call_function("is_in", [scores["id"]], pc.SetLookupOptions(chosen_ids)).to_numpy(
+            zero_copy_only=False
+        )
         known = np.isfinite(values).all(axis=1)
         values, chosen = values[known], chosen[known]
         if not len(values):

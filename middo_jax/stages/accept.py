@@ -206,7 +206,8 @@ class Acceptance:
             return limits
         axes = read_json(self._directory.selection)["axes"]
         table = read_scores(self._directory.scores)
-        nearest_n = pc.list_flatten(pc.list_slice(table["knn_sims"], 0, 1)).to_numpy().astype(np.float64)
+        first = pc.call_function("list_slice", [table["knn_sims"]], pc.ListSliceOptions(0, 1))
+        nearest_n = pc.call_function("list_flatten", [first]).to_numpy().astype(np.float64)
         similarity = None
         if context is not None:
             embedding_nd = read_embeddings(self._directory.embeddings, table["id"].to_pylist())

@@ -153,7 +153,8 @@ class UnderTraining:
         children = [rewrite.child for rewrite in rewrites]
         table = read_scores(self._directory.scores)
         place = {id_: i for i, id_ in enumerate(table["id"].to_pylist())}
-        k = pc.max(pc.list_value_length(table["knn_ids"])).as_py() or 0
+        lengths = pc.call_function("list_value_length", [table["knn_ids"]])
+        k = pc.call_function("max", [lengths]).as_py() or 0
         sources = rows_of(table, {rewrite.original_id for rewrite in rewrites})
         rows = {row["id"]: row for row in sources}
         tokenized = self._session.tokenize(children)

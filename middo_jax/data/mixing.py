@@ -89,21 +89,8 @@ def read_sources(
         )
         for s in sources
     ]
-    formats = {part.format for part in parts}
     repairs, places, said = list[Repair](), Places(), list[str]()
-    merged = UserRows(
-        [],
-        places,
-        [],
-        repairs,
-        formats.pop() if len(formats) == 1 else "messages",
-        columns=list(dict.fromkeys(name for part in parts for name in part.columns)),
-        spelling=SpellingCount(),
-        rows=[] if keep_rows else None,
-    )
-    for part in parts:
-        if part.format == merged.format:
-            merged.spelling.add_all(part.spelling)
+    merged = _empty(parts, keep_rows)._replace(places=places, repairs=repairs)
     first: dict[str, int] = {}  # id -> number of its example
     for part, source, count in zip(
         parts, sources, shares([len(part.examples) for part in parts], sources), strict=True
@@ -131,6 +118,18 @@ def read_sources(
         merged = merged._replace(examples=[_id_as_extra(example, column) for example in merged.examples])
         said.append(f"column {column!r} is not unique over all sources: results do not carry it as the id")
     return merged, said
+
+
+def _empty(parts: Sequence[UserRows], keep_rows: bool) -> UserRows:
+    """No rows yet, with the format, the columns and the spelling that some datasets have together."""
+    formats, spelling = {part.format for part in parts}, SpellingCount()
+    form = formats.pop() if len(formats) == 1 else "messages"
+    for part in parts:
+        if part.format == form:
+            spelling.add_all(part.spelling)
+    columns = list(dict.fromkeys(name for part in parts for name in part.columns))
+    rows = [] if keep_rows else None
+    return UserRows([], (), [], format=form, columns=columns, spelling=spelling, rows=rows)
 
 
 def _place(path: str, where: str) -> str:

@@ -44,7 +44,7 @@ def test_functions_are_short_and_take_few_parameters(path: Path) -> None:
 
 # What a function may import when it runs: optional packages, and what costs start-up time (docs/design.md).
 LATE = {
-    "buckets/store.py": {"gcsfs", "s3fs"},
+    "buckets/store.py": {"aiohttp", "gcsfs", "s3fs"},
     "data/hf_format.py": {"datasets"},
     "data/sources.py": {"middo_jax.data"},  # tfds_format, which imports TFDS
     "data/split.py": {"sklearn"},

@@ -232,5 +232,5 @@ def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> No
         (f"{tmp_path / 'a.jsonl'}:2, id a1", "its prompt is held out (data.eval_path)")
     ]
     assert len(repairs) == 2
-    assert "1 rows repaired (data.strict=true refuses them)" in said.lines
+    assert "1 row repaired (data.strict=true refuses them)" in said.lines
     assert f"{tmp_path / 'a.jsonl'}: 4 of 4 rows taken" in said.lines

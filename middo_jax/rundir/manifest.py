@@ -168,7 +168,9 @@ class Manifest:
         record = records[stage]
         known = record.get("inputs", {})
         moved = {
-            role: {**known[role], **_place(role, path)} for role, path in inputs.items() if role in known
+            role: {**known[role], **_place(role, path)}
+            for role, path in inputs.items()
+            if role in known and known[role]["path"] != str(path.resolve())
         }
         adopted = {**record, "inputs": known | moved, "settings": dict(settings)}
         if "settings" in record and adopted != record and not is_reader():

@@ -49,6 +49,7 @@ WITH_TASKS = {"evaluate.tasks": "[capitals]", "evaluate.include_path": "{root}/t
 CHANGES: dict[str, Change] = {
     "name": Change("another", None),
     "runs_dir": Change("{root}/others", None),
+    "compilation_cache": Change("{root}/compiled"),
     "seed": Change(9, ("prepare", "train", "refine")),
     "rounds": Change(2, ("follow", "evaluate")),
     "controls": Change("[random]", adds=True),

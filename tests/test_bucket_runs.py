@@ -26,6 +26,7 @@ from middo_jax.config import load
 from middo_jax.rundir import RunDir
 
 pytest_plugins = ["support.bucket_servers", "support.loop_fixture"]
+pytestmark = pytest.mark.usefixtures("own_copies")
 
 # What says when, where and how fast.
 OF_THIS_RUN = ("config.yaml", "events.jsonl", "manifest.json", "report.html", "llm_cache.sqlite")

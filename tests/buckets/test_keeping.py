@@ -13,6 +13,7 @@ from middo_jax.buckets.working import publish
 from middo_jax.rundir import files
 
 pytest_plugins = ["support.bucket_servers"]
+pytestmark = pytest.mark.usefixtures("own_copies")
 
 
 def test_what_one_machine_adds_the_next_one_has(

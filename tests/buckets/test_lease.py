@@ -16,6 +16,7 @@ from middo_jax.buckets.store import Store
 from middo_jax.rundir.lock import Owner, RunLocked
 
 pytest_plugins = ["support.bucket_servers"]
+pytestmark = pytest.mark.usefixtures("own_copies")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from middo_jax.rundir import RoundDir, RunError, write_json, write_text
 from middo_jax.rundir.elsewhere import bring, copy_of, is_elsewhere
 
 pytest_plugins = ["support.bucket_servers"]
+pytestmark = pytest.mark.usefixtures("own_copies")
 
 Objects = MutableMapping[str, tuple[bytes, str]]
 

@@ -17,6 +17,7 @@ from middo_jax.models.resolve import resolve
 from middo_jax.rundir import RunDir
 
 pytest_plugins = ["support.bucket_servers"]
+pytestmark = pytest.mark.usefixtures("own_copies")
 
 
 def store_of(url: str) -> Store:

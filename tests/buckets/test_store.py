@@ -13,6 +13,7 @@ from middo_jax.buckets.store import BucketError, Store
 from middo_jax.rundir import RunError
 
 pytest_plugins = ["support.bucket_servers"]
+pytestmark = pytest.mark.usefixtures("own_copies")
 
 
 def store_of(url: str) -> Store:

@@ -94,7 +94,7 @@ def bucket(request: pytest.FixtureRequest) -> str:
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def own_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of buckets go to the test's folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

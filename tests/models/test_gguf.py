@@ -323,7 +323,7 @@ def test_resolve_converts_once(model: Path, tmp_path: Path, monkeypatch: pytest.
 def test_a_process_that_only_reads_a_run_converts_for_its_own_host(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("middo_jax.rundir.files._is_reader", True)
+    monkeypatch.setattr("middo_jax.rundir.files._reader", 1)
     converted = convert(write_gguf(tmp_path / "m.gguf", model), tmp_path / "converted")
     assert read_config(converted) == read_config(model)
 

@@ -45,7 +45,10 @@ def save_params(directory: str | Path, params: Params, metadata: Mapping[str, An
     """
     directory = Path(directory).absolute()
     (directory / "metadata.json").unlink(missing_ok=True)
-    with full_disk_named(directory), ocp.Checkpointer(arrays_handler(), multiprocessing_options=writers()) as checkpointer:
+    with (
+        full_disk_named(directory),
+        ocp.Checkpointer(arrays_handler(), multiprocessing_options=writers()) as checkpointer,
+    ):
         arrays = ocp.args.PyTreeSave(as_dict(params))
         checkpointer.save(directory / "params", args=arrays, force=True)
     if has_own_disk():  # all must have pushed their pieces before the mark says that they are complete
@@ -126,8 +129,8 @@ def writers() -> ocp.options.MultiprocessingOptions:
 def arrays_handler() -> ocp.PyTreeCheckpointHandler:
     """The Orbax handler for arrays.
 
-    Where each process has its own folder, a chunk of an array is a file of one process, so that the files of all
-    together are the checkpoint. OCDBT would need one folder to merge the files of the processes.
+    Where each process has its own folder, a chunk of an array is a file of one process, so that the files
+    of all together are the checkpoint. OCDBT would need one folder to merge the files of the processes.
     """
     # Compression saves a tenth of float32 weights' size, but doubles time and memory.
     return ocp.PyTreeCheckpointHandler(

@@ -73,7 +73,8 @@ def _base_of(path: Path, metadata: Mapping[str, Any], named: str | None) -> Path
     if from_here := metadata.get("base_from_here"):
         places.append(Path(os.path.normpath(path.absolute() / from_here)))
     found = next((place for place in places if (place / "config.json").is_file()), None)
-    if found is None and (named := named or url_of(recorded)) is not None:  # the copy of one in a bucket is gone
+    named = named or url_of(recorded)  # a URL: the copy of a model in a bucket may be gone
+    if found is None and named is not None:
         found = resolve(named)
     if found is None or not found.is_dir():
         raise hf.CheckpointError(

@@ -27,9 +27,9 @@ _TOKENIZER_FILES = [
 def resolve(path: str, *, weights: bool = True) -> Path:
     """Resolves the model that a user names to a Hugging Face directory on this machine.
 
-    A directory is returned unchanged, and for the URL of one in a bucket its copy on this machine. A .gguf file is
-    converted once, into $XDG_CACHE_HOME/middo-jax/gguf/HASH. Anything else is treated as a hub repo id and downloaded
-    (safetensors, JSON and tokenizer files only).
+    A directory is returned unchanged, and for the URL of one in a bucket its copy on this machine. A .gguf
+    file is converted once, into $XDG_CACHE_HOME/middo-jax/gguf/HASH. Anything else is treated as a hub repo
+    id and downloaded (safetensors, JSON and tokenizer files only).
 
     Args:
       path: directory or .gguf file, here or in a bucket, or hub repo id.

@@ -1,8 +1,9 @@
 """The time of a compiled program: its instructions in their order, against the rates of a chip.
 
 An instruction takes as long as its matmuls or its memory traffic takes, whichever is longer. Asynchronous
-copies and collectives run beside the instructions that follow, until the one that waits for them. Each loop
-counts as often as it runs. Elementwise work counts by its memory traffic only.
+copies and collectives run beside the instructions that follow, until the one that waits for them, and so do
+the collectives that the compiler gives to the SparseCores. Each loop counts as often as it runs. Elementwise
+work counts by its memory traffic only.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class _Reader:
                 total.network_s += waited
         elif kind in KINDS:
             self._collective(computation, one, kind, clock, total)
-        elif one.opcode == "async-start":
+        elif one.opcode in ("async-start", "call-start"):  # a call is run by another core
             self._asynchronous(computation, one, clock, total)
         elif one.opcode.endswith("-start"):  # a copy between memories
             size = work.memory_bytes(self.module, computation, one)
@@ -247,7 +248,7 @@ class _Reader:
         return found
 
     def _asynchronous(self, computation: Computation, one: Instruction, clock: _Clock, total: Cost) -> None:
-        called = self.module.called(one)
+        called = self.module.called(one, "calls" if one.opcode == "async-start" else "to_apply")
         found = self._inside(called)
         if found:
             clock.ends[one.name] = max(self._transfer(*each, clock, total) for each in found)
@@ -304,5 +305,6 @@ _CHEAP = frozenset(
     {
         *("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "ConcatBitcast"),
         *("AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "AssumeAligned"),
+        *("PrepareAsyncCallStart", "PrepareAsyncCallDone"),
     }
 )

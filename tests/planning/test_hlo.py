@@ -222,6 +222,40 @@ def test_asynchronous_work_runs_beside_what_follows() -> None:
     assert beside.network_s == pytest.approx(max(0.0, seconds - beside.matmul_s))
 
 
+def test_a_collective_of_the_sparse_cores_runs_beside_what_follows() -> None:
+    text = """
+HloModule m
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%offloaded (p: bf16[1024,4096], t: token[]) -> bf16[1024,4096] {
+  %t = token[] parameter(1)
+  %p = bf16[1024,4096]{1,0} parameter(0)
+  ROOT %all-reduce = bf16[1024,4096]{1,0} all-reduce(%p), replica_groups=[2,8]<=[8,2]T(1,0), to_apply=%sum
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[4096,4096], s: bf16[1024,4096]) -> bf16[1024,4096] {
+  %x = bf16[4096,4096]{1,0} parameter(0)
+  %s = bf16[1024,4096]{1,0} parameter(1)
+  %begin = s32[]{:S(2)} custom-call(), custom_call_target="PrepareAsyncCallStart"
+  %end = token[] custom-call(%begin), custom_call_target="PrepareAsyncCallDone"
+  %start = ((bf16[1024,4096], token[]), bf16[1024,4096]) call-start(%s, %end), async_execution_thread="sparsecore", to_apply=%offloaded
+  %p = bf16[4096,4096]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %done = bf16[1024,4096]{1,0} call-done(%start)
+}
+"""  # noqa: E501
+    found = cost(text, machine())
+    [((kind, axes), (runs, size, seconds))] = found.network_by().items()
+    assert (kind, axes, runs, size) == ("all-reduce", ("fsdp",), 1, 1024 * 4096 * 2)
+    assert found.seconds == pytest.approx(max(seconds, found.matmul_s))
+    assert found.network_s == pytest.approx(max(0.0, seconds - found.matmul_s))
+    assert not found.notes
+
+
 def test_permutes_find_their_axis_and_direction() -> None:
     ring = ",".join(f"{{{2 * i + t},{2 * ((i - 1) % 8) + t}}}" for i in range(8) for t in range(2))
     found = entry(

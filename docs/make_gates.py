@@ -22,7 +22,7 @@ def page() -> str:
 def table() -> str:
     """One row per gate, in the order of asking."""
     rows = [
-        f"| {i} | `{row.name}` | {row.rule} | {row.of} | `{row.accept}` | {_setting(row)} |"
+        f"| {i} | `{row.name}` | {row.rule} | {_of(row)} | `{row.accept}` | {_setting(row)} |"
         for i, row in enumerate(gates(), 1)
     ]
     head = [
@@ -30,6 +30,12 @@ def table() -> str:
         "|---:|---|---|---|---|---|",
     ]
     return "\n".join([*head, *rows]) + "\n"
+
+
+def _of(row: Gate) -> str:
+    if row.of_own is None:
+        return row.of
+    return f"{row.of}; {row.of_own} if the refiner is the model in training"
 
 
 def _setting(row: Gate) -> str:

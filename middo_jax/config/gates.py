@@ -24,7 +24,7 @@ Needs = Literal["prompt", "answer", "again", "dataset", "measurement", "rating",
 #   rating       the judge's rating of the candidate
 #   accepted     every known conversation, and the rewrites accepted so far
 PHASES: tuple[Needs, ...] = typing.get_args(Needs)
-Of = Literal["all", "replacements", "hard", "low quality", "additions"]
+Of = Literal["all", "replacements", "hard", "low quality", "additions", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Gate:
         no numbers: the last digits of measurements depend on the machine, and equal requests are answered
         from the cache.
       switch: its setting; or the name of the gate whose setting it shares; or None: it cannot be opened.
+      of_own: the rewrites that it checks if the refiner is the model in training; None: the same ones. It
+        counts from the phase `dataset` on.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Gate:
     rule: str
     feedback: Mapping[str, str]
     switch: Switch | str | None = None
+    of_own: Of | None = None
 
     @property
     def setting(self) -> str | None:
@@ -87,15 +90,22 @@ class Gate:
             return None
         return self.switch if isinstance(self.switch, str) else self.name
 
-    def concerns(self, axes: Collection[str]) -> bool:
-        """Whether it checks rewrites of samples that these axes selected."""
+    def concerns(self, axes: Collection[str], *, refines_itself: bool = False) -> bool:
+        """Whether it checks rewrites of samples that these axes selected.
+
+        Args:
+          axes: that selected the sample.
+          refines_itself: whether the refiner is the model in training.
+        """
+        of = self.of_own if refines_itself and self.of_own is not None else self.of
         return {
             "all": True,
             "replacements": "diversity" not in axes,
             "hard": "complexity" in axes,
             "low quality": "quality" in axes,
             "additions": "diversity" in axes,
-        }[self.of]
+            "none": False,
+        }[of]
 
     def is_shut(self, accept: str, gates: Mapping[str, Any]) -> bool:
         """Whether the gate runs.
@@ -290,10 +300,11 @@ _TABLE = [
         "floor",
         needs="measurement",
         accept="measured",
-        of="replacements",
+        of="hard",
+        of_own="replacements",
         title="loss above the floor",
         rule="The answer's loss is no lower than that of 10 % of the samples: the text that the model finds "
-        "easiest is its own. Asked of hard samples, and of all if the refiner is the model under training.",
+        "easiest is its own.",
         feedback={"": "Its answer was too general. Ask for something that needs particular facts or words."},
         switch=Switch(True),
     ),
@@ -302,9 +313,9 @@ _TABLE = [
         needs="measurement",
         accept="measured",
         of="hard",
+        of_own="none",  # a model finds its own answers easy, good or bad
         title="loss below the hard ones'",
-        rule="A hard sample's loss falls, to at most the threshold that made it hard. Not asked where the "
-        "refiner is the model under training: it finds its own answers easy, good or bad.",
+        rule="A hard sample's loss falls, to at most the threshold that made it hard.",
         feedback={
             "": "It was still too hard to learn from. Make it easier, with plainer words and fewer steps."
         },

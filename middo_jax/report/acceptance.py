@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ def acceptance(
     settings: dict[str, Any],
     colours: dict[str, str],
     tasks: Sequence[Mapping[str, Any]] = (),
+    limits: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any] | None:
     """The page's values about a round's candidates; None without candidates.jsonl.
 
@@ -40,11 +42,13 @@ def acceptance(
       settings: the run's, as nested dicts. A gate whose setting is missing has its default.
       colours: CSS class of each axis.
       tasks: rows of refined.jsonl after people's verdicts, see `after_people`.
+      limits: the limits for candidates, as the stage's record has them.
     """
     if rows is None:
         return None
     groups = sorted({tuple(row["axes"]) for row in rows})
     refine = settings.get("refine") if isinstance(settings.get("refine"), dict) else {}
+    itself = bool(limits.get("refines_itself"))
     lost = Counter(tuple(task["axes"]) for task in tasks if task["person"] == "reject")
     accepted = [_accepted(rows, group) for group in groups]
     return {
@@ -52,7 +56,7 @@ def acceptance(
         "gates": [
             {
                 "title": ANSWERED if gate is None else gate.title,
-                "cells": [_cell(gate, rows, group, refine) for group in groups],
+                "cells": [_cell(gate, rows, group, refine, itself) for group in groups],
             }
             for gate in (None, *_met(rows))
         ]
@@ -79,7 +83,7 @@ def _judged(
 
 
 def _cell(
-    gate: Gate | None, rows: Sequence[dict[str, Any]], group: tuple[str, ...], refine: Any
+    gate: Gate | None, rows: Sequence[dict[str, Any]], group: tuple[str, ...], refine: Any, itself: bool
 ) -> dict[str, Any]:
     """How many candidates of a group reached a gate and passed it.
 
@@ -87,7 +91,7 @@ def _cell(
     """
     name = None if gate is None else gate.name
     if gate is not None:
-        if not gate.concerns(group):
+        if not gate.concerns(group, refines_itself=itself):
             return {"state": "none"}
         if not gate.is_shut(refine.get("accept", "measured"), refine.get("gates") or {}):
             return {"state": "open"}

@@ -234,6 +234,7 @@ def _round(
         rows = each_row(folder.dataset)
         hints = {row["id"]: Example.from_json(row).prompt for row in rows if row["id"] in needed}
     rejected = refusals(tasks or [], load_jsonl(folder.requests) or [])
+    limits = folder.stages().get("refine", {}).get("limits", {})
     return {
         "sets": sets,
         "overlap": selection["overlap"] if selection else None,
@@ -248,6 +249,7 @@ def _round(
             settings,
             {name: axis.colour for name, axis in axes.items()},
             tasks or (),
+            limits,
         ),
         "costs": costs(folder.stages().get("refine", {}).get("usage"), tasks or []),
         "dropped": load_jsonl(folder.dropped),

@@ -142,6 +142,11 @@ class Acceptance:
             task, prompt=child.prompt, response=child.response, example=child, limits=self.limits
         )
 
+    def _has_gates(self, needs: Needs, case: _Case) -> bool:
+        """Whether a case meets a gate in this phase."""
+        itself = self.limits.refines_itself
+        return bool(asked(needs, case.outcome.task.axes, self._settings, refines_itself=itself))
+
     def _ask(self, cases: Sequence[_Case], needs: Needs) -> None:
         """Runs the gates of one phase on all cases that are still open."""
 
@@ -151,7 +156,7 @@ class Acceptance:
 
     def _ask_dataset(self, cases: Sequence[_Case]) -> None:
 
-        wanted = [case for case in cases if asked("dataset", case.outcome.task.axes, self._settings)]
+        wanted = [case for case in cases if self._has_gates("dataset", case)]
         for case, tokenized in zip(wanted, self._session.tokenize([c.child for c in wanted]), strict=True):
             case.learn(truncated=tokenized.truncated)
         self._ask(cases, "dataset")
@@ -168,7 +173,7 @@ class Acceptance:
         for case in still:
             case.learn(measured=case.candidate.measured or self._stored[case.key])
         self._ask(still, "measurement")
-        rated = [c for c in still if c.is_open and asked("rating", c.outcome.task.axes, self._settings)]
+        rated = [case for case in still if case.is_open and self._has_gates("rating", case)]
         unrated = [c for c in rated if c.candidate.measured and c.candidate.measured.quality is None]
         if unrated:
             for case, quality in zip(unrated, model.rate([c.child for c in unrated]), strict=True):

@@ -61,6 +61,21 @@ def test_gates_are_counted_in_the_order_in_which_they_are_met() -> None:
     assert told["accepted"] == [left] == [1]
 
 
+def test_gates_that_depend_on_who_refines_are_counted_where_they_were_asked() -> None:
+    rows = [candidate(None, accepted=True), candidate(None, accepted=True) | {"axes": ["quality"]}]
+
+    def states(gate: str, limits: dict[str, Any]) -> list[str]:
+        told = acceptance(rows, settings(), COLOURS, limits=limits)
+        assert told is not None
+        assert told["groups"] == [("complexity",), ("quality",)]
+        return [cell["state"] for cell in cells(told, gate)]
+
+    assert states("floor", {}) == states("loss", {}) == ["shut", "none"]
+    own = {"refines_itself": True}
+    assert states("floor", own) == ["shut", "shut"]
+    assert states("loss", own) == ["none", "none"]
+
+
 def test_a_gate_that_is_not_in_the_table_any_more_is_counted_all_the_same() -> None:
     told = acceptance([candidate("polite"), candidate(None, accepted=True)], settings(), COLOURS)
     assert told is not None

@@ -69,20 +69,16 @@ def ending(candidate: Candidate, _: Any) -> Finding | None:
 
 
 def floor(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the loss is not suspiciously low, where it has to fall or the refiner is the scorer."""
+    """Whether the loss is not suspiciously low."""
     measured, limit = candidate.measured or NOTHING, candidate.limits.floor
-    if not candidate.limits.refines_itself and "complexity" not in candidate.task.axes:
-        return None
     if limit is None or _at_least(measured.loss, limit):
         return None
     return Finding(f"loss {_shown(measured.loss)}, at least {limit:.3f} wanted")
 
 
 def loss(candidate: Candidate, _: Any) -> Finding | None:
-    """Whether the loss fell, and to at most the limit; not asked where the refiner is the scorer."""
+    """Whether the loss fell, and to at most the limit."""
     measured, limit = candidate.measured or NOTHING, candidate.limits.loss
-    if candidate.limits.refines_itself:
-        return None
     before = candidate.task.scores.get("loss_post")
     if _above(before, measured.loss) and (limit is None or _at_most(measured.loss, limit)):
         return None

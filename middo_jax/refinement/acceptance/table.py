@@ -77,13 +77,17 @@ def unregister(name: str) -> None:
     withdraw(name, _USERS)
 
 
-def asked(needs: rows.Needs, axes: Collection[str], settings: RefineSettings) -> list[rows.Gate]:
-    """The gates of one phase that a rewrite for these axes must pass, in order."""
+def asked(
+    needs: rows.Needs, axes: Collection[str], settings: RefineSettings, *, refines_itself: bool = False
+) -> list[rows.Gate]:
+    """The gates of one phase that a rewrite for these axes must pass, in order; see `Gate.concerns`."""
     values = settings.gates.values()
     return [
         row
         for row in rows.gates()
-        if row.needs == needs and row.concerns(axes) and row.is_shut(settings.accept, values)
+        if row.needs == needs
+        and row.concerns(axes, refines_itself=refines_itself)
+        and row.is_shut(settings.accept, values)
     ]
 
 
@@ -94,7 +98,8 @@ def is_asked(name: str, settings: RefineSettings) -> bool:
 
 def first_verdict(candidate: Candidate, needs: rows.Needs, settings: RefineSettings) -> Verdict | None:
     """The verdict of the first gate of one phase that the candidate does not pass; None if it passes all."""
-    for row in asked(needs, candidate.task.axes, settings):
+    itself = candidate.limits.refines_itself
+    for row in asked(needs, candidate.task.axes, settings, refines_itself=itself):
         finding = _CHECKS[row.name](candidate, _value(row, settings.gates))
         if finding is not None:
             return Verdict(row.name, finding.detail, finding.fault)

@@ -105,7 +105,7 @@ def test_what_refine_accept_asks() -> None:
     assert [name for name in names(SPARSE) if name in (*new, "context", "loss", "quality")] == new
     measured = ["context", "information", "ending", "floor", "loss", "quality", "duplicate"]
     assert names(BOTH)[-7:] == measured
-    assert names(LOW)[-6:] == [name for name in measured if name != "loss"]
+    assert names(LOW)[-5:] == [name for name in measured if name not in ("floor", "loss")]
 
 
 def test_a_gate_from_outside_is_asked_in_its_place_and_is_a_setting() -> None:

@@ -15,8 +15,8 @@ HEAD = """\
 # Files
 
 The files of a run that other programs may read: every key and column, its type, and what it means. Made
-from `middo_jax/rundir/rows.py` and `schemas.py` by `python docs/make_files.py`. A test compares every row
-of a finished run with them.
+from `rows.py`, `records.py` and `schemas.py` in `middo_jax/rundir` by `python docs/make_files.py`. A test
+compares every row of a finished run with them.
 
 **Versions.** Each format has a version, which grows when an older program would misread the file. Versions
 are kept in these places:

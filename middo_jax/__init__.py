@@ -30,14 +30,8 @@ if TYPE_CHECKING:
     from middo_jax.rundir import RunError
     from middo_jax.rundir.files import DamagedFile, DiskFull
     from middo_jax.rundir.lock import RunLocked
-    from middo_jax.rundir.rows import (
-        BenchmarksFile,
-        MetricsRow,
-        PassRow,
-        RefinedRow,
-        SelectionFile,
-        UsageRow,
-    )
+    from middo_jax.rundir.records import PassRow, UsageRow
+    from middo_jax.rundir.rows import BenchmarksFile, MetricsRow, RefinedRow, SelectionFile
     from middo_jax.selecting import load_config, select
     from middo_jax.training.checkpoint import AnotherTraining
     from middo_jax.training.memory import OutOfMemory
@@ -57,7 +51,8 @@ _MODULES = {
     "middo_jax.rundir": "RunError",
     "middo_jax.rundir.files": "DamagedFile DiskFull",
     "middo_jax.rundir.lock": "RunLocked",
-    "middo_jax.rundir.rows": "BenchmarksFile MetricsRow PassRow RefinedRow SelectionFile UsageRow",
+    "middo_jax.rundir.records": "PassRow UsageRow",
+    "middo_jax.rundir.rows": "BenchmarksFile MetricsRow RefinedRow SelectionFile",
     "middo_jax.selecting": "load_config select",
     "middo_jax.training.checkpoint": "AnotherTraining",
     "middo_jax.training.memory": "OutOfMemory",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from middo_jax.config.axis_table import axis_names
 from middo_jax.data.sources import Rejection
-from middo_jax.rundir.rows import MetricsRow, PassRow, RefinedRow, SelectionFile, UsageRow
+from middo_jax.rundir.records import PassRow, UsageRow
+from middo_jax.rundir.rows import MetricsRow, RefinedRow, SelectionFile
 
 if TYPE_CHECKING:
     import numpy as np

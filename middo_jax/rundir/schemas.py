@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, Union
 
-from middo_jax.rundir import plan_rows, rows
+from middo_jax.rundir import plan_rows, records, rows
 
 Form = Literal["JSON", "JSON lines", "Parquet"]
 ArrowType = Literal[
@@ -148,7 +148,7 @@ MANIFEST = Schema(
     "a round or `final`",
     "The finished stages, with the hashes of their inputs and outputs.",
     1,
-    rows.ManifestFile,
+    records.ManifestFile,
 )
 EVENTS = Schema("events.jsonl", "JSON lines", "the run", "One row per event.", 1, rows.EventRow)
 PLAN = Schema(

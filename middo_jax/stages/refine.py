@@ -37,7 +37,7 @@ from middo_jax.refinement.tasks import why_kept
 from middo_jax.refinement.words import read_words
 from middo_jax.rundir import RoundDir, RunError, chain, write_jsonl
 from middo_jax.rundir.files import read_json
-from middo_jax.rundir.rows import RecordedRow
+from middo_jax.rundir.records import RecordedRow
 from middo_jax.session import Session
 from middo_jax.signals.embeddings import require_embeddings
 from middo_jax.signals.table import as_floats, read_scores

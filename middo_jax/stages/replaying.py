@@ -24,7 +24,7 @@ from middo_jax.inference.errors import ApiError, show_error
 from middo_jax.inference.guard import Access, Guard, read_body
 from middo_jax.refinement import AnswerCache, Outcome
 from middo_jax.refinement.endpoint.recording import Recording, sent_body
-from middo_jax.rundir.rows import RecordedRow
+from middo_jax.rundir.records import RecordedRow
 
 MAX_BYTES = 64 << 20  # of a request's body
 

@@ -14,7 +14,7 @@ from middo_jax.config import Config
 from middo_jax.data.example import Example
 from middo_jax.rundir import Manifest, RunError, read_jsonl
 from middo_jax.rundir.link import Link
-from middo_jax.rundir.rows import StageRecord
+from middo_jax.rundir.records import StageRecord
 from middo_jax.session import Session
 from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.table import read_scores, with_columns, write_scores

@@ -186,3 +186,9 @@ def selected(finished: Finished, to: Path) -> Path:
     del manifest["stages"]["refine"], manifest["stages"]["merge"]
     (here / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return here
+
+
+def begun(run: RunDir, skip: int = 0) -> list[tuple[str, str]]:
+    """(folder, stage) of the stages that were started, but for so many of the first events."""
+    events = read_jsonl(run.events)[skip:]
+    return [(e["round"], e["stage"]) for e in events if e["event"] == "start"]

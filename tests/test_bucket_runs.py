@@ -9,15 +9,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.bucket_servers import of_s3
+from support.command import Middo
 from support.loop_fixture import Finished, contents, fake_refiner, settings
 
-from middo_jax import api, cli
+from middo_jax import api
 from middo_jax.buckets import Place
 from middo_jax.buckets.mirror import Mirror
 from middo_jax.buckets.names import LOCK
@@ -25,32 +26,11 @@ from middo_jax.buckets.store import Store
 from middo_jax.config import load
 from middo_jax.rundir import RunDir
 
-pytest_plugins = ["support.bucket_servers", "support.loop_fixture"]
+pytest_plugins = ["support.bucket_servers", "support.command", "support.loop_fixture"]
 pytestmark = pytest.mark.usefixtures("own_copies")
 
 # What says when, where and how fast.
 OF_THIS_RUN = ("config.yaml", "events.jsonl", "manifest.json", "report.html", "llm_cache.sqlite")
-
-Middo = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def middo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Middo:
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.delenv("MIDDO_TRACEBACK", raising=False)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["middo", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        return code, str(out), str(err)
-
-    return call
 
 
 def place_of(url: str) -> Place:

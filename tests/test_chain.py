@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from support.local_tasks import write_local_tasks
-from support.loop_fixture import Finished, contents, fake_refiner, settings
+from support.loop_fixture import Finished, begun, contents, settings
 from support.said import Said
 
-from middo_jax import cli, stages
-from middo_jax.config import ConfigError, affecting, layers_of, load
-from middo_jax.data.files import inputs_of
+from middo_jax import stages
+from middo_jax.config import ConfigError, affecting, load
 from middo_jax.loop import run_loop
 from middo_jax.models.hf import CheckpointError
 from middo_jax.progress import Silent
@@ -36,13 +33,13 @@ from middo_jax.rundir import (
     write_jsonl,
 )
 from middo_jax.rundir.chain import chain
-from middo_jax.rundir.link import assess, content_of
+from middo_jax.rundir.link import assess
 from middo_jax.rundir.manifest import Reason
 from middo_jax.session import Session
 from middo_jax.stages.measure import scored_as
 
 SETTINGS_BEFORE = Path(__file__).parent / "config" / "settings_before_unions.yaml"
-pytest_plugins = ["support.loop_fixture"]
+pytest_plugins = ["support.command", "support.loop_fixture"]
 
 ROUND = ("train", "score", "select", "refine", "merge")
 ALL = [("round_00", s) for s in ROUND] + [("round_01", s) for s in ROUND]
@@ -61,11 +58,6 @@ def reasons(run: RunDir, settings: list[str]) -> dict[tuple[str, str], str]:
 def own(stale: dict[tuple[str, str], str]) -> set[tuple[str, str]]:
     """The stale ones but those that only follow."""
     return {key for key, why in stale.items() if not why.startswith("follows ")}
-
-
-def begun(run: RunDir, skip: int = 0) -> list[tuple[str, str]]:
-    events = read_jsonl(run.events)[skip:]
-    return [(e["round"], e["stage"]) for e in events if e["event"] == "start"]
 
 
 def results(run: RunDir) -> dict[str, bytes]:
@@ -346,151 +338,6 @@ def test_a_changed_base_model_makes_stale_what_reads_it(finished: Finished) -> N
     assert reasons(finished.run, finished.settings()) == {}
 
 
-def test_a_moved_project_is_done_for_run_and_for_those_who_only_read(
-    finished: Finished, tmp_path: Path
-) -> None:
-    finished.copy(tmp_path / "runs")
-    shutil.copytree(finished.root / "model", tmp_path / "model")
-    shutil.copyfile(finished.root / "data.json", tmp_path / "data.json")
-    moved = settings(tmp_path, finished.url, rounds=2)
-    run = run_loop(load(None, moved), Silent())
-    assert begun(run) == begun(finished.run)
-    state = status(run)
-    assert state["complete"]
-    assert [row["stale"] for row in [*state["rounds"], state["final"]]] == [{}, {}, {}]
-    assert state["effects"]["rounds"] is not None
-    record = run.round(0).stages()["train"]["inputs"]["start"]
-    assert record["path"] == str((tmp_path / "model").resolve())
-    written = contents(run.path, "manifest.json")
-    run_loop(load(None, moved), Silent())
-    assert contents(run.path, "manifest.json") == written
-
-
-# Files of the user's: their content counts, not their names.
-
-
-def of_nothing(root: Path, **more: Any) -> tuple[RunDir, list[str]]:
-    """A run whose stages wrote files without sense, with the user's files in `root`."""
-    files = ("model/config.json", "refiner/x.json", "data.json", "eval.json", "t.jinja", "answers.jsonl")
-    for name in (*files, "tasks/x.yaml"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("{}\n", encoding="utf-8")
-    given = named(root, root, **more)
-    config, run = load(None, given), RunDir(root / "runs" / "run")
-    for link in chain(run, config, root / "model", inputs_of(config.data)):
-        for path in link.writes:
-            is_folder = path.name in ("checkpoint", "huggingface")
-            file = path / "metadata.json" if is_folder else path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("{}\n", encoding="utf-8")
-        link.begin().finish(config, 1.0)
-    return run, given
-
-
-def named(root: Path, files: Path, **more: Any) -> list[str]:
-    """Settings that name the user's files in a folder."""
-    values = {"runs_dir": root / "runs", "name": "run", "model.path": files / "model"}
-    values |= {"data.path": files / "data.json", "data.eval_path": files / "eval.json"}
-    values |= {name.replace("__", "."): str(value).format(files) for name, value in more.items()}
-    return [f"{name}={value}" for name, value in values.items() if value != "None"]
-
-
-def of_files(run: RunDir, root: Path, given: list[str]) -> set[tuple[str, str]]:
-    """The stages that are stale and do not only follow, for the program that looks for all places."""
-    config = load(None, given)
-    states = assess(chain(run, config, root / "model", inputs_of(config.data)), config)
-    return own({(link.folder.path.name, link.name): s.why.text for link, s in states if s.why})
-
-
-FILES = {
-    "model__template": "{}/t.jinja",
-    "evaluate__tasks": "[x]",
-    "evaluate__include_path": "{}/tasks",
-    "refine__base_url": "replay:{}/answers.jsonl",
-    "refine__model": "{}/refiner",
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "stale"),
-    [
-        ("t.jinja", {"prepare", "train", "score", "refine", "evaluate", "benchmark"}),
-        ("tasks/x.yaml", {"benchmark"}),
-        ("answers.jsonl", {"refine"}),
-        ("refiner/x.json", {"refine"}),
-        ("eval.json", {"prepare"}),
-    ],
-)
-def test_an_edited_file_of_the_users_makes_stale_what_reads_it(
-    tmp_path: Path, name: str, stale: set[str]
-) -> None:
-    run, given = of_nothing(tmp_path, **FILES)
-    assert of_files(run, tmp_path, given) == set()
-    (tmp_path / name).write_text("other\n", encoding="utf-8")
-    content_of.cache_clear()
-    found = of_files(run, tmp_path, given)
-    assert {stage for _, stage in found} == stale
-    assert ("final", "prepare") not in found
-
-
-def test_moved_files_of_the_users_make_nothing_stale(tmp_path: Path) -> None:
-    run, _ = of_nothing(tmp_path, **FILES)
-    names = ("model", "refiner", "data.json", "eval.json", "t.jinja", "answers.jsonl", "tasks")
-    (tmp_path / "elsewhere").mkdir()
-    for name in names:
-        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
-    moved = named(tmp_path, tmp_path / "elsewhere", **FILES)
-    assert of_files(run, tmp_path / "elsewhere", moved) == set()
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"rounds": 2},
-        {"rounds": 2, "train__start_from": "previous", "evaluate__tasks": "[x]"},
-        {"rounds": 2, "stop__patience": 1},
-        {"rounds": 2, "stop__patience": 1, "stop__metric": "task", "evaluate__tasks": "[x]"},
-    ],
-)
-def test_each_stage_that_depends_on_the_base_model_compares_its_content(
-    tmp_path: Path, more: dict[str, Any]
-) -> None:
-    (tmp_path / "model").mkdir()
-    config = load(None, named(tmp_path, tmp_path, **more))
-    links = chain(RunDir(tmp_path / "runs" / "run"), config, tmp_path / "model", {})
-    dependent = [link for link in links if "model" in link.affected_by]
-    assert len(dependent) > 5
-    assert [link.where for link in dependent if not {"tokenizer", "base"} & link.inputs.keys()] == []
-
-
-def test_moved_sources_make_nothing_stale_and_another_weight_does(tmp_path: Path) -> None:
-    sources = "[{{path: {}/data.json, weight: 2}}]"
-    run, _ = of_nothing(tmp_path, data__path=None, data__sources=sources)
-    shutil.copytree(tmp_path, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("runs"))
-    moved = named(tmp_path, tmp_path / "elsewhere", data__path=None, data__sources=sources)
-    assert of_files(run, tmp_path / "elsewhere", moved) == set()
-    other = sources.replace("2", "3")
-    moved = named(tmp_path, tmp_path / "elsewhere", data__path=None, data__sources=other)
-    assert of_files(run, tmp_path / "elsewhere", moved) == {("round_00", "prepare")}
-
-
-def test_an_edited_folder_of_a_named_dataset_is_noticed(tmp_path: Path) -> None:
-    folder = tmp_path / "saved"
-    folder.mkdir()
-    (folder / "state.json").write_text("{}", encoding="utf-8")
-    source = {"data__path": f"hf:{folder}:train"}
-    run, given = of_nothing(tmp_path, **source)
-    (folder / "state.json").write_text("{ }", encoding="utf-8")
-    assert of_files(run, tmp_path, given) == {("round_00", "prepare")}
-    assert inputs_of(load(None, ["data.path=hf:someone/some:train", "model.path=m"]).data) == {}
-
-
-def test_a_refiner_in_the_place_of_recorded_answers_makes_rewrites_stale(tmp_path: Path) -> None:
-    run, given = of_nothing(tmp_path, **FILES)
-    without = [setting for setting in given if not setting.startswith("refine.base_url")]
-    assert {stage for _, stage in of_files(run, tmp_path, without)} == {"refine"}
-
-
 def test_a_touched_file_is_hashed_and_an_untouched_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -643,238 +490,6 @@ def test_a_training_under_way_with_other_settings_is_begun_anew(finished: Finish
     )
     assert any("belongs to another training; training starts again" in line for line in said.lines)
     assert status(run)["complete"]
-
-
-Middo = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def middo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Middo:
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "MIDDO_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["middo", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
-REFINED = ("requests.jsonl", "refined.jsonl", "candidates.jsonl", "dropped.jsonl")
-
-
-def test_refining_a_round_by_hand_is_the_loops_stage(
-    finished: Finished, middo: Middo, tmp_path: Path
-) -> None:
-    """Same rows, same round in their lineage, out of the run's own cache; and the run finds it done."""
-    runs_dir = finished.copy(tmp_path)
-    run, asked = RunDir(tmp_path / "run"), len(finished.requests)
-    here = run.round(1)
-    before, record = contents(here.path, *REFINED), here.stages()["refine"]
-    here.forget("refine")
-    for name in REFINED[:3]:
-        (here / name).unlink()
-    code, _, err = middo("refine", here.path)
-    assert code == 0, err
-    assert contents(here.path, *REFINED) == before
-    assert len(finished.requests) == asked
-    assert not (here / "llm_cache.sqlite").exists()
-    again = here.stages()["refine"]
-    assert {r["example"]["lineage"]["round"] for r in read_jsonl(here.refined) if r["accepted"]} == {2}
-    for name in ("reads", "settings", "files", "limits"):
-        assert again[name] == record[name]
-    counts = ("requests", "answers", "prompt_tokens", "completion_tokens")  # of all starts together
-    for axis, usage in record["usage"].items():
-        assert {n: again["usage"][axis][n] for n in counts} == {n: usage[n] for n in counts}
-    assert "../heldout.jsonl" in again["reads"]
-    events = len(read_jsonl(run.events))
-    run_loop(load(None, finished.settings(runs_dir=runs_dir)), Silent())
-    assert begun(run, events) == []
-
-
-def test_a_held_out_prompt_is_not_repeated_by_hand_either(
-    finished: Finished, middo: Middo, tmp_path: Path
-) -> None:
-    """Also by batch files: a rewrite that equals a held-out prompt is rejected."""
-    finished.copy(tmp_path)
-    run = RunDir(tmp_path / "run")
-    here = run.round(0)
-    prompt = read_jsonl(run.heldout)[0]["messages"][0]["content"]
-
-    def answer(text: str) -> str:
-        return f"<prompt>{prompt}</prompt>" if "<prompt>" in text else "It is for all of them, as is known."
-
-    with fake_refiner(answer=answer) as (url, _):
-        code, _, err = middo("refine", here.path, f"refine.base_url={url}", "refine.model_revision=other")
-    assert code == 0, err
-    rows = read_jsonl(here.refined)
-    assert rows
-    assert not [row for row in rows if row["accepted"]]
-
-    ask, got = tmp_path / "ask.jsonl", tmp_path / "got.jsonl"
-    set_ = ("refine.model_revision=batch", "refine.response_format=text")
-    middo("refine", here.path, "--write-batch", ask, *set_)
-    for _ in range(9):
-        rows = [{"custom_id": row["custom_id"], "error": None, "response": answered(row, answer)}
-                for row in read_jsonl(ask)]  # fmt: skip
-        write_jsonl(got, rows)
-        code, out, err = middo("refine", here.path, "--read-batch", got, "--write-batch", ask, *set_)
-        assert code == 0, err
-        if "rewrites accepted" in out:
-            break
-    rows = read_jsonl(here.refined)
-    assert rows
-    assert not [row for row in rows if row["accepted"]]
-    assert not (here / "llm_cache.sqlite").exists()
-
-
-def answered(row: dict[str, Any], answer: Callable[[str], str]) -> dict[str, Any]:
-    message = {"role": "assistant", "content": answer(row["body"]["messages"][-1]["content"])}
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    return {"status_code": 200, "body": {"choices": [choice], "usage": {}}}
-
-
-def test_select_takes_a_fraction_after_m(finished: Finished, middo: Middo, tmp_path: Path) -> None:
-    shutil.copytree(finished.run.round(0).path, tmp_path / "scored")
-    stored = load(None, finished.settings(complexity__fraction="null", complexity__m=1.5))
-    (tmp_path / "scored" / "config.yaml").write_text(stored.to_yaml(), encoding="utf-8")
-    scores = (tmp_path / "scored" / "scores.parquet").read_bytes()
-    code, out, err = middo("select", tmp_path / "scored", "complexity.fraction=0.2", "--json")
-    assert code == 0, err
-    assert json.loads(out)["axes"]["complexity"]["fraction"] == 0.2
-    assert (tmp_path / "scored" / "scores.parquet").read_bytes() == scores  # scoring alone writes it
-
-
-def test_folders_that_are_no_run_are_refused(
-    finished: Finished, middo: Middo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "notes.txt").write_text("not a run")
-    shutil.copytree(finished.run.round(0).path, tmp_path / "scored")
-    shutil.copyfile(finished.run.config, tmp_path / "scored" / "config.yaml")
-    before = contents(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    for folder in (".", "scored"):
-        for command in (("status", folder), ("report", folder), ("trace", folder, "a")):
-            code, out, err = middo(*command)
-            assert (code, out) == (1, "")
-            assert "not a run" in err
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("run", "c.yaml", "runs_dir=file:///runs"),
-        ("status", "file:///runs/run"),
-        ("select", "gs://bucket/runs/run/round_00"),
-        ("refine", "s3://bucket/runs/run/round_00"),
-        ("score", "--data", "{data}", "--model", "{model}", "--out", "file:///scored"),
-        ("train", "--data", "{data}", "--model", "{model}", "--out", "http://host/tuned"),
-        ("export", "checkpoint", "file:///hf"),
-        ("export-data", "{run}", "gs://bucket/better"),
-    ],
-)
-def test_urls_that_a_command_does_not_take_are_refused_and_make_no_folder(
-    finished: Finished,
-    middo: Middo,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    command: tuple[str, ...],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copyfile(finished.run.config, "c.yaml")
-    places = {"data": finished.root / "data.json", "model": finished.root / "model", "run": finished.run.path}
-    code, out, err = middo(*(part.format(**places) for part in command))
-    assert (code, out) == (1, "")
-    assert "give a folder on this machine" in err
-    assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
-
-
-def previous_version(run: RunDir) -> None:
-    """Turns manifests into those of the version before: files with hashes, the last training's without."""
-    for directory in (*run.rounds(), run.final):
-        records = directory.stages()
-        for record in records.values():
-            for name in ("reads", "inputs", "settings", "stats"):
-                del record[name]
-        for name in [n for n in records["train"]["files"] if "params" in n]:
-            del records["train"]["files"][name]
-        write_json(directory.manifest, {"stages": records})
-
-
-def test_a_run_of_the_previous_version_is_read_and_not_continued(
-    finished: Finished, middo: Middo, tmp_path: Path
-) -> None:
-    runs_dir = finished.copy(tmp_path)
-    run = RunDir(tmp_path / "run")
-    previous_version(run)
-    assert status(run)["complete"]
-    assert middo("report", run.path)[0] == 0
-    sample = read_jsonl(run.final.dataset)[0]["id"]
-    assert trace(run, sample)[0]["id"]
-    before = contents(tmp_path)
-    with pytest.raises(RunError, match=r"was made by an earlier version .*another name \(name="):
-        run_loop(load(None, finished.settings(runs_dir=runs_dir)), Silent())
-    assert contents(tmp_path) == before
-    # What it promised is kept: a file that is gone makes its stage stale.
-    run.round(1).refined.unlink()
-    assert status(run)["next"] == {"round": "round_01", "stage": "refine"}
-
-
-def spelt_as_before(run: RunDir) -> None:
-    """Turns config.yaml and a record into those of the version before alternatives became unions."""
-    old = yaml.safe_load(SETTINGS_BEFORE.read_text(encoding="utf-8"))
-    old |= {"name": "run", "rounds": 2}
-    run.config.write_text(yaml.safe_dump(old), encoding="utf-8")
-    for directory in (*run.rounds(), run.final):
-        records = directory.stages()
-        trained = records["train"]["settings"]
-        for name in [name for name in trained if name.startswith("train.optimizer.")]:
-            del trained[name]
-        trained |= {"train.optimizer": "adamw", "train.beta1": 0.9, "train.beta2": 0.999}
-        write_json(directory.manifest, {"stages": records})
-
-
-def test_a_run_with_old_spellings_is_read_and_not_continued(
-    finished: Finished, middo: Middo, tmp_path: Path
-) -> None:
-    runs_dir = finished.copy(tmp_path)
-    run = RunDir(tmp_path / "run")
-    spelt_as_before(run)
-    code, out, err = middo("status", run.path)
-    assert code == 0, err
-    assert "run: complete" in out
-    assert middo("report", run.path)[0] == 0
-    assert "numbers kept" in run.report.read_text(encoding="utf-8")
-    assert middo("trace", run.path, read_jsonl(run.final.dataset)[0]["id"])[0] == 0
-    before = contents(tmp_path)
-    with pytest.raises(RunError, match=r"earlier version .* names train\.beta1, which is now .*name="):
-        run_loop(load(None, finished.settings(runs_dir=runs_dir)), Silent())
-    code, _, err = middo("select", run.round(0).path)
-    assert code == 1
-    assert "config: train.tensorboard is now train.trackers" in err
-    assert contents(tmp_path) == before
-
-
-def test_a_spoilt_config_is_told_by_status_and_written_anew_by_run(
-    finished: Finished, tmp_path: Path
-) -> None:
-    config = load(None, finished.settings(runs_dir=finished.copy(tmp_path)))
-    run = RunDir(tmp_path / "run")
-    run.config.write_text("seed: [", encoding="utf-8")
-    with pytest.raises(RunError, match=r"config\.yaml: not valid YAML"):
-        status(run)
-    run_loop(config, Silent())
-    in_place_of_auto = ["scoring.batch_tokens=2048"]  # as for any CPU
-    assert load(run.config) == load(None, [*layers_of(config), *in_place_of_auto])
 
 
 def scored(folder: Path, overrides: list[str]) -> RoundDir:

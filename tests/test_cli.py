@@ -7,15 +7,15 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import typer
 from starlette.testclient import TestClient
+from support.command import Ended, Middo
 from support.loop_fixture import Finished, contents, rows_by_id, write_data
 from support.tiny_model import write_tiny_model
 
@@ -28,47 +28,10 @@ from middo_jax.rundir import read_jsonl
 from middo_jax.signals.table import SCHEMA
 from middo_jax.version import __version__
 
-pytest_plugins = ["support.loop_fixture"]
+pytest_plugins = ["support.command", "support.loop_fixture"]
 
 COMMANDS = sorted(c.name or getattr(c.callback, "__name__", "") for c in cli.app.registered_commands)
 SMALL = ("model.max_length=512", "train.batch_size=8", "train.learning_rate=0.01")
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """What it printed, which must be JSON and nothing else."""
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-
-Middo = Callable[..., Ended]
-
-
-@pytest.fixture
-def middo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Middo:
-    """Runs a command in this process, through the program's own entry."""
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "MIDDO_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["middo", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        return Ended(code, str(out), str(err))
-
-    return call
 
 
 @pytest.fixture(scope="module")

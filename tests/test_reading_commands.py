@@ -4,45 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from support.command import Middo
 from support.tiny_model import CHAT_TEMPLATE, write_tiny_model
 
-from middo_jax import cli
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Middo = Callable[..., Ended]
-
-
-@pytest.fixture
-def middo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Middo:
-    """Runs a command in this process, through the program's own entry."""
-    monkeypatch.delenv("MIDDO_TRACEBACK", raising=False)
-
-    def call(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["middo", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        return Ended(code, str(out), str(err))
-
-    return call
+pytest_plugins = ["support.command"]
 
 
 @pytest.fixture

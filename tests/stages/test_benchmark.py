@@ -10,13 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.command import Middo
 from support.forward import forward
 from support.local_tasks import LOCAL_TASKS, write_local_tasks
 from support.processes import run_together
 from support.tiny_model import write_tiny_model
 
 import middo_jax
-from middo_jax import cli
 from middo_jax.config import ConfigError, load
 from middo_jax.data.tokenize import load_tokenizer
 from middo_jax.evaluation.pairs import Pair
@@ -32,6 +32,8 @@ from middo_jax.stages.benchmark import (
     require_higher_is_better,
     unpacked_pairs,
 )
+
+pytest_plugins = ["support.command"]
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 
@@ -165,29 +167,21 @@ def test_pairs_arrive_as_they_were_sent_and_alike_ones_are_small() -> None:
 
 
 def test_the_command_prints_a_table_and_asks_for_what_is_missing(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: BenchmarksFile
+    root: Path, monkeypatch: pytest.MonkeyPatch, middo: Middo, found: BenchmarksFile
 ) -> None:
-    def middo(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(
-            "sys.argv", ["middo", "eval", "--model", str(root / "model"), *map(str, arguments)]
-        )
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
+    command = ("eval", "--model", root / "model")
     tasks = ("--tasks", "capitals", "--include-path", root / "tasks", "evaluate.max_length=64")
-    code, out, _ = middo(*tasks)
+    code, out, _ = middo(*command, *tasks)
     value = values(found)["capitals", "answer_p"]
-    assert code in (0, None)
+    assert code == 0
     assert out.splitlines()[1].split()[:5] == ["capitals", "answer_p", "log-likelihood", "5", f"{value:.4f}"]
-    code, out, err = middo()
+    code, out, err = middo(*command)
     assert (code, out) == (1, "")
     assert "give --data for the loss on a dataset, or --tasks for benchmarks" in err
     # lm-eval's own index takes seconds to read.
     own = lm_eval_tasks.TaskManager(include_defaults=False)
     monkeypatch.setattr("middo_jax.evaluation.benchmarks._with_defaults", lambda folder: own)
-    code, _, err = middo("--tasks", "capitols", "--include-path", root / "tasks", "--limit", 2)
+    code, _, err = middo(*command, "--tasks", "capitols", "--include-path", root / "tasks", "--limit", 2)
     assert code == 1
     assert "lm-eval has no task, group or tag 'capitols'" in err
 

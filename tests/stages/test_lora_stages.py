@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.command import Ended, Middo
 from support.loop_fixture import fake_refiner, settings
 
 import middo_jax.stages.passes as scoring
-from middo_jax import cli, stages
+from middo_jax import stages
 from middo_jax.config import ServeSettings, load
 from middo_jax.inference.sampling import Request
 from middo_jax.inference.server import load_engine
@@ -30,6 +30,8 @@ from middo_jax.progress import Silent
 from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl
 from middo_jax.session import Session, prepare, write_dataset
 from middo_jax.stages.train import load_start
+
+pytest_plugins = ["support.command"]
 
 LORA = {"lora__rank": 4, "lora__alpha": 8}
 
@@ -183,33 +185,29 @@ def test_an_engine_of_adapters_answers_as_one_of_the_merged_model(adapted: Run) 
 
 
 def test_commands_take_an_adapter_wherever_they_take_a_model(
-    adapted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    adapted: Run, tmp_path: Path, middo: Middo
 ) -> None:
-    def middo(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["middo", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert not ended.value.code, err
-        return out
+    def done(*arguments: object) -> Ended:
+        ended = middo(*arguments)
+        assert ended.code == 0, ended.err
+        return ended
 
     small = ["model.max_length=512", "train.batch_size=8", "train.learning_rate=0.01"]
     data = ["--data", adapted.root / "data.json"]
     lora = ["lora.rank=2", "lora.target_modules=[q_proj, down_proj]"]
-    middo("train", *data, "--model", adapted.base, "--out", tmp_path / "tuned", *small, *lora)
+    done("train", *data, "--model", adapted.base, "--out", tmp_path / "tuned", *small, *lora)
     checkpoint, adapter = tmp_path / "tuned" / "checkpoint", tmp_path / "adapter"
-    middo("export", checkpoint, adapter, "--adapter")
-    middo("export", adapter, tmp_path / "merged", "--no-verify")
+    done("export", checkpoint, adapter, "--adapter")
+    done("export", adapter, tmp_path / "merged", "--no-verify")
     losses = [
-        json.loads(middo("eval", *data, "--model", model, "--json", *small))["loss"]
+        done("eval", *data, "--model", model, "--json", *small).json["loss"]
         for model in (adapted.base, checkpoint, adapter, tmp_path / "merged")
     ]
     assert losses[1] == losses[2]
     assert losses[3] == pytest.approx(losses[1], rel=1e-5)
     assert losses[1] < losses[0]
     # And a training goes on with it.
-    middo("train", *data, "--model", adapter, "--out", tmp_path / "more", *small, *lora)
+    done("train", *data, "--model", adapter, "--out", tmp_path / "more", *small, *lora)
     assert read_jsonl(tmp_path / "more" / "metrics.jsonl")[0]["loss"] < losses[0]
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command import Middo
 from support.loop_fixture import Finished, contents, fake_answer, selected
 from support.scripted_server import SETTINGS
 
-from middo_jax import cli
 from middo_jax.config import Dollars, Prices, Tokens
 from middo_jax.refinement.endpoint.batch import BatchClient, Result, read_results
 from middo_jax.refinement.endpoint.cache import AnswerCache
@@ -25,28 +23,7 @@ from middo_jax.refinement.prompts import requests
 from middo_jax.refinement.rewrite import find_form
 from middo_jax.rundir import RoundDir, RunError, read_jsonl, write_jsonl
 
-pytest_plugins = ["support.loop_fixture", "support.scripted_server"]
-
-Middo = Callable[..., str]
-
-
-@pytest.fixture
-def middo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Middo:
-    """Runs a command in this process; what it printed, or the error's text."""
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "MIDDO_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["middo", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-        except SystemExit as end:
-            if end.code:
-                return str(capsys.readouterr().err)
-        return str(capsys.readouterr().out)
-
-    return call
+pytest_plugins = ["support.command", "support.loop_fixture", "support.scripted_server"]
 
 
 def answered(row: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +48,7 @@ def test_write_run_and_read_until_nothing_is_left(finished: Finished, middo: Mid
     middo("refine", live, *common)
     asked = len(finished.requests)
 
-    said = middo("refine", offline, "--write-batch", ask, *common)
+    said = middo("refine", offline, "--write-batch", ask, *common).out
     assert f"requests are in {ask}" in said
     command = shlex.join(["middo", "refine", str(offline), *common])  # whole: its settings are in every key
     assert f"{command} --read-batch RESULTS --write-batch NEXT" in said
@@ -85,7 +62,7 @@ def test_write_run_and_read_until_nothing_is_left(finished: Finished, middo: Mid
     cycles, said = 0, "{}"
     while (not said.startswith("tasks") and "waiting" in said) or cycles == 0:
         write_jsonl(results, map(answered, reversed(read_jsonl(ask))))  # a batch keeps no order
-        said = middo("refine", offline, "--read-batch", results, "--write-batch", ask, "--json", *common)
+        said = middo("refine", offline, "--read-batch", results, "--write-batch", ask, "--json", *common).out
         cycles += 1
         assert cycles < 10
     assert json.loads(said)["accepted"] > 0
@@ -110,7 +87,7 @@ def test_failures_are_asked_again_or_end_their_sample(
     rows = [failed(first[0], 400, "content policy"), failed(first[1], 500, "busy")]
     rows += [{"custom_id": first[2]["custom_id"], "response": None, "error": {"message": "expired"}}]
     write_jsonl(results, [*rows, *map(answered, first[3:])])
-    told = json.loads(middo("refine", here, "--read-batch", results, "--write-batch", ask, "--json", *set_))
+    told = middo("refine", here, "--read-batch", results, "--write-batch", ask, "--json", *set_).json
     assert told["taken"] == len(first) - 2
     assert told["failed"] == 2
     assert told["first_failure"] in ("(500) busy", "expired")
@@ -119,11 +96,11 @@ def test_failures_are_asked_again_or_end_their_sample(
     assert first[0]["custom_id"] not in again
 
     # Whoever gives the refusal once more ends with it; its sample keeps its original.
-    last, said = tmp_path / "last.jsonl", ""
+    last = tmp_path / "last.jsonl"
     for _ in range(3):
         write_jsonl(last, [rows[0], *map(answered, read_jsonl(ask))])
-        said = middo("refine", here, "--read-batch", last, "--write-batch", ask, "--json", *set_)
-    assert json.loads(said)["tasks"] > 0
+        told = middo("refine", here, "--read-batch", last, "--write-batch", ask, "--json", *set_).json
+    assert told["tasks"] > 0
     ends = [(row["gate"], row["detail"]) for row in read_jsonl(here / "refined.jsonl")]
     assert ends.count((None, "request refused: (400) content policy")) == 1
     cache = AnswerCache(here / "llm_cache.sqlite")
@@ -136,14 +113,14 @@ def test_what_does_not_belong_is_refused(finished: Finished, middo: Middo, tmp_p
     ask, results = tmp_path / "ask.jsonl", tmp_path / "results.jsonl"
     middo("refine", here, "--write-batch", ask)
     results.write_text('{"custom_id": "a"}\nno json\n', encoding="utf-8")
-    assert f"{results}:2: not a result of a batch" in middo("refine", here, "--read-batch", results)
+    assert f"{results}:2: not a result of a batch" in middo("refine", here, "--read-batch", results).err
     write_jsonl(results, map(answered, read_jsonl(ask)))
     other = middo("refine", here, "--read-batch", results, "refine.temperature=0.7")
-    assert "none of the results belongs to a request" in other
-    assert "refine.model is missing" in middo("refine", here, "--write-batch", ask, "refine.model=null")
-    assert "no such file" in middo("refine", here, "--read-batch", tmp_path / "none").lower()
+    assert "none of the results belongs to a request" in other.err
+    assert "refine.model is missing" in middo("refine", here, "--write-batch", ask, "refine.model=null").err
+    assert "no such file" in middo("refine", here, "--read-batch", tmp_path / "none").err.lower()
     # Read without a next file, it says what to do.
-    assert "--write-batch FILE" in middo("refine", here, "--read-batch", results)
+    assert "--write-batch FILE" in middo("refine", here, "--read-batch", results).out
 
 
 def test_results_of_one_request_in_several_files(tmp_path: Path) -> None:

@@ -30,14 +30,24 @@ def test_each_gate_passes_what_was_recorded() -> None:
     )
     wanted = {
         "information": (63, 3, 45, 14, 2),
-        "ending": (68, 68, 1, 14, 66),
-        "floor": (59, 72, 65, 17, 72),
+        "ending": (68, 67, 1, 14, 66),
+        "floor": (66, 72, 66, 17, 72),
     }
     for name, counts in wanted.items():
         found = passed(*(other for other in wanted if other != name), itself=name == "floor")
         assert tuple(found[group] for group in ("expert", *BAD)) == counts, name
     found = passed(*wanted, axis="complexity")  # the loss alone
     assert tuple(found[group] for group in ("expert", *BAD)) == (49, 19, 15, 6, 7)
+
+
+def test_the_floor_stops_four_of_five_of_a_models_own_answers_good_or_bad() -> None:
+    """No measurement of the model tells its good answers from its bad ones, see docs/validity.md."""
+    own = ("good self", "bad self")
+    assert [GROUPS[group] for group in own] == [31, 86]
+    assert [passed("floor", itself=True)[group] for group in own] == [31, 80]
+    found = passed(itself=True)
+    assert [found[group] for group in own] == [11, 19]
+    assert found["expert"] / GROUPS["expert"] > 0.7
 
 
 def test_four_of_five_revisions_pass_and_one_of_ten_planted_rewrites_does_not() -> None:

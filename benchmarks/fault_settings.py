@@ -158,6 +158,7 @@ CHANGES: dict[str, Change] = {
     "refine.gates.context": Change(0.5),
     "refine.gates.novelty": Change(0.5),
     "refine.gates.duplicate": Change(0.7, REFINE),
+    "evaluate.contrast": Change(True, ("evaluate",)),
     "evaluate.tasks": Change("[capitals]", BENCHMARK, more={"evaluate.include_path": "{root}/tasks"}),
     "evaluate.allow_code": Change(True, BENCHMARK, base=WITH_TASKS),
     "evaluate.chat_template": Change(True, BENCHMARK, base=WITH_TASKS),

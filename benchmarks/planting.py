@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from middo_jax.data.example import Example, Message
+from middo_jax.evaluation.contrast import MIN_WORDS, cut, has_numbers, with_other_numbers
 
 FAULTS = (
     "swapped response",
@@ -33,9 +34,6 @@ FAULTS = (
 )
 SHARE = 0.05
 MIN_PROMPT_WORDS = 5  # of a prompt that is shuffled, or of which a word is changed
-MIN_RESPONSE_WORDS = 10  # of a response that is cut
-# A mark of a numbered list is matched first, so that it is left alone.
-_NUMBER = re.compile(r"\b\d{1,2}[.)]\s|(?<![A-Za-z\d])\d+")
 _CALCULATION = re.compile(r"<<[^>]*>>")  # the calculator's notes in GSM8K's answers
 
 
@@ -97,7 +95,7 @@ class _Planter:
         clean, rng = self._clean, self._rng
         for i in self._take("wrong numbers", lambda e: has_numbers(e.response)):
             self._put(i, "wrong numbers", clean[i].prompt, with_other_numbers(clean[i].response, rng))
-        for i in self._take("cut response", lambda e: len(e.response.split()) >= MIN_RESPONSE_WORDS):
+        for i in self._take("cut response", lambda e: len(e.response.split()) >= MIN_WORDS):
             self._put(i, "cut response", clean[i].prompt, cut(clean[i].response))
         for i in self._take("shuffled prompt", lambda e: len(set(e.prompt.split())) >= MIN_PROMPT_WORDS):
             self._put(i, "shuffled prompt", shuffled(clean[i].prompt, rng), clean[i].response)
@@ -169,33 +167,6 @@ def from_gsm8k(row: dict[str, str]) -> Example:
     return Example((Message("user", row["question"]), Message("assistant", answer)))
 
 
-def with_other_numbers(text: str, rng: np.random.Generator) -> str:
-    """Every run of digits as another of the same length; digits within a word and list marks are left.
-
-    "1. It has 12 legs"  ->  "1. It has 75 legs"
-    """
-
-    def other(match: re.Match[str]) -> str:
-        number = match[0]
-        if not number.isdigit():
-            return number
-        while True:
-            new = "".join(map(str, rng.integers(10, size=len(number))))
-            if new != number and (new[0] != "0" or len(new) == 1):
-                return new
-
-    return _NUMBER.sub(other, text)
-
-
-def cut(text: str) -> str:
-    """The first half of a text's words, without the sign that might end it.
-
-    "One two three, four. Five six"  ->  "One two three"
-    """
-    ends = [match.end() for match in re.finditer(r"\S+", text)]
-    return text[: ends[len(ends) // 2 - 1]].rstrip(".,;:!?\"')")
-
-
 def shuffled(text: str, rng: np.random.Generator) -> str:
     """The words of a text in another order, with single spaces; needs two different ones."""
     words = text.split()
@@ -212,8 +183,3 @@ def with_other_words(text: str, words: Sequence[str], rng: np.random.Generator) 
         others = [word for word in words if word != text[start:stop]]
         text = text[:start] + others[rng.integers(len(others))] + text[stop:]
     return text
-
-
-def has_numbers(text: str) -> bool:
-    """Whether `with_other_numbers` would find one."""
-    return any(number.isdigit() for number in _NUMBER.findall(text))

@@ -63,7 +63,7 @@ def rollback(run: RunDir, index: int, yes: bool = False) -> Rollback:
 def _later(run: RunDir, index: int) -> list[Path]:
     """The later rounds, `final`, and the figures of all models, `final` among them."""
     rounds = [folder.path for folder in run.rounds() if folder.index > index]
-    found = [*rounds, run.final.path, run.heldout_losses, run.heldout_rows, run.controls]
+    found = [*rounds, run.final.path, run.heldout_losses, run.heldout_rows, run.contrast_rows, run.controls]
     return [path for path in found if os.path.lexists(path)]
 
 

@@ -522,6 +522,30 @@ def test_measurements_are_of_no_use_to_other_scores(tmp_path: Path) -> None:
     assert scored_as(same) not in (scored_as(first), scored_as(other))
 
 
+def test_margins_are_added_to_a_finished_run_and_taken_away_again(finished: Finished, tmp_path: Path) -> None:
+    def of(wanted: bool) -> list[str]:
+        return finished.settings(runs_dir=tmp_path, evaluate__contrast=wanted)
+
+    finished.copy(tmp_path)
+    events = len(read_jsonl(finished.run.events))
+    run = run_loop(load(None, of(True)), Silent())
+    assert begun(run, events) == [("final", "evaluate")]
+    assert run.heldout_rows.read_bytes() == finished.run.heldout_rows.read_bytes()
+    state = status(run)
+    assert state["complete"]
+    assert [of_fault["fault"] for of_fault in state["contrast"]] == ["cut", "numbers", "swapped"]
+    for of_fault in state["contrast"]:
+        margins = of_fault["margins"]
+        assert list(margins) == ["base", "round_00", "round_01", "final"]
+        assert of_fault["change"] == pytest.approx(margins["final"] - margins["round_00"])
+        assert of_fault["interval"][0] <= of_fault["change"] <= of_fault["interval"][1]
+    assert "contrast margin, cut (" in render_status(state)
+    assert "Contrast margin" in run.report.read_text(encoding="utf-8")
+    run_loop(load(None, of(False)), Silent())
+    assert status(run)["contrast"] == []
+    assert "Contrast margin" not in run.report.read_text(encoding="utf-8")
+
+
 def test_benchmarks_are_added_to_a_finished_run_and_redone_alone(finished: Finished, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     folder = write_local_tasks(tmp_path / "tasks")

@@ -32,10 +32,10 @@ import numpy as np
 
 from benchmarks.gates.ask import Revision, chosen, revisions
 from benchmarks.gates.pairs import conversation
-from benchmarks.planting import MIN_RESPONSE_WORDS, cut, has_numbers, with_other_numbers
 from middo_jax.config import load
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import end_of_turn_token, tokenize_all
+from middo_jax.evaluation.contrast import MIN_WORDS, cut, has_numbers, with_other_numbers
 from middo_jax.progress import for_stderr
 from middo_jax.rundir import read_jsonl
 from middo_jax.session import Session
@@ -66,7 +66,7 @@ def planted(rows: Sequence[Revision]) -> Iterator[Text]:
         yield Text(row.row, "original", row.original)
         yield Text(row.row, "expert", row.revised)
         yield Text(row.row, "swapped", conversation(prompt, other.revised_response))
-        if len(response.split()) >= MIN_RESPONSE_WORDS:
+        if len(response.split()) >= MIN_WORDS:
             yield Text(row.row, "cut", conversation(prompt, cut(response)))
         if has_numbers(response):
             yield Text(row.row, "numbers", conversation(prompt, with_other_numbers(response, rng)))

@@ -136,9 +136,14 @@ def _changed(run: Path, yes: bool) -> contextlib.AbstractContextManager[Path]:
 
 def _show_run(done: Run, as_json: bool) -> None:
     from middo_jax.buckets import shown
+    from middo_jax.report.contrast import contrast_lines
     from middo_jax.report.controls import control_lines
     from middo_jax.report.effects import effect_lines
 
-    told = [*effect_lines(done.facts["effects"]), *control_lines(done.facts["controls"])]
+    told = [
+        *effect_lines(done.facts["effects"]),
+        *contrast_lines(done.facts["contrast"]),
+        *control_lines(done.facts["controls"]),
+    ]
     text = "\n".join([*told, shown(done.report)])
     show(as_json, {"report": shown(done.report), **done.facts}, text)

@@ -31,6 +31,7 @@ Effect = Literal[
     "acceptance",  # which of its answers are taken
     "growth",  # what makes room for additions
     "benchmarks",  # which are run, and how
+    "contrast",  # whether the contrast margin is measured
 ]
 RESULTLESS: frozenset[Effect] = frozenset(("place", "speed", "cost", "shown", "rounds"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -10,10 +10,18 @@ from middo_jax.config.base import Affects, Settings
 
 
 class EvaluateSettings(Settings):
-    """Benchmarks after each round and at the end, by lm-eval (extra `eval`); see docs/evaluation.md."""
+    """Benchmarks after each round and at the end, by lm-eval (extra `eval`), and the contrast margin.
+
+    See docs/evaluation.md.
+    """
 
     affects: ClassVar[Affects | None] = Affects("benchmarks")
 
+    contrast: Annotated[bool, Affects("contrast")] = Field(
+        default=False,
+        description="Measure the contrast margin beside the held-out loss: how much less likely each model "
+        "finds held-out answers with a planted fault than the right ones.",
+    )
     tasks: tuple[str, ...] = Field(
         default=(),
         description="Names of lm-eval's tasks, groups or tags, such as [arc_easy, hellaswag], and of the "

@@ -23,6 +23,7 @@ from middo_jax.buckets import shown
 from middo_jax.config import Config, stored
 from middo_jax.progress import duration
 from middo_jax.report.benchmarks import benchmark_lines, benchmark_table
+from middo_jax.report.contrast import contrast, contrast_lines
 from middo_jax.report.controls import control_lines
 from middo_jax.report.effects import effect_lines, effects
 from middo_jax.report.terminal import printable
@@ -143,7 +144,7 @@ def status(run: RunDir) -> dict[str, Any]:
       next: {round, stage} | None if all stages are done; complete; stop: see `Course.to_json`, None without
       `stop.patience`; controls: the contents of controls.json, None while a stage or an arm is not done;
       heldout: [{name, loss, n_target_tokens}];
-      n_heldout; benchmarks: see `benchmark_table`;
+      n_heldout; contrast: see `contrast`; benchmarks: see `benchmark_table`;
       effects: {rounds, fine_tuning: see `effects.Effect`, None if unknown}; last_event;
       unreadable_events: lines of events.jsonl that cannot be read.
 
@@ -173,6 +174,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "stop": None if ends is None else ends.to_json(),
         "heldout": models,
         "n_heldout": heldout.get("n"),
+        "contrast": contrast(run) if is_evaluated else [],
         "benchmarks": benchmark_table(_benchmarks(run, stale)),
         "effects": {name: e and e.to_json() for name, e in effects(run, models).items()},
         "last_event": events.rows[-1] if events.rows else None,
@@ -312,6 +314,7 @@ def render_status(d: dict[str, Any]) -> str:
         *([d["stop"]["line"]] if d["stop"] else []),
         f"held-out loss: {losses or 'not yet'}",
         *(f"  {line}" for line in effect_lines(d["effects"])),
+        *(f"  {line}" for line in contrast_lines(d["contrast"])),
         *benchmark_lines(d["benchmarks"]),
         *control_lines(d["controls"]),
     ]

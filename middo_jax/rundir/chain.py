@@ -27,7 +27,7 @@ AFFECTED_BY: Mapping[str, frozenset[Effect]] = {
     "merge": frozenset(("growth",)),
     "heldout": frozenset(("text", "model")),
     "best": frozenset(),
-    "evaluate": frozenset(("text", "model")),
+    "evaluate": frozenset(("text", "model", "contrast")),
     "benchmark": frozenset(("benchmarks", "text", "model")),
     "export": frozenset(("model",)),
 }
@@ -82,7 +82,7 @@ def chain(
     if so_far is not None:
         links += [*benchmarks, best(run, ends, so_far)]
         ends, benchmarks = [*ends, run.final], []  # the best training has the benchmarks of its own round
-    return [*links, evaluate(run, ends, base), *benchmarks, export(run.final, base)]
+    return [*links, evaluate(run, config, ends, base), *benchmarks, export(run.final, base)]
 
 
 def prepare(run: RunDir, data: Mapping[str, Path] | None, base: Path | None = None) -> Link:
@@ -218,10 +218,11 @@ def _verdicts(here: RoundDir) -> tuple[Path, ...]:
     return (here.verdicts,) if here.verdicts.exists() else ()
 
 
-def evaluate(run: RunDir, trained: Iterable[RoundDir], base: Path | None) -> Link:
-    """Held-out rows -> their losses under the base and every trained model."""
+def evaluate(run: RunDir, config: Config, trained: Iterable[RoundDir], base: Path | None) -> Link:
+    """Held-out rows -> their losses, and with `evaluate.contrast` margins, under the base and every model."""
     models = {"base": base} | {directory.path.name: directory.checkpoint for directory in trained}
     writes = (run.heldout_losses, run.heldout_rows)
+    writes += (run.contrast_rows,) if config.evaluate.contrast else ()
     return Link("evaluate", run.final, AFFECTED_BY["evaluate"], (run.heldout,), writes, models)
 
 

@@ -221,6 +221,11 @@ class RunDir:
         return self.path / "heldout_rows.parquet"
 
     @property
+    def contrast_rows(self) -> Path:
+        """Contrast margin of each held-out example and kind of fault under each of these models."""
+        return self.path / "contrast_rows.parquet"
+
+    @property
     def plan(self) -> Path:
         """What `middo plan --save` predicted."""
         return self.path / "plan.json"

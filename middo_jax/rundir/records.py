@@ -187,7 +187,9 @@ class Stages(TypedDict):
     heldout: NotRequired[Annotated[EvaluateRecord, "the same files, of the round's model"]]
     best: NotRequired[Annotated[BestRecord, "of `final`: dataset.jsonl, train.jsonl, checkpoint/"]]
     control: NotRequired[Annotated[ControlRecord, "of an arm's seed: metrics.jsonl and the same files"]]
-    evaluate: NotRequired[Annotated[EvaluateRecord, "heldout_losses.json, heldout_rows.parquet"]]
+    evaluate: NotRequired[
+        Annotated[EvaluateRecord, "heldout_losses.json, heldout_rows.parquet, contrast_rows.parquet"]
+    ]
     benchmark: NotRequired[Annotated[BenchmarkRecord, "benchmarks.json"]]
     export: NotRequired[Annotated[ExportRecord, "huggingface/"]]
 

@@ -142,6 +142,19 @@ HELDOUT_ROWS = Schema(
         Column("n_target_tokens", "int64", "number of its target tokens"),
     ),
 )
+CONTRAST_ROWS = Schema(
+    "contrast_rows.parquet",
+    "Parquet",
+    "the run, with `evaluate.contrast`",
+    "The contrast margin of each held-out sample and kind of fault under each model.",
+    1,
+    columns=(
+        Column("model", "string", "`base`, `round_00`, ..., `final`"),
+        Column("id", "string", "the held-out sample"),
+        Column("fault", "string", "`cut`, `numbers` or `swapped`"),
+        Column("margin", "float64", "loss of the faulty answer minus that of the right one, nats per token"),
+    ),
+)
 MANIFEST = Schema(
     "manifest.json",
     "JSON",
@@ -252,6 +265,7 @@ SCHEMAS: tuple[Schema, ...] = (
         rows.HeldoutLosses,
     ),
     HELDOUT_ROWS,
+    CONTRAST_ROWS,
     Schema(
         "benchmarks.json",
         "JSON",

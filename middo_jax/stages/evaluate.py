@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import eos_token_ids, load_tokenizer
+from middo_jax.evaluation.contrast import Margin, faulty, last_answer, margins
 from middo_jax.evaluation.heldout import HeldoutLoss, RowLosses, row_losses, total
 from middo_jax.models import hf
 from middo_jax.models.checkpoint import read_metadata
@@ -27,7 +28,7 @@ from middo_jax.passes.losses import LossPass
 from middo_jax.progress import Progress, Silent
 from middo_jax.rundir import RoundDir, RunDir, RunError, atomic, write_json
 from middo_jax.rundir.rows import HeldoutLosses, ModelLossRow
-from middo_jax.rundir.schemas import HELDOUT_ROWS
+from middo_jax.rundir.schemas import CONTRAST_ROWS, HELDOUT_ROWS
 from middo_jax.rundir.tables import arrow_schema
 from middo_jax.session import Session
 
@@ -56,6 +57,22 @@ class HeldOut:
         return total(self.rows(model), self._sources)
 
 
+class Contrast:
+    """Held-out examples with planted faults, tokenized once, and the margins of several models on them."""
+
+    def __init__(self, session: Session, examples: Sequence[Example]) -> None:
+        """Plants the faults, see `evaluation.contrast`."""
+        self._planted = faulty(examples)
+        self._right = HeldOut(session, [last_answer(example) for example in examples])
+        self._wrong = HeldOut(session, [one.example for one in self._planted])
+
+    def margins(self, model: Model) -> list[Margin]:
+        """Returns the margin of each example and kind of fault."""
+        if not self._planted:
+            return []
+        return margins(self._right.rows(model), self._wrong.rows(model), self._planted)
+
+
 def measure_heldout(
     session: Session, folder: RunDir | RoundDir, models: Mapping[str, Path], heldout: Sequence[Example]
 ) -> dict[str, float]:
@@ -63,14 +80,21 @@ def measure_heldout(
 
     heldout_rows.parquet has one row per model and held-out example, models in the given order: `model`, `id`,
     `nll` (sum over the target tokens, in nats) and `n_target_tokens`. Without held-out examples both files
-    are empty.
+    are empty. With `evaluate.contrast`, a run's folder gets contrast_rows.parquet too.
     """
     losses: list[ModelLossRow] = []
     rows: dict[str, RowLosses] = {}
     held_out = HeldOut(session, heldout)  # tokenized once for all models
+    contrast, found_margins = None, dict[str, list[Margin]]()
+    if isinstance(folder, RunDir) and session.config.evaluate.contrast:
+        contrast = Contrast(session, heldout)
     with session.progress.task("held-out loss", "models") as advance:
         for done, (name, path) in enumerate(models.items() if heldout else (), 1):
-            rows[name] = held_out.rows(session.load_model(path))
+            model = session.load_model(path)
+            rows[name] = held_out.rows(model)
+            if contrast is not None:
+                found_margins[name] = contrast.margins(model)
+            del model
             found = total(rows[name])
             if not math.isfinite(found.loss):
                 raise RunError(
@@ -79,6 +103,8 @@ def measure_heldout(
             losses.append({"name": name, "loss": found.loss, "n_target_tokens": found.n_target_tokens})
             advance(done, len(models), f"{name} {losses[-1]['loss']:.4f}")
     _write_rows(folder.heldout_rows, rows)
+    if isinstance(folder, RunDir) and contrast is not None:
+        _write_margins(folder.contrast_rows, found_margins)
     found_all: HeldoutLosses = {"n": len(heldout), "models": losses}
     write_json(folder.heldout_losses, found_all)
     return {m["name"]: m["loss"] for m in losses}
@@ -93,6 +119,12 @@ def _write_rows(path: Path, rows: Mapping[str, RowLosses]) -> None:
     }
     with atomic(path, "wb") as file:
         pq.write_table(pa.table(columns, schema=arrow_schema(HELDOUT_ROWS)), file)
+
+
+def _write_margins(path: Path, of_models: Mapping[str, Sequence[Margin]]) -> None:
+    rows = [{"model": name, **one._asdict()} for name, found in of_models.items() for one in found]
+    with atomic(path, "wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=arrow_schema(CONTRAST_ROWS)), file)
 
 
 def export_checkpoint(

@@ -196,7 +196,9 @@ class RefineSettings(Settings):
         default=5, description="Maximum retries of a request after a temporary error."
     )
     timeout: Annotated[PositiveFloat, Affects("speed")] = Field(
-        default=300.0, description="Maximum seconds per request."
+        default=300.0,
+        description="Maximum seconds per request. The embedded refiner has an hour: on a slow machine an "
+        "answer takes long, and a retry would begin it again.",
     )
     max_corrections: Annotated[NonNegativeInt, Affects("rewrites")] = Field(
         default=2, description="Maximum correction turns if an answer cannot be parsed."

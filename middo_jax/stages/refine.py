@@ -51,6 +51,7 @@ from middo_jax.stages.taking_back import taken_back
 from middo_jax.training.metrics import wrecked_from
 
 FOLLOWED = "refine"  # the name of what process 0 leads
+EMBEDDED_TIMEOUT_S = 3600.0  # of a request; an engine that fails says so itself
 ITSELF = (
     "warning: the refiner is the model under training, which also measures the rewrites. It finds its own "
     "answers easy, good or bad. Name a stronger one: refine.base_url and refine.model; see docs/refine.md"
@@ -283,6 +284,8 @@ def _refiner(session: Session, around: Around) -> Iterator[Ask]:
         settings = config.refine
         if served.revision is not None:
             settings = settings.model_copy(update={"model_revision": served.revision})
+        if not served.sends_key:  # a repeated request would begin the same answer again, on the same devices
+            settings = settings.model_copy(update={"timeout": max(settings.timeout, EMBEDDED_TIMEOUT_S)})
 
         def ask(tasks: Sequence[Task]) -> list[Outcome]:
             attempt = tasks[0].attempt + 1

@@ -69,6 +69,7 @@ def refined(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     changes = {"refine__base_url": "null", "refine__model": "null", "refine__max_attempts": 2}
+    changes |= {"refine__timeout": 0.001}  # that is for servers of others
     heard = Heard()
     session = Session(load(None, finished.settings(**changes, mesh__tensor=2)), heard)
     cache = AnswerCache(tmp_path / "cache.sqlite")

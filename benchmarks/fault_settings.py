@@ -174,6 +174,8 @@ CHANGES: dict[str, Change] = {
 
 # Stages that the run did not have before. With `stop.patience` the last training is a round's, too.
 ADDED: dict[str, set[str]] = {
+    "controls": {"random refine", "seed_0 control"},
+    "seeds": {"seed_1 control"},
     "stop.metric": {"final best"},
     "rounds": {f"round_01 {s}" for s in ("prepare", "train", "score", "select", "refine", "merge")},
     "stop.patience": {

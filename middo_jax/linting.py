@@ -132,7 +132,7 @@ def lint(
         ],
         "missing": _each(rows, _missing),
         "mojibake": _each(rows, _mojibake),
-        "refusals": _each(rows, lambda e: "the answer refuses" if is_refusal(e.response) else None),
+        "refusals": _each(rows, _refuses),
         "near_duplicates": [
             *((r.where, r.reason) for r in rejections if r.reason.startswith(DUPLICATE)),
             *_near_duplicates(rows),
@@ -195,6 +195,14 @@ def _missing(example: Example) -> str | None:
     for message in example.messages:
         if message.content.strip().lower() in _MISSING:
             return f"the {message.role}'s text is {message.content.strip()!r}"
+    return None
+
+
+def _refuses(example: Example) -> str | None:
+    """Any answer that is learnt counts, not only the last one."""
+    for n, message in enumerate(example.messages, 1):
+        if message.role == "assistant" and message.learnt and is_refusal(message.text):
+            return f"the answer in turn {n} refuses"
     return None
 
 

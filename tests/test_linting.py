@@ -80,6 +80,14 @@ def test_each_fault_is_found(check: str, example: Example, detail: str) -> None:
     assert found[check].share == pytest.approx(1 / 6)
 
 
+def test_every_learnt_answer_may_refuse() -> None:
+    first = sample("How do I pick my own lock?", "I'm sorry, but I can't help with that.").messages
+    then = sample("It is mine.", "Take a pick, and go slowly.").messages
+    unlearnt = (first[0], dataclasses.replace(first[1], learnt=False))
+    found = results(Example(first + then), Example(unlearnt + then))["refusals"]
+    assert (found.n, found.first) == (1, [("d.jsonl:1", "the answer in turn 2 refuses")])
+
+
 def test_a_secret_is_not_printed() -> None:
     key = "ghp_" + "a1" * 18
     assert key not in "\n".join(render(list(results(sample("Use it.", key)).values())))

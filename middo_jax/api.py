@@ -24,7 +24,7 @@ from middo_jax.config.axis_table import axis_names, scored_axes
 from middo_jax.data.example import Example
 from middo_jax.data.files import Rejection, require_not_read
 from middo_jax.data.in_memory import RowsLike
-from middo_jax.data.own_columns import own_columns
+from middo_jax.data.own_columns import own_columns, with_user_ids
 from middo_jax.data.user_rows import UserRows
 from middo_jax.evaluation.heldout import HeldoutLoss
 from middo_jax.loop import run_loop
@@ -391,7 +391,8 @@ def _read(
     keeps_rows = wanted is None or len(wanted) > 0
     data = read_data(session, None if _path(rows) else rows, keeps_rows)
     kept, _, rejections, *_ = prepare(session, data)
-    return kept, rejections, _own_columns(data, kept, wanted) if keeps_rows else pa.table({})
+    own = _own_columns(data, kept, wanted) if keeps_rows else pa.table({})
+    return kept, rejections, with_user_ids(own, kept)
 
 
 def _own_columns(data: UserRows, kept: list[Example], wanted: Collection[str] | None) -> pa.Table:

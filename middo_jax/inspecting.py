@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from middo_jax.config import Config, load
+from middo_jax.config import load
 from middo_jax.data.mixing import read_configured
 from middo_jax.data.tokenize import tokenize_all, truncate
 from middo_jax.data.user_rows import UserRows
@@ -63,23 +63,26 @@ def inspect(
     """
     base = tokenizer_directory(model) if model else "none"
     config = load(None, [data, f"model.path={base}", *settings])
-    rows = read_configured(config.data, config.seed)
+    rows, session = read_configured(config.data, config.seed), None
+    if model:
+        session = Session(config, for_stderr())
+        rows = usable(session, rows)
     texts = [text for path in against for text in read_texts(path)]
-    checks = lint(rows.examples, rows.places, rows.rejections, read_limits(most), strict, texts)
-    facts = (
-        _with_tokens(config, rows) if model else inspect_rows(rows.examples, rows.rejections, rows.repairs)
-    )
+    limits = read_limits(most)
+    checks = lint(rows.examples, rows.places, rows.rejections, limits, strict, texts, rows.repairs)
+    facts = inspect_rows(rows.examples, rows.rejections, rows.repairs)
+    if session is not None:
+        facts |= _of_tokens(session, rows)
     return Inspected(facts | {"checks": [check.to_json() for check in checks]}, checks, rows.said)
 
 
-def _with_tokens(config: Config, rows: UserRows) -> dict[str, Any]:
+def _of_tokens(session: Session, rows: UserRows) -> dict[str, Any]:
     """What a model's tokenizer makes of the rows."""
-    session, max_length = Session(config, for_stderr()), config.model.max_length
-    rows = usable(session, rows)
+    max_length = session.config.model.max_length
     whole = tokenize_all(rows.examples, session.tokenizer)
     cut = [truncate(tokenized, max_length) for tokenized in whole]
     session.tell_of_no_end(cut)
-    return inspect_rows(rows.examples, rows.rejections, rows.repairs) | inspect_tokens(
+    return inspect_tokens(
         whole,
         cut,
         session.tokenizer,

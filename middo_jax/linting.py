@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 from middo_jax.data.example import Example
 from middo_jax.data.files import Rejection, files_at, rows_of_files
+from middo_jax.data.repair import EMPTY
+from middo_jax.data.tools import dumped
+from middo_jax.data.user_rows import DUPLICATE, Repair
 from middo_jax.refinement.acceptance.language import languages
 from middo_jax.refinement.acceptance.overlap import jaccard, shingles
 from middo_jax.refinement.acceptance.refusal import is_refusal
@@ -26,6 +29,8 @@ _SHORTEST = 6  # words of a benchmark's text that is looked for whole
 _MISSING = frozenset(
     {"nan", "null", "none", "n/a", "na", "undefined", "nil", "[]", "{}", '""', "<na>", "#n/a"}
 )
+# Reasons of refusals for a text that is empty, null or not there.
+_IS_EMPTY = re.compile(r"^empty |is empty$|missing or null$|, not null$")
 _WORD = re.compile(r"\w+")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
 _SECRETS: Mapping[str, re.Pattern[str]] = {
@@ -52,11 +57,12 @@ class Check(NamedTuple):
 
 
 CHECKS: Mapping[str, Check] = {
-    "empty": Check("rows refused because a text is empty", 0),
+    "empty": Check("rows with an empty or missing text: refused, or without that turn", 0),
+    "unusable": Check("rows refused for another reason", 0),
     "missing": Check('a text such as "nan" or "null" in the place of a value', 0),
     "mojibake": Check("UTF-8 that was read as another encoding, or characters that were lost", 0),
     "refusals": Check("answers that refuse", 0),
-    "near_duplicates": Check("prompts that are nearly an earlier row's prompt", 0),
+    "near_duplicates": Check("rows that are an earlier row, or whose prompt is nearly that of one", 0),
     "languages": Check("rows in another language than most", None),
     "secrets": Check("keys, tokens, e-mail addresses", 0),
     "benchmarks": Check("rows that quote a file of --against", 0),
@@ -98,6 +104,7 @@ def lint(
     limits: Mapping[str, float] | None = None,
     strict: bool = False,
     benchmarks: Sequence[str] = (),
+    repairs: Sequence[Repair] = (),
 ) -> list[Found]:
     """The results of all checks, in the order of `CHECKS`.
 
@@ -108,16 +115,28 @@ def lint(
       limits: the largest allowed share of rows by check; over `strict`.
       strict: whether the limits of `CHECKS` hold.
       benchmarks: texts that no row may quote.
+      repairs: what was repaired of the usable rows.
     """
     if unknown := sorted((limits or {}).keys() - CHECKS.keys()):
         raise ValueError(f"there is no check {unknown[0]!r}; there are: {', '.join(CHECKS)}")
     rows = list(zip(places, examples, strict=True))
     faults: dict[str, list[tuple[str, str]]] = {
-        "empty": [(r.where, r.reason) for r in rejections if "empty" in r.reason],
+        "empty": [
+            *((r.where, r.reason) for r in rejections if _IS_EMPTY.search(r.reason)),
+            *((r.where, r.reason) for r in repairs if r.reason == EMPTY),
+        ],
+        "unusable": [
+            (r.where, r.reason)
+            for r in rejections
+            if not (_IS_EMPTY.search(r.reason) or r.reason.startswith(DUPLICATE))
+        ],
         "missing": _each(rows, _missing),
         "mojibake": _each(rows, _mojibake),
-        "refusals": _each(rows, lambda e: "the answer refuses" if is_refusal(e.response) else None),
-        "near_duplicates": list(_near_duplicates(rows)),
+        "refusals": _each(rows, _refuses),
+        "near_duplicates": [
+            *((r.where, r.reason) for r in rejections if r.reason.startswith(DUPLICATE)),
+            *_near_duplicates(rows),
+        ],
         "languages": list(_other_languages(rows)),
         "secrets": _each(rows, _secret),
         "benchmarks": _each(rows, _Quotations(benchmarks).find) if benchmarks else [],
@@ -179,6 +198,14 @@ def _missing(example: Example) -> str | None:
     return None
 
 
+def _refuses(example: Example) -> str | None:
+    """Any answer that is learnt counts, not only the last one."""
+    for n, message in enumerate(example.messages, 1):
+        if message.role == "assistant" and message.learnt and is_refusal(message.text):
+            return f"the answer in turn {n} refuses"
+    return None
+
+
 def _mojibake(example: Example) -> str | None:
     for message in example.messages:
         if "\ufffd" in message.content:
@@ -196,6 +223,8 @@ def _mojibake(example: Example) -> str | None:
 def _secret(example: Example) -> str | None:
     """The kind of the first secret; never the secret itself, since outputs are kept and shared."""
     text = "\n".join(message.text for message in example.messages)
+    # Outputs keep the user's other columns too.
+    text = f"{text}\n{example.tools}\n{dumped(dict(example.extra))}"
     return next((kind for kind, pattern in _SECRETS.items() if pattern.search(text)), None)
 
 

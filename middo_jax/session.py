@@ -23,7 +23,7 @@ from middo_jax.config import load as load_config
 from middo_jax.data.example import Example, Message
 from middo_jax.data.files import Rejection
 from middo_jax.data.in_memory import IN_MEMORY
-from middo_jax.data.mixing import read_configured
+from middo_jax.data.mixing import placed, read_configured
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import DataError, commonest_reasons, read_rows
 from middo_jax.data.spelling import Spelling
@@ -296,18 +296,29 @@ def prepare(session: Session, data: UserRows | None = None) -> Prepared:
     data = data or read_data(session)
     for line in data.said:
         session.progress.say(line)
+    own = None
     if settings.eval_path is None:
         kept, heldout = split_heldout(
             data.examples, settings.eval_fraction, session.config.seed, settings.source_column
         )
     else:
-        heldout = _own_heldout(session, settings.eval_path)
-        data = _without(data, heldout)
+        own = _own_heldout(session, settings.eval_path)
+        heldout, data = own.examples, _without(data, own.examples)
         kept = data.examples
     session.progress.say(
         f"{settings.name}: {len(kept):,} samples, {len(heldout):,} held out, "
         f"{len(data.rejections):,} rows refused"
     )
+    _tell_of_faults(session, data)
+    if own is not None:
+        rejections, repairs = [*data.rejections, *own.rejections], [*data.repairs, *own.repairs]
+        data = data._replace(rejections=rejections, repairs=repairs)
+    facts = data.rejections, data.repairs, data.format, data.columns, data.spelling.commonest(data.format)
+    return Prepared(kept, heldout, *facts)
+
+
+def _tell_of_faults(session: Session, data: UserRows) -> None:
+    """Reports why rows were refused, and what was repaired."""
     for line in commonest_reasons(data.rejections):
         session.progress.say(line)
     if data.repairs:
@@ -315,19 +326,17 @@ def prepare(session: Session, data: UserRows | None = None) -> Prepared:
         session.progress.say(f"{n:,} {'row' if n == 1 else 'rows'} repaired (data.strict=true refuses them)")
     for line in commonest_reasons(data.repairs):
         session.progress.say(line)
-    facts = data.rejections, data.repairs, data.format, data.columns, data.spelling.commonest(data.format)
-    return Prepared(kept, heldout, *facts)
 
 
-def _own_heldout(session: Session, path: str) -> list[Example]:
-    """The usable rows of `data.eval_path`."""
+def _own_heldout(session: Session, path: str) -> UserRows:
+    """The dataset of `data.eval_path`."""
     settings = session.config.data
     reading = dataclasses.replace(Reading.of(settings), id_column=None)
     data = usable(session, read_rows(path, settings.format, None, reading))
     session.progress.say(f"{path}: {len(data.examples)} held out, {len(data.rejections)} rows refused")
-    for line in commonest_reasons(data.rejections):
-        session.progress.say(line)
-    return data.examples
+    _tell_of_faults(session, data)
+    rejections = [placed(path, rejection) for rejection in data.rejections]
+    return data._replace(rejections=rejections, repairs=[placed(path, repair) for repair in data.repairs])
 
 
 def _without(data: UserRows, heldout: Sequence[Example]) -> UserRows:

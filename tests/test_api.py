@@ -27,8 +27,9 @@ from middo_jax.config import load
 from middo_jax.data.example import Example
 from middo_jax.data.formats import DataError
 from middo_jax.data.in_memory import IN_MEMORY, rows_in_memory
-from middo_jax.data.own_columns import own_columns
-from middo_jax.data.sources import read, write
+from middo_jax.data.own_columns import own_columns, with_user_ids
+from middo_jax.data.reading import Reading
+from middo_jax.data.sources import read, read_rows, write
 from middo_jax.rundir import RoundDir, chain, write_jsonl
 from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.table import SCHEMA
@@ -394,6 +395,15 @@ def test_a_name_that_is_taken_gets_a_suffix_and_nested_columns_stay_out(tmp_path
     assert own_columns(examples, rows, [], SCHEMA.names).num_columns == 0
     with pytest.raises(DataError, match="no column 'lable' to keep; there are: id, prompt, completion"):
         own_columns(examples, rows, ["lable"], SCHEMA.names)
+
+
+def test_own_ids_are_called_alike_whichever_column_they_are_from(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"uid": 7, "prompt": "a", "completion": "b"}]')
+    examples = read_rows(tmp_path / "rows.json", reading=Reading(id_column="uid")).examples
+    own = own_columns(examples, [{"uid": 7, "prompt": "a"}], ["uid"], SCHEMA.names)
+    assert with_user_ids(own, examples).to_pydict() == {"uid": [7], "id_user": ["7"]}
+    assert with_user_ids(pa.table({}), examples).to_pydict() == {"id_user": ["7"]}
+    assert with_user_ids(own, examples_of([{"prompt": "a", "completion": "b"}], tmp_path)).equals(own)
 
 
 def test_columns_keep_their_type_or_become_text(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from middo_jax.data.example import Example, Message
 from middo_jax.data.files import Rejection
+from middo_jax.data.sources import read_rows
 from middo_jax.linting import CHECKS, Found, lint, read_limits, read_texts, render
 
 
@@ -78,9 +80,53 @@ def test_each_fault_is_found(check: str, example: Example, detail: str) -> None:
     assert found[check].share == pytest.approx(1 / 6)
 
 
+def test_every_learnt_answer_may_refuse() -> None:
+    first = sample("How do I pick my own lock?", "I'm sorry, but I can't help with that.").messages
+    then = sample("It is mine.", "Take a pick, and go slowly.").messages
+    unlearnt = (first[0], dataclasses.replace(first[1], learnt=False))
+    found = results(Example(first + then), Example(unlearnt + then))["refusals"]
+    assert (found.n, found.first) == (1, [("d.jsonl:1", "the answer in turn 2 refuses")])
+
+
 def test_a_secret_is_not_printed() -> None:
     key = "ghp_" + "a1" * 18
     assert key not in "\n".join(render(list(results(sample("Use it.", key)).values())))
+
+
+def test_the_users_other_columns_and_tools_may_hold_secrets_too() -> None:
+    key = "ghp_" + "a1" * 18
+    column = dataclasses.replace(sample("Use it."), extra={"meta": {"by": ["jane.doe@company.com"]}})
+    tool = dataclasses.replace(sample("Use it now."), tools=json.dumps([{"name": "x", "description": key}]))
+    assert [detail for _, detail in results(column, tool)["secrets"].first] == [
+        "an e-mail address",
+        "a GitHub token",
+    ]
+
+
+def test_rows_that_are_refused_or_repaired_are_in_a_check(tmp_path: Path) -> None:
+    def chat(*texts: str | None, role: str = "user") -> dict[str, object]:
+        return {"messages": [{"role": (role, "assistant")[n % 2], "content": t} for n, t in enumerate(texts)]}
+
+    rows = [
+        chat("Name a bird.", "Wren."),
+        chat("Name a bird.", "Wren."),
+        chat("Name a sea.", "North.", "And?", "", "Then?", "South."),
+        chat("Name a lake.", None),
+        chat("Name a hill.", " "),
+        chat("Name a town.", "Bern.", role="wizard"),
+    ]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = read_rows(str(path))
+    found = lint(data.examples, data.places, data.rejections, strict=True, repairs=data.repairs)
+    assert {
+        each.check: [int(where.rpartition(":")[2]) for where, _ in each.first] for each in found if each.n
+    } == {
+        "empty": [4, 5, 3],
+        "unusable": [6],
+        "near_duplicates": [2],
+    }
+    assert all(each.is_over for each in found if each.n)
 
 
 def test_near_duplicates_of_many_rows_are_counted_once_each() -> None:
@@ -109,7 +155,7 @@ def test_limits_and_strict() -> None:
     assert not any(f.is_over for f in results(*bad, strict=True, limits={"missing": 0.5}).values())
     assert results(*bad, limits={"missing": 0.49})["missing"].is_over
     empty = [Rejection("d.jsonl:9", "empty response", None), Rejection("d.jsonl:10", "no response", None)]
-    assert results(*bad, rejections=empty, strict=True)["empty"].n == 1
+    assert [results(*bad, rejections=empty)[check].n for check in ("empty", "unusable")] == [1, 1]
     assert read_limits(["refusals=0.01", "secrets=0"]) == {"refusals": 0.01, "secrets": 0.0}
     for wrong in ("refusals", "refusals=many", "refusals=2"):
         with pytest.raises(ValueError, match="--max refusals"):

@@ -208,7 +208,8 @@ def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> No
     a = [{"prompt": f"Name {n}.", "completion": "Yes.", "id": f"a{n}"} for n in range(4)]
     turns = [("user", "Name 9."), ("user", "Please."), ("assistant", "Yes."), ("user", "And?")]
     b = [{"messages": [{"role": role, "content": text} for role, text in turns], "id": "b0"}]
-    held = [{"prompt": "Name 1.", "completion": "No."}, {"prompt": "Name 77.", "completion": "No."}]
+    held = [{"prompt": f"Name {text}.", "completion": "No."} for text in ("1", "77")]
+    held.append({"prompt": "Name 78.", "completion": " "})
     for name, rows in (("a", a), ("b", b), ("held", held)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = settings(tmp_path)
@@ -229,7 +230,8 @@ def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> No
     assert kept[-1].prompt == "Name 9.\n\nPlease."
     assert [e.prompt for e in heldout] == ["Name 1.", "Name 77."]
     assert [(r.where, r.reason) for r in rejections] == [
-        (f"{tmp_path / 'a.jsonl'}:2, id a1", "its prompt is held out (data.eval_path)")
+        (f"{tmp_path / 'a.jsonl'}:2, id a1", "its prompt is held out (data.eval_path)"),
+        (f"{tmp_path / 'held.jsonl'}:3", "empty response"),
     ]
     assert len(repairs) == 2
     assert "1 row repaired (data.strict=true refuses them)" in said.lines

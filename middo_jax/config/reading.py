@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 import pydantic
 import yaml
@@ -232,10 +233,11 @@ def not_a_setting(name: str) -> str:
 def _written(loc: Sequence[int | str]) -> Iterator[str]:
     """Yields the parts of a name as users write them.
 
-    Leaves out inline fields, and parts that pydantic appends to a setting's name.
+    Leaves out inline fields, and parts that pydantic appends to a setting's name, except the name of an item.
     """
     group: Any = Config
-    for part in loc:
+    parts = iter(loc)
+    for part in parts:
         is_group = isinstance(group, type) and issubclass(group, Settings)
         field = group.model_fields.get(str(part)) if is_group else None
         if field is None:
@@ -245,4 +247,6 @@ def _written(loc: Sequence[int | str]) -> Iterator[str]:
             yield str(part)
         group = field.annotation
         if union_of(field) is None and not (isinstance(group, type) and issubclass(group, Settings)):
+            if get_origin(group) is dict:
+                yield from map(str, itertools.islice(parts, 1))
             return

@@ -56,6 +56,14 @@ class ModelSettings(Settings):
     )
 
 
+def _each_once(columns: dict[str, str]) -> dict[str, str]:
+    """Requires that no column of the rows is read as two."""
+    theirs = list(columns.values())
+    if twice := [name for name in theirs if theirs.count(name) > 1]:
+        raise ValueError(f"the column {twice[0]!r} can be read as one column only")
+    return columns
+
+
 class Source(Settings):
     """One of several datasets."""
 
@@ -70,6 +78,11 @@ class Source(Settings):
         default=None, description="Its share of the mix, relative to the weights of the other sources."
     )
     count: PositiveInt | None = Field(default=None, description="Number of rows, in place of a weight.")
+
+    @pydantic.field_validator("columns")
+    @classmethod
+    def _each_once(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
+        return None if columns is None else _each_once(columns)
 
     @pydantic.model_validator(mode="after")
     def _weight_or_count(self) -> Source:
@@ -132,6 +145,11 @@ class DataSettings(Settings):
     source_column: Annotated[str, Affects("data")] = Field(
         default="source", description="Column by which the held-out split is stratified, if present."
     )
+
+    @pydantic.field_validator("columns")
+    @classmethod
+    def _each_once(cls, columns: dict[str, str]) -> dict[str, str]:
+        return _each_once(columns)
 
     @pydantic.model_validator(mode="after")
     def _path_or_sources(self) -> DataSettings:

@@ -193,13 +193,13 @@ class Example:
                                           addition [system, prompt, response]
         """
         before = self.context if context is None else context
-        user_id = self.user_id
+        user_id, extra = self.user_id, self.extra
         if lineage.op == "synthesize":
             before, user_id = tuple(m for m in self.messages if m.role == "system"), None
+            # Also an id that is an ordinary column, because another one is `data.id_column`.
+            extra = shared_names({name: value for name, value in extra.items() if name != "id"})
         turns = (Message("user", prompt), Message("assistant", response))
-        return dataclasses.replace(
-            self, messages=before + turns, id="", lineage=lineage, user_id=user_id, prompt_columns=NO_COLUMNS
-        )
+        return Example(before + turns, "", lineage, extra, self.tools, user_id)
 
     def changed_turns(self, original: Example) -> list[int]:
         """Which turns of this conversation differ from its original's, counted from 0.

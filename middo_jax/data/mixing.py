@@ -15,7 +15,7 @@ from middo_jax.data.places import Places
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import read_rows
 from middo_jax.data.spelling import SpellingCount
-from middo_jax.data.user_rows import Repair, UserRows
+from middo_jax.data.user_rows import DUPLICATE, Repair, UserRows
 
 
 def shares(sizes: Sequence[int], sources: Sequence[Source]) -> list[int]:
@@ -95,16 +95,16 @@ def read_sources(
     for part, source, count in zip(
         parts, sources, shares([len(part.examples) for part in parts], sources), strict=True
     ):
-        merged.rejections.extend(_at(source.path, rejection) for rejection in part.rejections)
+        merged.rejections.extend(placed(source.path, rejection) for rejection in part.rejections)
         taken = chosen(len(part.examples), count, seed, source.path)
         said.append(f"{source.path}: {len(taken):,} of {len(part.examples):,} rows taken")
         if part.repairs:
             here = {part.places[i] for i in taken}
-            repairs += (_at(source.path, repair) for repair in part.repairs if repair.where in here)
+            repairs += (placed(source.path, repair) for repair in part.repairs if repair.where in here)
         for i in taken:
             example, where = part.examples[i], _place(source.path, part.places[i])
             if example.id in first:
-                reason = f"duplicate of {example.id} ({places[first[example.id]]})"
+                reason = f"{DUPLICATE}{example.id} ({places[first[example.id]]})"
                 merged.rejections.append(Rejection(where, reason, example.to_json()))
                 continue
             first[example.id] = len(places)
@@ -139,13 +139,10 @@ def _place(path: str, where: str) -> str:
 _Placed = TypeVar("_Placed", Rejection, Repair)
 
 
-def _at(path: str, placed: _Placed) -> _Placed:
-    where = _place(path, placed.where)
-    return (
-        placed._replace(where=where)
-        if isinstance(placed, Repair)
-        else dataclasses.replace(placed, where=where)
-    )
+def placed(path: str, item: _Placed) -> _Placed:
+    """A rejection or repair whose place names the dataset, also where it is only `row N`."""
+    where = _place(path, item.where)
+    return item._replace(where=where) if isinstance(item, Repair) else dataclasses.replace(item, where=where)
 
 
 def _id_as_extra(example: Example, column: str) -> Example:

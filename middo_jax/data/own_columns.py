@@ -50,10 +50,16 @@ def own_columns(
     return pa.table(columns)
 
 
-def user_ids(examples: Sequence[Example]) -> pa.Table | None:
-    """The user's own ids as the column `id_user`; None if there are none."""
-    ids = [None if e.user_id is None else str(e.user_id) for e in examples]
-    return None if not any(ids) else pa.table({f"id{SUFFIX}": pa.array(ids, pa.string())})
+def with_user_ids(own: pa.Table, examples: Sequence[Example]) -> pa.Table:
+    """The user's columns with the user's own ids as `id_user`, whichever column these are from.
+
+    Without ids, and if there is such a column already, the table stays as it is.
+    """
+    ids, name = [None if e.user_id is None else str(e.user_id) for e in examples], f"id{SUFFIX}"
+    if not any(ids) or name in own.column_names:
+        return own
+    column = pa.array(ids, pa.string())
+    return own.append_column(name, column) if own.column_names else pa.table({name: column})
 
 
 def _own(example: Example, row: Mapping[Any, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ silently.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import logging
 import re
@@ -33,6 +34,7 @@ from middo_jax.data.layout import Layout
 from middo_jax.data.parquet import write_parquet
 from middo_jax.data.reading import AS_IT_IS, Reading
 from middo_jax.data.stored import Examples
+from middo_jax.data.tools import TOOL_COLUMN
 from middo_jax.data.user_rows import Converter, Repair, UserRows, give_user_ids
 from middo_jax.rundir import write_json, write_jsonl
 
@@ -42,6 +44,7 @@ _NAMED = re.compile(r"(tfds|hf):(.+):([\w.+-]+(?:\[[^\]]*\])?)")
 # The parts of a reason that differ from row to row: quoted words, ids, places, numbers.
 _VARYING = re.compile(r"'[^']*'|\b[0-9a-f]{16}\b|\([^()]*:\d+\)|\d+")
 _ENDINGS = (".json", ".jsonl", ".parquet")  # of files that are written
+_MISSPELT = 0.8  # likeness from which a name in `data.columns` is taken for a misspelt one
 _DETECTED_BY = 100  # rows whose columns tell the format
 
 
@@ -132,7 +135,13 @@ def _detected(
 
 
 def _require_columns(reading: Reading, names: Collection[str], path: str) -> None:
-    """Raises DataError if `data.columns` names a column that no row has."""
+    """Raises DataError if `data.columns` names a column that no row has, or misspells one of the formats."""
+    known = {TOOL_COLUMN}.union(*(form.columns for form in FORMATS.values()))
+    for name in reading.columns.keys() - known:
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=_MISSPELT):
+            raise DataError(
+                f"{path}: data.columns has {name!r}, which no format has; did you mean {near[0]!r}?"
+            )
     if missing := reading.missing_columns(names):
         raise DataError(
             f"{path}: data.columns names {missing[0]!r}, and no row has such a column (of several "

@@ -37,9 +37,10 @@ class Span(NamedTuple):
     Attributes:
       start: of the text.
       stop: of the text.
-      opening: for an assistant's turn, the number of characters between the generation prompt and `start`.
-        The template writes them, but the model must produce them.
-      closing: for an assistant's turn, the number of characters after `stop` within which the control token
+      opening: for an answer, the number of characters between the generation prompt and `start`. The template
+        writes them, but the model must produce them. Not of an assistant's turn before the first question,
+        which is never learnt: most templates have no generation prompt there.
+      closing: for an answer, the number of characters after `stop` within which the control token
         that ends the turn may start.
     """
 
@@ -154,7 +155,7 @@ def _layout(tokenizer: PreTrainedTokenizerBase, roles: tuple[Role, ...]) -> _Lay
                 "set model.template"
             )
         pieces.append(piece)
-        is_answer = role == "assistant"
+        is_answer = role == "assistant" and "user" in roles[:turn]
         openings.append(
             text.index(mark) - _generation_prompt(tokenizer, text, messages[:turn]) if is_answer else 0
         )
@@ -230,7 +231,7 @@ def _by_rendering(tokenizer: PreTrainedTokenizerBase, text: str, example: Exampl
         if not found or mark in tail or not text.endswith(tail):
             raise _changed(example, turn)
         wanted = "".join(message.content.split())
-        if message.role == "assistant":
+        if message.role == "assistant" and _is_asked(ahead):
             start = _generation_prompt(tokenizer, text, ahead, tools)
             shown = "".join(text[start:stop].split())
             # The generation prompt may write the answer's first words itself, such as `<think>`.
@@ -252,6 +253,11 @@ def _by_rendering(tokenizer: PreTrainedTokenizerBase, text: str, example: Exampl
     return spans
 
 
+def _is_asked(ahead: Sequence[Message]) -> bool:
+    """Whether a turn follows a question, so that it is an answer."""
+    return any(message.role == "user" for message in ahead)
+
+
 def _call_span(tokenizer: PreTrainedTokenizerBase, text: str, example: Example, turn: int) -> Span:
     """The span of an assistant's turn that calls tools: from the generation prompt to its last control token.
 
@@ -259,7 +265,7 @@ def _call_span(tokenizer: PreTrainedTokenizerBase, text: str, example: Example, 
       TemplateError: the template does not show the turn's calls.
     """
     message, ahead, tools = example.messages[turn], example.messages[:turn], example.tools
-    start = _generation_prompt(tokenizer, text, ahead, tools)
+    start = _generation_prompt(tokenizer, text, ahead, tools) if _is_asked(ahead) else 0
     own = render(tokenizer, [*ahead, message], tools=tools)
     shown = own[start : max(start, _n_shared(own, text))]
     ends = [at for token in control_tokens(tokenizer) if (at := shown.rfind(token)) >= 0]

@@ -33,6 +33,7 @@ WEIGHTS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
 SYSTEM_COLUMNS = frozenset({"system", "system_prompt", "system_message"})
 # Keys of a turn's role and of its text. Either pair is read in every format.
 KEYS = (("role", "content"), ("from", "value"))
+_KEYS_EXPECTED = "a turn has " + ", or ".join(" and ".join(map(repr, keys)) for keys in KEYS)
 
 
 class RowError(ValueError):
@@ -88,7 +89,10 @@ def turn_list(row: Row, column: str, keys: tuple[str, str]) -> list[Turn]:
         # In columnar files every turn has the fields of all turns, null where it had none.
         fields = {key: item for key, item in turn.items() if item is not None and item != []}
         role_key, text_key = keys_of(turn, keys)
-        named, text = fields.pop(role_key, None), fields.pop(text_key, None)
+        missing = [key for key in (role_key, text_key) if key not in turn]
+        if missing and not (missing == [text_key] and fields.keys() & _CALL_FIELDS):
+            raise RowError(f"turn {n} has no {missing[0]!r}; {_KEYS_EXPECTED}, and it has {_names(turn)}")
+        named, text = fields.pop(role_key, None), fields.pop(text_key, "")
         if not isinstance(named, str):
             raise RowError(f"turn {n}: {role_key!r} must be text, not {kind_of(named)}")
         role = named.strip().lower()
@@ -108,6 +112,11 @@ def turn_list(row: Row, column: str, keys: tuple[str, str]) -> list[Turn]:
         content = content_of(text, f"turn {n}: {text_key!r}")
         turns.append(Turn(ROLES[role], content, unkept, all(weights.values()), tool))
     return turns
+
+
+def _names(turn: Row) -> str:
+    """The keys of a turn for a message, shortened."""
+    return ", ".join(repr(key[:40]) for key in list(turn)[:5]) or "none"
 
 
 def listed(value: Any) -> Any:
@@ -137,7 +146,7 @@ def _tool_of(role: str, text: Any, fields: Row) -> tuple[str, Any, set[str]]:
     calls = calls_of(fields)
     if role in CALL_ROLES and not calls:  # ShareGPT has the call as the turn's text
         return of_calls(calls_in(content_of(text, "a tool call"))), "", set()
-    return of_calls(calls), "" if text is None and calls else text, _CALL_FIELDS
+    return of_calls(calls), text, _CALL_FIELDS
 
 
 def weight_of(value: Any) -> bool | None:

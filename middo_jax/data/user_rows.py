@@ -22,6 +22,7 @@ class Repair(NamedTuple):
     reason: str
 
 
+DUPLICATE = "duplicate of "  # how the reason begins that an earlier row has the same conversation
 _NOTHING = SpellingCount()
 
 
@@ -124,7 +125,7 @@ class Converter:
         example = converted.example
         if (number := self._number_of.get(example.id)) is not None:
             same, place = example.messages == self._examples[number].messages, self._places[number]
-            reason = f"duplicate of {example.id} ({place})" if same else f"id {example.id} is taken ({place})"
+            reason = f"{DUPLICATE}{example.id} ({place})" if same else f"id {example.id} is taken ({place})"
             self._rejections.append(Rejection(where, reason, row))
             return
         self._number_of[example.id] = len(self._examples)

@@ -15,7 +15,7 @@ import pyarrow as pa
 from middo_jax.config import SampledRating
 from middo_jax.config.axis_table import scored_axes
 from middo_jax.data.example import Example
-from middo_jax.data.own_columns import user_ids
+from middo_jax.data.own_columns import with_user_ids
 from middo_jax.data.tokenize import end_of_turn_token
 from middo_jax.models.lora import without_adapters
 from middo_jax.models.model import Model
@@ -80,14 +80,13 @@ def score_stage(
     scored = measure_samples(
         session, examples, model, pre_model, axes, earlier=earlier, parts=directory.scoring_parts
     )
-    own = user_ids(examples) if own is None else own
-    if own is not None:
+    own = with_user_ids(pa.table({}) if own is None else own, examples)
+    if own.column_names:
         scored = scored._replace(table=with_columns(scored.table, own))
     directory.forget("select")  # it belongs to the scores that are replaced now
     write_scores(directory.scores, scored.table)
     write_embeddings(directory.embeddings, scored.table["id"].to_pylist(), scored.embedding_nd)
-    columns = [] if own is None else own.column_names
-    begun.finish(session.config, time.monotonic() - began, **scored.facts, columns=columns)
+    begun.finish(session.config, time.monotonic() - began, **scored.facts, columns=own.column_names)
     if not is_reader():
         remove(directory.scoring_parts)
     return scored

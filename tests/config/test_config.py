@@ -128,6 +128,8 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("train.trackers=tensorboard", r"train\.trackers: must be a list such as \[tensorboard, "),
         ("train.trackers=[{wandb: }]", r"train\.trackers: must be a list such as"),
         ("train.trackers=[tensorboard, tensorboard]", r"train\.trackers: names a tracker twice"),
+        ("data.roles={narrator: usr}", r"data\.roles\.narrator: Input should be 'system', 'user'"),
+        ("data.columns={instruction: q, output: q}", r"data\.columns: the column 'q' can be read as one"),
         ("noequals", r"'noequals' is not of the form a\.b=value"),
         ("=1", r"not of the form"),
         ("name=[", r"not valid YAML"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import subprocess
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from middo_jax.config.settings import DataSettings
+from middo_jax.data.example import Lineage
 from middo_jax.data.files import inputs_of, require_not_read
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import DataError, read, read_rows, write
@@ -200,6 +202,15 @@ def test_ids_that_are_not_unique_are_an_ordinary_column(tmp_path: Path) -> None:
         read_rows(path, reading=Reading(id_column="id"))
     with pytest.raises(DataError, match=r"data\.id_column=uid: no row has such a column"):
         read_rows(path, reading=Reading(id_column="uid"))
+
+
+def test_an_addition_has_no_id_of_its_core_in_any_place(tmp_path: Path) -> None:
+    (core, _), _ = read(with_ids(tmp_path, ["a", "a"]))
+    lineage = Lineage((core.id,), core.id, 1, "synthesize")
+    added = core.replace_text("Name a sea.", "North.", lineage)
+    assert (added.user_id, added.extra) == (None, {})
+    rewritten = core.replace_text("Name a sea.", "North.", dataclasses.replace(lineage, op="rewrite"))
+    assert rewritten.extra == {"id": "a"}
 
 
 def test_an_id_column_of_another_name(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +77,14 @@ def test_what_no_repair_makes_a_conversation_is_refused(
     assert reason in data.rejections[0].reason
 
 
+@pytest.mark.parametrize("nothing", [None, [], ""])
+def test_a_turn_of_null_or_of_no_parts_is_an_empty_turn(tmp_path: Path, nothing: Any) -> None:
+    data = reading(tmp_path, [(U, "q"), (A, nothing), (U, "r"), (A, "a")], [(U, "q"), (A, nothing)])
+    assert [m.content for m in data.examples[1].messages] == ["r", "a"]
+    assert [r.reason for r in data.repairs] == [repair.EMPTY]
+    assert [r.reason for r in data.rejections] == ["empty response"]
+
+
 def test_repairs_are_counted_largest_first(tmp_path: Path) -> None:
     trailing = [[(U, f"q{n}"), (A, "a"), (U, "r")] for n in range(3)]
     data = reading(tmp_path, [(U, "q"), (U, "r"), (A, "a")], *trailing)
@@ -101,5 +110,8 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
     (example,) = read_rows(str(path), reading=Reading(columns=columns)).examples
     assert (example.prompt, example.response) == ("Two and three?", "5")
     assert example.extra == {"extra_output": "4", "level": 1}
+    typo = Reading(columns={**columns, "contxt": "level"})
+    with pytest.raises(DataError, match=r"'contxt', which no format has; did you mean 'context'\?"):
+        read_rows(str(path), reading=typo)
     with pytest.raises(DataError, match=r"data\.columns names 'answer', and no row has such a column"):
         read_rows(str(path), reading=Reading(columns={"instruction": "question", "output": "answer"}))

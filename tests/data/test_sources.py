@@ -307,7 +307,14 @@ def turns(*roles: str) -> dict:
         ({"messages": []}, "no response"),
         ({"messages": "hello"}, "must be a list of turns, not text"),
         ({"messages": ["hello"]}, "turn 1 must be an object, not text"),
-        ({"messages": [{"role": "user"}]}, "turn 1: 'content' must be text, not null"),
+        ({"messages": [{"role": "user"}]}, "turn 1 has no 'content'; a turn has 'role' and 'content', or"),
+        ({"messages": [{"from": "gpt", "text": "x"}]}, "turn 1 has no 'value'; "),
+        (
+            {"messages": [{"speaker": "user", "text": "x"}]},
+            "turn 1 has no 'role'; a turn has 'role' and 'content', or 'from' and 'value', and it has "
+            "'speaker', 'text'",
+        ),
+        ({"messages": [{"role": "user", "content": 3}]}, "turn 1: 'content' must be text, not a number"),
         (turns("user", "assistant", "user"), "ends with the user"),
         (turns("system"), "ends with the system"),
         (turns("assistant"), "no prompt: the conversation has no user turn"),

@@ -19,6 +19,7 @@ from middo_jax.data.tokenize import (
     end_of_turn_token,
     eos_token_ids,
     load_tokenizer,
+    refusal,
     steering_tokens,
     tokenize,
     tokenize_all,
@@ -115,6 +116,16 @@ def test_every_assistant_turn_is_a_target(tokenizer: PreTrainedTokenizerBase) ->
     _, learnt, prompt = parts(tokenizer, example)
     assert learnt == f"two{EOT}four\n\nfive{EOT}"
     assert prompt.replace(" ", "") == "onethree"
+
+
+def test_an_answer_before_the_first_question_is_context(tokenizer: PreTrainedTokenizerBase) -> None:
+    welcome = Message("assistant", "Welcome!", learnt=False)
+    asked = conversation(("user", "Hi there"), ("assistant", "Hello!")).messages
+    example = Example((welcome, *asked))
+    assert refusal(example, tokenizer) is None
+    whole, learnt, prompt = parts(tokenizer, example)
+    assert "Welcome!" in whole
+    assert (learnt, prompt.strip()) == (f"Hello!{EOT}", "Hi there")
 
 
 def test_what_stands_before_a_target_is_the_generation_prompt(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -166,6 +166,20 @@ def test_a_call_of_no_weight_is_not_learnt(tmp_path: Path, tokenizer: Any) -> No
     assert str(tokenizer.decode(t.tokens_n[t.is_target_n].tolist())) == "Five.<|im_end|>"
 
 
+@pytest.mark.parametrize("first", [{"content": "Welcome!"}, MESSAGES["messages"][2]])
+def test_a_turn_before_the_first_question_is_context(
+    tmp_path: Path, tokenizer: Any, first: dict[str, Any]
+) -> None:
+    answered = [{"role": "tool", "content": "1"}, {"role": "assistant", "content": "Welcome!"}]
+    turns = [{"role": "assistant", **first}, *(answered if "tool_calls" in first else [])]
+    turns += MESSAGES["messages"][1:]
+    (example,), _ = reading(tmp_path, MESSAGES | {"messages": turns})
+    assert refusal(example, tokenizer) is None
+    t = tokenize(example, tokenizer, 1 << 20)
+    learnt = str(tokenizer.decode(t.tokens_n[t.is_target_n].tolist()))
+    assert (learnt.count("<call>"), learnt.count("<|im_end|>"), "Welcome" in learnt) == (1, 2, False)
+
+
 def test_a_template_that_shows_no_tools_refuses_the_row_and_says_what_to_do(tmp_path: Path) -> None:
     tiny = load_tokenizer(write_tiny_model(tmp_path / "model"))
     (with_definitions, with_calls), _ = reading(tmp_path, MESSAGES, MESSAGES | {"tools": []})

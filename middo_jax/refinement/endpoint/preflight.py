@@ -60,7 +60,10 @@ async def _check(address: Address, model: str, settings: RefineSettings, key: st
             f"warning: the refiner at {shown(address.url)} answers, but its list of models does not have "
             f"{model!r}.{_names(known, model)} Check refine.model"
         )
-    why = fault.words.rstrip(".") + advice(fault, False, model, settings.api_key_env, key is not None)
+    told = advice(fault, False, model, settings.api_key_env, key is not None)
+    if not told and fault.status is None and fault.retried:  # nobody answers
+        told = ". Start the server, or check refine.base_url."
+    why = fault.words.rstrip(".") + told
     raise RefinerError(
         f"the refiner at {shown(address.url)} cannot be used{fault.status_text}: {why}{_names(known, model)} "
         "(refine.preflight=false skips this check)",

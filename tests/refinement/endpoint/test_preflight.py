@@ -140,7 +140,8 @@ def test_a_server_that_is_not_there() -> None:
     with server() as (url, _):
         pass
     with pytest.raises(
-        RefinerError, match=r"the refiner at http://127\.0\.0\.1:\d+/v1 cannot be used: Connect"
+        RefinerError,
+        match=r"the refiner at http://127\.0\.0\.1:\d+/v1 cannot be used: Connect.*check refine\.base_url",
     ):
         preflight(url, "m", SETTINGS)
 

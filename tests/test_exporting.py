@@ -168,6 +168,9 @@ def test_alpaca_keeps_instruction_and_input_apart(tmp_path: Path) -> None:
     write([child], tmp_path / "out.jsonl", "alpaca")
     new = {"instruction": "Add 2 and 3.", "input": "", "output": "It is 5.", "id": "a1"}
     assert json.loads((tmp_path / "out.jsonl").read_text()) == new
+    again = example.replace_text(example.question, "Five.", Lineage((example.id,), example.id, 1, "reanswer"))
+    write([again], tmp_path / "out.jsonl", "alpaca")
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {**row, "output": "Five."}
     added = example.replace_text("Name a sea.", "North.", Lineage((example.id,), example.id, 1, "synthesize"))
     assert (added.user_id, child.user_id) == (None, "a1")
 
@@ -213,7 +216,9 @@ OWN_SHAPES = {
                        {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "type": "function",
                         "function": {"name": "add", "arguments": "{\"a\": 1}"}}]},
                        {"role": "tool", "content": "5", "tool_call_id": "c1"},
-                       {"role": "assistant", "content": "5."}]}],
+                       {"role": "assistant", "content": "5."}]},
+         {"tools": None, "messages": [{"role": "user", "content": "Hi."},
+                                      {"role": "assistant", "content": "I."}]}],
     ),
 }  # fmt: skip
 

@@ -197,8 +197,9 @@ class Example:
         if lineage.op == "synthesize":
             before, user_id = tuple(m for m in self.messages if m.role == "system"), None
         turns = (Message("user", prompt), Message("assistant", response))
+        parts = self.prompt_columns if prompt == self.question else NO_COLUMNS
         return dataclasses.replace(
-            self, messages=before + turns, id="", lineage=lineage, user_id=user_id, prompt_columns=NO_COLUMNS
+            self, messages=before + turns, id="", lineage=lineage, user_id=user_id, prompt_columns=parts
         )
 
     def changed_turns(self, original: Example) -> list[int]:

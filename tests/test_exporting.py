@@ -281,6 +281,23 @@ def test_rows_come_back_in_the_users_own_shape(tmp_path: Path, case: str) -> Non
     assert [e.messages for e in again] == [e.messages for e in originals(run)]
 
 
+@pytest.mark.parametrize("form", [None, "sharegpt", "messages", "prompt_completion", "parquet"])
+def test_both_files_have_the_same_columns(tmp_path: Path, form: str | None) -> None:
+    data, rows = OWN_SHAPES["messages: tools"]
+    run = _prepared(tmp_path, "messages", data, rows)
+    [with_tools, without] = read_jsonl(run.final.dataset)
+    for kept, held in ((with_tools, without), (without, with_tools)):
+        write_jsonl(run.final.dataset, [kept | {"user_id": "a"}])
+        write_jsonl(run.heldout, [held])
+        out = tmp_path / f"{kept['id']}"
+        export_data(run, out, form, heldout=True)
+        if form == "parquet":
+            columns = [pq.read_schema(out / f"{name}.parquet").names for name in ("train", "heldout")]
+        else:
+            columns = [[*read_jsonl(out / f"{name}.jsonl")[0]] for name in ("train", "heldout")]
+        assert columns[0] == columns[1]
+
+
 def test_answers_of_weight_0_are_marked_for_axolotl_and_said_for_trl(tmp_path: Path) -> None:
     turns = [("user", "Hi."), ("assistant", "Bad."), ("user", "Ho."), ("assistant", "Good.")]
     row: dict[str, Any] = {"messages": [{"role": role, "content": text} for role, text in turns]}

@@ -8,6 +8,7 @@ OUT/
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from middo_jax import api
-from middo_jax.config import ConfigError, SettingsLike
+from middo_jax.config import ConfigError, SettingsLike, layers_of, load
+from middo_jax.data.files import require_not_read
 from middo_jax.data.in_memory import RowsLike
 from middo_jax.data.own_columns import SUFFIX
 from middo_jax.progress import for_stderr
@@ -74,6 +76,7 @@ def score_models(
       ValueError: see `score`; or a name cannot be used.
       RunError: a folder has other scores, and `force` is not set.
       RunLocked: another process writes into `out`.
+      DataError: by_model.parquet is read as data, or would be.
     """
     if not models:
         raise ConfigError("score_models: no models")
@@ -83,6 +86,11 @@ def score_models(
         )
     place, say = local(Path(out)), for_stderr().say
     api.require_no_run(place)
+    if isinstance(rows, str | os.PathLike):
+        unnamed = {"model.path": "-", "data.path": os.fspath(rows)}
+        given = load(None, [unnamed, *layers_of(options.get("settings"))])
+        for path in given.data.paths:
+            require_not_read(path, [place / TABLE])
     found: dict[str, Scores] = {}
     with held(place):
         for name, model in models.items():

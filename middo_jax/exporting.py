@@ -12,7 +12,6 @@ OUT/
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -23,7 +22,7 @@ from middo_jax.data.example import Example
 from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.sources import DataError, write
 from middo_jax.data.spelling import Spelling
-from middo_jax.data.stored import Changed, Examples, Stored
+from middo_jax.data.stored import Changed, Examples, Joined, Stored
 from middo_jax.preferences import preference_pairs
 from middo_jax.progress import Progress
 from middo_jax.report.card import card
@@ -112,27 +111,30 @@ def export_data(
     kept_out: Examples = Stored(run.heldout) if extras.get("heldout") else ()
     known = _scores(run) if scores else {}
     ending = "parquet" if form == "parquet" else "jsonl"
-    files = {"train": (examples, f"train.{ending}"), "heldout": (kept_out, f"heldout.{ending}")}
+
+    def shown(rows: Examples) -> Examples:
+        return Changed(rows, lambda one: _with_columns(one, known.get(one.id), scores, lineage))
+
+    splits = {"train": examples, **({"heldout": kept_out} if kept_out else {})}
+    files = {split: f"{split}.{ending}" for split in splits}
+    both = shown(Joined(examples, kept_out))  # readers expect the same columns in both files
     columns, has_turns = set[str](), False
-    for rows, name in files.values():
-        if not rows:
-            continue
-        shown = Changed(rows, lambda one: _with_columns(one, known.get(one.id), scores, lineage))
+    for split, rows in splits.items():
+        path = place / files[split]
         if form is None:
-            write_jsonl(place / name, own.rows(shown))
+            write_jsonl(path, own.rows(shown(rows), both))
         else:
-            write(shown, place / name, form, own.id_column)
-        found_columns, with_turns = _columns(place / name, own.names.get("prompt", "prompt"))
+            write(shown(rows), path, form, own.id_column, both)
+        found_columns, with_turns = _columns(path, own.names.get("prompt", "prompt"))
         columns |= found_columns
         has_turns |= with_turns and own.format == "prompt_completion"
-    written = {split: name for split, (rows, name) in files.items() if rows}
     name = settings.get("name") or run.path.resolve().name
-    contents = _contents(columns, has_turns, itertools.chain(examples, kept_out))
-    unread = write_readers(place, str(name), written, own, contents)
+    contents = _contents(columns, has_turns, both)
+    unread = write_readers(place, str(name), files, own, contents)
     found = preference_pairs(run) if extras.get("pairs") else []
     if found:
         write_jsonl(place / "pairs.jsonl", found)
-    write_text(place / "README.md", card(run, written, own.format, "pairs.jsonl" if found else None, license))
+    write_text(place / "README.md", card(run, files, own.format, "pairs.jsonl" if found else None, license))
     note = None if unread is None else f"no dataset_info.json: LLaMA-Factory does not read {unread}"
     return ExportedDataset(place, len(examples), len(kept_out), len(found), own.format, note)
 

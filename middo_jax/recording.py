@@ -26,13 +26,15 @@ def record(folder: PathLike, path: PathLike, *, settings: SettingsLike = None) -
       (the number of answers, the model that wrote them).
 
     Raises:
-      RunError: the file exists, the cache has no answer of the model, or the answers are replayed themselves.
+      RunError: the file exists or would be in the folder, the cache has no answer of the model, or the
+        answers are replayed themselves.
     """
     session, directory = session_of(Path(folder), settings), RoundDir(Path(folder))
     if (file := replayed_file(session.config.refine.base_url)) is not None:
         raise RunError(f"{file}: these answers are recorded already, and some may be another model's")
     if Path(path).exists():
         raise RunError(f"{path} exists; name another file, or remove it")
+    directory.require_elsewhere(Path(path))
     if not directory.is_done("refine"):
         api.refine(folder, settings=settings)
     named = named_endpoint(session.config)

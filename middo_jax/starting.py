@@ -11,7 +11,7 @@ from middo_jax import stages
 from middo_jax.config import RENAMED, Config
 from middo_jax.config.axis_table import scored_axes
 from middo_jax.data.example import Example
-from middo_jax.data.files import inputs_of
+from middo_jax.data.files import inputs_of, require_not_read
 from middo_jax.parallel.coordination import from_first
 from middo_jax.report.status import unreadable_events
 from middo_jax.rundir import RunDir, RunError, read_jsonl
@@ -92,6 +92,7 @@ def check_start(run: RunDir, session: Session, header: Header) -> Plan:
       RunError, ConfigError, DataError: the message says what to do.
     """
     config, first = session.config, run.round(0)
+    _refuse_own_files(run, config)
     data = inputs_of(config.data)
     links = chain(run, config, session.base, data)
     arms = [link for link, _ in control_links(run, config, session.base)]
@@ -129,6 +130,26 @@ def check_start(run: RunDir, session: Session, header: Header) -> Plan:
     for line in redone(states):
         session.progress.say(line)
     return Plan(run, session, heldout, links, fresh, data)
+
+
+def _refuse_own_files(run: RunDir, config: Config) -> None:
+    """Refuses a model or data that the run itself writes: it would be replaced while it is read.
+
+    Raises:
+      RunError: the base model is in the run's folder.
+      DataError: the data is one of the run's files, or these would be among the data.
+    """
+    model = Path(config.model.path).expanduser()
+    if model.exists() and model.resolve().is_relative_to(run.path.resolve()):
+        raise RunError(
+            f"model.path={config.model.path}: the model is in this run's own folder, where it would be "
+            "replaced; give the new run another name (name=...)"
+        )
+    written = [run.heldout, run.rejected]
+    for folder in (run.round(0), run.final, *run.rounds()):
+        written += [folder.dataset, folder / "merged.jsonl", folder.own_format]
+    for path in filter(None, (*config.data.paths, config.data.eval_path)):
+        require_not_read(path, written)
 
 
 def _offer_choice(run: RunDir, config: Config, link: Link, state: State) -> None:

@@ -283,6 +283,9 @@ def test_several_models_have_their_columns_side_by_side(
     assert {name: scores.reused for name, scores in later.of.items()} == {"tuned": True, "again": False}
     with pytest.raises(middo.ConfigError, match="'a b' is no name of a model"):
         middo.score_models(rows, {"a b": place / "base"}, tmp_path / "o")
+    for data in (tmp_path / "o", tmp_path / "o" / "by_model.parquet"):
+        with pytest.raises(ValueError, match=r"by_model\.parquet is read as data and would be overwritten"):
+            middo.score_models(data, models, tmp_path / "o")
 
 
 def test_results_of_a_batch_are_not_overwritten_by_requests(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from support.said import Said
 
 from middo_jax import stages
 from middo_jax.config import ConfigError, affecting, load
+from middo_jax.data.formats import DataError
 from middo_jax.loop import run_loop
 from middo_jax.models.hf import CheckpointError
 from middo_jax.progress import Silent
@@ -325,6 +326,22 @@ def test_edited_data_stops_the_run_and_changes_nothing(finished: Finished) -> No
     ):
         run_loop(load(None, finished.settings()), Silent())
     assert contents(finished.run.path) == before
+
+
+def test_what_the_run_itself_writes_is_no_input_of_it(finished: Finished) -> None:
+    run, before = finished.run, contents(finished.run.path)
+    anywhere = run.path.parent / "**" / "*.jsonl"
+    for name, path, why in (
+        ("data.path", run.final.own_format, "is read as data and would be overwritten"),
+        ("data.eval_path", run.heldout, "is read as data and would be overwritten"),
+        ("data.path", run.round(1).dataset, "is read as data and would be overwritten"),
+        ("data.path", anywhere, "is read as data and would be overwritten"),
+        ("model.path", run.final.checkpoint, "the model is in this run's own folder"),
+    ):
+        given = [*finished.settings(), {name: str(path), "data.if_changed": "redo"}]
+        with pytest.raises((DataError, RunError), match=why):
+            run_loop(load(None, given), Silent())
+    assert contents(run.path) == before
 
 
 def test_a_changed_base_model_makes_stale_what_reads_it(finished: Finished) -> None:

@@ -168,6 +168,9 @@ def test_alpaca_keeps_instruction_and_input_apart(tmp_path: Path) -> None:
     write([child], tmp_path / "out.jsonl", "alpaca")
     new = {"instruction": "Add 2 and 3.", "input": "", "output": "It is 5.", "id": "a1"}
     assert json.loads((tmp_path / "out.jsonl").read_text()) == new
+    again = example.replace_text(example.question, "Five.", Lineage((example.id,), example.id, 1, "reanswer"))
+    write([again], tmp_path / "out.jsonl", "alpaca")
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {**row, "output": "Five."}
     added = example.replace_text("Name a sea.", "North.", Lineage((example.id,), example.id, 1, "synthesize"))
     assert (added.user_id, child.user_id) == (None, "a1")
 
@@ -213,7 +216,9 @@ OWN_SHAPES = {
                        {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "type": "function",
                         "function": {"name": "add", "arguments": "{\"a\": 1}"}}]},
                        {"role": "tool", "content": "5", "tool_call_id": "c1"},
-                       {"role": "assistant", "content": "5."}]}],
+                       {"role": "assistant", "content": "5."}]},
+         {"tools": None, "messages": [{"role": "user", "content": "Hi."},
+                                      {"role": "assistant", "content": "I."}]}],
     ),
 }  # fmt: skip
 
@@ -274,6 +279,23 @@ def test_rows_come_back_in_the_users_own_shape(tmp_path: Path, case: str) -> Non
     export_data(run, tmp_path / "usual", form)
     again, _ = read(str(tmp_path / "usual" / "train.jsonl"), form)
     assert [e.messages for e in again] == [e.messages for e in originals(run)]
+
+
+@pytest.mark.parametrize("form", [None, "sharegpt", "messages", "prompt_completion", "parquet"])
+def test_both_files_have_the_same_columns(tmp_path: Path, form: str | None) -> None:
+    data, rows = OWN_SHAPES["messages: tools"]
+    run = _prepared(tmp_path, "messages", data, rows)
+    [with_tools, without] = read_jsonl(run.final.dataset)
+    for kept, held in ((with_tools, without), (without, with_tools)):
+        write_jsonl(run.final.dataset, [kept | {"user_id": "a"}])
+        write_jsonl(run.heldout, [held])
+        out = tmp_path / f"{kept['id']}"
+        export_data(run, out, form, heldout=True)
+        if form == "parquet":
+            columns = [pq.read_schema(out / f"{name}.parquet").names for name in ("train", "heldout")]
+        else:
+            columns = [[*read_jsonl(out / f"{name}.jsonl")[0]] for name in ("train", "heldout")]
+        assert columns[0] == columns[1]
 
 
 def test_answers_of_weight_0_are_marked_for_axolotl_and_said_for_trl(tmp_path: Path) -> None:

@@ -23,6 +23,19 @@ Text = Annotated[str, pydantic.StringConstraints(strip_whitespace=True, min_leng
 WHOLE = ("example",)  # groups that are replaced as a whole: half of an example is none
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that occurs twice in a mapping, as YAML does; PyYAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for n, name in enumerate(names):
+            if name in names[:n]:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{name} occurs twice", problem_mark=node.value[n][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 class OwnTexts(Settings):
     """A group of texts."""
 
@@ -48,7 +61,7 @@ def read_texts(setting: str, path: str, shipped: Texts) -> Texts:
     """
     where = f"{setting}={path}"
     try:
-        tree = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -94,7 +107,7 @@ def _explain(error: Any, laid: Any, shipped: OwnTexts) -> str:
         return f"{name} is not known. {hint}"
     if error["type"] == "missing":
         return f"{name} is missing"
-    if error["type"] == "string_too_short":
+    if error["type"] in ("string_too_short", "too_short"):
         return f"{name} is empty"
     if error["type"] in ("model_type", "string_type", "tuple_type"):
         wanted = {"model_type": "a group of texts", "string_type": "text", "tuple_type": "a list of texts"}

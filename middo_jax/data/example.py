@@ -199,7 +199,8 @@ class Example:
             # Also an id that is an ordinary column, because another one is `data.id_column`.
             extra = shared_names({name: value for name, value in extra.items() if name != "id"})
         turns = (Message("user", prompt), Message("assistant", response))
-        return Example(before + turns, "", lineage, extra, self.tools, user_id)
+        parts = self.prompt_columns if prompt == self.question else NO_COLUMNS
+        return Example(before + turns, "", lineage, extra, self.tools, user_id, parts)
 
     def changed_turns(self, original: Example) -> list[int]:
         """Which turns of this conversation differ from its original's, counted from 0.

@@ -81,7 +81,7 @@ def files_at(path: str) -> list[Path]:
         return [file] if _is_arrow(file) else _shards(file)
     if file.exists():
         return [file]
-    if any(character in local for character in "*?["):
+    if _is_pattern(local):
         found = [Path(name) for name in sorted(glob.glob(str(file), recursive=True))]
         if files := [file for file in found if file.is_file()]:
             return files
@@ -110,18 +110,37 @@ def require_not_read(source: str, outputs: Iterable[Path]) -> None:
     Raises:
       DataError: writing it would destroy the data, or add a file to it that the next reading takes for rows.
     """
-    places = _places(source)
+    places = _places(source) or _named_folder(source)
     read = {file.resolve() for place in places for file in (place, *_data_files(place))}
-    folders = {f.resolve().parent for place in places if place.is_dir() for f in _data_files(place)}
-    names = Path(source).name if any(character in source for character in "*?[") else None
-    folders |= set() if names is None else {place.resolve().parent for place in places}
+    folders = {f.resolve() for f in places if f.is_dir()}
+    folders |= {f.resolve().parent for folder in folders for f in _data_files(folder)}
+    pattern = Path(here(source)).expanduser()
     for output in outputs:
         where = output.resolve()
         if output.exists() and where in read:
             raise DataError(f"{output} is read as data and would be overwritten; write to another place")
-        fits = _is_data(where) if names is None else fnmatch.fnmatch(where.name, names)
-        if where.parent in folders and fits:
+        if (where.parent in folders and _is_data(where)) or (pattern not in places and _fits(where, pattern)):
             raise DataError(f"{output} would be among the files of {source}, as data; write to another place")
+
+
+def _fits(path: Path, pattern: Path) -> bool:
+    """Whether a pattern names a resolved path; `**` stands for any number of folders."""
+    parts = pattern.absolute().parts
+    n = next((n for n, part in enumerate(parts) if _is_pattern(part)), len(parts))
+    root = Path(*parts[:n]).resolve()
+    return path.is_relative_to(root) and _match(path.relative_to(root).parts, parts[n:])
+
+
+def _is_pattern(name: str) -> bool:
+    return any(character in name for character in "*?[")
+
+
+def _match(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern or not parts:
+        return not parts and all(each == "**" for each in pattern)
+    if pattern[0] == "**":
+        return any(_match(parts[n:], pattern[1:]) for n in range(len(parts) + 1))
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _match(parts[1:], pattern[1:])
 
 
 def _places(path: str) -> list[Path]:

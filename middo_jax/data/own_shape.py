@@ -64,8 +64,10 @@ class OwnShape:
         found = [name for name in theirs.values() if name in self.columns]
         return found[0] if len(found) == 1 else None
 
-    def rows(self, examples: Examples) -> Iterator[Row]:
+    def rows(self, examples: Examples, among: Examples | None = None) -> Iterator[Row]:
         """Conversations as rows of this shape. Columns of ours follow the user's, an `id` of ours is first.
+
+        `among` are the rows of all files that are to have the same columns; None: the examples alone.
 
         names {"output": "answer"}, columns ("answer", "instruction")
           ->  {"id": ..., "answer": ..., "instruction": ...}, without the empty `input` of Alpaca
@@ -74,8 +76,9 @@ class OwnShape:
           DataError: see `layout.to_rows`.
         """
         system = self.system_column
-        has_input = self.format != "alpaca" or not self.columns or self._has_input(examples)
-        bare = Changed(examples, _without_system) if system else examples
+        among = examples if among is None else among
+        has_input = self.format != "alpaca" or not self.columns or self._has_input(among)
+        bare = Changed(among, _without_system) if system else among
         layout = Layout.of(bare, self.format, self.id_column)
         for example in examples:
             row = layout.row(_without_system(example) if system else example)

@@ -184,7 +184,13 @@ def commonest_reasons(rejections: Sequence[Rejection | Repair], limit: int = 3) 
     return reason_lines(count_reasons(rejections), limit)
 
 
-def write(examples: Examples, path: str | Path, format: str, id_column: str = "id") -> None:
+def write(
+    examples: Examples,
+    path: str | Path,
+    format: str,
+    id_column: str = "id",
+    among: Examples | None = None,
+) -> None:
     """Writes a dataset; `read` returns the same conversations, ids and extra columns from it.
 
     Args:
@@ -193,6 +199,7 @@ def write(examples: Examples, path: str | Path, format: str, id_column: str = "i
         does not exist or is empty.
       format: alpaca, sharegpt, messages, prompt_completion; parquet (messages in a .parquet file); tfds.
       id_column: gets the user's own ids.
+      among: the rows of all files that are to have the same columns; None: the examples alone.
 
     Raises:
       DataError: there are no examples, the path's ending does not fit the format, or the path is not
@@ -216,7 +223,8 @@ def write(examples: Examples, path: str | Path, format: str, id_column: str = "i
 
             tfds_format.write(list(examples), path)
             return
-        layout = Layout.of(examples, "messages" if format == "parquet" else format, id_column)
+        form = "messages" if format == "parquet" else format
+        layout = Layout.of(examples if among is None else among, form, id_column)
         ending = path.suffix.lower()
         if ending == ".parquet":
             write_parquet(path, lambda: map(layout.row, examples))

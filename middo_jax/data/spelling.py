@@ -98,7 +98,8 @@ class Spelling:
                 turns = [turn for given in row[column] for turn in self._calls_apart(given)]
                 spelled[column] = [self._turn(turn, form) for turn in turns]
         if self.tool_lists and TOOL_COLUMN in row:
-            spelled[TOOL_COLUMN] = json.loads(row[TOOL_COLUMN]) if row[TOOL_COLUMN] else []
+            # Null, not [], where there are none: Llama 3.1's template takes any list for tools.
+            spelled[TOOL_COLUMN] = json.loads(row[TOOL_COLUMN]) if row[TOOL_COLUMN] else None
         return spelled
 
     def _calls_apart(self, turn: Row) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -58,3 +59,19 @@ class Changed:
     def __len__(self) -> int:
         """Their number."""
         return len(self.examples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """The examples of two datasets, as one."""
+
+    first: Examples
+    second: Examples
+
+    def __iter__(self) -> Iterator[Example]:
+        """Those of the first one, then those of the second one."""
+        return itertools.chain(self.first, self.second)
+
+    def __len__(self) -> int:
+        """Their number."""
+        return len(self.first) + len(self.second)

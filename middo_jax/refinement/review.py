@@ -8,6 +8,7 @@ A person answers four questions about each rewrite: `verdict` (accept or reject)
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -156,58 +157,91 @@ def judgements(row: Any, where: str) -> list[Judgement]:
     cancelled annotations are none.
 
     Raises:
-      DataError: the row is none of these, or a verdict is neither `accept` nor `reject`.
+      DataError: the row is none of these, a verdict is neither `accept` nor `reject`, or an answer is no
+        text.
     """
+    try:
+        id_, found = _read(row)
+        if not isinstance(id_, str) or "@" not in id_:
+            raise DataError(
+                "no id of a rewrite (TASK@CANDIDATE in id or review_id); give the file that Argilla or Label "
+                "Studio exports of what --write-review wrote"
+            )
+        return [_judgement(id_, said, where) for said in found if _said(said, "verdict") is not None]
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def _read(row: Any) -> tuple[Any, list[Mapping[str, Any]]]:
+    """(the id of a row, the answers of each person by question)."""
     if not isinstance(row, Mapping):
-        raise DataError(f"{where}: a row must be an object, not {type(row).__name__}")
+        raise DataError(f"a row must be an object, not {type(row).__name__}")
     by_hand = row.get("review_id", row.get("id")), [{**row, "by": row.get("annotator")}]
-    if _said(row.get("verdict")) is not None:
-        id_, found = by_hand
-    elif isinstance(row.get("annotations"), list) and isinstance(row.get("data"), Mapping):
-        id_, found = row["data"].get("review_id"), _annotated(row["annotations"])
-    elif isinstance(row.get("responses"), Mapping):
-        id_, found = row.get("id"), _by_person(row["responses"])
-    elif any(name.endswith(".responses") for name in row):
-        id_, found = row.get("id"), _by_person(_unflattened(row))
-    else:
-        id_, found = by_hand
-    if not isinstance(id_, str) or "@" not in id_:
-        raise DataError(
-            f"{where}: no id of a rewrite (TASK@CANDIDATE in id or review_id); give the file that Argilla or "
-            "Label Studio exports of what --write-review wrote"
-        )
-    return [_judgement(id_, said, where) for said in found if _said(said.get("verdict")) is not None]
+    if _said(row, "verdict") is not None:
+        return by_hand
+    if "annotations" in row and isinstance(row.get("data"), Mapping):
+        return row["data"].get("review_id"), _annotated(row["annotations"])
+    if "responses" in row:
+        return row.get("id"), _by_person(row["responses"])
+    if any(name.endswith(".responses") for name in row):
+        return row.get("id"), _by_person(_unflattened(row))
+    return by_hand
 
 
 def _judgement(id_: str, said: Mapping[str, Any], where: str) -> Judgement:
-    verdict = _said(said["verdict"])
+    verdict = _said(said, "verdict")
     if verdict not in (ACCEPT, REJECT):
-        raise DataError(f"{where}: the verdict {verdict!r} is neither {ACCEPT} nor {REJECT}")
-    texts = {name: _said(said.get(question)) for name, question in _ANSWERS.items()}
-    by = said.get("by")
-    return Judgement(id_, verdict, **texts, by=None if by is None else str(by), where=where)
+        raise DataError(f"the verdict {verdict!r} is neither {ACCEPT} nor {REJECT}")
+    texts = {name: _said(said, question) for name, question in _ANSWERS.items()}
+    by = None if said.get("by") is None else str(said["by"]).encode(errors="replace").decode()
+    return Judgement(id_, verdict, **texts, by=by, where=where)
 
 
 _ANSWERS = {"prompt": "new_prompt", "answer": "new_answer", "comment": "comment"}
 
 
-def _said(value: Any) -> str | None:
+def _said(said: Mapping[str, Any], question: str) -> str | None:
     """The text of an answer; Label Studio gives lists. None if there is none."""
+    value = said.get(question)
     while isinstance(value, list):
         value = value[-1] if value else None
-    return value.strip() or None if isinstance(value, str) else None
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise DataError(f"{question} must be a text, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{question} has half a character (a lone surrogate), which no file can hold"
+        ) from None
+    return value.strip() or None
 
 
-def _annotated(annotations: Sequence[Any]) -> list[dict[str, Any]]:
+def _objects(value: Any, what: str) -> list[Mapping[str, Any]]:
+    """A list of objects; [] for null.
+
+    Raises:
+      DataError: it is something else.
+    """
+    found = [] if value is None else value
+    if not isinstance(found, list) or not all(isinstance(each, Mapping) for each in found):
+        raise DataError(f"`{what}` must be a list of objects")
+    return found
+
+
+def _annotated(annotations: Any) -> list[Mapping[str, Any]]:
     """The answers of each annotation of Label Studio by question."""
-    found = []
-    for annotation in annotations:
+    found = list[Mapping[str, Any]]()
+    for annotation in _objects(annotations, "annotations"):
         if annotation.get("was_cancelled"):
             continue
         said: dict[str, Any] = {"by": annotation.get("completed_by")}
-        for result in annotation.get("result") or ():
-            value = result.get("value") or {}
-            said[result.get("from_name")] = value.get("choices", value.get("text"))
+        for result in _objects(annotation.get("result"), "result"):
+            value = result.get("value")
+            if not isinstance(value, Mapping):
+                raise DataError("`value` of a result must be an object")
+            said[str(result.get("from_name"))] = value.get("choices", value.get("text"))
         found.append(said)
     return found
 
@@ -217,21 +251,23 @@ def _unflattened(row: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for question in QUESTIONS:
         name = f"{question}.responses"
-        values = row.get(name) or []
-        people = row.get(f"{name}.users") or [None] * len(values)
-        states = row.get(f"{name}.status") or [None] * len(values)
+        values, people, states = (row.get(f"{name}{end}") or [] for end in ("", ".users", ".status"))
+        if not all(isinstance(each, list) for each in (values, people, states)):
+            raise DataError(f"`{name}` must be a list, and so must its users and status")
         found[question] = [
             {"value": value, "user_id": person, "status": state}
-            for value, person, state in zip(values, people, states, strict=False)
-        ]
+            for value, person, state in itertools.zip_longest(values, people, states)
+        ][: len(values)]
     return found
 
 
-def _by_person(responses: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _by_person(responses: Any) -> list[Mapping[str, Any]]:
     """The answers of each person in Argilla's responses by question."""
+    if not isinstance(responses or {}, Mapping):
+        raise DataError("`responses` must be an object")
     people: dict[str, dict[str, Any]] = {}
     for question in QUESTIONS:
-        for response in responses.get(question) or ():
+        for response in _objects((responses or {}).get(question), f"responses.{question}"):
             if response.get("status") in ("draft", "discarded"):
                 continue
             person = str(response.get("user_id"))

@@ -161,6 +161,16 @@ class RoundDir:
         match = _ROUND.fullmatch(self.path.absolute().name)
         return int(match[1]) if match and self.run else 0
 
+    def require_elsewhere(self, path: Path) -> None:
+        """Requires that a file that is written for the user is not among those of this folder or its run.
+
+        Raises:
+          RunError: it would be.
+        """
+        folders = [self.path, *([] if self.run is None else [self.run.path])]
+        if path.resolve().parent in {folder.resolve() for folder in folders}:
+            raise RunError(f"{path} would be among the files that are read; write to another folder")
+
     def stages(self) -> dict[str, Any]:
         """Returns the records of the finished stages by name, see `rundir.manifest`."""
         return Manifest(self.path).records()

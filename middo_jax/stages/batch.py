@@ -8,6 +8,7 @@ from pathlib import Path
 
 from middo_jax.refinement import AnswerCache, BatchClient, Ledger, NotAnswered, prompts, read_results
 from middo_jax.refinement.endpoint.address import Secrets
+from middo_jax.refinement.endpoint.batch import require_batch_file
 from middo_jax.refinement.endpoint.client import read_key
 from middo_jax.refinement.endpoint.receiving import answer_bytes
 from middo_jax.refinement.words import read_words
@@ -57,10 +58,14 @@ def batch_stage(
       write: file for the unanswered requests, if there are any.
 
     Raises:
-      RunError: `refine.model` is not set, a file contains no results or only results of other requests, or
-        training made the model worse, see `check_learnt`.
+      RunError: `refine.model` is not set, a file contains no results or only results of other requests,
+        `write` is another file or would be in the folder, or training made the model worse, see
+        `check_learnt`.
     """
     config = session.config
+    if write is not None:
+        directory.require_elsewhere(write)
+        require_batch_file(write)
     check_learnt(config, directory)
     if config.refine.model is None:
         raise RunError("config: refine.model is missing: set it to the name of the model that runs the batch")

@@ -21,6 +21,7 @@ from middo_jax.passes.parts import Parts
 from middo_jax.passes.ratings import RatingScale, rate
 from middo_jax.passes.runner import PassFacts
 from middo_jax.progress import Progress
+from middo_jax.refinement.reply import without_reasoning
 from middo_jax.session import Session
 from middo_jax.signals.judge.questions import RatingTokens, RatingTree, rating_tree
 from middo_jax.signals.judge.readout import EXPECTED, Readout
@@ -126,7 +127,16 @@ def sampled_ratings(
             if len(tokens_n) < context
         }
         for q, future in futures.items():
-            rating = parse_rating(str(tokenizer.decode(future.result().tokens)))
+            rating = read_rating(str(tokenizer.decode(future.result().tokens)))
             rating_q[q] = np.nan if rating is None else rating
             advance((q + 1) // len(COLUMNS), len(examples))
     return rating_q.reshape(len(examples), len(COLUMNS))
+
+
+def read_rating(answer: str) -> float | None:
+    """The rating in a judge's answer, see `parse_rating`. One in its reasoning does not count.
+
+    "<think>A score of 3? No.</think>\\n8" -> 8; None if the reasoning never ends.
+    """
+    text = without_reasoning(answer)
+    return None if text is None else parse_rating(text)

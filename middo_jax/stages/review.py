@@ -86,12 +86,14 @@ def write_review(directory: RoundDir, path: Path, form: ReviewFormat) -> int:
       form: argilla or label-studio.
 
     Raises:
-      RunError: the folder has no finished refinement, no rewrite was accepted, or a file exists already.
+      RunError: the folder has no finished refinement, no rewrite was accepted, or a file exists
+        already or would be in the folder.
     """
     _require_refined(directory)
     beside = path.with_name(f"{path.name}.{'py' if form == 'argilla' else 'xml'}")
     if taken := [file for file in (path, beside) if file.exists()]:
         raise RunError(f"{taken[0]} exists, and may have been filled in; name another file, or remove it")
+    directory.require_elsewhere(path)
     found = list(review_rows(_outcomes(directory, read_dataset(directory)), form))
     if not found:
         raise RunError(f"{directory.path}: no rewrite was accepted, so there is nothing to review")
@@ -117,7 +119,7 @@ def read_review(directory: RoundDir, paths: Sequence[Path]) -> Counter[str]:
     Raises:
       RunError: the folder has no finished refinement.
       DataError: a file cannot be read, holds no verdict on these rewrites, or people's edits differ; or an
-        edited text is empty, has a control token or a character that nobody sees, is held out, or is in the
+        edited text has a control token or a character that nobody sees, is held out, or is in the
         dataset already.
     """
     _require_refined(directory)

@@ -232,6 +232,27 @@ def test_an_output_that_is_read_as_data_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"other\.jsonl would be among the files of"):
             require_not_read(source, [tmp_path / "other.jsonl"])
     require_not_read("hf:someone/some:train", [path])
+    for source in (f"hf:{tmp_path}:train", f"hf:{tmp_path}:default:train", f"tfds:{tmp_path}:train"):
+        with pytest.raises(DataError, match=r"rows\.jsonl is read as data"):
+            require_not_read(source, [path])
+
+
+def test_an_output_that_the_next_reading_would_take_for_data_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "shards" / "data"
+    data.mkdir(parents=True)
+    (data / "a.jsonl").write_text(LINES)
+    (tmp_path / "link").symlink_to(tmp_path / "shards")
+    for source, name in (
+        ("shards", "shards/new.jsonl"),  # read in place of those in shards/data
+        ("**/*.jsonl", "b/c/new.jsonl"),
+        ("*/data/*.jsonl", "other/data/new.jsonl"),
+        ("shards/**/n*.jsonl", "shards/new.jsonl"),
+        ("link/data/*", "shards/data/new.jsonl"),
+        ("shards/data/*.jsonl", "link/data/new.jsonl"),
+    ):
+        with pytest.raises(DataError, match=r"new\.jsonl would be among the files of"):
+            require_not_read(str(tmp_path / source), [tmp_path / name])
+        require_not_read(str(tmp_path / source), [tmp_path / "new.txt", tmp_path / "b" / "new.csv"])
 
 
 def test_a_refused_row_is_named_by_its_line_and_its_id(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from middo_jax.parallel.mesh import make_mesh
 from middo_jax.signals.judge.questions import JudgeError, RatingTokens, RatingTree, rating_tree
 from middo_jax.signals.judge.rubrics import ANSWER_STEM, COLUMNS, DIMENSIONS, PARTS, judge_message, quality
 from middo_jax.signals.judge.sampled import parse_rating
-from middo_jax.stages.ratings import Asked, judge
+from middo_jax.stages.ratings import Asked, judge, read_rating
 
 MAX_LENGTH = 1024
 
@@ -301,6 +301,20 @@ def test_a_message_holds_both_texts_as_they_are(prompt: str, response: str) -> N
 )
 def test_parse_rating(text: str, rating: float | None) -> None:
     assert parse_rating(text) == rating
+
+
+@pytest.mark.parametrize(
+    ("answer", "rating"),
+    [
+        ("<think>\nA score of 3? No.\n</think>\n\n8", 8),
+        ("A score of 3? No.\n</think>\n\n8", 8),  # the template wrote the opening mark
+        ("<think>A score of 3", None),
+        ("<think></think>", None),
+        (" 8", 8),
+    ],
+)
+def test_a_rating_in_the_judges_reasoning_does_not_count(answer: str, rating: float | None) -> None:
+    assert read_rating(answer) == rating
 
 
 @given(st.text(max_size=60))

@@ -95,11 +95,18 @@ def test_an_echo_of_ones_own_example_is_none_of_the_shipped_ones(tmp_path: Path)
             'both: {example: {prompt: x, response: y, new_prompt: "<prompt>z</prompt>"}}',
             "both.example.new_prompt cannot be read from a reply",
         ),
-        ("synthesize: {example: {core: x, neighbours: [], new_prompt: z}}", "at least 1 item"),
+        (
+            "synthesize: {example: {core: x, neighbours: [], new_prompt: z}}",
+            "synthesize.example.neighbours is empty",
+        ),
         ("rewrite: x", "rewrite must be a group of texts, not 'x'"),
         ("[1, 2]", "must name texts, some of simplify, rewrite"),
         ("", "must name texts"),
         ("a: [", "not YAML in line 1"),
+        (
+            "rewrite: {instruction: x}\nboth:\n  instruction: x\nrewrite: {instruction: y}",
+            "in line 4: rewrite occurs",
+        ),
         (None, "No such file"),
     ],
 )

@@ -67,6 +67,9 @@ def test_every_accepted_rewrite_is_written_beside_its_original(here: RoundDir, t
     for taken in ("a.jsonl", "l.json"):
         with pytest.raises(RunError, match=r"exists, and may have been filled in"):
             middo.write_review(here.path, tmp_path / taken)
+    for taken in (here.verdicts, here / "new.jsonl"):
+        with pytest.raises(RunError, match=r"would be among the files that are read"):
+            middo.write_review(here.path, taken)
     with pytest.raises(middo.ConfigError, match="no review format 'csv'; there are argilla, label-studio"):
         middo.write_review(here.path, tmp_path / "b", "csv")
     assert contents(tmp_path) == before
@@ -169,6 +172,33 @@ def test_a_verdict_is_read_from_every_form(row: dict[str, Any]) -> None:
 def test_a_row_that_nobody_judged_gives_nothing() -> None:
     assert judgements({"id": "t@c", "responses": {}}, "f:1") == []
     assert judgements({"data": {"review_id": "t@c"}, "annotations": []}, "f:1") == []
+    assert judgements({"id": "t@c", "responses": None}, "f:1") == []
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"responses": {"verdict": "accept"}}, "`responses.verdict` must be a list of objects"),
+        ({"responses": {"verdict": ["accept"]}}, "`responses.verdict` must be a list of objects"),
+        ({"responses": ["accept"]}, "`responses` must be an object"),
+        ({"verdict.responses": 5}, "`verdict.responses` must be a list"),
+        (
+            {"verdict.responses": ["accept"], "verdict.responses.users": 7},
+            "`verdict.responses` must be a list",
+        ),
+        ({"annotations": [5]}, "`annotations` must be a list of objects"),
+        ({"annotations": {}}, "`annotations` must be a list of objects"),
+        ({"annotations": [{"result": [7]}]}, "`result` must be a list of objects"),
+        ({"annotations": [{"result": [{"from_name": "verdict", "value": "accept"}]}]}, "`value` of a result"),
+        ({"verdict": True}, "verdict must be a text, not bool"),
+        ({"verdict": "accept", "new_answer": 7}, "new_answer must be a text, not int"),
+        ({"verdict": "accept", "comment": "\ud800"}, "comment has half a character"),
+    ],
+)
+def test_a_damaged_row_is_an_error_that_names_its_place(row: dict[str, Any], error: str) -> None:
+    with pytest.raises(DataError) as raised:
+        judgements({"id": "t@c", "data": {"review_id": "t@c"}, **row}, "f:1")
+    assert str(raised.value).startswith(f"f:1: {error}")
 
 
 Change = Callable[[list[dict[str, Any]]], Any]

@@ -158,6 +158,20 @@ class BatchClient:
         write_jsonl(path, rows)
 
 
+def require_batch_file(path: Path) -> None:
+    """Requires that a file does not exist, is empty, or has requests that `BatchClient.write` wrote.
+
+    Raises:
+      RunError: it is another file, which would be lost.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        first = lines.readline(LINE_BYTES)
+    if first.strip() and not (_CUSTOM_ID.search(first[:200]) and b'"method"' in first[:200]):
+        raise RunError(f"{path} exists and has no requests of a batch; name another file, or remove it")
+
+
 def read_results(
     paths: Iterable[Path], secrets: Secrets = NO_SECRETS, most_bytes: int = LINE_BYTES
 ) -> dict[str, Result]:

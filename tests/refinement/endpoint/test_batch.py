@@ -119,6 +119,14 @@ def test_what_does_not_belong_is_refused(finished: Finished, middo: Middo, tmp_p
     assert "none of the results belongs to a request" in other.err
     assert "refine.model is missing" in middo("refine", here, "--write-batch", ask, "refine.model=null").err
     assert "no such file" in middo("refine", here, "--read-batch", tmp_path / "none").err.lower()
+    for taken in (here / "dataset.jsonl", here / "new.jsonl", tmp_path / "run" / ".." / "run" / "new.jsonl"):
+        assert "would be among the files that are read" in middo("refine", here, "--write-batch", taken).err
+    theirs = tmp_path / "theirs.jsonl"
+    for text in ('{"instruction": "Add.", "output": "5"}
+', results.read_text(encoding="utf-8")):
+        theirs.write_text(text, encoding="utf-8")
+        assert "has no requests of a batch" in middo("refine", here, "--write-batch", theirs).err
+        assert theirs.read_text(encoding="utf-8") == text
     # Read without a next file, it says what to do.
     assert "--write-batch FILE" in middo("refine", here, "--read-batch", results).out
 

@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -67,22 +68,22 @@ class Loop(NamedTuple):
     """One refiner and one dataset for the runs of this file, and the run of one process."""
 
     root: Path
-    url: str
+    url: str | None
     alone: RunDir
+    more: Mapping[str, Any] = MappingProxyType({})
 
     def command(self, runs: Path) -> tuple[str, str]:
         """The arguments of a run below `runs`."""
         runs.mkdir(exist_ok=True)
-        chosen = settings(
-            self.root,
-            self.url,
-            runs_dir=runs,
-            train__batch_size=4,
-            refine__accept="measured",
-            hosts__stall_timeout=120,
-            stop__patience=1,  # process 0 decides which stages are left
-            controls="[random]",
-        )
+        given = {
+            "runs_dir": runs,
+            "train__batch_size": 4,
+            "refine__accept": "measured",
+            "hosts__stall_timeout": 120,
+            "stop__patience": 1,  # process 0 decides which stages are left
+            "controls": "[random]",
+        }
+        chosen = settings(self.root, self.url, **{**given, **self.more})
         (runs / "config.yaml").write_text(load(None, chosen).to_yaml(), encoding="utf-8")
         return "run", str(runs / "config.yaml")
 
@@ -179,3 +180,84 @@ def test_other_settings_on_one_host_are_named(loop: Loop, tmp_path: Path) -> Non
         assert e.code == 1
         assert "the processes differ in settings: process 0 on " in e.output
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    """As `loop`, with LoRA adapters in the place of full fine-tuning."""
+    root = tmp_path_factory.mktemp("adapters")
+    with fake_refiner(seconds=0.05) as (url, _):
+        made = Loop(root, url, RunDir(root / "alone" / "run"), {"lora__rank": 4})
+        [ended] = end(start(1, *made.command(root / "alone")))
+        assert ended.code == 0
+        yield made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_job_that_trains_adapters_gives_what_one_process_gives(
+    adapters: Loop, tmp_path: Path, processes: int
+) -> None:
+    ended = end(start(processes, *adapters.command(tmp_path)))
+    assert [e.code for e in ended] == [0] * processes
+    assert_equal(RunDir(tmp_path / "run"), adapters.alone)
+
+
+# What is there when a process is killed: somewhere in, or right before, the stage.
+IN_STAGE = {
+    "train": "round_00/metrics.jsonl",
+    "score": "round_00/checkpoint/metadata.json",
+    "refine": "round_00/requests.jsonl",
+    "last training": "round_01/metrics.jsonl",
+    "evaluate": "round_01/checkpoint/metadata.json",
+    "export": "heldout_losses.json",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", IN_STAGE)
+def test_where_one_of_four_is_killed_in_a_stage_the_job_ends_and_resumes(
+    loop: Loop, tmp_path: Path, stage: str
+) -> None:
+    run = RunDir(tmp_path / "run")
+    started = start(4, *loop.command(tmp_path))
+    wait_for(run.path / IN_STAGE[stage], started)
+    started[2].kill()
+    killed = time.monotonic()
+    ended = end(started)
+    assert time.monotonic() - killed < 90
+    assert {e.code for number, e in enumerate(ended) if number != 2} <= {EXIT_PREEMPTED, 134, -signal.SIGABRT}
+    assert any("process 2" in e.output for e in ended)
+    assert all(e.code == 0 for e in end(start(4, *loop.command(tmp_path))))
+    assert_equal(run, loop.alone)
+
+
+@pytest.mark.slow
+def test_a_job_of_four_is_continued_by_two_and_by_one(loop: Loop, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    for processes, name in ((4, "round_00/metrics.jsonl"), (2, "round_00/checkpoint/metadata.json")):
+        started = start(processes, *loop.command(tmp_path))
+        wait_for(run.path / name, started)
+        started[-1].send_signal(signal.SIGTERM)
+        assert [e.code for e in end(started)] == [EXIT_PREEMPTED] * processes
+    [ended] = end(start(1, *loop.command(tmp_path)))
+    assert ended.code == 0
+    assert_equal(run, loop.alone)
+
+
+def wait_for(path: Path, started: list[subprocess.Popen[str]]) -> None:
+    """Returns once there is such a file, or a process has ended."""
+    waited = time.monotonic() + 300
+    while not path.exists() and time.monotonic() < waited and all(p.poll() is None for p in started):
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_without_an_endpoint_every_process_serves_the_refiner(tmp_path: Path) -> None:
+    made = Loop(tmp_path, None, RunDir(tmp_path / "run"), {"controls": "[]", "refine__concurrency": 4})
+    ended = end(start(2, *made.command(tmp_path)))
+    assert [e.code for e in ended] == [0, 0]
+    assert "the refiner is served by 2 processes" in ended[0].output
+    rows = read_jsonl(made.alone.round(0).requests)
+    assert rows
+    assert all(row["answer"] for row in rows)

@@ -8,21 +8,29 @@ import gc
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from starlette.applications import Starlette
 
 from middo_jax.config import Config, replayed_file
 from middo_jax.data.templates import pin_date
 from middo_jax.data.tokenize import load_tokenizer
 from middo_jax.inference import listening, server
+from middo_jax.inference.guard import Access
+from middo_jax.loopback import is_loopback
 from middo_jax.models.resolve import resolve
+from middo_jax.parallel.coordination import Together, agree, barrier, gather, own_address
 from middo_jax.refinement.endpoint.recording import Recording, read_header, read_recording
 from middo_jax.rundir import RunError, fingerprint
 from middo_jax.session import Session
+from middo_jax.stages.measure import alone
 from middo_jax.stages.replaying import Replay
+
+SERVE, STOP = "serve", "stop serving"  # what process 0 tells those that follow
 
 
 class Served(NamedTuple):
@@ -35,6 +43,7 @@ class Served(NamedTuple):
       revision: of the model, for the keys of its answers; None where only the user can name it.
       recording: the recorded answers that are replayed.
       embedded: the model that answers what the recording lacks.
+      token: that the embedded servers of a job want; None: they are reached from this machine alone.
     """
 
     url: str | tuple[str, ...]
@@ -43,6 +52,7 @@ class Served(NamedTuple):
     revision: str | None = None
     recording: Recording | None = None
     embedded: str = ""
+    token: str | None = None
 
 
 def named_endpoint(config: Config) -> Served | None:
@@ -73,10 +83,15 @@ def refines_itself(session: Session) -> bool:
 
 
 @contextlib.contextmanager
-def endpoint(session: Session) -> Iterator[Served]:
+def endpoint(session: Session, together: Together = alone) -> Iterator[Served]:
     """Yields the refiner's endpoint. If none is set, serves the embedded one on loopback during the block.
 
-    Recorded answers are served likewise, and the embedded model is loaded when it is needed.
+    In a job of several processes each serves it on its own devices and address, and the client shares the
+    load. Recorded answers are served on loopback, and the embedded model is loaded when it is needed.
+
+    Args:
+      session: settings, mesh.
+      together: value that `lead` yields, if other processes of the job follow.
     """
     config = session.config
     if (named := named_endpoint(config)) is not None:
@@ -93,11 +108,47 @@ def endpoint(session: Session) -> Iterator[Served]:
             yield Served(url, recording.model, False, revision, recording, path.resolve().name)
         gc.collect()
         return
-    name = path.resolve().name
-    with _embedded(session, name) as app, listening.serve_in_background(app, port=0) as url:
-        revision = config.refine.model_revision or app.state.revision
-        yield Served(url, name, sends_key=False, revision=revision)
+    token = secrets.token_hex(32) if jax.process_count() > 1 else None
+    with contextlib.ExitStack() as stack:
+        with together({SERVE: token}):
+            servers = stack.enter_context(serving(session, token))
+        revision = config.refine.model_revision or servers.revision
+        yield Served(servers.urls, path.resolve().name, sends_key=False, revision=revision, token=token)
     gc.collect()
+    with together({STOP: True}):  # after an error this process ends, and so do the others
+        barrier("refiner: stopped")
+
+
+class Servers(NamedTuple):
+    """The embedded endpoints of all processes, in their order, and the revision of what they serve."""
+
+    urls: tuple[str, ...]
+    revision: str
+
+
+@contextlib.contextmanager
+def serving(session: Session, token: str | None) -> Iterator[Servers]:
+    """Serves the embedded model in this process during the block; all processes of a job must call it.
+
+    Args:
+      session: settings, mesh.
+      token: what clients must send, since other machines can reach the addresses; None: there are no others.
+
+    Raises:
+      HostsError: the processes serve different models.
+    """
+    path, _ = embedded_model(session)
+    address = own_address()
+    access = None if token is None else Access(token, only_loopback=is_loopback(address))
+    with (
+        _embedded(session, path.resolve().name, access) as app,
+        listening.serve_in_background(app, host=address, port=0) as url,
+    ):
+        found = gather("refiner: servers", [url, app.state.revision])
+        agree({"refiner": app.state.revision})
+        if len(found) > 1:
+            session.progress.say(f"the refiner is served by {len(found)} processes")
+        yield Servers(tuple(url for url, _ in found), app.state.revision)
 
 
 def embedded_model(session: Session) -> tuple[Path, str | None]:
@@ -111,7 +162,7 @@ def _date(config: Config) -> datetime.date:
 
 
 @contextlib.contextmanager
-def _embedded(session: Session, name: str) -> Iterator[Starlette]:
+def _embedded(session: Session, name: str, access: Access | None = None) -> Iterator[Starlette]:
     """Yields the embedded endpoint's application under a model's name; its engine runs during the block."""
     config = session.config
     path, template = embedded_model(session)
@@ -120,7 +171,7 @@ def _embedded(session: Session, name: str) -> Iterator[Starlette]:
     )
     # A rewrite depends on what the template prints, so that another day's start must print the same.
     pin_date(tokenizer, _date(config))
-    app = server.build_app(engine, tokenizer, name, eos_ids)
+    app = server.build_app(engine, tokenizer, name, eos_ids, access)
     app.state.revision = served_revision(path, tokenizer.chat_template, _date(config), config)
     with engine:
         yield app

@@ -64,6 +64,7 @@ class ChatClient:
         cache: AnswerCache,
         *,
         sends_key: bool = True,
+        token: str | None = None,
         ledger: Ledger | None = None,
         backoff_s: float = 1.0,
     ) -> None:
@@ -75,6 +76,7 @@ class ChatClient:
           cache: stores the answers.
           sends_key: whether requests carry the key of `refine.api_key_env`; otherwise a dummy. The key is
             only for the server that the user named.
+          token: takes the place of that key: of the embedded servers of a job.
           ledger: records costs; clients that share a ledger share its budget.
           backoff_s: seconds before the first retry, doubled for each further one.
 
@@ -89,7 +91,7 @@ class ChatClient:
         self._cache = cache
         self._backoff_s = backoff_s
         self._dialect = Dialect(cache, requests.served)
-        key = read_key(settings.api_key_env) if sends_key else None
+        key = read_key(settings.api_key_env) if sends_key else token
         self._has_key = key is not None
         urls = (base_url,) if isinstance(base_url, str) else tuple(base_url)
         addresses = [Address.of(url) for url in urls]

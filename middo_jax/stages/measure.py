@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import end_of_turn_token
 from middo_jax.models.model import Model
-from middo_jax.parallel.coordination import Together
+from middo_jax.parallel.coordination import Together, alone
 from middo_jax.refinement.acceptance.candidate import Measurement
 from middo_jax.refinement.acceptance.measured import cosines
 from middo_jax.refinement.acceptance.table import is_asked
@@ -92,11 +92,6 @@ class Rewrite(NamedTuple):
     def from_json(cls, row: Mapping[str, Any]) -> Rewrite:
         """The inverse of `to_json`."""
         return cls(Example.from_json(row["child"]), row["original_id"], row["op"])
-
-
-def alone(told: Any) -> contextlib.AbstractContextManager[None]:
-    """A `Together` for a job without followers; does nothing."""
-    return contextlib.nullcontext()
 
 
 class UnderTraining:

@@ -18,7 +18,7 @@ from middo_jax.config.refine import Turns
 from middo_jax.data.example import Example
 from middo_jax.data.stored import Stored
 from middo_jax.data.tokenize import steering_tokens
-from middo_jax.parallel.coordination import Together, barrier, follow, lead
+from middo_jax.parallel.coordination import Together, follow, lead
 from middo_jax.refinement import (
     AnswerCache,
     BatchClient,
@@ -233,12 +233,11 @@ def follow_refinement(session: Session, directory: RoundDir) -> None:
     with session.stage(), contextlib.ExitStack() as servers:
         for told in follow(FOLLOWED):
             if SERVE in told:
-                servers.enter_context(serving(session, told[SERVE]))
+                servers.enter_context(serving(session))
                 continue
             if STOP in told:
                 servers.close()
                 gc.collect()
-                barrier("refiner: stopped")
                 continue
             if told["loads"] or under is None:  # process 0 loads the model for each attempt
                 under = None

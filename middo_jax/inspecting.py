@@ -78,7 +78,7 @@ def _with_tokens(config: Config, rows: UserRows) -> dict[str, Any]:
     rows = usable(session, rows)
     whole = tokenize_all(rows.examples, session.tokenizer)
     cut = [truncate(tokenized, max_length) for tokenized in whole]
-    session.tell_of_no_end(cut)
+    session.tell_of_no_end(len(cut), sum(t.truncated for t in cut), session.learns_end(cut))
     return inspect_rows(rows.examples, rows.rejections, rows.repairs) | inspect_tokens(
         whole,
         cut,

@@ -33,7 +33,8 @@ from middo_jax.config import Config, load
 from middo_jax.models.config import DecoderConfig
 from middo_jax.models.model import Params, abstract_model
 from middo_jax.parallel.mesh import one_device
-from middo_jax.passes.losses import MIN_LENGTH, LossInputs, score_batch
+from middo_jax.passes.loss_plan import MIN_LENGTH
+from middo_jax.passes.losses import LossInputs, score_batch
 from middo_jax.planning.amounts import Amounts
 from middo_jax.planning.chips import Chip, Slices
 from middo_jax.planning.compiling import Compiled, compile_program, mesh_of

@@ -81,7 +81,7 @@ def _of_tokens(session: Session, rows: UserRows) -> dict[str, Any]:
     max_length = session.config.model.max_length
     whole = tokenize_all(rows.examples, session.tokenizer)
     cut = [truncate(tokenized, max_length) for tokenized in whole]
-    session.tell_of_no_end(cut)
+    session.tell_of_no_end(len(cut), sum(t.truncated for t in cut), session.learns_end(cut))
     return inspect_tokens(
         whole,
         cut,

@@ -45,7 +45,7 @@ from middo_jax.models.lora import from_settings
 from middo_jax.models.model import Model
 from middo_jax.models.resolve import resolve
 from middo_jax.parallel.mesh import batch_divisor, make_mesh
-from middo_jax.passes.losses import plan_losses
+from middo_jax.passes.loss_plan import plan_losses
 from middo_jax.passes.runner import PassPlan
 from middo_jax.planning import automatic
 from middo_jax.progress import Progress, for_stderr
@@ -149,30 +149,42 @@ class Session:
             if self._kept.depth == 0:
                 self._kept.tokenized.clear()
 
-    def tokenize(self, examples: Sequence[Example]) -> list[TokenizedExample]:
-        """Tokenizes examples. Examples that cannot be rendered were rejected when the data was read."""
+    def tokenize(self, examples: Sequence[Example], *, tells: bool = True) -> list[TokenizedExample]:
+        """Tokenizes examples. Examples that cannot be rendered were rejected when the data was read.
+
+        With `tells`, reports what `tell_of_tokens` does, since the examples are not a part of others.
+        """
         kept = self._kept.tokenized if self._kept.depth else {}
         new = {_content(e): e for e in examples if _content(e) not in kept}
         found = tokenize_all(list(new.values()), self.tokenizer, self.config.model.max_length)
         kept.update(zip(new, found, strict=True))
         tokenized = [_named(kept[_content(example)], example.id) for example in examples]
-        self.tell_of_no_end(tokenized)
-        self._tell_of_cuts(tokenized)
+        if tells:
+            n_cut = sum(t.truncated for t in tokenized)
+            self.tell_of_tokens(len(tokenized), n_cut, self.learns_end(tokenized))
         return tokenized
 
-    def _tell_of_cuts(self, tokenized: Sequence[TokenizedExample]) -> None:
-        """Reports how many examples are cut, once per session: for the first examples of which any is."""
-        cut = sum(t.truncated for t in tokenized)
-        if cut and "cut" not in self._told:
+    def learns_end(self, tokenized: Sequence[TokenizedExample]) -> bool:
+        """Whether any example has an end-of-answer token among its targets; also if the model has no such."""
+        ends = eos_token_ids(self.base, self.tokenizer)
+        return not ends or any(not ends.isdisjoint(learnt_controls(t, self.tokenizer)) for t in tokenized)
+
+    def tell_of_tokens(self, n: int, n_cut: int, learns_end: bool) -> None:
+        """Reports how many of n examples are cut, once per session: for the first examples of which any is.
+
+        Before that it warns, once per session and reason, if none of them learns the end of an answer.
+        """
+        self.tell_of_no_end(n, n_cut, learns_end)
+        if n_cut and "cut" not in self._told:
             self._told.add("cut")
             self.progress.say(
-                f"{cut:,} of {len(tokenized):,} conversations are longer than "
+                f"{n_cut:,} of {n:,} conversations are longer than "
                 f"model.max_length={self.config.model.max_length} tokens and are cut"
             )
 
-    def tell_of_no_end(self, tokenized: Sequence[TokenizedExample]) -> None:
-        """Warns, once per session and reason, if no example has an end-of-answer token among its targets."""
-        reason = self._why_no_end(tokenized) if tokenized else None
+    def tell_of_no_end(self, n: int, n_cut: int, learns_end: bool) -> None:
+        """Warns, once per session and reason, if none of n examples learns the end of an answer."""
+        reason = None if learns_end or not n else self._why_no_end(all_cut=n_cut == n)
         if reason is not None and reason not in self._told:
             self._told.add(reason)
             self.progress.say(
@@ -183,12 +195,9 @@ class Session:
     def _told(self) -> set[str]:
         return set()
 
-    def _why_no_end(self, tokenized: Sequence[TokenizedExample]) -> str | None:
-        """Returns why no example has an end-of-answer token among its targets; None if one has."""
-        ends = eos_token_ids(self.base, self.tokenizer)
-        if not ends or any(not ends.isdisjoint(learnt_controls(t, self.tokenizer)) for t in tokenized):
-            return None
-        if all(t.truncated for t in tokenized):
+    def _why_no_end(self, *, all_cut: bool) -> str:
+        """Returns why no example has an end-of-answer token among its targets."""
+        if all_cut:
             return f"every conversation is cut at model.max_length={self.config.model.max_length}"
         return "the chat template writes no control token after an answer; set model.template"
 

@@ -169,7 +169,9 @@ def test_training_scoring_and_exporting_into_a_bucket(s3: str, middo: Middo, tmp
     assert "exported/model.safetensors" in store.list()
     code, out, err = middo("export", f"{s3}/tuned/checkpoint", f"{s3}/exported")
     assert code == 1
-    assert "is not an empty directory" in err
+    assert f"middo: {s3}/exported exists and is not an empty directory" in err  # not the path of its copy
+    code, out, err = middo("export", f"{s3}/model", tmp_path / "no-checkpoint")
+    assert (code, f"middo: {s3}/model: no finished checkpoint there" in err) == (1, True), err
     assert not [name for name in store.list() if LOCK in name]
 
 

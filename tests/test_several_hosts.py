@@ -9,9 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,8 +21,11 @@ from support.loop_fixture import contents, fake_refiner, settings
 from middo_jax.config import load
 from middo_jax.parallel.preemption import EXIT_PREEMPTED
 from middo_jax.rundir import RunDir, read_jsonl
+from middo_jax.rundir.events import read_events
 
 DEVICES = 4  # of all processes together
+TIMEOUT_S = 900  # of a job; one of four processes takes about two minutes on two idle cores
+ENDED_AFTER_S = 120  # when one was killed; the others find that out within 25 s and have 20 s to end
 EQUAL = ("dataset.jsonl", "heldout.jsonl", "rejected.jsonl", "requests.jsonl")
 
 pytestmark = pytest.mark.multiprocess
@@ -55,7 +58,7 @@ def start(processes: int, *arguments: str) -> list[subprocess.Popen[str]]:
 
 def end(started: list[subprocess.Popen[str]]) -> list[Ended]:
     try:
-        outputs = [process.communicate(timeout=500)[0] for process in started]
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
     finally:
         for process in started:
             process.kill()
@@ -63,38 +66,71 @@ def end(started: list[subprocess.Popen[str]]) -> list[Ended]:
     return [Ended(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
 
+def wait_for(is_so: Callable[[], bool], started: list[subprocess.Popen[str]]) -> None:
+    """Returns once it is so; fails if a process ends before, or if it takes too long."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not is_so():
+        if time.monotonic() > deadline or any(process.poll() is not None for process in started):
+            for process in started:
+                process.kill()
+            print(*(process.communicate()[0] for process in started), sep="\n---\n")
+            raise AssertionError("it has not come to the awaited point")
+        time.sleep(0.05)
+
+
+def within(run: RunDir, stage: str) -> Callable[[], bool]:
+    """Whether a stage, FOLDER/NAME, begins after this call, and a training makes a step; to be called."""
+
+    def times_begun() -> int:
+        rows = read_events(run.events).rows
+        return sum(row["event"] == "start" and f"{row['round']}/{row['stage']}" == stage for row in rows)
+
+    before, since = times_begun(), time.time()
+    folder, _, name = stage.partition("/")
+    metrics = run.path / folder / "metrics.jsonl"
+
+    def is_within() -> bool:
+        has_step = name != "train" or (metrics.exists() and metrics.stat().st_mtime > since)
+        return times_begun() > before and has_step
+
+    return is_within
+
+
 class Loop(NamedTuple):
-    """One refiner and one dataset for the runs of this file, and the run of one process."""
+    """A refiner, a dataset and settings for several runs, and the run of one process."""
 
     root: Path
-    url: str
+    url: str | None
     alone: RunDir
+    more: Mapping[str, Any]
 
     def command(self, runs: Path) -> tuple[str, str]:
         """The arguments of a run below `runs`."""
         runs.mkdir(exist_ok=True)
-        chosen = settings(
-            self.root,
-            self.url,
-            runs_dir=runs,
-            train__batch_size=4,
-            refine__accept="measured",
-            hosts__stall_timeout=120,
-            stop__patience=1,  # process 0 decides which stages are left
-            controls="[random]",
-        )
+        given = {
+            "runs_dir": runs,
+            "train__batch_size": 4,
+            "refine__accept": "measured",
+            "hosts__stall_timeout": 120,
+            "stop__patience": 1,  # process 0 decides which stages are left
+            "controls": "[random]",
+        }
+        chosen = settings(self.root, self.url, **{**given, **self.more})
         (runs / "config.yaml").write_text(load(None, chosen).to_yaml(), encoding="utf-8")
         return "run", str(runs / "config.yaml")
 
 
+def run_alone(root: Path, url: str | None, **more: Any) -> Loop:
+    made = Loop(root, url, RunDir(root / "alone" / "run"), more)
+    [ended] = end(start(1, *made.command(root / "alone")))
+    assert ended.code == 0
+    return made
+
+
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    root = tmp_path_factory.mktemp("hosts")
     with fake_refiner(seconds=0.05) as (url, _):
-        made = Loop(root, url, RunDir(root / "alone" / "run"))
-        [ended] = end(start(1, *made.command(root / "alone")))
-        assert ended.code == 0
-        yield made
+        yield run_alone(tmp_path_factory.mktemp("hosts"), url)
 
 
 def assert_equal(run: RunDir, alone: RunDir) -> None:
@@ -114,7 +150,7 @@ def assert_equal(run: RunDir, alone: RunDir) -> None:
     assert judged[0] == judged[1]
     texts = [[json.loads(line)["id"] for line in r.final.dataset.open()] for r in (run, alone)]
     assert texts[0] == texts[1]
-    arms = [json.loads(r.controls.read_text())["arms"] for r in (run, alone)]
+    arms = [json.loads(r.controls.read_text())["arms"] if r.controls.exists() else [] for r in (run, alone)]
     for one, two in zip(*arms, strict=True):
         assert one["losses"] == pytest.approx(two["losses"], abs=1e-3)
         assert (one["tasks"], one["accepted"]) == (two["tasks"], two["accepted"])
@@ -135,9 +171,7 @@ def test_a_job_gives_what_one_process_gives(loop: Loop, tmp_path: Path, processe
 def test_preempted_by_a_sigterm_to_any_process_and_continued_by_fewer(loop: Loop, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     started = start(2, *loop.command(tmp_path))
-    waited = time.monotonic() + 300
-    while not (run.round(0).path / "scores.parquet").exists() and time.monotonic() < waited:
-        time.sleep(0.2)
+    wait_for(run.round(0).scores.exists, started)
     started[1].send_signal(signal.SIGTERM)
     assert [e.code for e in end(started)] == [EXIT_PREEMPTED] * 2
     [ended] = end(start(1, *loop.command(tmp_path)))
@@ -149,14 +183,12 @@ def test_preempted_by_a_sigterm_to_any_process_and_continued_by_fewer(loop: Loop
 def test_where_a_process_is_killed_the_others_end_and_say_so(loop: Loop, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     started = start(2, *loop.command(tmp_path))
-    waited = time.monotonic() + 300
-    while not (run.round(0).path / "checkpoint" / "metadata.json").exists() and time.monotonic() < waited:
-        time.sleep(0.1)
+    wait_for((run.round(0).path / "checkpoint" / "metadata.json").exists, started)
     started[1].kill()
     killed = time.monotonic()
     ended = end(started)
     assert ended[0].code == EXIT_PREEMPTED  # so that a scheduler starts all again
-    assert time.monotonic() - killed < 90
+    assert time.monotonic() - killed < ENDED_AFTER_S
     assert "process 1" in ended[0].output
     assert all(e.code == 0 for e in end(start(2, *loop.command(tmp_path))))
     assert_equal(run, loop.alone)
@@ -179,3 +211,77 @@ def test_other_settings_on_one_host_are_named(loop: Loop, tmp_path: Path) -> Non
         assert e.code == 1
         assert "the processes differ in settings: process 0 on " in e.output
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    """As `loop`, with LoRA adapters in the place of full fine-tuning."""
+    with fake_refiner(seconds=0.05) as (url, _):
+        yield run_alone(tmp_path_factory.mktemp("adapters"), url, lora__rank=4, controls="[]")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_job_that_trains_adapters_gives_what_one_process_gives(
+    adapters: Loop, tmp_path: Path, processes: int
+) -> None:
+    ended = end(start(processes, *adapters.command(tmp_path)))
+    assert [e.code for e in ended] == [0] * processes
+    assert_equal(RunDir(tmp_path / "run"), adapters.alone)
+
+
+@pytest.mark.slow
+def test_without_an_endpoint_every_process_serves_the_refiner(tmp_path: Path) -> None:
+    """The answers are the same, whichever process gives them and on however many devices."""
+    made = run_alone(tmp_path, None, controls="[]")
+    ended = end(start(2, *made.command(tmp_path / "two")))
+    assert [e.code for e in ended] == [0, 0]
+    assert "the refiner is served by 2 of 2 processes" in ended[0].output
+    assert "away" not in ended[0].output
+    assert_equal(RunDir(tmp_path / "two" / "run"), made.alone)
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    """A loop whose stages take long enough to be interrupted, and which saves in them."""
+    longer = {"refine__concurrency": 1, "train__num_epochs": 3, "train__save_every": 2}
+    with fake_refiner(seconds=0.5) as (url, _):
+        yield run_alone(tmp_path_factory.mktemp("patient"), url, controls="[]", **longer)
+
+
+STAGES = ("round_00/train", "round_00/score", "round_00/refine", "round_01/train", "run/evaluate")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [*STAGES, "final/export"])
+def test_where_one_of_four_is_killed_in_a_stage_the_job_ends_and_resumes(
+    patient: Loop, tmp_path: Path, stage: str
+) -> None:
+    run = RunDir(tmp_path / "run")
+    is_in = within(run, stage)
+    started = start(4, *patient.command(tmp_path))
+    wait_for(is_in, started)
+    started[2].kill()
+    killed = time.monotonic()
+    ended = end(started)
+    assert time.monotonic() - killed < ENDED_AFTER_S
+    others = {e.code for number, e in enumerate(ended) if number != 2}
+    assert others <= {EXIT_PREEMPTED, -signal.SIGABRT}  # JAX aborts where process 0 ends first
+    assert any("process 2" in e.output for e in ended)
+    assert all(e.code == 0 for e in end(start(4, *patient.command(tmp_path))))
+    assert_equal(run, patient.alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_job_of_four_is_continued_by_two_and_by_one(patient: Loop, tmp_path: Path, stage: str) -> None:
+    run = RunDir(tmp_path / "run")
+    for processes in (4, 2):
+        is_in = within(run, stage)
+        started = start(processes, *patient.command(tmp_path))
+        wait_for(is_in, started)
+        started[-1].send_signal(signal.SIGTERM)
+        assert [e.code for e in end(started)] == [EXIT_PREEMPTED] * processes
+    [ended] = end(start(1, *patient.command(tmp_path)))
+    assert ended.code == 0
+    assert_equal(run, patient.alone)

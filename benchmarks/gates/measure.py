@@ -39,7 +39,7 @@ from middo_jax.evaluation.contrast import MIN_WORDS, cut, has_numbers, with_othe
 from middo_jax.progress import for_stderr
 from middo_jax.rundir import read_jsonl
 from middo_jax.session import Session
-from middo_jax.signals.readings import end_nll
+from middo_jax.signals.readings import end_nll, last_targets
 from middo_jax.stages.passes import Passes, conditioned
 
 HERE = Path(__file__).parent
@@ -112,7 +112,7 @@ def measured(session: Session, model: Path, examples: Sequence[Example]) -> dict
     return {
         "n_targets": scores.n_targets_n,
         "loss": scores.loss_n,
-        "end_nll": end_nll(scores.last_nll_n, tokenized, end_of_turn_token(session.tokenizer)),
+        "end_nll": end_nll(scores.last_nll_n, last_targets(tokenized), end_of_turn_token(session.tokenizer)),
         "worst_decile_nll": scores.worst_decile_nll_n,
         "prompt_nll": scores.prompt_nll_n,
         "loss_unconditional": more.response_alone_n,

@@ -28,7 +28,8 @@ from middo_jax.models.decoder import abstract
 from middo_jax.models.lora import partition
 from middo_jax.models.parameters import LORA_TARGETS, adapters, parameters
 from middo_jax.parallel.mesh import make_mesh, named_sharding
-from middo_jax.passes.losses import MIN_LENGTH, LossInputs, score_batch
+from middo_jax.passes.loss_plan import MIN_LENGTH
+from middo_jax.passes.losses import LossInputs, score_batch
 from middo_jax.training.optimizer import abstract_opt_state, make_optimizer
 from middo_jax.training.step import abstract_batch, make_train_step
 

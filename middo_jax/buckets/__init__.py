@@ -6,8 +6,8 @@ working.py: a folder that a command writes. reading.py: what is only read. keepi
 docs/design.md explains why there is a copy.
 """
 
-from middo_jax.buckets.places import Place, shown
+from middo_jax.buckets.places import Place, shown, with_urls
 from middo_jax.buckets.reading import here, read_only, send
 from middo_jax.buckets.working import working
 
-__all__ = ["Place", "here", "read_only", "send", "shown", "working"]
+__all__ = ["Place", "here", "read_only", "send", "shown", "with_urls", "working"]

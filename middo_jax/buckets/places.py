@@ -12,7 +12,8 @@ from middo_jax.rundir import RunError
 
 # pathlib turns gs://bucket into gs:/bucket.
 _URL = re.compile(r"(gs|s3):/{1,2}([^/]+)(?:/(.*))?", re.DOTALL)
-_COPY = re.compile(r".*/middo-jax/buckets/(?:runs(?:-\d+)?|read)/(gs|s3)/(.+)", re.DOTALL)
+_KINDS = r"runs(?:-\d+)?|read"  # of copies: to work in, of a further process, only to read
+_COPY = re.compile(rf".*/middo-jax/buckets/(?:{_KINDS})/(gs|s3)/(.+)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,11 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
 def shown(path: str | os.PathLike[str]) -> str:
     """A path for people: the URL, if it is the copy of something in a bucket."""
     return url_of(path) or os.fspath(path)
+
+
+def with_urls(text: str) -> str:
+    """A message for people, in which the paths of copies on this machine are URLs."""
+    return re.sub(rf"{re.escape(str(_copies()))}/(?:{_KINDS})/(gs|s3)/", r"\1://", text)
 
 
 def record_of(folder: Path) -> Path:

@@ -68,11 +68,13 @@ def inside(out: Path, name: str = "") -> str:
 
 
 def print_error(error: BaseException) -> None:
-    """Prints an error; one that is meant for the user without its traceback."""
+    """Prints an error; one that is meant for the user without its traceback, and with URLs of buckets."""
+    from middo_jax.buckets import with_urls
+
     if not isinstance(error, (ValueError, OSError, RuntimeError)) or os.environ.get("MIDDO_TRACEBACK"):
         traceback.print_exception(error)
         return
-    print(f"middo: {error}", file=sys.stderr)
+    print(with_urls(f"middo: {error}"), file=sys.stderr)
     print("(MIDDO_TRACEBACK=1 shows the traceback)", file=sys.stderr)
 
 

@@ -109,10 +109,19 @@ def pack(
     )
 
 
-def fill_rows(rows: Sequence[Sequence[np.ndarray]], batch: int, length: int, padding: int = 0) -> np.ndarray:
-    """Concatenates and pads each row's arrays: [batch, length] of their dtype; int32 without any array."""
-    dtype = next((array.dtype for row in rows for array in row), np.dtype(np.int32))
-    filled_bt = np.full((batch, length), padding, dtype)
+def fill_rows(
+    rows: Sequence[Sequence[np.ndarray]],
+    batch: int,
+    length: int,
+    padding: int = 0,
+    dtype: np.dtype | None = None,
+) -> np.ndarray:
+    """Concatenates and pads each row's arrays: [batch, length] of their dtype.
+
+    Without any array it is of `dtype`; None is int32.
+    """
+    found = next((array.dtype for row in rows for array in row), dtype or np.dtype(np.int32))
+    filled_bt = np.full((batch, length), padding, found)
     for b, row in enumerate(rows):
         start = 0
         for array in row:

@@ -135,7 +135,8 @@ class PackedTrees(NamedTuple):
         """[b, t] of `values`, which returns an array with one number per token of a tree."""
         p = self.prefix
         rows = [[values(row[0])[:p], *(values(i)[p:] for i in row)] for row in self.rows]
-        return fill_rows(rows, self.batch, self.length, padding)
+        dtype = None if rows else values(0).dtype  # a part of a batch may be padding only
+        return fill_rows(rows, self.batch, self.length, padding, dtype)
 
     def tree_bt(self) -> np.ndarray:
         """int32: the number of each position's tree within its row; -1 in the prefix and in the padding."""

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -126,6 +127,24 @@ def gather(name: str, value: T) -> list[T]:
     return [json.loads(_get(f"{call}/{process}")) for process in range(jax.process_count())]
 
 
+def shared_secret(name: str) -> str | None:
+    """A random text of 64 hex digits that the processes of this job have; None for one process alone.
+
+    All must call it. The text is in the job's store only until all have read it, and never in a file. The
+    store itself protects nothing: whoever reaches the coordinator's port can disturb the job anyway.
+    """
+    if jax.process_count() == 1:
+        return None
+    call = _next_call(name)
+    if is_first():
+        _put(call, secrets.token_hex(32))
+    secret = _get(call)
+    gather(f"{name}: read", True)
+    if is_first():
+        _store().key_value_delete(call)  # with all keys below it
+    return secret
+
+
 def own_address() -> str:
     """An address of this host that process 0 can reach; of process 0, loopback."""
     if is_first():
@@ -162,6 +181,11 @@ def agree(facts: Mapping[str, str]) -> None:
 Together = Callable[[Any], contextlib.AbstractContextManager[None]]
 
 
+def alone(told: Any) -> contextlib.AbstractContextManager[None]:
+    """A `Together` for a job without followers; does nothing."""
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def lead(name: str) -> Iterator[Together]:
     """For process 0: the block runs here alone, and parts of it together with the others, which `follow`.
@@ -174,23 +198,23 @@ def lead(name: str) -> Iterator[Together]:
     `together` takes a JSON value, which `follow` yields. The values are kept until the job ends.
     """
     if jax.process_count() == 1:
-        yield lambda value: contextlib.nullcontext()
+        yield alone
         return
-    with contextlib.ExitStack() as alone:
+    with contextlib.ExitStack() as ticks:
         call = _next_call(name)
-        alone.enter_context(_ticking(call))
+        ticks.enter_context(_ticking(call))
 
         @contextlib.contextmanager
         def together(value: Any) -> Iterator[None]:
             nonlocal call
-            alone.close()  # the joint part has stop points of its own
+            ticks.close()  # the joint part has stop points of its own
             _put(call, json.dumps({"do": value}))
             yield
             call = _next_call(name)
-            alone.enter_context(_ticking(call))
+            ticks.enter_context(_ticking(call))
 
         yield together
-        alone.close()
+        ticks.close()
         _put(call, json.dumps(None))
 
 

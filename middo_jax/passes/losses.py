@@ -16,20 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from middo_jax.data.lazy_tokens import LazyTokens
 from middo_jax.data.packing import Bucket
 from middo_jax.data.tokenize import TokenizedExample
-from middo_jax.data.trees import PackedTrees, Tree, common_prefix
+from middo_jax.data.trees import PackedTrees
 from middo_jax.models.attention import shares_prefixes
 from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.models.nll import target_nll
 from middo_jax.parallel.mesh import batch_divisor
+from middo_jax.passes.loss_plan import MIN_LENGTH, Outline, follows, plan_losses
 from middo_jax.passes.parts import Parts
-from middo_jax.passes.runner import Pass, PassFacts, PassPlan
+from middo_jax.passes.runner import Pass, PassFacts
 from middo_jax.progress import Progress, Silent
-
-MIN_LENGTH = 8  # an example counts at least 8 tokens in the plan: a row of 1,024 has at most 128 segments
-MIN_PREFIX = 8  # tokens; sharing a shorter prefix is not worth its positions in every row
-
 
 Array = TypeVar("Array")  # numpy's on the host, JAX's inside the program
 
@@ -254,13 +252,17 @@ class LossPass:
         chunk: int,
         *,
         prompts: bool = False,
+        outline: Outline | None = None,
     ) -> None:
-        """Plans the batches for the mesh and the attention of `model`; see `score_examples`."""
+        """Plans the batches for the mesh and the attention of `model`; see `score_examples`.
+
+        `outline` is that of the examples, if this process does not have all of their tokens.
+        """
         self._width, self._n, self._prompts = model.config.hidden_size, len(examples), prompts
         with jax.set_mesh(model.mesh):
             share_prefix = shares_prefixes(model.config.attention)
         ways = batch_divisor(model.mesh)
-        self.plan = plan_losses(examples, share_prefix, ways, batch_tokens, prompts=prompts)
+        self.plan = plan_losses(examples, share_prefix, ways, batch_tokens, prompts=prompts, outline=outline)
 
         def static(bucket: Bucket) -> dict[str, Any]:
             return {
@@ -299,43 +301,6 @@ class LossPass:
         return ExampleScores(loss_n, n_targets_n, embedding_nd, last_nll_n, worst_n, prompts_n), facts
 
 
-def plan_losses(
-    examples: Sequence[TokenizedExample],
-    share_prefix: bool,
-    ways: int,
-    batch_tokens: int,
-    *,
-    prompts: bool = False,
-) -> PassPlan:
-    """Plans the batches of a pass. Tokens that no loss and no embedding needs are left out.
-
-    Args:
-      examples: what to score.
-      share_prefix: whether attention can share what all examples begin with, so that a row reads it once.
-      ways: into how many parts the mesh splits a batch, see `batch_divisor`.
-      batch_tokens: tokens of a batch, all devices together.
-      prompts: whether the prompts' losses are wanted too.
-    """
-    trees = [Tree.line(e.tokens_n[: _needed(e)]) for e in examples]
-    prefix = _shared_prefix(examples, trees, prompts) if share_prefix else 0
-    return PassPlan.of(trees, prefix, batch_tokens, ways, MIN_LENGTH)
-
-
-def _shared_prefix(examples: Sequence[TokenizedExample], trees: Sequence[Tree], prompts: bool) -> int:
-    if len(examples) < 2:
-        return 0
-
-    # Every example keeps a token of its own, and all whose hidden state counts.
-    def own_from(example: TokenizedExample) -> int:
-        counts_n = _counts(example) | _follows(example.in_prompt_n) if prompts else _counts(example)
-        return int(np.r_[counts_n, True].argmax())
-
-    own = min(map(own_from, examples))
-    shortest = min(len(tree.tokens_n) for tree in trees)
-    prefix = min(common_prefix([tree.tokens_n for tree in trees]), own, shortest - 1)
-    return prefix if prefix >= MIN_PREFIX else 0
-
-
 def loss_inputs(
     examples: Sequence[TokenizedExample], packed: PackedTrees, *, prompts: bool = False
 ) -> LossInputs[np.ndarray]:
@@ -343,6 +308,8 @@ def loss_inputs(
 
     With `prompts`, the prompts' losses are wanted too.
     """
+    if isinstance(examples, LazyTokens):
+        examples.bring(i for row in packed.rows for i in row)
 
     def fill(values: Callable[[TokenizedExample], np.ndarray]) -> np.ndarray:
         return packed.fill(lambda i: values(examples[i])[: len(packed.trees[i].tokens_n)])
@@ -352,23 +319,8 @@ def loss_inputs(
         segment_ids_bt=packed.tree_bt(),
         positions_bt=packed.fill(lambda i: packed.trees[i].positions_n),
         next_bt=fill(lambda e: np.append(e.tokens_n[1:], np.int32(0))),
-        is_target_bt=fill(lambda e: _follows(e.is_target_n)),
+        is_target_bt=fill(lambda e: follows(e.is_target_n)),
         in_prompt_bt=fill(lambda e: e.in_prompt_n),
         until_bt=packed.until_bt() if packed.prefix else None,
-        prompt_follows_bt=fill(lambda e: _follows(e.in_prompt_n)) if prompts else None,
+        prompt_follows_bt=fill(lambda e: follows(e.in_prompt_n)) if prompts else None,
     )
-
-
-def _follows(chosen_n: np.ndarray) -> np.ndarray:
-    """bool [n]: the next token is one of those chosen."""
-    return np.append(chosen_n[1:], False)
-
-
-def _counts(example: TokenizedExample) -> np.ndarray:
-    """Returns bool [t], whether a hidden state is needed: it predicts a target or belongs to the prompt."""
-    return example.in_prompt_n | _follows(example.is_target_n)
-
-
-def _needed(example: TokenizedExample) -> int:
-    """Returns the number of tokens up to the last needed hidden state; all tokens if none is needed."""
-    return len(example) - int(_counts(example)[::-1].argmax()) if len(example) else 0

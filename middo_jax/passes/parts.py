@@ -3,6 +3,8 @@
 A batch is known by a hash of all that decides its results: the model, the program's static arguments and the
 packed inputs. The plan of a pass depends on the examples and the mesh alone, so the same pass packs the same
 batches again, and takes the results of those that it has. On another mesh it packs others, and computes them.
+A mesh splits the rows of a batch, and a process packs only those that its devices read. So each span of rows
+has a digest, and the key of a batch is a hash of these, which does not depend on the number of processes.
 
 A part is a numpy archive, written every `SAVE_EVERY_S` and where the pass ends early:
 
@@ -17,7 +19,7 @@ import hashlib
 import re
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,14 +71,13 @@ class Parts:
         if found := sum(place.stop - place.start for place in self._places.values()):
             progress.say(f"{name}: goes on after {found:,} examples of an earlier start")
 
-    def key(self, inputs: Any, static: dict[str, Any]) -> bytes:
-        """Returns the hash of a batch: of its packed inputs, a pytree of arrays, and the static arguments."""
-        digest = hashlib.blake2b(self._identity.encode(), digest_size=_KEY_BYTES)
-        digest.update(repr(sorted(static.items())).encode())
-        for path, x in jax.tree_util.tree_leaves_with_path(inputs):
-            digest.update(f"\n{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
-            digest.update(np.ascontiguousarray(x).data)
-        return digest.digest()
+    def key(self, digests: Iterable[bytes], static: dict[str, Any]) -> bytes:
+        """Returns the key of a batch: of the digests of its spans, in order, and the static arguments."""
+        key = hashlib.blake2b(self._identity.encode(), digest_size=_KEY_BYTES)
+        key.update(repr(sorted(static.items())).encode())
+        for digest in digests:
+            key.update(digest)
+        return key.digest()
 
     def find(self, key: bytes) -> list[np.ndarray] | None:
         """Returns the leaves of a batch's results, [m, ...] each; None if they must be computed."""
@@ -125,6 +126,15 @@ class Parts:
                 progress.say(f"{path}: damaged, so its batches are computed again")
                 remove(path)
         return names
+
+
+def digest(inputs: Any) -> bytes:
+    """Returns the hash of the packed inputs of a span of rows, a pytree of arrays."""
+    found = hashlib.blake2b(digest_size=_KEY_BYTES)
+    for path, x in jax.tree_util.tree_leaves_with_path(inputs):
+        found.update(f"\n{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
+        found.update(np.ascontiguousarray(x).data)
+    return found.digest()
 
 
 def _is_whole(path: Path) -> bool:

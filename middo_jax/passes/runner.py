@@ -1,6 +1,7 @@
 """Runs passes: plans the batches, compiles every shape, then runs them and returns results per example.
 
 While the device computes a batch, the host packs the next one and collects the results of the previous one.
+In a job each process packs only the rows that its own devices read; all get all results.
 
 Axes: docs/contributing.md#axes.
 """
@@ -11,19 +12,20 @@ import concurrent.futures
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from middo_jax.data.packing import Bucket, plan_buckets
 from middo_jax.data.trees import PackedTrees, Tree
 from middo_jax.models.model import Model
-from middo_jax.parallel.coordination import stop_point
-from middo_jax.parallel.hosts import to_host, to_mesh
+from middo_jax.parallel.coordination import gather, stop_point
+from middo_jax.parallel.hosts import Span, own_spans, rows_to_mesh, to_host
 from middo_jax.parallel.preemption import Preempted
-from middo_jax.passes.parts import Parts
+from middo_jax.passes.parts import Parts, digest
 from middo_jax.progress import Progress
 
 COMPILERS = 4  # maximum number of threads that compile
@@ -61,17 +63,25 @@ class PassPlan:
 
     Attributes:
       trees: token tree of each example.
+      lengths: number of tokens of each tree.
       prefix: length in tokens of the prefix common to all trees, which each row contains once.
       buckets: rows of indices of trees, by shape.
     """
 
     trees: Sequence[Tree]
+    lengths: Sequence[int]
     prefix: int
     buckets: list[Bucket]
 
     @classmethod
     def of(
-        cls, trees: Sequence[Tree], prefix: int, batch_tokens: int, ways: int, min_length: int
+        cls,
+        trees: Sequence[Tree],
+        prefix: int,
+        batch_tokens: int,
+        ways: int,
+        min_length: int,
+        lengths: Sequence[int] | None = None,
     ) -> PassPlan:
         """Plans the batches.
 
@@ -81,23 +91,27 @@ class PassPlan:
           batch_tokens: tokens per batch, all devices together.
           ways: number of parts into which the mesh splits a batch, see `batch_divisor`.
           min_length: minimum number of tokens that an example counts in a row.
+          lengths: number of tokens of each tree, if the plan must not read the trees.
         """
-        lengths = [len(tree.tokens_n) - prefix for tree in trees]
-        buckets = plan_buckets(lengths, batch_tokens, ways, prefix=prefix, min_length=min_length)
-        return cls(trees, prefix, buckets)
+        if lengths is None:
+            lengths = [len(tree.tokens_n) for tree in trees]
+        own = [length - prefix for length in lengths]
+        buckets = plan_buckets(own, batch_tokens, ways, prefix=prefix, min_length=min_length)
+        return cls(trees, lengths, prefix, buckets)
 
-    def packed(self, bucket: Bucket, rows: list[list[int]]) -> PackedTrees:
-        """Returns the packed batch of some rows."""
-        return PackedTrees(self.trees, rows, bucket.batch, bucket.length, self.prefix)
+    def packed(self, bucket: Bucket, rows: list[list[int]], span: Span) -> PackedTrees:
+        """Returns a span of the packed batch of some rows."""
+        start, stop = span
+        return PackedTrees(self.trees, rows[start:stop], stop - start, bucket.length, self.prefix)
 
-    def real_tokens_of(self, packed: PackedTrees) -> int:
-        """Number of positions of a batch without padding; a row's prefix counts once."""
-        return sum(self.prefix + sum(packed.sizes(row)) for row in packed.rows if row)
+    def real_tokens_of(self, rows: list[list[int]]) -> int:
+        """Number of positions of some rows without padding; a row's prefix counts once."""
+        return sum(self.prefix + sum(self.lengths[i] - self.prefix for i in row) for row in rows)
 
     @property
     def real_tokens(self) -> int:
         """Number of computed positions without padding."""
-        return sum(self.real_tokens_of(self.packed(bucket, bucket.rows)) for bucket in self.buckets)
+        return sum(self.real_tokens_of(bucket.rows) for bucket in self.buckets)
 
     @property
     def computed_tokens(self) -> int:
@@ -123,7 +137,8 @@ class Pass:
       program: a jitted function of (graphdef, params, batch, **static); graphdef and static are static. It
         returns a pytree of arrays [b, s, ...], the results of the examples in each row.
       plan: the batches, planned for a mesh with the same `batch_divisor` as the models' mesh.
-      inputs: function from a packed batch to the program's inputs, a pytree of arrays [b, ...].
+      inputs: function from packed rows to the program's inputs, a pytree of arrays [b, ...] in which a row
+        depends on no other row.
       static: function from a bucket to the program's static arguments.
     """
 
@@ -173,28 +188,57 @@ class Pass:
 
     def _run_batches(self, programs: list[Any], model: Model, results: _Results) -> None:
         running = None
+        of_job = self._digests_of_job(model.mesh) if results.parts is not None else []
         try:
-            for bucket, program in zip(self.plan.buckets, programs, strict=True):
-                for rows in bucket.batches():
-                    stop_point()
-                    packed = self.plan.packed(bucket, rows)
-                    inputs = self.inputs(packed)
-                    key = results.key_if_missing(rows, inputs, self.static(bucket), program.out_tree)
-                    if key is None:
-                        continue
-                    result = program(model.params, _on_mesh(model, inputs))
-                    # Waits for the previous batch's results only after this batch was dispatched.
-                    if running is not None:
-                        results.finish(*running)
-                    running = rows, result, key
-                    results.real_tokens += self.plan.real_tokens_of(packed)
-                    results.computed_tokens += bucket.batch * bucket.length
+            for number, (i, rows) in enumerate(self._batches()):
+                stop_point()
+                bucket, program = self.plan.buckets[i], programs[i]
+                inputs = self._packed(model.mesh, bucket, rows)
+                digests = of_job[number] if of_job else map(digest, inputs.values())
+                key = results.key_if_missing(rows, digests, self.static(bucket), program.out_tree)
+                if key is None:
+                    continue
+                result = program(model.params, rows_to_mesh(model.mesh, bucket.batch, inputs))
+                # Waits for the previous batch's results only after this batch was dispatched.
+                if running is not None:
+                    results.finish(*running)
+                running = rows, result, key
+                results.real_tokens += self.plan.real_tokens_of(rows)
+                results.computed_tokens += bucket.batch * bucket.length
         except Preempted:
             if running is not None:
                 results.finish(*running)  # the devices have computed it, or are about to
             raise
         if running is not None:
             results.finish(*running)
+
+    def _batches(self) -> Iterator[tuple[int, list[list[int]]]]:
+        """The index of the bucket and the rows of each batch."""
+        for i, bucket in enumerate(self.plan.buckets):
+            for rows in bucket.batches():
+                yield i, rows
+
+    def _packed(self, mesh: Mesh, bucket: Bucket, rows: list[list[int]]) -> dict[Span, Any]:
+        """The program's inputs in the spans of a batch that this process's devices read."""
+        spans = own_spans(mesh, bucket.batch)
+        return {span: self.inputs(self.plan.packed(bucket, rows, span)) for span in spans}
+
+    def _digests_of_job(self, mesh: Mesh) -> list[list[bytes]]:
+        """The digests of all spans of each batch, since no process packs all of them, and all need the keys.
+
+        Nothing in a single process, which computes the digests of a batch when it comes to it.
+        """
+        if jax.process_count() == 1:
+            return []
+        own = []
+        for i, rows in self._batches():
+            packed = self._packed(mesh, self.plan.buckets[i], rows)
+            own.append([(start, digest(inputs).hex()) for (start, _), inputs in packed.items()])
+        found = []
+        for of_processes in zip(*gather("digests of a pass", own), strict=True):
+            by_start = {start: text for spans in of_processes for start, text in spans}
+            found.append([bytes.fromhex(text) for _, text in sorted(by_start.items())])
+        return found
 
     def _programs(self, model: Model, progress: Progress, name: str) -> list[Any]:
         """Returns the compiled program of each bucket."""
@@ -204,8 +248,8 @@ class Pass:
         with progress.task(f"{name}: compiling", "shapes") as advance:
             lowered = []
             for bucket in self.plan.buckets:
-                first = self.inputs(self.plan.packed(bucket, next(bucket.batches())))
-                batch, static = _on_mesh(model, first), self.static(bucket)
+                first = self._packed(model.mesh, bucket, next(bucket.batches()))
+                batch, static = rows_to_mesh(model.mesh, bucket.batch, first), self.static(bucket)
                 lowered.append(self.program.lower(model.graphdef, model.params, batch, **static))
             programs = _compile(lowered, advance)
         self._compiled = kind, programs
@@ -234,15 +278,15 @@ class _Results:
     computed_tokens: int = 0
 
     def key_if_missing(
-        self, rows: list[list[int]], inputs: Any, static: dict[str, Any], out_tree: Any
+        self, rows: list[list[int]], digests: Iterable[bytes], static: dict[str, Any], out_tree: Any
     ) -> bytes | None:
-        """Returns the batch's key in the parts, which is empty without parts.
+        """Returns the batch's key in the parts, which is empty without parts. `digests`: of its spans.
 
         None if an earlier start has computed the batch; its results are kept then.
         """
         if self.parts is None:
             return b""
-        key = self.parts.key(inputs, static)
+        key = self.parts.key(digests, static)
         if (leaves := self.parts.find(key)) is None:
             return key
         self._finish(rows, jax.tree.unflatten(out_tree, leaves))
@@ -262,11 +306,6 @@ class _Results:
         self.keep(index_m, found)
         self.done += len(index_m)
         self.advance(self.done, self.total)
-
-
-def _on_mesh(model: Model, inputs: Any) -> Any:
-    """Shards every array along its rows; the other axes are not split."""
-    return jax.tree.map(lambda x: to_mesh(model.mesh, x, "batch", *(None,) * (x.ndim - 1)), inputs)
 
 
 def _compile(lowered: Sequence[Any], advance: Callable[[int, int], None]) -> list[Any]:

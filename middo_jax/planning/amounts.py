@@ -16,7 +16,7 @@ from middo_jax.config.axes import Fraction
 from middo_jax.config.axis_table import axis, scored_axes, threshold_of
 from middo_jax.data.packing import Bucket, first_fit, plan_buckets
 from middo_jax.data.trees import common_prefix, trie
-from middo_jax.passes.losses import MIN_LENGTH
+from middo_jax.passes.loss_plan import MIN_LENGTH
 from middo_jax.passes.ratings import MIN_TREE
 from middo_jax.signals.judge.rubrics import DIMENSIONS, PARTS, judge_message
 

@@ -24,7 +24,8 @@ from middo_jax.models.lora import partition
 from middo_jax.models.model import abstract_model
 from middo_jax.models.parameters import parameters
 from middo_jax.parallel.mesh import batch_divisor, fitting_spec, named_sharding
-from middo_jax.passes.losses import MIN_LENGTH, LossInputs, score_batch
+from middo_jax.passes.loss_plan import MIN_LENGTH
+from middo_jax.passes.losses import LossInputs, score_batch
 from middo_jax.passes.ratings import MIN_TREE, RatingInputs, RatingScale, judge_batch
 from middo_jax.planning.roofline import Loop
 from middo_jax.signals.judge.readout import EXPECTED

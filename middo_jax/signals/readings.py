@@ -31,23 +31,28 @@ if TYPE_CHECKING:
 GUESS = "Below is the response to an instruction. Guess the instruction.\n\n"
 
 
-def end_nll(
-    last_nll_n: np.ndarray, examples: Sequence[TokenizedExample], end_token: int | None
-) -> np.ndarray:
+def end_nll(last_nll_n: np.ndarray, last_target_n: np.ndarray, end_token: int | None) -> np.ndarray:
     """[n] NLL of the token that ends the last answer's turn; NaN where the last target is another token.
 
     Args:
       last_nll_n: [n] NLL of the last target.
-      examples: the samples. A sample that `model.max_length` cut has lost its end.
+      last_target_n: [n] that target, see `last_target`. A sample that `model.max_length` cut has lost its
+        end.
       end_token: of `tokenize.end_of_turn_token`; None: the template writes none.
     """
-    ends_n = [end_token is not None and _last_target(example) == end_token for example in examples]
-    return np.where(np.asarray(ends_n, bool), last_nll_n, np.nan).astype(np.float32)
+    ends_n = np.zeros(len(last_nll_n), bool) if end_token is None else last_target_n == end_token
+    return np.where(ends_n, last_nll_n, np.nan).astype(np.float32)
 
 
-def _last_target(example: TokenizedExample) -> int | None:
+def last_targets(examples: Sequence[TokenizedExample]) -> np.ndarray:
+    """int32 [n] `last_target` of each sample."""
+    return np.fromiter(map(last_target, examples), np.int32, len(examples))
+
+
+def last_target(example: TokenizedExample) -> int:
+    """The last token that is learnt; -1 if none is."""
     targets = example.tokens_n[example.is_target_n]
-    return int(targets[-1]) if len(targets) else None
+    return int(targets[-1]) if len(targets) else -1
 
 
 def pmi(loss_n: np.ndarray, loss_unconditional_n: np.ndarray, n_targets_n: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from middo_jax.config.gates import Needs
 from middo_jax.data.example import Example
 from middo_jax.data.stored import Stored
-from middo_jax.parallel.coordination import Together
+from middo_jax.parallel.coordination import Together, alone
 from middo_jax.refinement import Outcome, Task
 from middo_jax.refinement.acceptance.candidate import Candidate, Limits, Measurement
 from middo_jax.refinement.acceptance.language import load_identifier
@@ -41,7 +41,7 @@ from middo_jax.session import Session
 from middo_jax.signals.embeddings import read_embeddings
 from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.endpoint import refines_itself
-from middo_jax.stages.measure import Rewrite, UnderTraining, alone, scored_as, scored_model
+from middo_jax.stages.measure import Rewrite, UnderTraining, scored_as, scored_model
 
 
 @dataclasses.dataclass

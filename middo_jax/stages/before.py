@@ -115,7 +115,7 @@ def measure_before(
         known = Earlier(neighbours_of(standing.table, session.config.diversity.k), standing.row_n)
     loss_n = embedding_nd = None
     if wanted.loss or texts.raw is None:
-        scores = passes("loss before training", model, [texts.tokenized[i] for i in standing.new])
+        scores = passes("loss before training", model, texts.tokenized.chosen(standing.new))
         embedding_nd = scores.embedding_nd
         if wanted.loss:
             was = None if standing.table is None else as_floats(standing.table, "loss_pre")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 
@@ -18,11 +21,17 @@ from middo_jax.config import Config, replayed_file
 from middo_jax.data.templates import pin_date
 from middo_jax.data.tokenize import load_tokenizer
 from middo_jax.inference import listening, server
+from middo_jax.inference.guard import Access
+from middo_jax.loopback import is_loopback
 from middo_jax.models.resolve import resolve
+from middo_jax.parallel.coordination import Together, agree, alone, gather, own_address, shared_secret
 from middo_jax.refinement.endpoint.recording import Recording, read_header, read_recording
 from middo_jax.rundir import RunError, fingerprint
 from middo_jax.session import Session
 from middo_jax.stages.replaying import Replay
+
+SERVE, STOP = "serve", "stop serving"  # what process 0 tells those that follow
+CONNECT_TIMEOUT_S = 10.0
 
 
 class Served(NamedTuple):
@@ -35,6 +44,7 @@ class Served(NamedTuple):
       revision: of the model, for the keys of its answers; None where only the user can name it.
       recording: the recorded answers that are replayed.
       embedded: the model that answers what the recording lacks.
+      token: what the embedded servers of a job want instead of a key; None where there is one process.
     """
 
     url: str | tuple[str, ...]
@@ -43,6 +53,7 @@ class Served(NamedTuple):
     revision: str | None = None
     recording: Recording | None = None
     embedded: str = ""
+    token: str | None = None
 
 
 def named_endpoint(config: Config) -> Served | None:
@@ -73,10 +84,15 @@ def refines_itself(session: Session) -> bool:
 
 
 @contextlib.contextmanager
-def endpoint(session: Session) -> Iterator[Served]:
+def endpoint(session: Session, together: Together = alone) -> Iterator[Served]:
     """Yields the refiner's endpoint. If none is set, serves the embedded one on loopback during the block.
 
-    Recorded answers are served likewise, and the embedded model is loaded when it is needed.
+    In a job of several processes, each serves the embedded one on its own devices, and the client shares the
+    load among them. Recorded answers are served on loopback; the embedded model is loaded when it is needed.
+
+    Args:
+      session: settings, mesh.
+      together: value that `lead` yields, if other processes follow; they must call `serving` after SERVE.
     """
     config = session.config
     if (named := named_endpoint(config)) is not None:
@@ -93,11 +109,76 @@ def endpoint(session: Session) -> Iterator[Served]:
             yield Served(url, recording.model, False, revision, recording, path.resolve().name)
         gc.collect()
         return
-    name = path.resolve().name
-    with _embedded(session, name) as app, listening.serve_in_background(app, port=0) as url:
-        revision = config.refine.model_revision or app.state.revision
-        yield Served(url, name, sends_key=False, revision=revision)
+    with contextlib.ExitStack() as stack:
+        with together({SERVE: True}):
+            servers = stack.enter_context(serving(session))
+        revision = config.refine.model_revision or servers.revision
+        urls = _reached(session, servers.urls)
+        yield Served(urls, path.resolve().name, sends_key=False, revision=revision, token=servers.token)
     gc.collect()
+    with together({STOP: True}):  # not after an error, which ends this process and so the others
+        pass
+
+
+class Servers(NamedTuple):
+    """The embedded endpoints of a job.
+
+    Attributes:
+      urls: of all processes, in their order.
+      revision: of the model that all of them serve.
+      token: what they want as a key, since other machines can reach them; None where there is one process.
+    """
+
+    urls: tuple[str, ...]
+    revision: str
+    token: str | None
+
+
+@contextlib.contextmanager
+def serving(session: Session) -> Iterator[Servers]:
+    """Serves the embedded model in this process during the block; all processes of a job must call it.
+
+    Each listens only on the address that process 0 can reach, which is loopback for process 0 itself.
+
+    Raises:
+      HostsError: the processes serve different models.
+    """
+    path, _ = embedded_model(session)
+    token, address = shared_secret("refiner"), own_address()
+    access = None if token is None else Access(token, only_loopback=is_loopback(address))
+    with (
+        _embedded(session, path.resolve().name, access) as app,
+        listening.serve_in_background(app, host=address, port=0) as url,
+    ):
+        urls = gather("refiner: servers", url)
+        agree({"refiner": app.state.revision})
+        yield Servers(tuple(urls), app.state.revision, token)
+
+
+def _reached(session: Session, urls: Sequence[str]) -> tuple[str, ...]:
+    """Those of the servers of a job that accept a connection; names the others, whose devices do not help."""
+    if len(urls) == 1:
+        return tuple(urls)
+    with concurrent.futures.ThreadPoolExecutor(len(urls)) as pool:
+        reasons = list(pool.map(_why_not_reached, urls))
+    for process, (url, reason) in enumerate(zip(urls, reasons, strict=True)):
+        if reason is not None:
+            session.progress.say(
+                f"warning: process 0 cannot reach the refiner of process {process} at {url} ({reason}), so "
+                "that process does not help to answer; allow TCP connections between the hosts"
+            )
+    reached = tuple(url for url, reason in zip(urls, reasons, strict=True) if reason is None)
+    session.progress.say(f"the refiner is served by {len(reached)} of {len(urls)} processes")
+    return reached
+
+
+def _why_not_reached(url: str) -> OSError | None:
+    parts = urlsplit(url)
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 80), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return error
+    return None
 
 
 def embedded_model(session: Session) -> tuple[Path, str | None]:
@@ -111,7 +192,7 @@ def _date(config: Config) -> datetime.date:
 
 
 @contextlib.contextmanager
-def _embedded(session: Session, name: str) -> Iterator[Starlette]:
+def _embedded(session: Session, name: str, access: Access | None = None) -> Iterator[Starlette]:
     """Yields the embedded endpoint's application under a model's name; its engine runs during the block."""
     config = session.config
     path, template = embedded_model(session)
@@ -120,7 +201,7 @@ def _embedded(session: Session, name: str) -> Iterator[Starlette]:
     )
     # A rewrite depends on what the template prints, so that another day's start must print the same.
     pin_date(tokenizer, _date(config))
-    app = server.build_app(engine, tokenizer, name, eos_ids)
+    app = server.build_app(engine, tokenizer, name, eos_ids, access)
     app.state.revision = served_revision(path, tokenizer.chat_template, _date(config), config)
     with engine:
         yield app

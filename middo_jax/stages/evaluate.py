@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from middo_jax.buckets import shown
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import eos_token_ids, load_tokenizer
 from middo_jax.evaluation.contrast import Margin, faulty, last_answer, margins
@@ -162,7 +163,9 @@ def export_checkpoint(
     """
     source = locate(checkpoint, base=base)
     if source.trained is None:
-        raise RunError(f"{checkpoint}: no finished checkpoint there; a round's is at round_XX/checkpoint")
+        raise RunError(
+            f"{shown(checkpoint)}: no finished checkpoint there; a round's is at round_XX/checkpoint"
+        )
     hf.require_vacant(out)  # raises before anything is computed
     config, mesh = read_config(source.base), mesh or make_mesh()
     model = merge_adapters(load(source, mesh=mesh))

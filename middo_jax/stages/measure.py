@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from middo_jax.data.example import Example
 from middo_jax.data.tokenize import end_of_turn_token
 from middo_jax.models.model import Model
-from middo_jax.parallel.coordination import Together
+from middo_jax.parallel.coordination import Together, alone
 from middo_jax.refinement.acceptance.candidate import Measurement
 from middo_jax.refinement.acceptance.measured import cosines
 from middo_jax.refinement.acceptance.table import is_asked
@@ -30,7 +30,7 @@ from middo_jax.signals.embeddings import read_embeddings, require_embeddings
 from middo_jax.signals.ifd import ifd
 from middo_jax.signals.judge.rubrics import quality
 from middo_jax.signals.neighbours.search import nearest_neighbours
-from middo_jax.signals.readings import end_nll, pmi
+from middo_jax.signals.readings import end_nll, last_targets, pmi
 from middo_jax.signals.table import read_scores
 from middo_jax.stages.merge import rows_of
 from middo_jax.stages.passes import Passes, conditioned, raw_prompts
@@ -94,11 +94,6 @@ class Rewrite(NamedTuple):
         return cls(Example.from_json(row["child"]), row["original_id"], row["op"])
 
 
-def alone(told: Any) -> contextlib.AbstractContextManager[None]:
-    """A `Together` for a job without followers; does nothing."""
-    return contextlib.nullcontext()
-
-
 class UnderTraining:
     """The round's model, M_t, loaded on first use. Delete the object to free its memory."""
 
@@ -159,7 +154,9 @@ class UnderTraining:
         rows = {row["id"]: row for row in sources}
         tokenized = self._session.tokenize(children)
         scores = self._scored("rewrites measured", self._loaded, tokenized)
-        end_q = end_nll(scores.last_nll_n, tokenized, end_of_turn_token(self._session.tokenizer))
+        end_q = end_nll(
+            scores.last_nll_n, last_targets(tokenized), end_of_turn_token(self._session.tokenizer)
+        )
         informed = self._informed(rewrites)
         embedding_qd = scores.embedding_nd
         is_raw = self._session.config.diversity.text == "raw"

@@ -16,13 +16,15 @@ from middo_jax.data.example import Example
 from middo_jax.data.long_texts import is_long, last_tokens
 from middo_jax.data.tokenize import TokenizedExample, response_header
 from middo_jax.models.model import Model
+from middo_jax.parallel.coordination import gather
 from middo_jax.passes.losses import ExampleScores, LossPass
 from middo_jax.passes.parts import Parts
 from middo_jax.passes.runner import PassFacts
 from middo_jax.session import Session
 from middo_jax.signals.duplicates import prompt_hash
 from middo_jax.signals.ifd import mean_by_example, responses_alone
-from middo_jax.signals.readings import prompts_behind_responses
+from middo_jax.signals.readings import last_target, prompts_behind_responses
+from middo_jax.stages.shared_tokens import SharedTokens
 from middo_jax.training.identity import of_model
 
 
@@ -31,28 +33,48 @@ class Texts(NamedTuple):
 
     Attributes:
       examples: the samples.
-      tokenized: their tokenized conversations.
+      tokenized: their tokenized conversations, of which each process of a job has only a part.
       raw: their tokenized prompts without the template, if `diversity.text` is `raw`; else None.
       hashes: hashes of the prompts in the form that is embedded.
+      truncated_n: bool, whether the conversation was cut.
+      last_target_n: int32, see `signals.readings.last_target`.
     """
 
     examples: Sequence[Example]
-    tokenized: Sequence[TokenizedExample]
+    tokenized: SharedTokens
     raw: Sequence[TokenizedExample] | None
     hashes: Sequence[str]
+    truncated_n: np.ndarray
+    last_target_n: np.ndarray
 
     @classmethod
     def of(cls, session: Session, examples: Sequence[Example]) -> Texts:
-        """Tokenizes samples by the settings."""
-        tokenized = session.tokenize(examples)
+        """Tokenizes samples by the settings, in a job each process its share. All processes must call it."""
+        tokenized = SharedTokens(
+            len(examples), lambda some: session.tokenize([examples[i] for i in some], tells=False)
+        )
+        facts_nk = tokenized.of_all("tokens", 4, _facts)
+        learns_end = any(gather("learns an end", session.learns_end(tokenized.share)))
+        session.tell_of_tokens(len(examples), int(facts_nk[:, 0].sum()), learns_end)
         raw = raw_prompts(session, examples) if session.config.diversity.text == "raw" else None
-        embedded = tokenized if raw is None else raw
-        return cls(examples, tokenized, raw, [prompt_hash(e) for e in embedded])
+        hashes = [prompt_hash(e) for e in raw] if raw is not None else _hashes(facts_nk[:, 2:])
+        return cls(examples, tokenized, raw, hashes, facts_nk[:, 0] > 0, facts_nk[:, 1])
 
     @property
     def ids(self) -> list[str]:
         """IDs of the samples."""
         return [example.id for example in self.examples]
+
+
+def _facts(example: TokenizedExample) -> list[int]:
+    """Whether it is cut, its last target, and the two halves of its prompt's hash."""
+    halves = np.frombuffer(bytes.fromhex(prompt_hash(example)), ">i4").tolist()
+    return [example.truncated, last_target(example), *halves]
+
+
+def _hashes(halves_n2: np.ndarray) -> list[str]:
+    """The hashes of `_facts` as texts."""
+    return [row.tobytes().hex() for row in halves_n2.astype(">i4")]
 
 
 class Passes:
@@ -78,7 +100,8 @@ class Passes:
         With `prompts`, the losses of the prompts are computed too.
         """
         tokens, chunk = self._session.batch_tokens, self._session.config.scoring.unembed_chunk
-        planned = LossPass(of, model, tokens, chunk, prompts=prompts)
+        outline = of.outline(prompts=prompts) if isinstance(of, SharedTokens) else None
+        planned = LossPass(of, model, tokens, chunk, prompts=prompts, outline=outline)
         parts = self.parts(name, model)
         scores, self.facts[name] = planned(model, self._session.progress, name, parts)
         return scores

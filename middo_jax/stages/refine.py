@@ -18,7 +18,7 @@ from middo_jax.config.refine import Turns
 from middo_jax.data.example import Example
 from middo_jax.data.stored import Stored
 from middo_jax.data.tokenize import steering_tokens
-from middo_jax.parallel.coordination import follow, lead
+from middo_jax.parallel.coordination import Together, follow, lead
 from middo_jax.refinement import (
     AnswerCache,
     BatchClient,
@@ -42,7 +42,7 @@ from middo_jax.session import Session
 from middo_jax.signals.embeddings import require_embeddings
 from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.accept import Acceptance
-from middo_jax.stages.endpoint import embedded_model, endpoint, refines_itself
+from middo_jax.stages.endpoint import SERVE, STOP, embedded_model, endpoint, refines_itself, serving
 from middo_jax.stages.measure import UnderTraining, scored_model
 from middo_jax.stages.merge import lineage_scores, rows_of
 from middo_jax.stages.replaying import attributed
@@ -193,8 +193,8 @@ def ask_refiner(
     """Returns the outcomes in the order of the tasks, and facts for the record; writes candidates.jsonl."""
     if tasks and refines_itself(session):
         session.progress.say(ITSELF)
-    refiner = _refiner(session, around)
     with session.stage(), lead(FOLLOWED) as together:
+        refiner = _refiner(session, around, together)
         acceptance = Acceptance(session, directory, around.heldout, around.model, together)
         outcomes = _attempts(tasks, refiner, acceptance, session.config.refine.max_attempts)
     outcomes, recorded = _recorded(session, outcomes, around.cache)
@@ -229,10 +229,17 @@ def _recorded(
 
 
 def follow_refinement(session: Session, directory: RoundDir) -> None:
-    """Takes part in the measurements of the first process. Called by all other processes."""
+    """Serves and measures with the first process. Called by all others."""
     model, under = model_of(directory) or scored_model(directory), None
-    with session.stage():
+    with session.stage(), contextlib.ExitStack() as servers:
         for told in follow(FOLLOWED):
+            if SERVE in told:
+                servers.enter_context(serving(session))
+                continue
+            if STOP in told:
+                servers.close()
+                gc.collect()
+                continue
             if told["loads"] or under is None:  # process 0 loads the model for each attempt
                 under = None
                 gc.collect()
@@ -268,7 +275,7 @@ def _attempts(
 
 
 @contextlib.contextmanager
-def _refiner(session: Session, around: Around) -> Iterator[Ask]:
+def _refiner(session: Session, around: Around, together: Together) -> Iterator[Ask]:
     """Yields a function that runs one attempt of some tasks. An embedded endpoint serves all attempts."""
     config, steering = session.config, steering_tokens(session.tokenizer)
     round_index, cache, ledger, _, _, batch = around
@@ -280,7 +287,7 @@ def _refiner(session: Session, around: Around) -> Iterator[Ask]:
     if batch is not None:
         yield take
         return
-    with endpoint(session) as served:
+    with endpoint(session, together) as served:
         settings = config.refine
         if served.revision is not None:
             settings = settings.model_copy(update={"model_revision": served.revision})
@@ -293,7 +300,14 @@ def _refiner(session: Session, around: Around) -> Iterator[Ask]:
             name = "rewrites" if attempt == 1 else f"rewrites, attempt {attempt}"
             if served.recording is not None:  # what its server could do is part of the recording
                 cache.learn(requests.form_fact, served.recording.form)
-            client = ChatClient(requests, served.url, cache, sends_key=served.sends_key, ledger=ledger)
+            client = ChatClient(
+                requests,
+                served.url,
+                cache,
+                sends_key=served.sends_key,
+                token=served.token,
+                ledger=ledger,
+            )
             with session.progress.task(name) as advance:
                 meter = Meter(ledger, len(tasks), client.endpoints.all)
 

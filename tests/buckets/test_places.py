@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from middo_jax.buckets.places import Place, shown, url_of
+from middo_jax.buckets.places import Place, shown, url_of, with_urls
 from middo_jax.rundir import RunError
 
 
@@ -35,6 +35,13 @@ def test_urls_of_buckets(text: str, url: str) -> None:
 def test_other_texts_are_none(text: str) -> None:
     assert Place.of(text) is None
     assert shown(text) == text
+
+
+def test_messages_name_urls_instead_of_copies() -> None:
+    read, work = Place("s3", "bucket", "a model").copy, Place("gs", "bucket", "runs/mine").work(2)
+    other = "/elsewhere/buckets/read/s3/bucket"
+    text = f"{read}/config.json: missing; {work} and {other}"
+    assert with_urls(text) == f"s3://bucket/a model/config.json: missing; gs://bucket/runs/mine and {other}"
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/../a", "gs://bucket/a/./b", "s3://bucket/a\\b"])

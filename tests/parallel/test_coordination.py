@@ -53,6 +53,9 @@ def test_process_0_decides_and_all_know(tmp_path: Path) -> None:
     assert [e.code for e in ended] == [0, 0, 0]
     assert "decided 3 3000000 asked" in ended[0].output
     assert all("decided 3 3000000 told" in e.output for e in ended[1:])
+    # The same secret, which the job's store does not have any more.
+    [secret] = {tuple(re.findall(r"^secret (64 \w+ \[.*\])$", e.output, re.MULTILINE)) for e in ended}
+    assert secret[0].endswith(" []")
 
 
 def test_process_0_leads_and_the_others_follow(tmp_path: Path) -> None:

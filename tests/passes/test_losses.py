@@ -22,7 +22,8 @@ from middo_jax.models import hf
 from middo_jax.models.model import Model
 from middo_jax.parallel.mesh import MESH_AXES, make_mesh
 from middo_jax.passes import losses as scoring
-from middo_jax.passes.losses import MIN_PREFIX, ExampleScores, plan_losses, score_examples
+from middo_jax.passes.loss_plan import MIN_PREFIX, plan_losses
+from middo_jax.passes.losses import ExampleScores, score_examples
 from middo_jax.passes.runner import PassFacts
 from middo_jax.progress import Advance, Silent
 from middo_jax.signals.table import Measured, read_scores, write_scores

@@ -1,4 +1,8 @@
-"""The law of many hosts: two processes measure what one does, also where the pass was stopped."""
+"""The law of many hosts: two processes measure what one does, also where the pass was stopped.
+
+Each tokenizes a share and what its own devices read, packs the latter only, and takes what a job of another
+number of processes has left.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,7 @@ from middo_jax.config import MeshSettings
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.signals.neighbours.search import nearest_neighbours
 from middo_jax.passes import runner
+from middo_jax.passes.loss_plan import Outline
 from middo_jax.passes.losses import LossPass, score_examples
 from middo_jax.passes.parts import Parts
 from middo_jax.models import hf
@@ -36,6 +41,7 @@ from middo_jax.parallel.mesh import make_mesh
 from middo_jax.parallel.preemption import Preempted
 from middo_jax.progress import Silent
 from middo_jax.rundir.files import only_read
+from middo_jax.stages.shared_tokens import SharedTokens
 from middo_jax.training.identity import of_model
 
 assert len(jax.devices()) == 8 and jax.process_count() == int(processes)
@@ -45,9 +51,48 @@ for i, length in enumerate(rng.integers(4, 120, 24)):
     at = np.arange(length)
     tokens = rng.integers(3, 390, length).astype(np.int32)
     examples.append(TokenizedExample(str(i), tokens, at >= length // 2, at < length // 2, False))
+
+class Watched(list):
+    read = set()  # what was packed
+
+    def __getitem__(self, i):
+        self.read.add(i)
+        return super().__getitem__(i)
+
 mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
 model = hf.load(directory, mesh=mesh)
-scores, whole = score_examples(model, examples, batch_tokens=512, chunk=64)
+watched = Watched(examples)
+scores, whole = score_examples(model, watched, batch_tokens=512, chunk=64)
+read = sorted(watched.read)
+
+# Tokenized in shares, and then what the own devices read: the same plan, and the same results.
+tokenized = set()
+
+def tokenize(indices):
+    tokenized.update(indices)
+    return [examples[i] for i in indices]
+
+shared = SharedTokens(len(examples), tokenize)
+planned = LossPass(shared, model, 512, 64, outline=shared.outline(prompts=False))
+assert planned.plan.buckets == LossPass(examples, model, 512, 64).plan.buckets
+for one, other in zip(planned(model, Silent(), "loss")[0], scores, strict=True):
+    np.testing.assert_array_equal(one, other)
+assert tokenized == {*range(int(process), len(examples), int(processes)), *read}
+
+def begun_alike(example):
+    masks = [np.append([False] * 12, mask) for mask in (example.is_target_n, example.in_prompt_n)]
+    return TokenizedExample(example.id, np.append(np.arange(3, 15), example.tokens_n), *masks, False)
+
+begun = list(map(begun_alike, examples))
+shared = SharedTokens(len(begun), lambda indices: [begun[i] for i in indices])
+some = [2, 20, 4, 6]  # of the second process's share there is none
+for prompts in (False, True):
+    for which in (range(24), some, []):
+        ours, theirs = shared.chosen(which), [begun[i] for i in which]
+        outline, expected = ours.outline(prompts=prompts), Outline.of(theirs, prompts=prompts)
+        for one, other in zip(outline, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert outline.prefix == (12 if theirs else 0)
 
 # Stopped behind its first batch, and gone on: what process 0 has written, all processes read.
 if int(process):
@@ -76,7 +121,12 @@ for one, other in zip(resumed, scores, strict=True):
     np.testing.assert_array_equal(one, other)
 
 found = nearest_neighbours(scores.embedding_nd, 3, mesh, block=2)
-np.savez(out, **scores._asdict(), **found._asdict())
+if int(processes) == 1:  # a batch has the same key in a job with the same mesh, so nothing is left to do
+    parts = Parts(Path(out).parent / "parts2", of_model(model), Silent(), "loss")
+    of_two, facts = LossPass(examples, model, 512, 64)(model, Silent(), "loss", parts)
+    assert facts.computed_tokens == 0
+    np.testing.assert_allclose(of_two.loss_n, scores.loss_n, rtol=1e-5)
+np.savez(out, **scores._asdict(), **found._asdict(), read=read)
 """
 
 
@@ -87,6 +137,9 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     run_together(1, lambda _: ["-c", PROGRAM, directory, tmp_path / "alone.npz"])
 
     alone = np.load(tmp_path / "alone.npz")
+    first, second = (set(np.load(tmp_path / name)["read"].tolist()) for name in ("0.npz", "1.npz"))
+    assert first | second == set(alone["read"].tolist()) == set(range(24))
+    assert first & second <= {0}  # whose dtypes are those of a part of a batch that is padding only
     for name in ("0.npz", "1.npz"):
         shared = np.load(tmp_path / name)
         assert set(shared) == set(alone)

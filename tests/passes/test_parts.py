@@ -23,7 +23,7 @@ from middo_jax.parallel.preemption import Preempted
 from middo_jax.passes import parts as parts_of_a_pass
 from middo_jax.passes import runner
 from middo_jax.passes.losses import ExampleScores, LossPass
-from middo_jax.passes.parts import Parts
+from middo_jax.passes.parts import Parts, digest
 from middo_jax.passes.runner import PassFacts
 from middo_jax.progress import Silent
 from middo_jax.rundir import RoundDir
@@ -113,15 +113,22 @@ def test_what_decides_the_results_is_in_the_key(
     scored(model, examples, tmp_path)
     parts = Parts(tmp_path, of_model(model), Silent(), "loss")
     inputs, static = (np.arange(6).reshape(2, 3), None, np.ones(2, bool)), {"chunk": 3}
+    spans = [digest(inputs), digest((inputs[0] + 1, None, inputs[2]))]
+    digests = {
+        *spans,
+        digest((inputs[0].reshape(3, 2), None, inputs[2])),
+        digest((inputs[0], inputs[2], None)),
+        digest((inputs[0].astype(np.int32), None, inputs[2])),
+    }
+    assert len(digests) == 5
     others = [
-        parts.key((inputs[0] + 1, None, inputs[2]), static),
-        parts.key((inputs[0].reshape(3, 2), None, inputs[2]), static),
-        parts.key((inputs[0], inputs[2], None), static),
-        parts.key(inputs, {"chunk": 4}),
-        Parts(tmp_path / "b", "other weights", Silent(), "loss").key(inputs, static),
+        parts.key(spans[::-1], static),
+        parts.key(spans[:1], static),
+        parts.key(spans, {"chunk": 4}),
+        Parts(tmp_path / "b", "other weights", Silent(), "loss").key(spans, static),
     ]
-    assert parts.key(inputs, static) == parts.key(inputs, dict(static))
-    assert len({parts.key(inputs, static), *others}) == 6
+    assert parts.key(spans, static) == parts.key(iter(spans), dict(static))
+    assert len({parts.key(spans, static), *others}) == 5
     # One example's answer begins later: only its batch is computed again.
     changed = list(examples)
     e = examples[7]

@@ -24,7 +24,7 @@ from middo_jax.data.templates import set_template
 from middo_jax.data.tokenize import load_tokenizer, tokenize, tokenize_all, truncate
 from middo_jax.parallel.mesh import MESH_AXES
 from middo_jax.passes import losses
-from middo_jax.passes.losses import plan_losses
+from middo_jax.passes.loss_plan import plan_losses
 from middo_jax.progress import Silent
 from middo_jax.report.inspection import inspect_rows, inspect_tokens, length_histogram, sample_parts
 from middo_jax.report.terminal import printable, render_inspection, render_trace

@@ -15,7 +15,7 @@ from middo_jax.data.tokenize import end_of_turn_token, load_tokenizer, tokenize_
 from middo_jax.models import hf
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.passes.losses import score_examples
-from middo_jax.signals.readings import GUESS, end_nll, pmi, prompts_behind_responses
+from middo_jax.signals.readings import GUESS, end_nll, last_targets, pmi, prompts_behind_responses
 from middo_jax.signals.table import Measured
 
 ONE_TURN = Example(
@@ -42,10 +42,12 @@ def test_the_end_is_that_of_the_last_turn_and_a_cut_answer_has_none(directory: P
     assert cut.truncated
     end = end_of_turn_token(tokenizer)
     last = np.array([0.5, 0.25, 2.0], np.float32)
-    np.testing.assert_array_equal(end_nll(last, [*whole, cut], end), [0.5, 0.25, np.nan])
-    assert np.isnan(end_nll(last, [*whole, cut], None)).all()  # a template without an end of turn
+    np.testing.assert_array_equal(end_nll(last, last_targets([*whole, cut]), end), [0.5, 0.25, np.nan])
+    assert np.isnan(
+        end_nll(last, last_targets([*whole, cut]), None)
+    ).all()  # a template without an end of turn
     whole[0].is_target_n[:] = False
-    assert np.isnan(end_nll(last[:1], whole[:1], end)).all()
+    assert np.isnan(end_nll(last[:1], last_targets(whole[:1]), end)).all()
 
 
 def test_the_end_of_turn_has_the_loss_of_its_token_alone(directory: Path) -> None:

@@ -5,6 +5,7 @@ python job.py FOLDER THING ADDRESS PROCESSES PROCESS
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
@@ -17,18 +18,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from middo_jax.parallel import cluster, coordination, watch
-from middo_jax.parallel.coordination import agree, barrier, follow, from_first, lead
+from middo_jax.parallel.coordination import agree, barrier, follow, from_first, lead, shared_secret
 from middo_jax.progress import Lines
 
 
 def decide(me: int) -> None:
-    """Process 0 decides, slowly; a value larger than one message arrives whole."""
+    """Process 0 decides, slowly; a value larger than one message arrives whole. Then all share a secret."""
     calls = []
     value = from_first(
         "decide", lambda: (calls.append(me), time.sleep(3), {"n": 3, "text": "ü" * 3_000_000})[2]
     )
     barrier("decided")
     print("decided", value["n"], len(value["text"]), "asked" if calls else "told")
+    secret = shared_secret("token")
+    assert secret is not None
+    barrier("shared")
+    left = [key for key, text in coordination._store().key_value_dir_get("middo/") if secret in text]
+    print("secret", len(secret), hashlib.sha256(secret.encode()).hexdigest(), left)
 
 
 def led(me: int) -> None:

@@ -64,6 +64,7 @@ class ChatClient:
         cache: AnswerCache,
         *,
         sends_key: bool = True,
+        token: str | None = None,
         ledger: Ledger | None = None,
         backoff_s: float = 1.0,
     ) -> None:
@@ -75,6 +76,8 @@ class ChatClient:
           cache: stores the answers.
           sends_key: whether requests carry the key of `refine.api_key_env`; otherwise a dummy. The key is
             only for the server that the user named.
+          token: what the embedded servers of this job want in the place of that key. They are asked without a
+            proxy, which would learn it.
           ledger: records costs; clients that share a ledger share its budget.
           backoff_s: seconds before the first retry, doubled for each further one.
 
@@ -89,13 +92,15 @@ class ChatClient:
         self._cache = cache
         self._backoff_s = backoff_s
         self._dialect = Dialect(cache, requests.served)
-        key = read_key(settings.api_key_env) if sends_key else None
+        key = read_key(settings.api_key_env) if sends_key else token
         self._has_key = key is not None
         urls = (base_url,) if isinstance(base_url, str) else tuple(base_url)
         addresses = [Address.of(url) for url in urls]
         self._secrets = Secrets([key, *(secret for address in addresses for secret in address.secrets)])
         self.endpoints = Endpoints(
-            [connect(address, key, settings) for address in addresses], settings.max_retries, backoff_s
+            [connect(address, key, settings, uses_proxy=token is None) for address in addresses],
+            settings.max_retries,
+            backoff_s,
         )
         self._budget = Budget(settings, self.ledger)
         limit = settings.per_minute
@@ -340,8 +345,17 @@ class ChatClient:
         self._stopping.set()
 
 
-def connect(address: Address, key: str | None, settings: RefineSettings) -> Endpoint:
-    """A server with the limits of `receiving`; nothing is sent yet. `key` is None if the server gets none."""
+def connect(
+    address: Address, key: str | None, settings: RefineSettings, *, uses_proxy: bool = True
+) -> Endpoint:
+    """A server with the limits of `receiving`; nothing is sent yet.
+
+    Args:
+      address: of the server.
+      key: None if the server gets none.
+      settings: time limits, number of connections.
+      uses_proxy: whether a proxy of the environment is used, where the server is on another machine.
+    """
     # By the type of the default, since the package has changed its HTTP library before.
     limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
         max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency
@@ -357,7 +371,7 @@ def connect(address: Address, key: str | None, settings: RefineSettings) -> Endp
         http_client=BoundedClient(
             limits=limits,
             # A proxy from the environment cannot reach this machine's loopback.
-            trust_env=not is_loopback(address.host),
+            trust_env=uses_proxy and not is_loopback(address.host),
         ),
     )
     return Endpoint(address.url, api, Throttle(settings.concurrency))

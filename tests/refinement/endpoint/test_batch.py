@@ -122,8 +122,7 @@ def test_what_does_not_belong_is_refused(finished: Finished, middo: Middo, tmp_p
     for taken in (here / "dataset.jsonl", here / "new.jsonl", tmp_path / "run" / ".." / "run" / "new.jsonl"):
         assert "would be among the files that are read" in middo("refine", here, "--write-batch", taken).err
     theirs = tmp_path / "theirs.jsonl"
-    for text in ('{"instruction": "Add.", "output": "5"}
-', results.read_text(encoding="utf-8")):
+    for text in ('{"instruction": "Add.", "output": "5"}\n', results.read_text(encoding="utf-8")):
         theirs.write_text(text, encoding="utf-8")
         assert "has no requests of a batch" in middo("refine", here, "--write-batch", theirs).err
         assert theirs.read_text(encoding="utf-8") == text

@@ -364,14 +364,33 @@ def test_urls_are_shown_without_password(cache: AnswerCache) -> None:
     assert "hidden" not in str(failure)
 
 
-def test_loopback_is_not_reached_through_a_proxy(
-    server: ScriptedServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def with_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("with_a_proxy")
+def test_loopback_is_not_reached_through_a_proxy(server: ScriptedServer, cache: AnswerCache) -> None:
     assert ask(server.url, cache, "a")[0][0].text == "fine"
+
+
+@pytest.mark.usefixtures("with_a_proxy")
+def test_the_servers_of_a_job_get_their_token_and_no_proxy_learns_it(
+    server: ScriptedServer, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    token, other = "0123456789abcdef" * 4, server.url.replace("127.0.0.1", "0.0.0.0")  # no loopback address
+    server.script = lambda text, n: good(f"Your token is {token}.")
+    [answer], _ = ask(other, cache, "a", sends_key=False, token=token)
+    assert answer.text == "Your token is ***."
+    assert server.keys == {f"Bearer {token}"}
+    assert ask(other, cache, "a")[0][0].from_cache  # the key of an answer does not depend on it
+    settings = SETTINGS.model_copy(update={"max_retries": 0})
+    [failure], _ = ask(other, cache, "b", settings=settings)  # any other server is asked through the proxy
+    assert isinstance(failure, EndpointFailed)
 
 
 def test_text_that_utf8_cannot_hold(server: ScriptedServer, cache: AnswerCache) -> None:

@@ -1,0 +1,43 @@
+"""Examples that are tokenized when they are read, so that a process has only those that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import overload
+
+from middo_jax.data.tokenize import TokenizedExample
+
+
+class LazyTokens(Sequence[TokenizedExample]):
+    """Tokenized examples, each of which is tokenized once, when it is first read."""
+
+    def __init__(self, n: int, tokenize: Callable[[Sequence[int]], Sequence[TokenizedExample]]) -> None:
+        """Tokenizes nothing yet.
+
+        Args:
+          n: number of examples.
+          tokenize: returns the examples with some indices; many at a time are faster than one by one.
+        """
+        self._n, self._tokenize = n, tokenize
+        self._here: dict[int, TokenizedExample] = {}
+
+    def __len__(self) -> int:
+        return self._n
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
+        places = range(self._n)[index]  # raises IndexError
+        if isinstance(places, range):
+            self.bring(places)
+            return [self._here[i] for i in places]
+        self.bring([places])
+        return self._here[places]
+
+    def bring(self, indices: Iterable[int]) -> None:
+        """Tokenizes those of some examples that have not been read yet."""
+        missing = [i for i in dict.fromkeys(indices) if i not in self._here]
+        if missing:
+            self._here.update(zip(missing, self._tokenize(missing), strict=True))

@@ -1,0 +1,72 @@
+"""In a job each process tokenizes a share of the samples, and what its devices read. All learn the rest.
+
+A plan needs the length of every sample, which only its tokens show. So each process first tokenizes a share,
+and tells the others what the plan and the table of scores need. Then it tokenizes the samples in the rows of
+its own devices. So it tokenizes and holds at most 2 / processes of all samples, and every process makes the
+plan that one process alone would make.
+
+Axes: docs/contributing.md#axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from middo_jax.data.lazy_tokens import LazyTokens
+from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.data.trees import common_prefix
+from middo_jax.parallel.coordination import gather
+from middo_jax.parallel.hosts import gather_rows
+from middo_jax.passes.loss_plan import Outline
+
+
+class SharedTokens(LazyTokens):
+    """Samples of which this process tokenizes its share first. All processes must call the same methods."""
+
+    def __init__(
+        self,
+        n: int,
+        tokenize: Callable[[Sequence[int]], Sequence[TokenizedExample]],
+        own: Sequence[int] | None = None,
+    ) -> None:
+        """Tokenizes nothing yet.
+
+        Args:
+          n, tokenize: see `LazyTokens`.
+          own: indices of this process's share; None: every so many-th sample.
+        """
+        super().__init__(n, tokenize)
+        self._own = range(jax.process_index(), n, jax.process_count()) if own is None else own
+
+    @property
+    def share(self) -> list[TokenizedExample]:
+        """The samples that this process measures."""
+        self.bring(self._own)
+        return [self[i] for i in self._own]
+
+    def of_all(self, name: str, k: int, facts: Callable[[TokenizedExample], Sequence[int]]) -> np.ndarray:
+        """Returns int32 [n, k], k facts about each sample; each process computes those of its share."""
+        rows = np.array([facts(example) for example in self.share], np.int32).reshape(len(self._own), k)
+        return gather_rows(name, self._own, rows, len(self))
+
+    def outline(self, *, prompts: bool) -> Outline:
+        """What the plan of a pass needs to know; equal to that of one process with all tokens."""
+        own = Outline.of(self.share, prompts=prompts)
+        needed_n = gather_rows("tokens needed", self._own, own.needed_n[:, None], len(self))[:, 0]
+        told = gather("outline", [own.common_n.tolist(), own.own_from] if self._own else None)
+        begins = [np.asarray(one[0], np.int32) for one in told if one is not None]
+        common_n = begins[0][: common_prefix(begins)] if begins else own.common_n
+        return Outline(needed_n, common_n, min((one[1] for one in told if one is not None), default=0))
+
+    def chosen(self, indices: Sequence[int]) -> SharedTokens:
+        """Some of the samples, in this order; what is tokenized here is tokenized there."""
+
+        def tokenize(places: Sequence[int]) -> list[TokenizedExample]:
+            self.bring([indices[place] for place in places])
+            return [self[indices[place]] for place in places]
+
+        own = set(self._own)
+        return SharedTokens(len(indices), tokenize, [j for j, i in enumerate(indices) if i in own])

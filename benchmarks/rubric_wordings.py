@@ -29,18 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.planting import (
-    MIN_PROMPT_WORDS,
-    MIN_RESPONSE_WORDS,
-    cut,
-    has_numbers,
-    shuffled,
-    with_other_numbers,
-)
+from benchmarks.planting import MIN_PROMPT_WORDS, shuffled
 from middo_jax.config import load
 from middo_jax.data.example import Example, Message
 from middo_jax.data.sources import read
 from middo_jax.data.tokenize import load_tokenizer
+from middo_jax.evaluation.contrast import MIN_WORDS, cut, has_numbers, with_other_numbers
 from middo_jax.models.decoder import Decoder
 from middo_jax.models.model import Model
 from middo_jax.passes import ratings
@@ -118,7 +112,7 @@ def versions(data: str, count: int, seed: int) -> list[list[Example]]:
         words = len(e.response.split())
         return (
             len(e.messages) == 2
-            and MIN_RESPONSE_WORDS <= words <= LONGEST
+            and MIN_WORDS <= words <= LONGEST
             and MIN_PROMPT_WORDS <= len(set(e.prompt.split())) <= LONGEST
             and has_numbers(e.response)
         )

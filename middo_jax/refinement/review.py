@@ -176,7 +176,8 @@ def _read(row: Any) -> tuple[Any, list[Mapping[str, Any]]]:
     """(the id of a row, the answers of each person by question)."""
     if not isinstance(row, Mapping):
         raise DataError(f"a row must be an object, not {type(row).__name__}")
-    by_hand = row.get("review_id", row.get("id")), [{**row, "by": row.get("annotator")}]
+    own: list[Mapping[str, Any]] = [{**row, "by": row.get("annotator")}]
+    by_hand = row.get("review_id", row.get("id")), own
     if _said(row, "verdict") is not None:
         return by_hand
     if "annotations" in row and isinstance(row.get("data"), Mapping):

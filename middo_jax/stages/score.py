@@ -80,13 +80,13 @@ def score_stage(
     scored = measure_samples(
         session, examples, model, pre_model, axes, earlier=earlier, parts=directory.scoring_parts
     )
-    own = with_user_ids(pa.table({}) if own is None else own, examples)
-    if own.column_names:
-        scored = scored._replace(table=with_columns(scored.table, own))
+    columns = with_user_ids(pa.table({}) if own is None else own, examples)
+    if columns.column_names:
+        scored = scored._replace(table=with_columns(scored.table, columns))
     directory.forget("select")  # it belongs to the scores that are replaced now
     write_scores(directory.scores, scored.table)
     write_embeddings(directory.embeddings, scored.table["id"].to_pylist(), scored.embedding_nd)
-    begun.finish(session.config, time.monotonic() - began, **scored.facts, columns=own.column_names)
+    begun.finish(session.config, time.monotonic() - began, **scored.facts, columns=columns.column_names)
     if not is_reader():
         remove(directory.scoring_parts)
     return scored

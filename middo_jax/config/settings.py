@@ -134,7 +134,7 @@ class DataSettings(Settings):
         "an empty turn. false: repair it, and count what was repaired.",
     )
     limit: Annotated[PositiveInt | None, Affects("data")] = Field(
-        default=None, description="Number of first rows to use. None: all."
+        default=None, description="Number of first rows to use, of each of several sources. None: all."
     )
     eval_fraction: Annotated[float, Affects("data")] = Field(
         default=0.1,

@@ -196,7 +196,7 @@ class Example:
         user_id, extra = self.user_id, self.extra
         if lineage.op == "synthesize":
             before, user_id = tuple(m for m in self.messages if m.role == "system"), None
-            # Also an id that is an ordinary column, because another one is `data.id_column`.
+            # An `id` is an ordinary column if it is not unique, or if `data.id_column` is another one.
             extra = shared_names({name: value for name, value in extra.items() if name != "id"})
         turns = (Message("user", prompt), Message("assistant", response))
         parts = self.prompt_columns if prompt == self.question else NO_COLUMNS

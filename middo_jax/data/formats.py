@@ -127,7 +127,8 @@ def detect(rows: Iterable[Any]) -> str:
     trouble = f"fit several formats, {' and '.join(fitting)}" if fitting else "fit no format"
     raise DataError(
         f"the columns ({found}) {trouble}. Name the format (data.format=NAME; middo convert: --from NAME), "
-        f"or rename columns. The formats and their columns: {expected}"
+        "or say which column is which, as in data.columns='{instruction: question, output: answer}'. "
+        f"The formats and their columns: {expected}"
     )
 
 

@@ -273,7 +273,8 @@ def test_prompt_completion_is_conversational_where_text_cannot_say_it(tmp_path: 
 
 def test_unknown_and_ambiguous_columns_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"question, answer.*fit no format.*alpaca.*sharegpt.*messages.*prompt_comp"
+        DataError,
+        match=r"question, answer.*fit no format.*data\.columns=.*alpaca.*sharegpt.*messages.*prompt_comp",
     ):
         read(jsonl(tmp_path, {"question": "q", "answer": "a"}))
     both = {"prompt": "q", "completion": "a", "instruction": "q", "output": "a"}

@@ -3,7 +3,7 @@
 OUT/
   train.jsonl          the last dataset (train.parquet with parquet)
   heldout.jsonl        with --with-heldout
-  pairs.jsonl          with --with-pairs: preference pairs for DPO and the like
+  pairs.jsonl          with --with-pairs: preference pairs for DPO and the like (pairs.parquet with parquet)
   README.md            dataset card with front matter, so that `datasets.load_dataset(OUT)` reads it
   dataset_info.json    for LLaMA-Factory: dataset_dir: OUT
   axolotl.yaml, trl.py
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from middo_jax.data.example import Example
 from middo_jax.data.own_shape import OwnShape
+from middo_jax.data.parquet import write_parquet
 from middo_jax.data.sources import DataError, write
 from middo_jax.data.spelling import Spelling
 from middo_jax.data.stored import Changed, Examples, Joined, Stored
@@ -132,11 +133,19 @@ def export_data(
     contents = _contents(columns, has_turns, both)
     unread = write_readers(place, str(name), files, own, contents)
     found = preference_pairs(run) if extras.get("pairs") else []
-    if found:
-        write_jsonl(place / "pairs.jsonl", found)
-    write_text(place / "README.md", card(run, files, own.format, "pairs.jsonl" if found else None, license))
+    pairs = _write_pairs(found, place / f"pairs.{ending}") if found else None
+    write_text(place / "README.md", card(run, files, own.format, pairs, license))
     note = None if unread is None else f"no dataset_info.json: LLaMA-Factory does not read {unread}"
     return ExportedDataset(place, len(examples), len(kept_out), len(found), own.format, note)
+
+
+def _write_pairs(pairs: list[dict[str, Any]], path: Path) -> str:
+    """Writes preference pairs; returns the file's name. `datasets` reads a folder's files alike."""
+    if path.suffix == ".parquet":
+        write_parquet(path, lambda: iter(pairs))
+    else:
+        write_jsonl(path, pairs)
+    return path.name
 
 
 def _shape(run: RunDir, form: str | None) -> OwnShape:

@@ -340,8 +340,10 @@ def test_preference_pairs_of_accepted_rewrites(run: RunDir, tmp_path: Path) -> N
         assert pair["rejected"] == [{"role": "assistant", "content": original.response}]
         assert pair["same_prompt"] == (child.prompt == original.prompt)
         assert pair["chosen_quality"] == (child.lineage.scores_after or {}).get("quality")
-    loaded = datasets.load_dataset(str(tmp_path / "out"), "pairs", cache_dir=str(tmp_path / "cache"))
-    assert len(loaded["train"]) == len(pairs)
+    export_data(run, tmp_path / "parquet", "parquet", pairs=True)
+    for out in ("out", "parquet"):
+        loaded = datasets.load_dataset(str(tmp_path / out), "pairs", cache_dir=str(tmp_path / "cache"))
+        assert len(loaded["train"]) == len(pairs)
 
 
 def test_a_losing_candidate_makes_a_pair_with_its_own_scores(tmp_path: Path) -> None:

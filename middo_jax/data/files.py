@@ -111,16 +111,22 @@ def require_not_read(source: str, outputs: Iterable[Path]) -> None:
       DataError: writing it would destroy the data, or add a file to it that the next reading takes for rows.
     """
     places = _places(source) or _named_folder(source)
-    read = {file.resolve() for place in places for file in (place, *_data_files(place))}
+    read = {_identity(file) for place in places for file in (place, *_data_files(place)) if file.exists()}
     folders = {f.resolve() for f in places if f.is_dir()}
     folders |= {f.resolve().parent for folder in folders for f in _data_files(folder)}
     pattern = Path(here(source)).expanduser()
     for output in outputs:
         where = output.resolve()
-        if output.exists() and where in read:
+        if output.exists() and _identity(output) in read:
             raise DataError(f"{output} is read as data and would be overwritten; write to another place")
         if (where.parent in folders and _is_data(where)) or (pattern not in places and _fits(where, pattern)):
             raise DataError(f"{output} would be among the files of {source}, as data; write to another place")
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """What a file's names have in common: links, hard ones too, and other spellings of its name."""
+    status = file.stat()
+    return status.st_dev, status.st_ino
 
 
 def _fits(path: Path, pattern: Path) -> bool:

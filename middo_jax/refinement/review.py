@@ -172,7 +172,7 @@ def judgements(row: Any, where: str) -> list[Judgement]:
         raise DataError(f"{where}: {error}") from None
 
 
-def _read(row: Any) -> tuple[Any, list[Mapping[str, Any]]]:
+def _read(row: Any) -> tuple[Any, Sequence[Mapping[str, Any]]]:
     """(the id of a row, the answers of each person by question)."""
     if not isinstance(row, Mapping):
         raise DataError(f"a row must be an object, not {type(row).__name__}")

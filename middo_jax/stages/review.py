@@ -210,13 +210,17 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from None
+    if text.lstrip().startswith("["):
+        return [(f"{path} row {n}", row) for n, row in enumerate(_parsed(text, f"{path}"), 1)]
+    lines = ((f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), 1))
+    return [(where, _parsed(line, where)) for where, line in lines if line.strip()]
+
+
+def _parsed(text: str, where: str) -> Any:
     try:
-        if text.lstrip().startswith("["):
-            return [(f"{path} row {n}", row) for n, row in enumerate(json.loads(text), 1)]
-        lines = enumerate(text.split("\n"), 1)
-        return [(f"{path}:{n}", json.loads(line)) for n, line in lines if line.strip()]
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
+        raise DataError(f"{where}: not JSON ({error})") from None
 
 
 def waits_for_review(directory: RoundDir) -> str | None:

@@ -232,6 +232,12 @@ def test_an_output_that_is_read_as_data_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"other\.jsonl would be among the files of"):
             require_not_read(source, [tmp_path / "other.jsonl"])
     require_not_read("hf:someone/some:train", [path])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "hard").hardlink_to(path)
+    (tmp_path / "out" / "soft").symlink_to(path)
+    for name in ("hard", "soft", "../rows.jsonl"):
+        with pytest.raises(DataError, match=r"is read as data and would be overwritten"):
+            require_not_read(str(path), [tmp_path / "out" / name])
     for source in (f"hf:{tmp_path}:train", f"hf:{tmp_path}:default:train", f"tfds:{tmp_path}:train"):
         with pytest.raises(DataError, match=r"rows\.jsonl is read as data"):
             require_not_read(source, [path])

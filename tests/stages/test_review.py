@@ -169,6 +169,12 @@ def test_a_verdict_is_read_from_every_form(row: dict[str, Any]) -> None:
     assert judgements(row, "f:1") == [Judgement("t@c", "reject", comment="no", by="u")]
 
 
+def test_a_line_that_is_not_json_is_named(here: RoundDir, tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"id": "a@b"}\n\n{"id": \n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"r\.jsonl:3: not JSON"):
+        middo.read_review(here.path, [tmp_path / "r.jsonl"])
+
+
 def test_a_row_that_nobody_judged_gives_nothing() -> None:
     assert judgements({"id": "t@c", "responses": {}}, "f:1") == []
     assert judgements({"data": {"review_id": "t@c"}, "annotations": []}, "f:1") == []

@@ -286,6 +286,18 @@ def test_what_is_damaged_is_made_again_with_the_same_bytes_and_nothing_else(
     assert status(run)["complete"]
 
 
+def test_a_damaged_checkpoint_without_its_record_is_trained_again(finished: Finished, tmp_path: Path) -> None:
+    """The record would have told; without it the files look finished."""
+    runs_dir, said = finished.copy(tmp_path), Said()
+    run = RunDir(tmp_path / "run")
+    run.round(0).manifest.unlink()
+    flip(run.round(0).checkpoint / "params" / "manifest.ocdbt")
+    run_loop(load(None, finished.settings(runs_dir=runs_dir)), said)
+    assert any("round_00/checkpoint is damaged; training starts again" in line for line in said.lines)
+    assert results(run) == results(finished.run)
+    assert status(run)["complete"]
+
+
 def test_a_run_from_before_train_jsonl_gets_it_and_nothing_else_is_done_again(
     finished: Finished, tmp_path: Path
 ) -> None:

@@ -34,6 +34,18 @@ from middo_jax.rundir.files import full_disk_named
 NOT_THE_FILES = (MemoryError, jax.errors.JaxRuntimeError)
 
 
+class DamagedCheckpoint(RunError):
+    """The files of a finished checkpoint cannot be read.
+
+    Attributes:
+      directory: the checkpoint, an absolute path.
+    """
+
+    def __init__(self, directory: Path, why: str) -> None:
+        super().__init__(f"{directory} is damaged, or of another model than its config describes: {why}")
+        self.directory = directory
+
+
 def save_params(directory: str | Path, params: Params, metadata: Mapping[str, Any]) -> None:
     """Writes DIRECTORY/params and then DIRECTORY/metadata.json, which marks the former as complete.
 
@@ -92,8 +104,8 @@ def restore_params(
       The model's parameters; only the adapters if the config has any.
 
     Raises:
-      RunError: no finished checkpoint is there, it is of another model, its files are damaged, or a
-        parameter is not finite.
+      DamagedCheckpoint: its files are damaged, or it is of another model.
+      RunError: no finished checkpoint is there, or a parameter is not finite.
       ConfigError: a parameter does not divide by the mesh.
     """
     directory = Path(directory).absolute()
@@ -111,9 +123,7 @@ def restore_params(
         except (ConfigError, *NOT_THE_FILES):
             raise
         except Exception as error:  # Orbax raises even plain `Exception` on a damaged file
-            raise RunError(
-                f"{directory} is damaged, or of another model than its config describes: {reason(error)}"
-            ) from error
+            raise DamagedCheckpoint(directory, reason(error)) from error
     params = of_dict(target, restored)
     flags = {".".join(map(str, path)): is_finite(value) for path, value in by_path(params).items()}
     if wrong := not_finite_names(flags):

@@ -12,6 +12,7 @@ from typing import Any
 
 from middo_jax.config import Config, ConfigError
 from middo_jax.data.example import Example
+from middo_jax.models.checkpoint import DamagedCheckpoint
 from middo_jax.models.lora import from_settings, with_fresh_adapters
 from middo_jax.models.model import Model
 from middo_jax.parallel.coordination import barrier, on_each_disk
@@ -45,12 +46,13 @@ def train_stage(
       directory: folder with the dataset.
       start: path of the model that training starts from.
       heldout: held-out examples for evaluation during training.
-      restart: whether to remove the checkpoint of another training; if False, it is an error.
+      restart: whether to remove the checkpoint of another training, or a damaged one; False: an error.
       n_steps: number of steps in the place of `train.num_epochs`.
 
     Raises:
       ConfigError: `train.eval_every` is set, but nothing is held out.
       AnotherTraining: the folder contains the checkpoint of another training.
+      DamagedCheckpoint: the folder contains a finished checkpoint that cannot be read.
     """
     began = time.monotonic()
     check_evaluations(session.config, heldout)
@@ -61,10 +63,13 @@ def train_stage(
     with session.stage():
         try:
             _train(session, directory, start, heldout, n_steps)
-        except AnotherTraining:
+        except (AnotherTraining, DamagedCheckpoint) as error:
+            why = "belongs to another training"
+            if isinstance(error, DamagedCheckpoint):
+                why, restart = "is damaged", restart and error.directory == directory.checkpoint.absolute()
             if not restart:
                 raise
-            session.progress.say(f"{directory.checkpoint} belongs to another training; training starts again")
+            session.progress.say(f"{directory.checkpoint} {why}; training starts again")
             barrier("another training: found")  # all processes must find it before its files are removed
             on_each_disk("another training: remove", lambda: remove_training(directory))
             _train(session, directory, start, heldout, n_steps)

@@ -413,6 +413,7 @@ def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Re
     require_no_run(out)
     settings = session.config.data
     written = [directory.dataset, directory.rejected, directory.scores, directory.embeddings]
+    written += [directory / "merged.jsonl"]  # by a refinement of the folder
     for path in (*settings.paths, *filter(None, [settings.eval_path])):
         require_not_read(path, [*written, directory.metrics, directory.path / "config.yaml"])
     write_text(out / "config.yaml", session.config.to_yaml())

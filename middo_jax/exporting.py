@@ -12,6 +12,7 @@ OUT/
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -101,12 +102,26 @@ def export_data(
       RunError: the run has no dataset yet, or `out` is not empty.
       DataError: there is no such format, or it has no place for a row.
     """
-    scores, lineage = extras.get("scores", False), extras.get("lineage", False)
     require_run(run)
     folder = last_dataset(run)
     place = local(out)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise RunError(f"{out} exists and is not an empty folder; name another, or remove it first")
+    existed = place.exists()
+    try:
+        return _export(run, folder, place, form, license, extras)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)  # the next try finds it as it was: empty, or not there
+        if existed:
+            place.mkdir()
+        raise
+
+
+def _export(
+    run: RunDir, folder: RoundDir, place: Path, form: str | None, license: str | None, extras: Extras
+) -> ExportedDataset:
+    """Writes everything into an empty folder; see `export_data`."""
+    scores, lineage = extras.get("scores", False), extras.get("lineage", False)
     settings, own = load_settings(run), _shape(run, form)
     examples = Stored(folder.dataset)
     kept_out: Examples = Stored(run.heldout) if extras.get("heldout") else ()
@@ -210,8 +225,8 @@ def _with_columns(
     added: dict[str, Any] = {}
     lineage = example.lineage
     if with_scores:
-        after = {k: v for k, v in (lineage.scores_after or {}).items() if v is not None}
-        measured = {**(scores or {}), **after}
+        later = {k: v for k, v in (scores or {}).items() if v is not None}
+        measured = {**(lineage.scores_after or {}), **later}  # a round's own scores are the later ones
         added |= {_PREFIX + name: measured.get(name) for name in SCORES}
     if with_lineage:
         added |= {

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from middo_jax.data.example import Example
 from middo_jax.data.files import Rejection, files_at, rows_of_files
+from middo_jax.data.formats import DataError
 from middo_jax.data.repair import EMPTY
 from middo_jax.data.tools import dumped
 from middo_jax.data.user_rows import DUPLICATE, Repair
 from middo_jax.refinement.acceptance.language import languages
-from middo_jax.refinement.acceptance.overlap import jaccard, shingles
+from middo_jax.refinement.acceptance.overlap import jaccard, shingles, words_of
 from middo_jax.refinement.acceptance.refusal import is_refusal
 
 SHOWN = 3  # places per check
@@ -31,7 +32,6 @@ _MISSING = frozenset(
 )
 # Reasons of refusals for a text that is empty, null or not there.
 _IS_EMPTY = re.compile(r"^empty |is empty$|missing or null$|, not null$")
-_WORD = re.compile(r"\w+")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
 _SECRETS: Mapping[str, re.Pattern[str]] = {
     "an AWS key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
@@ -171,10 +171,16 @@ def read_texts(path: str) -> list[str]:
     """All texts of a benchmark's file, of any columns.
 
     Raises:
-      DataError: the file cannot be read.
+      DataError: the file, or a row of it, cannot be read, or it has no text.
     """
-    rows = (item for item in rows_of_files(files_at(path)) if not isinstance(item, Rejection))
-    return [text for _, row in rows for text in _texts(row)]
+    texts: list[str] = []
+    for item in rows_of_files(files_at(path)):
+        if isinstance(item, Rejection):
+            raise DataError(f"{item.where}: {item.reason}; rows are not compared with half of a benchmark")
+        texts += _texts(item[1])
+    if not any(map(words_of, texts)):
+        raise DataError(f"{path}: no text there to compare with")
+    return texts
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -268,7 +274,7 @@ class _Quotations:
         self._grams: set[str] = set()
         self._short: defaultdict[int, set[str]] = defaultdict(set)
         for text in texts:
-            words = _words(text)
+            words = words_of(text)
             if len(words) >= _GRAM:
                 self._grams.update(_grams(words, _GRAM))
             elif len(words) >= _SHORTEST:
@@ -276,15 +282,11 @@ class _Quotations:
 
     def find(self, example: Example) -> str | None:
         for message in example.messages:
-            words = _words(message.content)
+            words = words_of(message.content)
             for size, known in ((_GRAM, self._grams), *self._short.items()):
                 if found := next((gram for gram in _grams(words, size) if gram in known), None):
                     return f"{found!r}"
         return None
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
 
 
 def _grams(words: Sequence[str], size: int) -> Iterator[str]:

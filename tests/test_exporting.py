@@ -107,6 +107,25 @@ def test_scores_and_lineage_are_columns(run: RunDir, tmp_path: Path) -> None:
     rewritten = [row for row in rows if row["middo_op"] != "seed"]
     assert rewritten
     assert all(row["middo_parent_ids"] for row in rewritten)
+    later = [row for row in rewritten if row["middo_id"] in scored]  # scored by a round after their own
+    assert later
+    for row in later:
+        assert row["middo_loss_post"] == scored[row["middo_id"]]["loss_post"]
+
+
+def test_an_export_that_fails_leaves_the_folder_as_it_was(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> str:
+        raise DataError("no place for it")
+
+    monkeypatch.setattr(exporting, "card", fails)  # the last file that is written
+    (tmp_path / "mine").mkdir()
+    for out in (tmp_path / "out", tmp_path / "mine"):
+        with pytest.raises(DataError, match="no place"):
+            export_data(run, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert not any((tmp_path / "mine").iterdir())
 
 
 def test_the_card_says_how_the_data_was_made_and_nothing_private(run: RunDir, tmp_path: Path) -> None:

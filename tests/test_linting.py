@@ -10,6 +10,7 @@ import pytest
 
 from middo_jax.data.example import Example, Message
 from middo_jax.data.files import Rejection
+from middo_jax.data.formats import DataError
 from middo_jax.data.sources import read_rows
 from middo_jax.linting import CHECKS, Found, lint, read_limits, read_texts, render
 
@@ -40,6 +41,23 @@ def test_a_doubtful_text_does_not_say_which_language_most_rows_are_in() -> None:
     german = sample("Warum?", "Der Mond zieht das Wasser der Meere an, darum entstehen die Gezeiten.")
     english = sample("How many?", "Natalia sold clips to 48 of her friends in April, and then half as many.")
     assert results(key, german, english)["languages"].first == [("d.jsonl:2", "de, most rows are en")]
+
+
+def test_a_benchmark_that_says_nothing_is_an_error_and_no_pass(tmp_path: Path) -> None:
+    for name, text, why in (
+        ("empty.jsonl", "", "no"),
+        ("blank.jsonl", '{"question": "", "n": 5}\n', "no text there to compare with"),
+        ("torn.jsonl", '{"question": "Why?"}\n{"question": \n', "torn.jsonl:2: .*half of a benchmark"),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=why):
+            read_texts(str(tmp_path / name))
+
+
+def test_a_quotation_is_found_in_a_script_without_spaces() -> None:
+    text = "小明有三个苹果,他又买了五个苹果,然后给了小红两个苹果,请问小明现在还有几个苹果?"
+    found = results(sample(f"请看这道题:{text}"), sample("小明有几个苹果?"), benchmarks=[text])
+    assert found["benchmarks"].n == 1
 
 
 def test_a_clean_dataset_has_no_fault() -> None:

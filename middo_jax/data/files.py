@@ -66,7 +66,9 @@ class Rejection:
 
 def with_id(where: str, own: Any) -> str:
     """A row's place with the user's id of it, if there is one: `chat.jsonl:3, id 17`."""
-    return f"{where}, id {own}" if isinstance(own, str | int) and not isinstance(own, bool) else where
+    if not isinstance(own, str | int) or isinstance(own, bool):
+        return where
+    return f"{where}, id {own if str(own).isprintable() else ascii(own)}"
 
 
 def files_at(path: str) -> list[Path]:

@@ -97,9 +97,10 @@ def turn_list(row: Row, column: str, keys: tuple[str, str]) -> list[Turn]:
             raise RowError(f"turn {n}: {role_key!r} must be text, not {kind_of(named)}")
         role = named.strip().lower()
         if role not in ROLES:
+            shown = named[:40] if named.isprintable() else ascii(named[:40])
             raise RowError(
                 f"turn {n} has the unknown role {named[:40]!r}; say what it is, as in data.roles="
-                f"'{{{named[:40]}: user}}'; known: {', '.join(ROLES)}"
+                f"'{{{shown}: user}}'; known: {', '.join(ROLES)}"
             )
         weights = {key: weight for key in WEIGHTS if (weight := weight_of(fields.get(key))) is not None}
         # Other turns are never learnt, so a weight of 0 there may be meant for another turn: it is reported.

@@ -110,7 +110,7 @@ def read_review(directory: RoundDir, paths: Sequence[Path]) -> Counter[str]:
     """Writes verdicts.jsonl from people's verdicts; returns the number of rewrites by verdict.
 
     A rewrite is rejected if anybody rejects it. Otherwise it has the edited texts, if there are any. One that
-    nobody judged stays accepted (`none`).
+    these files do not judge keeps its earlier verdict, and without one stays accepted (`none`).
 
     Args:
       directory: a folder whose refinement is done.
@@ -134,7 +134,11 @@ def read_review(directory: RoundDir, paths: Sequence[Path]) -> Counter[str]:
         what = "no verdict" if not said else f"no verdict on a rewrite of {directory.path}"
         raise DataError(f"{', '.join(map(str, paths))}: {what}; nothing was changed")
     heldout = {example.prompt for example in heldout_of(directory)}
-    rows = [_row(id_, outcome, said.get(id_, [])) for id_, outcome in accepted.items()]
+    earlier = _verdicts(directory)
+    rows = [
+        earlier[id_] if id_ in earlier and id_ not in said else _row(id_, outcome, said.get(id_, []))
+        for id_, outcome in accepted.items()
+    ]
     known = {example.id for example in examples}
     known |= {row["id"].rpartition("@")[2] for row in rows if row["verdict"] in ("accept", "none")}
     for row in rows:
@@ -226,7 +230,8 @@ def _parsed(text: str, where: str) -> Any:
 def waits_for_review(directory: RoundDir) -> str | None:
     """The message for a run that waits for a review; None if every accepted rewrite has a verdict."""
     accepted = [o for o in _outcomes(directory, read_dataset(directory)) if o.example is not None]
-    n = len({review_id(outcome) for outcome in accepted} - _verdicts(directory).keys())
+    judged = {id_ for id_, row in _verdicts(directory).items() if row["verdict"] != "none"}
+    n = len({review_id(outcome) for outcome in accepted} - judged)
     if not n:
         return None
     return (

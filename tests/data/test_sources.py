@@ -324,6 +324,7 @@ def turns(*roles: str) -> dict:
         (turns("user", "system", "assistant"), "turn 2 is a system turn"),
         (turns("system", "system", "user", "assistant"), "turn 2 is a system turn"),
         (turns("user", "narrator", "assistant"), "unknown role 'narrator'"),
+        (turns("user", "a\x1b[2J", "assistant"), r"data.roles='{'a\x1b[2J': user}'"),
         (
             turns("user", "tool", "assistant"),
             "turn 2 is a tool's result, and the turn before it calls no tool",

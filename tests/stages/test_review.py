@@ -136,6 +136,36 @@ def shows_verdicts(run: RunDir, n: int, bad: str, edited: str) -> None:
     assert f"2 rejected, {n - 3} not judged" in card(run, {"train": "train.jsonl"}, "messages")
 
 
+def test_a_second_call_adds_its_verdicts_and_replaces_those_on_the_same(
+    here: RoundDir, tmp_path: Path
+) -> None:
+    one, two, *_ = accepted(here)
+
+    def judge(**verdicts: str) -> dict[str, str]:
+        rows = [{"review_id": {"one": one, "two": two}[name], "verdict": v} for name, v in verdicts.items()]
+        write_jsonl(tmp_path / "v.jsonl", rows)
+        middo.read_review(here.path, [tmp_path / "v.jsonl"])
+        rows = read_jsonl(here.verdicts)
+        return {row["id"]: row["verdict"] for row in rows if row["verdict"] != "none"}
+
+    assert judge(one="reject") == {one: "reject"}
+    assert judge(two="accept") == {one: "reject", two: "accept"}
+    assert judge(one="accept", two="reject") == {one: "accept", two: "reject"}
+
+
+def test_a_run_waits_until_every_rewrite_is_judged(
+    here: RoundDir, finished: Finished, tmp_path: Path
+) -> None:
+    here.forget("merge")
+    waiting = load(None, finished.settings(runs_dir=tmp_path, refine__wait_for_review=True))
+    first, *others = accepted(here)
+    write_jsonl(tmp_path / "v.jsonl", [{"review_id": first, "verdict": "accept"}])
+    middo.read_review(here.path, [tmp_path / "v.jsonl"])
+    here.forget("merge")
+    with pytest.raises(RunError, match=rf"{len(others)} rewrites wait for a review"):
+        run_loop(waiting, Silent())
+
+
 def test_a_run_waits_for_verdicts_if_it_is_told(here: RoundDir, finished: Finished, tmp_path: Path) -> None:
     here.forget("merge")
     waiting = load(None, finished.settings(runs_dir=tmp_path, refine__wait_for_review=True))

@@ -20,12 +20,17 @@ _TOKEN = re.compile(
 Shingles = frozenset[tuple[str, ...]]
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text without case and punctuation; characters, in a script without spaces."""
+    return _TOKEN.findall(text.casefold())
+
+
 def shingles(text: str) -> Shingles:
     """The distinct triples of consecutive words, without case and punctuation; a shorter text is one shingle.
 
     "Name a bird, please." -> {(name, a, bird), (a, bird, please)}
     """
-    words = _TOKEN.findall(text.casefold())
+    words = words_of(text)
     if len(words) < N:
         return frozenset([tuple(words)] if words else [])
     return frozenset(zip(words, words[1:], words[2:], strict=False))

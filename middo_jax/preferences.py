@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from middo_jax.data.example import Example
-from middo_jax.refinement.reply import without_reasoning
+from middo_jax.data.reply import without_reasoning
 from middo_jax.report.status import judged_tasks, takes_back
 from middo_jax.rundir import RoundDir, RunDir, read_jsonl
 

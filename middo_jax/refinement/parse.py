@@ -11,13 +11,13 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 
-from middo_jax.refinement.escapes import object_at
-from middo_jax.refinement.reply import (
+from middo_jax.data.reply import (
     CLOSED,
     OPENED,
     is_quoted,
     without_reasoning,
 )
+from middo_jax.refinement.escapes import object_at
 
 FIELD = "prompt"  # the JSON field's name and the tag's
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from middo_jax.config import RefineSettings
 from middo_jax.data.example import Example, Lineage, Message
+from middo_jax.data.reply import plain_lines, without_end_tokens, without_reasoning
 from middo_jax.refinement import prompts
 from middo_jax.refinement.acceptance.candidate import Candidate
 from middo_jax.refinement.acceptance.table import asked, first_verdict
@@ -23,7 +24,6 @@ from middo_jax.refinement.endpoint.probe import Probe
 from middo_jax.refinement.endpoint.request import Answer, Messages
 from middo_jax.refinement.parse import parse_prompt
 from middo_jax.refinement.prompts import Form
-from middo_jax.refinement.reply import plain_lines, without_end_tokens, without_reasoning
 from middo_jax.refinement.tasks import Exchange, Outcome, Step, Task, Verdict
 
 _log = logging.getLogger(__name__)

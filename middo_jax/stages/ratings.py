@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from middo_jax.config import SampledRating
 from middo_jax.data.example import Example
+from middo_jax.data.reply import without_reasoning
 from middo_jax.data.tokenize import eos_token_ids
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.sampling import Request
@@ -21,7 +22,6 @@ from middo_jax.passes.parts import Parts
 from middo_jax.passes.ratings import RatingScale, rate
 from middo_jax.passes.runner import PassFacts
 from middo_jax.progress import Progress
-from middo_jax.refinement.reply import without_reasoning
 from middo_jax.session import Session
 from middo_jax.signals.judge.questions import RatingTokens, RatingTree, rating_tree
 from middo_jax.signals.judge.readout import EXPECTED, Readout

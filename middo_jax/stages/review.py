@@ -11,8 +11,8 @@ from typing import Any
 
 from middo_jax.data.example import Example
 from middo_jax.data.formats import DataError
+from middo_jax.data.reply import control_token, plain_lines
 from middo_jax.refinement.acceptance.hidden import hidden_character
-from middo_jax.refinement.reply import control_token, plain_lines
 from middo_jax.refinement.review import (
     ARGILLA,
     LABELLING,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from middo_jax.data.reply import control_token, reasoning_mark
 from middo_jax.refinement.acceptance.candidate import Candidate, Finding
 from middo_jax.refinement.acceptance.context import changed_numbers, lost_code
 from middo_jax.refinement.acceptance.hidden import hidden_character
@@ -12,7 +13,6 @@ from middo_jax.refinement.acceptance.language import changed_language, languages
 from middo_jax.refinement.acceptance.refusal import is_refusal
 from middo_jax.refinement.endpoint.ending import ending
 from middo_jax.refinement.prompts import MATERIAL
-from middo_jax.refinement.reply import control_token, reasoning_mark
 from middo_jax.refinement.tasks import Task
 
 # Texts of our own requests, besides the examples: a candidate that contains one is an echo.

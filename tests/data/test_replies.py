@@ -15,6 +15,7 @@ from support.scripted_refiner import HARD, Scripted, refine, sample
 from support.scripted_server import SETTINGS, ScriptedServer, ask
 
 from middo_jax.config import RefineSettings
+from middo_jax.data.reply import control_token, without_end_tokens, without_reasoning
 from middo_jax.refinement.acceptance.hidden import hidden_character
 from middo_jax.refinement.endpoint.address import Secrets
 from middo_jax.refinement.endpoint.cache import AnswerCache
@@ -22,7 +23,6 @@ from middo_jax.refinement.endpoint.ending import ending
 from middo_jax.refinement.endpoint.faults import EndpointFailed
 from middo_jax.refinement.endpoint.request import read_answer
 from middo_jax.refinement.parse import parse_prompt
-from middo_jax.refinement.reply import control_token, without_end_tokens, without_reasoning
 from middo_jax.refinement.rewrite import refine_tasks
 from middo_jax.refinement.tasks import Task, Verdict
 from middo_jax.rundir import json_line

@@ -80,6 +80,8 @@ class OwnShape:
         has_input = self.format != "alpaca" or not self.columns or self._has_input(among)
         bare = Changed(among, _without_system) if system else among
         layout = Layout.of(bare, self.format, self.id_column)
+        if self.spelling.lists:
+            layout = dataclasses.replace(layout, is_conversational=True)
         for example in examples:
             row = layout.row(_without_system(example) if system else example)
             if system:

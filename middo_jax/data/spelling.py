@@ -52,6 +52,8 @@ class Spelling:
         with 0 or 1.
       tool_lists: whether tools are defined as lists, not as JSON text.
       argument_texts: whether the arguments of `tool_calls` are JSON text, not objects.
+      lists: whether prompt and completion are lists of turns, also where a text each would do. TRL takes
+        only lists through the chat template.
     """
 
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -60,6 +62,7 @@ class Spelling:
     weight: tuple[str, bool] | None = None
     tool_lists: bool = False
     argument_texts: bool = False
+    lists: bool = False
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Spelling:
@@ -147,11 +150,15 @@ class SpellingCount:
         self._weights: Counter[tuple[str, bool]] = Counter()
         self._tool_lists: Counter[bool] = Counter()
         self._argument_texts: Counter[bool] = Counter()
+        self._lists: Counter[bool] = Counter()
+        self._may_be_lists = form == "prompt_completion"
 
     def add(self, row: Row) -> None:
         """Counts what a row has."""
         for column in self._columns:
             turns = listed(row.get(column))
+            if self._may_be_lists and turns:
+                self._lists[isinstance(turns, list)] += 1
             for turn in turns if isinstance(turns, list) else ():
                 if isinstance(turn, dict):
                     self._add_turn(turn)
@@ -168,6 +175,7 @@ class SpellingCount:
         self._weights += other._weights
         self._tool_lists += other._tool_lists
         self._argument_texts += other._argument_texts
+        self._lists += other._lists
 
     def _add_turn(self, turn: Row) -> None:
         keys = keys_of(turn, self._usual_keys)
@@ -206,6 +214,7 @@ class SpellingCount:
             None if weight == ("weight", False) else weight,
             _first(self._tool_lists) or False,
             _first(self._argument_texts) or False,
+            _first(self._lists) or False,
         )
 
 

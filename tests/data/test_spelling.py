@@ -56,6 +56,10 @@ CASES: dict[str, tuple[str, Rows]] = {
         [{"messages": turns(("user", [{"type": "input_text", "text": "Hi."}]), ("assistant", "I."))}],
     ),
     "parts that are texts": ("messages", [{"messages": turns(("user", ["Hi."]), ("assistant", ["I."]))}]),
+    "prompt and completion as lists of one turn": (
+        "prompt_completion",
+        [{"prompt": turns(("user", "Hi.")), "completion": turns(("assistant", "I."))}],
+    ),
     "prompt and completion as turns": (
         "prompt_completion",
         [{"prompt": turns(("system", "Be."), ("human", "Hi.")), "completion": turns(("gpt", "I."))}],

@@ -28,7 +28,7 @@ from middo_jax.data.stored import Changed, Examples, Joined, Stored
 from middo_jax.preferences import preference_pairs
 from middo_jax.progress import Progress
 from middo_jax.report.card import card
-from middo_jax.report.status import load_settings, require_run
+from middo_jax.report.status import load_settings, require_run, status
 from middo_jax.rundir import (
     RoundDir,
     RunDir,
@@ -55,6 +55,7 @@ class ExportedDataset(NamedTuple):
       n_pairs: preference pairs.
       format: of the rows.
       note: what LLaMA-Factory cannot read, so that it gets no file; None if it can read all.
+      warning: that the run is not up to date, so that these are not the rows that it would have; else None.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class ExportedDataset(NamedTuple):
     n_pairs: int
     format: str
     note: str | None
+    warning: str | None
 
 
 class Extras(TypedDict, total=False):
@@ -151,7 +153,19 @@ def _export(
     pairs = _write_pairs(found, place / f"pairs.{ending}") if found else None
     write_text(place / "README.md", card(run, files, own.format, pairs, license))
     note = None if unread is None else f"no dataset_info.json: LLaMA-Factory does not read {unread}"
-    return ExportedDataset(place, len(examples), len(kept_out), len(found), own.format, note)
+    warning = _not_up_to_date(run, folder)
+    return ExportedDataset(place, len(examples), len(kept_out), len(found), own.format, note, warning)
+
+
+def _not_up_to_date(run: RunDir, folder: RoundDir) -> str | None:
+    """The warning for a run of which a stage is not done, or stale."""
+    pending = status(run)["next"]
+    if pending is None:
+        return None
+    return (
+        f"warning: {run.path} is not up to date, {pending['stage']} of {pending['round']} is next: these are "
+        f"the rows of {folder.path.name} as they are now; `middo run` brings it up to date"
+    )
 
 
 def _write_pairs(pairs: list[dict[str, Any]], path: Path) -> str:

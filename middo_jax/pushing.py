@@ -41,7 +41,7 @@ class Push(NamedTuple):
 class Pushed(NamedTuple):
     """What was sent, or would be: files with their sizes in bytes. `url` is None if nothing was sent.
 
-    `note`: see `ExportedDataset`.
+    `note` and `warning`: see `ExportedDataset`.
     """
 
     repo: str
@@ -52,6 +52,7 @@ class Pushed(NamedTuple):
     files: dict[str, int]
     url: str | None
     note: str | None
+    warning: str | None
 
 
 def push(run: RunDir, plan: Push, form: str | None = None, **extras: Unpack[Extras]) -> Pushed:
@@ -88,7 +89,9 @@ def push(run: RunDir, plan: Push, form: str | None = None, **extras: Unpack[Extr
             p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()
         }
         url = None if plan.dry_run else _send(out, plan, str(token), done.n)
-    return Pushed(plan.repo, not plan.public, plan.license, done.format, done.n, files, url, done.note)
+    return Pushed(
+        plan.repo, not plan.public, plan.license, done.format, done.n, files, url, done.note, done.warning
+    )
 
 
 def _send(folder: Path, plan: Push, token: str, n: int) -> str:
@@ -136,5 +139,5 @@ def render(done: Pushed) -> str:
     head = f"{done.n:,} rows as {done.format}, licence {done.license}, to {done.repo} ({kind} if it is new)"
     lines = [f"{size:>12,} bytes  {name}" for name, size in done.files.items()]
     end = "dry run: nothing was sent" if done.url is None else done.url
-    notes = [] if done.note is None else [done.note]
+    notes = [*filter(None, (done.note, done.warning))]
     return "\n".join([head, *lines, *notes, end])

@@ -17,6 +17,7 @@ from support.said import Said
 from middo_jax import stages
 from middo_jax.config import ConfigError, affecting, load
 from middo_jax.data.formats import DataError
+from middo_jax.exporting import export_data
 from middo_jax.loop import run_loop
 from middo_jax.models.hf import CheckpointError
 from middo_jax.progress import Silent
@@ -570,6 +571,7 @@ def test_margins_are_added_to_a_finished_run_and_taken_away_again(finished: Fini
         assert of_fault["interval"][0] <= of_fault["change"] <= of_fault["interval"][1]
     assert "contrast margin, cut (" in render_status(state)
     assert "Contrast margin" in run.report.read_text(encoding="utf-8")
+    assert export_data(run, tmp_path / "out").warning is None
     run_loop(load(None, of(False)), Silent())
     assert status(run)["contrast"] == []
     assert "Contrast margin" not in run.report.read_text(encoding="utf-8")

@@ -113,6 +113,15 @@ def test_scores_and_lineage_are_columns(run: RunDir, tmp_path: Path) -> None:
         assert row["middo_loss_post"] == scored[row["middo_id"]]["loss_post"]
 
 
+def test_a_run_that_is_not_up_to_date_is_exported_with_a_warning(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "mine", n_rows=60)
+    assert export_data(run, tmp_path / "done").warning is None
+    run.round(1).forget("train")
+    warning = export_data(run, tmp_path / "out").warning
+    assert warning is not None
+    assert "is not up to date, train of round_01 is next: these are the rows of final as they are" in warning
+
+
 def test_an_export_that_fails_leaves_the_folder_as_it_was(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,8 +56,8 @@ def export_data(
     extras: exporting.Extras = {"heldout": heldout, "scores": scores, "lineage": lineage, "pairs": pairs}
     with read_only(run) as folder:
         done = exporting.export_data(RunDir(folder), out, to, license, **extras)
-    if done.note is not None:
-        print(done.note, file=sys.stderr)
+    for text in filter(None, (done.note, done.warning)):
+        print(text, file=sys.stderr)
     show(as_json, {**done._asdict(), "path": str(done.path)}, str(done.path))
 
 

@@ -36,7 +36,7 @@ from middo_jax.data.tokenize import (
     refusal,
     tokenize_all,
 )
-from middo_jax.data.user_rows import Repair, UserRows
+from middo_jax.data.user_rows import Repair, UserRows, with_ids_of
 from middo_jax.models.attention import shares_prefixes
 from middo_jax.models.checkpoint import read_metadata
 from middo_jax.models.config import DecoderConfig, read_config
@@ -342,6 +342,8 @@ def _own_heldout(session: Session, path: str) -> UserRows:
     settings = session.config.data
     reading = dataclasses.replace(Reading.of(settings), id_column=None)
     data = usable(session, read_rows(path, settings.format, None, reading))
+    if settings.id_column is not None:
+        data = data._replace(examples=with_ids_of(data.examples, settings.id_column))
     session.progress.say(f"{path}: {len(data.examples)} held out, {len(data.rejections)} rows refused")
     _tell_of_faults(session, data)
     rejections = [placed(path, rejection) for rejection in data.rejections]

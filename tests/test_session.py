@@ -236,3 +236,15 @@ def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> No
     assert len(repairs) == 2
     assert "1 row repaired (data.strict=true refuses them)" in said.lines
     assert f"{tmp_path / 'a.jsonl'}: 4 of 4 rows taken" in said.lines
+
+
+def test_held_out_rows_have_the_ids_of_the_column_that_the_others_have(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Name {n}.", "completion": "Yes.", "uid": f"a{n}", "id": n} for n in range(6)]
+    held = [{**rows[0], "prompt": "Name 77."}, {"prompt": "Name 78.", "completion": "No.", "id": 7}]
+    for name, of in (("rows", rows), ("held", held)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
+    data = {"data.path": str(tmp_path / "rows.jsonl"), "data.eval_path": str(tmp_path / "held.jsonl")}
+    config = load(None, [*settings(tmp_path), {**data, "data.id_column": "uid"}])
+    kept, heldout, *_ = prepare(Session(config, Said()))
+    assert [e.user_id for e in kept] == [f"a{n}" for n in range(6)]
+    assert [(e.user_id, dict(e.extra)) for e in heldout] == [("a0", {"id": 0}), (None, {"id": 7})]

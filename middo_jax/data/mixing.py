@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from middo_jax.config.settings import DataSettings, Source
-from middo_jax.data.example import Example
 from middo_jax.data.files import Rejection
 from middo_jax.data.formats import DataError
 from middo_jax.data.places import Places
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import read_rows
 from middo_jax.data.spelling import SpellingCount
-from middo_jax.data.user_rows import DUPLICATE, Repair, UserRows
+from middo_jax.data.user_rows import DUPLICATE, Repair, UserRows, id_as_extra
 
 
 def shares(sizes: Sequence[int], sources: Sequence[Source]) -> list[int]:
@@ -115,7 +114,7 @@ def read_sources(
     ids = [str(e.user_id) for e in merged.examples if e.user_id is not None]
     if len(set(ids)) < len(ids):
         column = reading.id_column or "id"
-        merged = merged._replace(examples=[_id_as_extra(example, column) for example in merged.examples])
+        merged = merged._replace(examples=[id_as_extra(example, column) for example in merged.examples])
         said.append(f"column {column!r} is not unique over all sources: results do not carry it as the id")
     return merged, said
 
@@ -143,9 +142,3 @@ def placed(path: str, item: _Placed) -> _Placed:
     """A rejection or repair whose place names the dataset, also where it is only `row N`."""
     where = _place(path, item.where)
     return item._replace(where=where) if isinstance(item, Repair) else dataclasses.replace(item, where=where)
-
-
-def _id_as_extra(example: Example, column: str) -> Example:
-    if example.user_id is None:
-        return example
-    return dataclasses.replace(example, extra={column: example.user_id, **example.extra}, user_id=None)

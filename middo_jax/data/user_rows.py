@@ -194,6 +194,20 @@ def give_user_ids(
             examples[number] = _with_user_id(example, name)
 
 
+def with_ids_of(examples: Sequence[Example], column: str) -> list[Example]:
+    """Examples whose ids are in a column, if any of them has it; ids need not be unique."""
+    if not any(column in example.extra for example in examples):
+        return list(examples)
+    return [_with_user_id(id_as_extra(example, "id"), column) for example in examples]
+
+
+def id_as_extra(example: Example, column: str) -> Example:
+    """An example without an id of the user's; the id is in an ordinary column."""
+    if example.user_id is None:
+        return example
+    return dataclasses.replace(example, extra={column: example.user_id, **example.extra}, user_id=None)
+
+
 def _with_user_id(example: Example, column: str) -> Example:
     if column not in example.extra:
         return example

@@ -53,11 +53,13 @@ def _of_round(folder: RoundDir) -> Iterator[dict[str, Any]]:
         for attempt, row in sorted(answers.get(task["task_id"], {}).items()):
             if attempt >= task.get("attempts", 1) - 1:
                 continue
+            asked, prompt = [t["content"] for t in row["messages"]], [m.content for m in child.messages[:-1]]
+            if len(asked) != len(prompt):
+                continue  # with `refine.turns: all`: the attempt ended at an earlier turn
             text = without_reasoning(row["answer"]) or ""
             found = (measured.get((task["task_id"], attempt)) or {}).get("measured") or {}
             scores = {"loss_post": found.get("loss"), "quality": found.get("quality")}
-            same = [turn["content"] for turn in row["messages"]] == [m.content for m in child.messages[:-1]]
-            yield from _pair(child, text, "candidate", same, after, scores)
+            yield from _pair(child, text, "candidate", asked == prompt, after, scores)
 
 
 def _pair(

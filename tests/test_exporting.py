@@ -405,6 +405,33 @@ def test_a_losing_candidate_makes_a_pair_with_its_own_scores(tmp_path: Path) -> 
     assert (of_candidate["rejected_loss_post"], of_candidate["rejected_quality"]) == (1.5, 4.0)
 
 
+def test_a_candidate_that_failed_at_an_earlier_turn_makes_no_pair(tmp_path: Path) -> None:
+    """With `refine.turns: all`. Its last answer is to another question than the accepted one."""
+    folder = RunDir(tmp_path / "run").round(0)
+    texts = ("Name a sea.", "A sea.", "How deep is it?", "55 m.")
+    turns = tuple(Message(role, text) for role, text in zip(("user", "assistant") * 2, texts, strict=True))
+    child = Example(turns, lineage=Lineage(("o",), "o", 1, "rewrite", "quality"))
+    task = {"task_id": "t", "accepted": True, "replaces": None, "attempts": 2, "original": child.to_json()}
+    write_jsonl(folder.refined, [task | {"example": child.to_json()}])
+    asked = [{"role": turn.role, "content": turn.content} for turn in turns[:3]]
+    request = {"task_id": "t", "step": "answer", "attempt": 0, "answer": "I cannot say."}
+    for messages, n in ((asked, 1), (asked[:1], 0)):
+        write_jsonl(folder.requests, [request | {"messages": messages}])
+        assert len(preference_pairs(RunDir(tmp_path / "run"))) == n
+
+
+def test_the_card_has_no_html_or_links_of_others(run: RunDir, tmp_path: Path) -> None:
+    settings = yaml.safe_load(run.config.read_text())
+    run.config.write_text(yaml.safe_dump(settings | {"model": {"path": "/m/<img src=x>[a](http:b)"}}))
+    try:
+        export_data(run, tmp_path / "out")
+    finally:
+        run.config.write_text(yaml.safe_dump(settings))
+    table = (tmp_path / "out" / "README.md").read_text().split("```yaml")[0]
+    assert "<img" not in table
+    assert "[a](" not in table.replace("\\[", "")
+
+
 def test_the_card_counts_rows_of_every_kind(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "I."}]
     run = _prepared(tmp_path, "messages", {}, [{"messages": turns}])

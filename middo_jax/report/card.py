@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -185,8 +186,11 @@ def _selected(folder: RoundDir) -> str:
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    def shown(cell: str) -> str:  # names of models and columns are anybody's: no HTML, no links
+        return html.escape(" ".join(cell.split()), quote=False).replace("|", "/").replace("[", "\\[")
+
     def line(cells: tuple[str, ...]) -> str:
-        return f"| {' | '.join(' '.join(cell.split()).replace('|', '/') for cell in cells)} |"
+        return f"| {' | '.join(map(shown, cells))} |"
 
     return "\n".join([line(header), line(("---",) * len(header)), *map(line, rows), ""])
 

@@ -42,11 +42,11 @@ def shares(sizes: Sequence[int], sources: Sequence[Source]) -> list[int]:
     ]
 
 
-def chosen(n: int, count: int, seed: int, name: str) -> list[int]:
-    """`count` of the numbers 0..n-1 in order; which ones depends on the seed and the name only."""
+def chosen(n: int, count: int, seed: int, source: int) -> list[int]:
+    """`count` of the numbers 0..n-1 in order; which ones depends on the seed and the place of the source."""
     if count >= n:
         return list(range(n))
-    return sorted(random.Random(f"{seed}:{name}").sample(range(n), count))
+    return sorted(random.Random(f"{seed}:{source}").sample(range(n), count))
 
 
 def read_configured(settings: DataSettings, seed: int, keep_rows: bool = False) -> UserRows:
@@ -91,11 +91,10 @@ def read_sources(
     repairs, places, said = list[Repair](), Places(), list[str]()
     merged = _empty(parts, keep_rows)._replace(places=places, repairs=repairs)
     first: dict[str, int] = {}  # id -> number of its example
-    for part, source, count in zip(
-        parts, sources, shares([len(part.examples) for part in parts], sources), strict=True
-    ):
+    counts = shares([len(part.examples) for part in parts], sources)
+    for number, (part, source, count) in enumerate(zip(parts, sources, counts, strict=True)):
         merged.rejections.extend(placed(source.path, rejection) for rejection in part.rejections)
-        taken = chosen(len(part.examples), count, seed, source.path)
+        taken = chosen(len(part.examples), count, seed, number)
         said.append(f"{source.path}: {len(taken):,} of {len(part.examples):,} rows taken")
         if part.repairs:
             here = {part.places[i] for i in taken}

@@ -101,7 +101,7 @@ def prompt_completion_turns(row: Row) -> list[Turn]:
     sides: dict[str, Role] = {"prompt": "user", "completion": "assistant"}
     for column, role in sides.items():
         value = row.get(column)
-        if isinstance(value, list) and any(isinstance(turn, dict) and "role" in turn for turn in value):
+        if _has_turns(listed(value) if isinstance(value, str) else value):
             turns += turn_list(row, column, ("role", "content"))
         elif isinstance(value, list | dict):
             turns.append(Turn(role, content_of(value, f"column {column!r}")))
@@ -112,6 +112,10 @@ def prompt_completion_turns(row: Row) -> list[Turn]:
         if asked is not None and context not in turns[asked].content:
             turns[asked] = turns[asked]._replace(content=f"{turns[asked].content}\n{row['context']}")
     return turns
+
+
+def _has_turns(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(turn, dict) and "role" in turn for turn in value)
 
 
 def prompt_completion_row(messages: Sequence[Message]) -> Row:

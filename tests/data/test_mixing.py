@@ -42,10 +42,10 @@ def test_shares(sizes: list[int], how: list[dict[str, float]], taken: list[int])
 
 
 def test_which_rows_depends_on_the_seed_and_the_source() -> None:
-    assert chosen(100, 10, 0, "a") == chosen(100, 10, 0, "a") == sorted(set(chosen(100, 10, 0, "a")))
-    assert chosen(100, 10, 0, "a") != chosen(100, 10, 1, "a")
-    assert chosen(100, 10, 0, "a") != chosen(100, 10, 0, "b")
-    assert chosen(3, 5, 0, "a") == [0, 1, 2]
+    assert chosen(100, 10, 0, 0) == chosen(100, 10, 0, 0) == sorted(set(chosen(100, 10, 0, 0)))
+    assert chosen(100, 10, 0, 0) != chosen(100, 10, 1, 0)
+    assert chosen(100, 10, 0, 0) != chosen(100, 10, 0, 1)
+    assert chosen(3, 5, 0, 0) == [0, 1, 2]
 
 
 def test_sources_are_read_as_one(tmp_path: Path) -> None:
@@ -80,6 +80,19 @@ def test_a_row_of_two_sources_is_used_once_and_common_ids_are_no_ids(tmp_path: P
     assert {e.user_id for e in data.examples} == {None}
     assert data.examples[-1].extra == {"id": 0}
     assert "column 'id' is not unique over all sources" in said[-1]
+
+
+def test_the_spelling_of_a_path_does_not_change_which_rows_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"instruction": f"Name {n}.", "output": "x"} for n in range(20)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    monkeypatch.chdir(tmp_path)
+
+    def prompts(path: str) -> list[str]:
+        return [e.prompt for e in read_sources([Source(path=path, count=5)], None, Reading(), 3)[0].examples]
+
+    assert prompts("a.json") == prompts("./a.json") == prompts(str(tmp_path / "a.json"))
 
 
 def test_a_count_that_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import subprocess
 import sys
@@ -260,6 +262,21 @@ def test_alpaca_keeps_several_turns_and_system(tmp_path: Path) -> None:
     assert {**row, "id": ""} == {
         "id": "", "instruction": "q", "input": "", "output": "a", "system": "s", "history": [["q0", "a0"]],
     }  # fmt: skip
+
+
+def test_turns_of_prompt_completion_as_text_of_a_table_are_turns(tmp_path: Path) -> None:
+    """A list in the text of an answer is text; with a role in it, it is turns."""
+    turns = [[{"role": "user", "content": "Hi."}], [{"role": "assistant", "content": "I."}]]
+    rows = [{"prompt": "Count.", "completion": "[1, 2]"}]
+    rows.append(dict(zip(("prompt", "completion"), map(json.dumps, turns), strict=True)))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["prompt", "completion"])
+    writer.writeheader()
+    writer.writerows(rows)
+    (tmp_path / "rows.csv").write_text(table.getvalue())
+    plain, conversation = read(str(tmp_path / "rows.csv"))[0]
+    assert (plain.prompt, plain.response) == ("Count.", "[1, 2]")
+    assert (conversation.prompt, conversation.response) == ("Hi.", "I.")
 
 
 def test_prompt_completion_is_conversational_where_text_cannot_say_it(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 import pyarrow.parquet as pq
 
+from middo_jax.buckets import shown
 from middo_jax.data.example import Example
 from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.parquet import write_parquet
@@ -130,19 +131,19 @@ def _export(
     known = _scores(run) if scores else {}
     ending = "parquet" if form == "parquet" else "jsonl"
 
-    def shown(rows: Examples) -> Examples:
+    def widened(rows: Examples) -> Examples:
         return Changed(rows, lambda one: _with_columns(one, known.get(one.id), scores, lineage))
 
     splits = {"train": examples, **({"heldout": kept_out} if kept_out else {})}
     files = {split: f"{split}.{ending}" for split in splits}
-    both = shown(Joined(examples, kept_out))  # readers expect the same columns in both files
+    both = widened(Joined(examples, kept_out))  # readers expect the same columns in both files
     columns, has_turns = set[str](), False
     for split, rows in splits.items():
         path = place / files[split]
         if form is None:
-            write_jsonl(path, own.rows(shown(rows), both))
+            write_jsonl(path, own.rows(widened(rows), both))
         else:
-            write(shown(rows), path, form, own.id_column, both)
+            write(widened(rows), path, form, own.id_column, both)
         found_columns, with_turns = _columns(path, own.names.get("prompt", "prompt"))
         columns |= found_columns
         has_turns |= with_turns and own.format == "prompt_completion"
@@ -163,8 +164,8 @@ def _not_up_to_date(run: RunDir, folder: RoundDir) -> str | None:
     if pending is None:
         return None
     return (
-        f"warning: {run.path} is not up to date, {pending['stage']} of {pending['round']} is next: these are "
-        f"the rows of {folder.path.name} as they are now; `middo run` brings it up to date"
+        f"warning: {shown(run.path)} is not up to date, {pending['stage']} of {pending['round']} is next: "
+        f"these are the rows of {folder.path.name} as they are now; `middo run` brings it up to date"
     )
 
 

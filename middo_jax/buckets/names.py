@@ -5,8 +5,9 @@ Names are relative to the run, with / between folders.
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LOCK = "middo.lock"
 # Marks of complete files, from the innermost outwards: those of data, and last the manifests.
@@ -41,6 +42,20 @@ def is_piece(name: str) -> bool:
 def is_below(name: str, folder: str) -> bool:
     """Whether a file is the given one, or below the given folder; `.` is the run."""
     return folder in (".", name) or name.startswith(f"{folder}/")
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for several, as `glob` reads it."""
+    return any(character in name for character in "*?[")
+
+
+def fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the names of a path match a pattern as `glob` reads it, ** being any number of folders."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return any(fits(names[i:], pattern[1:]) for i in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], pattern[0]) and fits(names[1:], pattern[1:])
 
 
 def order(name: str) -> tuple[int, str]:

@@ -7,7 +7,6 @@ and mtime of the copy. An object with another version, or a copy that was change
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import glob
 import json
 import os
@@ -15,12 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from middo_jax.buckets.mirror import Mirror
-from middo_jax.buckets.names import is_light
+from middo_jax.buckets.names import fits, is_light, is_pattern
 from middo_jax.buckets.places import Place, shown
 from middo_jax.buckets.store import BucketError, Store, Stored
 from middo_jax.rundir.elsewhere import copy_of
-
-_WILD = "*?["
 
 
 def here(path: str, wants: Callable[[str], bool] = lambda name: True) -> str:
@@ -37,10 +34,10 @@ def here(path: str, wants: Callable[[str], bool] = lambda name: True) -> str:
     if url is None:
         return path
     parts = url.path.split("/")
-    first = next((i for i, part in enumerate(parts) if any(c in part for c in _WILD)), len(parts))
+    first = next((i for i, part in enumerate(parts) if is_pattern(part)), len(parts))
     place, pattern = Place(url.scheme, url.bucket, "/".join(parts[:first])), parts[first:]
     store = Store(place)
-    found = {name: s for name, s in store.list().items() if not pattern or _fits(name.split("/"), pattern)}
+    found = {name: s for name, s in store.list().items() if not pattern or fits(name.split("/"), pattern)}
     if not found:
         raise BucketError(f"{url}: there is no such file or folder in the bucket")
     if "" in found:
@@ -109,15 +106,6 @@ def _remove_others(folder: Path, found: Mapping[str, Stored], pattern: Sequence[
             path.is_file()
             and is_copy
             and name not in found
-            and (not pattern or _fits(name.split("/"), pattern))
+            and (not pattern or fits(name.split("/"), pattern))
         ):
             path.unlink()
-
-
-def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the names of a path match a pattern as `glob` reads it, ** being any number of folders."""
-    if not pattern:
-        return not names
-    if pattern[0] == "**":
-        return any(_fits(names[i:], pattern[1:]) for i in range(len(names) + 1))
-    return bool(names) and fnmatch.fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])

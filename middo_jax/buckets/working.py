@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from middo_jax.beside import beside
 from middo_jax.buckets.keeping import push_kept
 from middo_jax.buckets.lease import Lease, leased
 from middo_jax.buckets.mirror import Mirror, Wants
@@ -159,9 +160,7 @@ def _is_unfinished(folder: Path, name: str) -> bool:
 
 @contextlib.contextmanager
 def _pushed_often(current: _Current, say: Callable[[str], None]) -> Iterator[None]:
-    done = threading.Event()
-
-    def push() -> None:
+    def push(done: threading.Event) -> None:
         while not done.wait(PUSH_EVERY_S):
             try:
                 current.push(lambda name: not (_writes_pieces and "/checkpoint/" in f"/{name}"))
@@ -171,10 +170,5 @@ def _pushed_often(current: _Current, say: Callable[[str], None]) -> Iterator[Non
                 say(str(error))
                 return
 
-    thread = threading.Thread(target=push, daemon=True)
-    thread.start()
-    try:
+    with beside(push):
         yield
-    finally:
-        done.set()
-        thread.join()

@@ -12,7 +12,6 @@ import codecs
 import contextlib
 import csv
 import dataclasses
-import fnmatch
 import glob
 import gzip
 import io
@@ -29,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from middo_jax.buckets import here, shown
+from middo_jax.buckets.names import fits, is_pattern
 from middo_jax.config.settings import DataSettings
 from middo_jax.data.formats import DataError
 from middo_jax.data.in_memory import arrow_rows
@@ -83,7 +83,7 @@ def files_at(path: str) -> list[Path]:
         return [file] if _is_arrow(file) else _shards(file)
     if file.exists():
         return [file]
-    if _is_pattern(local):
+    if is_pattern(local):
         found = [Path(name) for name in sorted(glob.glob(str(file), recursive=True))]
         if files := [file for file in found if file.is_file()]:
             return files
@@ -134,21 +134,9 @@ def _identity(file: Path) -> tuple[int, int]:
 def _fits(path: Path, pattern: Path) -> bool:
     """Whether a pattern names a resolved path; `**` stands for any number of folders."""
     parts = pattern.absolute().parts
-    n = next((n for n, part in enumerate(parts) if _is_pattern(part)), len(parts))
+    n = next((n for n, part in enumerate(parts) if is_pattern(part)), len(parts))
     root = Path(*parts[:n]).resolve()
-    return path.is_relative_to(root) and _match(path.relative_to(root).parts, parts[n:])
-
-
-def _is_pattern(name: str) -> bool:
-    return any(character in name for character in "*?[")
-
-
-def _match(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    if not pattern or not parts:
-        return not parts and all(each == "**" for each in pattern)
-    if pattern[0] == "**":
-        return any(_match(parts[n:], pattern[1:]) for n in range(len(parts) + 1))
-    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _match(parts[1:], pattern[1:])
+    return path.is_relative_to(root) and fits(path.relative_to(root).parts, parts[n:])
 
 
 def _places(path: str) -> list[Path]:

@@ -101,7 +101,7 @@ def prompt_completion_turns(row: Row) -> list[Turn]:
     sides: dict[str, Role] = {"prompt": "user", "completion": "assistant"}
     for column, role in sides.items():
         value = row.get(column)
-        if _has_turns(listed(value) if isinstance(value, str) else value):
+        if has_turns(listed(value) if isinstance(value, str) else value):
             turns += turn_list(row, column, ("role", "content"))
         elif isinstance(value, list | dict):
             turns.append(Turn(role, content_of(value, f"column {column!r}")))
@@ -114,7 +114,8 @@ def prompt_completion_turns(row: Row) -> list[Turn]:
     return turns
 
 
-def _has_turns(value: Any) -> bool:
+def has_turns(value: Any) -> bool:
+    """Whether a value is a list of turns, rather than of text parts."""
     return isinstance(value, list) and any(isinstance(turn, dict) and "role" in turn for turn in value)
 
 

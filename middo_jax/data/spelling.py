@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from middo_jax.data.reading import AS_IT_IS, Reading
-from middo_jax.data.shapes import calls_value
+from middo_jax.data.shapes import calls_value, has_turns
 from middo_jax.data.tools import CALL_ROLES, TOOL_COLUMN, dumped
 from middo_jax.data.turns import KEYS, ROLES, WEIGHTS, Row, keys_of, listed, weight_of
 
@@ -158,7 +158,7 @@ class SpellingCount:
         for column in self._columns:
             turns = listed(row.get(column))
             if self._may_be_lists and turns:
-                self._lists[isinstance(turns, list)] += 1
+                self._lists[has_turns(turns)] += 1
             for turn in turns if isinstance(turns, list) else ():
                 if isinstance(turn, dict):
                     self._add_turn(turn)

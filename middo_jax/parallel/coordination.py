@@ -26,6 +26,7 @@ import jax
 from jax._src import distributed  # the client has no public name; Orbax uses it as well
 from jax.experimental import multihost_utils
 
+from middo_jax.beside import beside
 from middo_jax.buckets import Place
 from middo_jax.buckets.working import in_bucket, learn, publish, receive
 from middo_jax.parallel import watch
@@ -358,9 +359,8 @@ def _ticking(call: str, every_s: float = 2.0) -> Iterator[None]:
 
     The others follow numbered ticks, since only processes in step can agree on a stop point.
     """
-    done = threading.Event()
 
-    def tick() -> None:
+    def tick(done: threading.Event) -> None:
         for number in itertools.count():
             if done.wait(every_s):
                 return
@@ -375,12 +375,9 @@ def _ticking(call: str, every_s: float = 2.0) -> Iterator[None]:
     def preempted(*_: object) -> None:
         raise Preempted
 
-    thread = threading.Thread(target=tick, daemon=True)
     before = signal.signal(signal.SIGUSR2, preempted)
-    thread.start()
     try:
-        yield
+        with beside(tick):
+            yield
     finally:
-        done.set()
-        thread.join()
         signal.signal(signal.SIGUSR2, before)

@@ -64,14 +64,20 @@ class Contrast:
     def __init__(self, session: Session, examples: Sequence[Example]) -> None:
         """Plants the faults, see `evaluation.contrast`."""
         self._planted = faulty(examples)
-        self._right = HeldOut(session, [last_answer(example) for example in examples])
-        self._wrong = HeldOut(session, [one.example for one in self._planted])
+        # Where the last answer is the only learnt one, its loss is that of the example.
+        right = {i: alone for i, e in enumerate(examples) if (alone := last_answer(e)).messages != e.messages}
+        self._alone = list(right)
+        self._more = HeldOut(session, [*right.values(), *(one.example for one in self._planted)])
 
-    def margins(self, model: Model) -> list[Margin]:
-        """Returns the margin of each example and kind of fault."""
+    def margins(self, model: Model, rows: RowLosses) -> list[Margin]:
+        """Returns the margin of each example and kind of fault; `rows` are the losses of the examples."""
         if not self._planted:
             return []
-        return margins(self._right.rows(model), self._wrong.rows(model), self._planted)
+        more, n = self._more.rows(model), len(self._alone)
+        nll_n, n_targets_n = rows.nll_n.copy(), rows.n_targets_n.copy()
+        nll_n[self._alone], n_targets_n[self._alone] = more.nll_n[:n], more.n_targets_n[:n]
+        right = RowLosses(rows.ids, nll_n, n_targets_n)
+        return margins(right, RowLosses(more.ids[n:], more.nll_n[n:], more.n_targets_n[n:]), self._planted)
 
 
 def measure_heldout(
@@ -94,7 +100,7 @@ def measure_heldout(
             model = session.load_model(path)
             rows[name] = held_out.rows(model)
             if contrast is not None:
-                found_margins[name] = contrast.margins(model)
+                found_margins[name] = contrast.margins(model, rows[name])
             del model
             found = total(rows[name])
             if not math.isfinite(found.loss):

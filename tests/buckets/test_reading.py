@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from support.bucket_servers import store_of
 
-from middo_jax.buckets import Place, here, read_only, send
-from middo_jax.buckets.store import BucketError, Store
+from middo_jax.buckets import here, read_only, send
+from middo_jax.buckets.store import BucketError
 from middo_jax.config import load
 from middo_jax.data.files import inputs_of
 from middo_jax.data.sources import read_rows
@@ -18,12 +19,6 @@ from middo_jax.rundir import RunDir
 
 pytest_plugins = ["support.bucket_servers"]
 pytestmark = pytest.mark.usefixtures("own_copies")
-
-
-def store_of(url: str) -> Store:
-    place = Place.of(url)
-    assert place is not None
-    return Store(place)
 
 
 def rows(*texts: str) -> str:

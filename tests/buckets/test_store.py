@@ -6,20 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.bucket_servers import store_of
 
 from middo_jax.buckets import store as stores
 from middo_jax.buckets.places import Place
-from middo_jax.buckets.store import BucketError, Store
+from middo_jax.buckets.store import BucketError
 from middo_jax.rundir import RunError
 
 pytest_plugins = ["support.bucket_servers"]
 pytestmark = pytest.mark.usefixtures("own_copies")
-
-
-def store_of(url: str) -> Store:
-    place = Place.of(url)
-    assert place is not None
-    return Store(place)
 
 
 def test_objects_are_listed_read_replaced_and_removed(bucket: str, tmp_path: Path) -> None:

@@ -135,3 +135,8 @@ def test_a_role_that_is_no_text_is_a_reason_also_with_a_map_of_roles() -> None:
     row = {"messages": [{"role": ["user"], "content": "x"}]}
     with pytest.raises(RowError, match="turn 1: 'role' must be text, not a list"):
         to_example(row, "messages", Reading(roles={"Q": "user"}))
+
+
+def test_a_prompt_in_text_parts_is_no_list_of_turns() -> None:
+    rows = [{"prompt": [{"type": "text", "text": "Hi."}], "completion": "I."}]
+    assert there_and_back("prompt_completion", rows) == [{"prompt": "Hi.", "completion": "I."}]

@@ -74,11 +74,12 @@ def test_margins_are_those_of_each_row_by_itself(tmp_path: Path) -> None:
     def loss(example: Example) -> float:
         return HeldOut(session, [example]).loss(model).loss
 
-    found = {(one.id, one.fault): one.margin for one in Contrast(session, ROWS).margins(model)}
+    rows = HeldOut(session, ROWS).rows(model)
+    found = {(one.id, one.fault): one.margin for one in Contrast(session, ROWS).margins(model, rows)}
     by_hand = {
         (ROWS[one.place].id, one.fault): loss(one.example) - loss(last_answer(ROWS[one.place]))
         for one in faulty(ROWS)
     }
     assert found == {key: pytest.approx(margin, abs=1e-5) for key, margin in by_hand.items()}
     assert len(found) == 7
-    assert Contrast(session, []).margins(model) == []
+    assert Contrast(session, ROWS[1:2]).margins(model, HeldOut(session, ROWS[1:2]).rows(model)) == []

@@ -18,7 +18,7 @@ import pytest
 
 from middo_jax.buckets import store
 from middo_jax.buckets.places import Place
-from middo_jax.buckets.store import Stored
+from middo_jax.buckets.store import Store, Stored
 
 _numbers = itertools.count()
 
@@ -119,3 +119,10 @@ class MemoryStore:
 
     def remove(self, name: str) -> None:
         self.objects.pop(name, None)
+
+
+def store_of(url: str) -> Store:
+    """The objects below a URL."""
+    place = Place.of(url)
+    assert place is not None
+    return Store(place)

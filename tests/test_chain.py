@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from support.local_tasks import write_local_tasks
 from support.loop_fixture import Finished, begun, contents, settings
@@ -37,6 +38,8 @@ from middo_jax.rundir import (
 from middo_jax.rundir.chain import chain
 from middo_jax.rundir.link import assess
 from middo_jax.rundir.manifest import Reason
+from middo_jax.rundir.schemas import CONTRAST_ROWS
+from middo_jax.rundir.tables import arrow_schema
 from middo_jax.session import Session
 from middo_jax.stages.measure import scored_as
 
@@ -560,6 +563,7 @@ def test_margins_are_added_to_a_finished_run_and_taken_away_again(finished: Fini
     events = len(read_jsonl(finished.run.events))
     run = run_loop(load(None, of(True)), Silent())
     assert begun(run, events) == [("final", "evaluate")]
+    assert pq.read_schema(run.contrast_rows).equals(arrow_schema(CONTRAST_ROWS), check_metadata=True)
     assert run.heldout_rows.read_bytes() == finished.run.heldout_rows.read_bytes()
     state = status(run)
     assert state["complete"]

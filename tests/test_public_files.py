@@ -26,8 +26,9 @@ from middo_jax.rundir.tables import VERSION, arrow_schema
 
 pytest_plugins = ["support.loop_fixture"]
 
-# What a run of the loop without `train.eval_every` and `evaluate.tasks` does not write.
+# What a run of the loop without `train.eval_every`, `evaluate.tasks` and `evaluate.contrast` does not write.
 NOT_IN_A_RUN = {
+    "contrast_rows.parquet",
     "controls.json",
     "taken_back.jsonl",
     "merged.jsonl",

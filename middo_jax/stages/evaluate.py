@@ -1,4 +1,4 @@
-"""Held-out losses and exports of trained models."""
+"""Held-out losses and exports of trained models. Axes: docs/contributing.md#axes."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ from middo_jax.passes.losses import LossInputs, score_batch
 from middo_jax.planning.amounts import Amounts
 from middo_jax.planning.chips import Chip, Slices
 from middo_jax.planning.compiling import Compiled, compile_program, mesh_of
-from middo_jax.planning.programs import STEPS, Rows, scoring, training
-from middo_jax.planning.stages import Job, plan_stage
+from middo_jax.planning.programs import STEPS, BatchShape, scoring, training
+from middo_jax.planning.stages import Workload, plan_stage
 from middo_jax.training.optimizer import make_optimizer
 from middo_jax.training.step import Batch, make_train_step
 
@@ -167,7 +167,7 @@ def on_this_cpu() -> None:
     print("|---" * 7 + "|")
     for size in SIZES:
         decoder = decoder_of(size)
-        rows = Rows(BATCH, LENGTH, LENGTH, TARGETS)
+        rows = BatchShape(BATCH, LENGTH, LENGTH, TARGETS)
         programs = {
             "scoring": (scoring(config, decoder, mesh, rows, 1.0), measured_scoring),
             "training": (training(config, decoder, mesh, TARGETS, 1.0), measured_training),
@@ -208,8 +208,8 @@ def published(rows: int) -> None:
     )
     lengths_n = np.full(rows * slices.chips, length)  # one step
     amounts = Amounts(len(lengths_n), lengths_n, 1.0, "full rows")
-    job = Job(config, SHAPES["llama-3.1-8b"], amounts, slices.chip, slices)
-    stage = plan_stage("train", job, mesh_of(slices, (1, 256, 1)), print)
+    workload = Workload(config, SHAPES["llama-3.1-8b"], amounts, slices.chip, slices)
+    stage = plan_stage("train", workload, mesh_of(slices, (1, 256, 1)), print)
     used = f"{stage.memory.used / 2**30:.1f} of {stage.memory.usable / 2**30:.1f} GiB per chip"
     if stage.seconds is None:
         print(f"does not fit: {used}")

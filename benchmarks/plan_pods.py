@@ -29,7 +29,7 @@ from middo_jax.planning.chips import GIB, Slices
 from middo_jax.planning.compiling import mesh_of
 from middo_jax.planning.roofline import Cost
 from middo_jax.planning.search import MeshShape
-from middo_jax.planning.stages import Job, Stage, plan_stage
+from middo_jax.planning.stages import PlannedStage, Workload, plan_stage
 from middo_jax.training.flops import training_flops
 
 LENGTH = 4096
@@ -70,7 +70,7 @@ CASES |= {f"70b-{stage}-v5p-512": CASES["70b-train-v5p-512"] for stage in ("scor
 CASES["8b-neighbours-v5e-16"] = SLICES["v5e-16"]
 
 
-def planned(name: str, more: list[str], n_rows: int = ROWS) -> tuple[Job, Stage]:
+def planned(name: str, more: list[str], n_rows: int = ROWS) -> tuple[Workload, PlannedStage]:
     """The stage of a case."""
     model, stage, _ = name.split("-", 2)
     case, decoder = CASES[name], MODELS[model]
@@ -89,8 +89,10 @@ def planned(name: str, more: list[str], n_rows: int = ROWS) -> tuple[Job, Stage]
     ]
     config = load(None, settings)
     amounts = _amounts(stage, config.train.batch_size, n_rows)
-    job = Job(config, decoder, amounts, slices.chip, slices)
-    return job, plan_stage(stage, job, mesh_of(slices, case.mesh), lambda text: print(text, flush=True))
+    workload = Workload(config, decoder, amounts, slices.chip, slices)
+    return workload, plan_stage(
+        stage, workload, mesh_of(slices, case.mesh), lambda text: print(text, flush=True)
+    )
 
 
 def _amounts(stage: str, per_step: int, n_rows: int) -> Amounts:
@@ -100,29 +102,29 @@ def _amounts(stage: str, per_step: int, n_rows: int) -> Amounts:
     return Amounts.assumed(n_rows, 250, LENGTH)
 
 
-def useful_flops(stage: str, job: Job) -> float:
+def useful_flops(stage: str, workload: Workload) -> float:
     """FLOPs that the stage needs at least: of a pass a third of training's, no head for ratings."""
-    amounts = job.amounts
+    amounts = workload.amounts
     lengths = amounts.lengths_n.tolist()
     targets = int(amounts.lengths_n.sum() * amounts.target_share) if stage != "rate" else 0
-    flops = training_flops(job.decoder, lengths, targets) * amounts.scale
+    flops = training_flops(workload.decoder, lengths, targets) * amounts.scale
     return flops if stage == "train" else flops / 3
 
 
-def show(name: str, job: Job, stage: Stage) -> None:
+def show(name: str, workload: Workload, stage: PlannedStage) -> None:
     """Prints memory, time, limits, collectives and copies."""
     cost, memory = stage.cost, stage.memory
     print(f"\n## {name}\n")
     print(f"memory {memory.used / GIB:.2f} of {memory.usable / GIB:.2f} GiB: ", end="")
     print(", ".join(f"{kind} {size / GIB:.2f}" for kind, size in memory.parts.items()))
-    if stage.seconds is None or job.slices is None:
+    if stage.seconds is None or workload.slices is None:
         print("does not fit")
         return
-    peak = job.slices.devices * job.chip.matmul_flops * stage.seconds
-    done = cost.flops / (job.chip.matmul_flops * stage.seconds)
-    print(f"time {stage.seconds:.3f} s; the compiler's estimate {cost.compiler_seconds(job.chip):.3f} s")
+    peak = workload.slices.devices * workload.chip.matmul_flops * stage.seconds
+    done = cost.flops / (workload.chip.matmul_flops * stage.seconds)
+    print(f"time {stage.seconds:.3f} s; the compiler's estimate {cost.compiler_seconds(workload.chip):.3f} s")
     if stage.name == "train":
-        print(f"MFU {useful_flops(stage.name, job) / peak:.1%}, ", end="")
+        print(f"MFU {useful_flops(stage.name, workload) / peak:.1%}, ", end="")
     print(f"computed FLOPs over peak {done:.1%}")
     parts = {"matmuls": cost.matmul_s, "memory": cost.memory_s, "exposed network": cost.network_s}
     print(", ".join(f"{kind} {seconds / stage.seconds:.1%}" for kind, seconds in parts.items()), "\n")

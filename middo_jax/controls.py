@@ -19,7 +19,7 @@ from middo_jax.data.example import Example
 from middo_jax.models.config import read_config
 from middo_jax.models.parameters import parameters
 from middo_jax.parallel.coordination import barrier, from_first, on_each_disk
-from middo_jax.report.controls import Cost, summarise
+from middo_jax.report.controls import ArmCost, summarise
 from middo_jax.rundir import RoundDir, RunDir, read_jsonl, write_json
 from middo_jax.rundir.arms import (
     LOOP,
@@ -93,8 +93,8 @@ def _forget_model(here: RoundDir) -> None:
 def write_summary(session: Session, run: RunDir) -> None:
     """Writes controls.json: all arms, their differences and costs."""
     config = session.config
-    costs: dict[Arm, Cost] = {
-        arm: Cost(*_rewrites(run, config, arm), _flops(session, run, arm)) for arm in arms_of(config)
+    costs: dict[Arm, ArmCost] = {
+        arm: ArmCost(*_rewrites(run, config, arm), _flops(session, run, arm)) for arm in arms_of(config)
     }
     write_json(run.controls, summarise(run, costs, config.seeds))
 

@@ -39,7 +39,7 @@ from middo_jax.buckets.names import (
     order,
 )
 from middo_jax.buckets.places import Place, record_of
-from middo_jax.buckets.store import Store, Stored
+from middo_jax.buckets.store import Store, StoredObject
 from middo_jax.rundir import RunError
 from middo_jax.rundir.files import full_disk_named
 from middo_jax.rundir.manifest import Manifest, fingerprint
@@ -47,7 +47,7 @@ from middo_jax.rundir.manifest import Manifest, fingerprint
 _COPIED_FIRST = 64 << 20  # bytes up to which a file is copied before it is sent: others may append to it
 
 
-class Known(NamedTuple):
+class Copied(NamedTuple):
     """What was seen of a file when it was last copied.
 
     Attributes:
@@ -78,7 +78,7 @@ class Mirror:
         self._record = record_of(self.folder)
         self.store = store or Store(place)
         self._turn = threading.Lock()
-        self._known: dict[str, Known] = {}
+        self._known: dict[str, Copied] = {}
         self._seen: set[str] = set()  # files that were here when this process last looked
         self._half: set[str] = set()  # objects of saved steps of which a push was interrupted
         self.check: Callable[[], None] = lambda: None  # raises before a change, if this process may not write
@@ -156,7 +156,7 @@ class Mirror:
             }
             for name, stored in listing.items():
                 if is_copied(name) and name not in self._known:
-                    self._known[name] = Known(stored.version, stored.size, None)
+                    self._known[name] = Copied(stored.version, stored.size, None)
             self._write_record()
 
     def has(self, path: Path) -> bool:
@@ -187,13 +187,13 @@ class Mirror:
         left = (known for name, known in self._known.items() if is_below(name, wanted))
         return sum(known.size for known in left if known.mtime is None)
 
-    def _pull(self, name: str, stored: Stored, wants: Wants, is_newer_here: bool) -> int:
+    def _pull(self, name: str, stored: StoredObject, wants: Wants, is_newer_here: bool) -> int:
         known, here = self._known.get(name), _here(self.folder / name)
         if here is not None and known is not None and (is_newer_here or known == (stored.version, *here)):
             return 0
         if not wants(name):
             (self.folder / name).unlink(missing_ok=True)
-            self._known[name] = Known(stored.version, stored.size, None)
+            self._known[name] = Copied(stored.version, stored.size, None)
             return 0
         self.store.get(name, self.folder / name)
         if name.endswith(".sqlite"):  # these belong to the file that was replaced
@@ -202,7 +202,7 @@ class Mirror:
         self._note(name, stored.version)
         return 1
 
-    def _is_as_left(self, listing: Mapping[str, Stored]) -> bool:
+    def _is_as_left(self, listing: Mapping[str, StoredObject]) -> bool:
         """Whether the bucket is as the last pull or push of this copy left it."""
         pending = {name for name, known in self._known.items() if known.version == ""}
         settled = self._known.keys() - pending
@@ -210,7 +210,7 @@ class Mirror:
             listing[name].version == self._known[name].version for name in settled
         )
 
-    def _drop_others(self, listing: Mapping[str, Stored], keeps: Wants) -> None:
+    def _drop_others(self, listing: Mapping[str, StoredObject], keeps: Wants) -> None:
         """Removes what the bucket does not have, and forgets files that were changed here.
 
         The record is written first: a pull that is killed must not pass for a copy that is newer.
@@ -222,7 +222,7 @@ class Mirror:
             for name, known in self._known.items()
             if name in listing and (known.mtime is None or files.get(name) == (known.size, known.mtime))
         }
-        self._known |= {name: Known("none", 0, 0) for name in others}
+        self._known |= {name: Copied("none", 0, 0) for name in others}
         self._write_record()
         for name in others:
             (self.folder / name).unlink(missing_ok=True)
@@ -236,7 +236,7 @@ class Mirror:
         """Writes an object. A file that is gone by now is left to the next push."""
         self.check()
         before = self._known.get(name)
-        self._known[name] = Known("", here.size, here.mtime)
+        self._known[name] = Copied("", here.size, here.mtime)
         self._write_record()
         with tempfile.TemporaryDirectory(dir=self._record.parent) as folder:
             try:
@@ -245,7 +245,7 @@ class Mirror:
                 if before is None:
                     del self._known[name]
                 return 0
-        self._known[name] = Known(version, here.size, here.mtime)
+        self._known[name] = Copied(version, here.size, here.mtime)
         self._write_record()
         return 1
 
@@ -278,7 +278,7 @@ class Mirror:
     def _note(self, name: str, version: str) -> None:
         here = _here(self.folder / name)
         assert here is not None
-        self._known[name] = Known(version, *here)
+        self._known[name] = Copied(version, *here)
         self._write_record()
 
     def _refuse_damaged(self, name: str) -> None:
@@ -320,10 +320,10 @@ class Mirror:
                 self._known = self._read_record()
                 yield
 
-    def _read_record(self) -> dict[str, Known]:
+    def _read_record(self) -> dict[str, Copied]:
         try:
             rows = json.loads(self._record.read_bytes())
-            return {name: Known(*row) for name, row in rows.items()}
+            return {name: Copied(*row) for name, row in rows.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}  # then the bucket's files replace those here
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from middo_jax.buckets.mirror import Mirror
 from middo_jax.buckets.names import fits, is_light, is_pattern
 from middo_jax.buckets.places import Place, shown
-from middo_jax.buckets.store import BucketError, Store, Stored
+from middo_jax.buckets.store import BucketError, Store, StoredObject
 from middo_jax.rundir.elsewhere import copy_of
 
 
@@ -82,7 +82,7 @@ def send(file: Path) -> str:
     return str(place)
 
 
-def _copy(store: Store, name: str, stored: Stored, to: Path) -> None:
+def _copy(store: Store, name: str, stored: StoredObject, to: Path) -> None:
     """Copies an object, unless the copy here is of this version and as it was copied."""
     beside = to.with_name(f".{to.name}.version")
     with contextlib.suppress(OSError, ValueError):
@@ -97,7 +97,7 @@ def _stat(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _remove_others(folder: Path, found: Mapping[str, Stored], pattern: Sequence[str]) -> None:
+def _remove_others(folder: Path, found: Mapping[str, StoredObject], pattern: Sequence[str]) -> None:
     """Removes copies of objects that the bucket does not have any more."""
     for path in [*folder.rglob("*")] if folder.is_dir() else []:
         name = path.relative_to(folder).as_posix()

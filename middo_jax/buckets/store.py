@@ -31,7 +31,7 @@ class BucketError(RunError):
     """A bucket cannot be used; the message says which, and what to do."""
 
 
-class Stored(NamedTuple):
+class StoredObject(NamedTuple):
     """An object of a listing.
 
     Attributes:
@@ -55,7 +55,7 @@ class Store:
         with _explained(place):
             self._files = _file_system(place.scheme)
 
-    def list(self) -> dict[str, Stored]:
+    def list(self) -> dict[str, StoredObject]:
         """All objects below the place by name; "" is the name of an object at the place itself.
 
         Raises:
@@ -75,7 +75,7 @@ class Store:
             objects[name] = _stored(info)
         return objects
 
-    def info(self, name: str) -> Stored | None:
+    def info(self, name: str) -> StoredObject | None:
         """One object; None if there is none."""
         with _explained(self.place):
             try:
@@ -162,12 +162,12 @@ def _file_system(scheme: str) -> Any:
     )
 
 
-def _stored(info: dict[str, Any]) -> Stored:
+def _stored(info: dict[str, Any]) -> StoredObject:
     version = info.get("generation") or info.get("ETag") or info.get("etag")
     when = info.get("LastModified") or info.get("updated")
     if isinstance(when, str):
         when = datetime.datetime.fromisoformat(when)
-    return Stored(int(info["size"]), str(version), 0.0 if when is None else when.timestamp())
+    return StoredObject(int(info["size"]), str(version), 0.0 if when is None else when.timestamp())
 
 
 def _is_refused_create(error: OSError) -> bool:

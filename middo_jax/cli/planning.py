@@ -39,12 +39,12 @@ def plan(
     # Before JAX is imported: programs are compiled for the topology, and nothing runs on a chip of this host.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from middo_jax import api
-    from middo_jax.planning.forecast import Request, text_of
+    from middo_jax.planning.forecast import PlanRequest, text_of
 
     if (rows is None) != (tokens is None):
         raise typer.BadParameter("give --rows and --tokens together, or neither")
     named = None if stages is None else names_in(stages)
-    request = Request.parse(topology, mesh, named, price)
+    request = PlanRequest.parse(topology, mesh, named, price)
     settings = api.load_config(config, overrides)
     found = api.plan(settings, request, rows, tokens)
     if save:

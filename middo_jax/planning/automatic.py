@@ -21,7 +21,7 @@ from middo_jax.parallel.coordination import from_first
 from middo_jax.parallel.mesh import batch_divisor, make_mesh
 from middo_jax.planning.amounts import tree_size
 from middo_jax.planning.compiling import memory_of_program
-from middo_jax.planning.programs import Program, Rows, device_bytes, rating, scoring, training
+from middo_jax.planning.programs import BatchShape, Program, device_bytes, rating, scoring, training
 
 ON_CPU = 2048  # tokens of a scoring batch
 # Tokens per device. More make no pass faster: every weight that is read from memory or gathered from other
@@ -33,7 +33,7 @@ TARGETS = 0.55  # share of positions that are targets; no program's memory depen
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Placement:
     """Where programs run.
 
     Attributes:
@@ -58,7 +58,7 @@ def usable_bytes() -> float | None:
     return from_first("memory of the devices", lambda: min(known) if known else None)
 
 
-def settled(config: Config, decoder: Callable[[], DecoderConfig], place: Place) -> Config:
+def settled(config: Config, decoder: Callable[[], DecoderConfig], place: Placement) -> Config:
     """The settings with values in place of `auto`, but for the mesh, which is that of `place`.
 
     Args:
@@ -97,7 +97,7 @@ def changed_settings(before: Config, after: Config) -> list[str]:
     return found
 
 
-def batch_tokens(config: Config, decoder: Callable[[], DecoderConfig], place: Place) -> int:
+def batch_tokens(config: Config, decoder: Callable[[], DecoderConfig], place: Placement) -> int:
     """Tokens of a scoring batch, all devices together: as many as make the passes fast and fit.
 
     Room is left for a second model, as the embedded refiner is, and for the state of a training that measures
@@ -129,8 +129,8 @@ def _passes(config: Config, base: DecoderConfig, mesh: Mesh, tokens: int) -> lis
     """The passes over the longest texts: the programs with the most memory."""
     longest = max(ROW, 1 << (config.model.max_length - 1).bit_length())
 
-    def rows(length: int) -> Rows:
-        return Rows(batch_divisor(mesh) * max(1, tokens // length), length, length, TARGETS)
+    def rows(length: int) -> BatchShape:
+        return BatchShape(batch_divisor(mesh) * max(1, tokens // length), length, length, TARGETS)
 
     found = [scoring(config, base, mesh, rows(longest), 1.0)]
     if isinstance(config.quality.rating, ExpectedRating):
@@ -147,7 +147,7 @@ def _for_cpu(config: Config) -> tuple[str, ...]:
     return f"train.remat={remat}", f"train.gradient_accumulation={parts}"
 
 
-def micro_batches_and_remat(config: Config, decoder: DecoderConfig, place: Place) -> tuple[str, ...]:
+def micro_batches_and_remat(config: Config, decoder: DecoderConfig, place: Placement) -> tuple[str, ...]:
     """The fastest values of `train.remat` and `train.gradient_accumulation` that fit, as changes of settings.
 
     Less recomputation comes first, since more micro-batches cost little as long as each is large.
@@ -209,7 +209,7 @@ def tensor_size(config: Config, decoder: DecoderConfig, devices: Sequence[Any], 
             continue
         settings = config.mesh.model_copy(update={"tensor": size})
         try:
-            place = Place(make_mesh(settings, devices), usable)
+            place = Placement(make_mesh(settings, devices), usable)
         except ConfigError:  # the axes that were given leave no room for this size
             continue
         ways = batch_divisor(place.mesh)

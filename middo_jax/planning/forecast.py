@@ -20,7 +20,7 @@ from middo_jax.planning.search import (
     plan_passes,
     with_training,
 )
-from middo_jax.planning.stages import STAGES, Job, Stage, plan_stage
+from middo_jax.planning.stages import STAGES, PlannedStage, Workload, plan_stage
 from middo_jax.progress import Progress
 from middo_jax.refinement.endpoint.usage import cost_usd
 from middo_jax.rundir.plan_rows import PlanFile, PlannedStageRow
@@ -33,7 +33,7 @@ class Plan:
     """A planned run.
 
     Attributes:
-      job: what was planned, with values in place of settings that were auto.
+      workload: what was planned, with values in place of settings that were auto.
       chosen: those values.
       slices: the chips.
       mesh: devices along data, fsdp and tensor.
@@ -43,11 +43,11 @@ class Plan:
       price: dollars per chip-hour, or None.
     """
 
-    job: Job
+    workload: Workload
     chosen: Sequence[str]
     slices: Slices
     mesh: MeshShape
-    stages: list[Stage]
+    stages: list[PlannedStage]
     remedies: dict[str, Remedy | None]
     refiner: Refining
     price: float | None
@@ -60,7 +60,7 @@ class Plan:
     @property
     def hours(self) -> float:
         """Hours of all rounds, of the stages that fit."""
-        return self.job.config.rounds * sum(stage.seconds or 0.0 for stage in self.stages) / 3600
+        return self.workload.config.rounds * sum(stage.seconds or 0.0 for stage in self.stages) / 3600
 
     @property
     def mfu(self) -> float | None:
@@ -68,23 +68,23 @@ class Plan:
         stage = next((one for one in self.stages if one.name == "train"), None)
         if stage is None or not stage.seconds:
             return None
-        amounts = self.job.amounts
+        amounts = self.workload.amounts
         targets = int(amounts.lengths_n.sum() * amounts.target_share)
-        least = training_flops(self.job.decoder, amounts.lengths_n.tolist(), targets) * amounts.scale
-        peak = self.slices.devices * self.job.chip.matmul_flops
-        return least * self.job.config.train.num_epochs / stage.seconds / peak
+        least = training_flops(self.workload.decoder, amounts.lengths_n.tolist(), targets) * amounts.scale
+        peak = self.slices.devices * self.workload.chip.matmul_flops
+        return least * self.workload.config.train.num_epochs / stage.seconds / peak
 
     def to_json(self) -> PlanFile:
         """All numbers, for `--json` and plan.json."""
-        config, rounds = self.job.config, self.job.config.rounds
+        config, rounds = self.workload.config, self.workload.config.rounds
         return {
             "version": PLAN.version,
             "topology": self.slices.name + (f"x{self.slices.count}" if self.slices.count > 1 else ""),
             "chips": self.slices.chips,
             "mesh": dict(zip(("data", "fsdp", "tensor"), self.mesh, strict=True)),
-            "rows": self.job.amounts.rows,
-            "tokens": self.job.amounts.tokens,
-            "lengths": self.job.amounts.source,
+            "rows": self.workload.amounts.rows,
+            "tokens": self.workload.amounts.tokens,
+            "lengths": self.workload.amounts.source,
             "rounds": rounds,
             "chosen": list(self.chosen),
             "fits": self.fits,
@@ -105,8 +105,8 @@ class Plan:
     def _refiner_tokens(self) -> tuple[int, int]:
         return round(self.refiner.prompt_tokens), round(self.refiner.completion_tokens)
 
-    def _stage(self, stage: Stage) -> PlannedStageRow:
-        cost, chip = stage.cost, self.job.chip
+    def _stage(self, stage: PlannedStage) -> PlannedStageRow:
+        cost, chip = stage.cost, self.workload.chip
         remedy = self.remedies.get(stage.name)
         return {
             "stage": stage.name,
@@ -144,7 +144,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What to plan.
 
     Attributes:
@@ -162,7 +162,7 @@ class Request:
     @classmethod
     def parse(
         cls, topology: str, mesh: str | None, stages: Collection[str] | None, price: float | None
-    ) -> Request:
+    ) -> PlanRequest:
         """Reads the texts of the command line.
 
         Raises:
@@ -180,7 +180,7 @@ class Request:
 
 
 def plan_run(
-    config: Config, decoder: DecoderConfig, amounts: Amounts, request: Request, progress: Progress
+    config: Config, decoder: DecoderConfig, amounts: Amounts, request: PlanRequest, progress: Progress
 ) -> Plan:
     """Plans all stages of a round.
 
@@ -195,34 +195,34 @@ def plan_run(
       TopologyError, ConfigError, PlanError: the message says what to change.
     """
     slices = Slices.parse(request.topology)
-    job = Job(config, decoder, amounts, slices.chip, slices)
+    workload = Workload(config, decoder, amounts, slices.chip, slices)
 
     def make(shape: MeshShape) -> Any:
         return mesh_of(slices, shape)
 
-    shape, known = request.mesh, dict[str, Stage]()
+    shape, known = request.mesh, dict[str, PlannedStage]()
     if shape is None:
-        best = best_mesh(job, make, progress.say)
+        best = best_mesh(workload, make, progress.say)
         shape = (slices.count, slices.devices // slices.count, 1) if best is None else best[0]
         known = {} if best is None else {"train": best[1]}
     mesh, names = make(shape), _planned(config, request.stages)
-    job = with_training(job, mesh)
+    workload = with_training(workload, mesh)
     passes = [name for name in names if name in ("score", "rate")]
     remedies = {}
     with progress.task("plan", "stages") as advance:
         advance(0, len(names), "passes")
-        job, planned = plan_passes(passes, job, mesh, progress.say)
+        workload, planned = plan_passes(passes, workload, mesh, progress.say)
         known |= dict(zip(passes, planned, strict=True))
         for name in names:
             advance(len(known), len(names), name)
             if name not in known:
-                known[name] = plan_stage(name, job, mesh, progress.say)
+                known[name] = plan_stage(name, workload, mesh, progress.say)
             if known[name].compiled and known[name].seconds is None:
-                remedies[name] = nearest_fitting(name, job, mesh, make, progress.say)
+                remedies[name] = nearest_fitting(name, workload, mesh, make, progress.say)
         advance(len(names), len(names))
     stages = [known[name] for name in names if known[name].compiled]
-    chosen = changed_settings(config, job.config)
-    return Plan(job, chosen, slices, shape, stages, remedies, refining(amounts, config), request.price)
+    chosen = changed_settings(config, workload.config)
+    return Plan(workload, chosen, slices, shape, stages, remedies, refining(amounts, config), request.price)
 
 
 def _planned(config: Config, stages: Collection[str]) -> list[str]:

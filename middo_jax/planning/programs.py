@@ -61,7 +61,7 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spelling:
+class AnySpelling:
     """How a tokenizer spells the ratings: one token each. Which tokens does not matter for the time."""
 
     first: tuple[int, ...] = tuple(range(11))
@@ -69,7 +69,7 @@ class Spelling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class BatchShape:
     """A batch: rows, tokens per row, tokens of the longest text, share of positions with a target."""
 
     batch: int
@@ -94,14 +94,14 @@ def _on_rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def _head(rows: Rows, mesh: Mesh, chunk: int) -> Loop:
+def _head(rows: BatchShape, mesh: Mesh, chunk: int) -> Loop:
     """The loop over chunks of targets; each device has its share of the rows."""
     share = rows.batch // batch_divisor(mesh) * rows.length
     width = min(share, chunk)
     return Loop(r"\bhead\b", max(1.0, -(-share * rows.target_share // width)))
 
 
-def scoring(config: Config, decoder: DecoderConfig, mesh: Mesh, rows: Rows, runs: float) -> Program:
+def scoring(config: Config, decoder: DecoderConfig, mesh: Mesh, rows: BatchShape, runs: float) -> Program:
     """The pass of losses and embeddings over packed rows."""
     model = abstract_model(decoder, mesh, config.model.dtype)
     shape = rows.batch, rows.length
@@ -125,16 +125,16 @@ def scoring(config: Config, decoder: DecoderConfig, mesh: Mesh, rows: Rows, runs
     )
 
 
-def _named(rows: Rows) -> str:
+def _named(rows: BatchShape) -> str:
     return f"{rows.batch} rows of {rows.length}, texts up to {rows.longest}"
 
 
 def rating(
-    config: Config, decoder: DecoderConfig, mesh: Mesh, rows: Rows, prefix: int, runs: float
+    config: Config, decoder: DecoderConfig, mesh: Mesh, rows: BatchShape, prefix: int, runs: float
 ) -> Program:
     """The pass of ratings: trees of questions, read in one prefill."""
     model = abstract_model(decoder, mesh, config.model.dtype)
-    scale = RatingScale(Spelling(), EXPECTED, len(COLUMNS))
+    scale = RatingScale(AnySpelling(), EXPECTED, len(COLUMNS))
     shape, trees = (rows.batch, rows.length), max(1, rows.length // MIN_TREE)
     batch = RatingInputs(
         *(_on_rows(mesh, *shape) for _ in range(4)),
@@ -182,7 +182,7 @@ def training(config: Config, decoder: DecoderConfig, mesh: Mesh, target_share: f
         model.graphdef, settings, STEPS, chunk=chunk, state=(trained, opt_state), longest=length
     )
     batch = abstract_batch(settings, length, mesh)
-    micro = Rows(settings.batch_size // settings.micro_batches, length, length, target_share)
+    micro = BatchShape(settings.batch_size // settings.micro_batches, length, length, target_share)
     gradients = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trained
     )

@@ -23,7 +23,7 @@ from middo_jax.planning.amounts import (
 from middo_jax.planning.automatic import with_changes
 from middo_jax.planning.chips import Chip, Slices
 from middo_jax.planning.compiling import Compiled, Memory, compile_program
-from middo_jax.planning.programs import Program, Rows
+from middo_jax.planning.programs import BatchShape, Program
 from middo_jax.planning.roofline import Cost
 
 STAGES = ("train", "score", "rate", "neighbours", "refine", "export")
@@ -32,7 +32,7 @@ Tell = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Workload:
     """What is planned.
 
     Attributes:
@@ -54,13 +54,13 @@ class Job:
         """The model without adapters."""
         return dataclasses.replace(self.decoder, lora=None)
 
-    def changed(self, changes: Sequence[str]) -> Job:
-        """The job with other settings, written as on the command line."""
+    def changed(self, changes: Sequence[str]) -> Workload:
+        """The workload with other settings, written as on the command line."""
         return dataclasses.replace(self, config=with_changes(self.config, changes))
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class PlannedStage:
     """One stage of a round.
 
     Attributes:
@@ -90,31 +90,31 @@ class Stage:
         return total
 
 
-def plan_stage(name: str, job: Job, mesh: Mesh, tell: Tell = lambda text: None) -> Stage:
+def plan_stage(name: str, workload: Workload, mesh: Mesh, tell: Tell = lambda text: None) -> PlannedStage:
     """Compiles and counts the programs of one stage.
 
     Args:
       name: one of STAGES.
-      job: what is planned.
+      workload: what is planned.
       mesh: the devices.
       tell: called with a line before each compilation.
     """
-    planned, note = _PROGRAMS[name](job, mesh)
+    planned, note = _PROGRAMS[name](workload, mesh)
     compiled = []
     for program in planned:
         tell(f"{name}: {program.name}")
-        compiled.append(compile_program(program, mesh, job.chip, job.slices))
+        compiled.append(compile_program(program, mesh, workload.chip, workload.slices))
     costs = [(one.cost, one.program.runs) for one in compiled]
     seconds = None
     if all(one.memory.fits for one in compiled):
         seconds = sum(cost.seconds * runs for cost, runs in costs if cost is not None)
-    return Stage(name, compiled, seconds, note)
+    return PlannedStage(name, compiled, seconds, note)
 
 
-def _training(job: Job, mesh: Mesh) -> tuple[list[Program], str]:
-    steps = training_steps(job.amounts, job.config)
-    share = job.amounts.target_share
-    return [programs.training(job.config, job.decoder, mesh, share, steps)], f"{steps} steps"
+def _training(workload: Workload, mesh: Mesh) -> tuple[list[Program], str]:
+    steps = training_steps(workload.amounts, workload.config)
+    share = workload.amounts.target_share
+    return [programs.training(workload.config, workload.decoder, mesh, share, steps)], f"{steps} steps"
 
 
 def _merged(batches: list[Batches]) -> tuple[list[tuple[Batches, float]], str]:
@@ -133,67 +133,72 @@ def _passes(config: Config) -> int:
     return 2 + bool(readings & {"ifd", "pmi", "consistency"}) + ("reverse_ifd" in readings)
 
 
-def _scoring(job: Job, mesh: Mesh) -> tuple[list[Program], str]:
-    config, passes = job.config, float(_passes(job.config))
+def _scoring(workload: Workload, mesh: Mesh) -> tuple[list[Program], str]:
+    config, passes = workload.config, float(_passes(workload.config))
     if config.refine.accept == "measured":  # the loss of the rewrites, before they are accepted
-        passes += refining(job.amounts, config).rows / max(job.amounts.rows, 1)
-    merged, note = _merged(scoring_batches(job.amounts, config, batch_divisor(mesh)))
+        passes += refining(workload.amounts, config).rows / max(workload.amounts.rows, 1)
+    merged, note = _merged(scoring_batches(workload.amounts, config, batch_divisor(mesh)))
     with_prompts = not {"prompt_nll", "reverse_ifd"}.isdisjoint(config.scoring.readings)
-    unembedded = 1.0 if with_prompts else job.amounts.target_share
+    unembedded = 1.0 if with_prompts else workload.amounts.target_share
     found = [
-        programs.scoring(config, job.base, mesh, _rows(b, unembedded), passes * runs) for b, runs in merged
-    ]
-    return found, "; ".join(part for part in (f"{passes:.2g} passes", note) if part)
-
-
-def _rows(batches: Batches, target_share: float) -> Rows:
-    bucket = batches.bucket
-    return Rows(bucket.batch, bucket.length, bucket.longest, target_share)
-
-
-def _rating(job: Job, mesh: Mesh) -> tuple[list[Program], str]:
-    if isinstance(job.config.quality.rating, SampledRating):
-        settings = job.config.quality.rating
-        requests = 6.0 * job.amounts.rows
-        length = job.amounts.tokens / job.amounts.rows + 150
-        tokens = settings.max_new_tokens / 2
-        return _engine(job, mesh, requests, length, tokens), "sampled by the engine"
-    batches, prefix = rating_batches(job.amounts, job.config, batch_divisor(mesh))
-    merged, note = _merged(batches)
-    passes = 1.0
-    if job.config.refine.accept == "measured":
-        passes += refining(job.amounts, job.config).rows / max(job.amounts.rows, 1)
-    found = [
-        programs.rating(job.config, job.base, mesh, _rows(b, 0.0), prefix, passes * runs)
+        programs.scoring(config, workload.base, mesh, _rows(b, unembedded), passes * runs)
         for b, runs in merged
     ]
     return found, "; ".join(part for part in (f"{passes:.2g} passes", note) if part)
 
 
-def _neighbours(job: Job, mesh: Mesh) -> tuple[list[Program], str]:
-    k = job.config.diversity.k
-    return programs.neighbours(job.amounts.rows, job.decoder.hidden_size, k, mesh), "all rows are searched"
+def _rows(batches: Batches, target_share: float) -> BatchShape:
+    bucket = batches.bucket
+    return BatchShape(bucket.batch, bucket.length, bucket.longest, target_share)
 
 
-def _engine(job: Job, mesh: Mesh, requests: float, prompt: float, answer: float) -> list[Program]:
+def _rating(workload: Workload, mesh: Mesh) -> tuple[list[Program], str]:
+    if isinstance(workload.config.quality.rating, SampledRating):
+        settings = workload.config.quality.rating
+        requests = 6.0 * workload.amounts.rows
+        length = workload.amounts.tokens / workload.amounts.rows + 150
+        tokens = settings.max_new_tokens / 2
+        return _engine(workload, mesh, requests, length, tokens), "sampled by the engine"
+    batches, prefix = rating_batches(workload.amounts, workload.config, batch_divisor(mesh))
+    merged, note = _merged(batches)
+    passes = 1.0
+    if workload.config.refine.accept == "measured":
+        passes += refining(workload.amounts, workload.config).rows / max(workload.amounts.rows, 1)
+    found = [
+        programs.rating(workload.config, workload.base, mesh, _rows(b, 0.0), prefix, passes * runs)
+        for b, runs in merged
+    ]
+    return found, "; ".join(part for part in (f"{passes:.2g} passes", note) if part)
+
+
+def _neighbours(workload: Workload, mesh: Mesh) -> tuple[list[Program], str]:
+    k = workload.config.diversity.k
+    return programs.neighbours(
+        workload.amounts.rows, workload.decoder.hidden_size, k, mesh
+    ), "all rows are searched"
+
+
+def _engine(workload: Workload, mesh: Mesh, requests: float, prompt: float, answer: float) -> list[Program]:
     """The engine with all slots full; a prompt's last chunk counts as a whole one."""
     chunks = requests * -(-prompt // CHUNK)
-    steps = requests * answer / job.config.serve.max_batch
-    context = min(prompt + answer / 2, job.config.serve.max_context)
-    return programs.engine(job.config, job.base, mesh, context, chunks, steps)
+    steps = requests * answer / workload.config.serve.max_batch
+    context = min(prompt + answer / 2, workload.config.serve.max_context)
+    return programs.engine(workload.config, workload.base, mesh, context, chunks, steps)
 
 
-def _refining(job: Job, mesh: Mesh) -> tuple[list[Program], str]:
-    work = refining(job.amounts, job.config)
+def _refining(workload: Workload, mesh: Mesh) -> tuple[list[Program], str]:
+    work = refining(workload.amounts, workload.config)
     if not work.requests:
         return [], "nothing is selected"
     prompt, answer = work.prompt_tokens / work.requests, work.completion_tokens / work.requests
-    found = _engine(job, mesh, work.requests, prompt, answer)
+    found = _engine(workload, mesh, work.requests, prompt, answer)
     return found, f"{work.requests:.0f} requests by the embedded engine, first attempts only"
 
 
-def _export(job: Job, mesh: Mesh) -> tuple[list[Program], str]:
-    return programs.export(job.base, mesh, job.config.train.param_dtype), "the gather; disks are not counted"
+def _export(workload: Workload, mesh: Mesh) -> tuple[list[Program], str]:
+    return programs.export(
+        workload.base, mesh, workload.config.train.param_dtype
+    ), "the gather; disks are not counted"
 
 
 _PROGRAMS = {

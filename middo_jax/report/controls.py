@@ -18,7 +18,7 @@ DRAWS = 2_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class ArmCost:
     """What an arm cost.
 
     Attributes:
@@ -34,7 +34,7 @@ class Cost:
     flops: float
 
 
-def summarise(run: RunDir, costs: Mapping[Arm, Cost], seeds: int) -> ControlsFile:
+def summarise(run: RunDir, costs: Mapping[Arm, ArmCost], seeds: int) -> ControlsFile:
     """The contents of controls.json.
 
     A gain is `none`'s loss minus the arm's; without the arm `none` there is no gain.

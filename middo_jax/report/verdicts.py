@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 BY_A_PERSON = "rejected by a person"
 
 
-class Verdict(NamedTuple):
+class RecordedVerdict(NamedTuple):
     """The gate that rejected a rewrite, and its finding; `gate` is None if, for example, a request failed."""
 
     gate: str | None
@@ -24,11 +24,11 @@ class Verdict(NamedTuple):
         return f"{self.gate}: {self.detail}" if self.gate else str(self.detail)
 
 
-def verdict(row: Mapping[str, Any]) -> Verdict:
+def verdict(row: Mapping[str, Any]) -> RecordedVerdict:
     """The verdict in a row. Version 0.1 wrote it as one text, and the gate in candidates.jsonl only."""
     if "detail" in row:
-        return Verdict(row["gate"], row["detail"])
-    return Verdict(None, row.get("reason", row.get("reject_reason")))
+        return RecordedVerdict(row["gate"], row["detail"])
+    return RecordedVerdict(None, row.get("reason", row.get("reject_reason")))
 
 
 def after_people(

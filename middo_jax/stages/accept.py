@@ -32,7 +32,7 @@ from middo_jax.refinement.acceptance.measured import (
     length_bounds,
     pair_similarity,
 )
-from middo_jax.refinement.acceptance.repeats import Known
+from middo_jax.refinement.acceptance.repeats import KnownTexts
 from middo_jax.refinement.acceptance.table import asked, first_verdict, is_asked
 from middo_jax.rundir import RoundDir, read_jsonl, write_jsonl
 from middo_jax.rundir.files import read_json
@@ -109,7 +109,7 @@ class Acceptance:
         self._model = (model or scored_model(directory)) if self._settings.accept == "measured" else None
         if by_text and gates.value("language"):
             load_identifier()  # raises if the package is missing, before any request is paid for
-        self._known = Known(self._examples, heldout, gates.value("duplicate") if by_text else None)
+        self._known = KnownTexts(self._examples, heldout, gates.value("duplicate") if by_text else None)
         self.limits = self._read_limits()
         self._under = scored_as(directory)
         self._stored = self._read_stored()

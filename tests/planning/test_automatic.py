@@ -12,7 +12,7 @@ from middo_jax.config import Config, ConfigError, load
 from middo_jax.models.config import DecoderConfig
 from middo_jax.parallel.mesh import one_device
 from middo_jax.planning import automatic
-from middo_jax.planning.automatic import Place, changed_settings, settled
+from middo_jax.planning.automatic import Placement, changed_settings, settled
 from middo_jax.planning.compiling import Memory, memory_of_program
 from middo_jax.planning.programs import Program, training
 
@@ -25,7 +25,7 @@ def settings(**more: object) -> Config:
 
 
 def chosen(config: Config, usable: float | None) -> list[str]:
-    return changed_settings(config, settled(config, lambda: TINY, Place(one_device(), usable)))
+    return changed_settings(config, settled(config, lambda: TINY, Placement(one_device(), usable)))
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_the_real_compiler_is_asked() -> None:
     config = settings(**{"train.batch_size": 8, "train.gradient_accumulation": "auto"})
     whole = automatic.with_changes(config, ["train.gradient_accumulation=1"])
     used = memory_of_program(training(whole, narrow, mesh, 0.55, 1.0), mesh, 1e12).used
-    place = Place(mesh, 0.99 * used / automatic.SHARE)
+    place = Placement(mesh, 0.99 * used / automatic.SHARE)
     found = automatic.micro_batches_and_remat(config, narrow, place)
     assert found in (
         ("train.remat=layer", "train.gradient_accumulation=2"),

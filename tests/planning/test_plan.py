@@ -18,8 +18,17 @@ from middo_jax.parallel.mesh import one_device
 from middo_jax.planning import amounts, hlo
 from middo_jax.planning.chips import Chip, Slices
 from middo_jax.planning.compiling import PlanError, compile_program, devices_of
-from middo_jax.planning.forecast import Request
-from middo_jax.planning.programs import Program, Rows, engine, export, neighbours, rating, scoring, training
+from middo_jax.planning.forecast import PlanRequest
+from middo_jax.planning.programs import (
+    BatchShape,
+    Program,
+    engine,
+    export,
+    neighbours,
+    rating,
+    scoring,
+    training,
+)
 from middo_jax.planning.search import candidate_meshes
 from middo_jax.rundir import RunDir
 from middo_jax.rundir.plan_rows import PlanFile
@@ -44,7 +53,7 @@ def flops_of(program: Program) -> float:
     return cost.flops
 
 
-def by_hand(config: DecoderConfig, rows: Rows, chunk: int) -> tuple[float, float, float]:
+def by_hand(config: DecoderConfig, rows: BatchShape, chunk: int) -> tuple[float, float, float]:
     """FLOPs of a forward pass: the layers' matrices, attention in one block of queries, and the head."""
     d, f, e = config.hidden_size, config.intermediate_size, config.head_dim
     matrices = 2 * d * config.num_heads * e + 2 * d * config.num_kv_heads * e + 3 * d * f
@@ -59,7 +68,7 @@ def by_hand(config: DecoderConfig, rows: Rows, chunk: int) -> tuple[float, float
 
 
 def test_flops_of_scoring_and_training_are_those_by_hand() -> None:
-    rows, config = Rows(4, 128, 128, 0.5), settings()
+    rows, config = BatchShape(4, 128, 128, 0.5), settings()
     dense, attention, head = by_hand(TINY, rows, 64)
     sums = 2.0 * 4 * 128 * (128 // 8) * TINY.hidden_size  # of the prompts' hidden states, per segment
     scored = flops_of(scoring(config, TINY, one_device(), rows, 1.0))
@@ -92,11 +101,11 @@ def test_micro_batches_multiply() -> None:
 
 def test_every_stage_has_programs_that_compile() -> None:
     config, mesh = settings(**{"serve.max_context": 256}), one_device()
-    rows = Rows(2, 256, 128, 0.0)
+    rows = BatchShape(2, 256, 128, 0.0)
     dense, *_ = by_hand(TINY, rows, 64)
     assert flops_of(rating(config, TINY, mesh, rows, 16, 1.0)) > dense
     prefill, decode = engine(config, TINY, mesh, 128, 1.0, 1.0)
-    one_token, *_ = by_hand(TINY, Rows(8, 1, 1, 0.0), 64)
+    one_token, *_ = by_hand(TINY, BatchShape(8, 1, 1, 0.0), 64)
     assert flops_of(decode) > one_token
     assert flops_of(prefill) > 128 / 8 * one_token
     [products] = neighbours(256, 64, 2, mesh)
@@ -131,7 +140,7 @@ def test_meshes_divide_the_batch_and_the_heads() -> None:
 )
 def test_wrong_options_are_errors(mesh: str | None, stages: list[str] | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Request.parse("v5e:2x2", mesh, stages, None)
+        PlanRequest.parse("v5e:2x2", mesh, stages, None)
 
 
 @pytest.mark.tpu_compile

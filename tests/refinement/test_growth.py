@@ -11,7 +11,7 @@ from support.gate_verdicts import without_duplicates
 
 from middo_jax.data.example import Example, Lineage, Message
 from middo_jax.refinement.acceptance.overlap import Overlaps, jaccard, shingles
-from middo_jax.refinement.acceptance.repeats import Known
+from middo_jax.refinement.acceptance.repeats import KnownTexts
 from middo_jax.refinement.growth import Neighbours, fit, max_size
 from middo_jax.refinement.merge import merge
 from middo_jax.refinement.tasks import Outcome, Task, Verdict
@@ -107,7 +107,7 @@ def test_children_alike_are_accepted_once() -> None:
         child_of(b, "rewrite", f"Shorten: {LONG}"),
         child_of(c, "synthesize", f"Shorten now: {LONG}"),
     ]
-    known = Known([], [], 0.6)
+    known = KnownTexts([], [], 0.6)
     rejected, first, second = without_duplicates([], outcomes, known=known)
     assert rejected == outcomes[0]
     assert first == outcomes[1]

@@ -18,7 +18,7 @@ import pytest
 
 from middo_jax.buckets import store
 from middo_jax.buckets.places import Place
-from middo_jax.buckets.store import Store, Stored
+from middo_jax.buckets.store import Store, StoredObject
 
 _numbers = itertools.count()
 
@@ -106,8 +106,8 @@ class MemoryStore:
     def __init__(self, objects: MutableMapping[str, tuple[bytes, str]]) -> None:
         self.place, self.objects = Place("s3", "bucket", "run"), objects
 
-    def list(self) -> dict[str, Stored]:
-        return {name: Stored(len(content), v, 0.0) for name, (content, v) in self.objects.items()}
+    def list(self) -> dict[str, StoredObject]:
+        return {name: StoredObject(len(content), v, 0.0) for name, (content, v) in self.objects.items()}
 
     def get(self, name: str, to: Path) -> None:
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from middo_jax.config import RefineSettings
 from middo_jax.data.example import Example
 from middo_jax.refinement.acceptance.candidate import Candidate
-from middo_jax.refinement.acceptance.repeats import Known
+from middo_jax.refinement.acceptance.repeats import KnownTexts
 from middo_jax.refinement.acceptance.table import first_verdict
 from middo_jax.refinement.tasks import Outcome, Task, Verdict
 
@@ -47,10 +47,10 @@ def without_duplicates(
     *,
     heldout: Sequence[Example] = (),
     threshold: float | None = None,
-    known: Known | None = None,
+    known: KnownTexts | None = None,
 ) -> list[Outcome]:
-    """The outcomes with those rejected that repeat something known or an earlier one; see `Known`."""
-    known = known or Known(training, heldout, threshold)
+    """The outcomes with those rejected that repeat something known or an earlier one; see `KnownTexts`."""
+    known = known or KnownTexts(training, heldout, threshold)
     settings = RefineSettings()
     children = [(o.task, o.example) for o in outcomes if o.example is not None]
     near, decided = iter(known.near(children)), []

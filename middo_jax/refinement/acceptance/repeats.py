@@ -14,7 +14,7 @@ from middo_jax.refinement.acceptance.overlap import Overlaps, jaccard, shingles
 from middo_jax.refinement.tasks import Task
 
 
-class Known:
+class KnownTexts:
     """The conversations that no rewrite may repeat: the dataset, the held-out samples, the accepted rewrites.
 
     A replacement may resemble its original, and any other sample as much as its original does, since prompts

@@ -9,16 +9,23 @@ from middo_jax.data.tokenize import TokenizedExample
 
 
 class LazyTokens(Sequence[TokenizedExample]):
-    """Tokenized examples, each of which is tokenized once, when it is first read."""
+    """Tokenized examples, each of which is tokenized once, when it is first read.
 
-    def __init__(self, n: int, tokenize: Callable[[Sequence[int]], Sequence[TokenizedExample]]) -> None:
+    Attributes:
+      own: indices of the share of this process, which it reads in any case. Each example is in one share.
+    """
+
+    def __init__(
+        self, n: int, tokenize: Callable[[Sequence[int]], Sequence[TokenizedExample]], own: Sequence[int]
+    ) -> None:
         """Tokenizes nothing yet.
 
         Args:
           n: number of examples.
           tokenize: returns the examples with some indices; many at a time are faster than one by one.
+          own: see the class.
         """
-        self._n, self._tokenize = n, tokenize
+        self._n, self._tokenize, self.own = n, tokenize, own
         self._here: dict[int, TokenizedExample] = {}
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ from middo_jax.data.trees import PackedTrees, Tree, common_prefix
 from middo_jax.models.decoder import Decoder
 from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.parallel.mesh import batch_divisor
-from middo_jax.passes.parts import Parts
+from middo_jax.passes.parts import Parts, Saved, digests
 from middo_jax.passes.runner import Pass, PassFacts, PassPlan
 from middo_jax.progress import Progress, Silent
 
@@ -186,6 +186,9 @@ def rate(
             reading_bsr=reading_bsr,
         )
 
+    def content(i: int) -> tuple[Tree, np.ndarray]:
+        return trees[i], np.asarray(asked[i].read_positions)
+
     def keep(index_m: np.ndarray, rating_mc: np.ndarray) -> None:
         rating_nc[index_m] = rating_mc
 
@@ -193,5 +196,6 @@ def rate(
         return {"scale": scale, "prefix": prefix, "longest": bucket.longest}
 
     plan = PassPlan.of(trees, prefix, batch_tokens, batch_divisor(model.mesh), MIN_TREE)
-    facts = Pass(judge_batch, plan, inputs, static).run(model, keep, progress or Silent(), name, parts)
+    saved = None if parts is None else Saved(parts, digests(len(asked), content))
+    facts = Pass(judge_batch, plan, inputs, static).run(model, keep, progress or Silent(), name, saved)
     return rating_nc, facts

@@ -38,25 +38,25 @@ class SharedTokens(LazyTokens):
           n, tokenize: see `LazyTokens`.
           own: indices of this process's share; None: every so many-th sample.
         """
-        super().__init__(n, tokenize)
-        self._own = range(jax.process_index(), n, jax.process_count()) if own is None else own
+        share = range(jax.process_index(), n, jax.process_count())
+        super().__init__(n, tokenize, share if own is None else own)
 
     @property
     def share(self) -> list[TokenizedExample]:
         """The samples that this process measures."""
-        self.bring(self._own)
-        return [self[i] for i in self._own]
+        self.bring(self.own)
+        return [self[i] for i in self.own]
 
     def of_all(self, name: str, k: int, facts: Callable[[TokenizedExample], Sequence[int]]) -> np.ndarray:
         """Returns int32 [n, k], k facts about each sample; each process computes those of its share."""
-        rows = np.array([facts(example) for example in self.share], np.int32).reshape(len(self._own), k)
-        return gather_rows(name, self._own, rows, len(self))
+        rows = np.array([facts(example) for example in self.share], np.int32).reshape(len(self.own), k)
+        return gather_rows(name, self.own, rows, len(self))
 
     def outline(self, *, prompts: bool) -> Outline:
         """What the plan of a pass needs to know; equal to that of one process with all tokens."""
         own = Outline.of(self.share, prompts=prompts)
-        needed_n = gather_rows("tokens needed", self._own, own.needed_n[:, None], len(self))[:, 0]
-        told = gather("outline", [own.common_n.tolist(), own.own_from] if self._own else None)
+        needed_n = gather_rows("tokens needed", self.own, own.needed_n[:, None], len(self))[:, 0]
+        told = gather("outline", [own.common_n.tolist(), own.own_from] if self.own else None)
         begins = [np.asarray(one[0], np.int32) for one in told if one is not None]
         common_n = begins[0][: common_prefix(begins)] if begins else own.common_n
         return Outline(needed_n, common_n, min((one[1] for one in told if one is not None), default=0))
@@ -68,5 +68,5 @@ class SharedTokens(LazyTokens):
             self.bring([indices[place] for place in places])
             return [self[indices[place]] for place in places]
 
-        own = set(self._own)
+        own = set(self.own)
         return SharedTokens(len(indices), tokenize, [j for j, i in enumerate(indices) if i in own])

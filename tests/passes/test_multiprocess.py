@@ -35,8 +35,10 @@ from middo_jax.passes import runner
 from middo_jax.passes.loss_plan import Outline
 from middo_jax.passes.losses import LossPass, score_examples
 from middo_jax.passes.parts import Parts
+from middo_jax.passes.runner import PassPlan
 from middo_jax.models import hf
 from middo_jax.parallel.coordination import barrier
+from middo_jax.parallel.hosts import own_spans
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.parallel.preemption import Preempted
 from middo_jax.progress import Silent
@@ -116,8 +118,14 @@ try:
 except Preempted:
     barrier("stopped")
 runner.stop_point = asked
+pack, packed = PassPlan.packed, []
+PassPlan.packed = lambda *a: packed.append(a) or pack(*a)
 resumed, rest = resumable()
 assert 0 < rest.computed_tokens < whole.computed_tokens
+buckets = planned.plan.buckets
+to_compute = sum(len(list(bucket.batches())) for bucket in buckets) - 1  # and one of each shape to compile it
+spans = [len(own_spans(mesh, bucket.batch)) for bucket in buckets]
+assert len(set(spans)) == 1 and len(packed) == spans[0] * (to_compute + len(buckets))  # each batch once
 for one, other in zip(resumed, scores, strict=True):
     np.testing.assert_array_equal(one, other)
 

@@ -12,31 +12,35 @@ class LazyTokens(Sequence[TokenizedExample]):
     """Tokenized examples, each of which is tokenized once, when it is first read.
 
     Attributes:
+      ids: IDs of the examples, which are known without their tokens.
       own: indices of the share of this process, which it reads in any case. Each example is in one share.
     """
 
     def __init__(
-        self, n: int, tokenize: Callable[[Sequence[int]], Sequence[TokenizedExample]], own: Sequence[int]
+        self,
+        ids: Sequence[str],
+        tokenize: Callable[[Sequence[int]], Sequence[TokenizedExample]],
+        own: Sequence[int],
     ) -> None:
         """Tokenizes nothing yet.
 
         Args:
-          n: number of examples.
+          ids: see the class.
           tokenize: returns the examples with some indices; many at a time are faster than one by one.
           own: see the class.
         """
-        self._n, self._tokenize, self.own = n, tokenize, own
+        self.ids, self._tokenize, self.own = ids, tokenize, own
         self._here: dict[int, TokenizedExample] = {}
 
     def __len__(self) -> int:
-        return self._n
+        return len(self.ids)
 
     @overload
     def __getitem__(self, index: int) -> TokenizedExample: ...
     @overload
     def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
     def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
-        places = range(self._n)[index]  # raises IndexError
+        places = range(len(self.ids))[index]  # raises IndexError
         if isinstance(places, range):
             self.bring(places)
             return [self._here[i] for i in places]

@@ -16,7 +16,6 @@ from middo_jax.data.example import Example
 from middo_jax.data.long_texts import is_long, last_tokens
 from middo_jax.data.tokenize import TokenizedExample, response_header
 from middo_jax.models.model import Model
-from middo_jax.parallel.coordination import gather
 from middo_jax.passes.losses import ExampleScores, LossPass
 from middo_jax.passes.parts import Parts
 from middo_jax.passes.runner import PassFacts
@@ -50,12 +49,8 @@ class Texts(NamedTuple):
     @classmethod
     def of(cls, session: Session, examples: Sequence[Example]) -> Texts:
         """Tokenizes samples by the settings, in a job each process its share. All processes must call it."""
-        tokenized = SharedTokens(
-            len(examples), lambda some: session.tokenize([examples[i] for i in some], tells=False)
-        )
+        tokenized = SharedTokens.of(session, examples)
         facts_nk = tokenized.of_all("tokens", 4, _facts)
-        learns_end = any(gather("learns an end", session.learns_end(tokenized.share)))
-        session.tell_of_tokens(len(examples), int(facts_nk[:, 0].sum()), learns_end)
         raw = raw_prompts(session, examples) if session.config.diversity.text == "raw" else None
         hashes = [prompt_hash(e) for e in raw] if raw is not None else _hashes(facts_nk[:, 2:])
         return cls(examples, tokenized, raw, hashes, facts_nk[:, 0] > 0, facts_nk[:, 1])

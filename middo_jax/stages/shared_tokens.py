@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from middo_jax.data.example import Example
 from middo_jax.data.lazy_tokens import LazyTokens
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.data.trees import common_prefix
 from middo_jax.parallel.coordination import gather
 from middo_jax.parallel.hosts import gather_rows
 from middo_jax.passes.loss_plan import Outline
+from middo_jax.session import Session
 
 
 class SharedTokens(LazyTokens):
@@ -28,18 +30,28 @@ class SharedTokens(LazyTokens):
 
     def __init__(
         self,
-        n: int,
+        ids: Sequence[str],
         tokenize: Callable[[Sequence[int]], Sequence[TokenizedExample]],
         own: Sequence[int] | None = None,
     ) -> None:
         """Tokenizes nothing yet.
 
         Args:
-          n, tokenize: see `LazyTokens`.
+          ids, tokenize: see `LazyTokens`.
           own: indices of this process's share; None: every so many-th sample.
         """
-        share = range(jax.process_index(), n, jax.process_count())
-        super().__init__(n, tokenize, share if own is None else own)
+        share = range(jax.process_index(), len(ids), jax.process_count())
+        super().__init__(ids, tokenize, share if own is None else own)
+
+    @classmethod
+    def of(cls, session: Session, examples: Sequence[Example]) -> SharedTokens:
+        """Samples by the settings; reports what `Session.tell_of_tokens` does."""
+        ids = [example.id for example in examples]
+        tokens = cls(ids, lambda some: session.tokenize([examples[i] for i in some], tells=False))
+        n_cut = sum(gather("cut", sum(example.truncated for example in tokens.share)))
+        learns_end = any(gather("learns an end", session.learns_end(tokens.share)))
+        session.tell_of_tokens(len(examples), n_cut, learns_end)
+        return tokens
 
     @property
     def share(self) -> list[TokenizedExample]:
@@ -69,4 +81,6 @@ class SharedTokens(LazyTokens):
             return [self[indices[place]] for place in places]
 
         own = set(self.own)
-        return SharedTokens(len(indices), tokenize, [j for j, i in enumerate(indices) if i in own])
+        return SharedTokens(
+            [self.ids[i] for i in indices], tokenize, [j for j, i in enumerate(indices) if i in own]
+        )

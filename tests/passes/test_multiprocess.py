@@ -28,7 +28,8 @@ if int(processes) > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, int(processes), int(process), initialization_timeout=120)
 
-from middo_jax.config import MeshSettings
+from middo_jax.config import MeshSettings, TrainSettings
+from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.signals.neighbours.search import nearest_neighbours
 from middo_jax.passes import runner
@@ -37,14 +38,17 @@ from middo_jax.passes.losses import LossPass, score_examples
 from middo_jax.passes.parts import Parts
 from middo_jax.passes.runner import PassPlan
 from middo_jax.models import hf
-from middo_jax.parallel.coordination import barrier
-from middo_jax.parallel.hosts import own_spans
+from middo_jax.parallel.coordination import HostsError, barrier
+from middo_jax.parallel.hosts import gather_rows, own_spans
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.parallel.preemption import Preempted
 from middo_jax.progress import Silent
 from middo_jax.rundir.files import only_read
 from middo_jax.stages.shared_tokens import SharedTokens
-from middo_jax.training.identity import of_model
+from middo_jax.training.feed import feed
+from middo_jax.training.identity import identity, of_model
+from middo_jax.training.plan import TrainingPlan
+from middo_jax.training.step import own_rows
 
 assert len(jax.devices()) == 8 and jax.process_count() == int(processes)
 rng = np.random.default_rng(0)
@@ -74,7 +78,8 @@ def tokenize(indices):
     tokenized.update(indices)
     return [examples[i] for i in indices]
 
-shared = SharedTokens(len(examples), tokenize)
+ids = [example.id for example in examples]
+shared = SharedTokens(ids, tokenize)
 planned = LossPass(shared, model, 512, 64, outline=shared.outline(prompts=False))
 assert planned.plan.buckets == LossPass(examples, model, 512, 64).plan.buckets
 for one, other in zip(planned(model, Silent(), "loss")[0], scores, strict=True):
@@ -86,7 +91,7 @@ def begun_alike(example):
     return TokenizedExample(example.id, np.append(np.arange(3, 15), example.tokens_n), *masks, False)
 
 begun = list(map(begun_alike, examples))
-shared = SharedTokens(len(begun), lambda indices: [begun[i] for i in indices])
+shared = SharedTokens(ids, lambda indices: [begun[i] for i in indices])
 some = [2, 20, 4, 6]  # of the second process's share there is none
 for prompts in (False, True):
     for which in (range(24), some, []):
@@ -96,6 +101,31 @@ for prompts in (False, True):
             np.testing.assert_array_equal(one, other)
         # The last token that all share predicts the first one of the prompt.
         assert outline.prefix == (0 if not theirs else 11 if prompts else 12)
+
+# A training: the facts, steps, identity and batches of one process, which has all tokens.
+tokenized.clear()
+shared, settings = SharedTokens(ids, tokenize), TrainSettings(batch_size=8, gradient_accumulation=2)
+ours, theirs = (TrainingPlan(of, settings, 3, 128) for of in (shared, examples))
+for one, other in zip(ours.facts, theirs.facts, strict=True):
+    np.testing.assert_array_equal(one, other)
+assert ours.steps == theirs.steps and identity(model, ours) == identity(model, theirs)
+own = own_rows(settings, mesh)
+assert len(own) == 8 // int(processes)
+trained = set()
+for step, (batch, _) in zip(ours.steps, feed(shared, ours.steps, settings, 128, mesh), strict=True):
+    trained.update(i for row in own if row < len(step.rows) for i in step.rows[row])
+    packed = pack(examples, step.rows, 8, 128, 128)
+    for name, values in batch._asdict().items():
+        expected = getattr(packed, name).reshape(2, 4, 128)
+        for shard in values.addressable_shards:
+            np.testing.assert_array_equal(shard.data, expected[shard.index])
+assert tokenized == {*range(int(process), len(examples), int(processes)), *trained}
+assert int(processes) == 1 or len(tokenized) < len(examples)
+try:
+    gather_rows("facts", [], np.zeros((0, 1), np.int32), int(process))
+    assert int(processes) == 1
+except HostsError as error:
+    assert "the processes have 0, 1 examples (facts)" in str(error)
 
 # Stopped behind its first batch, and gone on: what process 0 has written, all processes read.
 if int(process):

@@ -51,6 +51,11 @@ def rows_to_mesh(mesh: Mesh, batch: int, parts: Mapping[Span, Any]) -> Any:
     return jax.tree.map(whole, *parts.values())
 
 
+def share_of(n: int) -> range:
+    """The indices of this process's share of n examples: every so many-th."""
+    return range(jax.process_index(), n, jax.process_count())
+
+
 def gather_rows(name: str, own: Sequence[int], rows: np.ndarray, n: int) -> np.ndarray:
     """Returns int32 [n, k] in every process; each gives rows [own, k], those with the indices `own`.
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from middo_jax.data.lazy_tokens import LazyTokens
+from middo_jax.data.lazy import Lazy
 from middo_jax.data.packing import Bucket
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.data.trees import PackedTrees
@@ -310,7 +310,7 @@ class LossPass:
             e = examples[i]
             return e.tokens_n, e.is_target_n, e.in_prompt_n, *((np.True_,) if self._prompts else ())
 
-        own = examples.own if isinstance(examples, LazyTokens) else None
+        own = examples.own if isinstance(examples, Lazy) else None
         return digests(len(examples), content, own)
 
 
@@ -321,7 +321,7 @@ def loss_inputs(
 
     With `prompts`, the prompts' losses are wanted too.
     """
-    if isinstance(examples, LazyTokens):
+    if isinstance(examples, Lazy):
         examples.bring(i for row in packed.rows for i in row)
 
     def fill(values: Callable[[TokenizedExample], np.ndarray]) -> np.ndarray:

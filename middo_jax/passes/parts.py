@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from middo_jax.parallel.coordination import from_first
-from middo_jax.parallel.hosts import gather_rows
+from middo_jax.parallel.hosts import gather_rows, share_of
 from middo_jax.progress import Progress
 from middo_jax.rundir import files
 from middo_jax.rundir.leftovers import remove
@@ -152,7 +152,7 @@ def digests(n: int, content: Callable[[int], Any], own: Sequence[int] | None = N
       own: indices of the examples that this process reads, which are all examples of all processes together;
         None: every so many-th.
     """
-    own = range(jax.process_index(), n, jax.process_count()) if own is None else own
+    own = share_of(n) if own is None else own
     rows = np.frombuffer(b"".join(digest(content(i)) for i in own), np.int32).reshape(
         len(own), _KEY_BYTES // 4
     )

@@ -12,36 +12,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from middo_jax.data.example import Example
-from middo_jax.data.lazy_tokens import LazyTokens
+from middo_jax.data.lazy import Lazy
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.data.trees import common_prefix
 from middo_jax.parallel.coordination import gather
-from middo_jax.parallel.hosts import gather_rows
+from middo_jax.parallel.hosts import gather_rows, share_of
 from middo_jax.passes.loss_plan import Outline
 from middo_jax.session import Session
 
 
-class SharedTokens(LazyTokens):
+class SharedTokens(Lazy[TokenizedExample]):
     """Samples of which this process tokenizes its share first. All processes must call the same methods."""
 
     def __init__(
         self,
         ids: Sequence[str],
-        tokenize: Callable[[Sequence[int]], Sequence[TokenizedExample]],
+        make: Callable[[Sequence[int]], Sequence[TokenizedExample]],
         own: Sequence[int] | None = None,
     ) -> None:
         """Tokenizes nothing yet.
 
         Args:
-          ids, tokenize: see `LazyTokens`.
+          ids, make: see `Lazy`.
           own: indices of this process's share; None: every so many-th sample.
         """
-        share = range(jax.process_index(), len(ids), jax.process_count())
-        super().__init__(ids, tokenize, share if own is None else own)
+        super().__init__(ids, make, share_of(len(ids)) if own is None else own)
 
     @classmethod
     def of(cls, session: Session, examples: Sequence[Example]) -> SharedTokens:
@@ -52,12 +50,6 @@ class SharedTokens(LazyTokens):
         learns_end = any(gather("learns an end", session.learns_end(tokens.share)))
         session.tell_of_tokens(len(examples), n_cut, learns_end)
         return tokens
-
-    @property
-    def share(self) -> list[TokenizedExample]:
-        """The samples that this process measures."""
-        self.bring(self.own)
-        return [self[i] for i in self.own]
 
     def of_all(self, name: str, k: int, facts: Callable[[TokenizedExample], Sequence[int]]) -> np.ndarray:
         """Returns int32 [n, k], k facts about each sample; each process computes those of its share."""
@@ -75,12 +67,22 @@ class SharedTokens(LazyTokens):
 
     def chosen(self, indices: Sequence[int]) -> SharedTokens:
         """Some of the samples, in this order; what is tokenized here is tokenized there."""
+        return self.derived(indices, lambda places: [self[indices[place]] for place in places])
 
-        def tokenize(places: Sequence[int]) -> list[TokenizedExample]:
-            self.bring([indices[place] for place in places])
-            return [self[indices[place]] for place in places]
+    def derived(
+        self, sources: Sequence[int], make: Callable[[Sequence[int]], Sequence[TokenizedExample]]
+    ) -> SharedTokens:
+        """Texts that are made of the samples, each by the process that has its sample in its share.
+
+        Args:
+          sources: index of the sample of each text.
+          make: returns the texts with some indices into `sources`; their samples are tokenized before.
+        """
+
+        def made(places: Sequence[int]) -> Sequence[TokenizedExample]:
+            self.bring(sources[place] for place in places)
+            return make(places)
 
         own = set(self.own)
-        return SharedTokens(
-            [self.ids[i] for i in indices], tokenize, [j for j, i in enumerate(indices) if i in own]
-        )
+        mine = [place for place, i in enumerate(sources) if i in own]
+        return SharedTokens([self.ids[i] for i in sources], made, mine)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from middo_jax.data.lazy_tokens import LazyTokens
+from middo_jax.data.lazy import Lazy
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.parallel.hosts import gather_rows
 
@@ -40,10 +40,9 @@ class ExampleFacts(NamedTuple):
 
     @classmethod
     def of(cls, tokenized: Sequence[TokenizedExample]) -> ExampleFacts:
-        """The facts of examples. Of `LazyTokens` each process reads its share, so all must call it."""
-        if isinstance(tokenized, LazyTokens):
-            tokenized.bring(tokenized.own)
-            rows = np.array([_row(tokenized[i]) for i in tokenized.own], np.int32)
+        """The facts of examples. Of `Lazy` ones each process reads its share, so all must call it."""
+        if isinstance(tokenized, Lazy):
+            rows = np.array([_row(example) for example in tokenized.share], np.int32)
             rows = rows.reshape(len(tokenized.own), _NUMBERS + _DIGEST_BYTES // 4)
             ids, rows = tokenized.ids, gather_rows("facts", tokenized.own, rows, len(tokenized))
         else:

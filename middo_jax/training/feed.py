@@ -10,7 +10,7 @@ import grain
 from jax.sharding import Mesh
 
 from middo_jax.config import TrainSettings
-from middo_jax.data.lazy_tokens import LazyTokens
+from middo_jax.data.lazy import Lazy
 from middo_jax.data.packing import PackedBatch, pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.training.plan import PlannedStep
@@ -38,7 +38,7 @@ def feed(
 
     A Grain thread packs a few batches ahead. A batch is sent while the devices compute the previous step.
     Close the generator to end it early. Every process packs only the rows that its own devices read, and of
-    `LazyTokens` tokenizes only these.
+    `Lazy` tokens makes only these.
 
     Args:
       tokenized: the examples that the plan's indices refer to.
@@ -52,7 +52,7 @@ def feed(
 
     def make(step: PlannedStep) -> PackedBatch:
         rows = [step.rows[i] if i < len(step.rows) else [] for i in own]
-        if isinstance(tokenized, LazyTokens):
+        if isinstance(tokenized, Lazy):
             tokenized.bring(i for row in rows for i in row)
         return pack(tokenized, rows, len(own), pack_length, max_segments=pack_length)
 

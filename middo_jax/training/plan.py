@@ -36,7 +36,7 @@ class TrainingPlan:
     """All inputs of a training except the model.
 
     Attributes:
-      tokenized: the examples. Of `LazyTokens`, a process reads its share and the rows of its devices.
+      tokenized: the examples. Of `Lazy` ones, a process reads its share and the rows of its devices.
       settings: training settings.
       seed: seed of the order of the examples and of stochastic rounding.
       pack_length: number of tokens per row.

@@ -18,6 +18,7 @@ PROGRAM = """
 import itertools
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,17 +30,22 @@ if int(processes) > 1:
     jax.distributed.initialize(address, int(processes), int(process), initialization_timeout=120)
 
 from middo_jax.config import MeshSettings, TrainSettings
+from middo_jax.data.lazy import Lazy
 from middo_jax.data.packing import pack
 from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.data.trees import Tree, trie
+from middo_jax.signals.judge.questions import RatingTokens
+from middo_jax.signals.judge.readout import EXPECTED
 from middo_jax.signals.neighbours.search import nearest_neighbours
 from middo_jax.passes import runner
 from middo_jax.passes.loss_plan import Outline
 from middo_jax.passes.losses import LossPass, score_examples
 from middo_jax.passes.parts import Parts
+from middo_jax.passes.ratings import RatingScale, _outline, rate
 from middo_jax.passes.runner import PassPlan
 from middo_jax.models import hf
 from middo_jax.parallel.coordination import HostsError, barrier
-from middo_jax.parallel.hosts import gather_rows, own_spans
+from middo_jax.parallel.hosts import gather_rows, own_spans, share_of
 from middo_jax.parallel.mesh import make_mesh
 from middo_jax.parallel.preemption import Preempted
 from middo_jax.progress import Silent
@@ -57,6 +63,10 @@ for i, length in enumerate(rng.integers(4, 120, 24)):
     at = np.arange(length)
     tokens = rng.integers(3, 390, length).astype(np.int32)
     examples.append(TokenizedExample(str(i), tokens, at >= length // 2, at < length // 2, False))
+
+class Question(NamedTuple):
+    tree: Tree
+    read_positions: list
 
 class Watched(list):
     read = set()  # what was packed
@@ -159,13 +169,27 @@ assert len(set(spans)) == 1 and len(packed) == spans[0] * (to_compute + len(buck
 for one, other in zip(resumed, scores, strict=True):
     np.testing.assert_array_equal(one, other)
 
+# Ratings: the questions of a share, and those in the rows of the own devices.
+def question(i):
+    text = np.append(np.arange(3, 23), np.random.default_rng(i).integers(3, 390, 5 + 4 * i))
+    return Question(*trie([np.append(text, end).astype(np.int32) for end in (7, 8)]))
+
+asked = [question(i) for i in range(24)]
+made = set()
+lazy = Lazy(ids, lambda some: [made.add(i) or asked[i] for i in some], share_of(24))
+scale = RatingScale(RatingTokens((), tuple(range(100, 111)), None), EXPECTED, 2)
+assert _outline(lazy) == _outline(asked) and _outline(asked)[1] == 20
+assert made == set(share_of(24))
+ratings, _ = rate(model, lazy, scale, batch_tokens=512)
+assert int(processes) == 1 or len(made) < 24
+
 found = nearest_neighbours(scores.embedding_nd, 3, mesh, block=2)
 if int(processes) == 1:  # a batch has the same key in a job with the same mesh, so nothing is left to do
     parts = Parts(Path(out).parent / "parts2", of_model(model), Silent(), "loss")
     of_two, facts = LossPass(examples, model, 512, 64)(model, Silent(), "loss", parts)
     assert facts.computed_tokens == 0
     np.testing.assert_allclose(of_two.loss_n, scores.loss_n, rtol=1e-5)
-np.savez(out, **scores._asdict(), **found._asdict(), read=read)
+np.savez(out, **scores._asdict(), **found._asdict(), ratings=ratings, read=read)
 """
 
 
@@ -184,6 +208,6 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
         assert set(shared) == set(alone)
         np.testing.assert_array_equal(shared["n_targets_n"], alone["n_targets_n"])
         np.testing.assert_array_equal(shared["index_nj"], alone["index_nj"])
-        for floats in ("loss_n", "embedding_nd", "similarity_nj"):
+        for floats in ("loss_n", "embedding_nd", "similarity_nj", "ratings"):
             assert np.isfinite(shared[floats]).all()
             np.testing.assert_allclose(shared[floats], alone[floats], rtol=1e-5, atol=1e-5)

@@ -51,7 +51,7 @@ def check_examples(facts: ExampleFacts, pack_length: int, vocab_size: int) -> No
             f"all {cut} examples are longer than model.max_length and were cut (to {most} tokens at "
             "most): no response would be learnt to its end; raise model.max_length"
         )
-    if untaught:
+    if len(untaught):
         _log.warning(
             "%d of %d examples have no token to learn, such as %s: their responses are empty or cut off",
             len(untaught),

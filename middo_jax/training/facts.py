@@ -41,14 +41,13 @@ class ExampleFacts(NamedTuple):
     @classmethod
     def of(cls, tokenized: Sequence[TokenizedExample]) -> ExampleFacts:
         """The facts of examples. Of `Lazy` ones each process reads its share, so all must call it."""
+        own = tokenized.share if isinstance(tokenized, Lazy) else tokenized
+        rows = np.array([_row(example) for example in own], np.int32)
+        rows = rows.reshape(len(own), _NUMBERS + _DIGEST_BYTES // 4)
         if isinstance(tokenized, Lazy):
-            rows = np.array([_row(example) for example in tokenized.share], np.int32)
-            rows = rows.reshape(len(tokenized.own), _NUMBERS + _DIGEST_BYTES // 4)
             ids, rows = tokenized.ids, gather_rows("facts", tokenized.own, rows, len(tokenized))
         else:
             ids = [example.id for example in tokenized]
-            rows = np.array([_row(example) for example in tokenized], np.int32)
-            rows = rows.reshape(len(ids), _NUMBERS + _DIGEST_BYTES // 4)
         length_n, n_targets_n, highest_n, truncated_n = rows[:, :_NUMBERS].T
         digests = [row.tobytes() for row in rows[:, _NUMBERS:].astype("<i4")]
         return cls(ids, length_n, n_targets_n, highest_n, truncated_n > 0, digests)

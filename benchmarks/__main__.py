@@ -54,6 +54,7 @@ INDEX = (
     Benchmark("scale", "nothing", "3 minutes; half an hour for two million rows"),
     Benchmark("scoring", f"{ALPACA}, two models, a peer's script, torch", "1 hour"),
     Benchmark("scoring_sides", MODEL, "1 minute"),
+    Benchmark("second_start", f"{ALPACA}, {MODEL}", "10 minutes"),
     Benchmark("serving", "servers that run", "10 minutes"),
     Benchmark("serving_fuzz", "nothing", "10 minutes"),
     Benchmark("serving_load", "nothing", "3 minutes"),

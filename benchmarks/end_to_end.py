@@ -173,7 +173,7 @@ def train_torch(
         model = PeftModel.from_pretrained(model, str(start), is_trainable=True)
     learnt = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(learnt, betas=AdamW().betas, weight_decay=0.0)
-    plan = plan_training(trained_on, settings, SEED, arguments.length)
+    plan = plan_training(list(map(len, trained_on)), settings, SEED, arguments.length)
     schedule = learning_rate_schedule(settings, len(plan))
     for number, step in enumerate(plan, 1):
         drawn = [trained_on[i] for row in step.rows for i in row]

@@ -98,7 +98,9 @@ def planned(
         tokenized = joined(tokenized, length)
     settings = TrainSettings(batch_size=arguments.rows, remat=arguments.remat, learning_rate=1e-5)
     count = 1 + arguments.steps * arguments.turns
-    plan = [PlannedStep(0, rows) for rows in plan_epoch(tokenized, settings, 0, 0, length)[:count]]
+    plan = [
+        PlannedStep(0, rows) for rows in plan_epoch(list(map(len, tokenized)), settings, 0, 0, length)[:count]
+    ]
     if len(plan) < count:
         raise SystemExit(f"{arguments.data}: rows for {len(plan)} steps, {count} are needed")
     return settings, length, tokenized, plan
@@ -122,7 +124,9 @@ def turn_of(arguments: argparse.Namespace, part: str, side: str, turn: int) -> t
     steps = [plan[0], *plan[first : first + arguments.steps]]
     packed = [pack(tokenized, step.rows, arguments.rows, length, max_segments=length) for step in steps]
     if side == "ours":
-        step = our_step(arguments.model, settings, packed, longest=longest_example(tokenized, length))
+        step = our_step(
+            arguments.model, settings, packed, longest=longest_example(list(map(len, tokenized)), length)
+        )
     elif side == "torch packed":
         step = torch_step(arguments.model, settings, [[flattened(batch)] for batch in packed])
     else:

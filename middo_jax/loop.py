@@ -17,7 +17,7 @@ from pathlib import Path
 from middo_jax import stages, template_date
 from middo_jax.config import Config
 from middo_jax.controls import control_stages, write_summary
-from middo_jax.parallel.coordination import agree, barrier, from_first, is_first, stop_point
+from middo_jax.parallel.coordination import barrier, from_first, is_first, stop_point
 from middo_jax.progress import Progress, duration
 from middo_jax.report.build import build
 from middo_jax.rundir import RunDir, held, write_text
@@ -29,7 +29,7 @@ from middo_jax.rundir.link import Link
 from middo_jax.rundir.stopping import course, decide
 from middo_jax.session import Session
 from middo_jax.stage_functions import FUNCTIONS, Stage
-from middo_jax.starting import PREPARE, Header, Plan, check_start, facts_of
+from middo_jax.starting import PREPARE, Header, Plan, check_start
 
 
 def run_loop(config: Config, progress: Progress, repair: bool = False, folder: Path | None = None) -> RunDir:
@@ -84,7 +84,6 @@ def _run(run: RunDir, session: Session) -> None:
             checked_plan = check_start(run, session, header)
         finally:
             header.say()  # before an error too
-        agree(facts_of(checked_plan))
         if run.config.exists() and run.round(0).stages():
             run.log("resume")
         write_text(run.config, config.to_yaml())

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,9 +58,15 @@ Content = tuple[tuple[Message, ...], str]  # of an example: messages and tools
 
 @dataclasses.dataclass
 class _Kept:
-    """Cache of tokenized conversations within a stage. `depth`: number of open blocks of `Session.stage`."""
+    """Cache of tokenized conversations within a stage.
+
+    Attributes:
+      depth: number of open blocks of `Session.stage`.
+      lock: of the cache and the tokenizer. A training's batches are tokenized in a thread of their own.
+    """
 
     depth: int = 0
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     tokenized: dict[Content, TokenizedExample] = dataclasses.field(default_factory=dict)
 
 
@@ -154,10 +161,11 @@ class Session:
 
         With `tells`, reports what `tell_of_tokens` does, since the examples are not a part of others.
         """
-        kept = self._kept.tokenized if self._kept.depth else {}
-        new = {_content(e): e for e in examples if _content(e) not in kept}
-        found = tokenize_all(list(new.values()), self.tokenizer, self.config.model.max_length)
-        kept.update(zip(new, found, strict=True))
+        with self._kept.lock:
+            kept = self._kept.tokenized if self._kept.depth else {}
+            new = {_content(e): e for e in examples if _content(e) not in kept}
+            found = tokenize_all(list(new.values()), self.tokenizer, self.config.model.max_length)
+            kept.update(zip(new, found, strict=True))
         tokenized = [_named(kept[_content(example)], example.id) for example in examples]
         if tells:
             n_cut = sum(t.truncated for t in tokenized)

@@ -12,7 +12,7 @@ from middo_jax.config import RENAMED, Config
 from middo_jax.config.axis_table import scored_axes
 from middo_jax.data.example import Example
 from middo_jax.data.files import inputs_of, require_not_read
-from middo_jax.parallel.coordination import from_first
+from middo_jax.parallel.coordination import agree, from_first
 from middo_jax.report.status import unreadable_events
 from middo_jax.rundir import RunDir, RunError, read_jsonl
 from middo_jax.rundir.arms import control_links
@@ -88,8 +88,11 @@ class Header:
 def check_start(run: RunDir, session: Session, header: Header) -> Plan:
     """Says the first line and which stages are redone; runs all checks before the folder is changed.
 
+    All processes of a job must agree on settings, data and stages.
+
     Raises:
       RunError, ConfigError, DataError: the message says what to do.
+      HostsError: the processes of a job differ.
     """
     config, first = session.config, run.round(0)
     _refuse_own_files(run, config)
@@ -115,7 +118,10 @@ def check_start(run: RunDir, session: Session, header: Header) -> Plan:
     if pending := {link.name for link, state in states if not state.is_fresh}:
         stages.check_attention(session)
     check_heldout(config, len(heldout))
-    if any(link.name == "train" and not state.is_fresh for link, state in states[:2]):
+    # The processes tokenize together, so they must agree before on what.
+    agree(_facts(session, links, heldout, kept))
+    trains = any(link.name == "train" and not state.is_fresh for link, state in states[:2])
+    if from_first("check the training", lambda: trains):
         stages.check_training(session, read_dataset(first) if kept is None else kept, heldout)
     if "score" in pending and "quality" in scored_axes(config):
         stages.check_judge(session)
@@ -168,15 +174,16 @@ def _offer_choice(run: RunDir, config: Config, link: Link, state: State) -> None
         )
 
 
-def facts_of(plan: Plan) -> dict[str, str]:
+def _facts(
+    session: Session, links: Sequence[Link], heldout: Sequence[Example], kept: Sequence[Example] | None
+) -> dict[str, str]:
     """Returns facts that must be equal in all processes of a job before any of them starts."""
-    data = None if plan.fresh is None else plan.fresh.data
-    ids = [example.id for example in (*plan.heldout, *(data.kept if data else ()))]
+    ids = [example.id for example in (*heldout, *(kept or ()))]
     return {
         "version": __version__,
-        "settings": _short_hash(plan.session.config.to_yaml()),
+        "settings": _short_hash(session.config.to_yaml()),
         "data": _short_hash("\n".join(ids)),
-        "stages": _short_hash("\n".join(link.where for link in plan.links)),
+        "stages": _short_hash("\n".join(link.where for link in links)),
     }
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.loop_fixture import contents, fake_refiner, settings
+from support.two_hosts import ADDRESSES, NAMES, TwoHosts, two_hosts, why_not
 
 from middo_jax.config import load
 from middo_jax.parallel.preemption import EXIT_PREEMPTED
@@ -31,22 +33,34 @@ EQUAL = ("dataset.jsonl", "heldout.jsonl", "rejected.jsonl", "requests.jsonl")
 pytestmark = pytest.mark.multiprocess
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All jobs of this module share their compiled programs, also those that take less than a second."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
 class Ended(NamedTuple):
     code: int
     output: str
 
 
-def start(processes: int, *arguments: str) -> list[subprocess.Popen[str]]:
-    """The processes of `middo ARGUMENTS`, each with its share of the devices."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+def start(processes: int, *arguments: str, hosts: TwoHosts | None = None) -> list[subprocess.Popen[str]]:
+    """The processes of `middo ARGUMENTS`, each with its share of the devices, or on its own host."""
+    address = f"{ADDRESSES[0]}:8476"
+    if hosts is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
     started = []
     for process in range(processes):
+        inside = () if hosts is None else hosts.inside(process)
         job = ["--coordinator", address, "--processes", str(processes), "--process", str(process)]
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "middo_jax", *(job if processes > 1 else ()), *arguments],
+                [*inside, sys.executable, "-m", "middo_jax", *(job if processes > 1 else ()), *arguments],
                 env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -141,7 +155,9 @@ def assert_equal(run: RunDir, alone: RunDir) -> None:
     assert [name for name in first if ours[name] != theirs[name]] == []
     mine, other = (pq.read_table(r.round(0).scores) for r in (run, alone))
     assert mine["id"].to_pylist() == other["id"].to_pylist()
-    for column in ("loss_pre", "loss_post", "knn_mean_sim", "quality"):
+    floats = [field.name for field in mine.schema if pa.types.is_floating(field.type)]
+    assert {"loss_pre", "loss_post", "knn_mean_sim", "quality"} <= set(floats)
+    for column in floats:
         one, two = (np.asarray(table[column].to_pylist(), float) for table in (mine, other))
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
     chosen = [json.loads(r.round(0).selection.read_text())["axes"] for r in (run, alone)]
@@ -215,9 +231,15 @@ def test_other_settings_on_one_host_are_named(loop: Loop, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    """As `loop`, with LoRA adapters in the place of full fine-tuning."""
+    """As `loop`, with LoRA adapters in the place of full fine-tuning, raw prompts and further readings."""
+    more = {
+        "lora__rank": 4,
+        "controls": "[]",
+        "diversity__text": "raw",
+        "scoring__readings": "[prompt_nll, ifd, pmi, reverse_ifd]",
+    }
     with fake_refiner(seconds=0.05) as (url, _):
-        yield run_alone(tmp_path_factory.mktemp("adapters"), url, lora__rank=4, controls="[]")
+        yield run_alone(tmp_path_factory.mktemp("adapters"), url, **more)
 
 
 @pytest.mark.slow
@@ -249,7 +271,7 @@ def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
         yield run_alone(tmp_path_factory.mktemp("patient"), url, controls="[]", **longer)
 
 
-STAGES = ("round_00/train", "round_00/score", "round_00/refine", "round_01/train", "run/evaluate")
+STAGES = ("round_00/train", "round_00/score", "round_00/refine", "round_01/train", "final/evaluate")
 
 
 @pytest.mark.slow
@@ -285,3 +307,28 @@ def test_a_job_of_four_is_continued_by_two_and_by_one(patient: Loop, tmp_path: P
     [ended] = end(start(1, *patient.command(tmp_path)))
     assert ended.code == 0
     assert_equal(run, patient.alone)
+
+
+@pytest.mark.slow
+def test_where_one_host_is_cut_off_both_end_and_the_job_resumes(tmp_path: Path) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    longer = {"train__num_epochs": 3, "train__save_every": 2}
+    made = run_alone(tmp_path, None, controls="[]", **longer)
+    runs = tmp_path / "two"
+    run = RunDir(runs / "run")
+    with two_hosts(tmp_path) as hosts:
+        is_in = within(run, "round_00/train")
+        started = start(2, *made.command(runs), hosts=hosts)
+        wait_for(is_in, started)
+        hosts.cut()
+        cut = time.monotonic()
+        first, second = end(started)
+        assert time.monotonic() - cut < ENDED_AFTER_S
+        assert first.code == EXIT_PREEMPTED
+        assert f"process 1 on {NAMES[1]} has sent no heartbeat" in first.output
+        assert second.code in (EXIT_PREEMPTED, -signal.SIGABRT)
+        assert "process 0, which coordinates, cannot be reached" in second.output
+        hosts.join()
+        assert [e.code for e in end(start(2, *made.command(runs), hosts=hosts))] == [0, 0]
+    assert_equal(run, made.alone)

@@ -239,7 +239,7 @@ def train_step(config: DecoderConfig, mesh: Mesh, examples: list[Any]) -> Any:
         opt_state = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(params)
         frozen = jax.tree.map(lambda x: x, type(params)({}))
         step = make_train_step(graphdef, settings, 10, chunk=128, state=(params, opt_state))
-        rows = plan_epoch(examples, settings, 0, 0, 512)[0]
+        rows = plan_epoch(list(map(len, examples)), settings, 0, 0, 512)[0]
         batch = put_batch(pack(examples, rows, 2, 512, 512), 1, mesh)
         with jax.default_matmul_precision("highest"):
             trained, _, outputs = step(params, opt_state, frozen, batch)

@@ -96,15 +96,16 @@ def pack(
       max_segments: segments per row, the static size of axis s.
     """
 
-    def fill(values: Callable[[TokenizedExample], np.ndarray], padding: int = 0) -> np.ndarray:
-        return fill_rows([[values(examples[i]) for i in row] for row in rows], batch, length, padding)
+    def fill(values: Callable[[TokenizedExample], np.ndarray], dtype: type = np.int32) -> np.ndarray:
+        of_rows = [[values(examples[i]) for i in row] for row in rows]
+        return fill_rows(of_rows, batch, length, dtype=np.dtype(dtype))
 
     return PackedBatch(
         tokens_bt=fill(lambda e: e.tokens_n),
         segment_ids_bt=segment_ids([[len(examples[i]) for i in row] for row in rows], batch, length),
         positions_bt=fill(lambda e: np.arange(len(e), dtype=np.int32)),
-        is_target_bt=fill(lambda e: np.append(e.is_target_n[1:], False)),
-        in_prompt_bt=fill(lambda e: e.in_prompt_n),
+        is_target_bt=fill(lambda e: np.append(e.is_target_n[1:], False), bool),
+        in_prompt_bt=fill(lambda e: e.in_prompt_n, bool),
         example_bs=fill_rows([[np.asarray(row, np.int32)] for row in rows], batch, max_segments, -1),
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from middo_jax.parallel.coordination import gather
+from middo_jax.parallel.coordination import HostsError, gather
 from middo_jax.parallel.mesh import named_sharding
 
 
@@ -51,14 +51,26 @@ def rows_to_mesh(mesh: Mesh, batch: int, parts: Mapping[Span, Any]) -> Any:
     return jax.tree.map(whole, *parts.values())
 
 
+def share_of(n: int) -> range:
+    """The indices of this process's share of n examples: every so many-th."""
+    return range(jax.process_index(), n, jax.process_count())
+
+
 def gather_rows(name: str, own: Sequence[int], rows: np.ndarray, n: int) -> np.ndarray:
     """Returns int32 [n, k] in every process; each gives rows [own, k], those with the indices `own`.
 
     The devices exchange them once all processes have their rows: a collective would not wait for long.
+
+    Raises:
+      HostsError: the processes have different n, because they have read different data.
     """
+    told = gather(name, [n, len(own)])
+    if len({of_process for of_process, _ in told}) > 1:
+        numbers = ", ".join(str(of_process) for of_process, _ in told)
+        raise HostsError(f"the processes have {numbers} examples ({name}); all must read the same data")
     if n == 0:
         return np.empty((0, rows.shape[1]), np.int32)
-    indexed = np.full((max(gather(name, len(own))), 1 + rows.shape[1]), -1, np.int32)
+    indexed = np.full((max(shares for _, shares in told), 1 + rows.shape[1]), -1, np.int32)
     indexed[: len(own), 0], indexed[: len(own), 1:] = own, rows
     everyone = np.asarray(multihost_utils.process_allgather(indexed)).reshape(-1, indexed.shape[1])
     everyone = everyone[everyone[:, 0] >= 0]

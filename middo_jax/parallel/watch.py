@@ -53,20 +53,37 @@ class Watch:
         # Read here: at the program's end, the calls would make JAX start a new backend.
         self._me, self._processes = jax.process_index(), jax.process_count()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._guard_thread = threading.Thread(target=self._guard, daemon=True)
+        self._looked = time.monotonic()
         self._seen: dict[str, tuple[int, float]] = {}
         self._moved: dict[str, tuple[int, float]] = {}
         self._beats = itertools.count()
 
     def start(self) -> None:
-        """Starts watching in a thread of its own."""
+        """Starts watching, in threads of its own."""
         # A process may die before its first heartbeat.
         self._seen = {str(process): (-1, time.monotonic()) for process in range(self._processes)}
+        self._looked = time.monotonic()
         self._thread.start()
+        self._guard_thread.start()
+
+    def _guard(self) -> None:
+        """Ends this process if process 0 does not answer: a call to its store has no time limit.
+
+        A host that is cut off gets no error, since no connection is closed.
+        """
+        while self._thread.is_alive():
+            time.sleep(POLL_S)
+            silent = time.monotonic() - self._looked
+            if silent > DEAD_AFTER_S and not ending.is_set():
+                reason = f"process 0, which coordinates, cannot be reached: no answer for {silent:.0f} s"
+                self._end(_End(reason, EXIT_PREEMPTED, END_AFTER_S))
 
     def _watch(self) -> None:
         while True:
             try:
                 end = self._look()
+                self._looked = time.monotonic()
             except jax.errors.JaxRuntimeError as error:
                 reason = f"process 0, which coordinates, cannot be reached: {str(error).splitlines()[0]}"
                 end = _End(reason, EXIT_PREEMPTED, END_AFTER_S)

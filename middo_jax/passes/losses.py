@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from middo_jax.data.lazy_tokens import LazyTokens
+from middo_jax.data.lazy import Lazy
 from middo_jax.data.packing import Bucket
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.data.trees import PackedTrees
@@ -25,7 +25,7 @@ from middo_jax.models.model import Model, Params, Structure, bound
 from middo_jax.models.nll import target_nll
 from middo_jax.parallel.mesh import batch_divisor
 from middo_jax.passes.loss_plan import MIN_LENGTH, Outline, follows, plan_losses
-from middo_jax.passes.parts import Parts
+from middo_jax.passes.parts import Parts, Saved, digests
 from middo_jax.passes.runner import Pass, PassFacts
 from middo_jax.progress import Progress, Silent
 
@@ -258,7 +258,7 @@ class LossPass:
 
         `outline` is that of the examples, if this process does not have all of their tokens.
         """
-        self._width, self._n, self._prompts = model.config.hidden_size, len(examples), prompts
+        self._width, self._examples, self._prompts = model.config.hidden_size, examples, prompts
         with jax.set_mesh(model.mesh):
             share_prefix = shares_prefixes(model.config.attention)
         ways = batch_divisor(model.mesh)
@@ -282,9 +282,10 @@ class LossPass:
 
         `parts` has results of an earlier start of the pass; new ones are added.
         """
-        loss_n, last_nll_n, worst_n, prompt_nll_n = np.full((4, self._n), np.nan, np.float32)
-        n_targets_n = np.zeros(self._n, np.int32)
-        embedding_nd = np.full((self._n, self._width), np.nan, np.float32)
+        n = len(self._examples)
+        loss_n, last_nll_n, worst_n, prompt_nll_n = np.full((4, n), np.nan, np.float32)
+        n_targets_n = np.zeros(n, np.int32)
+        embedding_nd = np.full((n, self._width), np.nan, np.float32)
 
         def keep(index_m: np.ndarray, scores: SegmentScores) -> None:
             n_targets_n[index_m] = scores.n_targets_bs
@@ -296,9 +297,21 @@ class LossPass:
                 prompt_nll_n[index_m] = scores.prompt_nll_bs
             embedding_nd[index_m] = scores.embedding_bsd
 
-        facts = self._pass.run(model, keep, progress, name, parts)
+        saved = None if parts is None else Saved(parts, self._digests())
+        facts = self._pass.run(model, keep, progress, name, saved)
         prompts_n = prompt_nll_n if self._prompts else None
         return ExampleScores(loss_n, n_targets_n, embedding_nd, last_nll_n, worst_n, prompts_n), facts
+
+    def _digests(self) -> list[bytes]:
+        """The digests of all examples, see `passes.parts`."""
+        examples = self._examples
+
+        def content(i: int) -> tuple[np.ndarray, ...]:
+            e = examples[i]
+            return e.tokens_n, e.is_target_n, e.in_prompt_n, *((np.True_,) if self._prompts else ())
+
+        own = examples.own if isinstance(examples, Lazy) else None
+        return digests(len(examples), content, own)
 
 
 def loss_inputs(
@@ -308,7 +321,7 @@ def loss_inputs(
 
     With `prompts`, the prompts' losses are wanted too.
     """
-    if isinstance(examples, LazyTokens):
+    if isinstance(examples, Lazy):
         examples.bring(i for row in packed.rows for i in row)
 
     def fill(values: Callable[[TokenizedExample], np.ndarray]) -> np.ndarray:

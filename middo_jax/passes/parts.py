@@ -1,10 +1,10 @@
 """The results of a pass on disk, in parts, so that a pass that was stopped goes on where it was.
 
-A batch is known by a hash of all that decides its results: the model, the program's static arguments and the
-packed inputs. The plan of a pass depends on the examples and the mesh alone, so the same pass packs the same
-batches again, and takes the results of those that it has. On another mesh it packs others, and computes them.
-A mesh splits the rows of a batch, and a process packs only those that its devices read. So each span of rows
-has a digest, and the key of a batch is a hash of these, which does not depend on the number of processes.
+A batch is known by a hash of all that decides its results: the model, the program's static arguments, the
+shape, and the examples in each row. The plan of a pass depends on the examples and the mesh alone, so the
+same pass plans the same batches again, and takes the results of those that it has. On another mesh, those
+that are planned otherwise are computed. No batch is packed to find its key: each example has a digest, and in
+a job each process computes those of its share.
 
 A part is a numpy archive, written every `SAVE_EVERY_S` and where the pass ends early:
 
@@ -19,7 +19,7 @@ import hashlib
 import re
 import time
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +27,11 @@ import jax
 import numpy as np
 
 from middo_jax.parallel.coordination import from_first
+from middo_jax.parallel.hosts import gather_rows, share_of
 from middo_jax.progress import Progress
 from middo_jax.rundir import files
 from middo_jax.rundir.leftovers import remove
+from middo_jax.version import __version__
 
 SAVE_EVERY_S = 60.0
 _KEY_BYTES = 16
@@ -48,7 +50,7 @@ class Parts:
     """The parts of one pass in a folder of its own. Process 0 writes them, and all processes read them."""
 
     def __init__(self, folder: Path, identity: str, progress: Progress, name: str) -> None:
-        """Finds the parts of earlier starts. Those of another model are removed.
+        """Finds the parts of earlier starts. Those of another model or another version are removed.
 
         Args:
           folder: folder of the pass; it is made when the first part is written.
@@ -56,7 +58,8 @@ class Parts:
           progress: is told how many results were found.
           name: name of the pass in the progress display.
         """
-        self._folder, self._identity = folder, hashlib.sha256(identity.encode()).hexdigest()[:16]
+        decisive = f"{__version__} {identity}"
+        self._folder, self._identity = folder, hashlib.sha256(decisive.encode()).hexdigest()[:16]
         self._pending: dict[bytes, list[np.ndarray]] = {}
         self._saved_at = time.monotonic()
         self._open: tuple[Path, list[np.ndarray]] | None = None
@@ -71,12 +74,17 @@ class Parts:
         if found := sum(place.stop - place.start for place in self._places.values()):
             progress.say(f"{name}: goes on after {found:,} examples of an earlier start")
 
-    def key(self, digests: Iterable[bytes], static: dict[str, Any]) -> bytes:
-        """Returns the key of a batch: of the digests of its spans, in order, and the static arguments."""
+    def key(self, rows: Iterable[Sequence[bytes]], static: Mapping[str, Any]) -> bytes:
+        """Returns the key of a batch.
+
+        Args:
+          rows: digests of the examples in each row, in their order.
+          static: what else decides the packed inputs and the program: its static arguments and the shape.
+        """
         key = hashlib.blake2b(self._identity.encode(), digest_size=_KEY_BYTES)
         key.update(repr(sorted(static.items())).encode())
-        for digest in digests:
-            key.update(digest)
+        for row in rows:
+            key.update(b"row%d:" % len(row) + b"".join(row))
         return key.digest()
 
     def find(self, key: bytes) -> list[np.ndarray] | None:
@@ -112,7 +120,7 @@ class Parts:
         self._pending.clear()
 
     def _whole_parts(self, progress: Progress) -> list[str]:
-        """Names of this model's parts, in order; removes the others, and says which are damaged."""
+        """Names of this pass's parts, in order; removes the others, and says which are damaged."""
         names = []
         for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else []:
             match = _NAME.fullmatch(path.name)
@@ -128,10 +136,33 @@ class Parts:
         return names
 
 
-def digest(inputs: Any) -> bytes:
-    """Returns the hash of the packed inputs of a span of rows, a pytree of arrays."""
+class Saved(NamedTuple):
+    """The parts of a pass, and the digests of all its examples."""
+
+    parts: Parts
+    digests: Sequence[bytes]
+
+
+def digests(n: int, content: Callable[[int], Any], own: Sequence[int] | None = None) -> list[bytes]:
+    """Returns the digest of each of n examples. In a job all processes must call it.
+
+    Args:
+      n: number of examples.
+      content: index of an example -> all of it that the packed inputs are made of, a pytree of arrays.
+      own: indices of the examples that this process reads, which are all examples of all processes together;
+        None: every so many-th.
+    """
+    own = share_of(n) if own is None else own
+    rows = np.frombuffer(b"".join(digest(content(i)) for i in own), np.int32).reshape(
+        len(own), _KEY_BYTES // 4
+    )
+    return [row.tobytes() for row in gather_rows("digests of a pass", own, rows, n)]
+
+
+def digest(content: Any) -> bytes:
+    """Returns the hash of an example's content, a pytree of arrays."""
     found = hashlib.blake2b(digest_size=_KEY_BYTES)
-    for path, x in jax.tree_util.tree_leaves_with_path(inputs):
+    for path, x in jax.tree_util.tree_leaves_with_path(content):
         found.update(f"\n{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
         found.update(np.ascontiguousarray(x).data)
     return found.digest()

@@ -11,18 +11,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from middo_jax.data.lazy import Lazy
 from middo_jax.data.packing import Bucket
 from middo_jax.data.trees import PackedTrees, Tree, common_prefix
 from middo_jax.models.decoder import Decoder
 from middo_jax.models.model import Model, Params, Structure, bound
+from middo_jax.parallel.coordination import gather
+from middo_jax.parallel.hosts import gather_rows
 from middo_jax.parallel.mesh import batch_divisor
-from middo_jax.passes.parts import Parts
+from middo_jax.passes.parts import Parts, Saved, digests
 from middo_jax.passes.runner import Pass, PassFacts, PassPlan
 from middo_jax.progress import Progress, Silent
 
@@ -160,20 +163,21 @@ def rate(
 
     Args:
       model: the rating model; runs on its mesh.
-      asked: the questions about each example.
+      asked: the questions about each example. Of `Lazy` ones, a process makes its share and the rows of its
+        devices.
       scale: the number of ratings, their tokens and their readout.
       batch_tokens: tokens per batch, all devices together.
       progress: progress display.
       name: name of the pass in the progress display.
       parts: results of an earlier start of this pass, see `passes.parts`.
     """
-    trees = [one.tree for one in asked]
-    prefix = (
-        min(common_prefix([tree.tokens_n for tree in trees]), *(tree.stem for tree in trees)) if trees else 0
-    )
+    lengths, prefix = _outline(asked)
+    trees = _Trees(asked)
     rating_nc = np.full((len(asked), scale.columns), np.nan, np.float32)
 
     def inputs(packed: PackedTrees) -> RatingInputs[np.ndarray]:
+        if isinstance(asked, Lazy):
+            asked.bring(i for row in packed.rows for i in row)
         reading_bsr = np.zeros((packed.batch, packed.length // MIN_TREE, scale.n_positions), np.int32)
         for b, row in enumerate(packed.rows):
             for s, (i, start) in enumerate(zip(row, packed.starts(row), strict=True)):
@@ -186,12 +190,51 @@ def rate(
             reading_bsr=reading_bsr,
         )
 
+    def content(i: int) -> tuple[Tree, np.ndarray]:
+        return trees[i], np.asarray(asked[i].read_positions)
+
     def keep(index_m: np.ndarray, rating_mc: np.ndarray) -> None:
         rating_nc[index_m] = rating_mc
 
     def static(bucket: Bucket) -> dict[str, Any]:
         return {"scale": scale, "prefix": prefix, "longest": bucket.longest}
 
-    plan = PassPlan.of(trees, prefix, batch_tokens, batch_divisor(model.mesh), MIN_TREE)
-    facts = Pass(judge_batch, plan, inputs, static).run(model, keep, progress or Silent(), name, parts)
+    plan = PassPlan.of(trees, prefix, batch_tokens, batch_divisor(model.mesh), MIN_TREE, lengths)
+    own = asked.own if isinstance(asked, Lazy) else None
+    saved = None if parts is None else Saved(parts, digests(len(asked), content, own))
+    facts = Pass(judge_batch, plan, inputs, static).run(model, keep, progress or Silent(), name, saved)
     return rating_nc, facts
+
+
+class _Trees(Sequence[Tree]):
+    """The trees of questions, which are read one at a time."""
+
+    def __init__(self, asked: Sequence[QuestionTree]) -> None:
+        self._asked = asked
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    @overload
+    def __getitem__(self, index: int) -> Tree: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tree]: ...
+    def __getitem__(self, index: int | slice) -> Tree | list[Tree]:
+        if isinstance(index, slice):
+            return [one.tree for one in self._asked[index]]
+        return self._asked[index].tree
+
+
+def _outline(asked: Sequence[QuestionTree]) -> tuple[list[int], int]:
+    """The number of tokens of each tree, and the length of the prefix that all share."""
+    is_shared = isinstance(asked, Lazy)
+    trees = [one.tree for one in (asked.share if is_shared else asked)]
+    lengths_n = np.array([len(tree.tokens_n) for tree in trees], np.int32)
+    begins = [tree.tokens_n[: tree.stem] for tree in trees]
+    begin_n = begins[0][: common_prefix(begins)] if begins else None
+    if is_shared:
+        lengths_n = gather_rows("tokens of questions", asked.own, lengths_n[:, None], len(asked))[:, 0]
+        told = gather("beginning of questions", None if begin_n is None else begin_n.tolist())
+        begins = [np.asarray(one, np.int32) for one in told if one is not None]
+        begin_n = begins[0][: common_prefix(begins)] if begins else None
+    return lengths_n.tolist(), 0 if begin_n is None else len(begin_n)

@@ -12,7 +12,7 @@ import concurrent.futures
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,10 +22,10 @@ from jax.sharding import Mesh
 from middo_jax.data.packing import Bucket, plan_buckets
 from middo_jax.data.trees import PackedTrees, Tree
 from middo_jax.models.model import Model
-from middo_jax.parallel.coordination import gather, stop_point
+from middo_jax.parallel.coordination import stop_point
 from middo_jax.parallel.hosts import Span, own_spans, rows_to_mesh, to_host
 from middo_jax.parallel.preemption import Preempted
-from middo_jax.passes.parts import Parts, digest
+from middo_jax.passes.parts import Saved
 from middo_jax.progress import Progress
 
 COMPILERS = 4  # maximum number of threads that compile
@@ -154,7 +154,7 @@ class Pass:
         keep: Callable[[np.ndarray, Any], None],
         progress: Progress,
         name: str,
-        parts: Parts | None = None,
+        saved: Saved | None = None,
     ) -> PassFacts:
         """Computes every batch on the model's mesh.
 
@@ -163,7 +163,7 @@ class Pass:
           keep: called with [m] indices of examples, in any order, and the pytree of their results [m, ...].
           progress: progress display.
           name: name of the pass in the progress display.
-          parts: results of an earlier start with this model, which are taken; new ones are added.
+          saved: results of an earlier start with this model, which are taken; new ones are added.
         """
         began = time.monotonic()
         with jax.set_mesh(model.mesh):
@@ -171,12 +171,12 @@ class Pass:
             compiled = time.monotonic()
             with progress.task(name) as advance:
                 total = sum(len(row) for bucket in self.plan.buckets for row in bucket.rows)
-                results = _Results(keep, advance, total, parts)
+                results = _Results(keep, advance, total, saved)
                 try:
                     self._run_batches(programs, model, results)
                 finally:
-                    if parts is not None:
-                        parts.save()
+                    if saved is not None:
+                        saved.parts.save()
             seconds = time.monotonic() - compiled
         return PassFacts(
             real_tokens=results.real_tokens,
@@ -188,16 +188,14 @@ class Pass:
 
     def _run_batches(self, programs: list[Any], model: Model, results: _Results) -> None:
         running = None
-        of_job = self._digests_of_job(model.mesh) if results.parts is not None else []
         try:
-            for number, (i, rows) in enumerate(self._batches()):
+            for bucket, program, rows in self._batches(programs):
                 stop_point()
-                bucket, program = self.plan.buckets[i], programs[i]
-                inputs = self._packed(model.mesh, bucket, rows)
-                digests = of_job[number] if of_job else map(digest, inputs.values())
-                key = results.key_if_missing(rows, digests, self.static(bucket), program.out_tree)
+                static = {**self.static(bucket), "shape": (bucket.batch, bucket.length)}
+                key = results.key_if_missing(rows, static, program.out_tree)
                 if key is None:
                     continue
+                inputs = self._packed(model.mesh, bucket, rows)
                 result = program(model.params, rows_to_mesh(model.mesh, bucket.batch, inputs))
                 # Waits for the previous batch's results only after this batch was dispatched.
                 if running is not None:
@@ -212,33 +210,16 @@ class Pass:
         if running is not None:
             results.finish(*running)
 
-    def _batches(self) -> Iterator[tuple[int, list[list[int]]]]:
-        """The index of the bucket and the rows of each batch."""
-        for i, bucket in enumerate(self.plan.buckets):
+    def _batches(self, programs: list[Any]) -> Iterator[tuple[Bucket, Any, list[list[int]]]]:
+        """The bucket, the program and the rows of each batch."""
+        for bucket, program in zip(self.plan.buckets, programs, strict=True):
             for rows in bucket.batches():
-                yield i, rows
+                yield bucket, program, rows
 
     def _packed(self, mesh: Mesh, bucket: Bucket, rows: list[list[int]]) -> dict[Span, Any]:
         """The program's inputs in the spans of a batch that this process's devices read."""
         spans = own_spans(mesh, bucket.batch)
         return {span: self.inputs(self.plan.packed(bucket, rows, span)) for span in spans}
-
-    def _digests_of_job(self, mesh: Mesh) -> list[list[bytes]]:
-        """The digests of all spans of each batch, since no process packs all of them, and all need the keys.
-
-        Nothing in a single process, which computes the digests of a batch when it comes to it.
-        """
-        if jax.process_count() == 1:
-            return []
-        own = []
-        for i, rows in self._batches():
-            packed = self._packed(mesh, self.plan.buckets[i], rows)
-            own.append([(start, digest(inputs).hex()) for (start, _), inputs in packed.items()])
-        found = []
-        for of_processes in zip(*gather("digests of a pass", own), strict=True):
-            by_start = {start: text for spans in of_processes for start, text in spans}
-            found.append([bytes.fromhex(text) for _, text in sorted(by_start.items())])
-        return found
 
     def _programs(self, model: Model, progress: Progress, name: str) -> list[Any]:
         """Returns the compiled program of each bucket."""
@@ -264,7 +245,7 @@ class _Results:
       keep: see `Pass.run`.
       advance: is called with the number of finished examples, and of all.
       total: number of all examples.
-      parts: see `Pass.run`.
+      saved: see `Pass.run`.
       done: number of finished examples.
       real_tokens, computed_tokens: see `PassFacts`.
     """
@@ -272,22 +253,21 @@ class _Results:
     keep: Callable[[np.ndarray, Any], None]
     advance: Callable[[int, int], None]
     total: int
-    parts: Parts | None
+    saved: Saved | None
     done: int = 0
     real_tokens: int = 0
     computed_tokens: int = 0
 
-    def key_if_missing(
-        self, rows: list[list[int]], digests: Iterable[bytes], static: dict[str, Any], out_tree: Any
-    ) -> bytes | None:
-        """Returns the batch's key in the parts, which is empty without parts. `digests`: of its spans.
+    def key_if_missing(self, rows: list[list[int]], static: dict[str, Any], out_tree: Any) -> bytes | None:
+        """Returns the batch's key in the parts, which is empty without parts.
 
         None if an earlier start has computed the batch; its results are kept then.
         """
-        if self.parts is None:
+        if self.saved is None:
             return b""
-        key = self.parts.key(digests, static)
-        if (leaves := self.parts.find(key)) is None:
+        parts, digests = self.saved
+        key = parts.key(([digests[i] for i in row] for row in rows), static)
+        if (leaves := parts.find(key)) is None:
             return key
         self._finish(rows, jax.tree.unflatten(out_tree, leaves))
         return None
@@ -297,8 +277,8 @@ class _Results:
         b_m = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         s_m = np.concatenate([np.arange(len(row)) for row in rows])
         found = jax.tree.map(lambda x_bs: x_bs[b_m, s_m], to_host(result))
-        if self.parts is not None:
-            self.parts.add(key, jax.tree.leaves(found))
+        if self.saved is not None:
+            self.saved.parts.add(key, jax.tree.leaves(found))
         self._finish(rows, found)
 
     def _finish(self, rows: list[list[int]], found: Any) -> None:

@@ -123,7 +123,7 @@ def measure_before(
     if not wanted.embeddings:
         return Before(loss_n, None, known, standing.n_kept, identity)
     if texts.raw is not None:
-        new = [texts.raw[i] for i in standing.new]
+        new = texts.raw.chosen(standing.new)
         embedding_nd = passes("embeddings of raw prompts", model, new).embedding_nd
     assert embedding_nd is not None  # one of the two passes above has run
     embedding_nd = standing.of_all(embedding_nd, standing.embedding_od)

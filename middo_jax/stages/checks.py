@@ -27,9 +27,11 @@ from middo_jax.session import Session
 from middo_jax.signals.judge.rubrics import read_rubric
 from middo_jax.stages.endpoint import named_endpoint
 from middo_jax.stages.ratings import Asked
+from middo_jax.stages.shared_tokens import SharedTokens
 from middo_jax.stages.train import check_evaluations
 from middo_jax.training.checkpoint import another_training
 from middo_jax.training.checks import check_batch, check_examples, check_fill
+from middo_jax.training.facts import ExampleFacts
 from middo_jax.training.plan import plan_training
 from middo_jax.training.trackers import require_trackers
 
@@ -52,7 +54,7 @@ def check_continues(session: Session, directory: RoundDir, examples: Sequence[Ex
 
 
 def check_training(session: Session, examples: Sequence[Example], heldout: Sequence[Example]) -> None:
-    """Checks that a dataset can be trained on with these settings and devices.
+    """Checks that a dataset can be trained on with these settings and devices. All processes must call it.
 
     Raises:
       ConfigError: the mesh does not fit the devices, the model or the batch; the examples do not fill a batch
@@ -66,11 +68,11 @@ def check_training(session: Session, examples: Sequence[Example], heldout: Seque
     require_trackers(settings)
     decoder = dataclasses.replace(read_config(session.base), lora=from_settings(config.lora))
     abstract_model(decoder, mesh)
-    tokenized = session.tokenize(examples)
-    check_examples(tokenized, pack_length, decoder.vocab_size)
+    facts = ExampleFacts.of(SharedTokens.of(session, examples))
+    check_examples(facts, pack_length, decoder.vocab_size)
     once = settings.model_copy(update={"num_epochs": 1})
-    rows = sum(len(rows) for _, rows in plan_training(tokenized, once, config.seed, pack_length))
-    check_fill(len(tokenized), rows, settings, mesh)
+    steps = plan_training(facts.length_n.tolist(), once, config.seed, pack_length)
+    check_fill(len(examples), sum(len(rows) for _, rows in steps), settings, mesh)
 
 
 def check_attention(session: Session) -> None:

@@ -32,15 +32,16 @@ from middo_jax.rundir.rows import HeldoutLosses, ModelLossRow
 from middo_jax.rundir.schemas import CONTRAST_ROWS, HELDOUT_ROWS
 from middo_jax.rundir.tables import arrow_schema
 from middo_jax.session import Session
+from middo_jax.stages.shared_tokens import SharedTokens
 
 
 class HeldOut:
     """Held-out examples, tokenized once, and the losses of several models on them."""
 
     def __init__(self, session: Session, examples: Sequence[Example]) -> None:
-        """Tokenizes the examples and groups them by source (`data.source_column`)."""
+        """Tokenizes the examples and groups them by source (`data.source_column`). All processes call it."""
         self._session = session
-        self._tokenized = session.tokenize(examples)
+        self._tokenized = SharedTokens.of(session, examples)
         column = session.config.data.source_column
         self._sources = [str(example.extra.get(column, "")) for example in examples]
         self._pass: LossPass | None = None
@@ -49,9 +50,10 @@ class HeldOut:
         """Returns the loss of each example. Models with the same config share the compiled pass."""
         if self._pass is None:
             chunk = self._session.config.scoring.unembed_chunk
-            self._pass = LossPass(self._tokenized, model, self._session.batch_tokens, chunk)
+            outline = self._tokenized.outline(prompts=False)
+            self._pass = LossPass(self._tokenized, model, self._session.batch_tokens, chunk, outline=outline)
         scores, _ = self._pass(model, Silent(), "held-out loss")
-        return row_losses([e.id for e in self._tokenized], scores.loss_n, scores.n_targets_n)
+        return row_losses(self._tokenized.ids, scores.loss_n, scores.n_targets_n)
 
     def loss(self, model: Model) -> HeldoutLoss:
         """Returns the loss over all examples, and over the examples of each source."""

@@ -5,7 +5,6 @@ Axes: docs/contributing.md#axes.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from middo_jax.data.example import Example
 from middo_jax.data.long_texts import is_long, last_tokens
 from middo_jax.data.tokenize import TokenizedExample, response_header
 from middo_jax.models.model import Model
-from middo_jax.parallel.coordination import gather
+from middo_jax.parallel.hosts import gather_rows
 from middo_jax.passes.losses import ExampleScores, LossPass
 from middo_jax.passes.parts import Parts
 from middo_jax.passes.runner import PassFacts
@@ -34,7 +33,8 @@ class Texts(NamedTuple):
     Attributes:
       examples: the samples.
       tokenized: their tokenized conversations, of which each process of a job has only a part.
-      raw: their tokenized prompts without the template, if `diversity.text` is `raw`; else None.
+      raw: their tokenized prompts without the template, shared as well, if `diversity.text` is `raw`; else
+        None.
       hashes: hashes of the prompts in the form that is embedded.
       truncated_n: bool, whether the conversation was cut.
       last_target_n: int32, see `signals.readings.last_target`.
@@ -42,7 +42,7 @@ class Texts(NamedTuple):
 
     examples: Sequence[Example]
     tokenized: SharedTokens
-    raw: Sequence[TokenizedExample] | None
+    raw: SharedTokens | None
     hashes: Sequence[str]
     truncated_n: np.ndarray
     last_target_n: np.ndarray
@@ -50,14 +50,13 @@ class Texts(NamedTuple):
     @classmethod
     def of(cls, session: Session, examples: Sequence[Example]) -> Texts:
         """Tokenizes samples by the settings, in a job each process its share. All processes must call it."""
-        tokenized = SharedTokens(
-            len(examples), lambda some: session.tokenize([examples[i] for i in some], tells=False)
-        )
+        tokenized = SharedTokens.of(session, examples)
         facts_nk = tokenized.of_all("tokens", 4, _facts)
-        learns_end = any(gather("learns an end", session.learns_end(tokenized.share)))
-        session.tell_of_tokens(len(examples), int(facts_nk[:, 0].sum()), learns_end)
-        raw = raw_prompts(session, examples) if session.config.diversity.text == "raw" else None
-        hashes = [prompt_hash(e) for e in raw] if raw is not None else _hashes(facts_nk[:, 2:])
+        raw, halves_n2 = None, facts_nk[:, 2:]
+        if session.config.diversity.text == "raw":
+            raw = SharedTokens(tokenized.ids, lambda some: raw_prompts(session, [examples[i] for i in some]))
+            halves_n2 = raw.of_all("raw prompts", 2, _halves)
+        hashes = [row.tobytes().hex() for row in halves_n2.astype(">i4")]
         return cls(examples, tokenized, raw, hashes, facts_nk[:, 0] > 0, facts_nk[:, 1])
 
     @property
@@ -68,13 +67,12 @@ class Texts(NamedTuple):
 
 def _facts(example: TokenizedExample) -> list[int]:
     """Whether it is cut, its last target, and the two halves of its prompt's hash."""
-    halves = np.frombuffer(bytes.fromhex(prompt_hash(example)), ">i4").tolist()
-    return [example.truncated, last_target(example), *halves]
+    return [example.truncated, last_target(example), *_halves(example)]
 
 
-def _hashes(halves_n2: np.ndarray) -> list[str]:
-    """The hashes of `_facts` as texts."""
-    return [row.tobytes().hex() for row in halves_n2.astype(">i4")]
+def _halves(example: TokenizedExample) -> list[int]:
+    """The two halves of a prompt's hash."""
+    return np.frombuffer(bytes.fromhex(prompt_hash(example)), ">i4").tolist()
 
 
 class Passes:
@@ -128,20 +126,57 @@ def conditioned(
     tokenized: Sequence[TokenizedExample],
     readings: Collection[str],
 ) -> Conditioned:
-    """The further losses that readings need: one pass for `ifd` and `pmi` together, one for `reverse_ifd`."""
-    tokenizer, alone_n, behind_n = session.tokenizer, None, None
+    """The further losses that readings need: one pass for `ifd` and `pmi` together, one for `reverse_ifd`.
+
+    All processes must call it, with the same samples.
+    """
+    alone_n, behind_n = None, None
+    if not isinstance(tokenized, SharedTokens):
+        everywhere = tokenized
+        ids = [example.id for example in everywhere]
+        tokenized = SharedTokens(ids, lambda some: [everywhere[i] for i in some])
     if "ifd" in readings or "pmi" in readings:
-        header_n = response_header(tokenizer)
-        alone = [responses_alone(example, header_n) for example in tokenized]
-        scores = passes("loss of responses alone", model, list(itertools.chain(*alone)))
-        alone_n = mean_by_example(list(map(len, alone)), scores.loss_n, scores.n_targets_n)
+        alone, counts = _responses(tokenized, response_header(session.tokenizer))
+        scores = passes("loss of responses alone", model, alone)
+        alone_n = mean_by_example(counts, scores.loss_n, scores.n_targets_n)
     if "reverse_ifd" in readings:
-        turned = prompts_behind_responses(examples, tokenized, tokenizer, session.config.model.max_length)
-        known = [i for i, example in enumerate(turned) if example is not None]
-        scores = passes("loss of prompts behind responses", model, [e for e in turned if e is not None])
-        behind_n = np.full(len(turned), np.nan, np.float32)
+        turned, known = _turned(session, examples, tokenized)
+        scores = passes("loss of prompts behind responses", model, turned)
+        behind_n = np.full(len(examples), np.nan, np.float32)
         behind_n[known] = scores.loss_n
     return Conditioned(alone_n, behind_n)
+
+
+def _responses(tokenized: SharedTokens, header_n: np.ndarray) -> tuple[SharedTokens, list[int]]:
+    """The responses of all samples, see `responses_alone`, and their number per sample."""
+    counts = tokenized.of_all("responses", 1, lambda e: [len(responses_alone(e, header_n))])[:, 0].tolist()
+    place = [(i, at) for i, count in enumerate(counts) for at in range(count)]
+
+    def make(some: Sequence[int]) -> list[TokenizedExample]:
+        return [responses_alone(tokenized[place[r][0]], header_n)[place[r][1]] for r in some]
+
+    return tokenized.derived([i for i, _ in place], make), counts
+
+
+def _turned(
+    session: Session, examples: Sequence[Example], tokenized: SharedTokens
+) -> tuple[SharedTokens, list[int]]:
+    """The samples that `prompts_behind_responses` can turn round, so turned, and their indices."""
+
+    def turn(some: Sequence[int]) -> list[TokenizedExample | None]:
+        of = [examples[i] for i in some], [tokenized[i] for i in some]
+        return prompts_behind_responses(*of, session.tokenizer, session.config.model.max_length)
+
+    own = dict(zip(tokenized.own, turn(tokenized.own), strict=True))
+    is_known = np.array([[one is not None] for one in own.values()], np.int32).reshape(len(own), 1)
+    known = np.flatnonzero(gather_rows("turned round", tokenized.own, is_known, len(examples))).tolist()
+
+    def make(some: Sequence[int]) -> list[TokenizedExample]:
+        others = [known[j] for j in some if known[j] not in own]
+        found = own | dict(zip(others, turn(others), strict=True))
+        return [one for j in some if (one := found[known[j]]) is not None]
+
+    return tokenized.derived(known, make), known
 
 
 def describe(name: str, facts: PassFacts) -> str:

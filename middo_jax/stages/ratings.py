@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from middo_jax.config import SampledRating
 from middo_jax.data.example import Example
+from middo_jax.data.lazy import Lazy
 from middo_jax.data.reply import without_reasoning
 from middo_jax.data.tokenize import eos_token_ids
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.sampling import Request
 from middo_jax.models.model import Model
+from middo_jax.parallel.hosts import share_of
 from middo_jax.passes.parts import Parts
 from middo_jax.passes.ratings import RatingScale, rate
 from middo_jax.passes.runner import PassFacts
@@ -37,13 +39,15 @@ def ratings(
     """Returns six ratings per example, [n, 6] in the order of `rubrics.COLUMNS`, by `quality.method`.
 
     Also returns the facts of the pass; None for the sampled method, which decodes instead. `parts` has
-    results of an earlier start.
+    results of an earlier start. All processes must call it.
     """
     config = session.config
     rating = config.quality.rating
     if isinstance(rating, SampledRating):
         return sampled_ratings(session, model, examples, rating), None
-    asked = Asked.of(examples, session.tokenizer, config.model.max_length, read_rubric(config.quality.rubric))
+    asked = Asked.shared(
+        examples, session.tokenizer, config.model.max_length, read_rubric(config.quality.rubric)
+    )
     return rate(
         model,
         asked.trees,
@@ -57,7 +61,7 @@ def ratings(
 class Asked(NamedTuple):
     """The judge's questions: one tree per example, and the spelling of ratings."""
 
-    trees: list[RatingTree]
+    trees: Sequence[RatingTree]
     spelling: RatingTokens
 
     @classmethod
@@ -74,8 +78,29 @@ class Asked(NamedTuple):
           JudgeError: the tokenizer spells the ratings in a way that one prefill cannot score, or a question
             alone is longer than `max_length`.
         """
+        asked = cls.shared(examples, tokenizer, max_length, rubric)
+        return asked._replace(trees=asked.trees[:])
+
+    @classmethod
+    def shared(
+        cls,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        rubric: Rubric = SHIPPED,
+    ) -> Asked:
+        """Tokenizes the questions when they are read, in a job each process those that it reads.
+
+        Raises:
+          JudgeError: as `of`; for a question when it is read.
+        """
         spelling = RatingTokens.of(tokenizer)
-        return cls([rating_tree(e, tokenizer, spelling, max_length, rubric) for e in examples], spelling)
+
+        def make(some: Sequence[int]) -> list[RatingTree]:
+            return [rating_tree(examples[i], tokenizer, spelling, max_length, rubric) for i in some]
+
+        ids = [example.id for example in examples]
+        return cls(Lazy(ids, make, share_of(len(ids))), spelling)
 
 
 def judge(

@@ -20,6 +20,7 @@ from middo_jax.rundir import RoundDir, RunDir, RunError, chain, file_hash
 from middo_jax.rundir.rows import SourceLossRow
 from middo_jax.session import Session, read_dataset
 from middo_jax.stages.evaluate import HeldOut
+from middo_jax.stages.shared_tokens import SharedTokens
 from middo_jax.training.checkpoint import AnotherTraining
 from middo_jax.training.evaluations import Evaluate, Evaluation
 from middo_jax.training.hooks import on_metrics
@@ -94,8 +95,8 @@ def check_evaluations(config: Config, heldout: Sequence[Example]) -> None:
 
 
 def count_steps(session: Session, examples: Sequence[Example]) -> int:
-    """The number of steps of a training on these examples."""
-    config, tokenized = session.config, session.tokenize(examples)
+    """The number of steps of a training on these examples. All processes must call it."""
+    config, tokenized = session.config, SharedTokens.of(session, examples)
     return len(TrainingPlan(tokenized, config.train, config.seed, config.model.max_length).steps)
 
 
@@ -104,7 +105,7 @@ def _train(
 ) -> None:
     config = session.config
     model, metadata = load_start(session, start)
-    tokenized = session.tokenize(read_dataset(directory))
+    tokenized = SharedTokens.of(session, read_dataset(directory))
     max_length = config.model.max_length
     plan = TrainingPlan(tokenized, config.train, config.seed, max_length, metadata, n_steps)
     with session.progress.task("train", "steps") as advance:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 
+import numpy as np
 from jax.sharding import Mesh
 
 from middo_jax.config import ConfigError, TrainSettings
-from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.parallel.mesh import batch_divisor
+from middo_jax.training.facts import ExampleFacts
 
 _log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ class TrainingDataError(ValueError):
     """The examples cannot be trained on; the message names the example and the reason."""
 
 
-def check_examples(tokenized: Sequence[TokenizedExample], pack_length: int, vocab_size: int) -> None:
+def check_examples(facts: ExampleFacts, pack_length: int, vocab_size: int) -> None:
     """Checks the examples and warns about those without a target token.
 
     Raises:
@@ -27,42 +27,44 @@ def check_examples(tokenized: Sequence[TokenizedExample], pack_length: int, voca
         token ID outside the model's vocabulary.
       ConfigError: an example is longer than a row.
     """
-    if not tokenized:
+    n = len(facts.ids)
+    if not n:
         raise TrainingDataError("there are no examples to train on")
-    longest = max(tokenized, key=len)
-    if len(longest) > pack_length:
-        count = sum(len(example) > pack_length for example in tokenized)
+    longest = int(facts.length_n.argmax())
+    most = int(facts.length_n[longest])
+    if most > pack_length:
+        count = int((facts.length_n > pack_length).sum())
         raise ConfigError(
-            f"config: {count} of {len(tokenized)} examples are longer than model.max_length={pack_length} "
-            f"(the longest, {longest.id}, has {len(longest)} tokens); raise it, or lower model.max_length"
+            f"config: {count} of {n} examples are longer than model.max_length={pack_length} "
+            f"(the longest, {facts.ids[longest]}, has {most} tokens); raise it, or lower model.max_length"
         )
-    cut = sum(example.truncated for example in tokenized)
-    # The first token of an example is never a target: no token precedes it to predict it from.
-    untaught = [example for example in tokenized if not example.is_target_n[1:].any()]
-    if len(untaught) == len(tokenized):
+    cut = int(facts.truncated_n.sum())
+    untaught = np.flatnonzero(facts.n_targets_n == 0)
+    if len(untaught) == n:
         raise TrainingDataError(
-            f"none of the {len(tokenized)} examples has a token to learn ({cut} were cut at "
+            f"none of the {n} examples has a token to learn ({cut} were cut at "
             "model.max_length): responses are empty or cut off; look at the data, model.template and "
             "model.max_length"
         )
-    if cut == len(tokenized):
+    if cut == n:
         raise TrainingDataError(
-            f"all {cut} examples are longer than model.max_length and were cut (to {len(longest)} tokens at "
+            f"all {cut} examples are longer than model.max_length and were cut (to {most} tokens at "
             "most): no response would be learnt to its end; raise model.max_length"
         )
-    if untaught:
+    if len(untaught):
         _log.warning(
             "%d of %d examples have no token to learn, such as %s: their responses are empty or cut off",
             len(untaught),
-            len(tokenized),
-            untaught[0].id,
+            n,
+            facts.ids[untaught[0]],
         )
-    for example in tokenized:
-        if len(example) and int(example.tokens_n.max()) >= vocab_size:
-            raise TrainingDataError(
-                f"example {example.id} has token {int(example.tokens_n.max())}, but the model's vocabulary "
-                f"has {vocab_size} tokens: the tokenizer belongs to another model"
-            )
+    unknown = facts.highest_n >= vocab_size
+    if unknown.any():
+        first = int(unknown.argmax())
+        raise TrainingDataError(
+            f"example {facts.ids[first]} has token {facts.highest_n[first]}, but the model's vocabulary "
+            f"has {vocab_size} tokens: the tokenizer belongs to another model"
+        )
 
 
 def check_batch(settings: TrainSettings, mesh: Mesh) -> None:

@@ -10,10 +10,11 @@ import grain
 from jax.sharding import Mesh
 
 from middo_jax.config import TrainSettings
+from middo_jax.data.lazy import Lazy
 from middo_jax.data.packing import PackedBatch, pack
 from middo_jax.data.tokenize import TokenizedExample
 from middo_jax.training.plan import PlannedStep
-from middo_jax.training.step import Batch, put_batch
+from middo_jax.training.step import Batch, own_rows, put_batch
 
 # Batches packed in advance. They are small: a few bytes per position.
 _BATCHES_AHEAD = 4
@@ -36,8 +37,8 @@ def feed(
     """Yields the batches of the steps in order, on the mesh.
 
     A Grain thread packs a few batches ahead. A batch is sent while the devices compute the previous step.
-    Close the generator to end it early. Every process packs the whole batch and sends its own devices their
-    part.
+    Close the generator to end it early. Every process packs only the rows that its own devices read, and of
+    `Lazy` tokens makes only these.
 
     Args:
       tokenized: the examples that the plan's indices refer to.
@@ -47,8 +48,13 @@ def feed(
       mesh: device mesh over which the rows are sharded.
     """
 
+    own = own_rows(settings, mesh)
+
     def make(step: PlannedStep) -> PackedBatch:
-        return pack(tokenized, step.rows, settings.batch_size, pack_length, max_segments=pack_length)
+        rows = [step.rows[i] if i < len(step.rows) else [] for i in own]
+        if isinstance(tokenized, Lazy):
+            tokenized.bring(i for row in rows for i in row)
+        return pack(tokenized, rows, len(own), pack_length, max_segments=pack_length)
 
     # One thread: packing holds the interpreter's lock, so a second one would gain nothing.
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BATCHES_AHEAD)

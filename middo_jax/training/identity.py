@@ -22,6 +22,8 @@ from middo_jax.training.plan import TrainingPlan
 def identity(model: Model, plan: TrainingPlan) -> str:
     """Returns the SHA-256 of the model's config, its initial parameters, the examples and the settings.
 
+    All processes must call it.
+
     The mesh, the attention kernel, the base model's place and settings that do not affect training do not
     enter it.
     """
@@ -33,9 +35,8 @@ def identity(model: Model, plan: TrainingPlan) -> str:
     about |= {} if plan.n_steps is None else {"n_steps": plan.n_steps}
     decisive = [config, start, learnt, plan.seed, plan.pack_length, about]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
-    for example in plan.tokenized:
-        digest.update(f"\n{example.id} {len(example)}\n".encode())
-        digest.update(example.tokens_n.astype("<i4").tobytes() + np.packbits(example.is_target_n).tobytes())
+    for id_, length, of_example in zip(plan.facts.ids, plan.facts.length_n, plan.facts.digests, strict=True):
+        digest.update(f"\n{id_} {length}\n".encode() + of_example)
     return digest.hexdigest()
 
 

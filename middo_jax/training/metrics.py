@@ -231,12 +231,12 @@ class MetricsLog:
         epoch, rows = self._plan.steps[self._step]
         loss, n_targets, grad_norm, learning_rate, is_bad, usual = (x.item() for x in jax.device_get(outputs))
         self._step += 1
-        examples = [self._plan.tokenized[i] for row in rows for i in row]
-        ids = tuple(example.id for example in examples)
+        facts, examples = self._plan.facts, [i for row in rows for i in row]
+        ids = tuple(facts.ids[i] for i in examples)
         self._skipped_running = self._skipped_running + 1 if is_bad else 0
         if is_bad:
             self._bad_step(loss, grad_norm, usual, ids)
-        speed = self._speed([len(example) for example in examples], n_targets)
+        speed = self._speed(facts.length_n[examples].tolist(), n_targets)
         metrics = StepMetrics(
             step=self._step,
             total_steps=len(self._plan.steps),

@@ -17,6 +17,7 @@ import numpy as np
 from middo_jax.config import TrainSettings
 from middo_jax.data.packing import first_fit
 from middo_jax.data.tokenize import TokenizedExample
+from middo_jax.training.facts import ExampleFacts
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class TrainingPlan:
     """All inputs of a training except the model.
 
     Attributes:
-      tokenized: the examples.
+      tokenized: the examples. Of `Lazy` ones, a process reads its share and the rows of its devices.
       settings: training settings.
       seed: seed of the order of the examples and of stochastic rounding.
       pack_length: number of tokens per row.
@@ -53,12 +54,18 @@ class TrainingPlan:
     n_steps: int | None = None
 
     @functools.cached_property
+    def facts(self) -> ExampleFacts:
+        """Facts of the examples. All processes must read it at the same point first."""
+        return ExampleFacts.of(self.tokenized)
+
+    @functools.cached_property
     def steps(self) -> list[PlannedStep]:
         """All steps of all epochs; see `plan_training`."""
-        steps = plan_training(self.tokenized, self.settings, self.seed, self.pack_length)
+        lengths = self.facts.length_n.tolist()
+        steps = plan_training(lengths, self.settings, self.seed, self.pack_length)
         epoch = self.settings.num_epochs
         while self.n_steps is not None and len(steps) < self.n_steps:
-            rows = plan_epoch(self.tokenized, self.settings, epoch, self.seed, self.pack_length)
+            rows = plan_epoch(lengths, self.settings, epoch, self.seed, self.pack_length)
             steps += [PlannedStep(epoch, step) for step in rows]
             epoch += 1
         return steps[: self.n_steps]
@@ -70,40 +77,38 @@ class TrainingPlan:
 
 
 def plan_epoch(
-    tokenized: Sequence[TokenizedExample], settings: TrainSettings, epoch: int, seed: int, pack_length: int
+    lengths: Sequence[int], settings: TrainSettings, epoch: int, seed: int, pack_length: int
 ) -> list[list[list[int]]]:
-    """Returns the steps of an epoch, each a list of rows of indices of examples.
+    """Returns the steps of an epoch, each a list of rows of indices of examples, from the examples' lengths.
 
     Every example occurs once, in an order determined by (seed, epoch). A step has `train.batch_size` rows or,
     with `train.examples_per_step`, that many examples as far as they fit the rows. The last step may have
     fewer; it is padded, never dropped.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(len(tokenized)).tolist()
+    order = np.random.default_rng((seed, epoch)).permutation(len(lengths)).tolist()
     if settings.examples_per_step is None:
-        rows = _rows(tokenized, order, pack_length)
+        rows = _rows(lengths, order, pack_length)
         return [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
     steps, left, start = [], [], 0
     while left or start < len(order):
         stop = start + settings.examples_per_step - len(left)
-        rows = _rows(tokenized, left + order[start:stop], pack_length)
+        rows = _rows(lengths, left + order[start:stop], pack_length)
         steps.append(rows[: settings.batch_size])
         left = [i for row in rows[settings.batch_size :] for i in row]  # the next step starts with these
         start = stop
     return steps
 
 
-def _rows(tokenized: Sequence[TokenizedExample], order: list[int], pack_length: int) -> list[list[int]]:
-    packed = first_fit([len(tokenized[i]) for i in order], pack_length, max_segments=pack_length)
+def _rows(lengths: Sequence[int], order: list[int], pack_length: int) -> list[list[int]]:
+    packed = first_fit([lengths[i] for i in order], pack_length, max_segments=pack_length)
     return [[order[i] for i in row] for row in packed]
 
 
 def plan_training(
-    tokenized: Sequence[TokenizedExample], settings: TrainSettings, seed: int, pack_length: int
+    lengths: Sequence[int], settings: TrainSettings, seed: int, pack_length: int
 ) -> list[PlannedStep]:
     """Returns all steps of all epochs. Warns if `train.examples_per_step` do not fit the rows of a step."""
-    epochs = [
-        plan_epoch(tokenized, settings, epoch, seed, pack_length) for epoch in range(settings.num_epochs)
-    ]
+    epochs = [plan_epoch(lengths, settings, epoch, seed, pack_length) for epoch in range(settings.num_epochs)]
     if settings.examples_per_step is not None:
         taken = [sum(map(len, rows)) for steps in epochs for rows in steps[:-1]]
         short = sum(n < settings.examples_per_step for n in taken)
@@ -119,7 +124,7 @@ def plan_training(
     return [PlannedStep(epoch, rows) for epoch, steps in enumerate(epochs) for rows in steps]
 
 
-def longest_example(tokenized: Sequence[TokenizedExample], pack_length: int) -> int:
+def longest_example(lengths: Sequence[int], pack_length: int) -> int:
     """Returns the longest example's length, rounded up so that other data can reuse the compiled step."""
-    longest = max(map(len, tokenized))
+    longest = max(lengths)
     return min(pack_length, -(-longest // _LONGEST_MULTIPLE) * _LONGEST_MULTIPLE)

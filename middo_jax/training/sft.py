@@ -76,7 +76,7 @@ def train(
       RunError: `out_dir` contains a checkpoint of another training.
       KeyboardInterrupt, Preempted: the process was told to stop; everything is saved.
     """
-    check_examples(plan.tokenized, plan.pack_length, model.config.vocab_size)
+    check_examples(plan.facts, plan.pack_length, model.config.vocab_size)
     check_batch(plan.settings, model.mesh)
     require_trackers(plan.settings)
     identity = training_identity(model, plan)
@@ -107,7 +107,7 @@ def _run(
     hooks: Sequence[Hook],
 ) -> Model:
     settings, mesh = plan.settings, model.mesh
-    check_fill(len(plan.tokenized), plan.rows_of_epoch, settings, mesh)
+    check_fill(len(plan.facts.ids), plan.rows_of_epoch, settings, mesh)
     in_background = mesh.devices.flat[0].platform != "cpu"
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -184,7 +184,7 @@ def _begin(model: Model, plan: TrainingPlan, checkpoints: TrainingCheckpoints, c
             len(plan.steps),
             state=whole,
             chunk=chunk,
-            longest=longest_example(plan.tokenized, plan.pack_length),
+            longest=longest_example(plan.facts.length_n.tolist(), plan.pack_length),
             seed=plan.seed,
         )
         batch = abstract_batch(settings, plan.pack_length, mesh)

@@ -20,8 +20,8 @@ from middo_jax.data.packing import PackedBatch
 from middo_jax.models.decoder import Remat
 from middo_jax.models.model import Params, Structure, bound
 from middo_jax.models.nll import target_nll_sum
-from middo_jax.parallel.hosts import to_mesh
-from middo_jax.parallel.mesh import named_sharding
+from middo_jax.parallel.hosts import own_spans
+from middo_jax.parallel.mesh import batch_divisor, named_sharding
 from middo_jax.training.guard import GuardState, usual_loss
 from middo_jax.training.optimizer import learning_rate_schedule, make_optimizer, steps_taken
 from middo_jax.training.rounding import stochastic_round
@@ -192,13 +192,31 @@ def abstract_batch(settings: TrainSettings, pack_length: int, mesh: Mesh) -> Bat
     return Batch(of(jnp.int32), of(jnp.int32), of(jnp.int32), of(jnp.bool_))
 
 
+def own_rows(settings: TrainSettings, mesh: Mesh) -> list[int]:
+    """The rows of a step's batch, a * b, that devices of this process read, in order."""
+    micro_batches = settings.micro_batches
+    b = settings.batch_size // micro_batches
+    of_micro_batch = [row for start, stop in own_spans(mesh, b) for row in range(start, stop)]
+    return [a * b + row for a in range(micro_batches) for row in of_micro_batch]
+
+
 def put_batch(batch: PackedBatch, micro_batches: int, mesh: Mesh) -> Batch:
     """Splits rows [a * b, ...] into [a, b, ...] and shards axis b over the mesh.
 
-    Every process passes the whole batch and sends its own devices their part.
+    `batch` has the rows of `own_rows`, which are all rows where there is one process.
     """
+    ways = batch_divisor(mesh)
+    own = [first for first, _ in own_spans(mesh, ways)]  # the parts of axis b that this process has
 
     def put(x_bt: np.ndarray) -> jax.Array:
-        return to_mesh(mesh, x_bt.reshape(micro_batches, -1, x_bt.shape[1]), None, "batch")
+        parts = x_bt.reshape(micro_batches, len(own), -1, x_bt.shape[1])
+        size = parts.shape[2]
+        shape = micro_batches, ways * size, x_bt.shape[1]
+
+        def of_device(index: Any) -> np.ndarray:
+            start, _, _ = index[1].indices(shape[1])
+            return parts[:, own.index(start // size)]
+
+        return jax.make_array_from_callback(shape, named_sharding(mesh, None, "batch"), of_device)
 
     return Batch(*(put(getattr(batch, name)) for name in Batch._fields))

@@ -92,5 +92,14 @@ def test_one_that_is_alive_and_stuck_is_named(tmp_path: Path) -> None:
     assert "last is process 1 on " in ended[0].output
 
 
+@pytest.mark.slow
+def test_where_process_0_answers_nothing_the_others_end_and_say_so(tmp_path: Path) -> None:
+    ended = run_job(tmp_path, "frozen", 3)
+    assert [e.code for e in ended] == [-signal.SIGKILL, EXIT_PREEMPTED, EXIT_PREEMPTED]
+    assert all(
+        "process 0, which coordinates, cannot be reached: no answer for" in e.output for e in ended[1:]
+    )
+
+
 def test_a_sigterm_to_one_that_waits_ends_all_as_preempted(tmp_path: Path) -> None:
     assert [e.code for e in run_job(tmp_path, "preempted_alone", 3)] == [EXIT_PREEMPTED] * 3

@@ -23,8 +23,8 @@ from middo_jax.parallel.preemption import Preempted
 from middo_jax.passes import parts as parts_of_a_pass
 from middo_jax.passes import runner
 from middo_jax.passes.losses import ExampleScores, LossPass
-from middo_jax.passes.parts import Parts, digest
-from middo_jax.passes.runner import PassFacts
+from middo_jax.passes.parts import Parts, digests
+from middo_jax.passes.runner import PassFacts, PassPlan
 from middo_jax.progress import Silent
 from middo_jax.rundir import RoundDir
 from middo_jax.session import Session, prepare, write_dataset
@@ -94,11 +94,13 @@ def test_resumed_is_uninterrupted_and_nothing_is_computed_twice(
         with pytest.raises(Preempted):
             scored(model, examples, tmp_path)
     stopped_after()
-    said = Said()
+    said, pack, packed = Said(), PassPlan.packed, []
+    monkeypatch.setattr(PassPlan, "packed", lambda *a: packed.append(a) or pack(*a))
     got, rest = scored(model, examples, tmp_path, said)
     assert_identical(got, want)
     n_batches = all_of_it.computed_tokens // 256
     assert rest.computed_tokens == 256 * (n_batches - 5)
+    assert len(packed) == n_batches - 5 + rest.shapes  # and the first batch of each shape, to compile it
     assert len(list(tmp_path.iterdir())) == (3 if every_s else n_batches)
     (found,) = [line for line in said.lines if "goes on after" in line]
     assert found.startswith("loss: goes on after ")
@@ -112,23 +114,27 @@ def test_what_decides_the_results_is_in_the_key(
 ) -> None:
     scored(model, examples, tmp_path)
     parts = Parts(tmp_path, of_model(model), Silent(), "loss")
-    inputs, static = (np.arange(6).reshape(2, 3), None, np.ones(2, bool)), {"chunk": 3}
-    spans = [digest(inputs), digest((inputs[0] + 1, None, inputs[2]))]
-    digests = {
-        *spans,
-        digest((inputs[0].reshape(3, 2), None, inputs[2])),
-        digest((inputs[0], inputs[2], None)),
-        digest((inputs[0].astype(np.int32), None, inputs[2])),
-    }
-    assert len(digests) == 5
-    others = [
-        parts.key(spans[::-1], static),
-        parts.key(spans[:1], static),
-        parts.key(spans, {"chunk": 4}),
-        Parts(tmp_path / "b", "other weights", Silent(), "loss").key(spans, static),
+    content, static = (np.arange(6).reshape(2, 3), None, np.ones(2, bool)), {"chunk": 3}
+    contents = [
+        content,
+        (content[0] + 1, None, content[2]),
+        (content[0].reshape(3, 2), None, content[2]),
+        (content[0], content[2], None),
+        (content[0].astype(np.int32), None, content[2]),
     ]
-    assert parts.key(spans, static) == parts.key(iter(spans), dict(static))
-    assert len({parts.key(spans, static), *others}) == 5
+    of_each = digests(5, contents.__getitem__)
+    assert len(set(of_each)) == 5
+    one, two = of_each[:2]
+    others = [
+        parts.key([[two], [one]], static),
+        parts.key([[one, two]], static),
+        parts.key([[one], [two], []], static),
+        parts.key([[one]], static),
+        parts.key([[one], [two]], {"chunk": 4}),
+        Parts(tmp_path / "b", "other weights", Silent(), "loss").key([[one], [two]], static),
+    ]
+    assert parts.key([[one], [two]], static) == parts.key(iter([[one], [two]]), dict(static))
+    assert len({parts.key([[one], [two]], static), *others}) == 7
     # One example's answer begins later: only its batch is computed again.
     changed = list(examples)
     e = examples[7]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -88,6 +89,15 @@ def stall(me: int) -> None:
             time.sleep(1)
     watch.advanced("the pass")
     barrier("after the pass")
+
+
+def frozen(me: int) -> None:
+    """Process 0 is alive and answers nothing, as if the others were cut off; in the end it is killed."""
+    barrier("all are watched")
+    if me == 0:
+        subprocess.Popen(["sh", "-c", f"sleep 30; kill -KILL {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    barrier("never")
 
 
 def preempted_alone(me: int) -> None:

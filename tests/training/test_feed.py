@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from support.tiny_training import PACK_LENGTH, SETTINGS, example, examples, mesh_of
+from support.tiny_training import PACK_LENGTH, SETTINGS, examples, mesh_of
 
 from middo_jax.config import TrainSettings
 from middo_jax.data.packing import pack
@@ -32,12 +32,12 @@ def assert_same(batch: Batch, other: Batch) -> None:
 
 def test_a_batch_is_a_function_of_its_number():
     tokenized = examples(60)
-    plan = plan_training(tokenized, SETTINGS, 3, PACK_LENGTH)
+    plan = plan_training(list(map(len, tokenized)), SETTINGS, 3, PACK_LENGTH)
     whole = [batch for batch, _ in feed(tokenized, plan, SETTINGS, PACK_LENGTH, ONE)]
     assert len(whole) == len(plan) > 20
     # Started anywhere, and read on any mesh.
     for first, mesh in ((1, ONE), (7, mesh_of(2, 2, 2)), (len(plan) - 1, mesh_of(8, 1, 1)), (len(plan), ONE)):
-        again = plan_training(tokenized, SETTINGS, 3, PACK_LENGTH)[first:]
+        again = plan_training(list(map(len, tokenized)), SETTINGS, 3, PACK_LENGTH)[first:]
         resumed = [batch for batch, _ in feed(tokenized, again, SETTINGS, PACK_LENGTH, mesh)]
         assert len(resumed) == len(plan) - first
         for batch, wanted in zip(resumed, whole[first:], strict=True):
@@ -48,13 +48,13 @@ def test_a_batch_is_a_function_of_its_number():
     ("length", "pack_length", "wanted"), [(1, 512, 128), (128, 512, 128), (129, 512, 256), (300, 320, 320)]
 )
 def test_no_example_exceeds_the_longest(length: int, pack_length: int, wanted: int):
-    assert longest_example([example(0, length), example(1, 1)], pack_length) == wanted
+    assert longest_example([length, 1], pack_length) == wanted
 
 
 def test_batches_lie_where_the_step_wants_them():
     tokenized, settings = examples(60), with_settings(gradient_accumulation=2)
     mesh = mesh_of(2, 2, 2)
-    step = plan_training(tokenized, settings, 3, PACK_LENGTH)[0]
+    step = plan_training(list(map(len, tokenized)), settings, 3, PACK_LENGTH)[0]
     [(batch, _)] = feed(tokenized, [step], settings, PACK_LENGTH, mesh)
     assert batch.tokens_bt.shape == (2, 4, PACK_LENGTH)
     assert {shard.data.shape for shard in batch.tokens_bt.addressable_shards} == {(2, 1, PACK_LENGTH)}
@@ -64,7 +64,7 @@ def test_batches_lie_where_the_step_wants_them():
 
 def test_the_wait_is_what_was_not_made_ahead(monkeypatch: pytest.MonkeyPatch):
     tokenized = examples(60)
-    plan = plan_training(tokenized, SETTINGS, 3, PACK_LENGTH)[:6]
+    plan = plan_training(list(map(len, tokenized)), SETTINGS, 3, PACK_LENGTH)[:6]
     made = feed_module.pack
 
     def slow(*arguments: Any, **named: Any) -> object:
@@ -84,7 +84,7 @@ def test_the_wait_is_what_was_not_made_ahead(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_fails_while_a_batch_is_made_reaches_the_loop():
     tokenized = examples(10)
-    plan = plan_training(tokenized, SETTINGS, 3, PACK_LENGTH)[:1]
+    plan = plan_training(list(map(len, tokenized)), SETTINGS, 3, PACK_LENGTH)[:1]
     beyond = [plan[0]._replace(rows=[[99]])]
     with pytest.raises(IndexError):
         list(feed(tokenized, beyond, SETTINGS, PACK_LENGTH, ONE))
@@ -92,7 +92,7 @@ def test_what_fails_while_a_batch_is_made_reaches_the_loop():
 
 def test_a_step_takes_the_wanted_number_of_examples():
     tokenized, settings = examples(57), with_settings(examples_per_step=10)
-    steps = plan_epoch(tokenized, settings, 0, 7, PACK_LENGTH)
+    steps = plan_epoch(list(map(len, tokenized)), settings, 0, 7, PACK_LENGTH)
     assert [sum(map(len, rows)) for rows in steps] == [10, 10, 10, 10, 10, 7]
     order = [sorted(i for row in rows for i in row) for rows in steps]
     shuffled = np.random.default_rng((7, 0)).permutation(57)
@@ -102,10 +102,10 @@ def test_a_step_takes_the_wanted_number_of_examples():
 
 def test_what_the_rows_of_a_step_do_not_hold_begins_the_next(caplog: pytest.LogCaptureFixture):
     tokenized, settings = examples(57), with_settings(examples_per_step=10, batch_size=2)
-    steps = plan_epoch(tokenized, settings, 0, 7, PACK_LENGTH)
+    steps = plan_epoch(list(map(len, tokenized)), settings, 0, 7, PACK_LENGTH)
     assert all(0 < len(rows) <= 2 for rows in steps)
     assert Counter(i for rows in steps for row in rows for i in row) == Counter(range(57))
     assert all(sum(map(len, rows)) <= 10 for rows in steps)
-    assert steps == plan_epoch(tokenized, settings, 0, 7, PACK_LENGTH)
-    plan_training(tokenized, settings, 7, PACK_LENGTH)
+    assert steps == plan_epoch(list(map(len, tokenized)), settings, 0, 7, PACK_LENGTH)
+    plan_training(list(map(len, tokenized)), settings, 7, PACK_LENGTH)
     assert "steps take fewer than train.examples_per_step=10" in caplog.text

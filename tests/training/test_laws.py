@@ -111,7 +111,7 @@ def test_steps_are_those_of_torch_adamw(tmp_path: Path):
     loaded = hf.load(directory, mesh=ONE)
     graphdef, params = loaded.graphdef, loaded.params
     tokenized = examples(40, VOCAB_SIZE)
-    plan = plan_training(tokenized, SETTINGS, 0, PACK_LENGTH)[:8]
+    plan = plan_training(list(map(len, tokenized)), SETTINGS, 0, PACK_LENGTH)[:8]
     optimizer = make_optimizer(SETTINGS, len(plan))
     state = params, jax.device_put(optimizer.init(params), jax.devices()[0])
     step = make_train_step(graphdef, SETTINGS, len(plan), chunk=CHUNK, state=state)

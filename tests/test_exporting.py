@@ -17,6 +17,7 @@ from middo_jax import exporting
 from middo_jax.data.example import Example, Lineage, Message, Op
 from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.reading import Reading
+from middo_jax.data.repair import TRAILING
 from middo_jax.data.sources import DataError, read, read_rows, write
 from middo_jax.exporting import export_data, write_as_it_came
 from middo_jax.preferences import preference_pairs
@@ -141,8 +142,9 @@ def test_the_card_says_how_the_data_was_made_and_nothing_private(run: RunDir, tm
     settings = yaml.safe_load(run.config.read_text())
     private = {"base_url": "http://user:secret@10.0.0.7/v1", "model": "gpt-4o-mini", "accept": "measured"}
     private |= {"prompts": "/home/me/words.yaml"}
-    placed = settings | {"refine": private, "runs_dir": "/home/me/runs", "model": {"path": "/home/me/base"}}
-    placed["data"] = {"path": "/home/me/mine.json", "sources": [{"path": "/home/me/other.json"}]}
+    cached = "/home/me/.cache/huggingface/hub/models--Qwen--Qwen2.5-0.5B/snapshots/1a2b"
+    placed = settings | {"refine": private, "runs_dir": "/home/me/runs", "model": {"path": cached}}
+    placed["data"] = {"path": "hf:/home/me/mine:train", "sources": [{"path": "/home/me/other.json"}]}
     run.config.write_text(yaml.safe_dump(placed))
     try:
         export_data(run, tmp_path / "out")
@@ -156,8 +158,9 @@ def test_the_card_says_how_the_data_was_made_and_nothing_private(run: RunDir, tm
     assert "secret" not in text
     assert "/home/me" not in text
     assert "prompts: words.yaml" in text
-    assert "| model | base |" in text
-    assert "| original data | mine.json |" in text
+    assert "| model | Qwen/Qwen2.5-0.5B |" in text
+    assert "\n  path: Qwen/Qwen2.5-0.5B\n" in text  # of the settings, which repeat it
+    assert "| original data | hf:mine:train |" in text
     counts = {op: sum(e.lineage.op == op for e in originals(run)) for op in ("seed", "synthesize")}
     assert f"| {counts['seed']:,} | the original rows, unchanged |" in text
     assert f"| {counts['synthesize']:,} | new rows near sparse ones (diversity) |" in text
@@ -442,6 +445,15 @@ def test_the_card_counts_rows_of_every_kind(tmp_path: Path) -> None:
     export_data(run, tmp_path / "out")
     made = (tmp_path / "out" / "README.md").read_text().split("how they were made")[1].split("Format:")[0]
     assert made.count("\n| 1 | ") == len(kinds)
+    assert "| 1 | the original rows, unchanged |" in made
+    manifest = run.round(0).path / "manifest.json"
+    record = json.loads(manifest.read_text())
+    record["stages"]["prepare"]["repairs"] = {TRAILING: 1200}
+    write_json(manifest, record)
+    export_data(run, tmp_path / "repaired")
+    made = (tmp_path / "repaired" / "README.md").read_text()
+    assert "| 1 | the original rows, unchanged but for the repairs below |" in made
+    assert f"| 1,200 | {TRAILING} |" in made
 
 
 def test_what_a_trainer_does_not_read_is_left_out_or_said(

@@ -9,9 +9,10 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypedDict, get_args
 
+from middo_jax.data.id_columns import without_ids
 from middo_jax.data.tools import calls_text, dumped, of_calls, of_result, parts_of
 from middo_jax.rundir.rows import ExampleRow, LineageRow, TurnRow
 
@@ -182,12 +183,18 @@ class Example:
         return [m.role for m in self.messages if m.role != "system"] == ["user", "assistant"]
 
     def replace_text(
-        self, prompt: str, response: str, lineage: Lineage, context: tuple[Message, ...] | None = None
+        self,
+        prompt: str,
+        response: str,
+        lineage: Lineage,
+        context: tuple[Message, ...] | None = None,
+        id_columns: Collection[str] = (),
     ) -> Example:
         """The child that a refiner's prompt and answer make. It has the extra columns and its own id.
 
         A rewrite keeps all turns before the last user turn, or has `context` in their place. An addition
-        (`lineage.op` is `synthesize`) has one prompt after the system turn.
+        (`lineage.op` is `synthesize`) has one prompt after the system turn, and null in `id_columns` and in
+        columns that are called like an id.
 
             [system, u1, a1, u2, a2]  ->  rewrite [system, u1, a1, prompt, response]
                                           addition [system, prompt, response]
@@ -196,8 +203,7 @@ class Example:
         user_id, extra = self.user_id, self.extra
         if lineage.op == "synthesize":
             before, user_id = tuple(m for m in self.messages if m.role == "system"), None
-            # An `id` is an ordinary column if it is not unique, or if `data.id_column` is another one.
-            extra = shared_names({name: value for name, value in extra.items() if name != "id"})
+            extra = shared_names(without_ids(extra, id_columns))
         turns = (Message("user", prompt), Message("assistant", response))
         parts = self.prompt_columns if prompt == self.question else NO_COLUMNS
         return Example(before + turns, "", lineage, extra, self.tools, user_id, parts)

@@ -333,7 +333,7 @@ async def _refine(dialogue: _Dialogue, round_index: int, special_tokens: Collect
             raise
         return rejected(Verdict(None, error.reason))
     lineage = _lineage(task, dialogue.client.model, round_index)
-    child = task.original.replace_text(prompt, response, lineage, context)
+    child = task.original.replace_text(prompt, response, lineage, context, task.id_columns)
     return Outcome(task, child, None, tuple(dialogue.exchanges))
 
 

@@ -35,6 +35,7 @@ class PrepareRecord(StageRecord):
     n: Annotated[int, "number of samples"]
     format: NotRequired[Annotated[str, "format of the input's rows; of final, that of train.jsonl"]]
     columns: NotRequired[Annotated[list[str], "columns of the input's rows, in their order"]]
+    id_columns: NotRequired[Annotated[list[str], "columns that name a row, which additions do not have"]]
     spelling: NotRequired[
         Annotated[
             dict[str, Any], "how the input writes its turns, where not as usual: roles, keys, text parts"

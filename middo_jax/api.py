@@ -115,7 +115,7 @@ def score(
       keep_columns: which of the user's columns come back; None is all that hold scalars only.
       out: a folder that gets dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select`
         and `middo refine`. None writes nothing. If it has the scores of the same data, models and settings,
-        they are returned and nothing is measured.
+        they are returned and nothing is measured; of data that was changed, what is new is measured.
       force: whether scores that `out` has are measured again, and replaced if they are others.
       settings: see `load_config`; or a Config, of which the model and the data are replaced.
 
@@ -142,14 +142,18 @@ def score(
         stages.check_embedder(session, pre_path, axes)
         require_no_run(place)
         link = stages.scoring(session, RoundDir(place), model_path, pre_path)
-        is_same = from_first("score: before", lambda: stages.require_same(link, session, kept, axes, force))
+        found = from_first("score: before", lambda: stages.found_scores(link, session, kept, axes, force))
         directory = _begin(session, place, prepared)
-        if is_same:
+        if found == "all":
             session.progress.say(f"{place}: scored before, nothing is measured (--force measures again)")
             scored = stages.kept_scores(session, link, own)
         else:
-            scored = stages.score_stage(session, directory, model_path, pre_path, axes, own=own)
-    return Scores(scored.table, scored.embedding_nd, rejections, scored.facts["passes"], is_same)
+            earlier = directory if found == "some" else None
+            scored = stages.score_stage(
+                session, directory, model_path, pre_path, axes, earlier=earlier, own=own
+            )
+    n_reused = len(kept) if found == "all" else scored.facts.get("n_kept", 0)
+    return Scores(scored.table, scored.embedding_nd, rejections, scored.facts["passes"], n_reused)
 
 
 def refine(folder: PathLike, *, settings: SettingsLike = None) -> Refined:

@@ -66,7 +66,7 @@ class ScoreRecord(StageRecord):
     n_searched: Annotated[int, "number of samples whose neighbours were searched"]
     duplicates: Annotated[DuplicatesRow, "exact duplicates"]
     pre_identity: NotRequired[Annotated[str, "hash of all that `loss_pre` depends on, except the samples"]]
-    n_kept: NotRequired[Annotated[int, "number of samples with measurements reused from the earlier round"]]
+    n_kept: NotRequired[Annotated[int, "number of samples with measurements reused from earlier scores"]]
     passes: Annotated[dict[str, PassRow], "passes by name"]
 
 

@@ -375,7 +375,8 @@ async def _context(dialogue: _Dialogue, special_tokens: Collection[str]) -> tupl
             )
             if text != message.content and (verdict := first_verdict(candidate, "answer", settings)):
                 return dataclasses.replace(verdict, detail=f"turn {n}: {verdict.detail}")
-            message = dataclasses.replace(message, content=text)
+            # A field such as `reasoning_content` belongs to the answer that is replaced.
+            message = Message(message.role, text)
         turns.append(message)
     return tuple(turns)
 

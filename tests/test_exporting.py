@@ -222,6 +222,48 @@ OWN_SHAPES = {
         [{"completion": "5", "system": "Count.", "prompt": "Add."},
          {"completion": "6", "system": "", "prompt": "A"}],
     ),
+    "alpaca: the parts of a prompt": (
+        {},
+        [{"instruction": "", "context": "It rains.", "output": "Yes.", "history": []},
+         {"instruction": "Is it wet?", "context": "", "output": "Yes.", "history": [["Hi.", "Hello."]]}],
+    ),
+    "prompt_completion: context": (
+        {"columns": {"context": "passage"}},
+        [{"prompt": "Is it wet?", "passage": "It rains.", "completion": "Yes."},
+         {"prompt": "Is it dry?", "passage": "", "completion": "No."}],
+    ),
+    "prompt_completion: context of turns": (
+        {},
+        [{"prompt": [{"role": "user", "content": "Is it wet?"}], "context": "It rains.",
+          "completion": [{"role": "assistant", "content": "Yes."}]}],
+    ),
+    "messages: fields of turns": (
+        {},
+        [{"messages": [{"role": "user", "content": "Hi.", "name": "Ann"},
+                       {"role": "assistant", "content": "I.", "reasoning_content": "Who?"}]}],
+    ),
+    "sharegpt: weight 1 everywhere": (
+        {},
+        [{"conversations": [{"from": "human", "value": "Hi.", "train": True},
+                            {"from": "gpt", "value": "I.", "train": True}]}],
+    ),
+    "messages: turns that are not learnt at the end": (
+        {},
+        [{"messages": [{"role": "user", "content": "Hi.", "weight": None},
+                       {"role": "assistant", "content": "I.", "weight": 1, "name": "Bo"},
+                       {"role": "user", "content": "Ho.", "weight": None},
+                       {"role": "assistant", "content": "No.", "weight": 0}]}],
+    ),
+    "sharegpt: two columns for the system text": (
+        {},
+        [{"system": told, "system_prompt": told,
+          "conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "I."}]}
+         for told in ("Rhyme.", "")],
+    ),
+    "alpaca: one of two columns for the system text": (
+        {},
+        [{"instruction": text, "output": "5", "system": "", "system_message": "Count."} for text in "ab"],
+    ),
     "messages": (
         {"sources": [{"path": name, "columns": {"messages": "m"}} for name in "ab"]},
         [{"m": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "I."}], "part": 1}],
@@ -272,7 +314,11 @@ def _prepared(tmp_path: Path, form: str, data: dict[str, Any], rows: list[dict[s
 
 
 # What LLaMA-Factory's converter for these rows does not read.
-UNREAD = {"messages: text parts": "text parts", "messages: tools": "`tool_calls`"}
+UNREAD = {
+    "messages: text parts": "text parts",
+    "messages: tools": "`tool_calls`",
+    "prompt_completion: context of turns": "prompts that are lists of turns",
+}
 
 
 @pytest.mark.parametrize("case", OWN_SHAPES)
@@ -301,11 +347,13 @@ def test_rows_come_back_in_the_users_own_shape(tmp_path: Path, case: str) -> Non
     turns = made.get("messages")
     if turns is None and isinstance(made["prompt"], list):
         turns = made["prompt"] + made["completion"]
-    if turns is None:
+    if case == "prompt_completion: context of turns":
+        assert "does not read `context`" in (tmp_path / "out" / "trl.py").read_text()
+    elif turns is None:
         assert [made["prompt"], made["completion"]] == [m.content for m in originals(run)[0].messages]
     else:
         assert [(t["role"], t["content"]) for t in turns] == [
-            (m.role, m.content) for m in originals(run)[0].messages
+            (m.role, m.content) for m in (*originals(run)[0].messages, *originals(run)[0].behind)
         ]
     export_data(run, tmp_path / "usual", form)
     again, _ = read(str(tmp_path / "usual" / "train.jsonl"), form)

@@ -88,13 +88,19 @@ def sharegpt_row(messages: Sequence[Message]) -> Row:
     turns = []
     for m in messages:
         weight = {} if m.learnt else {"weight": 0}
-        fields = parts_of(m.tool)
-        calls = fields.pop("tool_calls", ())
+        result, others = parts_of(m.tool), _fields_of(m)
+        calls = result.pop("tool_calls", ())
         if m.content or not calls:
-            turns.append({"from": names[m.role], "value": m.content, **fields, **weight})
+            turns.append({"from": names[m.role], "value": m.content, **result, **weight, **others})
         if calls:
-            turns.append({"from": "function_call", "value": calls_value(calls), **weight})
+            others = {} if m.content else others
+            turns.append({"from": "function_call", "value": calls_value(calls), **weight, **others})
     return {"conversations": turns}
+
+
+def _fields_of(message: Message) -> Row:
+    """The user's other fields of a turn as `fields`, which is a part of no format: see `layout`."""
+    return {"fields": json.loads(message.fields)} if message.fields else {}
 
 
 def calls_value(calls: Sequence[Mapping[str, Any]]) -> str:
@@ -105,12 +111,7 @@ def calls_value(calls: Sequence[Mapping[str, Any]]) -> str:
 
 def messages_row(messages: Sequence[Message]) -> Row:
     """A row of messages."""
-    return {"messages": [_bare(m) for m in messages]}
-
-
-def _bare(message: Message) -> Row:
-    """A turn without the user's other fields."""
-    return {key: value for key, value in message.to_json().items() if key != "fields"}
+    return {"messages": [m.to_json() for m in messages]}
 
 
 def prompt_completion_turns(row: Row) -> list[Turn]:
@@ -143,6 +144,19 @@ def _sides(row: Row) -> list[Turn]:
     return turns
 
 
+def apart(row: Row, example: Example) -> Row:
+    """A row of prompt_completion with the context of an unchanged prompt in its own column again."""
+    parts = example.prompt_columns
+    if "prompt" not in parts or with_context(parts["prompt"], parts["context"]) != example.question:
+        return row
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return {**row, "prompt": parts["prompt"], "context": parts["context"]}
+    asked = max(n for n, turn in enumerate(prompt) if turn["role"] == "user")
+    prompt = [*prompt[:asked], {**prompt[asked], "content": parts["prompt"]}, *prompt[asked + 1 :]]
+    return {**row, "prompt": prompt, "context": parts["context"]}
+
+
 def has_turns(value: Any) -> bool:
     """Whether a value is a list of turns, rather than of text parts."""
     return isinstance(value, list) and any(isinstance(turn, dict) and "role" in turn for turn in value)
@@ -156,7 +170,7 @@ def prompt_completion_row(messages: Sequence[Message]) -> Row:
 
 def conversational_row(messages: Sequence[Message]) -> Row:
     """A row of prompt and completion as lists of turns."""
-    turns = [_bare(m) for m in messages]
+    turns = [m.to_json() for m in messages]
     return {"prompt": turns[:-1], "completion": turns[-1:]}
 
 

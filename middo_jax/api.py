@@ -22,7 +22,7 @@ from middo_jax.config import Config, ConfigError, SettingsLike, layers_of, load
 from middo_jax.config.axis_table import axes as axis_rows
 from middo_jax.config.axis_table import axis_names, scored_axes
 from middo_jax.data.example import Example
-from middo_jax.data.files import Rejection, require_not_read
+from middo_jax.data.files import require_not_read
 from middo_jax.data.in_memory import RowsLike
 from middo_jax.data.own_columns import own_columns, with_user_ids
 from middo_jax.data.user_rows import UserRows
@@ -50,7 +50,7 @@ from middo_jax.rundir import (
 )
 from middo_jax.rundir.rows import BenchmarksFile
 from middo_jax.selecting import PathLike, load_config
-from middo_jax.session import Session, prepare, read_data, session_for, session_of, write_dataset
+from middo_jax.session import Prepared, Session, prepare, read_data, session_for, session_of, write_dataset
 from middo_jax.signals.axes import computed_names
 from middo_jax.signals.table import SCHEMA, with_columns
 from middo_jax.stages.batch import BatchState
@@ -115,7 +115,7 @@ def score(
       keep_columns: which of the user's columns come back; None is all that hold scalars only.
       out: a folder that gets dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select`
         and `middo refine`. None writes nothing. If it has the scores of the same data, models and settings,
-        they are returned and nothing is measured.
+        they are returned and nothing is measured; of data that was changed, what is new is measured.
       force: whether scores that `out` has are measured again, and replaced if they are others.
       settings: see `load_config`; or a Config, of which the model and the data are replaced.
 
@@ -130,7 +130,8 @@ def score(
         session = session_for(model_path, _path(rows), settings, place).settled()
         axes = scored_axes(session.config) if axes is None else axes
         stages.check_own_texts(session.config)
-        kept, rejections, own = _read(session, rows, keep_columns)
+        prepared, own = _read(session, rows, keep_columns)
+        kept, rejections = prepared.kept, prepared.rejections
         if pre_model is None and "complexity" in axes:
             session.progress.say(NO_PRE_MODEL)
         pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
@@ -141,14 +142,18 @@ def score(
         stages.check_embedder(session, pre_path, axes)
         require_no_run(place)
         link = stages.scoring(session, RoundDir(place), model_path, pre_path)
-        is_same = from_first("score: before", lambda: stages.require_same(link, session, kept, axes, force))
-        directory = _begin(session, place, kept, rejections)
-        if is_same:
+        found = from_first("score: before", lambda: stages.found_scores(link, session, kept, axes, force))
+        directory = _begin(session, place, prepared)
+        if found == "all":
             session.progress.say(f"{place}: scored before, nothing is measured (--force measures again)")
             scored = stages.kept_scores(session, link, own)
         else:
-            scored = stages.score_stage(session, directory, model_path, pre_path, axes, own=own)
-    return Scores(scored.table, scored.embedding_nd, rejections, scored.facts["passes"], is_same)
+            earlier = directory if found == "some" else None
+            scored = stages.score_stage(
+                session, directory, model_path, pre_path, axes, earlier=earlier, own=own
+            )
+    n_reused = len(kept) if found == "all" else scored.facts.get("n_kept", 0)
+    return Scores(scored.table, scored.embedding_nd, rejections, scored.facts["passes"], n_reused)
 
 
 def refine(folder: PathLike, *, settings: SettingsLike = None) -> Refined:
@@ -239,11 +244,12 @@ def train(rows: RowsLike, model: PathLike, out: PathLike, *, settings: SettingsL
     with working(out, for_stderr().say) as place, held(place):
         session = session_for(model_path, _path(rows), settings, place).settled()
         data = read_data(session, None if _path(rows) else rows)
-        kept, heldout, rejections, *_ = prepare(session, data)
+        prepared = prepare(session, data)
+        kept, heldout = prepared.kept, prepared.heldout
         with session.stage():  # the checks, the training and the final loss share tokenized conversations
             stages.check_training(session, kept, heldout)
             stages.check_continues(session, RoundDir(place), kept)
-            directory = _begin(session, place, kept, rejections)
+            directory = _begin(session, place, prepared)
             stages.train_stage(session, directory, model_path, heldout)
             loss = None
             if heldout:
@@ -384,15 +390,13 @@ def _path(rows: RowsLike) -> str | None:
     return os.fspath(rows) if isinstance(rows, str | os.PathLike) else None
 
 
-def _read(
-    session: Session, rows: RowsLike, wanted: Collection[str] | None
-) -> tuple[list[Example], list[Rejection], pa.Table]:
-    """(usable samples, rejections, the wanted columns of the samples). The rows themselves are freed."""
+def _read(session: Session, rows: RowsLike, wanted: Collection[str] | None) -> tuple[Prepared, pa.Table]:
+    """(the data, the wanted columns of its samples). The rows themselves are freed."""
     keeps_rows = wanted is None or len(wanted) > 0
     data = read_data(session, None if _path(rows) else rows, keeps_rows)
-    kept, _, rejections, *_ = prepare(session, data)
-    own = _own_columns(data, kept, wanted) if keeps_rows else pa.table({})
-    return kept, rejections, with_user_ids(own, kept)
+    prepared = prepare(session, data)
+    own = _own_columns(data, prepared.kept, wanted) if keeps_rows else pa.table({})
+    return prepared, with_user_ids(own, prepared.kept)
 
 
 def _own_columns(data: UserRows, kept: list[Example], wanted: Collection[str] | None) -> pa.Table:
@@ -402,7 +406,7 @@ def _own_columns(data: UserRows, kept: list[Example], wanted: Collection[str] | 
     return own_columns(kept, [row_of[example.id] for example in kept], wanted, taken)
 
 
-def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Rejection]) -> RoundDir:
+def _begin(session: Session, out: Path, prepared: Prepared) -> RoundDir:
     """Creates a folder with the settings, the dataset and the rejected rows.
 
     Raises:
@@ -417,8 +421,8 @@ def _begin(session: Session, out: Path, kept: list[Example], rejections: list[Re
     for path in (*settings.paths, *filter(None, [settings.eval_path])):
         require_not_read(path, [*written, directory.metrics, directory.path / "config.yaml"])
     write_text(out / "config.yaml", session.config.to_yaml())
-    write_jsonl(directory.rejected, (r.to_json() for r in rejections))
-    write_dataset(directory, kept)
+    write_jsonl(directory.rejected, (r.to_json() for r in prepared.rejections))
+    write_dataset(directory, prepared.kept, prepared.id_columns)
     barrier("dataset: written")  # all processes of a job read the dataset next
     return directory
 

@@ -148,7 +148,7 @@ def _export(
         columns |= found_columns
         has_turns |= with_turns and own.format == "prompt_completion"
     name = settings.get("name") or run.path.resolve().name
-    contents = _contents(columns, has_turns, both)
+    contents = _contents(columns, has_turns, both, is_own=form is None)
     unread = write_readers(place, str(name), files, own, contents)
     found = preference_pairs(run) if extras.get("pairs") else []
     pairs = _write_pairs(found, place / f"pairs.{ending}") if found else None
@@ -258,9 +258,9 @@ def _with_columns(
     return dataclasses.replace(example, extra={**example.extra, **added}) if added else example
 
 
-def _contents(columns: set[str], has_turns: bool, examples: Iterable[Example]) -> Contents:
+def _contents(columns: set[str], has_turns: bool, examples: Iterable[Example], is_own: bool) -> Contents:
     is_weighted = has_calls = False
-    for message in (message for example in examples for message in example.messages):
+    for message in (m for e in examples for m in (*e.messages, *(e.behind if is_own else ()))):
         is_weighted = is_weighted or not message.learnt
         has_calls = has_calls or bool(message.tool and message.role == "assistant")
     return Contents(frozenset(columns), is_weighted, has_calls, has_turns)

@@ -28,14 +28,19 @@ class Scores:
       embeddings: float32 [n, d], the mean hidden state over each prompt; rows as in the table.
       rejected: rows that could not be used, each with its position and the reason.
       passes: seconds, tokens and shapes of each model pass, by name.
-      reused: whether the folder had these scores before, so that nothing was measured.
+      n_reused: how many samples the folder had the scores of, so that they were not measured.
     """
 
     table: pa.Table
     embeddings: np.ndarray
     rejected: list[Rejection]
     passes: dict[str, PassRow]
-    reused: bool = False
+    n_reused: int = 0
+
+    @property
+    def reused(self) -> bool:
+        """Whether the folder had all of these scores, so that nothing was measured."""
+        return 0 < len(self.table) == self.n_reused
 
 
 @dataclasses.dataclass(frozen=True)

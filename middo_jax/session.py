@@ -288,6 +288,7 @@ class Prepared(NamedTuple):
       format: format of the rows.
       columns: the columns of the rows.
       spelling: how the turns of the rows are written.
+      id_columns: the columns that name a row, see `data.id_columns`.
     """
 
     kept: list[Example]
@@ -297,6 +298,7 @@ class Prepared(NamedTuple):
     format: str
     columns: Sequence[str]
     spelling: Spelling
+    id_columns: Sequence[str]
 
 
 def prepare(session: Session, data: UserRows | None = None) -> Prepared:
@@ -331,7 +333,7 @@ def prepare(session: Session, data: UserRows | None = None) -> Prepared:
         rejections, repairs = [*data.rejections, *own.rejections], [*data.repairs, *own.repairs]
         data = data._replace(rejections=rejections, repairs=repairs)
     facts = data.rejections, data.repairs, data.format, data.columns, data.spelling.commonest(data.format)
-    return Prepared(kept, heldout, *facts)
+    return Prepared(kept, heldout, *facts, id_columns=data.id_columns(settings.id_column))
 
 
 def _tell_of_faults(session: Session, data: UserRows) -> None:
@@ -415,7 +417,7 @@ def read_dataset(directory: RoundDir) -> list[Example]:
     return [Example.from_json(row) for row in read_jsonl(directory.dataset)]
 
 
-def write_dataset(directory: RoundDir, examples: Sequence[Example]) -> None:
-    """Writes a round's examples and records them in its manifest."""
+def write_dataset(directory: RoundDir, examples: Sequence[Example], id_columns: Sequence[str] = ()) -> None:
+    """Writes a round's examples and records them in its manifest, with the columns that name a row."""
     write_jsonl(directory.dataset, (e.to_json() for e in examples))
-    directory.finish("prepare", [directory.dataset], 0.0, n=len(examples))
+    directory.finish("prepare", [directory.dataset], 0.0, n=len(examples), id_columns=list(id_columns))

@@ -67,7 +67,12 @@ def _prepare(plan: Plan, link: Link) -> None:
         begun, data = plan.fresh.begun, plan.fresh.data
         kept = data.kept
         repairs = {reason.reason: reason.n for reason in count_reasons(data.repairs)}
-        facts = {"repairs": repairs, "format": data.format, "columns": data.columns}
+        facts = {
+            "repairs": repairs,
+            "format": data.format,
+            "columns": data.columns,
+            "id_columns": data.id_columns,
+        }
         if spelling := data.spelling.to_json():
             facts["spelling"] = spelling
         write_jsonl(plan.run.rejected, (r.to_json() for r in data.rejections))

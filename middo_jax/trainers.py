@@ -100,6 +100,11 @@ class _Names:
         """The keys of a turn's role and text."""
         return self.spelling.keys_in(self.form)
 
+    @property
+    def sides(self) -> tuple[str, str]:
+        """The usual names of the columns of a question and its answer."""
+        return ("instruction", "output") if self.form == "alpaca" else ("prompt", "completion")
+
     def role(self, kind: str) -> str | None:
         """The name of a kind of turn."""
         return self.spelling.role(kind, self.form)
@@ -109,12 +114,20 @@ class _Names:
         found = {key: self.system if key == "system" and self.system else self[n] for key, n in named.items()}
         return {key: name for key, name in found.items() if name in self.contents.columns}
 
+    @property
+    def beside(self) -> list[str]:
+        """The columns behind the first one of which a prompt is joined."""
+        usual = {"alpaca": ("context", "input"), "prompt_completion": ("context",)}.get(self.form, ())
+        return list(self.present(**{name: name for name in usual}).values())
+
 
 def _unread_by_llama_factory(names: _Names) -> str | None:
     """Why LLaMA-Factory cannot read the rows, with the way out; None if it can."""
     has_tools = bool(names.present(tools="tools"))
     if names.contents.has_turns:
         return "prompts that are lists of turns; `--format messages` writes what it reads"
+    if len(names.beside) > 1:
+        return f"`{names.beside[0]}` beside `{names.beside[1]}`; `--format sharegpt` writes what it reads"
     if names.spelling.parts:
         return "text parts; `--format sharegpt` writes what it reads"
     if names.contents.has_calls and names.role("call") is None:
@@ -126,18 +139,11 @@ def _unread_by_llama_factory(names: _Names) -> str | None:
 
 
 def _llama_factory(names: _Names) -> dict[str, Any]:
-    if names.form == "alpaca":
-        named = names.present(
-            prompt="instruction",
-            query="input",
-            response="output",
-            system="system",
-            history="history",
-            tools="tools",
-        )
-        return {"columns": named}
-    if names.form == "prompt_completion":
-        return {"columns": names.present(prompt="prompt", response="completion", system="system")}
+    if names.form in ("alpaca", "prompt_completion"):
+        asked, answered = names.sides
+        more = {"history": "history", "tools": "tools"} if names.form == "alpaca" else {}
+        named = names.present(prompt=asked, response=answered, system="system", **more)
+        return {"columns": named | ({"query": names.beside[0]} if names.beside else {})}
     columns = {"messages": names.turns, **names.present(system="system", tools="tools")}
     told = {"formatting": "sharegpt", "columns": columns}
     if names.form == "sharegpt" and not names.spelling.roles and names.spelling.keys is None:
@@ -153,6 +159,8 @@ def _axolotl(file: str, kind: str, names: _Names) -> str:
         source["type"] = _axolotl_type(names)
         if names.present(history="history"):
             said += "# It does not read `history`: export with --format messages.\n"
+        for name in names.beside[1:]:
+            said += f"# It does not read `{name}`: export with --format messages.\n"
         if names.contents.has_turns:
             said += "# It does not read prompts that are lists of turns: export with --format messages.\n"
     else:
@@ -174,9 +182,10 @@ def _axolotl(file: str, kind: str, names: _Names) -> str:
 
 def _axolotl_type(names: _Names) -> str | dict[str, str]:
     """Its type for rows of one question and one answer. Its own `alpaca` reads no system texts."""
-    is_alpaca = names.form == "alpaca"
-    asked, answered = ("instruction", "output") if is_alpaca else ("prompt", "completion")
-    fields = names.present(instruction=asked, input="input", output=answered, system="system")
+    is_alpaca, (asked, answered) = names.form == "alpaca", names.sides
+    fields = names.present(instruction=asked, output=answered, system="system")
+    if names.beside:
+        fields["input"] = names.beside[0]
     if is_alpaca and all(field == name for field, name in fields.items()):
         return "alpaca_w_system.load_instruct" if "system" in fields else "alpaca"
     formats = {
@@ -239,20 +248,23 @@ def _trl_of_pairs(names: _Names, before: str) -> str:
 
     Alpaca rows become turns: they were trained on with the chat template, which TRL does not use for texts.
     """
-    is_alpaca = names.form == "alpaca"
-    asked, answered = ("instruction", "output") if is_alpaca else ("prompt", "completion")
-    fields = names.present(asked=asked, input="input", answered=answered, history="history")
+    is_alpaca, (asked, answered) = names.form == "alpaca", names.sides
+    fields = names.present(asked=asked, answered=answered, history="history")
     prompt, answer = f"row[{fields['asked']!r}]", f"row[{fields['answered']!r}]"
-    if "input" in fields:
-        prompt = f'"\\n".join(filter(None, [{prompt}, row[{fields["input"]!r}]]))'
+    said, is_joined = "", bool(names.beside) and not names.contents.has_turns
+    if is_joined:
+        parts = ", ".join([prompt, *(f"row[{name!r}]" for name in names.beside)])
+        prompt = f'"\\n".join(filter(None, [{parts}]))'
+    elif names.beside:
+        said = f"# It does not read `{names.beside[0]}`: export with --format messages.\n"
     if "history" in fields:
         of_pair = 'for role, text in zip(("user", "assistant"), pair)'
         pairs = f"for pair in row[{fields['history']!r}] or []"
         before += f'*[{{"role": role, "content": text}} {pairs} {of_pair}], '
     if not before and not is_alpaca:
         made = f'data = data.map(lambda row: {{"prompt": {prompt}, "completion": {answer}}})\n'
-        return "" if fields["asked"] == "prompt" else made
-    return (
+        return said if fields["asked"] == "prompt" and not is_joined else said + made
+    return said + (
         "turns = lambda text, role: "
         'text if isinstance(text, list) else [{"role": role, "content": text}]\n'
         "data = data.map(\n"

@@ -30,9 +30,9 @@ from middo_jax.data.in_memory import IN_MEMORY, rows_in_memory
 from middo_jax.data.own_columns import own_columns, with_user_ids
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import read, read_rows, write
-from middo_jax.rundir import RoundDir, chain, write_jsonl
+from middo_jax.rundir import RoundDir, chain, read_jsonl, write_jsonl
 from middo_jax.signals.embeddings import read_embeddings
-from middo_jax.signals.table import SCHEMA
+from middo_jax.signals.table import SCHEMA, as_floats
 
 SMALL = {"model.max_length": 512, "train": {"batch_size": 8, "learning_rate": 0.01}}
 AXES = ("complexity", "diversity")
@@ -232,7 +232,7 @@ def test_scores_of_the_same_content_are_reused_and_others_are_not_replaced(
     assert not RoundDir(out).is_done("select")
     kept = contents(out)
     others: list[tuple[dict[str, Any], str]] = [
-        ({"rows": rows[1:]}, "the data differs"),
+        ({"rows": rows[: len(rows) // 2]}, "the data differs"),
         ({"model": place / "base"}, "model has changed"),
         ({"pre_model": place / "base"}, "it reads pre_model now"),
         ({"axes": ("diversity",)}, "the axes were complexity, are diversity"),
@@ -242,6 +242,20 @@ def test_scores_of_the_same_content_are_reused_and_others_are_not_replaced(
         with pytest.raises(middo.RunError, match=f"has other scores .*{why}.*--force"):
             score(**{"model": tmp_path / "moved"} | more)
         assert contents(out) == kept
+    # Of data that was changed, only what is new is measured.
+    changed = [*rows[1:], {**rows[0], "output": "Nobody can say."}]
+    fresh = score(rows=changed, model=tmp_path / "moved", out=None)
+    capfd.readouterr()
+    updated = score(rows=changed, model=tmp_path / "moved")
+    assert (updated.reused, updated.n_reused, fresh.n_reused) == (False, len(rows) - 1, 0)
+    told = f"{len(rows) - 1:,} of {len(rows):,} samples are measured already; only the others are"
+    assert told in capfd.readouterr().err
+    assert updated.table["id"] == fresh.table["id"]
+    np.testing.assert_allclose(*(as_floats(s.table, "loss_post") for s in (updated, fresh)), rtol=1e-5)
+    assert pq.read_table(out / "scores.parquet").equals(updated.table)
+    # A start that was stopped after it wrote the dataset.
+    write_jsonl(out / "dataset.jsonl", read_jsonl(out / "dataset.jsonl")[1:])
+    assert score(rows=changed[1:], model=tmp_path / "moved").n_reused == len(rows) - 1
     forced = score(rows=rows[1:], model=tmp_path / "moved", force=True)
     assert (forced.reused, len(forced.table)) == (False, len(rows) - 1)
     assert len(pq.read_table(out / "scores.parquet")) == len(rows) - 1

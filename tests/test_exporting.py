@@ -17,6 +17,7 @@ from middo_jax import exporting
 from middo_jax.data.example import Example, Lineage, Message, Op
 from middo_jax.data.own_shape import OwnShape
 from middo_jax.data.reading import Reading
+from middo_jax.data.repair import TRAILING
 from middo_jax.data.sources import DataError, read, read_rows, write
 from middo_jax.exporting import export_data, write_as_it_came
 from middo_jax.preferences import preference_pairs
@@ -141,8 +142,9 @@ def test_the_card_says_how_the_data_was_made_and_nothing_private(run: RunDir, tm
     settings = yaml.safe_load(run.config.read_text())
     private = {"base_url": "http://user:secret@10.0.0.7/v1", "model": "gpt-4o-mini", "accept": "measured"}
     private |= {"prompts": "/home/me/words.yaml"}
-    placed = settings | {"refine": private, "runs_dir": "/home/me/runs", "model": {"path": "/home/me/base"}}
-    placed["data"] = {"path": "/home/me/mine.json", "sources": [{"path": "/home/me/other.json"}]}
+    cached = "/home/me/.cache/huggingface/hub/models--Qwen--Qwen2.5-0.5B/snapshots/1a2b"
+    placed = settings | {"refine": private, "runs_dir": "/home/me/runs", "model": {"path": cached}}
+    placed["data"] = {"path": "hf:/home/me/mine:train", "sources": [{"path": "/home/me/other.json"}]}
     run.config.write_text(yaml.safe_dump(placed))
     try:
         export_data(run, tmp_path / "out")
@@ -156,8 +158,9 @@ def test_the_card_says_how_the_data_was_made_and_nothing_private(run: RunDir, tm
     assert "secret" not in text
     assert "/home/me" not in text
     assert "prompts: words.yaml" in text
-    assert "| model | base |" in text
-    assert "| original data | mine.json |" in text
+    assert "| model | Qwen/Qwen2.5-0.5B |" in text
+    assert "\n  path: Qwen/Qwen2.5-0.5B\n" in text  # of the settings, which repeat it
+    assert "| original data | hf:mine:train |" in text
     counts = {op: sum(e.lineage.op == op for e in originals(run)) for op in ("seed", "synthesize")}
     assert f"| {counts['seed']:,} | the original rows, unchanged |" in text
     assert f"| {counts['synthesize']:,} | new rows near sparse ones (diversity) |" in text
@@ -219,6 +222,48 @@ OWN_SHAPES = {
         [{"completion": "5", "system": "Count.", "prompt": "Add."},
          {"completion": "6", "system": "", "prompt": "A"}],
     ),
+    "alpaca: the parts of a prompt": (
+        {},
+        [{"instruction": "", "context": "It rains.", "output": "Yes.", "history": []},
+         {"instruction": "Is it wet?", "context": "", "output": "Yes.", "history": [["Hi.", "Hello."]]}],
+    ),
+    "prompt_completion: context": (
+        {"columns": {"context": "passage"}},
+        [{"prompt": "Is it wet?", "passage": "It rains.", "completion": "Yes."},
+         {"prompt": "Is it dry?", "passage": "", "completion": "No."}],
+    ),
+    "prompt_completion: context of turns": (
+        {},
+        [{"prompt": [{"role": "user", "content": "Is it wet?"}], "context": "It rains.",
+          "completion": [{"role": "assistant", "content": "Yes."}]}],
+    ),
+    "messages: fields of turns": (
+        {},
+        [{"messages": [{"role": "user", "content": "Hi.", "name": "Ann"},
+                       {"role": "assistant", "content": "I.", "reasoning_content": "Who?"}]}],
+    ),
+    "sharegpt: weight 1 everywhere": (
+        {},
+        [{"conversations": [{"from": "human", "value": "Hi.", "train": True},
+                            {"from": "gpt", "value": "I.", "train": True}]}],
+    ),
+    "messages: turns that are not learnt at the end": (
+        {},
+        [{"messages": [{"role": "user", "content": "Hi.", "weight": None},
+                       {"role": "assistant", "content": "I.", "weight": 1, "name": "Bo"},
+                       {"role": "user", "content": "Ho.", "weight": None},
+                       {"role": "assistant", "content": "No.", "weight": 0}]}],
+    ),
+    "sharegpt: two columns for the system text": (
+        {},
+        [{"system": told, "system_prompt": told,
+          "conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "I."}]}
+         for told in ("Rhyme.", "")],
+    ),
+    "alpaca: one of two columns for the system text": (
+        {},
+        [{"instruction": text, "output": "5", "system": "", "system_message": "Count."} for text in "ab"],
+    ),
     "messages": (
         {"sources": [{"path": name, "columns": {"messages": "m"}} for name in "ab"]},
         [{"m": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "I."}], "part": 1}],
@@ -269,7 +314,11 @@ def _prepared(tmp_path: Path, form: str, data: dict[str, Any], rows: list[dict[s
 
 
 # What LLaMA-Factory's converter for these rows does not read.
-UNREAD = {"messages: text parts": "text parts", "messages: tools": "`tool_calls`"}
+UNREAD = {
+    "messages: text parts": "text parts",
+    "messages: tools": "`tool_calls`",
+    "prompt_completion: context of turns": "prompts that are lists of turns",
+}
 
 
 @pytest.mark.parametrize("case", OWN_SHAPES)
@@ -298,11 +347,13 @@ def test_rows_come_back_in_the_users_own_shape(tmp_path: Path, case: str) -> Non
     turns = made.get("messages")
     if turns is None and isinstance(made["prompt"], list):
         turns = made["prompt"] + made["completion"]
-    if turns is None:
+    if case == "prompt_completion: context of turns":
+        assert "does not read `context`" in (tmp_path / "out" / "trl.py").read_text()
+    elif turns is None:
         assert [made["prompt"], made["completion"]] == [m.content for m in originals(run)[0].messages]
     else:
         assert [(t["role"], t["content"]) for t in turns] == [
-            (m.role, m.content) for m in originals(run)[0].messages
+            (m.role, m.content) for m in (*originals(run)[0].messages, *originals(run)[0].behind)
         ]
     export_data(run, tmp_path / "usual", form)
     again, _ = read(str(tmp_path / "usual" / "train.jsonl"), form)
@@ -442,6 +493,15 @@ def test_the_card_counts_rows_of_every_kind(tmp_path: Path) -> None:
     export_data(run, tmp_path / "out")
     made = (tmp_path / "out" / "README.md").read_text().split("how they were made")[1].split("Format:")[0]
     assert made.count("\n| 1 | ") == len(kinds)
+    assert "| 1 | the original rows, unchanged |" in made
+    manifest = run.round(0).path / "manifest.json"
+    record = json.loads(manifest.read_text())
+    record["stages"]["prepare"]["repairs"] = {TRAILING: 1200}
+    write_json(manifest, record)
+    export_data(run, tmp_path / "repaired")
+    made = (tmp_path / "repaired" / "README.md").read_text()
+    assert "| 1 | the original rows, unchanged but for the repairs below |" in made
+    assert f"| 1,200 | {TRAILING} |" in made
 
 
 def test_what_a_trainer_does_not_read_is_left_out_or_said(

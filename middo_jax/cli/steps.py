@@ -103,7 +103,8 @@ def _named_models(given: list[str]) -> dict[str, str] | None:
 
 
 def _facts(scores: Scores) -> dict[str, Any]:
-    return {"n": len(scores.table), "rejected": len(scores.rejected), "reused": scores.reused}
+    counts = {"n": len(scores.table), "rejected": len(scores.rejected), "n_reused": scores.n_reused}
+    return {**counts, "reused": scores.reused}
 
 
 @app.command(epilog="Example: middo select scored complexity.m=1.5 quality.fraction=0.05")

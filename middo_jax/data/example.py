@@ -9,9 +9,10 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypedDict, get_args
 
+from middo_jax.data.id_columns import without_ids
 from middo_jax.data.tools import calls_text, dumped, of_calls, of_result, parts_of
 from middo_jax.rundir.rows import ExampleRow, LineageRow, TurnRow
 
@@ -26,12 +27,15 @@ class Message:
     """One turn. An answer that is not `learnt` is context only: none of its tokens is a target.
 
     `tool` has the tool calls of an assistant's turn, or whose result a tool's turn is, see `data.tools`.
+    `fields` are the turn's other fields as the JSON text of an object, such as {"name": "Ann"}. No model
+    sees them, so they are not compared.
     """
 
     role: Role
     content: str
     learnt: bool = True
     tool: str = ""
+    fields: str = dataclasses.field(default="", compare=False)
 
     @property
     def text(self) -> str:
@@ -40,15 +44,21 @@ class Message:
         return "\n".join(part for part in (self.content, calls) if part) if calls else self.content
 
     def to_json(self) -> TurnRow:
-        """A turn of dataset.jsonl: role, content, tool calls, and weight 0 if it is not learnt."""
+        """A turn of dataset.jsonl: role, content, tool calls, weight 0 if it is not learnt, other fields."""
         row: TurnRow = {"role": self.role, "content": self.content, **parts_of(self.tool)}
-        return row if self.learnt else {**row, "weight": 0}
+        if not self.learnt:
+            row["weight"] = 0
+        if self.fields:
+            row["fields"] = json.loads(self.fields)
+        return row
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Message:
         """Reads a turn of dataset.jsonl."""
         tool = of_result(row) if row["role"] == "tool" else of_calls(row.get("tool_calls") or [])
-        return cls(_ROLES.get(row["role"], row["role"]), row["content"], row.get("weight") in (None, 1), tool)
+        learnt, fields = row.get("weight") in (None, 1), row.get("fields")
+        role = _ROLES.get(row["role"], row["role"])
+        return cls(role, row["content"], learnt, tool, dumped(fields) if fields else "")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,6 +121,7 @@ class _Given(TypedDict, total=False):
     user_id: str | int
     tools: list[Any]
     prompt_columns: dict[str, str]
+    behind: list[TurnRow]
     extra: dict[str, Any]
 
 
@@ -121,7 +132,8 @@ class Example:
     `id` is a content hash, so the same row has the same id in any file and at any position. `extra` contains
     the user's other columns, which are kept unchanged. `tools` are the definitions of the tools that the
     assistant may call, as the JSON text of a list. `user_id` is the id that the user's row has; an addition
-    has none. `prompt_columns` are the columns of an Alpaca row of which its prompt was joined.
+    has none. `prompt_columns` are the columns that the prompt was joined of, of Alpaca or prompt and context;
+    {} if it was one. `behind` are the turns behind the last answer that is learnt; no model sees them.
     """
 
     messages: tuple[Message, ...]
@@ -132,6 +144,7 @@ class Example:
     user_id: str | int | None = None
     # Not compared: it says how the same conversation was spread over columns.
     prompt_columns: Mapping[str, str] = dataclasses.field(default_factory=lambda: NO_COLUMNS, compare=False)
+    behind: tuple[Message, ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -182,12 +195,18 @@ class Example:
         return [m.role for m in self.messages if m.role != "system"] == ["user", "assistant"]
 
     def replace_text(
-        self, prompt: str, response: str, lineage: Lineage, context: tuple[Message, ...] | None = None
+        self,
+        prompt: str,
+        response: str,
+        lineage: Lineage,
+        context: tuple[Message, ...] | None = None,
+        id_columns: Collection[str] = (),
     ) -> Example:
         """The child that a refiner's prompt and answer make. It has the extra columns and its own id.
 
         A rewrite keeps all turns before the last user turn, or has `context` in their place. An addition
-        (`lineage.op` is `synthesize`) has one prompt after the system turn.
+        (`lineage.op` is `synthesize`) has one prompt after the system turn, and null in `id_columns` and in
+        columns that are called like an id.
 
             [system, u1, a1, u2, a2]  ->  rewrite [system, u1, a1, prompt, response]
                                           addition [system, prompt, response]
@@ -196,10 +215,11 @@ class Example:
         user_id, extra = self.user_id, self.extra
         if lineage.op == "synthesize":
             before, user_id = tuple(m for m in self.messages if m.role == "system"), None
-            # An `id` is an ordinary column if it is not unique, or if `data.id_column` is another one.
-            extra = shared_names({name: value for name, value in extra.items() if name != "id"})
-        turns = (Message("user", prompt), Message("assistant", response))
-        parts = self.prompt_columns if prompt == self.question else NO_COLUMNS
+            extra = shared_names(without_ids(extra, id_columns))
+        asked, parts = Message("user", prompt), NO_COLUMNS
+        if prompt == self.question:
+            asked, parts = self.messages[self._asked], self.prompt_columns
+        turns = (asked, Message("assistant", response))
         return Example(before + turns, "", lineage, extra, self.tools, user_id, parts)
 
     def changed_turns(self, original: Example) -> list[int]:
@@ -225,6 +245,8 @@ class Example:
             given["prompt_columns"] = dict(self.prompt_columns)
         if self.extra:
             given["extra"] = dict(self.extra)
+        if self.behind:
+            given["behind"] = [message.to_json() for message in self.behind]
         messages = [message.to_json() for message in self.messages]
         lineage: LineageRow = {**self.lineage.to_json(), "root_id": self.root_id}
         return {"id": self.id, "messages": messages, **given, "lineage": lineage}
@@ -236,7 +258,8 @@ class Example:
         messages = tuple(Message.from_json(m) for m in row["messages"])
         tools = dumped(row["tools"]) if row.get("tools") else ""
         extra, parts = shared_names(row.get("extra")), shared_names(row.get("prompt_columns"))
-        return cls(messages, row["id"], lineage, extra, tools, row.get("user_id"), parts)
+        behind = tuple(Message.from_json(m) for m in row.get("behind", ()))
+        return cls(messages, row["id"], lineage, extra, tools, row.get("user_id"), parts, behind)
 
 
 def shared_names(columns: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pydantic
@@ -27,18 +27,27 @@ import pydantic
 from middo_jax.config.formats import BUILT_IN_FORMATS, name_formats
 from middo_jax.data.example import Example, Lineage, Message, content_id, shared_names
 from middo_jax.data.reading import AS_IT_IS, Reading
-from middo_jax.data.repair import as_messages
+from middo_jax.data.repair import BEHIND, as_messages
 from middo_jax.data.shapes import (
     alpaca_row,
     alpaca_turns,
     messages_row,
+    prompt_columns,
     prompt_completion_row,
     prompt_completion_turns,
-    prompt_parts,
     sharegpt_row,
 )
 from middo_jax.data.tools import TOOL_COLUMN, definitions_of
-from middo_jax.data.turns import SYSTEM_COLUMNS, Row, RowError, Turn, kind_of, turn_list, with_system
+from middo_jax.data.turns import (
+    SYSTEM_COLUMNS,
+    Row,
+    RowError,
+    Turn,
+    kind_of,
+    not_trained_on,
+    turn_list,
+    with_system,
+)
 
 _NOT_ROWS = ("auto", "parquet", "tfds")  # names that have another meaning, so that no format may have them
 # Columns on whose text an answer usually depends. A warning names those that the conversation does not
@@ -50,7 +59,7 @@ PROMPT_COLUMNS = frozenset(
         *("system_instruction", "system_instructions", "sys_prompt", "tools"),
     )
 )
-_OUR_COLUMNS = {"id", "messages", "lineage", "extra", "tools", "user_id", "prompt_columns"}
+_OUR_COLUMNS = {"id", "messages", "lineage", "extra", "tools", "user_id", "prompt_columns", "behind"}
 _LINEAGE = pydantic.TypeAdapter(Lineage)
 
 
@@ -169,7 +178,6 @@ def to_example(row: Any, form: str, reading: Reading = AS_IT_IS) -> Converted:
     ours = form == "messages" and is_ours(row)
     row = row if ours else reading.apply(row)
     turns = FORMATS[form].turns(row)
-    unkept = frozenset().union(*(turn.unkept for turn in turns))
     messages, repairs = as_messages(turns if ours else with_system(row, turns), reading.strict and not ours)
     if ours:
         example = _our_example(row)
@@ -177,10 +185,12 @@ def to_example(row: Any, form: str, reading: Reading = AS_IT_IS) -> Converted:
             raise RowError(
                 "a row of dataset.jsonl whose turns were changed: remove its columns id and lineage"
             )
-        return Converted(example, unkept, ())
+        return Converted(example, not_trained_on(_fields_of(example.messages)), ())
     # No learnt answer depends on the turns behind the last one.
-    while messages[-1].role != "assistant" or not messages[-1].learnt:
-        messages, unkept = messages[:-1], unkept | {"turns after the last answer that is learnt"}
+    end = 1 + max(n for n, m in enumerate(messages) if m.role == "assistant" and m.learnt)
+    messages, behind = messages[:end], messages[end:]
+    repairs += (BEHIND,) if behind else ()
+    unkept = not_trained_on(item for turn in turns for item in turn.fields.items())
     extra = {column: value for column, value in row.items() if column not in FORMATS[form].columns}
     tools = definitions_of(row.get(TOOL_COLUMN))
     if tools is not None:
@@ -189,14 +199,18 @@ def to_example(row: Any, form: str, reading: Reading = AS_IT_IS) -> Converted:
     unkept |= {f"column {c!r}" for c in extra if _is_of_prompt(c) and not _is_shown(extra[c], shown)}
     if "id" in extra and extra["id"] == content_id(messages, tools or ""):
         del extra["id"]
-    parts = prompt_parts(row) if form == "alpaca" else {}
     example = Example(
         messages,
         extra=shared_names(extra),
         tools=tools or "",
-        prompt_columns=shared_names(parts),
+        prompt_columns=shared_names(prompt_columns(row, form)),
+        behind=behind,
     )
     return Converted(example, unkept, repairs)
+
+
+def _fields_of(messages: Sequence[Message]) -> Iterator[tuple[str, Any]]:
+    return (item for m in messages if m.fields for item in json.loads(m.fields).items())
 
 
 def _is_of_prompt(column: str) -> bool:

@@ -17,6 +17,8 @@ from middo_jax.data.tools import TOOL_COLUMN
 from middo_jax.data.turns import Row
 
 _log = logging.getLogger(__name__)
+# The formats whose rows may end with turns that are not learnt.
+_WITH_BEHIND = frozenset({"sharegpt", "messages"})
 _SPEAKING = ("assistant", "gpt", "function_call")  # the names of the assistant's turns in written rows
 
 
@@ -46,6 +48,9 @@ class Layout:
       has_tools: whether any example defines tools.
       has_weights: whether any answer is not learnt.
       is_conversational: whether prompt and completion are lists of turns.
+      is_whole: whether rows have what no model sees: the user's other fields of turns, and the turns behind
+        the last answer that is learnt, where the format has columns of turns.
+      weighs: whether answers have a weight also where all of them are learnt.
     """
 
     form: str
@@ -54,10 +59,12 @@ class Layout:
     has_tools: bool
     has_weights: bool
     is_conversational: bool
+    is_whole: bool = False
+    weighs: bool = False
 
     @classmethod
-    def of(cls, examples: Iterable[Example], form: str, id_column: str) -> Layout:
-        """The layout of some examples, see `to_rows`."""
+    def of(cls, examples: Iterable[Example], form: str, id_column: str, whole: bool = False) -> Layout:
+        """The layout of some examples, see `to_rows`. With `whole` also of what no model sees."""
         if FORMATS[form].row is None:
             raise DataError(f"rows of format {form} can be read and not written; write messages")
         columns: dict[str, None] = {}
@@ -66,7 +73,8 @@ class Layout:
             columns.update(dict.fromkeys(example.extra))
             has_ids = has_ids or example.user_id is not None
             has_tools = has_tools or bool(example.tools)
-            has_weights = has_weights or not all(message.learnt for message in example.messages)
+            turns = example.messages + (example.behind if whole and form in _WITH_BEHIND else ())
+            has_weights = has_weights or not all(message.learnt for message in turns)
             is_conversational = is_conversational or _is_conversational(example)
         if has_weights and not FORMATS[form].keeps_weights:
             raise DataError(
@@ -82,7 +90,8 @@ class Layout:
             names[column] = name
         if renamed := [f"{column} -> {name}" for column, name in names.items() if column != name]:
             _log.warning("extra columns are renamed, since %s uses their names: %s", form, ", ".join(renamed))
-        return cls(form, id_column if has_ids else None, names, has_tools, has_weights, is_conversational)
+        ids = id_column if has_ids else None
+        return cls(form, ids, names, has_tools, has_weights, is_conversational, whole)
 
     def row(self, example: Example) -> Row:
         """The row of an example.
@@ -104,19 +113,29 @@ class Layout:
             # where there are none: TRL and axolotl parse any text as JSON.
             row[TOOL_COLUMN] = example.tools or None
         row |= {self.names[column]: plain(value) for column, value in example.extra.items()}
-        if self.has_weights:
-            for turn in (turn for column in self._format.required for turn in _turns_in(row[column])):
-                # Readers expect the same fields in all turns. Only answers have one: axolotl learns any 1.
-                speaks = turn.get("role", turn.get("from")) in _SPEAKING
-                turn.setdefault("weight", 1 if speaks else None)
+        for turn in (turn for column in self._format.required for turn in _turns_in(row[column])):
+            self._complete(turn)
         return row
 
+    def _complete(self, turn: Row) -> None:
+        """Gives a turn its weight and the user's other fields."""
+        fields = turn.pop("fields", {})
+        if self.is_whole:
+            turn |= {name: value for name, value in fields.items() if name not in turn}
+        if turn.get("role", turn.get("from")) in _SPEAKING:
+            if self.has_weights or self.weighs:
+                turn.setdefault("weight", 1)
+        elif self.has_weights:
+            # Readers expect the same fields in all turns. Only answers have one: axolotl learns any 1.
+            turn["weight"] = None
+
     def _conversation(self, example: Example) -> Row:
+        turns = example.messages + (example.behind if self.is_whole and self.form in _WITH_BEHIND else ())
         if self.form == "prompt_completion" and self.is_conversational:
             return conversational_row(example.messages)
         to_row = self._format.row
         assert to_row is not None  # `of` refuses such a format
-        return {**to_row(example.messages), **(prompt_row(example) if self.form == "alpaca" else {})}
+        return {**to_row(turns), **(prompt_row(example) if self.form == "alpaca" else {})}
 
     @property
     def _format(self) -> RowFormat:

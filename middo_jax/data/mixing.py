@@ -10,6 +10,7 @@ from typing import TypeVar
 from middo_jax.config.settings import DataSettings, Source
 from middo_jax.data.files import Rejection
 from middo_jax.data.formats import DataError
+from middo_jax.data.id_columns import distinct_in_each
 from middo_jax.data.places import Places
 from middo_jax.data.reading import Reading
 from middo_jax.data.sources import read_rows
@@ -126,8 +127,8 @@ def _empty(parts: Sequence[UserRows], keep_rows: bool) -> UserRows:
         if part.format == form:
             spelling.add_all(part.spelling)
     columns = list(dict.fromkeys(name for part in parts for name in part.columns))
-    rows = [] if keep_rows else None
-    return UserRows([], (), [], format=form, columns=columns, spelling=spelling, rows=rows)
+    rows, distinct = [] if keep_rows else None, distinct_in_each([part.distinct for part in parts])
+    return UserRows([], (), [], (), form, (), columns, spelling, distinct, rows)
 
 
 def _place(path: str, where: str) -> str:

@@ -10,10 +10,13 @@ from typing import Any
 
 from middo_jax.data.example import Example
 from middo_jax.data.layout import Layout
-from middo_jax.data.shapes import prompt_row
+from middo_jax.data.shapes import apart, prompt_row
 from middo_jax.data.spelling import Spelling
 from middo_jax.data.stored import Changed, Examples
 from middo_jax.data.turns import SYSTEM_COLUMNS, Row
+
+# Columns of a format that a row may lack, and what they have where it has nothing to put there.
+_EMPTY = {"alpaca": {"context": "", "history": []}, "prompt_completion": {"context": ""}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +61,15 @@ class OwnShape:
         return {**facts, "id_column": self.id_column, **({"spelling": spelling} if spelling else {})}
 
     @property
+    def system_columns(self) -> list[str]:
+        """The user's columns for system texts, in the user's order."""
+        theirs = {self.names.get(name, name) for name in SYSTEM_COLUMNS}
+        return [name for name in self.columns if name in theirs]
+
+    @property
     def system_column(self) -> str | None:
-        """The user's column with the system text; None if there is none, or several."""
-        theirs = {name: self.names.get(name, name) for name in SYSTEM_COLUMNS}
-        found = [name for name in theirs.values() if name in self.columns]
-        return found[0] if len(found) == 1 else None
+        """The column that usually has the system text, the first of several; None if there is none."""
+        return next(iter([*self.spelling.systems, *self.system_columns]), None)
 
     def rows(self, examples: Examples, among: Examples | None = None) -> Iterator[Row]:
         """Conversations as rows of this shape. Columns of ours follow the user's, an `id` of ours is first.
@@ -75,26 +82,41 @@ class OwnShape:
         Raises:
           DataError: see `layout.to_rows`.
         """
-        system = self.system_column
+        systems = self.system_columns
         among = examples if among is None else among
         has_input = self.format != "alpaca" or not self.columns or self._has_input(among)
-        bare = Changed(among, _without_system) if system else among
-        layout = Layout.of(bare, self.format, self.id_column)
-        if self.spelling.lists:
-            layout = dataclasses.replace(layout, is_conversational=True)
+        bare = Changed(among, _without_system) if systems else among
+        layout = Layout.of(bare, self.format, self.id_column, whole=True)
+        layout = dataclasses.replace(
+            layout,
+            is_conversational=layout.is_conversational or self.spelling.lists,
+            weighs=self.spelling.weighs,
+        )
         for example in examples:
-            row = layout.row(_without_system(example) if system else example)
-            if system:
-                first = example.messages[0]
-                row[self._ours(system)] = first.content if first.role == "system" else ""
+            row = layout.row(_without_system(example) if systems else example)
+            row |= self._system_texts(example)
             if not has_input:
                 row.pop("input", None)
+            if self.format == "prompt_completion" and self._has("context"):
+                row = apart(row, example)
+            for name, empty in _EMPTY.get(self.format, {}).items():
+                if self._has(name):
+                    row.setdefault(name, empty)
             yield self._named(self.spelling.spelled(row, self.format))
+
+    def _system_texts(self, example: Example) -> Row:
+        """The columns for the system text: where the user usually has it, and empty in the others."""
+        first, used = example.messages[0], self.spelling.systems or self.system_columns[:1]
+        text = first.content if first.role == "system" else ""
+        return {self._ours(name): text if name in used else "" for name in self.system_columns}
+
+    def _has(self, name: str) -> bool:
+        """Whether the user has a column of a format."""
+        return self.names.get(name, name) in self.columns
 
     def _has_input(self, examples: Examples) -> bool:
         """Whether the user has the column `input`, or a row needs it."""
-        name = self.names.get("input", "input")
-        return name in self.columns or any(prompt_row(example).get("input") for example in examples)
+        return self._has("input") or any(prompt_row(example).get("input") for example in examples)
 
     def _ours(self, name: str) -> str:
         return next((ours for ours, theirs in self.names.items() if theirs == name), name)

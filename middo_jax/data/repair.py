@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from middo_jax.data.example import Message
-from middo_jax.data.tools import of_calls, parts_of
+from middo_jax.data.tools import dumped, of_calls, parts_of
 from middo_jax.data.turns import RowError, Turn
 
 JOINED = "neighbouring turns of one role are joined"
 EMPTY = "an empty turn is left out, with the answer or question that belongs to it"
 TRAILING = "turns behind the last answer are left out"
+BEHIND = "turns behind the last answer that is learnt are not used"
 LEADING = "an answer before the first question is kept and not learnt"
 JOINT = "\n\n"  # between joined turns
 
@@ -53,7 +54,8 @@ def as_messages(turns: Sequence[Turn], strict: bool) -> tuple[tuple[Message, ...
     for _, turn in kept:
         asked = asked or turn.role == "user"
         is_learnt = turn.role != "assistant" or (turn.learnt and asked)
-        messages.append(Message(turn.role, turn.content, is_learnt, turn.tool))
+        fields = dumped(turn.fields) if turn.fields else ""
+        messages.append(Message(turn.role, turn.content, is_learnt, turn.tool, fields))
     if not any(m.role == "assistant" and m.learnt for m in messages):
         raise RowError("nothing is learnt: every answer has weight 0")
     return tuple(messages), tuple(dict.fromkeys(repairs))
@@ -87,7 +89,7 @@ def _joined(given: Sequence[_Numbered], repairs: list[str]) -> list[_Numbered]:
         calls = [*parts_of(before.tool).get("tool_calls", ()), *parts_of(turn.tool).get("tool_calls", ())]
         together = before._replace(
             content=JOINT.join(texts),
-            unkept=before.unkept | turn.unkept,
+            fields={**turn.fields, **before.fields},
             learnt=before.learnt and turn.learnt,
             tool=of_calls(calls),
         )

@@ -26,21 +26,34 @@ def alpaca_turns(row: Row) -> list[Turn]:
             raise RowError(f"column 'history': pair {n} is not a list of two texts, [user, assistant]")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     text_of(row, "instruction")  # required
-    prompt = _joined_prompt(prompt_parts(row, at_least=0))
+    prompt = _joined_prompt(prompt_parts(row))
     return [*turns, Turn("user", prompt), Turn("assistant", text_of(row, "output"))]
 
 
-def prompt_parts(row: Row, at_least: int = 2) -> dict[str, str]:
-    """The columns of an Alpaca row that its prompt is joined of; {} if fewer than `at_least` have a text."""
+def prompt_parts(row: Row) -> dict[str, str]:
+    """The columns of an Alpaca row that its prompt is joined of: those with a text."""
     texts = {name: text_of(row, name, "") for name in ("instruction", "context", "input")}
-    parts = {name: text for name, text in texts.items() if text.strip()}
-    return parts if len(parts) >= at_least else {}
+    return {name: text for name, text in texts.items() if text.strip()}
+
+
+def prompt_columns(row: Row, form: str) -> dict[str, str]:
+    """The columns that the prompt of a row is joined of; {} if it is its format's usual column alone.
+
+    Of prompt_completion, `prompt` is the text of the last question.
+    """
+    if form == "alpaca":
+        parts = prompt_parts(row)
+        return {} if parts.keys() == {"instruction"} else parts
+    if form == "prompt_completion" and (context := text_of(row, "context", "")).strip():
+        asked = [turn.content for turn in _sides(row) if turn.role == "user"]
+        return {"prompt": asked[-1], "context": context} if asked else {}
+    return {}
 
 
 def prompt_row(example: Example) -> Row:
     """The columns of the prompt of an unchanged Alpaca row, as they were; {} for all others."""
     parts = example.prompt_columns
-    if not parts or _joined_prompt(parts) != example.question:
+    if not parts or "prompt" in parts or _joined_prompt(parts) != example.question:
         return {}
     return {"instruction": "", "input": "", **parts}
 
@@ -75,13 +88,19 @@ def sharegpt_row(messages: Sequence[Message]) -> Row:
     turns = []
     for m in messages:
         weight = {} if m.learnt else {"weight": 0}
-        fields = parts_of(m.tool)
-        calls = fields.pop("tool_calls", ())
+        result, others = parts_of(m.tool), _fields_of(m)
+        calls = result.pop("tool_calls", ())
         if m.content or not calls:
-            turns.append({"from": names[m.role], "value": m.content, **fields, **weight})
+            turns.append({"from": names[m.role], "value": m.content, **result, **weight, **others})
         if calls:
-            turns.append({"from": "function_call", "value": calls_value(calls), **weight})
+            others = {} if m.content else others
+            turns.append({"from": "function_call", "value": calls_value(calls), **weight, **others})
     return {"conversations": turns}
+
+
+def _fields_of(message: Message) -> Row:
+    """The user's other fields of a turn as `fields`, which is a part of no format: see `layout`."""
+    return {"fields": json.loads(message.fields)} if message.fields else {}
 
 
 def calls_value(calls: Sequence[Mapping[str, Any]]) -> str:
@@ -96,7 +115,22 @@ def messages_row(messages: Sequence[Message]) -> Row:
 
 
 def prompt_completion_turns(row: Row) -> list[Turn]:
-    """The turns of a row of prompt_completion."""
+    """The turns of a row of prompt_completion, with its context in the last question."""
+    turns = _sides(row)
+    context = text_of(row, "context", "")
+    asked = max((n for n, turn in enumerate(turns) if turn.role == "user"), default=None)
+    if context.strip() and asked is not None:
+        turns[asked] = turns[asked]._replace(content=with_context(turns[asked].content, context))
+    return turns
+
+
+def with_context(prompt: str, context: str) -> str:
+    """A prompt that contains its context."""
+    return prompt if context.strip() in prompt else f"{prompt}\n{context}"
+
+
+def _sides(row: Row) -> list[Turn]:
+    """The turns of prompt and completion."""
     turns = []
     sides: dict[str, Role] = {"prompt": "user", "completion": "assistant"}
     for column, role in sides.items():
@@ -107,11 +141,20 @@ def prompt_completion_turns(row: Row) -> list[Turn]:
             turns.append(Turn(role, content_of(value, f"column {column!r}")))
         else:
             turns.append(Turn(role, text_of(row, column)))
-    if context := text_of(row, "context", "").strip():
-        asked = max((n for n, turn in enumerate(turns) if turn.role == "user"), default=None)
-        if asked is not None and context not in turns[asked].content:
-            turns[asked] = turns[asked]._replace(content=f"{turns[asked].content}\n{row['context']}")
     return turns
+
+
+def apart(row: Row, example: Example) -> Row:
+    """A row of prompt_completion with the context of an unchanged prompt in its own column again."""
+    parts = example.prompt_columns
+    if "prompt" not in parts or with_context(parts["prompt"], parts["context"]) != example.question:
+        return row
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return {**row, "prompt": parts["prompt"], "context": parts["context"]}
+    asked = max(n for n, turn in enumerate(prompt) if turn["role"] == "user")
+    prompt = [*prompt[:asked], {**prompt[asked], "content": parts["prompt"]}, *prompt[asked + 1 :]]
+    return {**row, "prompt": prompt, "context": parts["context"]}
 
 
 def has_turns(value: Any) -> bool:

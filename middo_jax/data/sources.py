@@ -29,6 +29,7 @@ from middo_jax.data.formats import (
     DataError,
     detect,
 )
+from middo_jax.data.id_columns import distinct_columns
 from middo_jax.data.in_memory import IN_MEMORY, rows_in_memory
 from middo_jax.data.layout import Layout
 from middo_jax.data.parquet import write_parquet
@@ -94,6 +95,7 @@ def read_rows(
     if converter.n_values:
         _require_columns(reading, converter.names, path)
     data = converter.data()
+    data = data._replace(distinct=distinct_columns([example.extra for example in data.examples]))
     give_user_ids(data.examples, data.places, converter.of_ours, reading.id_column, path)
     if not data.examples:
         reasons = "".join(f"\n{line}" for line in commonest_reasons(data.rejections))

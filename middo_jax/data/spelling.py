@@ -15,7 +15,7 @@ from typing import Any
 from middo_jax.data.reading import AS_IT_IS, Reading
 from middo_jax.data.shapes import calls_value, has_turns
 from middo_jax.data.tools import CALL_ROLES, TOOL_COLUMN, dumped
-from middo_jax.data.turns import KEYS, ROLES, WEIGHTS, Row, keys_of, listed, weight_of
+from middo_jax.data.turns import KEYS, ROLES, SYSTEM_COLUMNS, WEIGHTS, Row, keys_of, listed, weight_of
 
 # Kinds of turns: the four roles, and a call of a tool that has a turn of its own.
 _CALL = "call"
@@ -54,6 +54,8 @@ class Spelling:
       argument_texts: whether the arguments of `tool_calls` are JSON text, not objects.
       lists: whether prompt and completion are lists of turns, also where a text each would do. TRL takes
         only lists through the chat template.
+      weighs: whether answers have the field `weight` also where all of them are learnt.
+      systems: of several columns for system texts, those that have them; () if there is at most one.
     """
 
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -63,11 +65,13 @@ class Spelling:
     tool_lists: bool = False
     argument_texts: bool = False
     lists: bool = False
+    weighs: bool = False
+    systems: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Spelling:
         """The inverse of `to_json`."""
-        pairs = {name: tuple(value[name]) for name in ("keys", "weight") if name in value}
+        pairs = {name: tuple(value[name]) for name in ("keys", "weight", "systems") if name in value}
         return cls(**{**value, **pairs})
 
     def to_json(self) -> dict[str, Any]:
@@ -151,6 +155,10 @@ class SpellingCount:
         self._tool_lists: Counter[bool] = Counter()
         self._argument_texts: Counter[bool] = Counter()
         self._lists: Counter[bool] = Counter()
+        self._weighs: Counter[bool] = Counter()
+        self._system_columns = [names.get(name, name) for name in sorted(SYSTEM_COLUMNS)]
+        self._present = set[str]()  # those of them that rows have
+        self._systems: Counter[tuple[str, ...]] = Counter()
         self._may_be_lists = form == "prompt_completion"
 
     def add(self, row: Row) -> None:
@@ -164,6 +172,9 @@ class SpellingCount:
                     self._add_turn(turn)
         if tools := row.get(self._tool_column):
             self._tool_lists[not isinstance(tools, str)] += 1
+        present = [name for name in self._system_columns if name in row]
+        self._present.update(present)
+        self._systems[tuple(name for name in present if row[name])] += 1
 
     def add_all(self, other: SpellingCount) -> None:
         """Adds what another count has found, such as that of another source of the same format."""
@@ -176,6 +187,9 @@ class SpellingCount:
         self._tool_lists += other._tool_lists
         self._argument_texts += other._argument_texts
         self._lists += other._lists
+        self._weighs += other._weighs
+        self._systems += other._systems
+        self._present |= other._present
 
     def _add_turn(self, turn: Row) -> None:
         keys = keys_of(turn, self._usual_keys)
@@ -191,9 +205,9 @@ class SpellingCount:
         if text:
             self._parts[kind][_part_of(text)] += 1
         if kind == "assistant":
-            for field in WEIGHTS:
-                if weight_of(turn.get(field)) is not None:
-                    self._weights[field, isinstance(turn[field], bool)] += 1
+            fields = [field for field in WEIGHTS if weight_of(turn.get(field)) is not None]
+            self._weights.update((field, isinstance(turn[field], bool)) for field in fields)
+            self._weighs[bool(fields)] += 1
         calls = turn.get("tool_calls")
         for call in calls if isinstance(calls, list) else ():
             function = call.get("function") if isinstance(call, dict) else None
@@ -203,7 +217,7 @@ class SpellingCount:
     def commonest(self, form: str) -> Spelling:
         """The commonest spelling of each kind of thing, for rows of the format `form`."""
         if form not in _COLUMNS:
-            return Spelling(tool_lists=_first(self._tool_lists) or False)
+            return Spelling(tool_lists=_first(self._tool_lists) or False, systems=self._columns_of_system())
         usual, keys, weight = USUAL_ROLES[form], _first(self._keys), _first(self._weights)
         roles = {kind: _first(names) for kind, names in self._roles.items()}
         parts = {kind: _first(types) for kind, types in self._parts.items()}
@@ -215,7 +229,14 @@ class SpellingCount:
             _first(self._tool_lists) or False,
             _first(self._argument_texts) or False,
             _first(self._lists) or False,
+            _first(self._weighs) or False,
+            self._columns_of_system(),
         )
+
+    def _columns_of_system(self) -> tuple[str, ...]:
+        """The columns that most rows with a system text have it in; () if there is one column at most."""
+        found = Counter({columns: n for columns, n in self._systems.items() if columns})
+        return _first(found) or () if len(self._present) > 1 else ()
 
 
 def _first(count: Counter[Any]) -> Any:

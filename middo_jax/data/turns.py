@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from middo_jax.data.tools import CALL_ROLES, RESULT_ROLES, ToolError, calls_in, calls_of, of_calls, of_result
@@ -36,16 +37,19 @@ KEYS = (("role", "content"), ("from", "value"))
 _KEYS_EXPECTED = "a turn has " + ", or ".join(" and ".join(map(repr, keys)) for keys in KEYS)
 
 
+NO_FIELDS: Mapping[str, Any] = {}
+
+
 class RowError(ValueError):
     """One row cannot be used; the message is the reason in its rejection."""
 
 
 class Turn(NamedTuple):
-    """A turn as it is in the row. `unkept` names its fields that have no counterpart in `Message`."""
+    """A turn as it is in the row. `fields` are those that are neither shown to the model nor its weight."""
 
     role: Role
     content: str
-    unkept: frozenset[str] = frozenset()
+    fields: Mapping[str, Any] = NO_FIELDS
     learnt: bool = True
     tool: str = ""
 
@@ -103,15 +107,14 @@ def turn_list(row: Row, column: str, keys: tuple[str, str]) -> list[Turn]:
                 f"'{{{shown}: user}}'; known: {', '.join(ROLES)}"
             )
         weights = {key: weight for key in WEIGHTS if (weight := weight_of(fields.get(key))) is not None}
-        # Other turns are never learnt, so a weight of 0 there may be meant for another turn: it is reported.
-        kept = {key for key, weight in weights.items() if weight or ROLES[role] == "assistant"}
         try:
             tool, text, used = _tool_of(role, text, fields)
         except ToolError as e:
             raise RowError(f"turn {n}: {e}") from e
-        unkept = frozenset(fields.keys() - kept - used)
+        used |= weights.keys() if ROLES[role] == "assistant" else set()
+        rest = {key: item for key, item in fields.items() if key not in used} or NO_FIELDS
         content = content_of(text, f"turn {n}: {text_key!r}")
-        turns.append(Turn(ROLES[role], content, unkept, all(weights.values()), tool))
+        turns.append(Turn(ROLES[role], content, rest, all(weights.values()), tool))
     return turns
 
 
@@ -141,13 +144,21 @@ def keys_of(turn: Row, usual: tuple[str, str]) -> tuple[str, str]:
 def _tool_of(role: str, text: Any, fields: Row) -> tuple[str, Any, set[str]]:
     """(`Turn.tool`, the turn's text without calls, the fields that are used)."""
     if ROLES[role] == "tool":
-        return of_result(fields), text, _RESULT_FIELDS
+        return of_result(fields), text, {key for key in _RESULT_FIELDS if isinstance(fields.get(key), str)}
     if ROLES[role] != "assistant":
         return "", text, set()
     calls = calls_of(fields)
     if role in CALL_ROLES and not calls:  # ShareGPT has the call as the turn's text
         return of_calls(calls_in(content_of(text, "a tool call"))), "", set()
-    return of_calls(calls), text, _CALL_FIELDS
+    return of_calls(calls), text, set(_CALL_FIELDS)
+
+
+def not_trained_on(fields: Iterable[tuple[str, Any]]) -> frozenset[str]:
+    """The names of fields, of `Turn.fields`, that may be meant for training.
+
+    Only answers are learnt. A weight of 1 of another turn says nothing; one of 0 may be meant for an answer.
+    """
+    return frozenset(name for name, value in fields if not (name in WEIGHTS and weight_of(value)))
 
 
 def weight_of(value: Any) -> bool | None:

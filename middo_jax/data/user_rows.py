@@ -38,6 +38,7 @@ class UserRows(NamedTuple):
       said: what was taken of each of several sources, one line each.
       columns: the names of the columns of the usable rows, in the order in which they first occur.
       spelling: how the usable rows write their turns.
+      distinct: for each extra column, whether each value is in one row only, see `data.id_columns`.
       rows: for each example, its row as it was read; None unless they were asked for.
     """
 
@@ -49,7 +50,13 @@ class UserRows(NamedTuple):
     said: Sequence[str] = ()
     columns: Sequence[str] = ()
     spelling: SpellingCount = _NOTHING
+    distinct: Mapping[str, bool] = {}
     rows: list[Any] | None = None
+
+    def id_columns(self, column: str | None) -> list[str]:
+        """The columns that name a row: `column`, which is `data.id_column`, and the distinct ones."""
+        distinct = {name for name, is_distinct in self.distinct.items() if is_distinct}
+        return sorted(distinct | ({column} if column is not None else set()))
 
     def without(self, reasons: Mapping[int, str]) -> UserRows:
         """The dataset without some examples, which become rejections.

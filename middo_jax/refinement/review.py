@@ -1,19 +1,19 @@
 """Accepted rewrites for people to judge, in the formats of Argilla and Label Studio, and their verdicts.
 
-A person answers four questions about each rewrite: `verdict` (accept or reject), `new_prompt` and
-`new_answer` (the texts as they should be; unchanged ones are no edit) and `comment`. The id of a row is
-`TASK@CANDIDATE`.
+A person sees both conversations whole and answers four questions about each rewrite: `verdict` (accept or
+reject), `new_prompt` and `new_answer` (the texts as they should be; unchanged ones are no edit, empty ones an
+error) and `comment`. The id of a row is `TASK@CANDIDATE`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from middo_jax.data.example import Message
 from middo_jax.data.formats import DataError
-from middo_jax.refinement.prompts import conversation
 from middo_jax.refinement.tasks import Outcome
 
 ReviewFormat = Literal["argilla", "label-studio"]
@@ -23,11 +23,12 @@ ACCEPT, REJECT = "accept", "reject"
 # Beside a file for Label Studio: the labelling interface of a new project.
 LABELLING = """\
 <View>
-  <Header value="The conversation before it"/> <Text name="context" value="$context"/>
-  <Header value="The original"/>
+  <Header value="The original; its earlier turns, if some of them are rewritten"/>
+  <Text name="original_context" value="$original_context"/>
   <Text name="original_prompt" value="$original_prompt"/>
   <Text name="original_answer" value="$original_answer"/>
-  <Header value="The rewrite"/>
+  <Header value="The rewrite, behind the turns before it"/>
+  <Text name="context" value="$context"/>
   <Text name="prompt" value="$prompt"/> <Text name="answer" value="$answer"/>
   <Choices name="verdict" toName="answer" choice="single-radio" required="true">
     <Choice value="accept"/> <Choice value="reject"/>
@@ -47,7 +48,7 @@ import os
 import argilla as rg
 
 client = rg.Argilla(api_url=os.environ["ARGILLA_API_URL"], api_key=os.environ["ARGILLA_API_KEY"])
-texts = ("context", "original_prompt", "original_answer", "prompt", "answer")
+texts = ("original_context", "original_prompt", "original_answer", "context", "prompt", "answer")
 settings = rg.Settings(
     fields=[rg.TextField(name=name, required=name in ("prompt", "answer")) for name in texts],
     questions=[
@@ -85,14 +86,24 @@ def review_rows(outcomes: Sequence[Outcome], form: ReviewFormat) -> Iterator[dic
 def _texts(outcome: Outcome) -> dict[str, str]:
     child, original = outcome.example, outcome.task.original
     assert child is not None
-    is_addition = outcome.task.op == "synthesize"
+    is_addition, before = outcome.task.op == "synthesize", original.context
+    is_same, pairs = is_addition or child.context == before, zip(child.context, before, strict=False)
+    rewritten = [] if is_same else [n for n, (turn, earlier) in enumerate(pairs) if turn != earlier]
     return {
-        "context": conversation(child.context),
+        "original_context": "" if is_same else _conversation(before),
         "original_prompt": "" if is_addition else original.question,
         "original_answer": "" if is_addition else original.response,
+        "context": _conversation(child.context, rewritten),
         "prompt": child.question,
         "answer": child.response,
     }
+
+
+def _conversation(turns: Sequence[Message], rewritten: Collection[int] = ()) -> str:
+    """Turns whole, the system turn among them; those with a number in `rewritten` say that they are."""
+    return "\n\n".join(
+        f"[{turn.role}{', rewritten' if n in rewritten else ''}] {turn.text}" for n, turn in enumerate(turns)
+    )
 
 
 def _facts(outcome: Outcome) -> dict[str, Any]:
@@ -157,8 +168,8 @@ def judgements(row: Any, where: str) -> list[Judgement]:
     cancelled annotations are none.
 
     Raises:
-      DataError: the row is none of these, a verdict is neither `accept` nor `reject`, or an answer is no
-        text.
+      DataError: the row is none of these, a verdict is neither `accept` nor `reject`, an answer is no text,
+        or a rewrite is accepted with an empty one.
     """
     try:
         id_, found = _read(row)
@@ -167,7 +178,7 @@ def judgements(row: Any, where: str) -> list[Judgement]:
                 "no id of a rewrite (TASK@CANDIDATE in id or review_id); give the file that Argilla or Label "
                 "Studio exports of what --write-review wrote"
             )
-        return [_judgement(id_, said, where) for said in found if _said(said, "verdict") is not None]
+        return [_judgement(id_, said, where) for said in found if _said(said, "verdict")]
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
 
@@ -178,7 +189,7 @@ def _read(row: Any) -> tuple[Any, Sequence[Mapping[str, Any]]]:
         raise DataError(f"a row must be an object, not {type(row).__name__}")
     own: list[Mapping[str, Any]] = [{**row, "by": row.get("annotator")}]
     by_hand = row.get("review_id", row.get("id")), own
-    if _said(row, "verdict") is not None:
+    if _said(row, "verdict"):
         return by_hand
     if "annotations" in row and isinstance(row.get("data"), Mapping):
         return row["data"].get("review_id"), _annotated(row["annotations"])
@@ -193,19 +204,22 @@ def _judgement(id_: str, said: Mapping[str, Any], where: str) -> Judgement:
     verdict = _said(said, "verdict")
     if verdict not in (ACCEPT, REJECT):
         raise DataError(f"the verdict {verdict!r} is neither {ACCEPT} nor {REJECT}")
-    texts = {name: _said(said, question) for name, question in _ANSWERS.items()}
+    prompt, answer, comment = (_said(said, question) for question in ("new_prompt", "new_answer", "comment"))
+    for question, text in (("new_prompt", prompt), ("new_answer", answer)):
+        if text == "" and verdict == ACCEPT:
+            raise DataError(
+                f"{id_} is accepted, and its {question} is empty: reject it, or leave out {question}, which "
+                "keeps the text"
+            )
     by = None if said.get("by") is None else str(said["by"]).encode(errors="replace").decode()
-    return Judgement(id_, verdict, **texts, by=by, where=where)
-
-
-_ANSWERS = {"prompt": "new_prompt", "answer": "new_answer", "comment": "comment"}
+    return Judgement(id_, verdict, prompt, answer, comment or None, by, where)
 
 
 def _said(said: Mapping[str, Any], question: str) -> str | None:
-    """The text of an answer; Label Studio gives lists. None if there is none."""
+    """The text of an answer, "" of one that was emptied; Label Studio gives lists. None if there is none."""
     value = said.get(question)
     while isinstance(value, list):
-        value = value[-1] if value else None
+        value = value[-1] if value else ""
     if value is None:
         return None
     if not isinstance(value, str):
@@ -216,7 +230,7 @@ def _said(said: Mapping[str, Any], question: str) -> str | None:
         raise DataError(
             f"{question} has half a character (a lone surrogate), which no file can hold"
         ) from None
-    return value.strip() or None
+    return value.strip()
 
 
 def _objects(value: Any, what: str) -> list[Mapping[str, Any]]:

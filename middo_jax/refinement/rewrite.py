@@ -333,7 +333,7 @@ async def _refine(dialogue: _Dialogue, round_index: int, special_tokens: Collect
             raise
         return rejected(Verdict(None, error.reason))
     lineage = _lineage(task, dialogue.client.model, round_index)
-    child = task.original.replace_text(prompt, response, lineage, context)
+    child = task.original.replace_text(prompt, response, lineage, context, task.id_columns)
     return Outcome(task, child, None, tuple(dialogue.exchanges))
 
 
@@ -375,7 +375,8 @@ async def _context(dialogue: _Dialogue, special_tokens: Collection[str]) -> tupl
             )
             if text != message.content and (verdict := first_verdict(candidate, "answer", settings)):
                 return dataclasses.replace(verdict, detail=f"turn {n}: {verdict.detail}")
-            message = dataclasses.replace(message, content=text)
+            # A field such as `reasoning_content` belongs to the answer that is replaced.
+            message = Message(message.role, text)
         turns.append(message)
     return tuple(turns)
 

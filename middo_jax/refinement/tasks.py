@@ -35,6 +35,7 @@ class Task:
       attempt: counted from 0.
       feedback: why the candidates of earlier attempts were not accepted.
       words: the refiner's instructions.
+      id_columns: columns that name a row, which an addition does not have.
     """
 
     op: TaskOp
@@ -45,6 +46,7 @@ class Task:
     attempt: int = 0
     feedback: tuple[str, ...] = ()
     words: Words = dataclasses.field(default=SHIPPED, repr=False)
+    id_columns: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from middo_jax.config.base import BUCKET
 from middo_jax.data.example import Example, Op
+from middo_jax.report.names import model_name, repo_of, without_folders
 from middo_jax.report.status import judged_tasks, load_json, load_jsonl, load_settings
 from middo_jax.report.verdicts import describe, people
 from middo_jax.rundir import RoundDir, RunDir
@@ -39,6 +38,7 @@ def card(
     settings = load_settings(run)
     folder = run.final if run.final.dataset.exists() else run.rounds()[-1]
     lineages = [Example.from_json(row).lineage for row in load_jsonl(folder.dataset) or []]
+    repairs = run.round(0).stages().get("prepare", {}).get("repairs", {})
     name = settings.get("name") or run.path.resolve().name
     splits = [
         {"split": "test" if split == "heldout" else split, "path": file} for split, file in files.items()
@@ -65,7 +65,8 @@ def card(
         "An instruction dataset that was improved in a closed loop by middo-jax "
         f"{__version__} (the method: [Middo](https://arxiv.org/abs/2508.21589)).{asked}\n",
         "## What is in it\n",
-        _table(("rows", "how they were made"), _made(lineages)),
+        _table(("rows", "how they were made"), _made(lineages, bool(repairs))),
+        *_repaired(repairs),
         f"Format: {form}.\n",
         "## How it was made\n",
         _table(("what", "value"), _facts(settings, run)),
@@ -85,12 +86,18 @@ def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
         "refine": ("base_url", "cache", "api_key_env", "per_minute"),
     }
     kept = {name: value for name, value in settings.items() if name not in private[""]}
+    if (repo := repo_of(_model_path(settings))) is not None:
+        kept["model"] = kept["model"] | {"path": repo}
     if isinstance(kept.get("refine"), dict):
         kept["refine"] = {k: v for k, v in kept["refine"].items() if k not in private["refine"]}
     for group, name in OWN_TEXTS:
         if isinstance(kept.get(group), dict) and kept[group].get(name):
             kept[group] = kept[group] | {name: Path(kept[group][name]).name}
     return _without_folders(kept)
+
+
+def _model_path(settings: Mapping[str, Any]) -> str:
+    return str(settings.get("model", {}).get("path", ""))
 
 
 def _without_folders(value: Any) -> Any:
@@ -100,14 +107,14 @@ def _without_folders(value: Any) -> Any:
             return {name: _without_folders(each) for name, each in value.items()}
         case list():
             return [_without_folders(each) for each in value]
-        case str() if Path(value).expanduser().is_absolute() or re.match(BUCKET, value):
-            return Path(value).name
+        case str():
+            return without_folders(value)
     return value
 
 
-def _made(lineages: list[Any]) -> list[tuple[str, str]]:
+def _made(lineages: list[Any], is_repaired: bool) -> list[tuple[str, str]]:
     named: dict[Op, str] = {
-        "seed": "the original rows, unchanged",
+        "seed": "the original rows, unchanged" + (" but for the repairs below" if is_repaired else ""),
         "simplify": "rewritten to be easier (complexity)",
         "rewrite": "rewritten to be better (quality)",
         "synthesize": "new rows near sparse ones (diversity)",
@@ -118,14 +125,24 @@ def _made(lineages: list[Any]) -> list[tuple[str, str]]:
     return [(f"{counts[op]:,}", text) for op, text in named.items() if counts[op]]
 
 
+def _repaired(repairs: Mapping[str, int]) -> list[str]:
+    """A table of what was repaired when the original rows were read, if anything was."""
+    if not repairs:
+        return []
+    return [
+        "The original rows as they were read, before any was held out or rewritten:\n",
+        _table(("rows", "repair"), [(f"{n:,}", what) for what, n in repairs.items()]),
+    ]
+
+
 def _facts(settings: Mapping[str, Any], run: RunDir) -> list[tuple[str, str]]:
-    settings = _without_folders(settings)
-    refine, data = settings.get("refine", {}), settings.get("data", {})
+    model = model_name(_model_path(settings))
+    refine, data = settings.get("refine", {}), _without_folders(settings.get("data", {}))
     first = run.round(0).stages().get("prepare", {})
     inputs = [f"`{known['hash'][:16]}`" for known in first.get("inputs", {}).values()]
     sources = [source["path"] for source in data.get("sources") or []]
     rows = [
-        ("model", str(settings.get("model", {}).get("path", ""))),
+        ("model", model),
         ("original data", data.get("path") or ", ".join(sources)),
         ("SHA-256 of its files, first digits", ", ".join(inputs) or "not recorded"),
         ("rounds", str(len(run.rounds()))),
@@ -142,7 +159,7 @@ def _facts(settings: Mapping[str, Any], run: RunDir) -> list[tuple[str, str]]:
 def _refiner(run: RunDir, settings: Mapping[str, Any]) -> str:
     records = (folder.stages().get("refine", {}).get("recorded") for folder in run.rounds())
     recorded = sorted({record["model"] for record in records if record})
-    named = str(settings.get("model") or "the model itself")
+    named = model_name(str(settings["model"])) if settings.get("model") else "the model itself"
     return f"recorded answers of {', '.join(recorded)}; what they lacked: {named}" if recorded else named
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,8 +102,11 @@ class Link:
             Manifest(folder).records()
         return Begun(self, Manifest(self.folder.path).see(self.reads, self.inputs))
 
-    def why_stale(self, config: Config) -> Reason | None:
-        """Returns why the stage's record is stale, None if it is not. Ignores the state of earlier stages."""
+    def why_stale(self, config: Config, edited: Iterable[Path] = ()) -> Reason | None:
+        """Returns why the stage's record is stale, None if it is not. Ignores the state of earlier stages.
+
+        An edit of a file in `edited`, which it read, is no reason.
+        """
         manifest = Manifest(self.folder.path)
         record = manifest.records()[self.name]
         if "settings" not in record:  # the previous version's: it contains only the names of files
@@ -117,7 +120,7 @@ class Link:
             was, now = before.get(name, default_of(name)), settings[name]
             if was != now and not (name in _FILES and was == affecting(config, self.affected_by)[name]):
                 return Reason(f"{name} was {_shown(was)}, is {_shown(now)}")
-        if (reason := manifest.why_stale(self.name, self.inputs, self.removed)) is not None:
+        if (reason := manifest.why_stale(self.name, self.inputs, self.removed, edited)) is not None:
             return reason
         wrote = record["files"]
         for name in map(manifest.name, self.writes):  # a folder is recorded file by file

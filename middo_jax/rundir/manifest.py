@@ -183,7 +183,11 @@ class Manifest:
             self._write(records)
 
     def why_stale(
-        self, stage: str, inputs: Mapping[str, Path] | None = None, removed: Iterable[Path] = ()
+        self,
+        stage: str,
+        inputs: Mapping[str, Path] | None = None,
+        removed: Iterable[Path] = (),
+        edited: Iterable[Path] = (),
     ) -> Reason | None:
         """Why a finished stage does not fit the files that are there; None if it does.
 
@@ -194,8 +198,10 @@ class Manifest:
           stage: its name.
           inputs: the present places of its inputs outside the run, by role; by default the recorded ones.
           removed: files or folders that it wrote and that were removed on purpose, which is no reason.
+          edited: files that it read and that may have changed, which is no reason.
         """
         record, gone = self.records()[stage], [self.name(path) for path in removed]
+        may_differ = {self.name(path) for path in edited}
         for name, known in record["files"].items():
             if any(name == of or name.startswith(f"{of}/") for of in gone):
                 continue
@@ -206,6 +212,8 @@ class Manifest:
             if self._has_changed(record, name, known):
                 return Reason(f"{name} is not as it was written")
         for name, known in record.get("reads", {}).items():
+            if name in may_differ:
+                continue
             if (self.folder / name).exists() and self._has_changed(record, name, known, _as_read):
                 return Reason(f"{name} has changed")
         return _changed_input(record.get("inputs", {}), inputs or {})

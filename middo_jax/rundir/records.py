@@ -35,6 +35,7 @@ class PrepareRecord(StageRecord):
     n: Annotated[int, "number of samples"]
     format: NotRequired[Annotated[str, "format of the input's rows; of final, that of train.jsonl"]]
     columns: NotRequired[Annotated[list[str], "columns of the input's rows, in their order"]]
+    id_columns: NotRequired[Annotated[list[str], "columns that name a row, which additions do not have"]]
     spelling: NotRequired[
         Annotated[
             dict[str, Any], "how the input writes its turns, where not as usual: roles, keys, text parts"
@@ -65,7 +66,7 @@ class ScoreRecord(StageRecord):
     n_searched: Annotated[int, "number of samples whose neighbours were searched"]
     duplicates: Annotated[DuplicatesRow, "exact duplicates"]
     pre_identity: NotRequired[Annotated[str, "hash of all that `loss_pre` depends on, except the samples"]]
-    n_kept: NotRequired[Annotated[int, "number of samples with measurements reused from the earlier round"]]
+    n_kept: NotRequired[Annotated[int, "number of samples with measurements reused from earlier scores"]]
     passes: Annotated[dict[str, PassRow], "passes by name"]
 
 

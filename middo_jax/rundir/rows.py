@@ -18,6 +18,7 @@ class TurnRow(TypedDict):
     tool_call_id: NotRequired[Annotated[str, "the call whose result a tool's turn is"]]
     name: NotRequired[Annotated[str, "the tool whose result a tool's turn is"]]
     weight: NotRequired[Annotated[int, "0 if no token of an answer is a target; else the key is absent"]]
+    fields: NotRequired[Annotated[dict[str, Any], "the user's other fields of the turn; absent if none"]]
 
 
 class LineageRow(TypedDict):
@@ -47,8 +48,12 @@ class ExampleRow(TypedDict):
     tools: NotRequired[Annotated[list[Any], "definitions of the tools that may be called; absent if none"]]
     prompt_columns: NotRequired[
         Annotated[
-            dict[str, str], "columns of an Alpaca row that its prompt was joined of; absent if it was one"
+            dict[str, str],
+            "columns that the prompt was joined of: of Alpaca, or prompt and context; absent if it was one",
         ]
+    ]
+    behind: NotRequired[
+        Annotated[list[TurnRow], "turns behind the last answer that is learnt, which no model sees"]
     ]
     extra: NotRequired[Annotated[dict[str, Any], "the user's own columns, carried through; absent if none"]]
     lineage: Annotated[LineageRow, "its origin and scores"]

@@ -52,7 +52,7 @@ class Measured:
       prompt_hashes: [n], see `duplicates.prompt_hash`.
       loss_unconditional: [n] like loss_post, for the responses without their prompts.
       end_nll, worst_decile_nll, prompt_nll: [n], see `signals.readings`.
-      prompt_behind_response: [n] like prompt_nll, behind the response; NaN where that was not measured.
+      reverse_ifd: [n], see `signals.readings`.
       ranked: whether the readings are ranked for the axis `consistency`, see there what it needs.
     """
 
@@ -68,7 +68,7 @@ class Measured:
     end_nll: np.ndarray | None = None
     worst_decile_nll: np.ndarray | None = None
     prompt_nll: np.ndarray | None = None
-    prompt_behind_response: np.ndarray | None = None
+    reverse_ifd: np.ndarray | None = None
     ranked: bool = False
 
     def to_table(self) -> pa.Table:
@@ -84,12 +84,11 @@ class Measured:
             "end_nll": self.end_nll,
             "worst_decile_nll": self.worst_decile_nll,
             "prompt_nll": self.prompt_nll,
+            "reverse_ifd": self.reverse_ifd,
         }
         if self.loss_post is not None and self.loss_unconditional is not None:
             floats["ifd"] = ifd(self.loss_post, self.loss_unconditional)
             floats["pmi"] = pmi(self.loss_post, self.loss_unconditional, self.n_target_tokens)
-        if self.prompt_nll is not None and self.prompt_behind_response is not None:
-            floats["reverse_ifd"] = ifd(self.prompt_behind_response, self.prompt_nll)
         fault_n = None
         if self.ranked:
             ranked = consistency({name: np.asarray(floats[name], np.float64) for name in NEEDED})

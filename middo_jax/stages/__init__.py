@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     )
     from middo_jax.stages.review import outcomes_of, read_review, waits_for_review, write_review
     from middo_jax.stages.score import check_embedder, score_stage, scoring
-    from middo_jax.stages.scored_before import kept_scores, require_same
+    from middo_jax.stages.scored_before import found_scores, kept_scores
     from middo_jax.stages.select import select_stage
     from middo_jax.stages.surroundings import answer_cache, check_cache, save_answers
     from middo_jax.stages.taking_back import take_back_stage
@@ -52,7 +52,7 @@ _MODULES = {
     "refine": "check_learnt follow_refinement kept_samples plan_refinement refine_round refine_stage",
     "review": "outcomes_of read_review waits_for_review write_review",
     "score": "check_embedder score_stage scoring",
-    "scored_before": "kept_scores require_same",
+    "scored_before": "kept_scores found_scores",
     "select": "select_stage",
     "surroundings": "answer_cache check_cache save_answers",
     "taking_back": "take_back_stage",
@@ -79,6 +79,7 @@ __all__ = [
     "export_adapter",
     "export_checkpoint",
     "follow_refinement",
+    "found_scores",
     "kept_samples",
     "kept_scores",
     "measure_benchmarks",
@@ -93,7 +94,6 @@ __all__ = [
     "refine_round",
     "refine_stage",
     "remove_training",
-    "require_same",
     "save_answers",
     "score_stage",
     "scoring",

@@ -1,6 +1,6 @@
 """Measures a dataset under the model before training. If that model is frozen, reuses an earlier round.
 
-Axes: docs/contributing.md#axes; o sample of the earlier round.
+Axes: docs/contributing.md#axes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
 from middo_jax.config import affecting
@@ -20,10 +19,9 @@ from middo_jax.data.templates import template_arguments
 from middo_jax.models.model import Model
 from middo_jax.rundir import RoundDir, fingerprint
 from middo_jax.session import Session
-from middo_jax.signals.embeddings import read_embeddings
-from middo_jax.signals.neighbours.incremental import Earlier, rows_before
-from middo_jax.signals.table import as_floats, neighbours_of, read_scores
+from middo_jax.signals.neighbours.incremental import Earlier
 from middo_jax.stages.passes import Passes, Texts
+from middo_jax.stages.standing import Standing
 from middo_jax.training.identity import values_of
 
 
@@ -52,39 +50,6 @@ class Before(NamedTuple):
     identity: str
 
 
-class _Standing(NamedTuple):
-    """The reusable measurements of an earlier round.
-
-    Attributes:
-      table: its scores; None if nothing is reusable.
-      embedding_od: its embeddings, one row per row of the table; None if nothing is reusable or wanted.
-      row_n: row of each sample in the earlier round, -1 if it is new or changed.
-    """
-
-    table: pa.Table | None
-    embedding_od: np.ndarray | None
-    row_n: np.ndarray
-
-    @property
-    def new(self) -> list[int]:
-        """Indices of the samples to measure."""
-        return np.flatnonzero(self.row_n < 0).tolist()
-
-    @property
-    def n_kept(self) -> int:
-        """Number of samples whose measurements are reused."""
-        return int((self.row_n >= 0).sum())
-
-    def of_all(self, of_new: np.ndarray, of_earlier: np.ndarray | None) -> np.ndarray:
-        """Returns [n, ...]: new measurements and, for all other samples, those of the earlier round."""
-        values = np.empty((len(self.row_n), *of_new.shape[1:]), of_new.dtype)
-        values[self.row_n < 0] = of_new
-        if of_earlier is not None:
-            kept_n = self.row_n >= 0
-            values[kept_n] = of_earlier[self.row_n[kept_n]]
-        return values
-
-
 def measure_before(
     session: Session,
     model: Model,
@@ -110,16 +75,14 @@ def measure_before(
     """
     identity = _identity(session, path, model, wanted)
     standing = _standing(session, texts, wanted, earlier, identity)
-    known = Earlier.nothing(len(texts.examples), session.config.diversity.k)
-    if standing.table is not None and wanted.embeddings:
-        known = Earlier(neighbours_of(standing.table, session.config.diversity.k), standing.row_n)
+    k = session.config.diversity.k
+    known = standing.earlier(k) if wanted.embeddings else Earlier.nothing(len(texts.examples), k)
     loss_n = embedding_nd = None
     if wanted.loss or texts.raw is None:
         scores = passes("loss before training", model, texts.tokenized.chosen(standing.new))
         embedding_nd = scores.embedding_nd
         if wanted.loss:
-            was = None if standing.table is None else as_floats(standing.table, "loss_pre")
-            loss_n = standing.of_all(scores.loss_n, was)
+            loss_n = standing.column("loss_pre", scores.loss_n)
     if not wanted.embeddings:
         return Before(loss_n, None, known, standing.n_kept, identity)
     if texts.raw is not None:
@@ -132,21 +95,15 @@ def measure_before(
 
 def _standing(
     session: Session, texts: Texts, wanted: Wanted, earlier: RoundDir | None, identity: str
-) -> _Standing:
+) -> Standing:
     """Returns and reports the reusable measurements. Embeddings are read only if they are wanted."""
-    nothing = _Standing(None, None, np.full(len(texts.examples), -1))
+    nothing = Standing.nothing(len(texts.examples))
     if earlier is None:
         return nothing
     if not _was_measured_under(earlier, identity):
         session.progress.say(f"under the model before training: nothing of {earlier.path.name} is reusable")
         return nothing
-    table = read_scores(earlier.scores)
-    ids = table["id"].to_pylist()
-    keys = list(zip(ids, table["prompt_hash"].to_pylist(), strict=True))
-    row_n = rows_before(list(zip(texts.ids, texts.hashes, strict=True)), keys)
-    standing = _Standing(
-        table, read_embeddings(earlier.embeddings, ids) if wanted.embeddings else None, row_n
-    )
+    standing = Standing.of(earlier, texts, wanted.embeddings)
     session.progress.say(
         f"under the model before training: {standing.n_kept:,} of {len(texts.examples):,} samples are reused "
         f"from {earlier.path.name}"

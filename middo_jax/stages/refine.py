@@ -46,7 +46,7 @@ from middo_jax.stages.endpoint import SERVE, STOP, embedded_model, endpoint, ref
 from middo_jax.stages.measure import UnderTraining, scored_model
 from middo_jax.stages.merge import lineage_scores, rows_of
 from middo_jax.stages.replaying import attributed
-from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, model_of
+from middo_jax.stages.surroundings import answer_cache, heldout_file, heldout_of, id_columns_of, model_of
 from middo_jax.stages.taking_back import taken_back
 from middo_jax.training.metrics import wrecked_from
 
@@ -191,6 +191,8 @@ def ask_refiner(
     session: Session, directory: RoundDir, tasks: Sequence[Task], around: Around
 ) -> tuple[list[Outcome], dict[str, Any]]:
     """Returns the outcomes in the order of the tasks, and facts for the record; writes candidates.jsonl."""
+    ids = id_columns_of(directory)
+    tasks = [dataclasses.replace(task, id_columns=ids) for task in tasks]
     if tasks and refines_itself(session):
         session.progress.say(ITSELF)
     with session.stage(), lead(FOLLOWED) as together:

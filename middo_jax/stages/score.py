@@ -19,6 +19,7 @@ from middo_jax.data.own_columns import with_user_ids
 from middo_jax.data.tokenize import end_of_turn_token
 from middo_jax.models.lora import without_adapters
 from middo_jax.models.model import Model
+from middo_jax.passes.losses import ExampleScores
 from middo_jax.rundir import RoundDir, RunError, chain
 from middo_jax.rundir.files import is_reader
 from middo_jax.rundir.leftovers import remove
@@ -27,13 +28,16 @@ from middo_jax.session import Session, read_dataset
 from middo_jax.signals.axes import with_computed
 from middo_jax.signals.duplicates import count_duplicates, groups
 from middo_jax.signals.embeddings import write_embeddings
+from middo_jax.signals.ifd import ifd
+from middo_jax.signals.judge.rubrics import COLUMNS
 from middo_jax.signals.neighbours.incremental import Earlier, updated_neighbours
 from middo_jax.signals.neighbours.nearest import Neighbours
 from middo_jax.signals.readings import end_nll
-from middo_jax.signals.table import Measured, with_columns, write_scores
+from middo_jax.signals.table import Measured, as_floats, with_columns, write_scores
 from middo_jax.stages.before import Before, Wanted, measure_before
-from middo_jax.stages.passes import Passes, Texts, conditioned, describe
+from middo_jax.stages.passes import Conditioned, Passes, Texts, conditioned, describe
 from middo_jax.stages.ratings import ratings
+from middo_jax.stages.standing import Standing
 
 
 class Scored(NamedTuple):
@@ -48,6 +52,19 @@ class Scored(NamedTuple):
     table: pa.Table
     embedding_nd: np.ndarray
     facts: dict[str, Any]
+
+
+class Known(NamedTuple):
+    """A folder whose samples may be measured already.
+
+    Attributes:
+      folder: the folder.
+      by_both: whether its scores are of the same model after training, and the same settings; else only those
+        of the model before training are reused, if that is the same.
+    """
+
+    folder: RoundDir
+    by_both: bool
 
 
 def score_stage(
@@ -69,7 +86,8 @@ def score_stage(
       pre_model: whose loss is loss_pre; None leaves it null.
       axes: the axes to measure; None: those of the settings. The loss under `model` comes with any of them.
       earlier: an earlier round's folder. Its samples that are still the same are not measured again under
-        `pre_model`, if that is the same too.
+        `pre_model`, if that is the same too. If it is `directory`, its scores are of the same models and
+        settings, and these samples are not measured again at all.
       own: the user's columns of the same samples, to be written beside the scores.
     """
     began = time.monotonic()
@@ -77,8 +95,9 @@ def score_stage(
     check_embedder(session, pre_model, axes)
     begun = scoring(session, directory, model, pre_model).begin()
     examples = read_dataset(directory)
+    known = None if earlier is None else Known(earlier, earlier.path == directory.path)
     scored = measure_samples(
-        session, examples, model, pre_model, axes, earlier=earlier, parts=directory.scoring_parts
+        session, examples, model, pre_model, axes, known=known, parts=directory.scoring_parts
     )
     columns = with_user_ids(pa.table({}) if own is None else own, examples)
     if columns.column_names:
@@ -116,12 +135,13 @@ def measure_samples(
     pre_model: Path | None,
     axes: Collection[str],
     *,
-    earlier: RoundDir | None = None,
+    known: Known | None = None,
     parts: Path | None = None,
 ) -> Scored:
     """Measures samples; the other arguments are those of `score_stage`.
 
     Args:
+      known: the scores that some samples may have.
       parts: folder where the passes keep results until all is measured, so that they go on after a stop; None
         writes no file.
 
@@ -136,12 +156,13 @@ def measure_samples(
         texts = Texts.of(session, examples)
         if pre_model is not None and any(wanted):
             pre = session.load_model(pre_model)
+            earlier = None if known is None else known.folder
             before = measure_before(session, pre, pre_model, texts, wanted, earlier, passes)
             base = _shared_base(session, pre, pre_model, model)
             del pre
             gc.collect()
-        loaded = session.load_model(model, base=base)
-        table, embedding_nd, n_searched = _under_model(session, passes, loaded, texts, axes, before)
+        loaded, standing = session.load_model(model, base=base), _standing(session, known, texts)
+        table, embedding_nd, n_searched = _under_model(session, passes, loaded, texts, axes, before, standing)
     for name, facts in passes.facts.items():
         session.progress.say(f"  {describe(name, facts)}")
     of_measuring = {
@@ -152,6 +173,7 @@ def measure_samples(
         "n_searched": n_searched,
         "duplicates": count_duplicates(texts.hashes),
         **({} if before is None else {"pre_identity": before.identity, "n_kept": before.n_kept}),
+        **({"n_kept": standing.n_kept} if standing.n_kept else {}),
         "passes": {name: dataclasses.asdict(facts) for name, facts in passes.facts.items()},
     }
     _require_scores(session, table, axes, pre_model)
@@ -185,6 +207,17 @@ def _require_scores(session: Session, table: pa.Table, axes: Collection[str], pr
         )
 
 
+def _standing(session: Session, known: Known | None, texts: Texts) -> Standing:
+    """Returns and reports what a folder has of the same models and settings."""
+    if known is None or not known.by_both:
+        return Standing.nothing(len(texts.examples))
+    standing = Standing.of(known.folder, texts, embeddings=True)
+    session.progress.say(
+        f"{standing.n_kept:,} of {len(texts.examples):,} samples are measured already; only the others are"
+    )
+    return standing
+
+
 def _under_model(
     session: Session,
     passes: Passes,
@@ -192,46 +225,70 @@ def _under_model(
     texts: Texts,
     axes: Collection[str],
     before: Before | None,
+    standing: Standing,
 ) -> tuple[pa.Table, np.ndarray, int]:
     """Returns (the table of scores, the embeddings [n, d], the number of samples compared with all others).
 
-    Losses, embeddings and ratings are computed by the loaded model; `before` has those before training.
+    Losses, embeddings and ratings are computed by the loaded model; `before` has those before training, and
+    `standing` those of the samples that this model has measured before.
     """
-    config, n = session.config, len(texts.examples)
+    config, new = session.config, standing.new
     readings = {*config.scoring.readings, *(("ifd",) if "consistency" in axes else ())}
     with_prompts = "prompt_nll" in readings or "reverse_ifd" in readings
-    after = passes("loss and embeddings", model, texts.tokenized, prompts=with_prompts)
-    known, embedding_nd = Earlier.nothing(n, config.diversity.k), after.embedding_nd
+    tokenized = texts.tokenized.chosen(new) if standing.n_kept else texts.tokenized
+    examples = [texts.examples[i] for i in new]
+    after = passes("loss and embeddings", model, tokenized, prompts=with_prompts)
+    embedding_nd, known = after.embedding_nd, None
     if before is not None and before.embedding_nd is not None:
         known, embedding_nd = before.earlier, before.embedding_nd
-    elif "diversity" in axes and texts.raw is not None:
-        embedding_nd = passes("embeddings of raw prompts", model, texts.raw).embedding_nd
+    else:
+        if "diversity" in axes and texts.raw is not None:
+            raw = [texts.raw[i] for i in new]
+            embedding_nd = passes("embeddings of raw prompts", model, raw).embedding_nd
+        embedding_nd = standing.of_all(embedding_nd, standing.embedding_od)
     neighbours, n_searched = None, 0
     if "diversity" in axes:
+        known = known or standing.earlier(config.diversity.k)
         neighbours = _neighbours(session, embedding_nd, known, texts.hashes)
         n_searched = int(known.to_search().sum())
-    more = conditioned(session, passes, model, texts.examples, texts.tokenized, readings)
-    rated = None
-    if "quality" in axes:
-        rated, facts = ratings(session, model, texts.examples, passes.parts("ratings", model))
-        passes.facts |= {"ratings": facts} if facts else {}
+    more = conditioned(session, passes, model, examples, tokenized, readings)
+    end_n = end_nll(after.last_nll_n, texts.last_target_n[new], end_of_turn_token(session.tokenizer))
     measured = Measured(
         ids=texts.ids,
-        n_target_tokens=after.n_targets_n,
+        n_target_tokens=standing.column("n_target_tokens", after.n_targets_n),
         truncated=texts.truncated_n,
         loss_pre=None if before is None else before.loss_n,
-        loss_post=after.loss_n,
+        loss_post=standing.column("loss_post", after.loss_n),
         neighbours=neighbours,
-        ratings=rated,
+        ratings=_ratings(session, passes, model, texts, standing) if "quality" in axes else None,
         prompt_hashes=texts.hashes,
-        loss_unconditional=more.response_alone_n,
-        end_nll=end_nll(after.last_nll_n, texts.last_target_n, end_of_turn_token(session.tokenizer)),
-        worst_decile_nll=after.worst_decile_nll_n,
-        prompt_nll=after.prompt_nll_n,
-        prompt_behind_response=more.prompt_behind_response_n,
+        loss_unconditional=standing.column("loss_unconditional", more.response_alone_n),
+        end_nll=standing.column("end_nll", end_n),
+        worst_decile_nll=standing.column("worst_decile_nll", after.worst_decile_nll_n),
+        prompt_nll=standing.column("prompt_nll", after.prompt_nll_n),
+        reverse_ifd=standing.column("reverse_ifd", _reverse_ifd(more, after)),
         ranked="consistency" in axes,
     )
     return measured.to_table(), embedding_nd, n_searched
+
+
+def _reverse_ifd(more: Conditioned, after: ExampleScores) -> np.ndarray | None:
+    """Returns `reverse_ifd` of the samples that were measured; None if it was not asked for."""
+    if more.prompt_behind_response_n is None or after.prompt_nll_n is None:
+        return None
+    return ifd(more.prompt_behind_response_n, after.prompt_nll_n)
+
+
+def _ratings(session: Session, passes: Passes, model: Model, texts: Texts, standing: Standing) -> np.ndarray:
+    """Returns [n, 6] ratings. Sampled ones depend on the place of their sample, so all are sampled again."""
+    examples, parts = texts.examples, passes.parts("ratings", model)
+    if isinstance(session.config.quality.rating, SampledRating) or not standing.n_kept:
+        standing = Standing.nothing(len(examples))
+    rated, facts = ratings(session, model, [examples[i] for i in standing.new], parts)
+    passes.facts |= {"ratings": facts} if facts else {}
+    if standing.table is None:
+        return rated
+    return standing.of_all(rated, np.stack([as_floats(standing.table, name) for name in COLUMNS], axis=1))
 
 
 def _shared_base(session: Session, pre: Model, pre_model: Path, model: Path) -> Model | None:

@@ -34,6 +34,13 @@ def model_of(directory: RoundDir) -> Path | None:
     return directory.checkpoint if is_trained else None
 
 
+def id_columns_of(directory: RoundDir) -> tuple[str, ...]:
+    """Returns the columns of the user's data that name a row; () of a folder of an earlier version."""
+    run = directory.run
+    first = directory if run is None else run.round(0)
+    return tuple(first.stages().get("prepare", {}).get("id_columns", ()))
+
+
 @contextlib.contextmanager
 def answer_cache(session: Session, directory: RoundDir) -> Iterator[AnswerCache]:
     """Opens the cache of the refiner's answers: `refine.cache`, else the run's file, else the folder's."""

@@ -13,7 +13,8 @@ from support.tiny_model import write_tiny_model
 
 from middo_jax.data.example import Example, Message
 from middo_jax.data.formats import DataError
-from middo_jax.data.sources import Rejection, read, write
+from middo_jax.data.repair import BEHIND
+from middo_jax.data.sources import Rejection, read, read_rows, write
 from middo_jax.data.tokenize import load_tokenizer, tokenize
 
 TURNS = {
@@ -143,12 +144,63 @@ def test_a_row_that_teaches_nothing_is_refused(tmp_path: Path) -> None:
     assert rejected.reason == "nothing is learnt: every answer has weight 0"
 
 
-def test_turns_behind_the_last_learnt_answer_are_left_out_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (example,), _ = reading(tmp_path, chat(*BAD_THEN_GOOD, weight=0))
+def test_turns_behind_the_last_learnt_answer_are_counted_and_carried() -> None:
+    data = read_rows([chat(*BAD_THEN_GOOD, weight=0)])
+    (example,) = data.examples
     assert example.messages == (Message("user", "one"), Message("assistant", "bad"))
-    assert "turns after the last answer that is learnt" in caplog.text
+    assert example.behind == (Message("user", "two"), Message("assistant", "good", learnt=False))
+    assert [r.reason for r in data.repairs] == [BEHIND]
+    assert again(example).behind == example.behind
+    assert example.replace_text("other", "answer", example.lineage).behind == ()
+
+
+def again(example: Example) -> Example:
+    """The example after it was written to dataset.jsonl, and read from there as a user's dataset."""
+    (found,) = read_rows([json.loads(json.dumps(example.to_json()))], "messages").examples
+    return found
+
+
+def test_fields_of_turns_are_carried(caplog: pytest.LogCaptureFixture) -> None:
+    asked = {"role": "user", "content": "q", "name": "Ann", "weight": 1}
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "So.", "weight": 1, "tool_calls": []}
+    (example,) = read_rows([{"messages": [asked, answer]}]).examples
+    assert "some rows have it: name, reasoning_content" in caplog.text
+    fields = [{"name": "Ann", "weight": 1}, {"reasoning_content": "So."}]
+    assert [json.loads(m.fields) for m in example.messages] == fields
+    plain = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    assert read_rows([plain]).examples == [example]  # no model sees the fields: ids are the same
+    caplog.clear()
+    assert [m.fields for m in again(example).messages] == [m.fields for m in example.messages]
+    assert "some rows have it: name, reasoning_content" in caplog.text
+    answered, rewritten = (example.replace_text(q, "other", example.lineage) for q in ("q", "r"))
+    assert [m.fields for m in answered.messages] == [example.messages[0].fields, ""]
+    assert [m.fields for m in rewritten.messages] == ["", ""]
+
+
+def test_fields_of_joined_turns_are_carried() -> None:
+    turns = [("user", "q", {"name": "Ann"}), ("user", "r", {"name": "Bo", "mood": 1}), ("assistant", "a", {})]
+    row = {"messages": [{"role": role, "content": text, **fields} for role, text, fields in turns]}
+    assert json.loads(read_rows([row]).examples[0].messages[0].fields) == {"name": "Ann", "mood": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"instruction": "", "input": "q", "output": "a"}, {"input": "q"}),
+        ({"instruction": "q", "input": "", "output": "a"}, {}),
+        ({"prompt": "q", "context": "It rains.", "completion": "a"}, {"prompt": "q", "context": "It rains."}),
+        ({"prompt": "q: x?", "context": "x", "completion": "a"}, {"prompt": "q: x?", "context": "x"}),
+        ({"prompt": "q", "context": " ", "completion": "a"}, {}),
+        (
+            {"prompt": [{"role": "user", "content": "q"}], "context": "x", "completion": "a"},
+            {"prompt": "q", "context": "x"},
+        ),
+    ],
+)
+def test_the_columns_of_a_prompt_are_carried(row: dict[str, Any], parts: dict[str, str]) -> None:
+    (example,) = read_rows([row]).examples
+    assert example.prompt_columns == parts == again(example).prompt_columns
+    assert example.replace_text(example.question, "other", example.lineage).prompt_columns == parts
 
 
 def test_another_weight_is_named_as_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

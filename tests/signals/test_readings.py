@@ -99,7 +99,7 @@ def test_columns() -> None:
         end_nll=np.array([0.5, np.nan]),
         worst_decile_nll=np.array([3.0, np.nan]),
         prompt_nll=np.array([2.0, 4.0]),
-        prompt_behind_response=np.array([1.0, np.nan]),
+        reverse_ifd=np.array([0.5, np.nan]),
     ).to_table()
     assert table["pmi"].to_pylist() == [2.0, -2.0]
     assert table["reverse_ifd"].to_pylist() == [0.5, None]

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command import Middo
 from support.loop_fixture import Finished, contents, rows_by_id
 from test_chain import own, reasons
 
 import middo_jax as middo
 from middo_jax.config import load
+from middo_jax.data.example import Example, Lineage, Message
 from middo_jax.data.formats import DataError
 from middo_jax.loop import run_loop
 from middo_jax.preferences import preference_pairs
 from middo_jax.progress import Silent
-from middo_jax.refinement.review import Judgement, ReviewFormat, judgements
+from middo_jax.refinement.review import Judgement, ReviewFormat, judgements, review_rows
+from middo_jax.refinement.tasks import Outcome, Task
 from middo_jax.report.acceptance import PEOPLE
 from middo_jax.report.build import page
 from middo_jax.report.card import card
@@ -28,7 +31,13 @@ from middo_jax.report.status import render_status, status
 from middo_jax.report.verdicts import describe
 from middo_jax.rundir import RoundDir, RunDir, RunError, read_jsonl, write_jsonl
 
-pytest_plugins = ["support.loop_fixture"]
+pytest_plugins = ["support.command", "support.loop_fixture"]
+
+
+@pytest.fixture
+def command(middo: Middo) -> Middo:
+    """The program; this module calls the package `middo`."""
+    return middo
 
 
 @pytest.fixture
@@ -61,7 +70,8 @@ def test_every_accepted_rewrite_is_written_beside_its_original(here: RoundDir, t
     # Whatever the labelling interface shows is in every task.
     shown = ET.parse(tmp_path / "l.json.xml").iter()
     names = {element.get("value", "")[1:] for element in shown if element.tag == "Text"}
-    assert names == {"context", "original_prompt", "original_answer", "prompt", "answer"}
+    original = {"original_context", "original_prompt", "original_answer"}
+    assert names == {*original, "context", "prompt", "answer"} == rows[next(iter(rows))]["fields"].keys()
     assert all(names <= task["data"].keys() for task in tasks)
     before = contents(tmp_path)
     for taken in ("a.jsonl", "l.json"):
@@ -113,6 +123,43 @@ def test_verdicts_are_taken_before_merging_and_the_run_notices(
     found = own(reasons(RunDir(tmp_path / "run"), finished.settings(runs_dir=tmp_path)))
     assert found == {("round_00", "merge"), ("round_01", "prepare")}
     shows_verdicts(RunDir(tmp_path / "run"), len(rows), bad, edited["id"])
+
+
+def test_rewrites_are_judged_by_commands(here: RoundDir, command: Middo, tmp_path: Path) -> None:
+    review, tasks = tmp_path / "review.jsonl", tmp_path / "tasks.json"
+    n = len(accepted(here))
+    assert command("refine", here.path, "--write-review", review).out == f"{n} rewrites to review\n{review}\n"
+    told = command("refine", here.path, "--write-review", tasks, "--review-format", "label-studio", "--json")
+    assert told.json == {"rewrites": n, "review": str(tasks)}
+    again = command("refine", here.path, "--write-review", review)
+    assert (again.code, again.out) == (1, "")
+    assert f"{review} exists, and may have been filled in" in again.err
+    both = command("refine", here.path, "--write-review", tmp_path / "x", "--read-review", review)
+    assert (both.code, "give --write-review or --read-review, not both" in both.err) == (1, True)
+
+    first, second, *_ = rows = read_jsonl(review)
+    first["verdict"], second["verdict"], second["new_answer"] = "reject", "accept", ""
+    write_jsonl(review, rows)
+    emptied = command("refine", here.path, "--read-review", review)
+    assert emptied.code == 1
+    assert f"{review}:2: {second['id']} is accepted, and its new_answer is empty" in emptied.err
+    assert not here.verdicts.exists()
+    second["new_answer"] = "For counting sheep."
+    write_jsonl(review, rows)
+    write_jsonl(tmp_path / "more.jsonl", [{"review_id": rows[2]["id"], "verdict": "accept"}])
+    judged = command("refine", here.path, "--read-review", review, "--read-review", tmp_path / "more.jsonl")
+    merged = here.path / "merged.jsonl"
+    assert judged.out.splitlines() == [
+        f"1 accepted as they are, 1 accepted with other words, 1 rejected, {n - 3} not judged, which stay "
+        "accepted",
+        "`middo run` now makes again what depends on the merged dataset",
+        str(merged),
+    ]
+    answers = {row["messages"][-1]["content"] for row in read_jsonl(merged)}
+    assert "For counting sheep." in answers
+    assert second["fields"]["answer"] not in answers
+    told = command("refine", here.path, "--read-review", review, "--json").json
+    assert told == {"verdicts": {"reject": 1, "edit": 1, "accept": 1, "none": n - 3}, "merged": str(merged)}
 
 
 def shows_verdicts(run: RunDir, n: int, bad: str, edited: str) -> None:
@@ -174,6 +221,56 @@ def test_a_run_waits_for_verdicts_if_it_is_told(here: RoundDir, finished: Finish
     ):
         run_loop(waiting, Silent())
     assert "merge" not in here.stages()
+
+
+def test_people_see_both_conversations_whole() -> None:
+    long = "Is it wide? " * 1000
+    system, asked = Message("system", "Be brief. " * 300), Message("user", long)
+    before = (system, asked, Message("assistant", "No."))
+    original = Example((*before, Message("user", "Why?"), Message("assistant", "It is not.")))
+    child = original.replace_text("Why is it?", long, Lineage(op="rewrite"))
+    rewrite = Task("rewrite", ("quality",), original)
+    [row] = review_rows([Outcome(rewrite, child)], "argilla")
+    assert row["fields"] == {
+        "original_context": "",
+        "original_prompt": "Why?",
+        "original_answer": "It is not.",
+        "context": f"[system] {system.content}\n\n[user] {long}\n\n[assistant] No.",
+        "prompt": "Why is it?",
+        "answer": long,
+    }
+    answered = (system, asked, Message("assistant", "Yes, very."))  # as with `refine.turns: all`
+    every = original.replace_text("Why is it?", "It grew.", Lineage(op="rewrite"), answered)
+    [row] = review_rows([Outcome(rewrite, every)], "label-studio")
+    assert row["data"]["original_context"] == f"[system] {system.content}\n\n[user] {long}\n\n[assistant] No."
+    assert row["data"]["context"] == (
+        f"[system] {system.content}\n\n[user] {long}\n\n[assistant, rewritten] Yes, very."
+    )
+    added = original.replace_text("Name a lake.", "Como.", Lineage(op="synthesize"))
+    [row] = review_rows([Outcome(Task("synthesize", ("diversity",), original), added)], "argilla")
+    assert (row["fields"]["original_context"], row["fields"]["original_answer"]) == ("", "")
+    assert row["fields"]["context"] == f"[system] {system.content}"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"responses": {"verdict": [{"value": "accept", "user_id": "u"}],
+                       "new_answer": [{"value": " ", "user_id": "u"}]}},
+        {"data": {"review_id": "t@c"}, "annotations": [{"result": [
+            {"from_name": "verdict", "value": {"choices": ["accept"]}},
+            {"from_name": "new_answer", "value": {"text": []}}]}]},
+        {"verdict": "accept", "new_answer": ""},
+    ],
+    ids=["argilla", "label studio", "by hand"],
+)  # fmt: skip
+def test_an_accepted_rewrite_may_not_be_emptied(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"f:1: t@c is accepted, and its new_answer is empty: reject it, or"):
+        judgements({"id": "t@c", **row}, "f:1")
+    unjudged = json.loads(json.dumps(row).replace('"accept"', '""'))
+    assert judgements({"id": "t@c", **unjudged}, "f:1") == []
+    rejected = json.loads(json.dumps(row).replace("accept", "reject"))
+    assert [j.verdict for j in judgements({"id": "t@c", **rejected}, "f:1")] == ["reject"]
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,28 @@ def test_a_later_round_is_a_first_one(
     assert score_record(again)["n_kept"] == len(later) - 1
 
 
+ALL_AXES = ("complexity", "diversity", "quality", "consistency")
+
+
+@pytest.mark.parametrize(("text", "axes"), [("templated", ALL_AXES), ("raw", ("diversity",))])
+def test_a_folder_that_is_scored_again_after_an_edit_is_a_new_one(
+    folder: Folder, examples: list[Example], text: str, axes: tuple[str, ...]
+) -> None:
+    how: dict[str, Any] = {"diversity__embedder": "post", "diversity__text": text}
+    how["scoring__readings"] = "[prompt_nll,ifd,pmi,reverse_ifd]" if text == "templated" else "[]"
+    directory, later = folder.score("first", examples, axes=axes, **how), edited(examples)
+    full = sum(facts["real_tokens"] for facts in score_record(directory)["passes"].values())
+    for rows, n_new in ((later, 3), (later[1:], 0)):
+        write_dataset(directory, rows)
+        session = folder.session(**how)
+        stages.score_stage(session, directory, folder.tuned, folder.base, axes, earlier=directory)
+        assert_same_scores(directory, folder.score("scratch", rows, axes=axes, **how))
+        record = score_record(directory)
+        assert record["n_kept"] == len(rows) - n_new
+        assert sum(facts["real_tokens"] for facts in record["passes"].values()) < full / 3
+        assert n_new <= record["n_searched"] < len(rows)
+
+
 def test_embeddings_before_training_are_the_base_models(folder: Folder, examples: list[Example]) -> None:
     pre = folder.score("pre", examples, diversity__embedder="pre")
     shutil.rmtree(folder.root / "base", ignore_errors=True)

@@ -80,7 +80,7 @@ def record(run: RunDir, log: str, note: str = "") -> dict[str, Any]:
 
 
 def inputs() -> dict[str, str]:
-    """Hashes of what the quickstart reads: its settings, comments aside, its data and the recorded answers."""
+    """Hashes of what the quickstart reads: settings without comments, data and recorded answers."""
     settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     answers = replayed_file(settings["refine"]["base_url"])
     if answers is None:

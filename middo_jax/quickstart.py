@@ -1,4 +1,4 @@
-"""Finds the quickstart's settings, data, recorded answers and model, in an installed package or in a clone."""
+"""Finds the quickstart's settings, data, recorded answers and model: in an installed package or a clone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG, DATA, ANSWERS = "quickstart.yaml", "quickstart_data.jsonl", "quickstart_
 
 
 def shipped() -> Path:
-    """Returns the folder with CONFIG, DATA and ANSWERS: inside the package in a wheel, next to it in a clone."""
+    """Returns the folder of CONFIG, DATA and ANSWERS: in the package in a wheel, next to it in a clone."""
     package = Path(str(importlib.resources.files("middo_jax")))
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

@@ -20,21 +20,23 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from middo_jax.config import replayed_file
 from middo_jax.progress import duration
 from middo_jax.report.build import build
 from middo_jax.report.status import status
-from middo_jax.rundir import RunDir, write_json, write_text
+from middo_jax.rundir import RunDir, file_hash, write_json, write_text
 
 ROOT = Path(__file__).parent.parent
 RECORD, PICTURE, README = ROOT / "docs/quickstart.json", ROOT / "docs/report.png", ROOT / "README.md"
 CONFIG = ROOT / "configs/quickstart.yaml"
 PICTURE_SIZE = (1280, 1500)
-LINE = 120  # characters of the transcript's lines; longer ones are cut
+LINE = 120  # characters of the transcript's lines; longer ones are wrapped
 COMMAND = "middo run configs/quickstart.yaml"
 _PART = re.compile(r"(<!-- quickstart: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 _PROGRESS = re.compile(r"  .+: (\d+)/(\d+) \w+ in ")
@@ -72,22 +74,26 @@ def record(run: RunDir, log: str, note: str = "") -> dict[str, Any]:
         "peak_gb": round(int(_found(r"Maximum resident set size \(kbytes\): (\d+)$", log)) * 1024 / 1e9, 1),
         "rows": {"in": first["rows"], "out": facts["final"]["rows"], "held_out": facts["n_heldout"]},
         "rewrites": {"accepted": first["accepted"], "tried": first["accepted"] + first["rejected"]},
+        "recorded": run.round(0).stages()["refine"].get("recorded"),
         "effects": facts["effects"],
     }
 
 
 def inputs() -> dict[str, str]:
-    """Hashes of what the quickstart reads: its settings, comments aside, and its data."""
+    """Hashes of what the quickstart reads: settings without comments, data and recorded answers."""
     settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-    data = (ROOT / settings["data"]["path"]).read_bytes()
+    answers = replayed_file(settings["refine"]["base_url"])
+    if answers is None:
+        raise ValueError(f"{CONFIG}: refine.base_url names no recorded answers")
     return {
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        "data": hashlib.sha256(data).hexdigest(),
+        "data": file_hash(ROOT / settings["data"]["path"]),
+        "answers": file_hash(ROOT / answers),
     }
 
 
 def transcript(log: str) -> list[str]:
-    """The lines that `middo run` printed, without those of work in progress; long lines are cut.
+    """The lines that `middo run` printed, without those of work in progress.
 
     Raises:
       ValueError: the log does not hold exactly one run, or one that did not begin at its first stage.
@@ -99,7 +105,7 @@ def transcript(log: str) -> list[str]:
     for line in parts[1].splitlines():
         counts = _PROGRESS.match(line)
         if counts is None or counts[1] == counts[2]:
-            lines.append(line if len(line) <= LINE else f"{line[: LINE - 1].rstrip()}\N{HORIZONTAL ELLIPSIS}")
+            lines.append(line)
         if line.endswith("report.html"):
             return lines
     raise ValueError("the log has no line with the report's path: the run did not end well")
@@ -127,7 +133,12 @@ def fill(readme: str, facts: dict[str, Any]) -> str:
 
 
 def _transcript(facts: dict[str, Any]) -> str:
-    return "\n".join(["```", *facts["transcript"], "```"])
+    return "\n".join(["```", *(short for line in facts["transcript"] for short in _wrapped(line)), "```"])
+
+
+def _wrapped(line: str) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.wrap(line, LINE, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _measured(facts: dict[str, Any]) -> str:
@@ -149,10 +160,20 @@ def _measured(facts: dict[str, Any]) -> str:
         *_effect("The round", effects["rounds"]),
         f"So this run shows {shows}.",
         "The quickstart demonstrates the program, not the method:",
-        "here a model of 135M parameters is its own refiner.",
+        "116 rows and a model of 135M parameters are too small for that.",
+        *_refiner(facts["recorded"]),
         "For real use, set `refine.base_url` to the endpoint of a capable model.",
     )
-    return _wrap(" ".join(sentences))
+    return textwrap.fill(" ".join(sentences), LINE, break_long_words=False, break_on_hyphens=False)
+
+
+def _refiner(recorded: dict[str, Any] | None) -> tuple[str, ...]:
+    """Whose answers the rewrites are."""
+    if recorded is None:
+        return ("Here the base model is its own refiner.",)
+    n, misses = recorded["answers"], recorded["misses"]
+    others = f"; the other {misses} are the base model's own" if misses else ""
+    return (f"Of the refiner's {n} answers, {n - misses} are recorded ones of {recorded['model']}{others}.",)
 
 
 def _effect(what: str, effect: dict[str, Any]) -> tuple[str, ...]:
@@ -162,14 +183,6 @@ def _effect(what: str, effect: dict[str, Any]) -> tuple[str, ...]:
         f"(from {effect['loss_before']:.4f} to {effect['loss_after']:.4f}), with a 95 % interval",
         f"from {low:+.4f} to {high:+.4f} over {effect['n_rows']} rows.",
     )
-
-
-def _wrap(text: str, width: int = 120) -> str:
-    lines: list[str] = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".lstrip()
-        lines = [*lines[:-1], longer] if len(longer) <= width else [*lines, word]
-    return "\n".join(lines)
 
 
 def _found(pattern: str, log: str) -> str:

@@ -33,7 +33,7 @@ from middo_jax.parallel.coordination import barrier, from_first
 from middo_jax.planning.amounts import Amounts
 from middo_jax.planning.forecast import Plan, PlanRequest, plan_run
 from middo_jax.progress import for_stderr
-from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
+from middo_jax.quickstart import ANSWERS, CONFIG, DATA, demo_model, shipped
 from middo_jax.refinement import DryRun
 from middo_jax.report.status import status
 from middo_jax.results import Exported, Refined, Run, Scores, Trained
@@ -85,10 +85,10 @@ def run(config: Config | PathLike, settings: SettingsLike = None, *, repair: boo
 def quickstart(settings: SettingsLike = None) -> tuple[Path, list[str | Mapping[str, Any]]]:
     """Returns the arguments of `run` for a small model and the rows that ship with the package."""
     layers = layers_of(settings)
-    data, nowhere = {"data.path": str(shipped() / DATA)}, {"model.path": ""}
-    own = load(shipped() / CONFIG, [data, nowhere, *layers]).model.path
+    files = {"data.path": str(shipped() / DATA), "refine.base_url": f"replay:{shipped() / ANSWERS}"}
+    own = load(shipped() / CONFIG, [files, {"model.path": ""}, *layers]).model.path
     # The demo model is searched and downloaded only if the settings name no other model.
-    named = {**data, "model.path": own or demo_model()}
+    named = {**files, "model.path": own or demo_model()}
     return shipped() / CONFIG, [named, *layers]
 
 

@@ -1,4 +1,4 @@
-"""Finds the quickstart's settings, data and model, in an installed package or in a clone."""
+"""Finds the quickstart's settings, data, recorded answers and model: in an installed package or a clone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from middo_jax.models.resolve import resolve
 from middo_jax.progress import for_stderr
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-CONFIG, DATA = "quickstart.yaml", "quickstart_data.jsonl"
+CONFIG, DATA, ANSWERS = "quickstart.yaml", "quickstart_data.jsonl", "quickstart_answers.jsonl"
 
 
 def shipped() -> Path:
-    """Returns the folder with CONFIG and DATA: inside the package in a wheel, next to it in a clone."""
+    """Returns the folder of CONFIG, DATA and ANSWERS: in the package in a wheel, next to it in a clone."""
     package = Path(str(importlib.resources.files("middo_jax")))
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

@@ -10,7 +10,7 @@ from middo_jax.refinement.endpoint.recording import write_recording
 from middo_jax.rundir import RoundDir, RunError
 from middo_jax.selecting import PathLike
 from middo_jax.session import session_of
-from middo_jax.stages.endpoint import embedded_model, named_endpoint
+from middo_jax.stages.endpoint import embedded_name, named_endpoint
 from middo_jax.stages.surroundings import answer_cache
 
 
@@ -38,6 +38,6 @@ def record(folder: PathLike, path: PathLike, *, settings: SettingsLike = None) -
     if not directory.is_done("refine"):
         api.refine(folder, settings=settings)
     named = named_endpoint(session.config)
-    model = embedded_model(session)[0].resolve().name if named is None else named.model
+    model = embedded_name(session.config) if named is None else named.model
     with answer_cache(session, directory) as cache:
         return write_recording(Path(path), cache, model), model

@@ -24,7 +24,7 @@ def serve(
     from middo_jax.inference.guard import Access
     from middo_jax.inference.listening import serve_forever
     from middo_jax.inference.server import build_app, load_engine
-    from middo_jax.models.resolve import resolve
+    from middo_jax.models.resolve import resolve, served_name
     from middo_jax.session import new_session
 
     access = Access.to(host)  # before the model is loaded: it may refuse
@@ -34,4 +34,4 @@ def serve(
     config = session.config
     engine, tokenizer, eos_ids = load_engine(path, config.serve, config.model.dtype, mesh=session.mesh)
     with engine:
-        serve_forever(build_app(engine, tokenizer, path.resolve().name, eos_ids, access), host, port)
+        serve_forever(build_app(engine, tokenizer, served_name(model), eos_ids, access), host, port)

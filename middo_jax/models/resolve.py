@@ -22,6 +22,7 @@ _TOKENIZER_FILES = [
     *("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"),
     "adapter_model.safetensors",
 ]
+_SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+/?")  # a model in the hub's cache
 
 
 def resolve(path: str, *, weights: bool = True) -> Path:
@@ -73,6 +74,24 @@ def resolve(path: str, *, weights: bool = True) -> Path:
             f"repo failed: {type(error).__name__}: {error}"
         ) from error
     return resolve(snapshot)
+
+
+def served_name(path: str) -> str:
+    """The name under which a model is served, from the user's name of it.
+
+    models/SmolLM2-135M-Instruct                            ->  SmolLM2-135M-Instruct
+    ~/Qwen2.5-1.5B-Instruct-Q4_K_M.gguf                     ->  Qwen2.5-1.5B-Instruct-Q4_K_M
+    Qwen/Qwen2.5-0.5B, or its snapshot in the hub's cache   ->  Qwen/Qwen2.5-0.5B
+    gs://bucket/models/mine                                 ->  mine
+    """
+    place = Path(path).expanduser()
+    if (snapshot := _SNAPSHOT.fullmatch(place.as_posix())) is not None:
+        return snapshot[1].replace("--", "/")
+    if place.suffix == ".gguf":
+        return place.stem
+    if place.is_dir():
+        return place.resolve().name
+    return place.name if "://" in path else path
 
 
 def _is_weights(name: str) -> bool:

@@ -23,7 +23,7 @@ from middo_jax.data.tokenize import load_tokenizer
 from middo_jax.inference import listening, server
 from middo_jax.inference.guard import Access
 from middo_jax.loopback import is_loopback
-from middo_jax.models.resolve import resolve
+from middo_jax.models.resolve import resolve, served_name
 from middo_jax.parallel.coordination import Together, agree, alone, gather, own_address, shared_secret
 from middo_jax.refinement.endpoint.recording import Recording, read_header, read_recording
 from middo_jax.rundir import RunError, fingerprint
@@ -106,7 +106,7 @@ def endpoint(session: Session, together: Together = alone) -> Iterator[Served]:
         with contextlib.ExitStack() as stack:
             replay = Replay(recording, lambda: stack.enter_context(_embedded(session, recording.model)))
             url = stack.enter_context(listening.serve_in_background(replay.app(), port=0))
-            yield Served(url, recording.model, False, revision, recording, path.resolve().name)
+            yield Served(url, recording.model, False, revision, recording, embedded_name(config))
         gc.collect()
         return
     with contextlib.ExitStack() as stack:
@@ -114,7 +114,7 @@ def endpoint(session: Session, together: Together = alone) -> Iterator[Served]:
             servers = stack.enter_context(serving(session))
         revision = config.refine.model_revision or servers.revision
         urls = _reached(session, servers.urls)
-        yield Served(urls, path.resolve().name, sends_key=False, revision=revision, token=servers.token)
+        yield Served(urls, embedded_name(config), sends_key=False, revision=revision, token=servers.token)
     gc.collect()
     with together({STOP: True}):  # not after an error, which ends this process and so the others
         pass
@@ -143,11 +143,10 @@ def serving(session: Session) -> Iterator[Servers]:
     Raises:
       HostsError: the processes serve different models.
     """
-    path, _ = embedded_model(session)
     token, address = shared_secret("refiner"), own_address()
     access = None if token is None else Access(token, only_loopback=is_loopback(address))
     with (
-        _embedded(session, path.resolve().name, access) as app,
+        _embedded(session, embedded_name(session.config), access) as app,
         listening.serve_in_background(app, host=address, port=0) as url,
     ):
         urls = gather("refiner: servers", url)
@@ -185,6 +184,11 @@ def embedded_model(session: Session) -> tuple[Path, str | None]:
     """The model of the embedded endpoint, and `model.template` if it is the base model."""
     named = session.config.refine.model
     return (resolve(named), None) if named else (session.base, session.config.model.template)
+
+
+def embedded_name(config: Config) -> str:
+    """The name under which the embedded endpoint serves its model."""
+    return served_name(config.refine.model or config.model.path)
 
 
 def _date(config: Config) -> datetime.date:

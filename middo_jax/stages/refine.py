@@ -42,7 +42,7 @@ from middo_jax.session import Session
 from middo_jax.signals.embeddings import require_embeddings
 from middo_jax.signals.table import as_floats, read_scores
 from middo_jax.stages.accept import Acceptance
-from middo_jax.stages.endpoint import SERVE, STOP, embedded_model, endpoint, refines_itself, serving
+from middo_jax.stages.endpoint import SERVE, STOP, embedded_name, endpoint, refines_itself, serving
 from middo_jax.stages.measure import UnderTraining, scored_model
 from middo_jax.stages.merge import lineage_scores, rows_of
 from middo_jax.stages.replaying import attributed
@@ -222,8 +222,7 @@ def _recorded(
     file = replayed_file(session.config.refine.base_url)
     if file is None:
         return outcomes, None
-    embedded, _ = embedded_model(session)
-    found, facts = attributed(outcomes, cache, read_recording(file), embedded.resolve().name)
+    found, facts = attributed(outcomes, cache, read_recording(file), embedded_name(session.config))
     n, misses = facts["answers"], facts["misses"]
     others = f"; {misses:,} were missing and came from {facts['embedded']}" if misses else ""
     session.progress.say(f"{n - misses:,} of {n:,} answers are recorded, from {facts['model']}{others}")

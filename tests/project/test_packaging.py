@@ -30,7 +30,8 @@ def project() -> dict[str, Any]:
 def test_the_wheel_holds_what_the_quickstart_reads_and_the_types(project: dict[str, Any]) -> None:
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert included == {
-        f"configs/{name}": f"middo_jax/configs/{name}" for name in (quickstart.CONFIG, quickstart.DATA)
+        f"configs/{name}": f"middo_jax/configs/{name}"
+        for name in (quickstart.CONFIG, quickstart.DATA, quickstart.ANSWERS)
     }
     assert all((ROOT / name).is_file() for name in included)
     assert (ROOT / "middo_jax" / "py.typed").is_file()
@@ -57,6 +58,7 @@ def test_the_quickstart_runs_from_anywhere(tmp_path: Path, monkeypatch: pytest.M
     config = api.load_config(*api.quickstart(["train.num_epochs=2"]))
     stored = api.load_config(ROOT / "configs" / "quickstart.yaml", ["train.num_epochs=2"])
     moved = {"model.path": config.model.path, "data.path": config.data.path}
+    moved |= {"refine.base_url": f"replay:{ROOT / 'configs' / quickstart.ANSWERS}"}
     assert config == api.load_config(settings=[*api.layers_of(stored), moved])
     assert Path(config.data.path).is_file()
 

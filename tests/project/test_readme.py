@@ -14,10 +14,11 @@ import pytest
 import yaml
 from support.synthetic_run import write_run
 
+from middo_jax.config import load
 from middo_jax.report.effects import effect_lines
 from middo_jax.report.status import FINAL_STAGES, ROUND_STAGES
 from middo_jax.rundir import RunDir
-from middo_jax.stages.refine import ITSELF
+from middo_jax.stages import recorded_line
 from middo_jax.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -86,11 +87,16 @@ def test_the_record_is_of_the_settings_and_data_that_ship(script: ModuleType, fa
     )
 
 
-def test_the_recorded_transcript_is_what_the_program_prints(facts: dict[str, Any]) -> None:
-    """Its first line, its stages, a warning and its last lines; a change of any needs a new record."""
+def test_the_recorded_transcript_is_what_the_program_prints(
+    facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first line, its stages and its last lines; a change of any needs a new record."""
+    monkeypatch.chdir(ROOT)
     assert facts["transcript"][0].startswith(f"middo-jax {__version__} on ")
-    (warning,) = [line for line in facts["transcript"] if line.startswith("warning: ")]
-    assert ITSELF.startswith(warning.removesuffix("…"))
+    recorded = recorded_line(load(ROOT / "configs" / "quickstart.yaml"))
+    assert recorded is not None
+    assert facts["transcript"][0].endswith(f"; {recorded}")
+    assert not [line for line in facts["transcript"] if line.startswith("warning: ")]
     stages = [f"round_00 {s}" for s in ROUND_STAGES] + [f"final {s}" for s in FINAL_STAGES]
     shown = [line for line in facts["transcript"] if line.startswith("[")]
     assert shown == [f"[{i}/{len(stages)}] {stage}" for i, stage in enumerate(stages, 1)]
@@ -124,8 +130,8 @@ def test_numbers_of_what_is_checked_are_those_of_the_benchmarks(readme: str) -> 
 # The script
 
 
-def test_a_transcript_keeps_finished_work_and_cuts_long_lines(script: ModuleType) -> None:
-    found = script.transcript(LOG.replace("loss 2.718", f"loss 2.718 {'x' * 200}"))
+def test_a_transcript_keeps_finished_work_and_wraps_long_lines(script: ModuleType) -> None:
+    found = script.transcript(LOG.replace("loss 2.718", f"loss 2.718, {'grad norm 3.7, ' * 10}end"))
     assert [line.split(":")[0] for line in found] == [
         "[1/2] round_00 train",
         "  train",
@@ -133,9 +139,9 @@ def test_a_transcript_keeps_finished_work_and_cuts_long_lines(script: ModuleType
         "effect of the rounds",
         "runs/quickstart/report.html",
     ]
-    assert found[1].startswith("  train: 11/11 steps in 48s loss 2.718 xxx")
-    assert len(found[1]) == script.LINE
-    assert found[1].endswith("x…")
+    text = script.fill("<!-- quickstart: transcript -->\n\n<!-- end -->", {"transcript": found})
+    assert max(map(len, text.splitlines())) <= script.LINE
+    assert " ".join(text.split()).count("grad norm 3.7,") == 10
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,8 @@ class Session:
         return self if config == self.config else dataclasses.replace(self, config=config)
 
     @property
-    def _place(self) -> automatic.Place:
-        return automatic.Place(self.mesh, automatic.usable_bytes())
+    def _place(self) -> automatic.Placement:
+        return automatic.Placement(self.mesh, automatic.usable_bytes())
 
     def locate(self, path: Path) -> ModelSource:
         """Locates a model's parts, see `models.loading.locate`; the session's base replaces a moved one."""

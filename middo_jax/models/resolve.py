@@ -76,6 +76,12 @@ def resolve(path: str, *, weights: bool = True) -> Path:
     return resolve(snapshot)
 
 
+def repo_of(path: str) -> str | None:
+    """The hub's name of a model in the hub's cache; None of any other."""
+    snapshot = _SNAPSHOT.fullmatch(Path(path).as_posix())
+    return snapshot[1].replace("--", "/") if snapshot else None
+
+
 def served_name(path: str) -> str:
     """The name under which a model is served, from the user's name of it.
 
@@ -85,8 +91,8 @@ def served_name(path: str) -> str:
     gs://bucket/models/mine                                 ->  mine
     """
     place = Path(path).expanduser()
-    if (snapshot := _SNAPSHOT.fullmatch(place.as_posix())) is not None:
-        return snapshot[1].replace("--", "/")
+    if (repo := repo_of(path)) is not None:
+        return repo
     if place.suffix == ".gguf":
         return place.stem
     if place.is_dir():

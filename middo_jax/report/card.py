@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from middo_jax.data.example import Example, Op
-from middo_jax.report.names import model_name, repo_of, without_folders
+from middo_jax.models.resolve import repo_of
+from middo_jax.report.names import model_name, without_folders
 from middo_jax.report.status import judged_tasks, load_json, load_jsonl, load_settings
 from middo_jax.report.verdicts import describe, people
 from middo_jax.rundir import RoundDir, RunDir

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from middo_jax.config.base import BUCKET
+from middo_jax.models.resolve import repo_of
 
 _REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_CACHED = re.compile(r".*/models--([^/]+)/snapshots/[^/]+/?")  # a model in the hub's cache
 _KIND = re.compile(r"(?:(?:hf|tfds):)?")  # of hf:NAME:SPLIT, where NAME may be a folder
 # Folders of a run, whose own names say nothing.
 _OF_RUNS = frozenset({"huggingface", "checkpoint"})
@@ -25,12 +25,6 @@ def without_folders(name: str) -> str:
     place = name[kind.end() :]
     is_place = Path(place).expanduser().is_absolute() or re.match(BUCKET, place)
     return kind[0] + Path(place).name if is_place else name
-
-
-def repo_of(path: str) -> str | None:
-    """The hub's name of a model in the hub's cache; None of any other."""
-    cached = _CACHED.fullmatch(Path(path).as_posix())
-    return cached[1].replace("--", "/") if cached else None
 
 
 def model_name(path: str) -> str:

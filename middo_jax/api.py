@@ -114,8 +114,8 @@ def score(
         but consistency, which scoring.readings=[consistency] adds.
       keep_columns: which of the user's columns come back; None is all that hold scalars only.
       out: a folder that gets dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select`
-        and `middo refine`. None writes nothing. If it has the scores of the same data, models and settings,
-        they are returned and nothing is measured; of data that was changed, what is new is measured.
+        and `middo refine`. None writes nothing. Samples that it has scores of, by the same models and
+        settings, are not measured again.
       force: whether scores that `out` has are measured again, and replaced if they are others.
       settings: see `load_config`; or a Config, of which the model and the data are replaced.
 
@@ -149,9 +149,8 @@ def score(
             scored = stages.kept_scores(session, link, own)
         else:
             earlier = directory if found == "some" else None
-            scored = stages.score_stage(
-                session, directory, model_path, pre_path, axes, earlier=earlier, own=own
-            )
+            models = model_path, pre_path
+            scored = stages.score_stage(session, directory, *models, axes, earlier=earlier, own=own)
     n_reused = len(kept) if found == "all" else scored.facts.get("n_kept", 0)
     return Scores(scored.table, scored.embedding_nd, rejections, scored.facts["passes"], n_reused)
 

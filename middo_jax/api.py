@@ -130,29 +130,28 @@ def score(
         session = session_for(model_path, _path(rows), settings, place).settled()
         axes = scored_axes(session.config) if axes is None else axes
         stages.check_own_texts(session.config)
-        prepared, own = _read(session, rows, keep_columns)
-        kept, rejections = prepared.kept, prepared.rejections
+        data, own = _read(session, rows, keep_columns)
         if pre_model is None and "complexity" in axes:
             session.progress.say(NO_PRE_MODEL)
         pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
         if place is None:
-            scored = measure_samples(session, kept, model_path, pre_path, axes)
+            scored = measure_samples(session, data.kept, model_path, pre_path, axes)
             table = with_columns(scored.table, own)
-            return Scores(table, scored.embedding_nd, rejections, scored.facts["passes"])
+            return Scores(table, scored.embedding_nd, data.rejections, scored.facts["passes"])
         stages.check_embedder(session, pre_path, axes)
         require_no_run(place)
-        link = stages.scoring(session, RoundDir(place), model_path, pre_path)
-        found = from_first("score: before", lambda: stages.found_scores(link, session, kept, axes, force))
-        directory = _begin(session, place, prepared)
+        models = model_path, pre_path
+        link = stages.scoring(session, RoundDir(place), *models)
+        found = from_first("scored", lambda: stages.found_scores(link, session, data.kept, axes, force))
+        directory = _begin(session, place, data)
         if found == "all":
             session.progress.say(f"{place}: scored before, nothing is measured (--force measures again)")
             scored = stages.kept_scores(session, link, own)
         else:
             earlier = directory if found == "some" else None
-            models = model_path, pre_path
             scored = stages.score_stage(session, directory, *models, axes, earlier=earlier, own=own)
-    n_reused = len(kept) if found == "all" else scored.facts.get("n_kept", 0)
-    return Scores(scored.table, scored.embedding_nd, rejections, scored.facts["passes"], n_reused)
+    n_reused = len(data.kept) if found == "all" else scored.facts.get("n_kept", 0)
+    return Scores(scored.table, scored.embedding_nd, data.rejections, scored.facts["passes"], n_reused)
 
 
 def refine(folder: PathLike, *, settings: SettingsLike = None) -> Refined:

@@ -130,7 +130,9 @@ def test_numbers_of_what_is_checked_are_those_of_the_benchmarks(readme: str) -> 
 # The script
 
 
-def test_a_transcript_keeps_finished_work_and_wraps_long_lines(script: ModuleType) -> None:
+def test_a_transcript_keeps_finished_work_and_wraps_long_lines(
+    script: ModuleType, facts: dict[str, Any]
+) -> None:
     found = script.transcript(LOG.replace("loss 2.718", f"loss 2.718, {'grad norm 3.7, ' * 10}end"))
     assert [line.split(":")[0] for line in found] == [
         "[1/2] round_00 train",
@@ -139,7 +141,7 @@ def test_a_transcript_keeps_finished_work_and_wraps_long_lines(script: ModuleTyp
         "effect of the rounds",
         "runs/quickstart/report.html",
     ]
-    text = script.fill("<!-- quickstart: transcript -->\n\n<!-- end -->", {"transcript": found})
+    text = script.fill("<!-- quickstart: transcript -->\n\n<!-- end -->", facts | {"transcript": found})
     assert max(map(len, text.splitlines())) <= script.LINE
     assert " ".join(text.split()).count("grad norm 3.7,") == 10
 

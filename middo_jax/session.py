@@ -333,7 +333,8 @@ def prepare(session: Session, data: UserRows | None = None) -> Prepared:
         rejections, repairs = [*data.rejections, *own.rejections], [*data.repairs, *own.repairs]
         data = data._replace(rejections=rejections, repairs=repairs)
     facts = data.rejections, data.repairs, data.format, data.columns, data.spelling.commonest(data.format)
-    return Prepared(kept, heldout, *facts, id_columns=data.id_columns(settings.id_column))
+    ids = [name for name in data.id_columns(settings.id_column) if name != settings.source_column]
+    return Prepared(kept, heldout, *facts, id_columns=ids)
 
 
 def _tell_of_faults(session: Session, data: UserRows) -> None:

@@ -208,6 +208,9 @@ def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> No
     a = [{"prompt": f"Name {n}.", "completion": "Yes.", "id": f"a{n}"} for n in range(4)]
     turns = [("user", "Name 9."), ("user", "Please."), ("assistant", "Yes."), ("user", "And?")]
     b = [{"messages": [{"role": role, "content": text} for role, text in turns], "id": "b0"}]
+    for rows in (a, b):
+        for n, row in enumerate(rows):
+            row |= {"place": n, "author": f"{row['id']}"}
     held = [{"prompt": f"Name {text}.", "completion": "No."} for text in ("1", "77")]
     held.append({"prompt": "Name 78.", "completion": " "})
     for name, rows in (("a", a), ("b", b), ("held", held)):
@@ -222,10 +225,12 @@ def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> No
                 "data.path": "",
                 "data.sources": [{"path": str(tmp_path / f"{name}.jsonl")} for name in "ab"],
                 "data.eval_path": str(tmp_path / "held.jsonl"),
+                "data.source_column": "author",
             },
         ],
     )
-    kept, heldout, rejections, repairs, *_ = prepare(Session(config, said))
+    kept, heldout, rejections, repairs, *_, id_columns = prepare(Session(config, said))
+    assert id_columns == ["id", "place"]
     assert [e.user_id for e in kept] == ["a0", "a2", "a3", "b0"]
     assert kept[-1].prompt == "Name 9.\n\nPlease."
     assert [e.prompt for e in heldout] == ["Name 1.", "Name 77."]

@@ -208,7 +208,7 @@ def test_an_addition_has_no_id_of_its_core_in_any_place(tmp_path: Path) -> None:
     (core, _), _ = read(with_ids(tmp_path, ["a", "a"]))
     lineage = Lineage((core.id,), core.id, 1, "synthesize")
     added = core.replace_text("Name a sea.", "North.", lineage)
-    assert (added.user_id, added.extra) == (None, {})
+    assert (added.user_id, added.extra) == (None, {"id": None})
     rewritten = core.replace_text("Name a sea.", "North.", dataclasses.replace(lineage, op="rewrite"))
     assert rewritten.extra == {"id": "a"}
 

@@ -150,8 +150,7 @@ def test_rewrites_are_judged_by_commands(here: RoundDir, command: Middo, tmp_pat
     judged = command("refine", here.path, "--read-review", review, "--read-review", tmp_path / "more.jsonl")
     merged = here.path / "merged.jsonl"
     assert judged.out.splitlines() == [
-        f"1 accepted as they are, 1 accepted with other words, 1 rejected, {n - 3} not judged, which stay "
-        "accepted",
+        f"1 accepted, 1 accepted with other words, 1 rejected, {n - 3} not judged, which stay accepted",
         "`middo run` now makes again what depends on the merged dataset",
         str(merged),
     ]

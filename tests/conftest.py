@@ -1,5 +1,6 @@
 """Test session: eight simulated devices, float32 matmuls, a compilation cache that outlives the session."""
 
+import gc
 import os
 import signal
 from importlib.metadata import version
@@ -53,9 +54,26 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment compiles every test as in use.
     """
+    exempt_the_living(item.path)
     wanted = str(int(not any(map(item.get_closest_marker, AS_IN_USE))))
     if is_for_all or wanted == os.environ.get(SWITCH):
         return
     jax.clear_caches()  # what is compiled already would be taken again
     jax.config.update("jax_disable_most_optimizations", wanted == "1")
     os.environ[SWITCH] = wanted
+
+
+_path: Path | None = None  # of the tests that run
+
+
+def exempt_the_living(path: Path) -> None:
+    """Exempts from garbage collections what lives when a file of tests begins.
+
+    Stages collect garbage to free memory of devices. A collection visits every object, and most of them live
+    until the end: imported modules, collected tests, JAX's caches. That took seconds each time.
+    """
+    global _path
+    if path != _path:
+        gc.collect()
+        gc.freeze()
+        _path = path

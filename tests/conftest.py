@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -63,17 +64,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     os.environ[SWITCH] = wanted
 
 
-_path: Path | None = None  # of the tests that run
+_exempt: tuple[Path, int] | None = None  # file of tests, number of hundreds of modules
 
 
 def exempt_the_living(path: Path) -> None:
-    """Exempts from garbage collections what lives when a file of tests begins.
+    """Exempts from garbage collections what lives when a file of tests begins, or many modules are new.
 
     Stages collect garbage to free memory of devices. A collection visits every object, and most of them live
     until the end: imported modules, collected tests, JAX's caches. That took seconds each time.
     """
-    global _path
-    if path != _path:
+    global _exempt
+    if (now := (path, len(sys.modules) // 100)) != _exempt:
         gc.collect()
         gc.freeze()
-        _path = path
+        _exempt = now

@@ -297,7 +297,7 @@ def test_roles_by_their_other_names(tmp_path: Path, system: str, user: str, assi
     for row in (chat(*turns), {"conversations": shares}):
         assert reading(tmp_path, row)[0][0].messages == (Message("system", "Rhyme."), *PAIR)
     _, (rejected,) = reading(tmp_path, ASKED["messages"], chat((user, "q"), ("Tool", "4"), (assistant, "a")))
-    assert rejected.reason == "turn 2 is a tool's result, and the turn before it calls no tool"
+    assert rejected.reason == "turn 2 is a tool's result, and no turn right before it calls a tool"
 
 
 def test_targets_without_weights_are_as_before(tmp_path: Path) -> None:

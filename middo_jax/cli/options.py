@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,10 +78,19 @@ def print_error(error: BaseException) -> None:
     print("(MIDDO_TRACEBACK=1 shows the traceback)", file=sys.stderr)
 
 
-def data_layer(data: str) -> str | dict[str, str]:
-    """The setting behind an argument DATA: a path, `data.sources=[...]`, or a YAML file of settings."""
-    is_setting = data.startswith("data.") and "=" in data
-    return data if is_setting or data.endswith((".yaml", ".yml")) else {"data.path": data}
+def data_layer(data: str, overrides: Sequence[str]) -> str | dict[str, str]:
+    """The setting behind an argument DATA: a path, `data.sources=[...]`, or a YAML file of settings.
+
+    Raises:
+      ConfigError: the settings behind it name another dataset, and DATA is no file of settings.
+    """
+    if data.endswith((".yaml", ".yml")):
+        return data
+    if any(setting.startswith(("data.path=", "data.sources=")) for setting in overrides):
+        from middo_jax.config import ConfigError
+
+        raise ConfigError(f"config: the dataset is {data}; give data.path or data.sources, not both")
+    return data if data.startswith("data.") and "=" in data else {"data.path": data}
 
 
 def names_in(text: str) -> list[str]:

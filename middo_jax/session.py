@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from middo_jax import template_date
 from middo_jax.buckets import Place
 from middo_jax.buckets.keeping import kept
-from middo_jax.config import Config, SettingsLike, layers_of
+from middo_jax.config import Config, ConfigError, SettingsLike, layers_of
 from middo_jax.config import load as load_config
 from middo_jax.data.example import Example, Message
 from middo_jax.data.files import Rejection
@@ -255,6 +255,8 @@ def session_for(
         "data": {"path": data or IN_MEMORY, "eval_fraction": 0},
     }
     session = new_session([*layers, named] if isinstance(settings, Config) else [named, *layers])
+    if session.config.data.sources:
+        raise ConfigError(f"data.sources is not used here: the dataset is {data or IN_MEMORY}; leave it out")
     made_in = [model.parent, model.parent.parent] if read_metadata(model) is not None else []
     recorded = [folder / "config.yaml" for folder in ([out] if out else []) + made_in]
     return dataclasses.replace(session, config=template_date.pin(session.config, recorded))
@@ -375,6 +377,9 @@ def read_data(session: Session, rows: Any = None, keep_rows: bool = False) -> Us
       DataError: the data cannot be read, or no row can be used.
     """
     settings = session.config.data
+    if rows is None and settings.sources:
+        seed, tokenizer = session.config.seed, session.tokenizer
+        return read_configured(settings, seed, keep_rows, lambda example: refusal(example, tokenizer))
     if rows is None:
         return usable(session, read_configured(settings, session.config.seed, keep_rows))
     return usable(session, read_rows(rows, settings.format, settings.limit, Reading.of(settings), keep_rows))

@@ -41,8 +41,7 @@ class Inspected(NamedTuple):
 
 
 def inspect(
-    data: str | Mapping[str, str],
-    settings: Sequence[str] = (),
+    settings: Sequence[str | Mapping[str, str]],
     model: str | None = None,
     against: Sequence[str] = (),
     most: Sequence[str] = (),
@@ -51,8 +50,7 @@ def inspect(
     """Looks at the rows of a dataset, and with a model at their tokens.
 
     Args:
-      data: `data.path=F`, `data.sources=[...]` or a file of settings.
-      settings: change those of `data`; `data`, `model`, `scoring` and `seed` count.
+      settings: with `data.path` or `data.sources`; `data`, `model`, `scoring` and `seed` count.
       model: whose tokenizer and template are used; None looks at rows only.
       against: benchmarks that no row may quote; all splits of each are read.
       most: NAME=SHARE, the largest share of rows with a fault.
@@ -62,7 +60,7 @@ def inspect(
       ConfigError, DataError: the message says what is wrong.
     """
     base = tokenizer_directory(model) if model else "none"
-    config = load(None, [data, f"model.path={base}", *settings])
+    config = load(None, [*settings, {"model.path": base}])
     session = Session(config, for_stderr()) if model else None
     rows = read_configured(config.data, config.seed) if session is None else read_data(session)
     benchmarks, limits = read_benchmarks(against), read_limits(most)

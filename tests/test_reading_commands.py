@@ -140,6 +140,9 @@ def test_several_sources_are_inspected_and_converted_as_one(
     refused = middo("convert", "mine.yaml", "a.jsonl", "--format", "messages")
     assert (refused.code, "a.jsonl is read as data" in refused.err) == (1, True)
     assert (tmp_path / "a.jsonl").read_bytes() == before
+    # A dataset replaces that of a file of settings.
+    assert json.loads(middo("inspect", "b.csv", "mine.yaml", "--json").out)["n"] == 2
+    assert json.loads(middo("inspect", "mine.yaml", "data.path=b.csv", "--json").out)["n"] == 2
     both = middo("inspect", "a.jsonl", sources)
     assert (both.code, "give data.path or data.sources, not both" in both.err) == (1, True)
 

@@ -78,19 +78,21 @@ def print_error(error: BaseException) -> None:
     print("(MIDDO_TRACEBACK=1 shows the traceback)", file=sys.stderr)
 
 
-def data_layer(data: str, overrides: Sequence[str]) -> str | dict[str, str]:
-    """The setting behind an argument DATA: a path, `data.sources=[...]`, or a YAML file of settings.
+def with_data(data: str, settings: Sequence[str]) -> list[str | dict[str, str]]:
+    """Settings with an argument DATA: a path, `data.sources=[...]`, or a YAML file of settings.
+
+    A dataset replaces that of a file among the settings; the settings replace those of DATA, if it is a file.
 
     Raises:
-      ConfigError: the settings behind it name another dataset, and DATA is no file of settings.
+      ConfigError: one of the settings is another dataset.
     """
     if data.endswith((".yaml", ".yml")):
-        return data
-    if any(setting.startswith(("data.path=", "data.sources=")) for setting in overrides):
+        return [data, *settings]
+    if any(setting.startswith(("data.path=", "data.sources=")) for setting in settings):
         from middo_jax.config import ConfigError
 
         raise ConfigError(f"config: the dataset is {data}; give data.path or data.sources, not both")
-    return data if data.startswith("data.") and "=" in data else {"data.path": data}
+    return [*settings, data if data.startswith("data.") and "=" in data else {"data.path": data}]
 
 
 def names_in(text: str) -> list[str]:

@@ -46,7 +46,7 @@ def every_split(path: str) -> Iterator[tuple[str, Iterator[tuple[str, Any] | Rej
     if not parts:
         raise DataError(f"{path} has no file that ends in {', '.join(ENDINGS)}, and no folder in it has one")
     for part in parts:
-        yield str(shown(part)), rows_of_files([part])
+        yield shown(part), rows_of_files([part])
 
 
 def _parts(folder: Path, visited: set[Path]) -> Iterator[Path]:

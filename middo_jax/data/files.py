@@ -185,6 +185,8 @@ def _rows(file: Path) -> Iterator[tuple[str, Any] | Rejection]:
     elif ending == ".json":
         yield from numbered(_taken(_json_rows(file)))
     elif ending == ".parquet":
+        if file.suffix.lower() in _COMPRESSED:
+            raise DataError(f"{file}: Parquet is compressed inside; unpack the file, and name it .parquet")
         yield from numbered(_parquet_rows(file))
     elif ending in (".csv", ".tsv"):
         yield from _csv_rows(file, "," if ending == ".csv" else "\t")

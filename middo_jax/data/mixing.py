@@ -58,14 +58,19 @@ class _Drawn:
       data: its rows.
       order: the numbers of its rows, in the order in which they are taken.
       refuses: why an example cannot be used.
-      refused: number of a row that was checked -> why it cannot be used, None if it can.
+      refused: number of a row that was checked and cannot be used -> why.
+      checked: for each row, whether it was checked.
     """
 
     source: Source
     data: UserRows
     order: Sequence[int]
     refuses: Refuses
-    refused: dict[int, str | None] = dataclasses.field(default_factory=dict)
+    refused: dict[int, str] = dataclasses.field(default_factory=dict)
+    checked: bytearray = dataclasses.field(default_factory=bytearray)
+
+    def __post_init__(self) -> None:
+        self.checked.extend(bytes(len(self.data.examples)))
 
     def take(self, count: int, taken: Container[str]) -> list[int]:
         """The numbers of `count` usable rows, fewer if there are no more, in the order of the dataset.
@@ -81,9 +86,11 @@ class _Drawn:
             example = self.data.examples[number]
             if example.id in taken:
                 continue
+            if not self.checked[number]:
+                self.checked[number] = True
+                if (why := self.refuses(example)) is not None:
+                    self.refused[number] = why
             if number not in self.refused:
-                self.refused[number] = self.refuses(example)
-            if self.refused[number] is None:
                 found.append(number)
         return sorted(found)
 
@@ -94,8 +101,7 @@ class _Drawn:
 
     def rejections(self) -> list[Rejection]:
         """The rows that cannot be used, with their places in all sources."""
-        refused = {number: why for number, why in self.refused.items() if why is not None}
-        return [placed(self.source.path, each) for each in self.data.without(refused).rejections]
+        return [placed(self.source.path, each) for each in self.data.without(self.refused).rejections]
 
     def require_some(self, n: int) -> int:
         """Returns `n`, the number of usable rows, if the source may have so few.

@@ -25,6 +25,7 @@ from middo_jax.data.files import Rejection
 from middo_jax.data.in_memory import IN_MEMORY
 from middo_jax.data.mixing import placed, read_configured
 from middo_jax.data.reading import Reading
+from middo_jax.data.repair import strict_hint
 from middo_jax.data.sources import DataError, commonest_reasons, read_rows
 from middo_jax.data.spelling import Spelling
 from middo_jax.data.split import split_heldout
@@ -334,7 +335,8 @@ def _tell_of_faults(session: Session, data: UserRows) -> None:
         session.progress.say(line)
     if data.repairs:
         n = len({repair.where for repair in data.repairs})
-        session.progress.say(f"{n:,} {'row' if n == 1 else 'rows'} repaired (data.strict=true refuses them)")
+        hint = strict_hint(repair.reason for repair in data.repairs)
+        session.progress.say(f"{n:,} {'row' if n == 1 else 'rows'} repaired{hint}")
     for line in commonest_reasons(data.repairs):
         session.progress.say(line)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 from support.command import Middo
 
+from middo_jax.data import hf_format
 from middo_jax.data.every_split import every_split
 from middo_jax.data.formats import DataError
 from middo_jax.data.sources import read_rows
@@ -95,6 +97,21 @@ def test_the_splits_of_a_folder_of_tfds(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text(json.dumps({"splits": [{"name": "train"}, {"name": "test"}]}))
     names = [name for name, _ in every_split(str(tmp_path))]
     assert names == [f"tfds:{tmp_path}:train", f"tfds:{tmp_path}:test"]
+
+
+def test_a_split_of_the_hub_is_compared(
+    middo: Middo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_for = []
+
+    def rows(name: str, split: str) -> Iterator[dict[str, str]]:
+        asked_for.append((name, split))
+        yield {"question": SHEEP}
+
+    monkeypatch.setattr(hf_format, "rows", rows)
+    data = write_rows(tmp_path / "d.jsonl", *asked(SHEEP))
+    assert middo("inspect", data, "--against", "hf:gsm8k:main:test", "--max", "benchmarks=0").code == 3
+    assert asked_for == [("gsm8k:main", "test")]
 
 
 def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ with `strict` every fault, are a `RowError`. Pure functions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from middo_jax.data.example import Message
@@ -22,6 +22,14 @@ TRAILING = "turns behind the last answer are left out"
 BEHIND = "turns behind the last answer that is learnt are not used"
 LEADING = "an answer before the first question is kept and not learnt"
 JOINT = "\n\n"  # between joined turns
+
+
+def strict_hint(repairs: Iterable[str]) -> str:
+    """The end of a heading of repairs: that `data.strict` refuses such rows, if it refuses any of them.
+
+    Turns behind the last learnt answer are no fault: the user's weights say so.
+    """
+    return " (data.strict=true refuses such rows)" if any(repair != BEHIND for repair in repairs) else ""
 
 
 class _Numbered(NamedTuple):

@@ -108,7 +108,7 @@ def lint(
     benchmarks: Mapping[str, Sequence[str]] = NO_BENCHMARKS,
     repairs: Sequence[Repair] = (),
 ) -> list[Found]:
-    """The results of all checks, in the order of `CHECKS`.
+    """The results of all checks, in the order of `CHECKS`; `benchmarks` only if there are any.
 
     Args:
       examples: the usable rows.
@@ -121,11 +121,14 @@ def lint(
     """
     if unknown := sorted((limits or {}).keys() - CHECKS.keys()):
         raise ValueError(f"there is no check {unknown[0]!r}; there are: {', '.join(CHECKS)}")
+    if "benchmarks" in (limits or {}) and not benchmarks:
+        raise ValueError("--max benchmarks: name what is compared, as in --against gsm8k_test.jsonl")
     rows = list(zip(places, examples, strict=True))
     faults: dict[str, list[tuple[str, str]]] = {
         "empty": [
             *((r.where, r.reason) for r in rejections if _IS_EMPTY.search(r.reason)),
-            *((r.where, r.reason) for r in repairs if r.reason in (EMPTY, EMPTY_BESIDE)),
+            # A row may have both.
+            *{r.where: (r.where, r.reason) for r in repairs if r.reason in (EMPTY, EMPTY_BESIDE)}.values(),
         ],
         "unusable": [
             (r.where, r.reason)
@@ -141,8 +144,9 @@ def lint(
         ],
         "languages": list(_other_languages(rows)),
         "secrets": _each(rows, _secret),
-        "benchmarks": _each(rows, _Quotations(benchmarks).find) if benchmarks else [],
     }
+    if benchmarks:
+        faults["benchmarks"] = _each(rows, _Quotations(benchmarks).find)
     total = max(1, len(examples) + len(rejections))
     given = {name: check.strict for name, check in CHECKS.items() if strict} | dict(limits or {})
     return [

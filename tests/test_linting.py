@@ -139,7 +139,7 @@ def test_rows_that_are_refused_or_repaired_are_in_a_check(tmp_path: Path) -> Non
         chat("Name a lake.", None),
         chat("Name a hill.", " "),
         chat("Name a town.", "Bern.", role="wizard"),
-        {"messages": [*chat("Name a wood.")["messages"], *chat("", "Arden.")["messages"]]},
+        {"messages": [*chat("Name a wood.")["messages"], *chat("", "Arden.", "", "No.")["messages"]]},
     ]
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -189,4 +189,7 @@ def test_limits_and_strict() -> None:
             read_limits([wrong])
     with pytest.raises(ValueError, match="there is no check 'refusal'; there are: empty"):
         results(*bad, limits={"refusal": 0})
-    assert set(results(*bad)) == set(CHECKS)
+    assert set(results(*bad, benchmarks={"b": ["Name a hill."]})) == set(CHECKS)
+    assert set(results(*bad)) == set(CHECKS) - {"benchmarks"}  # what was not compared did not pass
+    with pytest.raises(ValueError, match="--max benchmarks: name what is compared"):
+        results(*bad, limits={"benchmarks": 0})

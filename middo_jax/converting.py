@@ -8,6 +8,7 @@ from typing import NamedTuple
 from middo_jax.config import Config
 from middo_jax.data.files import require_not_read
 from middo_jax.data.mixing import read_configured
+from middo_jax.data.repair import strict_hint
 from middo_jax.data.sources import commonest_reasons, write
 from middo_jax.rundir import local, write_jsonl
 
@@ -56,6 +57,6 @@ def convert(config: Config, out: Path, to: str, form: str = "auto") -> Converted
         said.append(f"{len(read.rejections)} rows could not be used, see {beside}")
         said += commonest_reasons(read.rejections)
     if read.repairs:
-        said.append("rows were repaired (data.strict=true refuses them):")
+        said.append(f"rows were repaired{strict_hint(repair.reason for repair in read.repairs)}:")
         said += commonest_reasons(read.repairs)
     return Converted(out, len(read.examples), len(read.rejections), len(read.repairs), said)

@@ -9,12 +9,12 @@ from middo_jax.config import load
 from middo_jax.data.mixing import read_configured
 from middo_jax.data.tokenize import tokenize_all, truncate
 from middo_jax.data.user_rows import UserRows
-from middo_jax.linting import Found, lint, read_limits, read_texts, render
+from middo_jax.linting import Found, lint, read_benchmarks, read_limits, render
 from middo_jax.models.loading import tokenizer_directory
 from middo_jax.progress import for_stderr
 from middo_jax.report.inspection import inspect_rows, inspect_tokens
 from middo_jax.report.terminal import printable, render_inspection
-from middo_jax.session import Session, usable
+from middo_jax.session import Session, read_data
 
 
 class Inspected(NamedTuple):
@@ -23,7 +23,7 @@ class Inspected(NamedTuple):
     Attributes:
       facts: rows, reasons, lengths and `checks`, as `--json` prints them.
       checks: the faults with their shares and limits.
-      said: what was taken of each source, one line each.
+      said: what was taken of each source, and with which of several splits rows were compared.
     """
 
     facts: dict[str, Any]
@@ -41,8 +41,7 @@ class Inspected(NamedTuple):
 
 
 def inspect(
-    data: str | Mapping[str, str],
-    settings: Sequence[str] = (),
+    settings: Sequence[str | Mapping[str, str]],
     model: str | None = None,
     against: Sequence[str] = (),
     most: Sequence[str] = (),
@@ -51,10 +50,9 @@ def inspect(
     """Looks at the rows of a dataset, and with a model at their tokens.
 
     Args:
-      data: `data.path=F`, `data.sources=[...]` or a file of settings.
-      settings: change those of `data`; `data`, `model`, `scoring` and `seed` count.
+      settings: with `data.path` or `data.sources`; `data`, `model`, `scoring` and `seed` count.
       model: whose tokenizer and template are used; None looks at rows only.
-      against: files of benchmarks that no row may quote.
+      against: benchmarks that no row may quote; all splits of each are read.
       most: NAME=SHARE, the largest share of rows with a fault.
       strict: whether any fault is too much.
 
@@ -62,18 +60,19 @@ def inspect(
       ConfigError, DataError: the message says what is wrong.
     """
     base = tokenizer_directory(model) if model else "none"
-    config = load(None, [data, f"model.path={base}", *settings])
-    rows, session = read_configured(config.data, config.seed), None
-    if model:
-        session = Session(config, for_stderr())
-        rows = usable(session, rows)
-    texts = [text for path in against for text in read_texts(path)]
-    limits = read_limits(most)
-    checks = lint(rows.examples, rows.places, rows.rejections, limits, strict, texts, rows.repairs)
+    config = load(None, [*settings, {"model.path": base}])
+    session = Session(config, for_stderr()) if model else None
+    rows = read_configured(config.data, config.seed) if session is None else read_data(session)
+    benchmarks, limits = read_benchmarks(against), read_limits(most)
+    checks = lint(rows.examples, rows.places, rows.rejections, limits, strict, benchmarks, rows.repairs)
     facts = inspect_rows(rows.examples, rows.rejections, rows.repairs)
+    several = benchmarks.items() if len(benchmarks) > 1 else ()
+    compared = [f"--against {name}: {len(texts):,} texts" for name, texts in several]
     if session is not None:
         facts |= _of_tokens(session, rows)
-    return Inspected(facts | {"checks": [check.to_json() for check in checks]}, checks, rows.said)
+    return Inspected(
+        facts | {"checks": [check.to_json() for check in checks]}, checks, [*rows.said, *compared]
+    )
 
 
 def _of_tokens(session: Session, rows: UserRows) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`middo inspect` as a linter: faults of a dataset that no format shows, counted. No model is needed.
 
-lint(examples, places, limits={"refusals": 0.01}, benchmarks=read_texts("gsm8k_test.jsonl"))
+lint(examples, places, limits={"refusals": 0.01}, benchmarks=read_benchmarks(["gsm8k_test.jsonl"]))
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from middo_jax.data.every_split import every_split
 from middo_jax.data.example import Example
-from middo_jax.data.files import Rejection, files_at, rows_of_files
+from middo_jax.data.files import Rejection
 from middo_jax.data.formats import DataError
-from middo_jax.data.repair import EMPTY
+from middo_jax.data.repair import EMPTY, EMPTY_BESIDE
 from middo_jax.data.tools import dumped
 from middo_jax.data.user_rows import DUPLICATE, Repair
 from middo_jax.refinement.acceptance.language import languages
@@ -27,6 +28,7 @@ _SKETCH = 4  # smallest hashes of a prompt's triples: near-duplicates share one 
 _GRAM = 13  # words of a text that is taken for a quotation of a benchmark, as in the report on GPT-3
 _SHORTEST = 6  # words of a benchmark's text that is looked for whole
 
+NO_BENCHMARKS: Mapping[str, Sequence[str]] = {}
 _MISSING = frozenset(
     {"nan", "null", "none", "n/a", "na", "undefined", "nil", "[]", "{}", '""', "<na>", "#n/a"}
 )
@@ -103,10 +105,10 @@ def lint(
     rejections: Sequence[Rejection] = (),
     limits: Mapping[str, float] | None = None,
     strict: bool = False,
-    benchmarks: Sequence[str] = (),
+    benchmarks: Mapping[str, Sequence[str]] = NO_BENCHMARKS,
     repairs: Sequence[Repair] = (),
 ) -> list[Found]:
-    """The results of all checks, in the order of `CHECKS`.
+    """The results of all checks, in the order of `CHECKS`; `benchmarks` only if there are any.
 
     Args:
       examples: the usable rows.
@@ -114,16 +116,19 @@ def lint(
       rejections: the other rows.
       limits: the largest allowed share of rows by check; over `strict`.
       strict: whether the limits of `CHECKS` hold.
-      benchmarks: texts that no row may quote.
+      benchmarks: texts that no row may quote, by split, see `read_benchmarks`.
       repairs: what was repaired of the usable rows.
     """
     if unknown := sorted((limits or {}).keys() - CHECKS.keys()):
         raise ValueError(f"there is no check {unknown[0]!r}; there are: {', '.join(CHECKS)}")
+    if "benchmarks" in (limits or {}) and not benchmarks:
+        raise ValueError("--max benchmarks: name what is compared, as in --against gsm8k_test.jsonl")
     rows = list(zip(places, examples, strict=True))
     faults: dict[str, list[tuple[str, str]]] = {
         "empty": [
             *((r.where, r.reason) for r in rejections if _IS_EMPTY.search(r.reason)),
-            *((r.where, r.reason) for r in repairs if r.reason == EMPTY),
+            # A row may have both.
+            *{r.where: (r.where, r.reason) for r in repairs if r.reason in (EMPTY, EMPTY_BESIDE)}.values(),
         ],
         "unusable": [
             (r.where, r.reason)
@@ -139,8 +144,9 @@ def lint(
         ],
         "languages": list(_other_languages(rows)),
         "secrets": _each(rows, _secret),
-        "benchmarks": _each(rows, _Quotations(benchmarks).find) if benchmarks else [],
     }
+    if benchmarks:
+        faults["benchmarks"] = _each(rows, _Quotations(benchmarks).find)
     total = max(1, len(examples) + len(rejections))
     given = {name: check.strict for name, check in CHECKS.items() if strict} | dict(limits or {})
     return [
@@ -167,20 +173,27 @@ def read_limits(options: Sequence[str]) -> dict[str, float]:
     return limits
 
 
-def read_texts(path: str) -> list[str]:
-    """All texts of a benchmark's file, of any columns.
+def read_benchmarks(paths: Sequence[str]) -> dict[str, list[str]]:
+    """All texts of benchmarks, of any columns, by the names of their splits and files, see `every_split`.
 
     Raises:
-      DataError: the file, or a row of it, cannot be read, or it has no text.
+      DataError: a file, or a row of it, cannot be read, or a path has no text.
     """
-    texts: list[str] = []
-    for item in rows_of_files(files_at(path)):
-        if isinstance(item, Rejection):
-            raise DataError(f"{item.where}: {item.reason}; rows are not compared with half of a benchmark")
-        texts += _texts(item[1])
-    if not any(map(words_of, texts)):
-        raise DataError(f"{path}: no text there to compare with")
-    return texts
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        here = dict[str, list[str]]()
+        for name, rows in every_split(path):
+            texts = here.setdefault(name, [])
+            for item in rows:
+                if isinstance(item, Rejection):
+                    raise DataError(
+                        f"{item.where}: {item.reason}; rows are not compared with half of a benchmark"
+                    )
+                texts += _texts(item[1])
+        if not any(words_of(text) for texts in here.values() for text in texts):
+            raise DataError(f"{path}: no text there to compare with")
+        found |= here
+    return found
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -228,7 +241,8 @@ def _mojibake(example: Example) -> str | None:
 
 def _secret(example: Example) -> str | None:
     """The kind of the first secret; never the secret itself, since outputs are kept and shared."""
-    text = "\n".join(message.text for message in example.messages)
+    turns = (*example.messages, *example.behind)
+    text = "\n".join(f"{message.text}\n{message.fields}" for message in turns)
     # Outputs keep the user's other columns too.
     text = f"{text}\n{example.tools}\n{dumped(dict(example.extra))}"
     return next((kind for kind, pattern in _SECRETS.items() if pattern.search(text)), None)
@@ -270,23 +284,28 @@ def _near_duplicates(rows: Sequence[tuple[str, Example]]) -> Iterator[tuple[str,
 class _Quotations:
     """Finds rows with 13 consecutive words of a benchmark, or with a short text of it as a whole."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self._grams: set[str] = set()
-        self._short: defaultdict[int, set[str]] = defaultdict(set)
-        for text in texts:
-            words = words_of(text)
-            if len(words) >= _GRAM:
-                self._grams.update(_grams(words, _GRAM))
-            elif len(words) >= _SHORTEST:
-                self._short[len(words)].add(" ".join(words))
+    def __init__(self, benchmarks: Mapping[str, Sequence[str]]) -> None:
+        self._names = list(benchmarks)
+        # Number of words -> texts of that length -> the splits that have them, one bit each.
+        self._splits: defaultdict[int, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+        for number, texts in enumerate(benchmarks.values()):
+            for words in map(words_of, texts):
+                size = min(len(words), _GRAM)
+                for gram in _grams(words, size) if size >= _SHORTEST else ():
+                    self._splits[size][gram] |= 1 << number
 
     def find(self, example: Example) -> str | None:
+        first, splits = "", 0
         for message in example.messages:
             words = words_of(message.content)
-            for size, known in ((_GRAM, self._grams), *self._short.items()):
-                if found := next((gram for gram in _grams(words, size) if gram in known), None):
-                    return f"{found!r}"
-        return None
+            for size, known in self._splits.items():
+                for gram in _grams(words, size):
+                    if here := known.get(gram):
+                        first, splits = first or gram, splits | here
+        if not splits:
+            return None
+        names = [name for number, name in enumerate(self._names) if splits >> number & 1]
+        return f"{first!r}" + (f" of {', '.join(names)}" if len(self._names) > 1 else "")
 
 
 def _grams(words: Sequence[str], size: int) -> Iterator[str]:

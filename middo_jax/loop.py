@@ -11,14 +11,14 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from middo_jax import stages, template_date
 from middo_jax.config import Config
 from middo_jax.controls import control_stages, write_summary
 from middo_jax.parallel.coordination import barrier, from_first, is_first, stop_point
-from middo_jax.progress import Progress, duration
+from middo_jax.progress import HeldBack, Progress, duration
 from middo_jax.report.build import build
 from middo_jax.rundir import RunDir, held, write_text
 from middo_jax.rundir.arms import control_links
@@ -49,37 +49,37 @@ def run_loop(config: Config, progress: Progress, repair: bool = False, folder: P
         finished. What can be checked before the first stage is checked before the folder is made or changed.
     """
     run = RunDir(folder or config.place)
-    with held(run.path, progress.say), full_disk_named(run.path):
+    with HeldBack(progress) as opening, held(run.path, opening.say), full_disk_named(run.path):
         if repair:
-            from_first("repair", lambda: _repair(run, config, progress))
-        _run(run, Session(template_date.pin(config, [run.config]), progress))
+            from_first("repair", lambda: _repair(run, config, opening.say))
+        _run(run, Session(template_date.pin(config, [run.config]), progress), opening)
     return run
 
 
-def _repair(run: RunDir, config: Config, progress: Progress) -> None:
+def _repair(run: RunDir, config: Config, say: Callable[[str], None]) -> None:
     """Puts damaged and edited files aside, so that the chain finds their stages stale."""
     links = [*chain(run, config), *(link for link, _ in control_links(run, config))]
     found = [*damages(run, links), *edited(links)]
     cache = Path(config.refine.cache or run.llm_cache)
     moved = put_aside(run, [damage.path for damage in found])
     for path, to in moved.items():
-        progress.say(f"{path}: put aside as {to}")
+        say(f"{path}: put aside as {to}")
     for link in links:  # a checkpoint that was put aside is not one that was removed to save space
         if moved.keys() & set(link.removable) and link.folder.path not in moved:
             link.folder.forget(link.name)
     if (saved := stages.save_answers(cache)) is not None:
-        progress.say(saved)
+        say(saved)
     if not found and saved is None:
-        progress.say(f"{run.path}: nothing to repair")
+        say(f"{run.path}: nothing to repair")
 
 
-def _run(run: RunDir, session: Session) -> None:
+def _run(run: RunDir, session: Session, opening: HeldBack) -> None:
     progress, began = session.progress, time.monotonic()
     session = session.settled()
     config = session.config
     with contextlib.ExitStack() as checked:
         checked.enter_context(session.stage())  # the first training reuses what the checks tokenize
-        header = Header(session)
+        header = Header(session, opening)
         try:
             checked_plan = check_start(run, session, header)
         finally:

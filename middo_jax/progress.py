@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -132,6 +134,57 @@ class Observed:
                 advance(done, total, note)
 
             yield observed
+
+
+class HeldBack:
+    """Holds back what is said and what is logged, until the first line has been said or the block ends.
+
+    with HeldBack(progress) as opening: opening.say("a lock was removed"); opening.first("middo-jax 1.0 on")
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._waiting: list[Callable[[], object]] | None = None  # None: nothing is held back
+        self._filters: list[tuple[logging.Handler, Callable[[logging.LogRecord], bool]]] = []
+
+    def __enter__(self) -> HeldBack:
+        """Begins."""
+        self._waiting = []
+        handlers = logging.getLogger().handlers or [logging.lastResort]
+        for handler in filter(None, handlers):
+            keep = functools.partial(self._keep, handler)
+            handler.addFilter(keep)
+            self._filters.append((handler, keep))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Says what is still held back."""
+        self.release()
+
+    def _keep(self, handler: logging.Handler, record: logging.LogRecord) -> bool:
+        if self._waiting is not None:
+            self._waiting.append(functools.partial(handler.handle, record))
+        return self._waiting is None
+
+    def say(self, text: str) -> None:
+        """Prints one line for the user, behind the first one."""
+        if self._waiting is None:
+            self._progress.say(text)
+        else:
+            self._waiting.append(functools.partial(self._progress.say, text))
+
+    def first(self, text: str) -> None:
+        """Says the first line, and then what was held back."""
+        self._progress.say(text)
+        self.release()
+
+    def release(self) -> None:
+        """Says what was held back, in its order, and holds back nothing any more."""
+        for handler, keep in self._filters:
+            handler.removeFilter(keep)
+        waiting, self._waiting, self._filters = self._waiting, None, []
+        for each in waiting or ():
+            each()
 
 
 _in_job: tuple[bool, Callable[[str], None]] | None = None

@@ -19,13 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from middo_jax import template_date
 from middo_jax.buckets import Place
 from middo_jax.buckets.keeping import kept
-from middo_jax.config import Config, SettingsLike, layers_of
+from middo_jax.config import Config, ConfigError, SettingsLike, layers_of
 from middo_jax.config import load as load_config
 from middo_jax.data.example import Example, Message
 from middo_jax.data.files import Rejection
 from middo_jax.data.in_memory import IN_MEMORY
 from middo_jax.data.mixing import placed, read_configured
 from middo_jax.data.reading import Reading
+from middo_jax.data.repair import strict_hint
 from middo_jax.data.sources import DataError, commonest_reasons, read_rows
 from middo_jax.data.spelling import Spelling
 from middo_jax.data.split import split_heldout
@@ -263,6 +264,8 @@ def session_for(
         "data": {"path": data or IN_MEMORY, "eval_fraction": 0},
     }
     session = new_session([*layers, named] if isinstance(settings, Config) else [named, *layers])
+    if session.config.data.sources:
+        raise ConfigError(f"data.sources is not used here: the dataset is {data or IN_MEMORY}; leave it out")
     made_in = [model.parent, model.parent.parent] if read_metadata(model) is not None else []
     recorded = [folder / "config.yaml" for folder in ([out] if out else []) + made_in]
     return dataclasses.replace(session, config=template_date.pin(session.config, recorded))
@@ -343,7 +346,8 @@ def _tell_of_faults(session: Session, data: UserRows) -> None:
         session.progress.say(line)
     if data.repairs:
         n = len({repair.where for repair in data.repairs})
-        session.progress.say(f"{n:,} {'row' if n == 1 else 'rows'} repaired (data.strict=true refuses them)")
+        hint = strict_hint(repair.reason for repair in data.repairs)
+        session.progress.say(f"{n:,} {'row' if n == 1 else 'rows'} repaired{hint}")
     for line in commonest_reasons(data.repairs):
         session.progress.say(line)
 
@@ -386,6 +390,9 @@ def read_data(session: Session, rows: Any = None, keep_rows: bool = False) -> Us
       DataError: the data cannot be read, or no row can be used.
     """
     settings = session.config.data
+    if rows is None and settings.sources:
+        seed, tokenizer = session.config.seed, session.tokenizer
+        return read_configured(settings, seed, keep_rows, lambda example: refusal(example, tokenizer))
     if rows is None:
         return usable(session, read_configured(settings, session.config.seed, keep_rows))
     return usable(session, read_rows(rows, settings.format, settings.limit, Reading.of(settings), keep_rows))

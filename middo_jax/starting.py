@@ -13,6 +13,7 @@ from middo_jax.config.axis_table import scored_axes
 from middo_jax.data.example import Example
 from middo_jax.data.files import inputs_of, require_not_read
 from middo_jax.parallel.coordination import agree, from_first
+from middo_jax.progress import HeldBack
 from middo_jax.report.status import unreadable_events
 from middo_jax.rundir import RunDir, RunError, read_jsonl
 from middo_jax.rundir.arms import control_links
@@ -63,9 +64,12 @@ class Plan:
 
 
 class Header:
-    """The first line of a run: version, devices, mesh, model, data and its usable rows. It is said once."""
+    """The first line of a run: version, devices, mesh, model, data and its usable rows. It is said once.
 
-    def __init__(self, session: Session) -> None:
+    Warnings about the rows, which are read before, follow it.
+    """
+
+    def __init__(self, session: Session, opening: HeldBack) -> None:
         shape = ", ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
         devices = session.mesh.devices
         kinds = " and ".join(sorted({device.device_kind for device in devices.flat}))
@@ -75,13 +79,13 @@ class Header:
             f"data {config.data.name}"
         )
         self._recorded = stages.recorded_line(config)
-        self._progress = session.progress
+        self._opening = opening
 
     def say(self, n_rows: int | None = None) -> None:
         """Says it; without the rows if they are not known, because the run ends before they are."""
         if self._text is not None:
             rows = "" if n_rows is None else f" ({n_rows:,} rows)"
-            self._progress.say(f"{self._text}{rows}{f'; {self._recorded}' if self._recorded else ''}")
+            self._opening.first(f"{self._text}{rows}{f'; {self._recorded}' if self._recorded else ''}")
             self._text = None
 
 

@@ -12,7 +12,7 @@ from middo_jax.data.example import Example, Message
 from middo_jax.data.files import Rejection
 from middo_jax.data.formats import DataError
 from middo_jax.data.sources import read_rows
-from middo_jax.linting import CHECKS, Found, lint, read_limits, read_texts, render
+from middo_jax.linting import CHECKS, Found, lint, read_benchmarks, read_limits, render
 
 
 def sample(prompt: str, response: str = "A wren is a small brown bird.") -> Example:
@@ -51,12 +51,12 @@ def test_a_benchmark_that_says_nothing_is_an_error_and_no_pass(tmp_path: Path) -
     ):
         (tmp_path / name).write_text(text, encoding="utf-8")
         with pytest.raises(DataError, match=why):
-            read_texts(str(tmp_path / name))
+            read_benchmarks([str(tmp_path / name)])
 
 
 def test_a_quotation_is_found_in_a_script_without_spaces() -> None:
     text = "小明有三个苹果,他又买了五个苹果,然后给了小红两个苹果,请问小明现在还有几个苹果?"
-    found = results(sample(f"请看这道题:{text}"), sample("小明有几个苹果?"), benchmarks=[text])
+    found = results(sample(f"请看这道题:{text}"), sample("小明有几个苹果?"), benchmarks={"b": [text]})
     assert found["benchmarks"].n == 1
 
 
@@ -115,14 +115,21 @@ def test_the_users_other_columns_and_tools_may_hold_secrets_too() -> None:
     key = "ghp_" + "a1" * 18
     column = dataclasses.replace(sample("Use it."), extra={"meta": {"by": ["jane.doe@company.com"]}})
     tool = dataclasses.replace(sample("Use it now."), tools=json.dumps([{"name": "x", "description": key}]))
+    behind = (Message("assistant", f"Keep {key}.", learnt=False),)
+    field = Message("assistant", "Yes.", fields=json.dumps({"reasoning_content": key}))
+    carried = (
+        Example((Message("user", "May I?"), field)),
+        dataclasses.replace(sample("And I?"), behind=behind),
+    )
     assert [detail for _, detail in results(column, tool)["secrets"].first] == [
         "an e-mail address",
         "a GitHub token",
     ]
+    assert results(*carried)["secrets"].n == 2
 
 
 def test_rows_that_are_refused_or_repaired_are_in_a_check(tmp_path: Path) -> None:
-    def chat(*texts: str | None, role: str = "user") -> dict[str, object]:
+    def chat(*texts: str | None, role: str = "user") -> dict[str, list[dict[str, str | None]]]:
         return {"messages": [{"role": (role, "assistant")[n % 2], "content": t} for n, t in enumerate(texts)]}
 
     rows = [
@@ -132,11 +139,13 @@ def test_rows_that_are_refused_or_repaired_are_in_a_check(tmp_path: Path) -> Non
         chat("Name a lake.", None),
         chat("Name a hill.", " "),
         chat("Name a town.", "Bern.", role="wizard"),
+        {"messages": [*chat("Name a wood.")["messages"], *chat("", "Arden.", "", "No.")["messages"]]},
     ]
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = read_rows(str(path))
     found = lint(data.examples, data.places, data.rejections, strict=True, repairs=data.repairs)
+    assert {each.check: each.n for each in found}["empty"] == 4  # the first three are shown
     assert {
         each.check: [int(where.rpartition(":")[2]) for where, _ in each.first] for each in found if each.n
     } == {
@@ -157,8 +166,8 @@ def test_quotations_of_a_benchmark(tmp_path: Path) -> None:
     question = "A farmer has seventeen sheep and all but nine of them run away, how many are left over?"
     rows = [{"question": question, "answer": "9"}, {"question": "What is the capital of France?", "n": 3}]
     (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts = read_texts(str(tmp_path / "bench.jsonl"))
-    assert question in texts
+    texts = read_benchmarks([str(tmp_path / "bench.jsonl")])
+    assert [question in each for each in texts.values()] == [True]
     quoting = sample("Solve this: " + question.upper() + " Think first.")
     short = sample("Please: what is the capital of France")
     found = results(quoting, short, sample("A farmer has nine cows."), sample("9"), benchmarks=texts)
@@ -180,4 +189,7 @@ def test_limits_and_strict() -> None:
             read_limits([wrong])
     with pytest.raises(ValueError, match="there is no check 'refusal'; there are: empty"):
         results(*bad, limits={"refusal": 0})
-    assert set(results(*bad)) == set(CHECKS)
+    assert set(results(*bad, benchmarks={"b": ["Name a hill."]})) == set(CHECKS)
+    assert set(results(*bad)) == set(CHECKS) - {"benchmarks"}  # what was not compared did not pass
+    with pytest.raises(ValueError, match="--max benchmarks: name what is compared"):
+        results(*bad, limits={"benchmarks": 0})

@@ -140,5 +140,27 @@ def test_several_sources_are_inspected_and_converted_as_one(
     refused = middo("convert", "mine.yaml", "a.jsonl", "--format", "messages")
     assert (refused.code, "a.jsonl is read as data" in refused.err) == (1, True)
     assert (tmp_path / "a.jsonl").read_bytes() == before
+    # A dataset replaces that of a file of settings.
+    assert json.loads(middo("inspect", "b.csv", "mine.yaml", "--json").out)["n"] == 2
+    assert json.loads(middo("inspect", "mine.yaml", "data.path=b.csv", "--json").out)["n"] == 2
     both = middo("inspect", "a.jsonl", sources)
     assert (both.code, "give data.path or data.sources, not both" in both.err) == (1, True)
+
+
+def test_the_first_line_of_a_run_is_first(middo: Middo, model: Path, tmp_path: Path) -> None:
+    rows = [chat(f"Name sea {n}.", "North") for n in range(4)]
+    rows[0]["messages"][0]["name"] = "Ann"
+    data = write_rows(tmp_path / "d.jsonl", *rows)
+    settings = f"model: {{path: {model}}}\ndata: {{path: {data}, eval_fraction: 0}}\nruns_dir: {tmp_path}\n"
+    (tmp_path / "run.yaml").write_text(settings)
+    ended = middo("run", tmp_path / "run.yaml", "train.batch_size=512")  # an error behind the first line
+    lines = ended.err.splitlines()
+    assert (ended.code, "of the 512 rows of a batch" in ended.err) == (1, True)
+    assert lines[0].startswith("middo-jax ")
+    assert lines[0].endswith(f"model {model}, data {data} (4 rows)")
+    assert lines[1] == f"warning: {data}: not trained on, though some rows have it: name"
+    # Where the rows cannot be read, too.
+    data.write_text("")
+    lines = middo("run", tmp_path / "run.yaml").err.splitlines()
+    assert lines[0].endswith(f"data {data}")
+    assert "has no rows" in lines[1]

@@ -206,6 +206,7 @@ def test_what_is_refused_is_what_cannot_be_tokenized(tmp_path: Path) -> None:
 
 def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> None:
     a = [{"prompt": f"Name {n}.", "completion": "Yes.", "id": f"a{n}"} for n in range(4)]
+    a.append({"prompt": "Name <|im_end|>.", "completion": "No.", "id": "a4"})  # the count is of usable rows
     turns = [("user", "Name 9."), ("user", "Please."), ("assistant", "Yes."), ("user", "And?")]
     b = [{"messages": [{"role": role, "content": text} for role, text in turns], "id": "b0"}]
     for rows in (a, b):
@@ -222,8 +223,10 @@ def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> No
         [
             *given,
             {
-                "data.path": "",
-                "data.sources": [{"path": str(tmp_path / f"{name}.jsonl")} for name in "ab"],
+                "data.sources": [
+                    {"path": str(tmp_path / "a.jsonl"), "count": 4},
+                    {"path": str(tmp_path / "b.jsonl")},
+                ],
                 "data.eval_path": str(tmp_path / "held.jsonl"),
                 "data.source_column": "author",
             },
@@ -235,12 +238,13 @@ def test_sources_repairs_and_a_heldout_dataset_of_ones_own(tmp_path: Path) -> No
     assert kept[-1].prompt == "Name 9.\n\nPlease."
     assert [e.prompt for e in heldout] == ["Name 1.", "Name 77."]
     assert [(r.where, r.reason) for r in rejections] == [
+        (f"{tmp_path / 'a.jsonl'}:5, id a4", "its text contains the model's control token <|im_end|>"),
         (f"{tmp_path / 'a.jsonl'}:2, id a1", "its prompt is held out (data.eval_path)"),
         (f"{tmp_path / 'held.jsonl'}:3", "empty response"),
     ]
     assert len(repairs) == 2
-    assert "1 row repaired (data.strict=true refuses them)" in said.lines
-    assert f"{tmp_path / 'a.jsonl'}: 4 of 4 rows taken" in said.lines
+    assert "1 row repaired (data.strict=true refuses such rows)" in said.lines
+    assert f"{tmp_path / 'a.jsonl'}: 4 of 5 rows taken" in said.lines
 
 
 def test_held_out_rows_have_the_ids_of_the_column_that_the_others_have(tmp_path: Path) -> None:

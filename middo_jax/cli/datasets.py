@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from middo_jax.cli.options import DATA_HELP, EXIT_FAULTS, AsJson, Overrides, RunFolder, data_layer, show
+from middo_jax.cli.options import DATA_HELP, EXIT_FAULTS, AsJson, Overrides, RunFolder, show, with_data
 from middo_jax.cli.program import app
 
 Format = Annotated[
@@ -109,7 +109,7 @@ def convert(
     from middo_jax import converting
     from middo_jax.config import load
 
-    config = load(None, ["model.path=none", data_layer(data), *(overrides or ())])
+    config = load(None, ["model.path=none", *with_data(data, overrides or ())])
     done = converting.convert(config, out, to, from_)
     for line in done.said:
         print(line, file=sys.stderr)
@@ -129,7 +129,9 @@ def inspect(
     overrides: Overrides = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(help="A benchmark's file that no row may quote; repeat the option for further files."),
+        typer.Option(
+            help="A benchmark that no row may quote: a file, or all splits of a folder. May be repeated."
+        ),
     ] = None,
     most: Annotated[
         list[str] | None,
@@ -146,8 +148,8 @@ def inspect(
     """Checks a dataset for faults; with a model, shows lengths, packing and the first sample."""
     from middo_jax import inspecting
 
-    layer = data_layer(data)
-    found = inspecting.inspect(layer, overrides or (), model, against or (), most or (), strict)
+    layers = with_data(data, overrides or ())
+    found = inspecting.inspect(layers, model, against or (), most or (), strict)
     for line in found.said:
         print(line, file=sys.stderr)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,10 +78,21 @@ def print_error(error: BaseException) -> None:
     print("(MIDDO_TRACEBACK=1 shows the traceback)", file=sys.stderr)
 
 
-def data_layer(data: str) -> str | dict[str, str]:
-    """The setting behind an argument DATA: a path, `data.sources=[...]`, or a YAML file of settings."""
-    is_setting = data.startswith("data.") and "=" in data
-    return data if is_setting or data.endswith((".yaml", ".yml")) else {"data.path": data}
+def with_data(data: str, settings: Sequence[str]) -> list[str | dict[str, str]]:
+    """Settings with an argument DATA: a path, `data.sources=[...]`, or a YAML file of settings.
+
+    A dataset replaces that of a file among the settings; the settings replace those of DATA, if it is a file.
+
+    Raises:
+      ConfigError: one of the settings is another dataset.
+    """
+    if data.endswith((".yaml", ".yml")):
+        return [data, *settings]
+    if any(setting.startswith(("data.path=", "data.sources=")) for setting in settings):
+        from middo_jax.config import ConfigError
+
+        raise ConfigError(f"config: the dataset is {data}; give data.path or data.sources, not both")
+    return [*settings, data if data.startswith("data.") and "=" in data else {"data.path": data}]
 
 
 def names_in(text: str) -> list[str]:

@@ -40,6 +40,16 @@ class ConfigError(ValueError):
     """A setting is unknown, malformed or out of range; the message has its name and what to do."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Excludes:
+    """The mark of a setting that cannot be given together with another one, of the same group.
+
+    Of two layers of settings, such as a file and the command line, the later one's replaces the other's.
+    """
+
+    name: str
+
+
 class _Given:
     """Matches any value but null."""
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic.fields import FieldInfo
 
-from middo_jax.config.base import GIVEN, Affects, AnyOf, Condition, Contains, Effect, Settings
+from middo_jax.config.base import GIVEN, Affects, AnyOf, Condition, Contains, Effect, Excludes, Settings
 from middo_jax.config.settings import Config
 from middo_jax.config.unions import members_of, union_of
 
@@ -54,7 +54,8 @@ def _leaves(group: type[Settings], prefix: str) -> Iterator[Leaf]:
         else:
             own = [entry for entry in field.metadata if isinstance(entry, Affects)]
             default = None if field.is_required() else field.default
-            yield Leaf(prefix + name, field, own[0] if own else group.affects, default)
+            others = tuple(prefix + entry.name for entry in field.metadata if isinstance(entry, Excludes))
+            yield Leaf(prefix + name, field, own[0] if own else group.affects, default, excludes=others)
 
 
 def affecting(settings: Settings, effects: Collection[Effect]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class _Names(NamedTuple):
     def displaced(self, name: str, value: Any) -> set[str]:
         """Returns the settings of other alternatives, which this setting removes when it is given."""
         leaf = self.leaves.get(name)
-        if leaf is None or value is None:
+        if leaf is None or value in (None, "", []):
             return set()
         conditions = ((other.name, other.alternative) for other in self.leaves.values() if other.alternative)
         others = {other for other, (by, wanted) in conditions if by == name and wanted != value}

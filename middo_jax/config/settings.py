@@ -16,7 +16,7 @@ from middo_jax.config.axes import (
     DiversitySettings,
     QualitySettings,
 )
-from middo_jax.config.base import BUCKET, URL, Affects, Settings
+from middo_jax.config.base import BUCKET, URL, Affects, Excludes, Settings
 from middo_jax.config.evaluation import EvaluateSettings
 from middo_jax.config.refine import RefineSettings
 from middo_jax.config.stopping import Control, StopSettings
@@ -94,15 +94,14 @@ class Source(Settings):
 class DataSettings(Settings):
     """The user's dataset, D_0."""
 
-    path: Annotated[str, Affects("data")] = Field(
+    path: Annotated[str, Affects("data"), Excludes("sources")] = Field(
         default="",
         description="A .json, .jsonl, .csv, .tsv (also .gz, .zst) or .parquet file, a pattern, a folder, "
-        "each also in a bucket (gs://, s3://), tfds:NAME:SPLIT or hf:NAME:SPLIT. Required, unless "
-        "data.sources is given.",
+        "each also in a bucket (gs://, s3://), tfds:NAME:SPLIT or hf:NAME:SPLIT.",
     )
-    sources: Annotated[tuple[Source, ...], Affects("data")] = Field(
+    sources: Annotated[tuple[Source, ...], Affects("data"), Excludes("path")] = Field(
         default=(),
-        description="Several datasets in place of `path`: `[{path: a.jsonl, weight: 2}, {path: b.csv, "
+        description="Several datasets: `[{path: a.jsonl, weight: 2}, {path: b.csv, "
         "weight: 1}]`, or with `count: 500`; each may have its own `format` and `columns`.",
     )
     eval_path: Annotated[str | None, Affects("data")] = Field(

@@ -220,6 +220,8 @@ class Example:
         if prompt == self.question:
             asked, parts = self.messages[self._asked], self.prompt_columns
         turns = (asked, Message("assistant", response))
+        if lineage.op == "synthesize":  # a field may name the row that it was made from
+            before = tuple(Message(m.role, m.content) for m in before)
         return Example(before + turns, "", lineage, extra, self.tools, user_id, parts)
 
     def changed_turns(self, original: Example) -> list[int]:
@@ -258,7 +260,7 @@ class Example:
         messages = tuple(Message.from_json(m) for m in row["messages"])
         tools = dumped(row["tools"]) if row.get("tools") else ""
         extra, parts = shared_names(row.get("extra")), shared_names(row.get("prompt_columns"))
-        behind = tuple(Message.from_json(m) for m in row.get("behind", ()))
+        behind = tuple(Message.from_json(m) for m in row.get("behind") or ())
         return cls(messages, row["id"], lineage, extra, tools, row.get("user_id"), parts, behind)
 
 

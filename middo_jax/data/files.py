@@ -32,6 +32,7 @@ from middo_jax.buckets.names import fits, is_pattern
 from middo_jax.config.settings import DataSettings
 from middo_jax.data.formats import DataError
 from middo_jax.data.in_memory import arrow_rows
+from middo_jax.data.saved import is_saved, saved_rows
 from middo_jax.rundir.rows import RejectedRow
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def files_at(path: str) -> list[Path]:
     local = here(path)
     file = Path(local).expanduser()
     if file.is_dir():
-        return [file] if _is_arrow(file) else _shards(file)
+        return [file] if is_saved(file) else _shards(file)
     if file.exists():
         return [file]
     if is_pattern(local):
@@ -121,7 +122,7 @@ def require_not_read(source: str, outputs: Iterable[Path]) -> None:
         where = output.resolve()
         if output.exists() and _identity(output) in read:
             raise DataError(f"{output} is read as data and would be overwritten; write to another place")
-        if (where.parent in folders and _is_data(where)) or (pattern not in places and _fits(where, pattern)):
+        if (where.parent in folders and is_data(where)) or (pattern not in places and _fits(where, pattern)):
             raise DataError(f"{output} would be among the files of {source}, as data; write to another place")
 
 
@@ -156,7 +157,7 @@ def _named_folder(path: str) -> list[Path]:
 
 def is_readable_folder(folder: Path) -> bool:
     """Whether this module reads a folder: `save_to_disk` wrote it, or it has files of data."""
-    return _is_arrow(folder) or bool(_data_files(folder))
+    return is_saved(folder) or bool(_data_files(folder))
 
 
 def rows_of_files(files: Sequence[Path]) -> Iterator[tuple[str, Any] | Rejection]:
@@ -176,7 +177,7 @@ def numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
 
 def _rows(file: Path) -> Iterator[tuple[str, Any] | Rejection]:
     if file.is_dir():
-        yield from numbered(_arrow_folder_rows(file))
+        yield from numbered(saved_rows(file))
         return
     ending = _ending(file)
     if ending == ".jsonl":
@@ -184,6 +185,8 @@ def _rows(file: Path) -> Iterator[tuple[str, Any] | Rejection]:
     elif ending == ".json":
         yield from numbered(_taken(_json_rows(file)))
     elif ending == ".parquet":
+        if file.suffix.lower() in _COMPRESSED:
+            raise DataError(f"{file}: Parquet is compressed inside; unpack the file, and name it .parquet")
         yield from numbered(_parquet_rows(file))
     elif ending in (".csv", ".tsv"):
         yield from _csv_rows(file, "," if ending == ".csv" else "\t")
@@ -321,50 +324,15 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Any] | Rejectio
             raise DataError(f"{file}:{reader.line_num}: broken CSV: {e}; correct the file there") from e
 
 
-def _is_arrow(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
-
-
-def _arrow_folder_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a folder of `save_to_disk`; of one with several splits, those of `train`.
-
-    Raises:
-      DataError: there is no such split, or a file is missing or damaged.
-    """
-    if (folder / "dataset_dict.json").is_file():
-        splits = _json_object(folder / "dataset_dict.json").get("splits", [])
-        if "train" not in splits:
-            named = ", ".join(f"hf:{folder}:{split}" for split in splits)
-            raise DataError(f"{folder} has no split train; give one of {named}")
-        folder = folder / "train"
-    for entry in _json_object(folder / "state.json").get("_data_files", []):
-        file = folder / entry["filename"]
-        try:
-            with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as batches:
-                yield from arrow_rows(batches, batches.schema)
-        except (OSError, pa.ArrowException) as e:
-            raise DataError(f"{file}: not a readable Arrow file: {e}") from e
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise DataError(f"{file} cannot be read: {e}") from e
-    if not isinstance(value, dict):
-        raise DataError(f"{file} must be a JSON object")
-    return value
-
-
 def _data_files(folder: Path) -> list[Path]:
     """The files of data in a folder, or in its subfolder `data`, by name."""
     for place in (folder, folder / "data"):
-        if files := [f for f in sorted(place.glob("*")) if f.is_file() and _is_data(f)]:
+        if files := [f for f in sorted(place.glob("*")) if f.is_file() and is_data(f)]:
             return files
     return []
 
 
-def _is_data(file: Path) -> bool:
+def is_data(file: Path) -> bool:
     """Whether a file of a folder has rows, by its name."""
     return _ending(file) in ENDINGS and file.name not in _NOT_DATA and not file.name.startswith(".")
 

@@ -239,6 +239,11 @@ def _our_example(row: Row) -> Example:
         raise RowError(f"column 'id' must be text, not {kind_of(row['id'])}")
     if not isinstance(row.get("extra", {}), dict):
         raise RowError(f"column 'extra' must be an object, not {kind_of(row['extra'])}")
+    if row.get("behind"):
+        turn_list(row, "behind", ("role", "content"))
+    for turn in (*row["messages"], *(row.get("behind") or ())):
+        if not isinstance(turn.get("fields") or {}, dict):
+            raise RowError(f"a turn's 'fields' must be an object, not {kind_of(turn['fields'])}")
     try:
         _LINEAGE.validate_json(json.dumps(row["lineage"]), strict=True)
         example = Example.from_json(row)

@@ -1,6 +1,7 @@
 """Datasets of the Hugging Face hub, and directories that `datasets` reads or wrote, by hf:NAME:SPLIT.
 
-`datasets` is optional (the extra `hub`), so it is imported where it is used.
+`datasets` is optional (the extra `hub`), so it is imported where it is used. A whole split of a folder
+that `save_to_disk` wrote is read without it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from middo_jax.data.formats import DataError, first_line
 from middo_jax.data.in_memory import rows_in_memory
+from middo_jax.data.saved import saved_rows, saved_splits
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +25,9 @@ def rows(name: str, split: str) -> Iterator[dict[str, Any]]:
     Raises:
       DataError: `datasets` is not installed, or the dataset, config or split cannot be read.
     """
+    if (saved := Path(name).expanduser() / split) in saved_splits(Path(name).expanduser()):
+        yield from saved_rows(saved)
+        return
     table: Any  # `datasets` types its loaders as unions of all that they may return
     try:
         import datasets

@@ -8,7 +8,7 @@ with `strict` every fault, are a `RowError`. Pure functions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from middo_jax.data.example import Message
@@ -17,10 +17,19 @@ from middo_jax.data.turns import RowError, Turn
 
 JOINED = "neighbouring turns of one role are joined"
 EMPTY = "an empty turn is left out, with the answer or question that belongs to it"
+EMPTY_BESIDE = "an empty turn beside one of its role is left out"
 TRAILING = "turns behind the last answer are left out"
 BEHIND = "turns behind the last answer that is learnt are not used"
 LEADING = "an answer before the first question is kept and not learnt"
 JOINT = "\n\n"  # between joined turns
+
+
+def strict_hint(repairs: Iterable[str]) -> str:
+    """The end of a heading of repairs: that `data.strict` refuses such rows, if it refuses any of them.
+
+    Turns behind the last learnt answer are no fault: the user's weights say so.
+    """
+    return " (data.strict=true refuses such rows)" if any(repair != BEHIND for repair in repairs) else ""
 
 
 class _Numbered(NamedTuple):
@@ -33,9 +42,9 @@ class _Numbered(NamedTuple):
     def role(self) -> str:
         return self.turn.role
 
-    @property
-    def is_blank(self) -> bool:
-        return not self.turn.content.strip() and not self.turn.tool
+
+def _is_blank(turn: Turn) -> bool:
+    return not turn.content.strip() and not turn.tool
 
 
 def as_messages(turns: Sequence[Turn], strict: bool) -> tuple[tuple[Message, ...], tuple[str, ...]]:
@@ -90,12 +99,14 @@ def _joined(given: Sequence[_Numbered], repairs: list[str]) -> list[_Numbered]:
         together = before._replace(
             content=JOINT.join(texts),
             fields={**turn.fields, **before.fields},
-            learnt=before.learnt and turn.learnt,
+            learnt=all(each.learnt for each in (before, turn) if not _is_blank(each)),
             tool=of_calls(calls),
         )
         turns[-1] = _Numbered(turns[-1].n, together)
         # A text and the calls behind it are one turn in OpenAI's form, so that nothing is repaired.
-        if len(texts) > 1 or not turn.tool:
+        if _is_blank(before) or _is_blank(turn):
+            repairs.append(EMPTY_BESIDE)
+        elif len(texts) > 1:
             repairs.append(JOINED)
     return turns
 
@@ -108,11 +119,11 @@ def _without_empty(given: Sequence[_Numbered], repairs: list[str]) -> list[_Numb
             exchanges.append([])
         exchanges[-1].append(turn)
     head, *rest = exchanges
-    kept = [turn for turn in head if not turn.is_blank]
+    kept = [each for each in head if each.role == "tool" or not _is_blank(each.turn)]
     if len(kept) < len(head):
         repairs.append(EMPTY)
     for exchange in rest:
-        if any(turn.is_blank for turn in exchange if turn.role != "tool"):
+        if any(_is_blank(each.turn) for each in exchange if each.role != "tool"):
             repairs.append(EMPTY)
         else:
             kept += exchange
@@ -129,7 +140,10 @@ def _require_conversation(turns: Sequence[_Numbered], strict: bool) -> None:
     leading = not strict and spoken[0].role == "assistant"
     before, has_calls = ("start", False) if not leading else ("assistant", bool(spoken[0].turn.tool))
     for position, (n, turn) in enumerate(spoken[leading:], int(leading)):
-        _require_turn(n, turn, before, has_calls)
+        # Before the first question nothing is learnt, so that an unfinished exchange does no harm.
+        if not (turn.role == "user" and leading and before == "tool"):
+            _require_turn(n, turn, before, has_calls)
+        leading = leading and turn.role != "user"
         if not turn.content.strip() and not turn.tool and turn.role != "tool":
             left = len(spoken) - position
             raise RowError(
@@ -144,8 +158,12 @@ def _require_turn(n: int, turn: Turn, before: str, has_calls: bool) -> None:
         raise RowError(f"turn {n} is a system turn; only the first may be one")
     if turn.role == "tool":
         if before != "tool" and not (before == "assistant" and has_calls):
-            raise RowError(f"turn {n} is a tool's result, and the turn before it calls no tool")
+            raise RowError(f"turn {n} is a tool's result, and no turn right before it calls a tool")
         return
+    if turn.role == "user" and before == "tool":
+        raise RowError(
+            f"turn {n} is the user's, right behind a tool's result; the assistant's answer is missing"
+        )
     expected = {"user": ("start", "assistant"), "assistant": ("user", "tool")}[turn.role]
     if before not in expected:
         raise RowError(f"turn {n} is the {turn.role}'s; user and assistant must alternate, the user first")

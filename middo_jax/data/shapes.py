@@ -25,8 +25,7 @@ def alpaca_turns(row: Row) -> list[Turn]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise RowError(f"column 'history': pair {n} is not a list of two texts, [user, assistant]")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    text_of(row, "instruction")  # required
-    prompt = _joined_prompt(prompt_parts(row))
+    prompt = _joined_prompt(prompt_parts(row) or {"instruction": text_of(row, "instruction")})
     return [*turns, Turn("user", prompt), Turn("assistant", text_of(row, "output"))]
 
 

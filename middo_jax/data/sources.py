@@ -110,7 +110,7 @@ def read_rows(
 def _every(source: Any, path: str) -> Iterator[tuple[str, Any] | Rejection]:
     """All rows of a source with their places."""
     try:
-        yield from _rows(path) if isinstance(source, str | Path) else numbered(rows_in_memory(source))
+        yield from rows_at(path) if isinstance(source, str | Path) else numbered(rows_in_memory(source))
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror or e}") from e
 
@@ -238,8 +238,12 @@ def write(
         raise DataError(f"cannot write {path}: {e.strerror or e}") from e
 
 
-def _rows(path: str) -> Iterator[tuple[str, Any] | Rejection]:
-    """All rows with their places, as they are read. A line that is not JSON becomes a Rejection."""
+def rows_at(path: str) -> Iterator[tuple[str, Any] | Rejection]:
+    """All rows with their places, as they are read. A line that is not JSON becomes a Rejection.
+
+    Raises:
+      DataError: there is no such dataset, or it cannot be read.
+    """
     if named := _NAMED.fullmatch(path):
         kind, name, split = named.groups()
         yield from numbered(_tfds_rows(name, split) if kind == "tfds" else hf_format.rows(name, split))

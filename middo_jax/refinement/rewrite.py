@@ -375,8 +375,8 @@ async def _context(dialogue: _Dialogue, special_tokens: Collection[str]) -> tupl
             )
             if text != message.content and (verdict := first_verdict(candidate, "answer", settings)):
                 return dataclasses.replace(verdict, detail=f"turn {n}: {verdict.detail}")
-            # A field such as `reasoning_content` belongs to the answer that is replaced.
-            message = Message(message.role, text)
+            if text != message.content:  # a field such as `reasoning_content` belongs to the answer that goes
+                message = Message(message.role, text)
         turns.append(message)
     return tuple(turns)
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from middo_jax.data.repair import strict_hint
 from middo_jax.data.sources import ReasonCount, reason_lines
 from middo_jax.report.axes import shown_axes
 from middo_jax.rundir.rows import SelectionFile
@@ -130,7 +131,7 @@ def render_inspection(facts: dict[str, Any], *, color: bool = False) -> str:
     lines = [f"{facts['n']:,} rows can be used, {len(facts['rejected'])} cannot"]
     lines += reason_lines([ReasonCount(**reason) for reason in facts["reasons"]], limit=5)
     if facts["repairs"]:
-        lines.append("repaired (data.strict=true refuses such rows):")
+        lines.append(f"repaired{strict_hint(repair['reason'] for repair in facts['repairs'])}:")
         lines += reason_lines([ReasonCount(**reason) for reason in facts["repairs"]], limit=5)
     if "tokens" not in facts:
         return printable("\n".join(lines))

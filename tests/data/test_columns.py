@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from support.tiny_model import write_tiny_model
 
-from middo_jax.data.example import Example, Message
+from middo_jax.data.example import Example, Lineage, Message
 from middo_jax.data.formats import DataError
-from middo_jax.data.repair import BEHIND
+from middo_jax.data.repair import BEHIND, JOINED, strict_hint
 from middo_jax.data.sources import Rejection, read, read_rows, write
 from middo_jax.data.tokenize import load_tokenizer, tokenize
 
@@ -150,6 +150,10 @@ def test_turns_behind_the_last_learnt_answer_are_counted_and_carried() -> None:
     assert example.messages == (Message("user", "one"), Message("assistant", "bad"))
     assert example.behind == (Message("user", "two"), Message("assistant", "good", learnt=False))
     assert [r.reason for r in data.repairs] == [BEHIND]
+    assert (strict_hint([BEHIND]), strict_hint([BEHIND, JOINED])) == (
+        "",
+        " (data.strict=true refuses such rows)",
+    )
     assert again(example).behind == example.behind
     assert example.replace_text("other", "answer", example.lineage).behind == ()
 
@@ -175,6 +179,27 @@ def test_fields_of_turns_are_carried(caplog: pytest.LogCaptureFixture) -> None:
     answered, rewritten = (example.replace_text(q, "other", example.lineage) for q in ("q", "r"))
     assert [m.fields for m in answered.messages] == [example.messages[0].fields, ""]
     assert [m.fields for m in rewritten.messages] == ["", ""]
+    system = {"role": "system", "content": "Rhyme.", "id": 7}
+    (example,) = read_rows([{"messages": [system, asked, answer]}]).examples
+    added = example.replace_text("r", "other", Lineage(op="synthesize"))
+    assert [m.fields for m in added.messages] == ["", "", ""]  # nothing that names the row it was made from
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"behind": "more"}, "column 'behind' must be a list of turns, not text"),
+        ({"behind": [{"role": "user"}]}, "turn 1 has no 'content'"),
+        (
+            {"behind": [{"role": "user", "content": "q", "fields": 5}]},
+            "'fields' must be an object, not a number",
+        ),
+    ],
+)
+def test_what_dataset_jsonl_carries_is_checked(change: dict[str, Any], reason: str) -> None:
+    row: Any = Example(PAIR).to_json() | change
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    assert reason in read_rows([good, row], "messages").rejections[0].reason
 
 
 def test_fields_of_joined_turns_are_carried() -> None:
@@ -187,6 +212,7 @@ def test_fields_of_joined_turns_are_carried() -> None:
     ("row", "parts"),
     [
         ({"instruction": "", "input": "q", "output": "a"}, {"input": "q"}),
+        ({"instruction": None, "input": "q", "output": "a"}, {"input": "q"}),  # as tables have it
         ({"instruction": "q", "input": "", "output": "a"}, {}),
         ({"prompt": "q", "context": "It rains.", "completion": "a"}, {"prompt": "q", "context": "It rains."}),
         ({"prompt": "q: x?", "context": "x", "completion": "a"}, {"prompt": "q: x?", "context": "x"}),
@@ -297,7 +323,7 @@ def test_roles_by_their_other_names(tmp_path: Path, system: str, user: str, assi
     for row in (chat(*turns), {"conversations": shares}):
         assert reading(tmp_path, row)[0][0].messages == (Message("system", "Rhyme."), *PAIR)
     _, (rejected,) = reading(tmp_path, ASKED["messages"], chat((user, "q"), ("Tool", "4"), (assistant, "a")))
-    assert rejected.reason == "turn 2 is a tool's result, and the turn before it calls no tool"
+    assert rejected.reason == "turn 2 is a tool's result, and no turn right before it calls a tool"
 
 
 def test_targets_without_weights_are_as_before(tmp_path: Path) -> None:

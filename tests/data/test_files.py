@@ -96,6 +96,12 @@ def test_compressed_files(tmp_path: Path) -> None:
     )
 
 
+def test_compressed_parquet_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(DataError, match="Parquet is compressed inside; unpack the file"):
+        read(str(tmp_path / "rows.parquet.gz"))
+
+
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 def test_a_damaged_compressed_file_is_named(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"rows.jsonl.{ending}"
@@ -153,9 +159,9 @@ def test_saved_datasets_are_read_without_the_package_that_saved_them(tmp_path: P
         "from middo_jax.data.sources import read\n"
         "print([e.prompt for path in sys.argv[1:] for e in read(path)[0]])"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "one"), str(tmp_path / "several")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == str(["Add.", "Name a sea."] * 2)
+    paths = [str(tmp_path / "one"), str(tmp_path / "several"), f"hf:{tmp_path / 'several'}:test"]
+    said = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str([*["Add.", "Name a sea."] * 2, "Add."])
     with pytest.raises(DataError, match=r"has no split train; give one of hf:.*other:test"):
         read(str(tmp_path / "other"))
     next((tmp_path / "one").glob("*.arrow")).write_bytes(b"damaged")

@@ -32,6 +32,13 @@ def reading(tmp_path: Path, *chats: list[tuple[str, str]], **how: object) -> Use
         ([(U, "q"), (U, "r"), (A, "a")], [(U, "q\n\nr"), (A, "a")], [repair.JOINED]),
         ([(U, "q"), (A, "a"), (A, "b")], [(U, "q"), (A, "a\n\nb")], [repair.JOINED]),
         ([(S, "s"), (S, "t"), (U, "q"), (A, "a")], [(S, "s\n\nt"), (U, "q"), (A, "a")], [repair.JOINED]),
+        ([(U, " "), (U, "q"), (A, "a")], [(U, "q"), (A, "a")], [repair.EMPTY_BESIDE]),
+        ([(U, "q"), (A, "a"), (A, "")], [(U, "q"), (A, "a")], [repair.EMPTY_BESIDE]),
+        (
+            [(U, "q"), (A, ""), (A, "a"), (U, "r"), (U, "s"), (A, "b")],
+            [(U, "q"), (A, "a"), (U, "r\n\ns"), (A, "b")],
+            [repair.EMPTY_BESIDE, repair.JOINED],
+        ),
         ([(U, ""), (A, "x"), (U, "q"), (A, "a")], [(U, "q"), (A, "a")], [repair.EMPTY]),
         ([(U, "q"), (A, "a"), (U, "r"), (A, " ")], [(U, "q"), (A, "a")], [repair.EMPTY]),
         ([(U, "q"), (A, ""), (U, "r"), (A, "a")], [(U, "r"), (A, "a")], [repair.EMPTY]),

@@ -344,7 +344,7 @@ def turns(*roles: str) -> dict:
         (turns("user", "a\x1b[2J", "assistant"), r"data.roles='{'a\x1b[2J': user}'"),
         (
             turns("user", "tool", "assistant"),
-            "turn 2 is a tool's result, and the turn before it calls no tool",
+            "turn 2 is a tool's result, and no turn right before it calls a tool",
         ),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},

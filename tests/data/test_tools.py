@@ -122,7 +122,7 @@ def test_a_call_behind_a_text_and_parallel_calls_are_one_turn(tmp_path: Path) ->
         ),
         (
             {"from": "observation", "value": "5"},
-            "turn 2 is a tool's result, and the turn before it calls no tool",
+            "turn 2 is a tool's result, and no turn right before it calls a tool",
         ),
     ],
 )
@@ -166,18 +166,45 @@ def test_a_call_of_no_weight_is_not_learnt(tmp_path: Path, tokenizer: Any) -> No
     assert str(tokenizer.decode(t.tokens_n[t.is_target_n].tolist())) == "Five.<|im_end|>"
 
 
-@pytest.mark.parametrize("first", [{"content": "Welcome!"}, MESSAGES["messages"][2]])
-def test_a_turn_before_the_first_question_is_context(
-    tmp_path: Path, tokenizer: Any, first: dict[str, Any]
+WELCOME = {"role": "assistant", "content": "Welcome!"}
+FIRST_CALL, RESULT = MESSAGES["messages"][2], {"role": "tool", "content": "1"}
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        [WELCOME],
+        [FIRST_CALL],
+        [FIRST_CALL, RESULT, WELCOME],
+        [WELCOME, FIRST_CALL, RESULT, WELCOME],
+        [FIRST_CALL, RESULT],  # unfinished, and nothing of it is learnt
+        [FIRST_CALL, {"role": "tool", "content": ""}, WELCOME],
+    ],
+)
+def test_an_exchange_before_the_first_question_is_context(
+    tmp_path: Path, tokenizer: Any, first: list[dict[str, Any]]
 ) -> None:
-    answered = [{"role": "tool", "content": "1"}, {"role": "assistant", "content": "Welcome!"}]
-    turns = [{"role": "assistant", **first}, *(answered if "tool_calls" in first else [])]
-    turns += MESSAGES["messages"][1:]
+    turns = [*first, *MESSAGES["messages"][1:]]
     (example,), _ = reading(tmp_path, MESSAGES | {"messages": turns})
     assert refusal(example, tokenizer) is None
     t = tokenize(example, tokenizer, 1 << 20)
     learnt = str(tokenizer.decode(t.tokens_n[t.is_target_n].tolist()))
     assert (learnt.count("<call>"), learnt.count("<|im_end|>"), "Welcome" in learnt) == (1, 2, False)
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([RESULT, WELCOME], "turn 1 is a tool's result, and no turn right before it calls a tool"),
+        (
+            [{"role": "user", "content": "Two?"}, FIRST_CALL, RESULT],
+            "turn 4 is the user's, right behind a tool's result; the assistant's answer is missing",
+        ),
+    ],
+)
+def test_an_exchange_that_lacks_a_turn_is_refused(tmp_path: Path, turns: list[Any], reason: str) -> None:
+    _, (rejected,) = reading(tmp_path, MESSAGES, {"messages": [*turns, *MESSAGES["messages"][1:]]})
+    assert rejected.reason == reason
 
 
 def test_a_template_that_shows_no_tools_refuses_the_row_and_says_what_to_do(tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from middo_jax.progress import Lines, Silent, duration
+from middo_jax.progress import HeldBack, Lines, Silent, duration
 from middo_jax.rundir import (
     RoundDir,
     RunDir,
@@ -155,6 +157,28 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "  score: 10/10 samples in 0.0 s loss 1.5\n"
+
+
+def test_the_first_line_comes_before_what_was_said_and_logged_earlier(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    log, before = logging.getLogger("middo_jax.test"), list(logging.getLogger().handlers)
+    with HeldBack(Lines()) as opening:
+        opening.say("a lock was removed")
+        log.warning("odd rows")
+        assert (capsys.readouterr().err, caplog.text) == ("", "")
+        opening.first("middo-jax")
+        assert capsys.readouterr().err == "middo-jax\na lock was removed\n"
+        assert caplog.messages == ["odd rows"]
+        opening.say("later")
+        log.warning("at once")
+        assert (capsys.readouterr().err, caplog.messages) == ("later\n", ["odd rows", "at once"])
+    with contextlib.suppress(ValueError), HeldBack(Lines()) as opening:
+        opening.say("a lock was removed")
+        log.warning("odd rows")
+        raise ValueError
+    assert (capsys.readouterr().err, len(caplog.messages)) == ("a lock was removed\n", 3)
+    assert [each.filters for each in logging.getLogger().handlers] == [each.filters for each in before]
 
 
 @pytest.mark.parametrize(

@@ -136,24 +136,22 @@ def score(
             session.progress.say(NO_PRE_MODEL)
         pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
         if place is None:
-            scored = measure_samples(session, kept, model_path, pre_path, axes)
-            table = with_columns(scored.table, own)
-            return Scores(table, scored.embedding_nd, rejections, scored.facts["passes"])
+            table, embedding_nd, facts = measure_samples(session, kept, model_path, pre_path, axes)
+            return Scores(with_columns(table, own), embedding_nd, rejections, facts["passes"])
         stages.check_embedder(session, pre_path, axes)
         require_no_run(place)
         link = stages.scoring(session, RoundDir(place), model_path, pre_path)
         found = from_first("score: before", lambda: stages.found_scores(link, session, kept, axes, force))
         directory = _begin(session, place, prepared)
         if found == "all":
-            session.progress.say(f"{place}: scored before, nothing is measured (--force measures again)")
             scored = stages.kept_scores(session, link, own)
         else:
             earlier = directory if found == "some" else None
             scored = stages.score_stage(
                 session, directory, model_path, pre_path, axes, earlier=earlier, own=own
             )
-    n_reused = len(kept) if found == "all" else scored.facts.get("n_kept", 0)
-    return Scores(scored.table, scored.embedding_nd, rejections, scored.facts["passes"], n_reused)
+    table, embedding_nd, facts = scored
+    return Scores(table, embedding_nd, rejections, facts["passes"], facts.get("n_kept", 0))
 
 
 def refine(folder: PathLike, *, settings: SettingsLike = None) -> Refined:

@@ -31,9 +31,9 @@ from middo_jax.loop import run_loop
 from middo_jax.models.resolve import resolve
 from middo_jax.parallel.coordination import barrier, from_first
 from middo_jax.planning.amounts import Amounts
-from middo_jax.planning.forecast import Plan, PlanRequest, plan_run
+from middo_jax.planning.forecast import Plan, Request, plan_run
 from middo_jax.progress import for_stderr
-from middo_jax.quickstart import ANSWERS, CONFIG, DATA, demo_model, shipped
+from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
 from middo_jax.refinement import DryRun
 from middo_jax.report.status import status
 from middo_jax.results import Exported, Refined, Run, Scores, Trained
@@ -85,10 +85,10 @@ def run(config: Config | PathLike, settings: SettingsLike = None, *, repair: boo
 def quickstart(settings: SettingsLike = None) -> tuple[Path, list[str | Mapping[str, Any]]]:
     """Returns the arguments of `run` for a small model and the rows that ship with the package."""
     layers = layers_of(settings)
-    files = {"data.path": str(shipped() / DATA), "refine.base_url": f"replay:{shipped() / ANSWERS}"}
-    own = load(shipped() / CONFIG, [files, {"model.path": ""}, *layers]).model.path
+    data, nowhere = {"data.path": str(shipped() / DATA)}, {"model.path": ""}
+    own = load(shipped() / CONFIG, [data, nowhere, *layers]).model.path
     # The demo model is searched and downloaded only if the settings name no other model.
-    named = {**files, "model.path": own or demo_model()}
+    named = {**data, "model.path": own or demo_model()}
     return shipped() / CONFIG, [named, *layers]
 
 
@@ -114,8 +114,8 @@ def score(
         but consistency, which scoring.readings=[consistency] adds.
       keep_columns: which of the user's columns come back; None is all that hold scalars only.
       out: a folder that gets dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select`
-        and `middo refine`. None writes nothing. Samples that it has scores of, by the same models and
-        settings, are not measured again.
+        and `middo refine`. None writes nothing. If it has the scores of the same data, models and settings,
+        they are returned and nothing is measured; of data that was changed, what is new is measured.
       force: whether scores that `out` has are measured again, and replaced if they are others.
       settings: see `load_config`; or a Config, of which the model and the data are replaced.
 
@@ -130,28 +130,28 @@ def score(
         session = session_for(model_path, _path(rows), settings, place).settled()
         axes = scored_axes(session.config) if axes is None else axes
         stages.check_own_texts(session.config)
-        data, own = _read(session, rows, keep_columns)
+        prepared, own = _read(session, rows, keep_columns)
+        kept, rejections = prepared.kept, prepared.rejections
         if pre_model is None and "complexity" in axes:
             session.progress.say(NO_PRE_MODEL)
         pre_path = None if pre_model is None else resolve(os.fspath(pre_model))
         if place is None:
-            scored = measure_samples(session, data.kept, model_path, pre_path, axes)
-            table = with_columns(scored.table, own)
-            return Scores(table, scored.embedding_nd, data.rejections, scored.facts["passes"])
+            table, embedding_nd, facts = measure_samples(session, kept, model_path, pre_path, axes)
+            return Scores(with_columns(table, own), embedding_nd, rejections, facts["passes"])
         stages.check_embedder(session, pre_path, axes)
         require_no_run(place)
-        models = model_path, pre_path
-        link = stages.scoring(session, RoundDir(place), *models)
-        found = from_first("scored", lambda: stages.found_scores(link, session, data.kept, axes, force))
-        directory = _begin(session, place, data)
+        link = stages.scoring(session, RoundDir(place), model_path, pre_path)
+        found = from_first("score: before", lambda: stages.found_scores(link, session, kept, axes, force))
+        directory = _begin(session, place, prepared)
         if found == "all":
-            session.progress.say(f"{place}: scored before, nothing is measured (--force measures again)")
             scored = stages.kept_scores(session, link, own)
         else:
             earlier = directory if found == "some" else None
-            scored = stages.score_stage(session, directory, *models, axes, earlier=earlier, own=own)
-    n_reused = len(data.kept) if found == "all" else scored.facts.get("n_kept", 0)
-    return Scores(scored.table, scored.embedding_nd, data.rejections, scored.facts["passes"], n_reused)
+            scored = stages.score_stage(
+                session, directory, model_path, pre_path, axes, earlier=earlier, own=own
+            )
+    table, embedding_nd, facts = scored
+    return Scores(table, embedding_nd, rejections, facts["passes"], facts.get("n_kept", 0))
 
 
 def refine(folder: PathLike, *, settings: SettingsLike = None) -> Refined:
@@ -330,7 +330,7 @@ def export(
         return Exported(directory, facts)
 
 
-def plan(config: Config, request: PlanRequest, rows: int | None = None, tokens: float | None = None) -> Plan:
+def plan(config: Config, request: Request, rows: int | None = None, tokens: float | None = None) -> Plan:
     """Plans a run for chips that are not there: memory, time and money of every stage.
 
     Compiles the programs that the run would use. Loads no weights: of the model only config.json is read and,
@@ -359,7 +359,7 @@ def plan(config: Config, request: PlanRequest, rows: int | None = None, tokens: 
 
 def save_plan(found: Plan) -> Path:
     """Writes a plan into its run's folder as plan.json, which the report shows beside the measured times."""
-    config = found.workload.config
+    config = found.job.config
     with working(config.place, for_stderr().say) as folder:
         run = RunDir(folder)
         run.path.mkdir(parents=True, exist_ok=True)

@@ -148,4 +148,4 @@ def _is_conversational(example: Example) -> bool:
 
 
 def _turns_in(value: object) -> list[Row]:
-    return value if isinstance(value, list) else []
+    return [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []

@@ -96,11 +96,12 @@ def _named(axes: Collection[str] | None) -> str:
 
 
 def kept_scores(session: Session, link: Link, own: pa.Table) -> Scored:
-    """The scores of a folder, with these columns of the user's beside them.
+    """The scores of a folder, with these columns of the user's beside them; reports that they are reused.
 
     If other columns were kept before, the table is written anew; what was measured stays.
     """
     folder, record = link.folder, link.folder.stages()["score"]
+    session.progress.say(f"{folder.path}: scored before, nothing is measured (--force measures again)")
     written = read_scores(folder.scores)
     measured = written.drop_columns([name for name in record["columns"] if name in written.column_names])
     table = with_columns(measured, own)
@@ -110,4 +111,4 @@ def kept_scores(session: Session, link: Link, own: pa.Table) -> Scored:
         write_scores(folder.scores, table)
         begun.finish(session.config, record["seconds"], **facts | {"columns": own.column_names})
     embedding_nd = read_embeddings(folder.embeddings, table["id"].to_pylist())
-    return Scored(table, embedding_nd, record)
+    return Scored(table, embedding_nd, record | {"n_kept": len(table)})

@@ -308,7 +308,7 @@ class LossPass:
 
         def content(i: int) -> tuple[np.ndarray, ...]:
             e = examples[i]
-            return e.tokens_n, e.is_target_n, e.in_prompt_n, *((np.True_,) if self._prompts else ())
+            return e.tokens_n, e.is_target_n, e.in_prompt_n, *((np.ones(1, bool),) if self._prompts else ())
 
         own = examples.own if isinstance(examples, Lazy) else None
         return digests(len(examples), content, own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from support.two_hosts import ADDRESSES, NAMES, TwoHosts, two_hosts, why_not
 from middo_jax.config import load
 from middo_jax.parallel.preemption import EXIT_PREEMPTED
 from middo_jax.rundir import RunDir, read_jsonl
+from middo_jax.rundir.chain import chain
 from middo_jax.rundir.events import read_events
 
 DEVICES = 4  # of all processes together
@@ -132,6 +134,25 @@ class Loop(NamedTuple):
         chosen = settings(self.root, self.url, **{**given, **self.more})
         (runs / "config.yaml").write_text(load(None, chosen).to_yaml(), encoding="utf-8")
         return "run", str(runs / "config.yaml")
+
+    def up_to(self, runs: Path, stage: str) -> tuple[str, str]:
+        """The same, where one process has done all that precedes a stage, FOLDER/NAME."""
+        command = self.command(runs)
+        run = RunDir(runs / "run")
+        shutil.copytree(self.alone.path, run.path)
+        links = chain(run, load(Path(command[1])))
+        first = [link.where.replace(" ", "/") for link in links].index(stage)
+        for link in links[first:]:
+            link.folder.forget(link.name)
+            for path in (*link.writes, *link.may_write):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            if link.name == "refine":
+                for path in run.path.glob(f"{run.llm_cache.name}*"):
+                    path.unlink()
+        return command
 
 
 def run_alone(root: Path, url: str | None, **more: Any) -> Loop:
@@ -279,9 +300,9 @@ STAGES = ("round_00/train", "round_00/score", "round_00/refine", "round_01/train
 def test_where_one_of_four_is_killed_in_a_stage_the_job_ends_and_resumes(
     patient: Loop, tmp_path: Path, stage: str
 ) -> None:
-    run = RunDir(tmp_path / "run")
+    run, command = RunDir(tmp_path / "run"), patient.up_to(tmp_path, stage)
     is_in = within(run, stage)
-    started = start(4, *patient.command(tmp_path))
+    started = start(4, *command)
     wait_for(is_in, started)
     started[2].kill()
     killed = time.monotonic()
@@ -290,21 +311,21 @@ def test_where_one_of_four_is_killed_in_a_stage_the_job_ends_and_resumes(
     others = {e.code for number, e in enumerate(ended) if number != 2}
     assert others <= {EXIT_PREEMPTED, -signal.SIGABRT}  # JAX aborts where process 0 ends first
     assert any("process 2" in e.output for e in ended)
-    assert all(e.code == 0 for e in end(start(4, *patient.command(tmp_path))))
+    assert all(e.code == 0 for e in end(start(4, *command)))
     assert_equal(run, patient.alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_job_of_four_is_continued_by_two_and_by_one(patient: Loop, tmp_path: Path, stage: str) -> None:
-    run = RunDir(tmp_path / "run")
+    run, command = RunDir(tmp_path / "run"), patient.up_to(tmp_path, stage)
     for processes in (4, 2):
         is_in = within(run, stage)
-        started = start(processes, *patient.command(tmp_path))
+        started = start(processes, *command)
         wait_for(is_in, started)
         started[-1].send_signal(signal.SIGTERM)
         assert [e.code for e in end(started)] == [EXIT_PREEMPTED] * processes
-    [ended] = end(start(1, *patient.command(tmp_path)))
+    [ended] = end(start(1, *command))
     assert ended.code == 0
     assert_equal(run, patient.alone)
 

@@ -31,7 +31,7 @@ from middo_jax.loop import run_loop
 from middo_jax.models.resolve import resolve
 from middo_jax.parallel.coordination import barrier, from_first
 from middo_jax.planning.amounts import Amounts
-from middo_jax.planning.forecast import Plan, Request, plan_run
+from middo_jax.planning.forecast import Plan, PlanRequest, plan_run
 from middo_jax.progress import for_stderr
 from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
 from middo_jax.refinement import DryRun
@@ -330,7 +330,7 @@ def export(
         return Exported(directory, facts)
 
 
-def plan(config: Config, request: Request, rows: int | None = None, tokens: float | None = None) -> Plan:
+def plan(config: Config, request: PlanRequest, rows: int | None = None, tokens: float | None = None) -> Plan:
     """Plans a run for chips that are not there: memory, time and money of every stage.
 
     Compiles the programs that the run would use. Loads no weights: of the model only config.json is read and,
@@ -359,7 +359,7 @@ def plan(config: Config, request: Request, rows: int | None = None, tokens: floa
 
 def save_plan(found: Plan) -> Path:
     """Writes a plan into its run's folder as plan.json, which the report shows beside the measured times."""
-    config = found.job.config
+    config = found.workload.config
     with working(config.place, for_stderr().say) as folder:
         run = RunDir(folder)
         run.path.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from middo_jax.parallel.coordination import barrier, from_first
 from middo_jax.planning.amounts import Amounts
 from middo_jax.planning.forecast import Plan, PlanRequest, plan_run
 from middo_jax.progress import for_stderr
-from middo_jax.quickstart import CONFIG, DATA, demo_model, shipped
+from middo_jax.quickstart import ANSWERS, CONFIG, DATA, demo_model, shipped
 from middo_jax.refinement import DryRun
 from middo_jax.report.status import status
 from middo_jax.results import Exported, Refined, Run, Scores, Trained
@@ -85,10 +85,10 @@ def run(config: Config | PathLike, settings: SettingsLike = None, *, repair: boo
 def quickstart(settings: SettingsLike = None) -> tuple[Path, list[str | Mapping[str, Any]]]:
     """Returns the arguments of `run` for a small model and the rows that ship with the package."""
     layers = layers_of(settings)
-    data, nowhere = {"data.path": str(shipped() / DATA)}, {"model.path": ""}
-    own = load(shipped() / CONFIG, [data, nowhere, *layers]).model.path
+    files = {"data.path": str(shipped() / DATA), "refine.base_url": f"replay:{shipped() / ANSWERS}"}
+    own = load(shipped() / CONFIG, [files, {"model.path": ""}, *layers]).model.path
     # The demo model is searched and downloaded only if the settings name no other model.
-    named = {**data, "model.path": own or demo_model()}
+    named = {**files, "model.path": own or demo_model()}
     return shipped() / CONFIG, [named, *layers]
 
 
@@ -114,8 +114,8 @@ def score(
         but consistency, which scoring.readings=[consistency] adds.
       keep_columns: which of the user's columns come back; None is all that hold scalars only.
       out: a folder that gets dataset.jsonl, scores.parquet, embeddings.parquet and the manifest, for `select`
-        and `middo refine`. None writes nothing. If it has the scores of the same data, models and settings,
-        they are returned and nothing is measured; of data that was changed, what is new is measured.
+        and `middo refine`. None writes nothing. Samples that it has scores of, by the same models and
+        settings, are not measured again.
       force: whether scores that `out` has are measured again, and replaced if they are others.
       settings: see `load_config`; or a Config, of which the model and the data are replaced.
 

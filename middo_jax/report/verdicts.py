@@ -68,7 +68,7 @@ def people(tasks: Sequence[Mapping[str, Any]]) -> Counter[str] | None:
 def describe(found: Mapping[str, int]) -> str:
     """The counts of a review in words."""
     named = {
-        "accept": "accepted as they are",
+        "accept": "accepted",
         "edit": "accepted with other words",
         "reject": "rejected",
         "none": "not judged, which stay accepted",

@@ -59,7 +59,7 @@ def inspect(
     Raises:
       ConfigError, DataError: the message says what is wrong.
     """
-    base = tokenizer_directory(model) if model else "none"
+    base = str(tokenizer_directory(model)) if model else "none"
     config = load(None, [*settings, {"model.path": base}])
     session = Session(config, for_stderr()) if model else None
     rows = read_configured(config.data, config.seed) if session is None else read_data(session)

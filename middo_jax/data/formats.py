@@ -141,7 +141,7 @@ def detect(rows: Iterable[Any]) -> str:
     )
 
 
-class Converted(NamedTuple):
+class ReadRow(NamedTuple):
     """A row as an example.
 
     Attributes:
@@ -156,7 +156,7 @@ class Converted(NamedTuple):
     repairs: tuple[str, ...]
 
 
-def to_example(row: Any, form: str, reading: Reading = AS_IT_IS) -> Converted:
+def to_example(row: Any, form: str, reading: Reading = AS_IT_IS) -> ReadRow:
     """Reads one row of JSON values, see `plain`.
 
     {"instruction": "Add.", "input": "2 and 3", "output": "5", "source": "x"} as alpaca
@@ -185,7 +185,7 @@ def to_example(row: Any, form: str, reading: Reading = AS_IT_IS) -> Converted:
             raise RowError(
                 "a row of dataset.jsonl whose turns were changed: remove its columns id and lineage"
             )
-        return Converted(example, not_trained_on(_fields_of(example.messages)), ())
+        return ReadRow(example, not_trained_on(_fields_of(example.messages)), ())
     # No learnt answer depends on the turns behind the last one.
     end = 1 + max(n for n, m in enumerate(messages) if m.role == "assistant" and m.learnt)
     messages, behind = messages[:end], messages[end:]
@@ -206,7 +206,7 @@ def to_example(row: Any, form: str, reading: Reading = AS_IT_IS) -> Converted:
         prompt_columns=shared_names(prompt_columns(row, form)),
         behind=behind,
     )
-    return Converted(example, unkept, repairs)
+    return ReadRow(example, unkept, repairs)
 
 
 def _fields_of(messages: Sequence[Message]) -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from middo_jax.data.example import NO_COLUMNS, Example
 from middo_jax.data.files import Rejection, with_id
-from middo_jax.data.formats import Converted, DataError, RowError, is_ours, plain, to_example
+from middo_jax.data.formats import DataError, ReadRow, RowError, is_ours, plain, to_example
 from middo_jax.data.places import Places
 from middo_jax.data.reading import Reading
 from middo_jax.data.spelling import SpellingCount
@@ -127,7 +127,7 @@ class Converter:
         else:
             self._keep(where, given, row, converted)
 
-    def _keep(self, where: str, given: Any, row: Row, converted: Converted) -> None:
+    def _keep(self, where: str, given: Any, row: Row, converted: ReadRow) -> None:
         """Adds an example, unless there is one with its id."""
         example = converted.example
         if (number := self._number_of.get(example.id)) is not None:

@@ -37,7 +37,7 @@ Array = TypeVar("Array")  # numpy's on the host, JAX's inside the program
 Readout = Callable[[jax.Array], jax.Array]
 
 
-class Spelling(Protocol):
+class RatingSpelling(Protocol):
     """How a tokenizer spells the ratings; hashable, as `signals.judge.questions.RatingTokens` is."""
 
     @property
@@ -75,7 +75,7 @@ class RatingScale:
       columns: number of ratings per example.
     """
 
-    spelling: Spelling
+    spelling: RatingSpelling
     readout: Readout
     columns: int
 
@@ -125,7 +125,7 @@ def judge_batch(
     return jax.lax.map(one_tree, batch.reading_bsr.swapaxes(0, 1)).swapaxes(0, 1)
 
 
-def rating_log_p(model: Decoder, hidden_brd: jax.Array, spelling: Spelling) -> jax.Array:
+def rating_log_p(model: Decoder, hidden_brd: jax.Array, spelling: RatingSpelling) -> jax.Array:
     """Returns the model's log-probabilities of the ratings 0..10, up to a constant common to all eleven.
 
     If "10" is the token of "1" and a second one, P(10) = P("1") P(second | "1") and

@@ -414,10 +414,8 @@ def _begin(session: Session, out: Path, prepared: Prepared) -> RoundDir:
     directory = RoundDir(local(out))
     require_no_run(out)
     settings = session.config.data
-    written = [directory.dataset, directory.rejected, directory.scores, directory.embeddings]
-    written += [directory / "merged.jsonl"]  # by a refinement of the folder
     for path in (*settings.paths, *filter(None, [settings.eval_path])):
-        require_not_read(path, [*written, directory.metrics, directory.path / "config.yaml"])
+        require_not_read(path, directory.written)
     write_text(out / "config.yaml", session.config.to_yaml())
     write_jsonl(directory.rejected, (r.to_json() for r in prepared.rejections))
     write_dataset(directory, prepared.kept, prepared.id_columns)
@@ -433,6 +431,6 @@ def require_no_run(out: Path) -> None:
 
 def merge_refined(session: Session, directory: RoundDir) -> Refined:
     """Writes merged.jsonl, the next dataset, in a folder whose samples were refined."""
-    path = directory / "merged.jsonl"
+    path = directory.merged
     write_jsonl(path, (example.to_json() for example in stages.merge_stage(session, directory)))
     return Refined(path, read_jsonl(directory.refined), directory.stages()["refine"]["usage"])

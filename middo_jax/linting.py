@@ -214,6 +214,9 @@ def _missing(example: Example) -> str | None:
     for message in example.messages:
         if message.content.strip().lower() in _MISSING:
             return f"the {message.role}'s text is {message.content.strip()!r}"
+    for name, text in example.prompt_columns.items():  # such as an empty `input` that became "nan"
+        if text.strip().lower() in _MISSING:
+            return f"column {name!r} is {text.strip()!r}"
     return None
 
 
@@ -244,7 +247,7 @@ def _secret(example: Example) -> str | None:
     turns = (*example.messages, *example.behind)
     text = "\n".join(f"{message.text}\n{message.fields}" for message in turns)
     # Outputs keep the user's other columns too.
-    text = f"{text}\n{example.tools}\n{dumped(dict(example.extra))}"
+    text = f"{text}\n{example.tools}\n{dumped(dict(example.extra))}\n{example.user_id}"
     return next((kind for kind, pattern in _SECRETS.items() if pattern.search(text)), None)
 
 

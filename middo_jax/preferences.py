@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from middo_jax.data.example import Example
-from middo_jax.data.reply import without_reasoning
+from middo_jax.data.reply import control_token, plain_lines, without_end_tokens, without_reasoning
 from middo_jax.report.status import judged_tasks, takes_back
 from middo_jax.rundir import RoundDir, RunDir, read_jsonl
 
@@ -23,7 +23,8 @@ def preference_pairs(run: RunDir) -> list[dict[str, Any]]:
     """The pairs of all rounds: each accepted rewrite against its original, and against earlier candidates.
 
     Additions have no original, so that only their losing candidates make pairs. Left out are pairs of equal
-    answers, and rewrites that were taken back.
+    answers, rewrites that were taken back, and candidates with a control token, which a trainer's tokenizer
+    would read as one.
     """
     folders = [folder for folder in run.rounds() if folder.refined.exists()]
     back = [folder for folder in folders if takes_back(run) and folder.taken_back.exists()]
@@ -56,7 +57,10 @@ def _of_round(folder: RoundDir) -> Iterator[dict[str, Any]]:
             asked, prompt = [t["content"] for t in row["messages"]], [m.content for m in child.messages[:-1]]
             if len(asked) != len(prompt):
                 continue  # with `refine.turns: all`: the attempt ended at an earlier turn
-            text = without_reasoning(row["answer"]) or ""
+            given = " ".join(asked)
+            text = without_end_tokens(plain_lines(without_reasoning(row["answer"], given) or ""))
+            if control_token(text, given) is not None:
+                continue
             found = (measured.get((task["task_id"], attempt)) or {}).get("measured") or {}
             scores = {"loss_post": found.get("loss"), "quality": found.get("quality")}
             yield from _pair(child, text, "candidate", asked == prompt, after, scores)

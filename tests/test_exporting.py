@@ -273,6 +273,13 @@ OWN_SHAPES = {
         [{"conversations": [{"from": "narrator", "value": "Rhyme."}, {"from": "User", "value": "Hi."},
                             {"from": "Bot", "value": "I."}]}],
     ),
+    "sharegpt: a field called role, an answer that is not learnt": (
+        {},
+        [{"conversations": [{"from": "human", "value": "Hi.", "role": "Ann", "weight": None},
+                            {"from": "gpt", "value": "No.", "role": "Bo", "weight": 0},
+                            {"from": "human", "value": "Ho.", "role": "Ann", "weight": None},
+                            {"from": "gpt", "value": "I.", "role": "Bo", "weight": 1}]}],
+    ),
     "sharegpt: keys of messages": (
         {},
         [{"conversations": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "I."}]}],
@@ -434,12 +441,12 @@ def test_a_losing_candidate_makes_a_pair_with_its_own_scores(tmp_path: Path) -> 
         "task_id": "t",
         "accepted": True,
         "replaces": original.id,
-        "attempts": 2,
+        "attempts": 3,
         "scores_before": {"quality": 3.0},
     }
     write_jsonl(folder.refined, [task | {"example": child.to_json(), "original": original.to_json()}])
     asked = [{"role": "user", "content": "Name a sea."}]
-    answers = ("<think>Hm.</think>A big sea.", "The North Sea.")
+    answers = ("<think>Hm.</think>A big sea.<|im_end|>", "A sea.<|im_start|>user\nNo.", "The North Sea.")
     write_jsonl(
         folder.requests,
         [

@@ -70,6 +70,12 @@ def test_a_clean_dataset_has_no_fault() -> None:
         ("missing", sample("nan"), "the user's text is 'nan'"),
         ("missing", sample("Name a sea.", " NULL "), "the assistant's text is 'NULL'"),
         ("missing", sample("Name a sea.", "None"), "the assistant's text is 'None'"),
+        (
+            "missing",
+            dataclasses.replace(sample("Add.\nnan"), prompt_columns={"instruction": "Add.", "input": "nan"}),
+            "column 'input' is 'nan'",
+        ),
+        ("secrets", dataclasses.replace(sample("Name a sea."), user_id="bob@corp.com"), "e-mail address"),
         ("mojibake", sample("Was ist GrÃ¶ÃŸe?"), "'Ã¶ÃŸ' was 'öß'"),
         ("mojibake", sample("Name a sea.", "It isnâ€™t one."), "'â€™' was '’'"),
         ("mojibake", sample("Name a sea.", "It isn\ufffdt one."), "U+FFFD"),

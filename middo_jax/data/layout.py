@@ -119,10 +119,11 @@ class Layout:
 
     def _complete(self, turn: Row) -> None:
         """Gives a turn its weight and the user's other fields."""
+        is_answer = turn.get("role", turn.get("from")) in _SPEAKING  # before fields of the user's are added
         fields = turn.pop("fields", {})
         if self.is_whole:
             turn |= {name: value for name, value in fields.items() if name not in turn}
-        if turn.get("role", turn.get("from")) in _SPEAKING:
+        if is_answer:
             if self.has_weights or self.weighs:
                 turn.setdefault("weight", 1)
         elif self.has_weights:

@@ -66,7 +66,7 @@ def as_messages(turns: Sequence[Turn], strict: bool) -> tuple[tuple[Message, ...
         fields = dumped(turn.fields) if turn.fields else ""
         messages.append(Message(turn.role, turn.content, is_learnt, turn.tool, fields))
     if not any(m.role == "assistant" and m.learnt for m in messages):
-        raise RowError("nothing is learnt: every answer has weight 0")
+        raise RowError("nothing is learnt: every answer has weight 0, or is joined to one that has")
     return tuple(messages), tuple(dict.fromkeys(repairs))
 
 

@@ -187,7 +187,7 @@ def content_of(value: Any, what: str) -> str:
             kind = fields.get("type", "text")
             if kind not in ("text", "input_text", "output_text"):
                 raise RowError(f"{what} has a part of type {str(kind)[:40]!r}; only text is supported")
-            fields = fields.get("text")
+            fields = fields.get("text", "" if "text" in part else None)  # null is no text
         if not isinstance(fields, str):
             raise RowError(f"{what} has a part without text")
         texts.append(fields)

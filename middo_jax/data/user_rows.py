@@ -178,7 +178,7 @@ def give_user_ids(
     name = column or "id"
     first: dict[str, int] = {}  # id -> number of its example
     for number, example in enumerate(examples):
-        value = example.user_id if example.user_id is not None else example.extra.get(name)
+        value = example.user_id if example.user_id is not None else _id_of(example.extra.get(name))
         if value is None:
             continue
         fault = None
@@ -201,6 +201,13 @@ def give_user_ids(
             examples[number] = _with_user_id(example, name)
 
 
+def _id_of(value: Any) -> Any:
+    """A cell as an id: None of an empty one; 1 of 1.0, which is how columns with empty cells have it."""
+    if (isinstance(value, str) and not value.strip()) or value != value:  # NaN
+        return None
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def with_ids_of(examples: Sequence[Example], column: str) -> list[Example]:
     """Examples whose ids are in a column, if any of them has it; ids need not be unique."""
     if not any(column in example.extra for example in examples):
@@ -219,4 +226,4 @@ def _with_user_id(example: Example, column: str) -> Example:
     if column not in example.extra:
         return example
     extra = {name: value for name, value in example.extra.items() if name != column}
-    return dataclasses.replace(example, extra=extra or NO_COLUMNS, user_id=example.extra[column])
+    return dataclasses.replace(example, extra=extra or NO_COLUMNS, user_id=_id_of(example.extra[column]))

@@ -70,11 +70,14 @@ class Watch:
     def _guard(self) -> None:
         """Ends this process if process 0 does not answer: a call to its store has no time limit.
 
-        A host that is cut off gets no error, since no connection is closed.
+        A host that is cut off gets no error, since no connection is closed. The time in which this process
+        stood still itself does not count.
         """
+        looked, silent = self._looked, 0.0
         while self._thread.is_alive():
             time.sleep(POLL_S)
-            silent = time.monotonic() - self._looked
+            silent = silent + POLL_S if self._looked == looked else 0.0
+            looked = self._looked
             if silent > DEAD_AFTER_S and not ending.is_set():
                 reason = f"process 0, which coordinates, cannot be reached: no answer for {silent:.0f} s"
                 self._end(_End(reason, EXIT_PREEMPTED, END_AFTER_S))

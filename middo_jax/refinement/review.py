@@ -66,7 +66,8 @@ with open({name}, encoding="utf-8") as file:
     text = file.read()
 rows = json.loads(text) if text.startswith("[") else map(json.loads, text.strip().split("\\n"))
 dataset.records.log([rg.Record.from_dict(row) for row in rows])
-# Later: dataset.records.to_json("verdicts.json"), and `middo refine DIR --read-review verdicts.json`.
+# Later, and then `middo refine DIR --read-review verdicts.json`:
+# json.dump(dataset.records.to_list(flatten=True), open("verdicts.json", "w"))
 '''
 
 
@@ -194,7 +195,7 @@ def _read(row: Any) -> tuple[Any, Sequence[Mapping[str, Any]]]:
     if "annotations" in row and isinstance(row.get("data"), Mapping):
         return row["data"].get("review_id"), _annotated(row["annotations"])
     if "responses" in row:
-        return row.get("id"), _by_person(row["responses"])
+        return row.get("id"), _by_person(row["responses"], row.get("status"))
     if any(name.endswith(".responses") for name in row):
         return row.get("id"), _by_person(_unflattened(row))
     return by_hand
@@ -276,15 +277,30 @@ def _unflattened(row: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _by_person(responses: Any) -> list[Mapping[str, Any]]:
-    """The answers of each person in Argilla's responses by question."""
+def _by_person(responses: Any, status: Any = None) -> list[Mapping[str, Any]]:
+    """The answers of each person in Argilla's responses by question.
+
+    Args:
+      responses: question -> the answers to it.
+      status: of the record, `pending` or `completed`; None: not known.
+
+    Raises:
+      DataError: an answer may be a draft. Argilla's `to_json` does not say of an answer whether it is one.
+    """
     if not isinstance(responses or {}, Mapping):
         raise DataError("`responses` must be an object")
     people: dict[str, dict[str, Any]] = {}
+    says_all = True
     for question in QUESTIONS:
         for response in _objects((responses or {}).get(question), f"responses.{question}"):
+            says_all &= "status" in response
             if response.get("status") in ("draft", "discarded"):
                 continue
             person = str(response.get("user_id"))
             people.setdefault(person, {"by": person})[question] = response.get("value")
+    if not says_all and (status == "pending" or (status is not None and len(people) > 1)):
+        raise DataError(
+            "this export does not say which answers are drafts; export json.dumps(dataset.records"
+            ".to_list(flatten=True)), which does"
+        )
     return list(people.values())

@@ -150,6 +150,18 @@ class RoundDir:
         return Manifest(self.path).path
 
     @property
+    def written(self) -> list[Path]:
+        """The files that commands write into a folder that belongs to no run."""
+        measured = [self.dataset, self.rejected, self.scores, self.embeddings, self.selection, self.selected]
+        refined = [self.requests, self.refined, self.candidates, self.verdicts, self.dropped, self.merged]
+        return [*measured, *refined, self.metrics, self.evaluations, self.manifest, self.path / "config.yaml"]
+
+    @property
+    def merged(self) -> Path:
+        """The next dataset, of a folder that belongs to no run."""
+        return self.path / "merged.jsonl"
+
+    @property
     def run(self) -> RunDir | None:
         """The run that this is a round of; None for a folder that `middo score --out DIR` wrote."""
         run = RunDir(self.path.absolute().parent)

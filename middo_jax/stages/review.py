@@ -123,6 +123,9 @@ def read_review(directory: RoundDir, paths: Sequence[Path]) -> Counter[str]:
         dataset already.
     """
     _require_refined(directory)
+    for path in paths:
+        if path.resolve() == directory.verdicts.resolve():
+            raise DataError(f"{path} has the verdicts of earlier calls, and is replaced; leave it out")
     examples = read_dataset(directory)
     accepted = {review_id(o): o for o in _outcomes(directory, examples) if o.example is not None}
     said: dict[str, list[Judgement]] = {}

@@ -102,7 +102,8 @@ def score_stage(
     columns = with_user_ids(pa.table({}) if own is None else own, examples)
     if columns.column_names:
         scored = scored._replace(table=with_columns(scored.table, columns))
-    directory.forget("select")  # it belongs to the scores that are replaced now
+    for stage in ("score", "select"):  # of the scores that are replaced now, and a stop may come between
+        directory.forget(stage)
     write_scores(directory.scores, scored.table)
     write_embeddings(directory.embeddings, scored.table["id"].to_pylist(), scored.embedding_nd)
     begun.finish(session.config, time.monotonic() - began, **scored.facts, columns=columns.column_names)

@@ -141,7 +141,7 @@ def test_weights_of_sharegpt_turns(tmp_path: Path) -> None:
 def test_a_row_that_teaches_nothing_is_refused(tmp_path: Path) -> None:
     row = chat(("user", "one"), ("assistant", "bad"), weight=0)
     _, (rejected,) = reading(tmp_path, ASKED["messages"], row)
-    assert rejected.reason == "nothing is learnt: every answer has weight 0"
+    assert rejected.reason.startswith("nothing is learnt: every answer has weight 0, or")
 
 
 def test_turns_behind_the_last_learnt_answer_are_counted_and_carried() -> None:

@@ -295,6 +295,22 @@ def test_a_verdict_is_read_from_every_form(row: dict[str, Any]) -> None:
     assert judgements(row, "f:1") == [Judgement("t@c", "reject", comment="no", by="u")]
 
 
+@pytest.mark.parametrize("people", [["u"], ["u", "v"]])
+def test_an_export_that_does_not_tell_drafts_is_refused_where_there_may_be_some(people: list[str]) -> None:
+    """Argilla's `to_json` has the status of a record, not of an answer."""
+    answers = {"verdict": [{"value": "reject", "user_id": person} for person in people]}
+    row = {"id": "t@c", "responses": answers}
+    with pytest.raises(DataError, match=r"f:1: this export does not say which answers are drafts.*flatten"):
+        judgements({**row, "status": "pending"}, "f:1")
+    if len(people) > 1:
+        with pytest.raises(DataError, match="drafts"):
+            judgements({**row, "status": "completed"}, "f:1")
+    else:
+        assert len(judgements({**row, "status": "completed"}, "f:1")) == 1
+    stated = {"verdict": [answer | {"status": "submitted"} for answer in answers["verdict"]]}
+    assert len(judgements({"id": "t@c", "status": "pending", "responses": stated}, "f:1")) == len(people)
+
+
 def test_a_line_that_is_not_json_is_named(here: RoundDir, tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"id": "a@b"}\n\n{"id": \n', encoding="utf-8")
     with pytest.raises(DataError, match=r"r\.jsonl:3: not JSON"):

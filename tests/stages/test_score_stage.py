@@ -172,6 +172,21 @@ def test_a_folder_that_is_scored_again_after_an_edit_is_a_new_one(
         assert n_new <= record["n_searched"] < len(rows)
 
 
+def test_a_stop_while_scores_are_replaced_leaves_no_record_of_them(
+    folder: Folder, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next start would find other scores than those of the record, and refuse."""
+    directory, session = folder.score("stopped", examples, axes=("complexity",)), folder.session()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("middo_jax.stages.score.write_embeddings", stop)
+    with pytest.raises(KeyboardInterrupt):
+        stages.score_stage(session, directory, folder.tuned, folder.base, ("complexity",))
+    assert directory.stages().keys() == {"prepare"}
+
+
 def test_embeddings_before_training_are_the_base_models(folder: Folder, examples: list[Example]) -> None:
     pre = folder.score("pre", examples, diversity__embedder="pre")
     shutil.rmtree(folder.root / "base", ignore_errors=True)

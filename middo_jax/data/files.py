@@ -38,6 +38,7 @@ from middo_jax.rundir.rows import RejectedRow
 _log = logging.getLogger(__name__)
 _COMPRESSED = (".gz", ".zst")
 ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+_ID_CHARS = 200  # of an id that a place shows
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 # Words in names of files of a split that is not for training.
 _EVALUATION = {"test", "tests", "validation", "valid", "val", "dev", "eval", "heldout"}
@@ -69,7 +70,8 @@ def with_id(where: str, own: Any) -> str:
     """A row's place with the user's id of it, if there is one: `chat.jsonl:3, id 17`."""
     if not isinstance(own, str | int) or isinstance(own, bool):
         return where
-    return f"{where}, id {own if str(own).isprintable() else ascii(own)}"
+    shown = str(own) if str(own).isprintable() else ascii(own)
+    return f"{where}, id {shown if len(shown) <= _ID_CHARS else f'{shown[:_ID_CHARS]}…'}"
 
 
 def files_at(path: str) -> list[Path]:

@@ -29,7 +29,7 @@ def read_events(path: Path) -> Events:
     ignored, and so is white space.
 
     Raises:
-      RunError: a newer version wrote the last two lines, or the only one.
+      RunError: a newer version wrote the last two lines.
     """
     rows, n_unreadable = list[dict[str, Any]](), 0
     try:
@@ -53,7 +53,7 @@ def read_events(path: Path) -> Events:
     # A newer program would have written several lines at the end. A single newer number may be a flipped bit,
     # which is no reason to stop.
     found = [row.get("version", 0) for row in rows[-2:]]
-    version = min((number for number in found if isinstance(number, int)), default=0)
+    version = min((number for number in found if isinstance(number, int)), default=0) if len(rows) > 1 else 0
     if (reason := newer(path.name, version, path)) is not None:
         raise RunError(reason)
     return Events(rows, n_unreadable)

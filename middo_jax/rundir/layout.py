@@ -165,7 +165,8 @@ class RoundDir:
     def run(self) -> RunDir | None:
         """The run that this is a round of; None for a folder that `middo score --out DIR` wrote."""
         run = RunDir(self.path.absolute().parent)
-        return run if _ROUND.fullmatch(self.path.absolute().name) and run.config.exists() else None
+        is_run = run.config.exists() or run.events.exists()  # either may have been removed
+        return run if is_run and _ROUND.fullmatch(self.path.absolute().name) else None
 
     @property
     def index(self) -> int:

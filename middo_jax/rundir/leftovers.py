@@ -1,7 +1,8 @@
 """What killed processes leave behind: temporary files and folders, which name the process that made them.
 
 A temporary is removed if its process has ended, or if it is of another machine and a day old. Whoever holds a
-folder's lock may remove all that Orbax left there: only the holder of the lock saves checkpoints.
+folder's lock may remove all that Orbax left there, and every temporary folder, such as half an export: only
+the holder of the lock saves checkpoints and exports. So a machine that was started again sweeps at once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def leftovers(root: Path) -> Iterator[Path]:
     """Temporary files and folders of ended processes in a folder, its rounds and their checkpoints."""
     for folder in _folders(root):
         for path in _entries(folder):
-            if is_leftover(path) or _ORBAX in path.name:
+            if is_leftover(path) or _ORBAX in path.name or _is_of_another(path):
                 yield path
 
 
@@ -60,6 +61,12 @@ def is_leftover(path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return time.time() - path.lstat().st_mtime > _FRESH_S
     return False
+
+
+def _is_of_another(path: Path) -> bool:
+    """Whether a path is a temporary folder of another machine, or of this one before its last start."""
+    match = _TEMPORARY.fullmatch(path.name)
+    return match is not None and path.is_dir() and has_ended(match[1]) is None
 
 
 def remove(path: Path) -> None:

@@ -82,19 +82,23 @@ class Link:
 
     @property
     def inputs(self) -> dict[str, Path]:
-        """Files and folders outside the run that the stage reads, by role."""
-        roles = {**(self.data or {}), TOKENIZER: self.tokenizer, **self.models}
-        return {role: p for role, p in roles.items() if p and not _is_ours(p) and p.exists()}
+        """Files and folders outside the run that the stage reads, by role.
+
+        A refiner may be a checkpoint: it counts as a folder, since it is none of this run.
+        """
+        models = {TOKENIZER: self.tokenizer, **self.models}
+        outside = {role: path for role, path in models.items() if path and not _is_ours(path)}
+        return {role: path for role, path in {**(self.data or {}), **outside}.items() if path.exists()}
 
     @property
     def removed(self) -> tuple[Path, ...]:
-        """The paths of `removable` that do not exist."""
-        return tuple(path for path in self.removable if not path.exists())
+        """The paths of `removable` that do not exist, or are empty folders."""
+        return tuple(path for path in self.removable if _is_gone(path))
 
     @property
     def missing_models(self) -> tuple[Path, ...]:
         """Checkpoints of the run that it reads and that do not exist."""
-        return tuple(p for p in self.models.values() if p is not None and _is_ours(p) and not p.exists())
+        return tuple(p for p in self.models.values() if p is not None and _is_ours(p) and _is_gone(p))
 
     def begin(self) -> Begun:
         """Starts the stage, before it reads anything. Raises RunError for files of a newer version."""
@@ -224,6 +228,11 @@ def _is_ours(model: Path) -> bool:
     others = ("config.json", "adapter_config.json")
     named = model.name == "checkpoint" and not any((model / name).exists() for name in others)
     return named or (model / "metadata.json").exists()
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether nothing is left of a folder that was removed, or emptied, to save space."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def _shown(value: Any) -> str:

@@ -86,9 +86,22 @@ class Owner:
     def of(cls, text: str) -> Owner | None:
         """Parses the owner from a lock's file; None if the file is damaged."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError):
+            owner = cls(**json.loads(text))
+        except (ValueError, TypeError, RecursionError):
             return None
+        words = (
+            owner.started,
+            owner.host,
+            owner.boot,
+            owner.namespace,
+            owner.machine,
+            owner.command,
+            owner.token,
+        )
+        is_sound = (
+            type(owner.pid) is int and isinstance(owner.since, int | float) and abs(owner.since) < 2**53
+        )
+        return owner if is_sound and all(isinstance(word, str) for word in words) else None
 
     def has_ended(self) -> bool:
         """Whether this process has provably ended; False on another host or in another container."""
@@ -264,6 +277,8 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return None
+    except IsADirectoryError:
+        return ""
 
 
 def _make(folder: Path) -> list[Path]:

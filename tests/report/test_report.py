@@ -471,6 +471,8 @@ def test_torn_lines_of_the_log_are_counted_and_harm_nothing(run: RunDir) -> None
     assert "5 lines of events.jsonl cannot be read and are ignored" in render_status(found)
     assert "unreadable lines of events.jsonl: 5" in build(run).read_text(encoding="utf-8")
     assert read_events(run.events).rows == [json.loads(line) for line in whole.splitlines()]
+    run.events.write_text('{"version": 9, "event": "start"}\n', encoding="utf-8")  # maybe a flipped bit
+    assert len(read_events(run.events).rows) == 1
     run.log("resume")  # on a line of its own
     assert status(run)["last_event"]["event"] == "resume"
     lines = whole.decode().splitlines()

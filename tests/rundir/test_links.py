@@ -12,6 +12,7 @@ from test_chain import flip, of_every, own, reasons, scored
 from middo_jax.config import load
 from middo_jax.rundir import RoundDir, RunDir, write_json, write_jsonl
 from middo_jax.rundir.chain import chain
+from middo_jax.rundir.link import Link
 from middo_jax.rundir.manifest import Reason
 
 pytest_plugins = ["support.loop_fixture"]
@@ -59,12 +60,29 @@ def test_a_checkpoint_that_was_trained_again_at_another_place_is_the_same(tmp_pa
     assert link.why_stale(config) == Reason("checkpoint/metadata.json has changed")
 
 
+def test_a_refiner_that_is_a_checkpoint_of_another_run_is_an_input(tmp_path: Path) -> None:
+    folder, config = scored(tmp_path / "run", settings(tmp_path)), load(None, settings(tmp_path))
+    other = tmp_path / "other" / "final" / "checkpoint"
+    write_json(other / "metadata.json", {"identity": "a"})
+    write_jsonl(folder.path / "written.jsonl", [1])
+    link = Link("refine", folder, (), (), (folder.path / "written.jsonl",), data={"refiner": other})
+    link.begin().finish(config, 1.0)
+    assert link.why_stale(config) is None
+    write_json(other / "metadata.json", {"identity": "another"})
+    assert link.why_stale(config) == Reason(f"refiner has changed: {other}", input="refiner")
+
+
 def test_the_last_checkpoint_is_missed_and_those_of_the_rounds_are_not(
     finished: Finished, tmp_path: Path
 ) -> None:
     given, run = finished.settings(runs_dir=finished.copy(tmp_path)), RunDir(tmp_path / "run")
     for here in run.rounds():
         shutil.rmtree(here.checkpoint)
+    assert reasons(run, given) == {}
+    for here in run.rounds():  # emptied by `rm -r checkpoint/*`
+        here.checkpoint.mkdir()
+    assert reasons(run, given) == {}
+    run.config.unlink()  # `run` writes it again, and a round is still one of a run
     assert reasons(run, given) == {}
     shutil.rmtree(run.final.checkpoint)
     found = reasons(run, given)

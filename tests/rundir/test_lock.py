@@ -173,12 +173,29 @@ def test_after_a_restart_of_the_machine_its_locks_are_leftovers(
         pass
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
+def changed(**values: Any) -> str:
+    return json.dumps(dataclasses.asdict(lock.Owner.this_process()) | values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", '{"pid": 1}', "[" * 100_000),
+        *(changed(since=value) for value in ("x", None, float("nan"), float("inf"))),
+        *(changed(pid="x"), changed(command=None)),
+    ],
+)
 def test_a_damaged_lock_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / lock.NAME).write_text(text, encoding="utf-8")
     with pytest.raises(RunLocked, match=r"does not say by whom.*delete"), held(tmp_path):
         pass
     assert (tmp_path / lock.NAME).read_text(encoding="utf-8") == text
+
+
+def test_a_folder_in_the_place_of_a_lock_is_refused(tmp_path: Path) -> None:
+    (tmp_path / lock.NAME).mkdir()
+    with pytest.raises(RunLocked, match=r"does not say by whom.*delete"), held(tmp_path):
+        pass
 
 
 def test_one_process_may_take_it_again_and_a_round_has_its_runs_lock(tmp_path: Path) -> None:

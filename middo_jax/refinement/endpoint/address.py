@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import re
 import urllib.parse
 from collections.abc import Iterable
 
@@ -71,28 +72,36 @@ def shown(url: str) -> str:
 class Secrets:
     """Texts that must not be shown: replaced by *** where a server echoes them.
 
-    A secret is found as it is, as JSON writes it, and as a URL writes it.
+    A secret is found as it is, as a URL writes it, and as JSON may write it, where any character may be an
+    escape: replies are parsed later, and the parsed text must not have the secret either.
     """
 
     def __init__(self, secrets: Iterable[str | None] = ()) -> None:
         found = {form for secret in secrets if secret for form in _forms(secret)}
         # The longest first: one may contain another.
-        self._all = sorted(found, key=lambda form: (-len(form), form))
+        ordered = sorted(found, key=lambda form: (-len(form), form))
+        self._all = [(len(form), re.compile("".join(map(_written, form)))) for form in ordered]
 
     def hidden(self, text: str) -> str:
         """A server's message without any secret."""
-        for secret in self._all:
-            text = text.replace(secret, MASK)
+        for _, secret in self._all:
+            text = secret.sub(MASK, text)
         return text
 
     def hidden_in_answer(self, text: str) -> str:
         """A text of an answer without the secrets; without those only that are too long to be words."""
-        for secret in self._all:
-            if len(secret) >= SECRET_CHARS:
-                text = text.replace(secret, MASK)
+        for length, secret in self._all:
+            if length >= SECRET_CHARS:
+                text = secret.sub(MASK, text)
         return text
 
 
 def _forms(secret: str) -> set[str]:
-    as_json = json.dumps(secret)[1:-1]
-    return {secret, as_json, as_json.replace("/", "\\/"), urllib.parse.quote(secret, safe="")}
+    return {secret, urllib.parse.quote(secret, safe="")}
+
+
+def _written(character: str) -> str:
+    r"""A pattern of a character as itself, behind a backslash or two, or as \u0041."""
+    if not character.isascii():
+        return f"(?:{re.escape(character)}|{re.escape(json.dumps(character)[1:-1])})"
+    return rf"(?:\\{{0,2}}{re.escape(character)}|\\{{1,2}}u(?i:{ord(character):04x}))"

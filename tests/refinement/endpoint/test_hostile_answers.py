@@ -309,6 +309,19 @@ def test_batch_files_may_contain_anything(tmp_path: Path) -> None:
     assert result.answer.text == "it is ***"
 
 
+@pytest.mark.parametrize("letter", ["v", r"\u0076", r"\\u0076", r"\/"])
+def test_a_secret_in_escapes_of_json_is_found(letter: str) -> None:
+    """The reply is parsed later, and a prompt in it must not have the secret."""
+    secret = f"sk-li{'/' if letter.endswith('/') else 'v'}e-abcdefghij0123456789"
+    echoed = f'{{"prompt": "Name a bird sk-li{letter}e-abcdefghij0123456789 now."}}'
+    hidden = Secrets([secret]).hidden_in_answer(echoed)
+    assert hidden == '{"prompt": "Name a bird *** now."}'
+    every = "".join(f"\\u{ord(c):04X}" for c in secret)
+    assert Secrets([secret]).hidden(f"a {every} b") == "a *** b"
+    assert Secrets([secret]).hidden(r"sk-li\u0077e-abcdefghij0123456789").startswith("sk-")
+    assert Secrets([secret]).hidden("\\" * 100_000) == "\\" * 100_000  # and soon
+
+
 async def dripping(head: bytes, write: Write) -> None:
     """A byte now and then, so that no wait for the next one is long."""
     await write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 99999\r\n\r\n")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from middo_jax.buckets.places import url_of
 from middo_jax.models import hf
 from middo_jax.models.checkpoint import read_metadata, restore_params
-from middo_jax.models.config import DecoderConfig, Lora, read_config
+from middo_jax.models.config import DecoderConfig, Lora, read_config, read_fields
 from middo_jax.models.lora import with_adapters
 from middo_jax.models.model import Model, Params
 from middo_jax.models.resolve import resolve
@@ -81,6 +81,7 @@ def _base_of(path: Path, metadata: Mapping[str, Any], named: str | None) -> Path
             f"{path} was trained from the base model {recorded}, which is not there any more: move it back, "
             "make a link to it there, or name its new place with model.path=DIR"
         )
+    read_fields(found)  # before the tokenizer's library reads the same file
     return found
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_model import write_tiny_model
+from support.tiny_model import LLAMA3_ROPE, write_tiny_model
+from transformers import AutoConfig
 
 from middo_jax.models.config import UnsupportedModel, from_hugging_face, read_config
 from middo_jax.models.gguf.convert import convert
@@ -19,9 +20,16 @@ from middo_jax.models.hf import CheckpointError
 from middo_jax.models.hf.companions import ChatFormat, write_companions
 from middo_jax.models.hf.files import Weights
 from middo_jax.models.hf.peft import read_adapter_config
+from middo_jax.models.loading import tokenizer_directory
 
 MOST_BYTES = 100_000_000
 MOST_SECONDS = 1.0  # of processor time
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    """The libraries' first import takes seconds."""
+    AutoConfig.for_model("llama")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +73,34 @@ ABSURD: list[tuple[dict[str, Any], str]] = [
     ({"query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
     ({"attn_logit_softcapping": float("inf")}, "attn_logit_softcapping"),
     ({"final_logit_softcapping": 1e300}, "final_logit_softcapping"),
+    ({"num_labels": 10**9}, "num_labels must be of at most 65,536 labels, not 1,000,000,000"),
+    ({"id2label": {str(i): "" for i in range(70_000)}}, "id2label must be of at most 65,536 labels"),
+    ({"label2id": dict.fromkeys(map(str, range(70_000)), 0)}, "label2id must be of at most 65,536 labels"),
+    ({"text_config": {"vision": [{"num_labels": 10**9}]}}, "num_labels must be of at most 65,536 labels"),
+    ({"bos_token_id": "x" * 10**6}, "bos_token_id"),
+    ({"rms_norm_eps": 1}, "rms_norm_eps"),
+    ({"layer_types": [1]}, "layer_types"),
+    ({"rope_scaling": {"rope_type": [1]}}, r"rope_scaling: rope_type \[1\] is not supported"),
+    ({"rope_scaling": {"type": "x" * 10**6}}, "rope_scaling: rope_type 'xxx"),
+    ({"rope_parameters": {"full_attention": 3}}, "rope_parameters: full_attention: must be an object, not 3"),
+    ({"rope_parameters": {"rope_type": None}}, "rope_parameters: rope_type None is not supported"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "[Mm]issing .*low_freq_factor"),
 ]
+for _factor in (0, -1.0, "x", float("nan"), float("inf"), None, True, [1], 10**400):
+    _linear = {"rope_type": "linear", "factor": _factor}
+    ABSURD.append(({"rope_scaling": _linear}, "rope_scaling: factor must be a finite number above 0"))
+for _theta in (float("inf"), -5, 10**400, "abc", None):
+    _default = {"full_attention": {"rope_type": "default", "rope_theta": _theta}}
+    ABSURD.append(
+        ({"rope_parameters": _default}, "rope_parameters: full_attention: rope_theta must be a fin")
+    )
+for _changes, _message in (
+    ({"original_max_position_embeddings": "8192"}, "original_max_position_embeddings must be a whole number"),
+    ({"original_max_position_embeddings": 0}, "original_max_position_embeddings must be a whole number"),
+    ({"low_freq_factor": 4.0}, "must be below high_freq_factor"),
+    ({"high_freq_factor": "x"}, "high_freq_factor must be a finite number"),
+):
+    ABSURD.append(({"rope_scaling": LLAMA3_ROPE | _changes}, f"rope_scaling: .*{_message}"))
 
 
 @pytest.mark.parametrize(("changes", "message"), ABSURD)
@@ -76,8 +111,30 @@ def test_absurd_numbers_of_a_config(model: Path, changes: dict[str, Any], messag
     with pytest.raises(UnsupportedModel, match=message) as caught:
         read_config(model)
     assert len(str(caught.value)) < 500
+    assert len(str(caught.value).splitlines()) == 1
+    assert "config.json: " in str(caught.value)
     with pytest.raises(UnsupportedModel, match=message):
         from_hugging_face(fields)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_labels": 10**9}, "num_labels"),
+        ({"text_config": {"num_labels": 10**9}}, "num_labels"),
+        ({"configuration_files": ["config.4.0.0.json"]}, "configuration_files"),  # would be read in its place
+    ],
+)
+def test_a_config_is_refused_before_the_library_of_tokenizers_reads_it(
+    model: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path, trained = model / "config.json", tmp_path / "checkpoint"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    trained.mkdir()
+    (trained / "metadata.json").write_text(json.dumps({"base": str(model)}))
+    for named in (model, trained):
+        with pytest.raises(UnsupportedModel, match=message):
+            tokenizer_directory(str(named))
 
 
 @pytest.mark.parametrize("content", ["[" * 1_000_000, '{"a":' * 500_000, "{" + " " * 5_000_000 + "}"])

@@ -56,15 +56,35 @@ def locate(path: Path, *, weights: bool = True, base: str | None = None) -> Mode
 
     Raises:
       CheckpointError: the base is not to be found, or it is an adapter that cannot be used.
+      RunError: metadata.json is damaged, or not of a checkpoint of ours.
     """
     if (metadata := read_metadata(path)) is not None:
-        lora = metadata.get("lora")
-        shape = lora and Lora(lora["rank"], lora["alpha"], tuple(lora["target_modules"]))
+        shape = _adapters_of(path, metadata)
         return ModelSource(_base_of(path, metadata, base), path, shape)
     if hf.is_adapter(path):
         base, lora = hf.read_adapter_config(path)
         return ModelSource(resolve(base, weights=weights), path, lora)
     return ModelSource(path)
+
+
+def _adapters_of(path: Path, metadata: Mapping[str, Any]) -> Lora | None:
+    """The shape of a checkpoint's adapters, None if it has none.
+
+    Raises:
+      RunError: the metadata are not what a training writes.
+    """
+    try:
+        if not all(isinstance(metadata.get(name, ""), str) for name in ("base", "base_from_here")):
+            raise TypeError("a path is no text")
+        if "base" not in metadata:
+            raise KeyError("base")
+        lora = metadata.get("lora")
+        return lora and Lora(lora["rank"], lora["alpha"], tuple(lora["target_modules"]))
+    except (KeyError, TypeError) as error:
+        raise RunError(
+            f"{path / 'metadata.json'}: not what a training writes ({type(error).__name__}: {error}); it is "
+            "no checkpoint of middo-jax: name another folder, such as that of the model itself"
+        ) from error
 
 
 def _base_of(path: Path, metadata: Mapping[str, Any], named: str | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import time
@@ -19,8 +20,9 @@ from middo_jax.models.gguf.convert import convert
 from middo_jax.models.hf import CheckpointError
 from middo_jax.models.hf.companions import ChatFormat, write_companions
 from middo_jax.models.hf.files import Weights
-from middo_jax.models.hf.peft import read_adapter_config
+from middo_jax.models.hf.peft import load_adapters, read_adapter_config
 from middo_jax.models.loading import tokenizer_directory
+from middo_jax.parallel.mesh import one_device
 
 MOST_BYTES = 100_000_000
 MOST_SECONDS = 1.0  # of processor time
@@ -201,6 +203,43 @@ def test_an_adapter_of_absurd_rank(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="nested deeper"):
         read_adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model_name_or_path": [1]}, "base_model_name_or_path is no text"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is empty"),
+        ({"r": "x" * 10**6}, "not a LoRA config: ValueError"),
+        ({"bias": "x" * 10**6}, "bias='xxx.* is not supported, only 'none'"),
+        ({"x" * 10**6: "y" * 10**6}, "xxx='yyy.* is not supported"),
+    ],
+    ids=["base", "no base", "rank", "bias", "unknown"],
+)
+def test_an_adapter_config_of_absurd_values(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    fields = {"base_model_name_or_path": "m", "r": 8, "lora_alpha": 16} | changes
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises((CheckpointError, UnsupportedModel), match=message) as caught:
+        read_adapter_config(tmp_path)
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+def test_an_adapter_config_that_is_a_list_of_pairs(tmp_path: Path) -> None:
+    pairs = [["base_model_name_or_path", "m"], ["r", 8], ["lora_alpha", 16], [1, 2]]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(pairs))
+    with pytest.raises(CheckpointError, match="must be a JSON object"):
+        read_adapter_config(tmp_path)
+
+
+def test_an_adapter_whose_tensors_have_other_names(model: Path, tmp_path: Path) -> None:
+    fields = {"base_model_name_or_path": "m", "r": 8, "lora_alpha": 16}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    (tmp_path / "adapter_model.safetensors").write_bytes(entry())  # of one tensor called a
+    _, lora = read_adapter_config(tmp_path)
+    assert lora.target_modules == ()
+    config = dataclasses.replace(read_config(model), lora=lora)
+    with pytest.raises(CheckpointError, match="tensor a adapts nothing of the base model"):
+        load_adapters(tmp_path, config, one_device())
 
 
 def text(value: bytes) -> bytes:

@@ -71,7 +71,7 @@ def save_params(directory: str | Path, params: Params, metadata: Mapping[str, An
 
 
 def read_metadata(directory: str | Path) -> dict[str, Any] | None:
-    """What `save_params` was told, or None if there is no finished checkpoint.
+    """What `save_params` was told, or None if there is no finished checkpoint of this package.
 
     Raises:
       RunError: the file is damaged.

@@ -32,6 +32,7 @@ _LABELS, _MOST_LABELS = ("num_labels", "id2label", "label2id"), 1 << 16
 # Numbers within rope_scaling and rope_parameters.
 _ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor")
 _ROPE_POSITIONS = "original_max_position_embeddings"
+MAX_PATH = 4096  # characters of a path or hub repo id in a file
 _SHOWN = 100  # characters of a value in a message
 
 

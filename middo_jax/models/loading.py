@@ -18,6 +18,7 @@ from middo_jax.buckets.places import url_of
 from middo_jax.models import hf
 from middo_jax.models.checkpoint import read_metadata, restore_params
 from middo_jax.models.config import DecoderConfig, Lora, read_config, read_fields
+from middo_jax.models.limits import MAX_PATH, shown
 from middo_jax.models.lora import with_adapters
 from middo_jax.models.model import Model, Params
 from middo_jax.models.resolve import resolve
@@ -57,6 +58,7 @@ def locate(path: Path, *, weights: bool = True, base: str | None = None) -> Mode
     Raises:
       CheckpointError: the base is not to be found, or it is an adapter that cannot be used.
       RunError: metadata.json is damaged, or not of a checkpoint of ours.
+      UnsupportedModel: a field of the base's config.json has a wrong type or size.
     """
     if (metadata := read_metadata(path)) is not None:
         shape = _adapters_of(path, metadata)
@@ -74,10 +76,9 @@ def _adapters_of(path: Path, metadata: Mapping[str, Any]) -> Lora | None:
       RunError: the metadata are not what a training writes.
     """
     try:
-        if not all(isinstance(metadata.get(name, ""), str) for name in ("base", "base_from_here")):
-            raise TypeError("a path is no text")
-        if "base" not in metadata:
-            raise KeyError("base")
+        for path_of in (metadata["base"], metadata.get("base_from_here", "")):
+            if not isinstance(path_of, str) or len(path_of) > MAX_PATH:
+                raise TypeError(f"{shown(path_of)} is no path")
         lora = metadata.get("lora")
         return lora and Lora(lora["rank"], lora["alpha"], tuple(lora["target_modules"]))
     except (KeyError, TypeError) as error:
@@ -92,7 +93,10 @@ def _base_of(path: Path, metadata: Mapping[str, Any], named: str | None) -> Path
     places = [recorded]
     if from_here := metadata.get("base_from_here"):
         places.append(Path(os.path.normpath(path.absolute() / from_here)))
-    found = next((place for place in places if (place / "config.json").is_file()), None)
+    # os.path: a name that no system allows is a missing file, not an OSError.
+    found = next((place for place in places if os.path.isfile(place / "config.json")), None)
+    if found is not None:
+        read_fields(found)  # before the tokenizer's library reads the same file; `resolve` does the same
     named = named or url_of(recorded)  # a URL: the copy of a model in a bucket may be gone
     if found is None and named is not None:
         found = resolve(named)
@@ -101,7 +105,6 @@ def _base_of(path: Path, metadata: Mapping[str, Any], named: str | None) -> Path
             f"{path} was trained from the base model {recorded}, which is not there any more: move it back, "
             "make a link to it there, or name its new place with model.path=DIR"
         )
-    read_fields(found)  # before the tokenizer's library reads the same file
     return found
 
 

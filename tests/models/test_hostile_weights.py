@@ -208,13 +208,14 @@ def test_an_adapter_of_absurd_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base_model_name_or_path": [1]}, "base_model_name_or_path is no text"),
+        ({"base_model_name_or_path": [1]}, "base_model_name_or_path is no path"),
+        ({"base_model_name_or_path": "x" * 10**6}, "base_model_name_or_path is no path"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path is empty"),
         ({"r": "x" * 10**6}, "not a LoRA config: ValueError"),
         ({"bias": "x" * 10**6}, "bias='xxx.* is not supported, only 'none'"),
         ({"x" * 10**6: "y" * 10**6}, "xxx='yyy.* is not supported"),
     ],
-    ids=["base", "no base", "rank", "bias", "unknown"],
+    ids=["base", "long base", "no base", "rank", "bias", "unknown"],
 )
 def test_an_adapter_config_of_absurd_values(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     fields = {"base_model_name_or_path": "m", "r": 8, "lora_alpha": 16} | changes

@@ -53,3 +53,14 @@ def test_a_foreign_metadata_file_alone_is_one_sentence(tmp_path: Path, content: 
     with pytest.raises(RunError, match=r"metadata\.json: .*not what a training writes") as caught:
         locate(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_base_with_an_impossible_name_is_missing(tmp_path: Path) -> None:
+    for base in ("x" * 1000, "a\0b"):
+        write_json(tmp_path / "metadata.json", {"base": base})
+        with pytest.raises(CheckpointError, match="which is not there any more"):
+            locate(tmp_path)
+    write_json(tmp_path / "metadata.json", {"base": "x" * 10**6})
+    with pytest.raises(RunError, match="is no path") as caught:
+        locate(tmp_path)
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))

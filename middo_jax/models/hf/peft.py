@@ -30,7 +30,7 @@ from middo_jax.models.hf.files import (
     write_weights,
 )
 from middo_jax.models.hf.layout import TensorRow, turned
-from middo_jax.models.limits import shown
+from middo_jax.models.limits import MAX_PATH, shown
 from middo_jax.models.lora import partition
 from middo_jax.models.model import Params, by_path, with_values
 from middo_jax.models.parameters import LORA_TARGETS, adapters
@@ -109,8 +109,8 @@ def read_adapter_config(directory: Path) -> tuple[str, Lora]:
     for field in sorted(fields.keys() - _WITHOUT_EFFECT - {name for name, _ in _ONLY}):
         if fields[field] not in (None, False, "", [], {}):
             raise UnsupportedModel(f"{path}: {field[:100]}={shown(fields[field])} is not supported")
-    if not base or not isinstance(base, str):
-        what = "is no text" if base else "is empty"
+    if not base or not isinstance(base, str) or len(base) > MAX_PATH:
+        what = "is no path" if base else "is empty"
         raise CheckpointError(f"{path}: base_model_name_or_path {what}; set it to the model that it adapts")
     # The name before `.lora_A.weight`; `load_adapters` refuses a tensor that has none.
     found = {part for name in Weights(directory, _STEM).tensors for part in name.split(".")[-3:-2]}

@@ -29,6 +29,8 @@ from middo_jax.parallel.coordination import barrier, has_own_disk
 from middo_jax.rundir import RunError, write_json
 from middo_jax.rundir.elsewhere import bring
 from middo_jax.rundir.files import full_disk_named
+from middo_jax.rundir.layout import has_checkpoint_metadata
+from middo_jax.rundir.nesting import require_flat
 
 # Errors of the machine, not of the files: the checkpoint may be intact.
 NOT_THE_FILES = (MemoryError, jax.errors.JaxRuntimeError)
@@ -69,21 +71,23 @@ def save_params(directory: str | Path, params: Params, metadata: Mapping[str, An
 
 
 def read_metadata(directory: str | Path) -> dict[str, Any] | None:
-    """What `save_params` was told, or None if there is no finished checkpoint.
+    """What `save_params` was told, or None if there is no finished checkpoint of this package.
 
     Raises:
       RunError: the file is damaged.
     """
     path = Path(directory) / "metadata.json"
-    if not path.is_file():
+    if not has_checkpoint_metadata(path.parent):
         return None
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        require_flat(text)
+        metadata = json.loads(text.decode())
     except ValueError as error:
         metadata = error
     if not isinstance(metadata, dict):
         raise RunError(
-            f"{path}: damaged, it is not what a training writes ({metadata}): train again, which "
+            f"{path}: damaged, it is not what a training writes ({str(metadata)[:100]}): train again, which "
             "`middo run CONFIG --repair` does for a run"
         )
     return metadata

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import AutoConfig
 
 from middo_jax.models.families import families, family
-from middo_jax.models.limits import wrong_size
+from middo_jax.models.limits import shown, wrong_labels, wrong_rope, wrong_size
 from middo_jax.rundir.nesting import require_flat
 
 # Fields of any family that would change the computation, and their only supported value.
@@ -46,7 +46,7 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str, bool]] = {
     **dict.fromkeys(
         ("attention_bias", "mlp_bias", "use_bidirectional_attention"), (_BOOL, "a boolean", True)
     ),
-    **dict.fromkeys(("hidden_act", "hidden_activation"), (_TEXT, "text", True)),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "model_type"), (_TEXT, "text", True)),
     **dict.fromkeys(("layer_types", "architectures"), ((list,), "a list", True)),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), ((dict,), "an object", True)),
 }
@@ -74,6 +74,8 @@ class Llama3Rope:
 
 
 _SCALINGS = {"linear": LinearRope, "llama3": Llama3Rope}
+_ROPE_TYPES = ("default", *_SCALINGS)
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,21 +177,23 @@ def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> Deco
     if row is None:
         hint = "; of Gemma 3, only the text models (gemma3_text) are" if model_type == "gemma3" else ""
         raise UnsupportedModel(
-            f"config.json: model_type {model_type!r} is not supported; supported: "
+            f"config.json: model_type {shown(model_type)} is not supported; supported: "
             f"{', '.join(row.model_type for row in families())}{hint}"
         )
     if (named := config.get("architectures")) and list(named) != [row.architecture]:
         raise UnsupportedModel(
-            f"config.json: architectures {str(named)[:100]} is not supported, only {row.architecture!r}"
+            f"config.json: architectures {shown(named)} is not supported, only {row.architecture!r}"
         )
-    if wrong := wrong_size(config):  # before transformers makes a list of all layers
+    if wrong := _wrong(config):  # before transformers makes a list of all layers
         raise UnsupportedModel(f"config.json: {wrong}")
     fields = _with_defaults(config)
-    if wrong := wrong_size(fields):
+    if wrong := _wrong(fields):
         raise UnsupportedModel(f"config.json: {wrong}")
     for field, only in _ONLY:
         if fields.get(field, only) not in (only, None):
-            raise UnsupportedModel(f"config.json: {field}={fields[field]!r} is not supported, only {only!r}")
+            raise UnsupportedModel(
+                f"config.json: {field}={shown(fields[field])} is not supported, only {only!r}"
+            )
     heads = fields["num_attention_heads"]
     kinds, kind_of_layer = _layers(fields)
     return DecoderConfig(
@@ -218,6 +222,15 @@ def from_hugging_face(config: Mapping[str, Any], dtype: str = "float32") -> Deco
     )
 
 
+def _wrong(fields: Mapping[str, Any]) -> str | None:
+    """What is wrong with the values of a config.json, in words; None if nothing is."""
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = fields.get(name)
+        if rope is not None and (wrong := wrong_rope(rope, _ROPE_TYPES, _LAYER_TYPES)):
+            return f"{name}: {wrong}"
+    return wrong_size(fields) or wrong_labels(fields)
+
+
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """All fields as transformers reads them, with the RoPE parameters in version 5's form."""
     for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
@@ -227,13 +240,15 @@ def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
         # A copy, because the class modifies dictionaries passed to it.
         return AutoConfig.for_model(**copy.deepcopy(dict(config))).to_dict()
     except Exception as error:  # its validation raises many unrelated classes
-        raise UnsupportedModel(f"config.json: {type(error).__name__}: {error}") from error
+        # They have several lines, of which not the first gives the reason, and repeat the value whole.
+        said = " ".join(str(error)[:1000].split())
+        raise UnsupportedModel(f"config.json: {type(error).__name__}: {said[:300]}") from error
 
 
 def _activation(fields: Mapping[str, Any], name: str) -> Literal["silu", "gelu_tanh"]:
     if fields[name] not in _ACTIVATIONS:
         raise UnsupportedModel(
-            f"config.json: {name}={fields[name]!r} is not supported, only {', '.join(_ACTIVATIONS)}"
+            f"config.json: {name}={shown(fields[name])} is not supported, only {', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[fields[name]]
 
@@ -250,9 +265,9 @@ def _layers(fields: Mapping[str, Any]) -> tuple[tuple[LayerKind, ...], tuple[int
         )
     kinds: dict[str, LayerKind] = {}
     for name in names:
-        if name not in ("full_attention", "sliding_attention"):
+        if name not in _LAYER_TYPES:
             raise UnsupportedModel(
-                f"config.json: layer_types {name!r} is not supported, only full_attention, sliding_attention"
+                f"config.json: layer_types {shown(name)} is not supported, only {', '.join(_LAYER_TYPES)}"
             )
         if name == "sliding_attention" and not window:
             raise UnsupportedModel(
@@ -271,16 +286,12 @@ def _layers(fields: Mapping[str, Any]) -> tuple[tuple[LayerKind, ...], tuple[int
 def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModel("config.json: partial_rotary_factor is not supported")
-    name = rope.get("rope_type", "default")
-    if name == "default":
-        return {"rope_theta": float(rope["rope_theta"])}
-    if name not in _SCALINGS:
-        raise UnsupportedModel(
-            f"config.json: rope_type {name!r} is not supported; supported: default, {', '.join(_SCALINGS)}"
-        )
-    wanted = [field.name for field in dataclasses.fields(_SCALINGS[name])]
-    if missing := [field for field in wanted if field not in rope]:
+    name = rope.get("rope_type", rope.get("type", "default"))
+    wanted = [field.name for field in dataclasses.fields(_SCALINGS[name])] if name != "default" else []
+    if missing := [field for field in ("rope_theta", *wanted) if field not in rope]:
         raise UnsupportedModel(f"config.json: the {name} RoPE parameters lack {', '.join(missing)}")
+    if not wanted:
+        return {"rope_theta": float(rope["rope_theta"])}
     scaling = _SCALINGS[name](*(rope[field] for field in wanted))
     return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": scaling}
 
@@ -308,7 +319,11 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
         of_type = isinstance(value, types) and (types is _BOOL or not isinstance(value, bool))
         if not of_type and not (value is None and nullable):
             raise UnsupportedModel(f"{path}: {name} must be {wanted}, not {json.dumps(value)[:100]}")
-    if wrong := wrong_size(fields):
+    if fields.get("configuration_files"):
+        raise UnsupportedModel(
+            f"{path}: configuration_files is not supported: config.json must be the only one"
+        )
+    if wrong := wrong_size(fields) or wrong_labels(fields):
         raise UnsupportedModel(f"{path}: {wrong}")
     return fields
 

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from middo_jax.buckets.places import url_of
 from middo_jax.models import hf
 from middo_jax.models.checkpoint import read_metadata, restore_params
-from middo_jax.models.config import DecoderConfig, Lora, read_config
+from middo_jax.models.config import DecoderConfig, Lora, read_config, read_fields
+from middo_jax.models.limits import MAX_PATH, shown
 from middo_jax.models.lora import with_adapters
 from middo_jax.models.model import Model, Params
 from middo_jax.models.resolve import resolve
@@ -56,10 +57,11 @@ def locate(path: Path, *, weights: bool = True, base: str | None = None) -> Mode
 
     Raises:
       CheckpointError: the base is not to be found, or it is an adapter that cannot be used.
+      RunError: metadata.json is damaged, or not of a checkpoint of ours.
+      UnsupportedModel: a field of the base's config.json has a wrong type or size.
     """
     if (metadata := read_metadata(path)) is not None:
-        lora = metadata.get("lora")
-        shape = lora and Lora(lora["rank"], lora["alpha"], tuple(lora["target_modules"]))
+        shape = _adapters_of(path, metadata)
         return ModelSource(_base_of(path, metadata, base), path, shape)
     if hf.is_adapter(path):
         base, lora = hf.read_adapter_config(path)
@@ -67,12 +69,34 @@ def locate(path: Path, *, weights: bool = True, base: str | None = None) -> Mode
     return ModelSource(path)
 
 
+def _adapters_of(path: Path, metadata: Mapping[str, Any]) -> Lora | None:
+    """The shape of a checkpoint's adapters, None if it has none.
+
+    Raises:
+      RunError: the metadata are not what a training writes.
+    """
+    try:
+        for path_of in (metadata["base"], metadata.get("base_from_here", "")):
+            if not isinstance(path_of, str) or len(path_of) > MAX_PATH:
+                raise TypeError(f"{shown(path_of)} is no path")
+        lora = metadata.get("lora")
+        return lora and Lora(lora["rank"], lora["alpha"], tuple(lora["target_modules"]))
+    except (KeyError, TypeError) as error:
+        raise RunError(
+            f"{path / 'metadata.json'}: not what a training writes ({type(error).__name__}: {error}); it is "
+            "no checkpoint of middo-jax: name another folder, such as that of the model itself"
+        ) from error
+
+
 def _base_of(path: Path, metadata: Mapping[str, Any], named: str | None) -> Path:
     recorded = Path(metadata["base"])
     places = [recorded]
     if from_here := metadata.get("base_from_here"):
         places.append(Path(os.path.normpath(path.absolute() / from_here)))
-    found = next((place for place in places if (place / "config.json").is_file()), None)
+    # os.path: a name that no system allows is a missing file, not an OSError.
+    found = next((place for place in places if os.path.isfile(place / "config.json")), None)
+    if found is not None:
+        read_fields(found)  # before the tokenizer's library reads the same file; `resolve` does the same
     named = named or url_of(recorded)  # a URL: the copy of a model in a bucket may be gone
     if found is None and named is not None:
         found = resolve(named)

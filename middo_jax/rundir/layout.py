@@ -7,6 +7,7 @@ runs/NAME/   config.yaml  events.jsonl  heldout.jsonl ...
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterable
@@ -17,8 +18,10 @@ from middo_jax.config.base import URL
 from middo_jax.rundir.events import append_event
 from middo_jax.rundir.files import is_reader
 from middo_jax.rundir.manifest import Manifest, RunError
+from middo_jax.rundir.nesting import require_flat
 from middo_jax.rundir.schemas import EVENTS
 
+HUGGING_FACE_CONFIGS = ("config.json", "adapter_config.json")
 _ROUND = re.compile(r"round_(\d{2,})")
 
 
@@ -33,6 +36,23 @@ def local(path: str | Path) -> Path:
             f"{path}: give a folder on this machine; docs/buckets.md lists what may be in a bucket"
         )
     return Path(path)
+
+
+def has_checkpoint_metadata(directory: Path) -> bool:
+    """Whether a directory contains a metadata.json that is of a checkpoint of this package.
+
+    A Hugging Face directory may contain a file of that name, too. It is not ours if it does not name a base.
+    """
+    path = directory / "metadata.json"
+    if not path.is_file() or not any((directory / name).exists() for name in HUGGING_FACE_CONFIGS):
+        return path.is_file()
+    try:
+        text = path.read_bytes()
+        require_flat(text)
+        metadata = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(metadata, dict) and isinstance(metadata.get("base"), str)
 
 
 class RoundDir:

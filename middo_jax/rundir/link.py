@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from middo_jax.config import Config, Effect, affecting, default_of
 from middo_jax.rundir.files import file_hash
-from middo_jax.rundir.layout import RoundDir
+from middo_jax.rundir.layout import HUGGING_FACE_CONFIGS, RoundDir, has_checkpoint_metadata
 from middo_jax.rundir.manifest import TOKENIZER, Manifest, Reason, Seen
 
 # Settings that name a place, and the roles under which its content is recorded: a moved model is the same.
@@ -225,9 +225,8 @@ def assess(links: Sequence[Link], config: Config) -> list[tuple[Link, State]]:
 
 def _is_ours(model: Path) -> bool:
     """Whether a path is a checkpoint of this package; it may be missing or incomplete."""
-    others = ("config.json", "adapter_config.json")
-    named = model.name == "checkpoint" and not any((model / name).exists() for name in others)
-    return named or (model / "metadata.json").exists()
+    named = model.name == "checkpoint" and not any((model / name).exists() for name in HUGGING_FACE_CONFIGS)
+    return named or has_checkpoint_metadata(model)
 
 
 def _is_gone(path: Path) -> bool:

@@ -15,12 +15,13 @@ Axes: docs/contributing.md#axes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from middo_jax.data.example import Example, Message
+from middo_jax.data.long_texts import first_tokens, is_long
 from middo_jax.data.spans import render
 from middo_jax.data.tokenize import TokenizedExample
 
@@ -78,8 +79,7 @@ def prompts_behind_responses(
         render(tokenizer, [Message("user", GUESS + examples[i].response)], add_generation_prompt=True)
         for i in single
     ]
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    for i, ids in zip(single, encoded, strict=True):
+    for i, ids in zip(single, _token_ids(texts, tokenizer, max_length), strict=True):
         prompt_n = tokenized[i].tokens_n[tokenized[i].in_prompt_n]
         tokens_n = np.concatenate([np.asarray(ids, np.int32), prompt_n])
         if not len(prompt_n) or len(tokens_n) > max_length:
@@ -91,3 +91,16 @@ def prompts_behind_responses(
             in_prompt_n=np.zeros(len(tokens_n), bool),
         )
     return turned
+
+
+def _token_ids(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[Sequence[int]]:
+    """The tokens of each text; of a long text only the first, where they are over `max_length`."""
+    whole = [text for text in texts if not is_long(text, max_length)]
+    ids = iter(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"] if whole else [])
+    for text in texts:
+        if is_long(text, max_length):
+            yield first_tokens(tokenizer, text, max_length, add_special_tokens=False)
+        else:
+            yield next(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import time
@@ -11,17 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_model import write_tiny_model
+from support.tiny_model import LLAMA3_ROPE, write_tiny_model
+from transformers import AutoConfig
 
 from middo_jax.models.config import UnsupportedModel, from_hugging_face, read_config
 from middo_jax.models.gguf.convert import convert
 from middo_jax.models.hf import CheckpointError
 from middo_jax.models.hf.companions import ChatFormat, write_companions
 from middo_jax.models.hf.files import Weights
-from middo_jax.models.hf.peft import read_adapter_config
+from middo_jax.models.hf.peft import load_adapters, read_adapter_config
+from middo_jax.models.loading import tokenizer_directory
+from middo_jax.parallel.mesh import one_device
 
 MOST_BYTES = 100_000_000
 MOST_SECONDS = 1.0  # of processor time
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    """The libraries' first import takes seconds."""
+    AutoConfig.for_model("llama")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +75,34 @@ ABSURD: list[tuple[dict[str, Any], str]] = [
     ({"query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
     ({"attn_logit_softcapping": float("inf")}, "attn_logit_softcapping"),
     ({"final_logit_softcapping": 1e300}, "final_logit_softcapping"),
+    ({"num_labels": 10**9}, "num_labels must be of at most 65,536 labels, not 1,000,000,000"),
+    ({"id2label": {str(i): "" for i in range(70_000)}}, "id2label must be of at most 65,536 labels"),
+    ({"label2id": dict.fromkeys(map(str, range(70_000)), 0)}, "label2id must be of at most 65,536 labels"),
+    ({"text_config": {"vision": [{"num_labels": 10**9}]}}, "num_labels must be of at most 65,536 labels"),
+    ({"bos_token_id": "x" * 10**6}, "bos_token_id"),
+    ({"rms_norm_eps": 1}, "rms_norm_eps"),
+    ({"layer_types": [1]}, "layer_types"),
+    ({"rope_scaling": {"rope_type": [1]}}, r"rope_scaling: rope_type \[1\] is not supported"),
+    ({"rope_scaling": {"type": "x" * 10**6}}, "rope_scaling: rope_type 'xxx"),
+    ({"rope_parameters": {"full_attention": 3}}, "rope_parameters: full_attention: must be an object, not 3"),
+    ({"rope_parameters": {"rope_type": None}}, "rope_parameters: rope_type None is not supported"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "[Mm]issing .*low_freq_factor"),
 ]
+for _factor in (0, -1.0, "x", float("nan"), float("inf"), None, True, [1], 10**400):
+    _linear = {"rope_type": "linear", "factor": _factor}
+    ABSURD.append(({"rope_scaling": _linear}, "rope_scaling: factor must be a finite number above 0"))
+for _theta in (float("inf"), -5, 10**400, "abc", None):
+    _default = {"full_attention": {"rope_type": "default", "rope_theta": _theta}}
+    ABSURD.append(
+        ({"rope_parameters": _default}, "rope_parameters: full_attention: rope_theta must be a fin")
+    )
+for _changes, _message in (
+    ({"original_max_position_embeddings": "8192"}, "original_max_position_embeddings must be a whole number"),
+    ({"original_max_position_embeddings": 0}, "original_max_position_embeddings must be a whole number"),
+    ({"low_freq_factor": 4.0}, "must be below high_freq_factor"),
+    ({"high_freq_factor": "x"}, "high_freq_factor must be a finite number"),
+):
+    ABSURD.append(({"rope_scaling": LLAMA3_ROPE | _changes}, f"rope_scaling: .*{_message}"))
 
 
 @pytest.mark.parametrize(("changes", "message"), ABSURD)
@@ -76,8 +113,30 @@ def test_absurd_numbers_of_a_config(model: Path, changes: dict[str, Any], messag
     with pytest.raises(UnsupportedModel, match=message) as caught:
         read_config(model)
     assert len(str(caught.value)) < 500
+    assert len(str(caught.value).splitlines()) == 1
+    assert "config.json: " in str(caught.value)
     with pytest.raises(UnsupportedModel, match=message):
         from_hugging_face(fields)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_labels": 10**9}, "num_labels"),
+        ({"text_config": {"num_labels": 10**9}}, "num_labels"),
+        ({"configuration_files": ["config.4.0.0.json"]}, "configuration_files"),  # would be read in its place
+    ],
+)
+def test_a_config_is_refused_before_the_library_of_tokenizers_reads_it(
+    model: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path, trained = model / "config.json", tmp_path / "checkpoint"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    trained.mkdir()
+    (trained / "metadata.json").write_text(json.dumps({"base": str(model)}))
+    for named in (model, trained):
+        with pytest.raises(UnsupportedModel, match=message):
+            tokenizer_directory(str(named))
 
 
 @pytest.mark.parametrize("content", ["[" * 1_000_000, '{"a":' * 500_000, "{" + " " * 5_000_000 + "}"])
@@ -144,6 +203,44 @@ def test_an_adapter_of_absurd_rank(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="nested deeper"):
         read_adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model_name_or_path": [1]}, "base_model_name_or_path is no path"),
+        ({"base_model_name_or_path": "x" * 10**6}, "base_model_name_or_path is no path"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is empty"),
+        ({"r": "x" * 10**6}, "not a LoRA config: ValueError"),
+        ({"bias": "x" * 10**6}, "bias='xxx.* is not supported, only 'none'"),
+        ({"x" * 10**6: "y" * 10**6}, "xxx='yyy.* is not supported"),
+    ],
+    ids=["base", "long base", "no base", "rank", "bias", "unknown"],
+)
+def test_an_adapter_config_of_absurd_values(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    fields = {"base_model_name_or_path": "m", "r": 8, "lora_alpha": 16} | changes
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises((CheckpointError, UnsupportedModel), match=message) as caught:
+        read_adapter_config(tmp_path)
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+def test_an_adapter_config_that_is_a_list_of_pairs(tmp_path: Path) -> None:
+    pairs = [["base_model_name_or_path", "m"], ["r", 8], ["lora_alpha", 16], [1, 2]]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(pairs))
+    with pytest.raises(CheckpointError, match="must be a JSON object"):
+        read_adapter_config(tmp_path)
+
+
+def test_an_adapter_whose_tensors_have_other_names(model: Path, tmp_path: Path) -> None:
+    fields = {"base_model_name_or_path": "m", "r": 8, "lora_alpha": 16}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    (tmp_path / "adapter_model.safetensors").write_bytes(entry())  # of one tensor called a
+    _, lora = read_adapter_config(tmp_path)
+    assert lora.target_modules == ()
+    config = dataclasses.replace(read_config(model), lora=lora)
+    with pytest.raises(CheckpointError, match="tensor a adapts nothing of the base model"):
+        load_adapters(tmp_path, config, one_device())
 
 
 def text(value: bytes) -> bytes:

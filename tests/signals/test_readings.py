@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,6 +85,29 @@ def test_a_prompt_behind_its_response_keeps_its_tokens(directory: Path) -> None:
     assert prompts_behind_responses(CONVERSATIONS, tokenized, tokenizer, len(turned) - 1) == [None, None]
     mute = Example((Message("user", "Hi"), Message("assistant", "")))
     assert prompts_behind_responses([mute], tokenize_all([mute], tokenizer), tokenizer, 512) == [None]
+
+
+def test_a_long_response_is_not_tokenized_whole(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(directory)
+    long = Example((Message("user", "Where?"), Message("assistant", "Paris, of course. " * 50_000)))
+    examples = [long, ONE_TURN, long, ONE_TURN]
+    tokenized = tokenize_all(examples, tokenizer, 128)
+    given: list[int] = []
+    encode = type(tokenizer)._encode_plus
+
+    def counted(self: Any, text: Any, *args: Any, **options: Any) -> Any:
+        given.append(sum(map(len, [text] if isinstance(text, str) else text)))
+        return encode(self, text, *args, **options)
+
+    monkeypatch.setattr(type(tokenizer), "_encode_plus", counted)
+    turned = prompts_behind_responses(examples, tokenized, tokenizer, 128)
+    assert [one is None for one in turned] == [True, False, True, False]
+    assert 0 < sum(given) < 20_000
+    [alone] = prompts_behind_responses([ONE_TURN], tokenized[1:2], tokenizer, 128)
+    for one in (turned[1], turned[3]):
+        assert one is not None
+        assert alone is not None
+        np.testing.assert_array_equal(one.tokens_n, alone.tokens_n)
 
 
 def test_columns() -> None:

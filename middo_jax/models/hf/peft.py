@@ -30,6 +30,7 @@ from middo_jax.models.hf.files import (
     write_weights,
 )
 from middo_jax.models.hf.layout import TensorRow, turned
+from middo_jax.models.limits import MAX_PATH, shown
 from middo_jax.models.lora import partition
 from middo_jax.models.model import Params, by_path, with_values
 from middo_jax.models.parameters import LORA_TARGETS, adapters
@@ -91,21 +92,28 @@ def read_adapter_config(directory: Path) -> tuple[str, Lora]:
     try:
         text = path.read_bytes()
         require_flat(text)
-        fields = dict(json.loads(text.decode()))
+        fields = json.loads(text.decode())
+        if not isinstance(fields, dict):
+            raise TypeError("it must be a JSON object")
         base, rank, alpha = fields["base_model_name_or_path"], int(fields["r"]), float(fields["lora_alpha"])
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: not a LoRA config: {type(error).__name__}: {error}") from error
+        said = f"{type(error).__name__}: {error}"[:300]
+        raise CheckpointError(f"{path}: not a LoRA config: {said}") from error
     if not 1 <= rank <= _MAX_RANK or not math.isfinite(alpha):
         raise CheckpointError(f"{path}: r={rank} and lora_alpha={alpha} are not valid: both must be over 0")
     for field, values in _ONLY:
         if fields.get(field, values[0]) not in values:
-            raise UnsupportedModel(f"{path}: {field}={fields[field]!r} is not supported, only {values[0]!r}")
+            raise UnsupportedModel(
+                f"{path}: {field}={shown(fields[field])} is not supported, only {values[0]!r}"
+            )
     for field in sorted(fields.keys() - _WITHOUT_EFFECT - {name for name, _ in _ONLY}):
         if fields[field] not in (None, False, "", [], {}):
-            raise UnsupportedModel(f"{path}: {field}={fields[field]!r} is not supported")
-    if not base:
-        raise CheckpointError(f"{path}: base_model_name_or_path is empty; set it to the model that it adapts")
-    found = {name.rsplit(".", 3)[-3] for name in Weights(directory, _STEM).tensors}
+            raise UnsupportedModel(f"{path}: {field[:100]}={shown(fields[field])} is not supported")
+    if not base or not isinstance(base, str) or len(base) > MAX_PATH:
+        what = "is no path" if base else "is empty"
+        raise CheckpointError(f"{path}: base_model_name_or_path {what}; set it to the model that it adapts")
+    # The name before `.lora_A.weight`; `load_adapters` refuses a tensor that has none.
+    found = {part for name in Weights(directory, _STEM).tensors for part in name.split(".")[-3:-2]}
     targets = tuple(name for name in LORA_TARGETS if name in found)
     # Rank-stabilised adapters (arXiv 2312.03732) have the weight alpha / sqrt(rank).
     return base, Lora(rank, alpha * rank**0.5 if fields.get("use_rslora") else alpha, targets)

@@ -203,6 +203,7 @@ class CompletionWriter:
 
     def _offset(self, index: int, token: int) -> int:
         """Characters before a token, in the text that its answer's tokens have."""
-        before = self._n_chars[index]
-        self._n_chars[index] += len(self._texts[index].push(token))
+        text = self._texts[index]
+        before = self._n_chars[index] + text.n_pending
+        self._n_chars[index] += len(text.push(token))
         return before

@@ -8,23 +8,21 @@ the server's own, and the content JSON. An address that other machines reach is 
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import hmac
 import os
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from middo_jax.config import ConfigError
+from middo_jax.inference.bodies import too_large
 from middo_jax.inference.errors import ApiError
 from middo_jax.loopback import is_loopback
 
 TOKEN_VARIABLE = "MIDDO_SERVE_TOKEN"
 SHORTEST_TOKEN = 16  # characters
-BODY_SECONDS = 60.0  # within which a body must have come
 OPEN_PATH = "/health"  # asked by programs that restart servers, without a token
 
 
@@ -130,34 +128,3 @@ def _host_name(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
-
-
-def too_large(max_bytes: int) -> ApiError:
-    """The refusal of a body over the limit; the connection is closed, because the body is not read."""
-    return ApiError(
-        413,
-        f"the request's body is over {max_bytes} bytes",
-        code="too_large",
-        headers={"connection": "close"},
-    )
-
-
-async def read_body(request: Request, max_bytes: int, seconds: float = BODY_SECONDS) -> bytes:
-    """The body of a request, which may come in chunks without a length.
-
-    Raises:
-      ApiError: it is over the limit, or has not come in time.
-      ClientDisconnect: the client is gone.
-    """
-    body = bytearray()
-    try:
-        async with asyncio.timeout(seconds):
-            async for part in request.stream():
-                body += part
-                if len(body) > max_bytes:
-                    raise too_large(max_bytes)
-    except TimeoutError:
-        raise ApiError(
-            408, f"the body has not come within {seconds:g} s", headers={"connection": "close"}
-        ) from None
-    return bytes(body)

@@ -93,6 +93,8 @@ class Intake:
         self._is_busy = False
 
 
-def overloaded(why: str) -> ApiError:
+def overloaded(why: str, headers: dict[str, str] | None = None) -> ApiError:
     """The refusal of a request that may be answered later."""
-    return ApiError(429, f"{why}; try again later", code="overloaded", headers={"retry-after": "1"})
+    return ApiError(
+        429, f"{why}; try again later", code="overloaded", headers={"retry-after": "1", **(headers or {})}
+    )

@@ -38,10 +38,11 @@ from middo_jax.data.long_texts import first_tokens
 from middo_jax.data.tokenize import TemplateError, eos_token_ids, load_tokenizer, tokenize_prompt
 from middo_jax.inference import sampling
 from middo_jax.inference.answers import ChatWriter, CompletionWriter, Writer
+from middo_jax.inference.bodies import Bodies
 from middo_jax.inference.engine import Engine
 from middo_jax.inference.errors import ApiError, show_error
 from middo_jax.inference.generation import Generation, while_connected
-from middo_jax.inference.guard import Access, Guard, read_body
+from middo_jax.inference.guard import Access, Guard
 from middo_jax.inference.intake import BODIES, Intake, overloaded
 from middo_jax.inference.openapi import describe
 from middo_jax.inference.requests import (
@@ -120,6 +121,7 @@ class _Served:
     n_being_read: int = 0  # answers that are asked for by requests whose prompts are not tokenized yet
 
     def __post_init__(self) -> None:
+        self.bodies = Bodies(self.max_bytes)
         self.intake = Intake(BODIES * self.max_bytes)
 
     async def chat(self, request: Request) -> Response:
@@ -148,20 +150,21 @@ class _Served:
     async def _answer(
         self, request: Request, kind: type[Asked], read: Callable[[Asked], tuple[list[list[int]], Writer]]
     ) -> Response:
-        answering = self._response(kind, await read_body(request, self.max_bytes), read)
+        answering = self._response(kind, await self.bodies.receive(request), read)
         return await while_connected(request.receive, answering)
 
     async def _response(
         self, kind: type[Asked], body: bytes, read: Callable[[Asked], tuple[list[list[int]], Writer]]
     ) -> Response:
         n_bytes = len(body)
-        with self.intake.admitted(n_bytes):
+        # It counts as one answer before it is parsed: short bodies that wait for that are limited, too.
+        with self.intake.admitted(n_bytes), self._counted(1):
             asked = await self.intake.run(functools.partial(kind.parse, body), n_bytes)
             del body  # it may be long, and the answer may take long
             if asked.model not in (None, self.model_name):
                 message = f"model: {asked.model!r} is not served here, only {self.model_name!r}"
                 raise ApiError(404, message, "model", "model_not_found")
-            with self._counted(asked.n_answers):
+            with self._counted(asked.n_answers - 1):
                 prompts, writer = await self.intake.run(lambda: read(asked), n_bytes)
                 generation = self._begin(asked, prompts)
         if asked.stream:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from middo_jax.inference.answers import Json, Writer
 from middo_jax.inference.errors import of
@@ -16,9 +17,12 @@ from middo_jax.inference.generation import Generation, while_connected
 
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
 
+WRITE_SECONDS = 60.0  # in which a client must have read what was sent to it
+
 
 class EventStream(Response):
-    """Sends a generation as it comes and closes it at the end, or when the client is gone.
+    """Sends a generation as it comes and closes it at the end, or when the client is gone
+    or has not read for WRITE_SECONDS.
 
     An error after the beginning is an event with OpenAI's error object; no `[DONE]` follows it.
     """
@@ -34,10 +38,10 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await _put(send, {"type": "http.response.start", "status": 200, "headers": headers})
         async for event in self._events():
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+            await _put(send, {"type": "http.response.body", "body": event, "more_body": True})
+        await _put(send, {"type": "http.response.body", "body": b""})
 
     async def _events(self) -> AsyncIterator[bytes]:
         n_tokens = 0
@@ -53,6 +57,15 @@ class EventStream(Response):
         if self._includes_usage:
             yield _event(self._writer.usage_chunk(n_tokens))
         yield b"data: [DONE]\n\n"
+
+
+async def _put(send: Send, message: Message) -> None:
+    """Sends a message. Raises ClientDisconnect if the client does not read, as if it had left."""
+    try:
+        async with asyncio.timeout(WRITE_SECONDS):
+            await send(message)
+    except TimeoutError:
+        raise ClientDisconnect from None
 
 
 def _event(value: Json) -> bytes:

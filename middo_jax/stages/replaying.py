@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from middo_jax.inference.bodies import Bodies
 from middo_jax.inference.errors import ApiError, show_error
-from middo_jax.inference.guard import Access, Guard, read_body
+from middo_jax.inference.guard import Access, Guard
 from middo_jax.refinement import AnswerCache, Outcome
 from middo_jax.refinement.endpoint.recording import Recording, sent_body
 from middo_jax.rundir.records import RecordedRow
@@ -37,6 +38,7 @@ class Replay:
     embedded: Callable[[], ASGIApp]
     _app: ASGIApp | None = None
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    _bodies: Bodies = dataclasses.field(default_factory=lambda: Bodies(MAX_BYTES))
 
     def app(self) -> Starlette:
         """The server as an ASGI application."""
@@ -48,7 +50,7 @@ class Replay:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        text = await read_body(request, MAX_BYTES)
+        text = await self._bodies.receive(request)
         try:
             body = json.loads(text)
             answer = self.recording.answer(body) if isinstance(body, dict) else None

@@ -14,16 +14,19 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from middo_jax.config import ConfigError
+from middo_jax.inference.bodies import Bodies
 from middo_jax.inference.errors import ApiError, show_error
-from middo_jax.inference.guard import TOKEN_VARIABLE, Access, Guard, read_body
+from middo_jax.inference.guard import TOKEN_VARIABLE, Access, Guard
 
 TOKEN = "a-token-of-24-characters"
 JSON = {"content-type": "application/json"}
 
 
 def client(access: Access, max_bytes: int = 100, seconds: float = 5) -> TestClient:
+    bodies = Bodies(max_bytes, seconds=seconds)
+
     async def echo(request: Request) -> PlainTextResponse:
-        return PlainTextResponse(str(len(await read_body(request, max_bytes, seconds))))
+        return PlainTextResponse(str(len(await bodies.receive(request))))
 
     app = Starlette(
         routes=[Route("/x", echo, methods=["GET", "POST"]), Route("/health", echo)],

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import select
 import socket
 import threading
 import time
@@ -414,6 +415,15 @@ def test_too_many_answers_are_to_come_later(model_dir, monkeypatch):
             with pytest.raises(openai.RateLimitError, match="at most 4 may") as caught:
                 client.completions.create(model="tiny", prompt="What", n=5)
         assert caught.value.response.headers["retry-after"] == "1"
+        leave, parse = threading.Event(), server.CompletionRequest.parse
+        with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(5) as pool:
+            patch.setattr(server.CompletionRequest, "parse", lambda body: leave.wait(20) and parse(body))
+            create = client.completions.create
+            asked = [pool.submit(create, model="tiny", prompt="What", max_tokens=1) for _ in range(5)]
+            refused = next(concurrent.futures.as_completed(asked))  # while the others wait to be parsed
+            leave.set()
+            assert isinstance(refused.exception(), openai.RateLimitError)
+        assert [each.exception() for each in asked if each is not refused] == [None] * 4
         for _ in range(3):  # what is answered does not count
             client.completions.create(model="tiny", prompt="What", n=4, max_tokens=1)
 
@@ -445,6 +455,25 @@ def test_a_mebibyte_of_wrong_items_is_one_refusal(served):
     status, answer = post(served, body)
     assert (status, answer["error"]["param"]) == (400, "messages.0.content")
     assert len(answer["error"]["message"]) < 100
+
+
+def test_bodies_that_are_held_keep_nobody_out(served):
+    """Twelve connections send all but the last byte of a mebibyte; the memory has room for eight."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with contextlib.ExitStack() as stack:
+        held = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", served.client.base_url.port)))
+            for _ in range(12)
+        ]
+        for connection in held:
+            connection.sendall(head + b"Content-Length: 1048576\r\n\r\n" + b" " * (1 << 18))
+        for connection in held:
+            with contextlib.suppress(ConnectionError):  # it was refused
+                connection.sendall(b" " * ((1 << 20) - (1 << 18) - 1))
+        assert complete(served, max_tokens=1).usage.completion_tokens == 1
+        deadline = time.monotonic() + 30
+        while len(select.select(held, [], [], 0.01)[0]) < 4:
+            assert time.monotonic() < deadline
 
 
 @pytest.mark.parametrize("field", ["messages", "prompt"])

@@ -45,7 +45,7 @@ def test_what_a_killed_process_left_goes_when_the_folder_is_locked(tmp_path: Pat
 
 
 def test_a_folder_of_another_machine_or_of_an_earlier_start_of_this_one_is_swept(tmp_path: Path) -> None:
-    """Only the holder of the lock makes such folders. A file may be a report that is written beside the run."""
+    """Only the holder of the lock makes such folders. A file may be a report, written beside the run."""
     elsewhere = f"{os.getpid()}-00000000-{'0' * 8}"
     (tmp_path / "final" / f".huggingface.tmp-{elsewhere}-x").mkdir(parents=True)
     (tmp_path / f".report.html.tmp-{elsewhere}-x").touch()

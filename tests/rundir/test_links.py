@@ -65,7 +65,7 @@ def test_a_refiner_that_is_a_checkpoint_of_another_run_is_an_input(tmp_path: Pat
     other = tmp_path / "other" / "final" / "checkpoint"
     write_json(other / "metadata.json", {"identity": "a"})
     write_jsonl(folder.path / "written.jsonl", [1])
-    link = Link("refine", folder, (), (), (folder.path / "written.jsonl",), data={"refiner": other})
+    link = Link("refine", folder, frozenset(), (), (folder.path / "written.jsonl",), data={"refiner": other})
     link.begin().finish(config, 1.0)
     assert link.why_stale(config) is None
     write_json(other / "metadata.json", {"identity": "another"})

@@ -213,7 +213,7 @@ def test_ids_that_are_not_unique_are_an_ordinary_column(tmp_path: Path) -> None:
 def test_an_empty_cell_is_no_id_and_a_column_with_one_may_hold_floats(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_text('id,instruction,output\na,One?,1\n,Two?,2\n" ",Three?,3\n', encoding="utf-8")
-    assert [(e.user_id, e.extra) for e in read(path)[0]] == [("a", {}), (None, {}), (None, {})]
+    assert [(e.user_id, e.extra) for e in read(str(path))[0]] == [("a", {}), (None, {}), (None, {})]
     rows = [{"id": id_, "instruction": f"{id_}?", "output": "x"} for id_ in (1.0, 2.0, None, float("nan"))]
     assert [e.user_id for e in read_rows(rows).examples] == [1, 2, None, None]
     assert [e.user_id for e in read_rows([{**rows[0], "id": 1.5}]).examples] == [None]

@@ -479,7 +479,7 @@ def test_torn_lines_of_the_log_are_counted_and_harm_nothing(run: RunDir) -> None
     last = json.dumps(json.loads(lines[-1]) | {"version": 9})
     run.events.write_text("\n".join([*lines[:-1], last]))  # one digit was damaged
     assert status(run)["last_event"]["version"] == 9
-    run.events.write_text('{"version": 2, "time": "later"}\n')
+    run.events.write_text('{"version": 2, "time": "later"}\n' * 2)
     with pytest.raises(RunError, match=r"events\.jsonl has format version 2"):
         status(run)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from middo_jax.data.example import Example
-from middo_jax.data.reply import control_token, plain_lines, without_end_tokens, without_reasoning
+from middo_jax.data.reply import answer_text, control_token
 from middo_jax.report.status import judged_tasks, takes_back
 from middo_jax.rundir import RoundDir, RunDir, read_jsonl
 
@@ -58,7 +58,7 @@ def _of_round(folder: RoundDir) -> Iterator[dict[str, Any]]:
             if len(asked) != len(prompt):
                 continue  # with `refine.turns: all`: the attempt ended at an earlier turn
             given = " ".join(asked)
-            text = without_end_tokens(plain_lines(without_reasoning(row["answer"], given) or ""))
+            text = answer_text(row["answer"], given)
             if control_token(text, given) is not None:
                 continue
             found = (measured.get((task["task_id"], attempt)) or {}).get("measured") or {}

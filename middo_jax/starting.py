@@ -157,8 +157,7 @@ def _refuse_own_files(run: RunDir, config: Config) -> None:
         )
     written = [run.heldout, run.rejected]
     for folder in (run.round(0), run.final, *run.rounds()):
-        written += [folder.dataset, folder.merged, folder.own_format, folder.requests]
-        written += [folder.refined, folder.candidates, folder.dropped, folder.taken_back, folder.verdicts]
+        written += [*folder.written, folder.own_format, folder.taken_back]
     for path in filter(None, (*config.data.paths, config.data.eval_path)):
         require_not_read(path, written)
 

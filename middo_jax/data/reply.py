@@ -130,6 +130,17 @@ def plain_lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def answer_text(reply: str, given: str = "", kept: Collection[str] = ()) -> str:
+    """The answer in a reply, without reasoning and end tokens; "" if the reasoning never ends.
+
+    Args:
+      reply: what the model said.
+      given: the texts that it was given, whose marks of reasoning are spoken of.
+      kept: control tokens that stay, so that a gate finds them.
+    """
+    return without_end_tokens(plain_lines(without_reasoning(reply, given) or ""), kept)
+
+
 def is_quoted(text: str, match: re.Match[str]) -> bool:
     """Whether a match is in quotation marks or backticks of its own, so that it is mentioned and not used."""
     left, right = text[: match.start()][-1:], text[match.end() : match.end() + 1]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from middo_jax.config import RefineSettings
 from middo_jax.data.example import Example, Lineage, Message
-from middo_jax.data.reply import plain_lines, without_end_tokens, without_reasoning
+from middo_jax.data.reply import answer_text, plain_lines, without_end_tokens, without_reasoning
 from middo_jax.refinement import prompts
 from middo_jax.refinement.acceptance.candidate import Candidate
 from middo_jax.refinement.acceptance.table import asked, first_verdict
@@ -382,9 +382,7 @@ async def _context(dialogue: _Dialogue, special_tokens: Collection[str]) -> tupl
 
 
 def _answer_text(reply: str, task: Task, prompt: str, special_tokens: Collection[str]) -> str:
-    """The answer in a reply, without reasoning and end tokens; "" if the reasoning never ends."""
-    text = without_reasoning(reply, f"{task.given} {prompt}") or ""
-    return without_end_tokens(plain_lines(text), special_tokens)
+    return answer_text(reply, f"{task.given} {prompt}", special_tokens)
 
 
 def _lineage(task: Task, refiner: str, round_index: int) -> Lineage:
